@@ -1,0 +1,221 @@
+"""The floor of a Ghost module: its least time on this machine as bytes and FLOPs have it.
+
+    floor = max(bytes / bandwidth(bytes), FLOPs / GEMM peak)
+
+Forward: x is read once and out written once; FLOPs are those of the two convolutions, 2 P (C k^2 m
++ d^2 g) with P output pixels, m intrinsic and g ghost maps. Forward + backward: x is read by each,
+out and dx are written, grad_out is read; the gradients for x and for the weights cost one forward
+each, hence three times its FLOPs. Weights and statistics are not counted. Peak and bandwidth are
+measured in the same run, on the same threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.extras import require
+from benchmarks.shapes import Shape
+
+GEMM_SIZES = (256, 384, 512, 1024, 2048)
+COPY_SIZES = tuple(
+    1 << k for k in range(16, 27)
+)  # 64 KiB to 64 MiB, read and written bytes together
+
+
+def tensor_bytes(channels: int, size: int, batch: int, itemsize: int) -> int:
+    """Bytes of a [batch, channels, size, size] tensor."""
+    return batch * channels * size * size * itemsize
+
+
+def forward_bytes(shape: Shape, batch: int, itemsize: int = 4) -> int:
+    """Least main-memory traffic of the forward: x read once, out written once."""
+    return tensor_bytes(shape.inp, shape.size, batch, itemsize) + tensor_bytes(
+        shape.oup, shape.out_size, batch, itemsize
+    )
+
+
+def forward_flops(shape: Shape, batch: int) -> int:
+    """FLOPs of both convolutions (a multiply-add counts two)."""
+    pixels = batch * shape.out_size * shape.out_size
+    primary = shape.inp * shape.kernel_size**2 * shape.intrinsic
+    return 2 * pixels * (primary + shape.dw_size**2 * shape.ghost)
+
+
+def training_bytes(shape: Shape, batch: int, itemsize: int = 4) -> int:
+    """Least traffic of forward + backward: x twice, out, grad_out and dx once."""
+    x = tensor_bytes(shape.inp, shape.size, batch, itemsize)
+    out = tensor_bytes(shape.oup, shape.out_size, batch, itemsize)
+    return 3 * x + 2 * out
+
+
+def training_flops(shape: Shape, batch: int) -> int:
+    """FLOPs of forward + backward without any recomputation."""
+    return 3 * forward_flops(shape, batch)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Measured limits: GEMM peak in FLOP/s, bandwidth in bytes/s over the working set in bytes."""
+
+    gemm_peak: float
+    gemm_size: int
+    copy_bytes: tuple[int, ...]
+    bandwidth: tuple[float, ...]
+    methods: tuple[str, ...]
+    threads: int
+    dtype: str
+
+    def bandwidth_at(self, nbytes: float) -> float:
+        """Bandwidth for a working set of ``nbytes``: linear in log2(bytes), flat beyond the
+        ends."""
+        numpy = require("numpy", "the bandwidth curve")
+        return float(
+            numpy.interp(math.log2(nbytes), [math.log2(b) for b in self.copy_bytes], self.bandwidth)
+        )
+
+    def floor(self, nbytes: float, flops: float) -> float:
+        """max(bytes / bandwidth, FLOPs / peak) in seconds."""
+        return max(nbytes / self.bandwidth_at(nbytes), flops / self.gemm_peak)
+
+    def bound(self, nbytes: float, flops: float) -> str:
+        """Which of the two binds: ``"memory"`` or ``"gemm"``."""
+        return "memory" if nbytes / self.bandwidth_at(nbytes) >= flops / self.gemm_peak else "gemm"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers for a results file."""
+        return asdict(self)
+
+
+def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) -> float:
+    """Shortest time of one call: a limit is wanted here, so the minimum and not the median."""
+    call()
+    start = time.perf_counter()
+    call()
+    repeats = max(1, round(min_sample / max(time.perf_counter() - start, 1e-7)))
+    best = math.inf
+    for _ in range(samples):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best
+
+
+def measure_gemm_peak(
+    dtype: torch.dtype, *, sizes: Sequence[int] = GEMM_SIZES, samples: int = 5
+) -> tuple[float, int]:
+    """Best FLOP/s of square ``torch.mm`` over ``sizes``, and the size that reached it."""
+    peak, at = 0.0, 0
+    for n in sizes:
+        a, b = torch.rand(n, n).to(dtype), torch.rand(n, n).to(dtype)
+        out = torch.empty(n, n, dtype=dtype)
+        rate = 2.0 * n**3 / _best(functools.partial(torch.mm, a, b, out=out), samples)
+        if rate > peak:
+            peak, at = rate, n
+    return peak, at
+
+
+@functools.cache
+def native_copies() -> tuple[dict[str, Any], str]:
+    """Vector copies with ordinary and non-temporal stores, compiled here; or none, and why."""
+    compiler = next(
+        (c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None
+    )
+    if compiler is None:
+        return {}, "no C compiler: without non-temporal stores bandwidth may read low"
+    source = Path(__file__).with_name("stream_copy.c")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "stream_copy.so"
+        flags = ("-O2", "-march=native", "-fno-tree-loop-distribute-patterns", "-shared", "-fPIC")
+        build = subprocess.run(
+            [compiler, *flags, str(source), "-o", str(target)], capture_output=True, text=True
+        )
+        if build.returncode:
+            return {}, f"{compiler} failed on {source.name}: {build.stderr.strip()[-200:]}"
+        library = ctypes.CDLL(str(target))
+    copies = {}
+    for name in ("copy_cached", "copy_streamed"):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        function.restype = None
+        copies[name] = function
+    return copies, f"compiled with {compiler}"
+
+
+def _all_at_once(pool: ThreadPoolExecutor, calls: Sequence[Callable[[], object]]) -> None:
+    for future in [pool.submit(call) for call in calls]:
+        future.result()
+
+
+def measure_bandwidth(
+    threads: int, *, sizes: Sequence[int] = COPY_SIZES, samples: int = 5
+) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Best bytes/s (read plus written) of any copy per working-set size, and which copy it was.
+
+    Tried are ``torch.Tensor.copy_``, memcpy, and vector loops with ordinary and with non-temporal
+    stores, on resident buffers.
+    """
+    raw = {"memcpy": ctypes.memmove, **native_copies()[0]}
+    rates, methods = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for size in sizes:
+            # Each thread copies one part, a multiple of the widest vector.
+            part = size // 2 // threads // 64 * 64
+            nbytes = part * threads
+            source = torch.ones(nbytes // 4)
+            room = torch.zeros(nbytes // 4 + 1024)
+            # Half a page apart modulo the page: else loads wait for unrelated stores (4K aliasing).
+            skip = (source.data_ptr() + 2048 - room.data_ptr()) % 4096 // 4
+            target = room[skip : skip + nbytes // 4]
+            calls: dict[str, Callable[[], object]] = {
+                "torch": functools.partial(target.copy_, source)
+            }
+            for name, copy in raw.items():
+                parts = [
+                    functools.partial(copy, target.data_ptr() + at, source.data_ptr() + at, part)
+                    for at in range(0, nbytes, part)
+                ]
+                calls[name] = (
+                    parts[0] if threads == 1 else functools.partial(_all_at_once, pool, parts)
+                )
+            times = {name: _best(call, samples) for name, call in calls.items()}
+            best = min(times, key=times.__getitem__)
+            rates.append(2 * nbytes / times[best])
+            methods.append(best)
+    return tuple(rates), tuple(methods)
+
+
+def measure_roofline(
+    dtype: torch.dtype = torch.float32,
+    *,
+    gemm_sizes: Sequence[int] = GEMM_SIZES,
+    copy_sizes: Sequence[int] = COPY_SIZES,
+    samples: int = 5,
+) -> Roofline:
+    """Measure GEMM peak and bandwidth curve with the current number of threads."""
+    threads = torch.get_num_threads()
+    peak, size = measure_gemm_peak(dtype, sizes=gemm_sizes, samples=samples)
+    bandwidth, methods = measure_bandwidth(threads, sizes=copy_sizes, samples=samples)
+    return Roofline(
+        peak,
+        size,
+        tuple(copy_sizes),
+        bandwidth,
+        methods,
+        threads,
+        str(dtype).removeprefix("torch."),
+    )

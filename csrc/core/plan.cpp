@@ -1,0 +1,106 @@
+#include "core/plan.h"
+
+#include <algorithm>
+
+namespace ghost {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C * vecs vectors) must stay in
+// L1 while the channels go by; past that, two vectors by twelve channels ask the least of L2.
+int choose_vecs(const Problem& p, const CpuInfo& cpu) {
+  const int64_t vector_bytes = cpu.lanes * 4;
+  if (cpu.max_vecs < 4) return p.channels * 3 * vector_bytes <= cpu.l1_bytes * 3 / 4 ? 3 : 2;
+  for (int v : {5, 3})
+    if (p.channels * v * vector_bytes <= cpu.l1_bytes * 3 / 4) return v;
+  return 2;
+}
+
+}  // namespace
+
+bool keep_primary(const Problem& p) {
+  return p.intrinsic * p.out_pixels() * 4 <= p.channels * p.height * p.width;
+}
+
+Traffic traffic(const Problem& p) {
+  const int64_t e = element_size(p.dtype), px = p.batch * p.out_pixels();
+  const int64_t m = p.intrinsic, g = p.ghosts(), d2 = p.dw_size * p.dw_size;
+  const int64_t x = p.has_primary ? p.batch * p.channels * p.height * p.width : m * px, out = p.out_channels * px;
+  const int64_t params = (p.has_primary ? p.channels * m : 0) + g * d2 + 2 * (m + g);
+  Traffic t;
+  t.bytes_fused = (x + out + params) * e;
+  // conv: x -> u; bn: u -> u'; act in place; depthwise: y -> v; bn: v -> v'; act in place; concat reads both, writes all.
+  const int64_t acts = (p.act1.act != Act::kNone ? 2 * m : 0) + (p.act2.act != Act::kNone ? 2 * g : 0);
+  const int64_t conv = p.has_primary ? x + m * px : 0;
+  t.bytes_eager = (conv + (2 * m + (m + g) + 2 * g + acts + (m + g)) * px + out + params) * e;
+  t.flops = 2 * px * ((p.has_primary ? p.channels * m : 0) + g * d2);
+  return t;
+}
+
+ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
+  ApplyPlan plan;
+  const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W, m = p.intrinsic;
+  const int64_t s = std::max<int64_t>(p.ratio, 1), pad = p.pad();
+  plan.vecs = choose_vecs(p, cpu);
+  const bool native = p.layout == Layout::kNCHW && element_size(p.dtype) == a && p.stride == 1;
+  plan.pack = p.has_primary && !native;
+  if (P == 0 || p.batch == 0 || m == 0) {
+    plan.group = m;
+    plan.band_rows = H;
+    return plan;
+  }
+
+  // Scratch a pixel of a tile needs for every channel it carries; half of L2 is ours, the rest is x and out passing by.
+  const int64_t budget = cpu.l2_bytes / 2;
+  const bool z_in_scratch = !native || p.has_residual;  // else ghosts go straight to the output
+  const int64_t per_channel = a * (1 + (z_in_scratch ? s - 1 : 0));
+  const int64_t x_bytes = plan.pack ? p.channels * a : 0;
+  plan.group = m;
+
+  // Whole images where a useful number of channels of one fits; otherwise bands of rows with a carried halo.
+  const int64_t min_group = std::min<int64_t>(m, 4 * kPanel);
+  if (P * (x_bytes + min_group * per_channel) <= budget && P <= 64 * 64) {
+    plan.band_rows = H;
+    // A map that leaves the last vector mostly idle is joined with its neighbours.
+    const int64_t vectors = ceil_div(P, cpu.lanes);
+    const bool ragged = P * 10 < vectors * cpu.lanes * 9;
+    if (ragged && p.batch > 1 && p.has_primary) {
+      const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.threads);
+      plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));
+      while (plan.images > 1 && plan.images * P * (p.channels * a + min_group * per_channel) > budget) --plan.images;
+      if (plan.images > 1) plan.pack = true;
+    }
+    const int64_t px = plan.images * P, left = budget - px * (plan.pack ? p.channels * a : 0);
+    plan.group = std::min(m, std::max(min_group, left / (px * per_channel) / kPanel * kPanel));
+  } else {
+    const int64_t row = W * (x_bytes + m * per_channel);
+    int64_t rows = std::max<int64_t>(1, budget / 2 / std::max<int64_t>(row, 1) - 2 * pad);
+    rows = std::min(H, std::max<int64_t>(rows, std::min<int64_t>(H, 4)));
+    if (rows < H && rows > 1) rows -= rows % 2;  // even bands keep output rows of 8 floats and more aligned
+    plan.band_rows = rows;
+  }
+
+  // Parallel items: images first, then rows of large maps, then channels of small ones.
+  const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.threads > 1 ? 2 * cpu.threads : 1;
+  if (tiles < want && cpu.threads > 1) {
+    const int64_t split = ceil_div(want, tiles);
+    if (plan.band_rows < H)
+      plan.row_splits = std::max<int64_t>(1, std::min(split, H / std::max<int64_t>(plan.band_rows, 4 * pad + 1)));
+    else if (!plan.pack)
+      plan.channel_splits = std::min<int64_t>(split, ceil_div(m, kPanel));
+    else
+      plan.channel_splits = std::min<int64_t>({split, cpu.threads, ceil_div(m, kPanel)});
+  }
+  plan.items = tiles * plan.row_splits * plan.channel_splits;
+  const int64_t out_bytes = p.batch * p.out_channels * P * element_size(p.dtype);
+  plan.stream = native && !p.has_residual && out_bytes > 3 * cpu.l2_bytes;
+
+  const int64_t tile_px = plan.images * std::min(H, plan.band_rows + 2 * pad) * W + 64;
+  const int64_t lanes_slack = 4 * 64;
+  plan.scratch_bytes = a * (tile_px * ((plan.pack ? p.channels : 0) + plan.group * s) +
+                            lanes_slack * (p.channels + plan.group * s + 8));
+  return plan;
+}
+
+}  // namespace ghost

@@ -1,0 +1,308 @@
+// ghost_apply: x and packed parameters in, concat(act(u), act(v))[:, :oup] (+ residual) out, in one pass.
+//
+//   y = act1(W1' x + shift1)           W1' carries bn1's scale; y lives in a tile of scratch and nowhere else
+//   z = act2(w2' (*) y + shift2)       w2' carries bn2's scale
+//
+// Tile map: an item is a run of images (small maps, joined into one row of pixels) or a range of rows of one image (large maps,
+// walked in bands; the last d - 1 rows of y are carried from band to band). Inside, channels go in groups whose y stays in L2.
+// Binding resource: FMA ports while C is above about 16, then the memory bus.
+#pragma once
+
+#include "core/plan.h"
+#include "cpu/activation.h"
+#include "cpu/depthwise.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/storage.h"
+
+namespace ghost {
+namespace GHOST_ISA {
+
+inline bool linear_or_relu(const Activation& a) { return a.act == Act::kNone || a.act == Act::kReLU; }
+
+// Addresses of x as [image][channel][pixel] rows.
+template <class T>
+struct Source {
+  const T* x;
+  int64_t image, channels, height, width, stride;
+  Layout layout;
+  int64_t out_width;
+
+  // Output pixels [row * out_width, (row + rows) * out_width) of image n into dst[c][0 .. rows * out_width).
+  void pack(int64_t n, int64_t row, int64_t rows, ComputeOf<T>* dst, int64_t ld) const {
+    const int64_t plane = height * width, px = rows * out_width;
+    if (layout == Layout::kNCHW) {
+      const T* base = x + n * image;
+      for (int64_t c = 0; c < channels; ++c) {
+        const T* s = base + c * plane;
+        ComputeOf<T>* d = dst + c * ld;
+        if (stride == 1) {
+          read_row(s + row * width, d, px);
+        } else {
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t w = 0; w < out_width; ++w)
+              d[r * out_width + w] = Storage<T>::to_compute(s[(row + r) * stride * width + w * stride]);
+        }
+      }
+    } else if (stride == 1) {
+      read_transposed(x + n * image + row * width * channels, channels, dst, ld, px, channels);
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        read_transposed(x + n * image + (row + r) * stride * width * channels, channels * stride, dst + r * out_width, ld,
+                        out_width, channels);
+    }
+  }
+};
+
+// T: element type of x, O: of out. They differ only inside training, where one side is scratch of the compute type.
+template <class T, class O>
+class ApplyTile {
+  using A = ComputeOf<T>;
+  const ApplyArgs& args;
+  const Problem& p;
+  const ApplyPlan& plan;
+  const PackedLayout at;
+  const A* const packed;
+  const int64_t H, W, P, m, ghosts_per, d, pad;
+  const bool nchw, y_direct, z_direct;
+  Source<T> source;
+  O* const out;
+  const O* const residual;
+
+ public:
+  explicit ApplyTile(const ApplyArgs& args_)
+      : args(args_),
+        p(args.problem),
+        plan(args.plan),
+        at(p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary),
+        packed(static_cast<const A*>(args.packed)),
+        H(p.out_height()),
+        W(p.out_width()),
+        P(H * W),
+        m(p.intrinsic),
+        ghosts_per(p.ratio - 1),
+        d(p.dw_size),
+        pad(p.pad()),
+        nchw(args.out_layout == Layout::kNCHW),
+        y_direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && linear_or_relu(p.act1) && args.scatter == 1),
+        z_direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && linear_or_relu(p.act2)),
+        source{static_cast<const T*>(args.x), args.x_image, p.channels, p.height, p.width, p.stride, p.layout, W},
+        out(static_cast<O*>(args.out)),
+        residual(static_cast<const O*>(args.residual)) {}
+
+  void run(int64_t item) const {
+    const int64_t channel_part = item % plan.channel_splits, row_part = item / plan.channel_splits % plan.row_splits;
+    const int64_t tile = item / plan.channel_splits / plan.row_splits;
+    const int64_t panels = (m + kPanel - 1) / kPanel;
+    const int64_t c0 = panels * channel_part / plan.channel_splits * kPanel;
+    int64_t c1 = panels * (channel_part + 1) / plan.channel_splits * kPanel;
+    if (c1 > m) c1 = m;
+    const int64_t n0 = tile * plan.images, n1 = n0 + plan.images < p.batch ? n0 + plan.images : p.batch;
+    if (plan.band_rows >= H)
+      whole_images(n0, n1 - n0, c0, c1);
+    else
+      bands(n0, H * row_part / plan.row_splits, H * (row_part + 1) / plan.row_splits, c0, c1);
+    if (plan.stream) stream_fence();
+  }
+
+ private:
+  // May every vector of rows that start `step` elements apart at p be stored past the caches (which needs alignment)?
+  static bool streamable(const O* p, int64_t step) {
+    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && step * sizeof(O) % kVectorBytes == 0;
+  }
+
+  // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat starts, or null.
+  void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy, A* copy) const {
+    GemmOut<A> o{y, ldy, copy, P, p.act1.act == Act::kReLU, plan.stream, false};
+    if (copy && ghosts_per == 0 && !plan.stream) o = {copy, P, nullptr, 0, o.relu, false, false};  // nobody else reads y
+    gemm_nn<A>(x, ldx, packed + at.w1 + c0 * p.channels, kPanel * p.channels, p.channels, packed + at.shift1 + c0, c1 - c0,
+               pixels, plan.vecs, o);
+    if (!linear_or_relu(p.act1)) activate_rows(p.act1, y, ldy, c1 - c0, pixels);
+  }
+
+  // Without a primary convolution x is u: y = act(scale1 * u + shift1).
+  void given(const A* u, int64_t ldu, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy) const {
+    const A* scale = packed + at.scale1 + c0;
+    const A* shift = packed + at.shift1 + c0;
+    for (int64_t c = 0; c < c1 - c0; ++c) {
+      const Vec<A> s = set1(scale[c]), b = set1(shift[c]);
+      constexpr int L = kLanes<A>;
+      for (int64_t i = 0; i < pixels; i += L)
+        store_n(y + c * ldy + i, load_n(u + c * ldu + i, pixels - i) * s + b, pixels - i);
+    }
+    activate_rows(p.act1, y, ldy, c1 - c0, pixels);
+  }
+
+  static void activate_rows(const Activation& a, A* y, int64_t ld, int64_t rows, int64_t pixels) {
+    constexpr int L = kLanes<A>;
+    with_activation(a.act, [&](auto act) {
+      if constexpr (decltype(act)::value == Act::kNone) return;
+      for (int64_t c = 0; c < rows; ++c)
+        for (int64_t i = 0; i < pixels; i += L)
+          store_n(y + c * ld + i, activate<decltype(act)::value, A>(load_n(y + c * ld + i, pixels - i), A(a.slope)),
+                  pixels - i);
+    });
+  }
+
+  // rows [row, row + rows) of image n, output channels [ch, ch + count), from channel-major scratch.
+  void write(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch, int64_t count) const {
+    if (ch + count > p.out_channels) count = p.out_channels - ch;
+    if (count <= 0) return;
+    const int64_t px = rows * W;
+    if (args.scatter > 1) return scatter(src, ld, n, row, rows, ch, count);
+    if (!nchw) {
+      const int64_t o = n * args.out_image + row * W * p.out_channels + ch;
+      write_transposed(src, ld, out + o, p.out_channels, px, count, residual ? residual + o : nullptr);
+      return;
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t o = n * args.out_image + (ch + c) * P + row * W;
+      if (residual) {
+        constexpr int L = kLanes<A>;
+        for (int64_t i = 0; i < px; i += L)
+          Storage<O>::store_n(out + o + i, load_n(src + c * ld + i, px - i) + Storage<O>::load_n(residual + o + i, px - i),
+                              px - i);
+      } else if (plan.stream) {
+        stream_row(src + c * ld, reinterpret_cast<A*>(out) + o, px);  // only planned where O is A
+      } else {
+        write_row(src + c * ld, out + o, px);
+      }
+    }
+  }
+
+  void scatter(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch, int64_t count) const {
+    const int64_t step = args.scatter, sw = args.scatter_width, plane = args.scatter_height * sw;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t line = (row + r) * step * sw;
+      if (!nchw) {
+        write_transposed(src + r * W, ld, out + n * args.out_image + line * p.out_channels + ch, p.out_channels * step, W,
+                         count);
+        continue;
+      }
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t w = 0; w < W; ++w)
+          out[n * args.out_image + (ch + c) * plane + line + w * step] = Storage<O>::from_compute(src[c * ld + r * W + w]);
+    }
+  }
+
+  // Ghosts of channels [c0, c1), output rows [r0, r1) of image n. y: those channels' rows from image row y_row0 on.
+  void cheap(const A* y, int64_t ldy, int64_t y_row0, int64_t n, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+             A* z) const {
+    if (ghosts_per == 0 || r1 <= r0) return;
+    const int64_t ldz = (r1 - r0) * W + 16;
+    const bool direct = z_direct && (!plan.stream || streamable(out + r0 * W, W));
+    for (int64_t c = c0; c < c1; ++c)
+      for (int64_t j = 0; j < ghosts_per; ++j) {
+        const int64_t g = c * ghosts_per + j, ch = m + g;
+        if (ch >= p.out_channels) break;  // cut off by the slice
+        A* dst = direct ? reinterpret_cast<A*>(out) + n * args.out_image + ch * P + r0 * W
+                          : z + ((c - c0) * ghosts_per + j) * ldz;
+        stencil<A>(d, Stencil<A>{y + (c - c0) * ldy, y_row0, H, W, r0, r1, packed + at.w2 + g * d * d,
+                                 packed[at.shift2 + g], dst, p.act2.act == Act::kReLU, false,
+                                 direct && plan.stream});
+      }
+    if (direct) return;
+    const int64_t count = (c1 - c0) * ghosts_per;
+    if (!linear_or_relu(p.act2)) activate_rows(p.act2, z, ldz, count, (r1 - r0) * W);
+    write(z, ldz, n, r0, r1 - r0, m + c0 * ghosts_per, count);
+  }
+
+  void whole_images(int64_t n0, int64_t images, int64_t c0, int64_t c1) const {
+    const int64_t pixels = images * P, ld = round_up(pixels, 16) + 16;
+    A* scratch = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
+    A* y = scratch + 64;
+    A* z = y + plan.group * ld + 64;
+    A* panel = z + plan.group * ghosts_per * ld + 64;
+    const A* x = reinterpret_cast<const A*>(source.x) + n0 * args.x_image;
+    int64_t ldx = P;
+    if (plan.pack) {
+      for (int64_t j = 0; j < images; ++j) source.pack(n0 + j, 0, H, panel + j * P, ld);
+      x = panel;
+      ldx = ld;
+    }
+    for (int64_t g0 = c0; g0 < c1; g0 += plan.group) {
+      const int64_t g1 = g0 + plan.group < c1 ? g0 + plan.group : c1;
+      A* direct = y_direct && images == 1 && (!plan.stream || streamable(out, P)) ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * P : nullptr;
+      if (p.has_primary) {
+        primary(x, ldx, pixels, g0, g1, y, ld, direct);
+      } else {
+        read_given(n0, 0, H, g0, g1, y, ld);
+        given(y, ld, pixels, g0, g1, y, ld);
+        direct = nullptr;
+      }
+      for (int64_t j = 0; j < images; ++j) {
+        if (!direct) write(y + j * P, ld, n0 + j, 0, H, g0, g1 - g0);
+        cheap(y + j * P, ld, 0, n0 + j, 0, H, g0, g1, z);
+      }
+    }
+  }
+
+  // u's own rows of channels [c0, c1) into scratch.
+  void read_given(int64_t n, int64_t row, int64_t rows, int64_t c0, int64_t c1, A* y, int64_t ld) const {
+    if (p.layout == Layout::kNCHW) {
+      for (int64_t c = c0; c < c1; ++c) read_row(source.x + n * args.x_image + c * P + row * W, y + (c - c0) * ld, rows * W);
+    } else {
+      read_transposed(source.x + n * args.x_image + row * W * m + c0, m, y, ld, rows * W, c1 - c0);
+    }
+  }
+
+  // Output rows [row0, row1) of image n, a band at a time.
+  void bands(int64_t n, int64_t row0, int64_t row1, int64_t c0, int64_t c1) const {
+    const int64_t count = c1 - c0, buffer_rows = plan.band_rows + 2 * pad, ld = round_up(buffer_rows * W, 16) + 16;
+    A* scratch = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
+    A* y = scratch + 64;
+    A* z = y + count * ld + 64;
+    A* panel = z + count * ghosts_per * ld + 64;
+    const int64_t first = row0 - pad > 0 ? row0 - pad : 0, last = row1 + pad < H ? row1 + pad : H;
+    int64_t base = first, have = first, done = row0;  // y holds rows [base, have); output rows up to `done` are finished
+    while (done < row1) {
+      // Drop rows no output row needs any more.
+      const int64_t keep = done - pad > base ? done - pad : base;
+      if (keep > base && keep < have)
+        for (int64_t c = 0; c < count; ++c)
+          std::memmove(y + c * ld, y + c * ld + (keep - base) * W, size_t(have - keep) * W * sizeof(A));
+      base = keep;
+      // New rows, cut where they enter and leave this item's own range: rows outside belong to a neighbour's output.
+      int64_t until = base + buffer_rows < last ? base + buffer_rows : last;
+      if (have >= row0 && have + plan.band_rows < until) until = have + plan.band_rows;
+      while (have < until) {
+        const int64_t stop = have < row0 ? (row0 < until ? row0 : until) : have < row1 ? (row1 < until ? row1 : until) : until;
+        rows(n, have, stop, have >= row0 && have < row1, c0, c1, y + (have - base) * W, ld, panel);
+        have = stop;
+      }
+      int64_t ready = have == H ? H : have - pad;
+      if (ready > row1) ready = row1;
+      if (ready <= done) continue;
+      cheap(y, ld, base, n, done, ready, c0, c1, z);
+      done = ready;
+    }
+  }
+
+  // y rows [r0, r1) of image n, also written to the output if `owned`.
+  void rows(int64_t n, int64_t r0, int64_t r1, bool owned, int64_t c0, int64_t c1, A* y, int64_t ld, A* panel) const {
+    const int64_t px = (r1 - r0) * W;
+    A* direct = y_direct && owned && (!plan.stream || streamable(out + r0 * W, P)) ? reinterpret_cast<A*>(out) + n * args.out_image + c0 * P + r0 * W : nullptr;
+    if (!p.has_primary) {
+      read_given(n, r0, r1 - r0, c0, c1, y, ld);
+      given(y, ld, px, c0, c1, y, ld);
+      direct = nullptr;
+    } else if (plan.pack) {
+      const int64_t ldx = round_up(px, 16) + 16;
+      source.pack(n, r0, r1 - r0, panel, ldx);
+      primary(panel, ldx, px, c0, c1, y, ld, direct);
+    } else {
+      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, P, px, c0, c1, y, ld, direct);
+    }
+    if (owned && !direct) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
+  }
+};
+
+template <class T, class O>
+void apply_items(const ApplyArgs& args, int64_t begin, int64_t end) {
+  const ApplyTile<T, O> tile(args);
+  for (int64_t i = begin; i < end; ++i) tile.run(i);
+}
+
+}  // namespace GHOST_ISA
+}  // namespace ghost

@@ -1,0 +1,372 @@
+// Training, channel by channel. A channel's planes of all images pass through L2 together, so u is read from memory once and
+// nothing but results goes back:
+//
+//   forward   statistics of u -> y = act1(bn1(u)) -> v = w2 (*) y and its statistics -> z = act2(bn2(v))
+//   backward  y, v again -> dz -> bn2's sums -> dv -> dw2, dy -> bn1's sums -> du (in place of u)
+//
+// Sums run in a fixed order inside a channel and channels never mix: the bits do not depend on the number of threads.
+// Tile map: an item is one channel (NCHW) or a vector's width of channels (NHWC, so that whole cache lines are written).
+// Binding resource: L2 bandwidth; about ten passes over a plane, each two or three vectors per cycle.
+#pragma once
+
+#include "cpu/activation.h"
+#include "cpu/depthwise.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/storage.h"
+
+namespace ghost {
+namespace GHOST_ISA {
+
+// Mean and sum of squared deviations of a growing set (Chan et al.), accumulated in double.
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+
+  void merge(double n, double other_mean, double other_m2) {
+    if (n == 0) return;
+    const double total = count + n, delta = other_mean - mean;
+    m2 += other_m2 + delta * delta * count * n / total;
+    mean += delta * n / total;
+    count = total;
+  }
+
+  // Two passes over pieces that fit L1: exact deviations, one trip to memory.
+  template <class A>
+  void add(const A* x, int64_t n) {
+    constexpr int64_t kPiece = 2048, L = kLanes<A>;
+    for (int64_t i = 0; i < n; i += kPiece) {
+      const int64_t len = n - i < kPiece ? n - i : kPiece;
+      const A* p = x + i;
+      Vec<A> s0{}, s1{};
+      int64_t k = 0;
+      for (; k + 2 * L <= len; k += 2 * L) {
+        s0 += load(p + k);
+        s1 += load(p + k + L);
+      }
+      for (; k < len; k += L) s0 += load_n(p + k, len - k);
+      const A piece_mean = reduce_add<A>(s0 + s1) / A(len);
+      const Vec<A> c = set1(piece_mean);
+      Vec<A> q0{}, q1{};
+      for (k = 0; k + 2 * L <= len; k += 2 * L) {
+        const Vec<A> a = load(p + k) - c, b = load(p + k + L) - c;
+        q0 += a * a;
+        q1 += b * b;
+      }
+      for (; k + L <= len; k += L) {
+        const Vec<A> a = load(p + k) - c;
+        q0 += a * a;
+      }
+      double rest = 0;
+      for (; k < len; ++k) rest += double(p[k] - piece_mean) * double(p[k] - piece_mean);
+      merge(double(len), double(piece_mean), double(reduce_add<A>(q0 + q1)) + rest);
+    }
+  }
+  double variance() const { return count > 0 ? m2 / count : 0; }
+};
+
+// y = act(u * scale + shift) and what backward needs of it.
+template <class A>
+struct Affine {
+  A mean, inv_std, scale, shift;
+
+  Affine(const NormArgs& n, int64_t c, double mean_, double var) {
+    const double gamma = n.gamma ? double(static_cast<const A*>(n.gamma)[c]) : 1.0;
+    const double beta = n.beta ? double(static_cast<const A*>(n.beta)[c]) : 0.0;
+    const double inv = 1.0 / std::sqrt(var + n.eps);
+    mean = A(mean_);
+    inv_std = A(inv);
+    scale = A(gamma * inv);
+    shift = A(beta - mean_ * gamma * inv);
+  }
+  Affine(const NormArgs& n, int64_t c)
+      : Affine(n, c, double(static_cast<const A*>(n.mean)[c]), double(static_cast<const A*>(n.var)[c])) {}
+};
+
+template <class F>
+GHOST_INLINE void for_vectors(int64_t n, int lanes, F&& f) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) f(i, std::true_type{});
+  if (i < n) f(i, std::false_type{});
+}
+
+template <class A>
+GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::true_type) { (void)n; return load(p + i); }
+template <class A>
+GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::false_type) { return load_n(p + i, n - i); }
+template <class A>
+GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::true_type) { (void)n; store(p + i, v); }
+template <class A>
+GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::false_type) { store_n(p + i, v, n - i); }
+
+template <class A>
+void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* dst, int64_t n) {
+  const Vec<A> scale = set1(f.scale), shift = set1(f.shift);
+  with_activation(a.act, [&](auto act) {
+    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
+      store_part(dst, i, n, activate<decltype(act)::value, A>(load_part(src, i, n, full) * scale + shift, A(a.slope)), full);
+    });
+  });
+}
+
+// Sums that a batch norm's gradient needs: of g = dL/d(bn output) and of g * normalised input.
+struct GradSums {
+  double g = 0, gx = 0;
+};
+
+// g = grad * act'(pre) with pre = scale * x + shift; stored to `dst`, summed into `sums`.
+template <class A>
+void activation_backward(const Activation& a, const Affine<A>& f, const A* x, const A* grad, A* dst, int64_t n, GradSums& sums) {
+  const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean), inv = set1(f.inv_std);
+  Vec<A> s{}, sx{};
+  with_activation(a.act, [&](auto act) {
+    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
+      const Vec<A> xv = load_part(x, i, n, full);
+      Vec<A> g = activate_grad<decltype(act)::value, A>(xv * scale + shift, load_part(grad, i, n, full), A(a.slope));
+      store_part(dst, i, n, g, full);
+      s += g;
+      // Lanes past the end read x = 0 and grad = 0, so they add nothing to either sum.
+      sx += g * ((xv - mean) * inv);
+    });
+  });
+  sums.g += double(reduce_add<A>(s));
+  sums.gx += double(reduce_add<A>(sx));
+}
+
+// d(bn input) from g = d(bn output):  scale * (g - mean(g) - xhat * mean(g * xhat)), or scale * g for constant statistics.
+template <class A>
+void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool batch_stats, const A* x, const A* g, A* dst,
+                   int64_t n) {
+  const Vec<A> k1 = set1(f.scale);
+  if (!batch_stats) {
+    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) { store_part(dst, i, n, load_part(g, i, n, full) * k1, full); });
+    return;
+  }
+  const Vec<A> mean_g = set1(A(sums.g / count)), mean_gx = set1(A(sums.gx / count));
+  const Vec<A> mean = set1(f.mean), inv = set1(f.inv_std);
+  for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
+    const Vec<A> xhat = (load_part(x, i, n, full) - mean) * inv;
+    store_part(dst, i, n, (load_part(g, i, n, full) - mean_g - xhat * mean_gx) * k1, full);
+  });
+}
+
+// dw[a][b] += sum_{h,w} dv[h][w] * y[h + a - d/2][w + b - d/2]: the stencil's gradient by its taps, d*d sums in registers.
+template <class A, int D>
+__attribute__((noinline)) void stencil_weight_grad(const A* y, const A* dv, int64_t H, int64_t W, double* dw) {
+  constexpr int L = kLanes<A>, R = D / 2;
+  Vec<A> acc[D][D] = {};
+  for (int64_t col = 0; col < W; col += L) {
+    MaskT<A> mask[D];
+    for (int b = 0; b < D; ++b) mask[b] = lane_range<A>(R - b - col, W + R - b - col);
+    const MaskT<A> inside = lane_range<A>(0, W - col);
+    // Row r of y meets rows r + R - a of dv under tap row a.
+    for (int64_t r = 0; r < H; ++r) {
+      Vec<A> yv[D];
+#pragma GCC unroll 7
+      for (int b = 0; b < D; ++b) yv[b] = load_masked(y + r * W + col + b - R, mask[b]);
+#pragma GCC unroll 7
+      for (int a = 0; a < D; ++a) {
+        const int64_t h = r + R - a;
+        if (h < 0 || h >= H) continue;
+        const Vec<A> g = load_masked(dv + h * W + col, inside);
+#pragma GCC unroll 7
+        for (int b = 0; b < D; ++b) acc[a][b] += g * yv[b];
+      }
+    }
+  }
+  for (int a = 0; a < D; ++a)
+    for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
+}
+template <class A>
+void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t H, int64_t W, double* dw) {
+  switch (d) {
+    case 1: return stencil_weight_grad<A, 1>(y, dv, H, W, dw);
+    case 3: return stencil_weight_grad<A, 3>(y, dv, H, W, dw);
+    case 5: return stencil_weight_grad<A, 5>(y, dv, H, W, dw);
+    case 7: return stencil_weight_grad<A, 7>(y, dv, H, W, dw);
+  }
+}
+
+template <class T>
+class ChannelPass {
+  using A = ComputeOf<T>;
+  const ChannelArgs& args;
+  const Problem& p;
+  const int64_t N, H, W, P, m, oup, per, d, block;
+  const bool nhwc;
+  A* const u;
+  const A* const w2;
+
+ public:
+  explicit ChannelPass(const ChannelArgs& a)
+      : args(a),
+        p(a.problem),
+        N(p.batch),
+        H(p.height),
+        W(p.width),
+        P(H * W),
+        m(p.intrinsic),
+        oup(p.out_channels),
+        per(p.ratio - 1),
+        d(p.dw_size),
+        block(channel_block(p)),
+        nhwc(p.layout == Layout::kNHWC),
+        u(static_cast<A*>(a.u)),
+        w2(static_cast<const A*>(a.w2)) {}
+
+  A* u_plane(int64_t n, int64_t c) const { return u + n * args.u_image + c * P; }
+
+  void forward(int64_t item) const {
+    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, plane = round_up(P, 16);
+    const bool in_place = args.y_in_place && sizeof(T) == sizeof(A);
+    A* v_all = static_cast<A*>(thread_scratch(size_t((c1 - c0) * (per > 0 ? per : 1) * N * plane + 128) * sizeof(A))) + 64;
+    for (int64_t c = c0; c < c1; ++c) {
+      if (!args.u_is_y) {
+        Moments mu;
+        for (int64_t n = 0; n < N; ++n) mu.add(u_plane(n, c), P);
+        put(args.mean1, c, mu.mean);
+        put(args.var1, c, mu.variance());
+        const Affine<A> f(args.norm1, c, mu.mean, mu.variance());
+        for (int64_t n = 0; n < N; ++n) {
+          A* up = u_plane(n, c);
+          affine_activate(p.act1, f, up, up, P);
+        }
+      }
+      for (int64_t j = 0; j < per; ++j) {
+        const int64_t g = c * per + j, ch = m + g;
+        A* v = v_all + ((c - c0) * per + j) * N * plane;
+        int64_t v_image = plane;
+        const bool kept = ch < oup && !args.stats_only;
+        if (in_place && kept) {
+          v = static_cast<A*>(args.out) + ch * P;
+          v_image = args.out_image;
+        }
+        Moments mv;
+        for (int64_t n = 0; n < N; ++n) {
+          A* vp = v + n * v_image;
+          stencil<A>(d, Stencil<A>{u_plane(n, c), 0, H, W, 0, H, w2 + g * d * d, A(0), vp, false, false, false});
+          mv.add(vp, P);
+        }
+        put(args.mean2, g, mv.mean);
+        put(args.var2, g, mv.variance());
+        if (!kept) continue;
+        const Affine<A> f(args.norm2, g, mv.mean, mv.variance());
+        for (int64_t n = 0; n < N; ++n) {
+          A* vp = v + n * v_image;
+          affine_activate(p.act2, f, vp, vp, P);
+        }
+      }
+    }
+    if (args.stats_only || in_place) return;
+    T* out = static_cast<T*>(args.out);
+    for (int64_t n = 0; n < N; ++n) {
+      write(u_plane(n, c0), P, out, n, c0, c1 - c0);
+      if (per > 0) write(v_all + n * plane, N * plane, out, n, m + c0 * per, (c1 - c0) * per);
+    }
+  }
+
+  void backward(int64_t item) const {
+    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, plane = round_up(P, 16) + 16;
+    const bool direct = !nhwc && sizeof(T) == sizeof(A);  // grad_out's planes are read where they are
+    const int64_t per_channel = 1 + per, gathered = direct ? 0 : (c1 - c0) * per_channel;
+    A* scratch = static_cast<A*>(thread_scratch(size_t((gathered + 4) * N * plane + 128) * sizeof(A))) + 64;
+    A* const y = scratch;
+    A* const dy = y + N * plane;
+    A* const v = dy + N * plane;
+    A* const t = v + N * plane;
+    A* const grads = t + N * plane;
+    if (!direct) {
+      for (int64_t n = 0; n < N; ++n) {
+        read_grad(n, c0, c1 - c0, grads + n * plane, N * plane);
+        if (per > 0) read_grad(n, m + c0 * per, (c1 - c0) * per, grads + ((c1 - c0) * N + n) * plane, N * plane);
+      }
+    }
+    const double count = double(N) * double(P);
+    for (int64_t c = c0; c < c1; ++c) {
+      const Affine<A> f1(args.norm1, c);
+      auto gradient = [&](int64_t n, int64_t ch, int64_t slot) {
+        return direct ? static_cast<const A*>(args.grad_out) + (n * oup + ch) * P : grads + (slot * N + n) * plane;
+      };
+      for (int64_t n = 0; n < N; ++n) {
+        affine_activate(p.act1, f1, u_plane(n, c), y + n * plane, P);
+        std::memcpy(dy + n * plane, gradient(n, c, c - c0), size_t(P) * sizeof(A));
+      }
+      for (int64_t j = 0; j < per; ++j) {
+        const int64_t g = c * per + j, ch = m + g;
+        double dw[49] = {};
+        GradSums sums;
+        if (ch < oup) {  // a ghost cut off by the slice has no gradient
+          const Affine<A> f2(args.norm2, g);
+          A flipped[49];
+          for (int64_t i = 0; i < d * d; ++i) flipped[i] = w2[g * d * d + d * d - 1 - i];
+          for (int64_t n = 0; n < N; ++n) {
+            stencil<A>(d, Stencil<A>{y + n * plane, 0, H, W, 0, H, w2 + g * d * d, A(0), v + n * plane, false, false, false});
+            activation_backward(p.act2, f2, v + n * plane, gradient(n, ch, c1 - c0 + (c - c0) * per + j), t + n * plane, P,
+                                sums);
+          }
+          for (int64_t n = 0; n < N; ++n) {
+            A* tp = t + n * plane;
+            norm_backward(f2, sums, count, args.batch_stats, v + n * plane, tp, tp, P);
+            stencil_weight_grad(d, y + n * plane, tp, H, W, dw);
+            stencil<A>(d, Stencil<A>{tp, 0, H, W, 0, H, flipped, A(0), dy + n * plane, false, true, false});
+          }
+        }
+        for (int64_t i = 0; i < d * d; ++i) put(args.dw2, g * d * d + i, dw[i]);
+        put(args.dgamma2, g, sums.gx);
+        put(args.dbeta2, g, sums.g);
+      }
+      GradSums sums;
+      for (int64_t n = 0; n < N; ++n)
+        activation_backward(p.act1, f1, u_plane(n, c), dy + n * plane, dy + n * plane, P, sums);
+      put(args.dgamma1, c, sums.gx);
+      put(args.dbeta1, c, sums.g);
+      for (int64_t n = 0; n < N; ++n)
+        norm_backward(f1, sums, count, args.batch_stats, u_plane(n, c), dy + n * plane, u_plane(n, c), P);
+    }
+  }
+
+  void primary_stats(int64_t item) const {
+    for (int64_t c = item * block; c < (item + 1) * block && c < m; ++c) {
+      Moments mu;
+      for (int64_t n = 0; n < N; ++n) mu.add(u_plane(n, c), P);
+      put(args.mean1, c, mu.mean);
+      put(args.var1, c, mu.variance());
+    }
+  }
+
+ private:
+  static void put(void* p, int64_t i, double v) { static_cast<A*>(p)[i] = A(v); }
+
+  void write(const A* src, int64_t ld, T* out, int64_t n, int64_t ch, int64_t count) const {
+    if (ch + count > oup) count = oup - ch;
+    if (count <= 0) return;
+    if (nhwc) return write_transposed(src, ld, out + n * args.out_image + ch, oup, P, count);
+    for (int64_t c = 0; c < count; ++c) write_row(src + c * ld, out + n * args.out_image + (ch + c) * P, P);
+  }
+
+  void read_grad(int64_t n, int64_t ch, int64_t count, A* dst, int64_t ld) const {
+    const T* g = static_cast<const T*>(args.grad_out);
+    if (ch + count > oup) count = oup - ch;
+    if (count <= 0) return;
+    if (nhwc) return read_transposed(g + n * oup * P + ch, oup, dst, ld, P, count);
+    for (int64_t c = 0; c < count; ++c) read_row(g + (n * oup + ch + c) * P, dst + c * ld, P);
+  }
+};
+
+template <class T>
+void channels_forward(const ChannelArgs& args, int64_t begin, int64_t end) {
+  const ChannelPass<T> pass(args);
+  for (int64_t i = begin; i < end; ++i) pass.forward(i);
+}
+template <class T>
+void channels_backward(const ChannelArgs& args, int64_t begin, int64_t end) {
+  const ChannelPass<T> pass(args);
+  for (int64_t i = begin; i < end; ++i) pass.backward(i);
+}
+template <class A>
+void primary_stats(const ChannelArgs& args, int64_t begin, int64_t end) {
+  const ChannelPass<A> pass(args);
+  for (int64_t i = begin; i < end; ++i) pass.primary_stats(i);
+}
+
+}  // namespace GHOST_ISA
+}  // namespace ghost

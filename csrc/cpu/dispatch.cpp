@@ -1,0 +1,93 @@
+#include "cpu/dispatch.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace ghost {
+namespace {
+
+struct Entry {
+  const char* name;
+  const Kernels* (*table)();
+  bool (*supported)();
+};
+
+const Entry kEntries[] = {
+#if defined(GHOST_OPS_HAVE_AVX512)
+    {"avx512", kernels_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     }},
+#endif
+#if defined(GHOST_OPS_HAVE_AVX2)
+    {"avx2", kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"generic", kernels_generic, [] { return true; }},
+};
+
+const Kernels* find(const std::string& name) {
+  for (const Entry& e : kEntries)
+    if (name == e.name && e.supported()) return e.table();
+  std::string all;
+  for (const std::string& s : available_isas()) all += (all.empty() ? "" : ", ") + s;
+  throw std::invalid_argument("GHOST_OPS_CPU_ISA: \"" + name + "\" is not available on this machine; allowed: " + all);
+}
+
+std::atomic<const Kernels*> g_active{nullptr};
+
+int64_t cache_bytes(int name, int64_t fallback) {
+#if defined(__linux__)
+  const long v = sysconf(name);
+  if (v > 0) return v;
+#endif
+  (void)name;
+  return fallback;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> out;
+  for (const Entry& e : kEntries)
+    if (e.supported()) out.push_back(e.name);
+  return out;
+}
+
+const Kernels& active_kernels() {
+  const Kernels* k = g_active.load(std::memory_order_acquire);
+  if (k == nullptr) {
+    const char* forced = std::getenv("GHOST_OPS_CPU_ISA");
+    k = find(forced != nullptr && *forced ? std::string(forced) : available_isas().front());
+    g_active.store(k, std::memory_order_release);
+  }
+  return *k;
+}
+
+void set_isa(const std::string& name) { g_active.store(find(name), std::memory_order_release); }
+
+CpuInfo cpu_info(int64_t threads) {
+#if defined(__linux__)
+  static const int64_t l1 = cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10), l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
+#else
+  static const int64_t l1 = 32 << 10, l2 = 1 << 20;
+#endif
+  const Kernels& k = active_kernels();
+  CpuInfo info;
+  info.lanes = k.lanes;
+  info.max_vecs = k.max_vecs;
+  info.l1_bytes = std::max<int64_t>(l1, 16 << 10);
+  info.l2_bytes = std::min<int64_t>(std::max<int64_t>(l2, 256 << 10), 4 << 20);
+  info.threads = threads;
+  return info;
+}
+
+int64_t channel_block(const Problem& p) { return p.layout == Layout::kNHWC ? 16 : 1; }
+int64_t channel_items(const Problem& p) { return (p.intrinsic + channel_block(p) - 1) / channel_block(p); }
+int64_t weight_grad_items(const Problem& p) { return (p.intrinsic + kGradRowsPerItem - 1) / kGradRowsPerItem; }
+
+}  // namespace ghost

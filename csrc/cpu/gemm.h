@@ -1,0 +1,167 @@
+// Register-blocked products for the 1x1 convolution and its gradients.
+//
+// gemm_nn:  Y[i][p] (+)= sum_k W[i][k] X[k][p]          primary conv, its recomputation, and dx (with W transposed)
+//   Tile map: a block keeps kRows x kVecs accumulators in registers; pixels run along the lanes, weights are broadcast.
+//   Binding resource: the FMA ports. Per k a block issues kRows + kVecs loads for kRows * kVecs FMAs.
+// gemm_nt:  D[i][j] += sum_p A[i][p] B[j][p]             dw1
+//   Both operands are contiguous in p, so products are accumulated lane by lane and summed once per chunk of pixels.
+#pragma once
+
+#include "core/problem.h"
+#include "cpu/simd.h"
+
+namespace ghost {
+namespace GHOST_ISA {
+
+// What happens to a finished block.
+template <class A>
+struct GemmOut {
+  A* y;            // [rows][ldy] result (always written)
+  int64_t ldy;
+  A* copy;         // optional second destination (the first half of the concat), or null
+  int64_t ldcopy;
+  bool relu;       // applied to the finished sum
+  bool stream;     // non-temporal stores to `copy`: its rows must then be vector-aligned at every block
+  bool accumulate; // start from y instead of from shift
+};
+
+// One register block. w points at the first of kRows channels inside a panel (stride kPanel per k).
+template <class A, int kRows, int kVecs, bool kTail>
+GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift, const GemmOut<A>& out,
+                             int64_t col, int rows, int64_t tail) {
+  constexpr int L = kLanes<A>;
+  using V = Vec<A>;
+  V acc[kRows][kVecs];
+  A* y = out.y + col;
+  const auto mask = lane_range<A>(0, tail);
+  if (out.accumulate) {
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVecs; ++v)
+        acc[i][v] = i >= rows                 ? V{}
+                    : kTail && v == kVecs - 1 ? load_masked(y + i * out.ldy + v * L, mask)
+                                              : load(y + i * out.ldy + v * L);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const V s = set1(shift[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = s;
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    V xv[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      xv[v] = kTail && v == kVecs - 1 ? load_masked(x + v * L, mask) : load(x + v * L);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const V wi = set1(w[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] += wi * xv[v];
+    }
+    x += ldx;
+    w += kPanel;
+  }
+  A* c = out.copy ? out.copy + col : nullptr;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= rows) break;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      V r = acc[i][v];
+      if (out.relu) r = relu(r);
+      if (kTail && v == kVecs - 1) {
+        store_masked(y + v * L, r, mask);
+        if (c) store_masked(c + v * L, r, mask);
+      } else {
+        store(y + v * L, r);
+        if (c) {
+          if (out.stream)
+            store_stream(c + v * L, r);
+          else
+            store(c + v * L, r);
+        }
+      }
+    }
+    y += out.ldy;
+    if (c) c += out.ldcopy;
+  }
+}
+
+// Register budget: 32 vector registers with AVX-512 and NEON, 16 elsewhere.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kMaxVecs = 6;
+inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 12, 6, 6, 4, 4};
+#else
+inline constexpr int kMaxVecs = 3;
+inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
+#endif
+
+// All channels [0, M) of one block of pixels, kVecs wide.
+template <class A, int kVecs, bool kTail>
+__attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift, int64_t M,
+                  const GemmOut<A>& out, int64_t col, int64_t tail) {
+  constexpr int R = kRowsFor[kVecs];
+  GemmOut<A> o = out;
+  for (int64_t i = 0; i < M; i += R) {
+    const A* w = panels + i / kPanel * ldpanel + i % kPanel;
+    const A* s = shift ? shift + i : nullptr;
+    o.y = out.y + i * out.ldy;
+    o.copy = out.copy ? out.copy + i * out.ldcopy : nullptr;
+    const int rows = M - i < R ? int(M - i) : R;
+    // Panels and shifts are zero-padded to kPanel channels, so a short block may compute idle rows; it never stores them.
+    if (rows == R)
+      gemm_block<A, R, kVecs, kTail>(x, ldx, w, K, s, o, col, R, tail);
+    else if (R >= 12 && rows > 8)
+      gemm_block<A, R, kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+    else if (R >= 12 && rows > 4)
+      gemm_block<A, (R >= 12 ? 8 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+    else if (R >= 6 && rows > 2)
+      gemm_block<A, (R >= 6 ? 4 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+    else if (R >= 4 && rows == 3)
+      gemm_block<A, (R >= 4 ? 3 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+    else if (rows >= 2)
+      gemm_block<A, (R >= 2 ? 2 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+    else
+      gemm_block<A, 1, kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+  }
+}
+
+// Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
+//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel; shift: padded, or null
+template <class A>
+void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift, int64_t M, int64_t pixels,
+             int vecs, const GemmOut<A>& out) {
+  constexpr int L = kLanes<A>;
+  const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
+  const int64_t blocks = (total + vecs - 1) / vecs;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // Even split: 13 vectors in blocks of 6 run as 4 + 4 + 5, not 6 + 6 + 1.
+    const int64_t v0 = total * b / blocks, v1 = total * (b + 1) / blocks;
+    const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
+    const bool partial = tail < L;
+    const A* xb = x + col;
+#define GHOST_COLUMNS(n)                                                                               \
+  case n:                                                                                              \
+    if constexpr (n <= kMaxVecs) {                                                                     \
+      if (partial)                                                                                     \
+        gemm_columns<A, n, true>(xb, ldx, panels, ldpanel, K, shift, M, out, col, tail);               \
+      else                                                                                             \
+        gemm_columns<A, n, false>(xb, ldx, panels, ldpanel, K, shift, M, out, col, L);                 \
+    }                                                                                                  \
+    break;
+    switch (int(v1 - v0)) {
+      GHOST_COLUMNS(1)
+      GHOST_COLUMNS(2)
+      GHOST_COLUMNS(3)
+      GHOST_COLUMNS(4)
+      GHOST_COLUMNS(5)
+      GHOST_COLUMNS(6)
+    }
+#undef GHOST_COLUMNS
+  }
+}
+
+}  // namespace GHOST_ISA
+}  // namespace ghost

@@ -1,0 +1,235 @@
+// Element types in memory and their vectors in the compute type: float64 computes in float64, everything else in float32.
+// Also the two ways a tile travels between a layout and the kernels' own channel-major scratch: copied rows (NCHW) and
+// transposed blocks (NHWC).
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace ghost {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+namespace GHOST_ISA {
+
+template <class T>
+struct Storage {
+  using Compute = T;
+  static GHOST_INLINE Vec<T> load(const T* p) { return GHOST_ISA::load(p); }
+  static GHOST_INLINE void store(T* p, Vec<T> v) { GHOST_ISA::store(p, v); }
+  static GHOST_INLINE Vec<T> load_n(const T* p, int64_t n) { return GHOST_ISA::load_n(p, n); }
+  static GHOST_INLINE void store_n(T* p, Vec<T> v, int64_t n) { GHOST_ISA::store_n(p, v, n); }
+  static GHOST_INLINE T to_compute(T v) { return v; }
+  static GHOST_INLINE T from_compute(T v) { return v; }
+};
+
+inline constexpr int kHalfVectorBytes = kVectorBytes / 2;
+typedef uint16_t VecU16 __attribute__((vector_size(kHalfVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+
+struct Widen {
+  static GHOST_INLINE VecF apply(VecU16 h, BFloat16) {
+    return (VecF)(__builtin_convertvector(h, VecU32) << 16);
+  }
+  static GHOST_INLINE VecF apply(VecU16 h, Float16) {
+#if defined(__AVX512F__)
+    return (VecF)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+    return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+    // Move exponent and mantissa into place, rebias by a multiplication (exact, also for subnormals), fix Inf and NaN.
+    const VecU32 u = __builtin_convertvector(h, VecU32);
+    const VecU32 sign = (u & 0x8000u) << 16, magnitude = (u & 0x7fffu) << 13;
+    VecU32 r = (VecU32)((VecF)magnitude * 0x1p112f);
+    const VecU32 special = (VecU32)((u & 0x7c00u) == 0x7c00u);
+    r = (r & ~special) | ((magnitude | 0x7f800000u) & special);
+    return (VecF)(r | sign);
+#endif
+  }
+};
+
+struct Narrow {
+  static GHOST_INLINE VecU16 apply(VecF v, BFloat16) {
+    const VecU32 u = (VecU32)v;
+    const VecU32 rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;  // to nearest, ties to even
+    const VecU32 nan = (VecU32)(v != v);
+    return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), VecU16);
+  }
+  static GHOST_INLINE VecU16 apply(VecF v, Float16) {
+#if defined(__AVX512F__)
+    return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const VecU32 u = (VecU32)v, sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+    // Normal halves: rebias and round in the integer domain. Subnormal halves: let an addition do the rounding.
+    const VecU32 normal = (a - 0x38000000u + (0xfffu + ((a >> 13) & 1u))) >> 13;
+    const VecU32 subnormal = (VecU32)((VecF)a + 0.5f) - 0x3f000000u;
+    const VecU32 small = (VecU32)(a < 0x38800000u), big = (VecU32)(a >= 0x477ff000u);
+    const VecU32 nan = (VecU32)(a > 0x7f800000u);
+    VecU32 r = (normal & ~small) | (subnormal & small);
+    r = (r & ~big) | (0x7c00u & big);
+    r = (r & ~nan) | (0x7e00u & nan);
+    return __builtin_convertvector(r | sign, VecU16);
+#endif
+  }
+};
+
+template <class H>
+struct HalfStorage {
+  using Compute = float;
+  static GHOST_INLINE VecF load(const H* p) {
+    VecU16 h;
+    std::memcpy(&h, p, sizeof h);
+    return Widen::apply(h, H{});
+  }
+  static GHOST_INLINE void store(H* p, VecF v) {
+    const VecU16 h = Narrow::apply(v, H{});
+    std::memcpy(p, &h, sizeof h);
+  }
+  static GHOST_INLINE VecF load_n(const H* p, int64_t n) {
+    H tmp[kLanes<float>] = {};
+    if (n > 0) std::memcpy(tmp, p, size_t(n < kLanes<float> ? n : kLanes<float>) * sizeof(H));
+    return load(tmp);
+  }
+  static GHOST_INLINE void store_n(H* p, VecF v, int64_t n) {
+    H tmp[kLanes<float>];
+    store(tmp, v);
+    if (n > 0) std::memcpy(p, tmp, size_t(n < kLanes<float> ? n : kLanes<float>) * sizeof(H));
+  }
+  static GHOST_INLINE float to_compute(H h) { return load_n(&h, 1)[0]; }
+  static GHOST_INLINE H from_compute(float f) {
+    H h;
+    store_n(&h, set1(f), 1);
+    return h;
+  }
+};
+template <>
+struct Storage<BFloat16> : HalfStorage<BFloat16> {};
+template <>
+struct Storage<Float16> : HalfStorage<Float16> {};
+
+template <class T>
+using ComputeOf = typename Storage<T>::Compute;
+
+// dst[i] = src[i], converted.
+template <class T>
+GHOST_INLINE void read_row(const T* src, ComputeOf<T>* dst, int64_t n) {
+  constexpr int L = kLanes<ComputeOf<T>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(dst + i, Storage<T>::load(src + i));
+  if (i < n) store_n(dst + i, Storage<T>::load_n(src + i, n - i), n - i);
+}
+template <class T>
+GHOST_INLINE void write_row(const ComputeOf<T>* src, T* dst, int64_t n) {
+  constexpr int L = kLanes<ComputeOf<T>>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) Storage<T>::store(dst + i, load(src + i));
+  if (i < n) Storage<T>::store_n(dst + i, load_n(src + i, n - i), n - i);
+}
+
+// dst[i] = src[i] past the caches, whatever the alignment of dst.
+template <class A>
+GHOST_INLINE void stream_row(const A* src, A* dst, int64_t n) {
+  constexpr int L = kLanes<A>;
+  int64_t i = int64_t((kVectorBytes - reinterpret_cast<uintptr_t>(dst) % kVectorBytes) % kVectorBytes / sizeof(A));
+  if (i > n) i = n;
+  if (i > 0) store_n(dst, load_n(src, i), i);
+  for (; i + L <= n; i += L) store_stream(dst + i, load(src + i));
+  if (i < n) store_n(dst + i, load_n(src + i, n - i), n - i);
+}
+
+// In-register transpose of an L x L block by log2(L) butterfly steps.
+template <class A>
+GHOST_INLINE void transpose_registers(Vec<A>* r) {
+  constexpr int L = kLanes<A>;
+#pragma GCC unroll 4
+  for (int s = 1; s < L; s *= 2) {
+    typename Simd<A>::I lo, hi;  // lanes of (a, b): L + l means lane l of b
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) {
+      lo[l] = (l & s) ? L + l - s : l;
+      hi[l] = (l & s) ? L + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & s) continue;
+      const Vec<A> a = r[i], b = r[i + s];
+#if defined(__clang__)
+      for (int l = 0; l < L; ++l) {
+        r[i][l] = (l & s) ? b[l - s] : a[l];
+        r[i + s][l] = (l & s) ? b[l] : a[l + s];
+      }
+#else
+      r[i] = __builtin_shuffle(a, b, lo);
+      r[i + s] = __builtin_shuffle(a, b, hi);
+#endif
+    }
+  }
+}
+
+// dst[c][p] = src[p][c] for `rows` pixels p (stride ld_src) and `cols` channels c: an NHWC tile into channel-major scratch.
+template <class T>
+void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
+  using A = ComputeOf<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t p = 0; p < rows; p += L) {
+    const int64_t np = rows - p < L ? rows - p : L;
+    for (int64_t c = 0; c < cols; c += L) {
+      const int64_t nc = cols - c < L ? cols - c : L;
+      Vec<A> r[L];
+      const T* s = src + p * ld_src + c;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        r[i] = i < np ? (nc == L ? Storage<T>::load(s + i * ld_src) : Storage<T>::load_n(s + i * ld_src, nc)) : Vec<A>{};
+      transpose_registers<A>(r);
+      A* d = dst + c * ld_dst + p;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        if (i >= nc) break;
+        if (np == L)
+          store(d + i * ld_dst, r[i]);
+        else
+          store_n(d + i * ld_dst, r[i], np);
+      }
+    }
+  }
+}
+
+// dst[p][c] = src[c][p] (+ add[p][c]): channel-major scratch into an NHWC tile.
+template <class T>
+void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols,
+                      const T* add = nullptr) {
+  using A = ComputeOf<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t p = 0; p < rows; p += L) {
+    const int64_t np = rows - p < L ? rows - p : L;
+    for (int64_t c = 0; c < cols; c += L) {
+      const int64_t nc = cols - c < L ? cols - c : L;
+      Vec<A> r[L];
+      const A* s = src + c * ld_src + p;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        r[i] = i < nc ? (np == L ? load(s + i * ld_src) : load_n(s + i * ld_src, np)) : Vec<A>{};
+      transpose_registers<A>(r);
+      T* d = dst + p * ld_dst + c;
+      const T* a = add ? add + p * ld_dst + c : nullptr;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        if (i >= np) break;
+        if (a) r[i] += nc == L ? Storage<T>::load(a + i * ld_dst) : Storage<T>::load_n(a + i * ld_dst, nc);
+        if (nc == L)
+          Storage<T>::store(d + i * ld_dst, r[i]);
+        else
+          Storage<T>::store_n(d + i * ld_dst, r[i], nc);
+      }
+    }
+  }
+}
+
+}  // namespace GHOST_ISA
+}  // namespace ghost

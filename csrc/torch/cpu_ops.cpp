@@ -1,0 +1,547 @@
+// The operators on the CPU: checks, allocation, the plan, and the parallel loops over the kernels' items. No arithmetic here.
+// Schemas stand in ghost_ops/ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "core/plan.h"
+#include "cpu/dispatch.h"
+#include "cpu/pack.h"
+#include "cpu/scratch.h"
+#include "torch/tensors.h"
+
+namespace ghost {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+int64_t threads() { return int64_t(torch::stable::get_num_threads()); }
+
+template <class F>
+void parallel(int64_t items, const F& f) {
+  if (items == 1 || threads() == 1)
+    f(0, items);
+  else if (items > 0)
+    torch::stable::parallel_for(0, items, 1, [&](int64_t b, int64_t e) { f(b, e); });
+}
+
+// Calls f with a zero of the compute type of t.
+template <class F>
+auto with_dtype(DType t, F&& f) {
+  switch (t) {
+    case DType::kFloat64: return f(double{});
+    default: return f(float{});
+  }
+}
+
+Activation activation(int64_t code, double slope, const char* name) {
+  STD_TORCH_CHECK(code >= 0 && code < kNumActs, name, " must be a code from 0 to ", kNumActs - 1, ", got ", code);
+  return {Act(code), slope};
+}
+
+struct Image {
+  int64_t n, c, h, w;
+  Layout layout;
+  DType dtype;
+};
+
+Image image_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(x.dim() == 4, name, " must be 4-D [N, C, H, W], got ", x.dim(), "-D");
+  const bool nchw = is_dense(x, Layout::kNCHW);
+  STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name, " must be dense, contiguous or channels_last");
+  return {x.size(0), x.size(1), x.size(2), x.size(3), nchw ? Layout::kNCHW : Layout::kNHWC, dtype_of(x, name)};
+}
+
+Problem problem_of(const Image& x) {
+  Problem p;
+  p.batch = x.n;
+  p.channels = x.c;
+  p.height = x.h;
+  p.width = x.w;
+  p.layout = x.layout;
+  p.dtype = x.dtype;
+  return p;
+}
+
+void check_dw_size(int64_t d) {
+  STD_TORCH_CHECK(d == 1 || d == 3 || d == 5 || d == 7, "dw_size must be 1, 3, 5 or 7, got ", d);
+}
+
+// Primary weights [m, C, 1, 1] of x's dtype.
+void check_primary(const Tensor& w1, const Image& x) {
+  STD_TORCH_CHECK(w1.dim() == 4 && w1.size(1) == x.c && w1.size(2) == 1 && w1.size(3) == 1,
+                  "w1 must be [m, ", x.c, ", 1, 1]");
+  STD_TORCH_CHECK(dtype_of(w1, "w1") == x.dtype, "w1 must have the dtype of x");
+}
+
+// ---------------------------------------------------------------------------------------------- packing
+
+Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1, const OptionalTensor& beta1,
+                  const OptionalTensor& mean1, const OptionalTensor& var1, double eps1, const Tensor& w2,
+                  const OptionalTensor& gamma2, const OptionalTensor& beta2, const OptionalTensor& mean2,
+                  const OptionalTensor& var2, double eps2) {
+  const DType dtype = dtype_of(w2, "w2");
+  STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
+  int64_t m = -1;
+  if (w1.has_value()) {
+    m = w1->size(0);
+  } else {
+    for (const OptionalTensor* t : {&gamma1, &beta1, &mean1, &var1})
+      if (t->has_value()) m = (*t)->numel();
+  }
+  STD_TORCH_CHECK(m >= 0, "without w1 one of gamma1, beta1, mean1, var1 must tell the number of channels");
+  const int64_t C = w1.has_value() ? w1->size(1) : 0, g = w2.size(0), d = w2.size(3);
+  const PackedLayout at(C, m, g, d, w1.has_value());
+  const Param g1(gamma1, dtype, m, "gamma1"), b1(beta1, dtype, m, "beta1"), m1(mean1, dtype, m, "mean1"),
+      v1(var1, dtype, m, "var1"), g2(gamma2, dtype, g, "gamma2"), b2(beta2, dtype, g, "beta2"), m2(mean2, dtype, g, "mean2"),
+      v2(var2, dtype, g, "var2"), cheap(w2, dtype, g * d * d, "w2");
+  const Param primary = w1.has_value() ? Param(*w1, dtype, m * C, "w1") : Param();
+  Tensor packed = empty({at.numel}, compute_type(dtype));
+  with_dtype(dtype, [&](auto zero) {
+    using A = decltype(zero);
+    A* p = static_cast<A*>(packed.mutable_data_ptr());
+    const size_t nm = static_cast<size_t>(m), ng = static_cast<size_t>(g);
+    std::vector<A> scale1(nm), shift1(nm), scale2(ng), shift2(ng);
+    fold_norm(g1.as<A>(), b1.as<A>(), m1.as<A>(), v1.as<A>(), eps1, m, scale1.data(), shift1.data());
+    fold_norm(g2.as<A>(), b2.as<A>(), m2.as<A>(), v2.as<A>(), eps2, g, scale2.data(), shift2.data());
+    if (w1.has_value()) {
+      pack_panels<A>(primary.as<A>(), m, C, C, 1, scale1.data(), p + at.w1);
+      std::fill(p + at.shift1, p + at.w2, A(0));
+    } else {
+      std::copy(scale1.begin(), scale1.end(), p + at.scale1);
+    }
+    std::copy(shift1.begin(), shift1.end(), p + at.shift1);
+    const A* src = cheap.as<A>();
+    for (int64_t i = 0; i < g * d * d; ++i) p[at.w2 + i] = src[i] * scale2[size_t(i / (d * d))];
+    std::copy(shift2.begin(), shift2.end(), p + at.shift2);
+  });
+  return packed;
+}
+
+// ---------------------------------------------------------------------------------------------- eval
+
+Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual, int64_t intrinsic,
+                   int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
+                   int64_t act2, double slope2, bool has_primary) {
+  const Image in = image_of(x, "x");
+  check_dw_size(dw_size);
+  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
+  STD_TORCH_CHECK(ratio >= 1, "ratio must be positive, got ", ratio);
+  STD_TORCH_CHECK(intrinsic <= out_channels && out_channels <= intrinsic * ratio, "out_channels must lie in [", intrinsic,
+                  ", ", intrinsic * ratio, "], got ", out_channels);
+  STD_TORCH_CHECK(has_primary || (in.c == intrinsic && stride == 1), "without a primary convolution x must have ", intrinsic,
+                  " channels and stride be 1");
+  Problem p = problem_of(in);
+  p.stride = stride;
+  p.intrinsic = intrinsic;
+  p.out_channels = out_channels;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.act1 = activation(act1, slope1, "act1");
+  p.act2 = activation(act2, slope2, "act2");
+  p.has_primary = has_primary;
+  p.has_residual = residual.has_value();
+  const PackedLayout at(in.c, intrinsic, p.ghosts(), dw_size, has_primary);
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) && packed.numel() == at.numel,
+                  "packed does not belong to this module: expected ", at.numel, " elements, got ", packed.numel());
+  const int64_t H = p.out_height(), W = p.out_width();
+  Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
+  Tensor res = residual.value_or(out);
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(res.dim() == 4 && res.size(0) == in.n && res.size(1) == out_channels && res.size(2) == H &&
+                        res.size(3) == W && res.scalar_type() == x.scalar_type(),
+                    "residual must have the shape and dtype of the output");
+    if (!is_dense(res, in.layout)) res = torch::stable::contiguous(res, memory_format(in.layout));
+  }
+  ApplyArgs args;
+  args.problem = p;
+  args.plan = plan_apply(p, cpu_info(threads()));
+  args.x = x.const_data_ptr();
+  args.x_image = in.c * in.h * in.w;
+  args.packed = packed.const_data_ptr();
+  args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  args.out_layout = in.layout;
+  args.out_image = out_channels * H * W;
+  const auto kernel = active_kernels().apply[int(in.dtype)];
+  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------- training: shared pieces
+
+// Panels of w (rows x cols, element (r, c) at r * ld + c * step) followed by a zero shift, as ghost_apply's kernels want it.
+Tensor pack_plain(const Param& w, DType dtype, int64_t rows, int64_t cols, int64_t ld, int64_t step) {
+  const PackedLayout at(cols, rows, 0, 1, true);
+  Tensor packed = empty({at.numel}, compute_type(dtype));
+  with_dtype(dtype, [&](auto zero) {
+    using A = decltype(zero);
+    A* p = static_cast<A*>(packed.mutable_data_ptr());
+    pack_panels<A>(w.as<A>(), rows, cols, ld, step, static_cast<const A*>(nullptr), p);
+    std::fill(p + at.shift1, p + at.numel, A(0));
+  });
+  return packed;
+}
+
+// A 1x1 convolution through ghost_apply's kernels (ratio 1: no ghosts).
+Problem plain_conv(const Image& x, int64_t out_channels, int64_t stride) {
+  Problem p = problem_of(x);
+  p.stride = stride;
+  p.intrinsic = p.out_channels = out_channels;
+  p.ratio = 1;
+  p.dw_size = 1;
+  return p;
+}
+
+// u = w1 * x (or x itself without w1), compute type, channel-major planes at `u`, images `u_image` elements apart.
+void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m, int64_t stride, void* u, int64_t u_image) {
+  ApplyArgs args;
+  args.problem = plain_conv(in, m, w1.has_value() ? stride : 1);
+  Tensor packed;
+  if (w1.has_value()) {
+    packed = pack_plain(Param(*w1, in.dtype, m * in.c, "w1"), in.dtype, m, in.c, in.c, 1);
+  } else {
+    args.problem.has_primary = false;
+    packed = empty({2 * m}, compute_type(in.dtype));
+    with_dtype(in.dtype, [&](auto zero) {
+      using A = decltype(zero);
+      A* p = static_cast<A*>(packed.mutable_data_ptr());
+      std::fill(p, p + m, A(1));
+      std::fill(p + m, p + 2 * m, A(0));
+    });
+  }
+  args.plan = plan_apply(args.problem, cpu_info(threads()));
+  args.plan.stream = false;  // u is read again at once
+  args.x = x.const_data_ptr();
+  args.x_image = in.c * in.h * in.w;
+  args.packed = packed.const_data_ptr();
+  args.residual = nullptr;
+  args.out = u;
+  args.out_image = u_image;
+  const auto kernel = active_kernels().apply_to_compute[int(in.dtype)];
+  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+}
+
+// Compute-type planes back to the element type and layout of a tensor: u that backward is to reuse.
+void store_u(const void* u, int64_t u_image, const Problem& shape, Tensor& dst, Layout layout) {
+  Problem p = shape;
+  p.layout = Layout::kNCHW;
+  p.channels = p.out_channels = p.intrinsic;
+  p.ratio = p.stride = p.dw_size = 1;
+  p.has_primary = false;
+  p.act1 = p.act2 = {};
+  Tensor identity = empty({2 * p.intrinsic}, compute_type(p.dtype));
+  with_dtype(p.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    A* q = static_cast<A*>(identity.mutable_data_ptr());
+    std::fill(q, q + p.intrinsic, A(1));
+    std::fill(q + p.intrinsic, q + 2 * p.intrinsic, A(0));
+  });
+  ApplyArgs args;
+  args.problem = p;
+  args.problem.dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  args.plan = plan_apply(args.problem, cpu_info(threads()));
+  args.plan.stream = false;
+  args.x = u;
+  args.x_image = u_image;
+  args.packed = identity.const_data_ptr();
+  args.residual = nullptr;
+  args.out = dst.mutable_data_ptr();
+  args.out_layout = layout;
+  args.out_image = p.intrinsic * p.height * p.width;
+  const auto kernel = active_kernels().apply_from_compute[int(p.dtype)];
+  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+}
+
+struct CheapWeights {
+  int64_t g, d, ratio;
+};
+CheapWeights check_cheap(const Tensor& w2, int64_t m, DType dtype) {
+  STD_TORCH_CHECK(w2.dim() == 4 && w2.size(1) == 1 && w2.size(2) == w2.size(3), "w2 must be [g, 1, d, d]");
+  STD_TORCH_CHECK(dtype_of(w2, "w2") == dtype, "w2 must have the dtype of x");
+  STD_TORCH_CHECK(m > 0 && w2.size(0) % m == 0, "w2 must have a multiple of ", m, " output channels, got ", w2.size(0));
+  check_dw_size(w2.size(3));
+  return {w2.size(0), w2.size(3), w2.size(0) / m + 1};
+}
+
+// ---------------------------------------------------------------------------------------------- statistics
+
+std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1, int64_t stride) {
+  const Image in = image_of(x, "x");
+  check_primary(w1, in);
+  const int64_t m = w1.size(0);
+  Problem p = plain_conv(in, m, stride);
+  const int64_t P = p.out_pixels();
+  const ScalarType ct = compute_type(in.dtype);
+  Tensor u = empty({in.n, m, P}, ct), mean = empty({m}, ct), var = empty({m}, ct);
+  compute_u(x, in, w1, m, stride, u.mutable_data_ptr(), m * P);
+  ChannelArgs args{};
+  args.problem = p;
+  args.problem.height = p.out_height();
+  args.problem.width = p.out_width();
+  args.problem.layout = Layout::kNCHW;
+  args.u = u.mutable_data_ptr();
+  args.u_image = m * P;
+  args.mean1 = mean.mutable_data_ptr();
+  args.var1 = var.mutable_data_ptr();
+  const auto kernel = active_kernels().primary_stats[in.dtype == DType::kFloat64];
+  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& packed, int64_t intrinsic, int64_t ratio,
+                                             int64_t dw_size, int64_t stride, int64_t act1, double slope1, bool has_primary) {
+  const Image in = image_of(x, "x");
+  check_dw_size(dw_size);
+  Problem p = problem_of(in);
+  p.stride = has_primary ? stride : 1;
+  p.intrinsic = p.out_channels = intrinsic;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.act1 = activation(act1, slope1, "act1");
+  p.has_primary = has_primary;
+  const int64_t g = p.ghosts(), P = p.out_pixels();
+  const PackedLayout at(in.c, intrinsic, g, dw_size, has_primary);
+  const ScalarType ct = compute_type(in.dtype);
+  STD_TORCH_CHECK(packed.scalar_type() == ct && packed.numel() == at.numel, "packed does not belong to this module: expected ",
+                  at.numel, " elements, got ", packed.numel());
+  Tensor y = empty({in.n, intrinsic, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
+  ApplyArgs apply;
+  apply.problem = p;
+  apply.problem.ratio = 1;  // y only
+  apply.plan = plan_apply(apply.problem, cpu_info(threads()));
+  apply.plan.stream = false;
+  apply.x = x.const_data_ptr();
+  apply.x_image = in.c * in.h * in.w;
+  apply.packed = packed.const_data_ptr();
+  apply.residual = nullptr;
+  apply.out = y.mutable_data_ptr();
+  apply.out_image = intrinsic * P;
+  const auto to_y = active_kernels().apply_to_compute[int(in.dtype)];
+  parallel(apply.plan.items, [&](int64_t b, int64_t e) { to_y(apply, b, e); });
+
+  ChannelArgs args{};
+  args.problem = p;
+  args.problem.height = p.out_height();
+  args.problem.width = p.out_width();
+  args.problem.layout = Layout::kNCHW;
+  args.problem.out_channels = intrinsic * ratio;
+  args.u = y.mutable_data_ptr();
+  args.u_image = intrinsic * P;
+  args.u_is_y = args.stats_only = true;
+  args.w2 = static_cast<const char*>(packed.const_data_ptr()) + at.w2 * compute_size(in.dtype);
+  args.mean2 = mean.mutable_data_ptr();
+  args.var2 = var.mutable_data_ptr();
+  const auto kernel = active_kernels().channels_forward[int(in.dtype)];
+  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return {mean, var};
+}
+
+// ---------------------------------------------------------------------------------------------- training
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
+    const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1, const OptionalTensor& beta1, double eps1,
+    const Tensor& w2, const OptionalTensor& gamma2, const OptionalTensor& beta2, double eps2, int64_t out_channels,
+    int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2, bool keep_u) {
+  const Image in = image_of(x, "x");
+  if (w1.has_value()) check_primary(*w1, in);
+  const int64_t m = w1.has_value() ? w1->size(0) : in.c;
+  const CheapWeights cheap = check_cheap(w2, m, in.dtype);
+  STD_TORCH_CHECK(m <= out_channels && out_channels <= m * cheap.ratio, "out_channels must lie in [", m, ", ",
+                  m * cheap.ratio, "], got ", out_channels);
+  Problem p = plain_conv(in, m, w1.has_value() ? stride : 1);
+  p.out_channels = out_channels;
+  p.ratio = cheap.ratio;
+  p.dw_size = cheap.d;
+  p.act1 = activation(act1, slope1, "act1");
+  p.act2 = activation(act2, slope2, "act2");
+  const int64_t H = p.out_height(), W = p.out_width(), P = H * W;
+  const ScalarType ct = compute_type(in.dtype);
+  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"), g2(gamma2, in.dtype, cheap.g, "gamma2"),
+      b2(beta2, in.dtype, cheap.g, "beta2"), taps(w2, in.dtype, cheap.g * cheap.d * cheap.d, "w2");
+  Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
+  Tensor mean1 = empty({m}, ct), var1 = empty({m}, ct), mean2 = empty({cheap.g}, ct), var2 = empty({cheap.g}, ct);
+  Tensor kept = keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
+
+  // u goes where y will be, if that is float32 or float64 NCHW; else into scratch that dies here.
+  const bool in_place = in.layout == Layout::kNCHW && x.scalar_type() == ct;
+  Tensor scratch = in_place ? out : empty({in.n, m, P}, ct);
+  const int64_t u_image = (in_place ? out_channels : m) * P;
+  compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr(), u_image);
+
+  ChannelArgs args{};
+  args.problem = p;
+  args.problem.height = H;
+  args.problem.width = W;
+  if (keep_u) store_u(scratch.const_data_ptr(), u_image, args.problem, kept, in.layout);
+  args.u = scratch.mutable_data_ptr();
+  args.u_image = u_image;
+  args.w2 = taps.data();
+  args.norm1 = {g1.data(), b1.data(), nullptr, nullptr, eps1};
+  args.norm2 = {g2.data(), b2.data(), nullptr, nullptr, eps2};
+  args.out = out.mutable_data_ptr();
+  args.out_image = out_channels * P;
+  args.y_in_place = in_place;
+  args.mean1 = mean1.mutable_data_ptr();
+  args.var1 = var1.mutable_data_ptr();
+  args.mean2 = mean2.mutable_data_ptr();
+  args.var2 = var2.mutable_data_ptr();
+  const auto kernel = active_kernels().channels_forward[int(in.dtype)];
+  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return {out, mean1, var1, mean2, var2, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backward(
+    const Tensor& grad_out, const Tensor& x, const OptionalTensor& u, const OptionalTensor& w1, const OptionalTensor& gamma1,
+    const OptionalTensor& beta1, const Tensor& mean1, const Tensor& var1, double eps1, const Tensor& w2,
+    const OptionalTensor& gamma2, const OptionalTensor& beta2, const Tensor& mean2, const Tensor& var2, double eps2,
+    int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2, bool batch_stats, bool need_dx, bool need_dw1) {
+  const Image in = image_of(x, "x");
+  if (w1.has_value()) check_primary(*w1, in);
+  const int64_t m = w1.has_value() ? w1->size(0) : in.c, step = w1.has_value() ? stride : 1;
+  const CheapWeights cheap = check_cheap(w2, m, in.dtype);
+  Problem p = plain_conv(in, m, step);
+  const int64_t H = p.out_height(), W = p.out_width(), P = H * W;
+  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.size(0) == in.n && grad_out.size(2) == H && grad_out.size(3) == W &&
+                      grad_out.scalar_type() == x.scalar_type(),
+                  "grad_out must be [", in.n, ", oup, ", H, ", ", W, "] of the dtype of x");
+  p.out_channels = grad_out.size(1);
+  p.ratio = cheap.ratio;
+  p.dw_size = cheap.d;
+  p.act1 = activation(act1, slope1, "act1");
+  p.act2 = activation(act2, slope2, "act2");
+  STD_TORCH_CHECK(m <= p.out_channels && p.out_channels <= m * cheap.ratio, "grad_out must have ", m, " to ", m * cheap.ratio,
+                  " channels, got ", p.out_channels);
+  const ScalarType ct = compute_type(in.dtype);
+  const int64_t taps_count = cheap.d * cheap.d;
+  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"), m1(mean1, in.dtype, m, "mean1"),
+      v1(var1, in.dtype, m, "var1"), g2(gamma2, in.dtype, cheap.g, "gamma2"), b2(beta2, in.dtype, cheap.g, "beta2"),
+      m2(mean2, in.dtype, cheap.g, "mean2"), v2(var2, in.dtype, cheap.g, "var2"),
+      taps(w2, in.dtype, cheap.g * taps_count, "w2");
+
+  // u again, from the kept copy or by the product; du replaces it in place.
+  Tensor scratch = empty({in.n, m, P}, ct);
+  const bool kept = u.has_value() && u->numel() > 0;
+  if (kept) {
+    const Tensor dense = is_dense(*u, Layout::kNCHW) || is_dense(*u, Layout::kNHWC) ? *u : torch::stable::contiguous(*u);
+    const Image ku = image_of(dense, "u");
+    STD_TORCH_CHECK(ku.n == in.n && ku.c == m && ku.h == H && ku.w == W && ku.dtype == in.dtype, "u must be [", in.n, ", ", m,
+                    ", ", H, ", ", W, "] of the dtype of x");
+    compute_u(dense, ku, std::nullopt, m, 1, scratch.mutable_data_ptr(), m * P);
+  } else {
+    compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr(), m * P);
+  }
+
+  // The gradient may arrive expanded or in the other memory format.
+  Layout grad_layout = is_dense(grad_out, in.layout) ? in.layout : is_dense(grad_out, Layout::kNCHW) ? Layout::kNCHW : Layout::kNHWC;
+  Tensor grad = grad_out;
+  if (!is_dense(grad, grad_layout)) {
+    grad_layout = in.layout;
+    grad = torch::stable::contiguous(grad, memory_format(grad_layout));
+  }
+  Tensor dw2 = empty({cheap.g, 1, cheap.d, cheap.d}, ct), dgamma1 = empty({m}, ct), dbeta1 = empty({m}, ct),
+         dgamma2 = empty({cheap.g}, ct), dbeta2 = empty({cheap.g}, ct);
+  ChannelArgs args{};
+  args.problem = p;
+  args.problem.height = H;
+  args.problem.width = W;
+  args.problem.layout = grad_layout;
+  args.u = scratch.mutable_data_ptr();
+  args.u_image = m * P;
+  args.w2 = taps.data();
+  args.norm1 = {g1.data(), b1.data(), m1.data(), v1.data(), eps1};
+  args.norm2 = {g2.data(), b2.data(), m2.data(), v2.data(), eps2};
+  args.grad_out = grad.const_data_ptr();
+  args.batch_stats = batch_stats;
+  args.dw2 = dw2.mutable_data_ptr();
+  args.dgamma1 = dgamma1.mutable_data_ptr();
+  args.dbeta1 = dbeta1.mutable_data_ptr();
+  args.dgamma2 = dgamma2.mutable_data_ptr();
+  args.dbeta2 = dbeta2.mutable_data_ptr();
+  const Kernels& k = active_kernels();
+  const auto channels = k.channels_backward[int(in.dtype)];
+  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { channels(args, b, e); });
+
+  Tensor dx = empty({0}, x.scalar_type()), dw1 = empty({0}, x.scalar_type());
+  if (need_dx) {
+    dx = empty({in.n, in.c, in.h, in.w}, x.scalar_type(), in.layout);
+    if (!w1.has_value()) {
+      store_u(scratch.const_data_ptr(), m * P, args.problem, dx, in.layout);
+    } else {
+      if (step > 1) torch::stable::zero_(dx);  // pixels the strided convolution never read
+      const Param w(*w1, in.dtype, m * in.c, "w1");
+      const Tensor packed = pack_plain(w, in.dtype, in.c, m, 1, in.c);
+      ApplyArgs gemm;
+      gemm.problem = plain_conv({in.n, m, H, W, Layout::kNCHW, in.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32},
+                                in.c, 1);
+      gemm.plan = plan_apply(gemm.problem, cpu_info(threads()));
+      gemm.plan.stream = gemm.plan.stream && in.layout == Layout::kNCHW && x.scalar_type() == ct && step == 1;
+      gemm.x = scratch.const_data_ptr();
+      gemm.x_image = m * P;
+      gemm.packed = packed.const_data_ptr();
+      gemm.residual = nullptr;
+      gemm.out = dx.mutable_data_ptr();
+      gemm.out_layout = in.layout;
+      gemm.out_image = in.c * in.h * in.w;
+      gemm.scatter = step;
+      gemm.scatter_height = in.h;
+      gemm.scatter_width = in.w;
+      const auto kernel = k.apply_from_compute[int(in.dtype)];
+      parallel(gemm.plan.items, [&](int64_t b, int64_t e) { kernel(gemm, b, e); });
+    }
+  }
+  if (need_dw1 && w1.has_value()) {
+    Tensor sums = empty({m, in.c, 1, 1}, ct);
+    WeightGradArgs wg{};
+    wg.problem = plain_conv(in, m, step);
+    wg.du = scratch.const_data_ptr();
+    wg.x = x.const_data_ptr();
+    wg.dw1 = sums.mutable_data_ptr();
+    wg.l2_bytes = cpu_info(1).l2_bytes;
+    const auto kernel = k.weight_grad[int(in.dtype)];
+    parallel(weight_grad_items(wg.problem), [&](int64_t b, int64_t e) { kernel(wg, b, e); });
+    dw1 = x.scalar_type() == ct ? sums : torch::stable::to(sums, x.scalar_type());
+  }
+  if (w2.scalar_type() != ct) dw2 = torch::stable::to(dw2, w2.scalar_type());
+  return {dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2};
+}
+
+void ghost_update_running_(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double momentum,
+                           int64_t count) {
+  const int64_t n = mean.numel();
+  STD_TORCH_CHECK(running_mean.numel() == n && running_var.numel() == n && var.numel() == n, "running statistics must have ", n,
+                  " elements");
+  if (n == 0 || count == 0) return;
+  const double unbias = count > 1 ? double(count) / double(count - 1) : 1.0;
+  const DType storage = dtype_of(running_mean, "running_mean");
+  STD_TORCH_CHECK(running_var.scalar_type() == running_mean.scalar_type() && running_mean.is_contiguous() &&
+                      running_var.is_contiguous(),
+                  "running_mean and running_var must be contiguous and of one dtype");
+  const Param m(mean, storage, n, "mean"), v(var, storage, n, "var");
+  with_dtype(storage, [&](auto zero) {
+    using A = decltype(zero);
+    auto blend = [&](Tensor& running, const A* stat, double factor) {
+      Tensor wide = running.scalar_type() == compute_type(storage) ? running : torch::stable::to(running, compute_type(storage));
+      A* r = static_cast<A*>(wide.mutable_data_ptr());
+      for (int64_t i = 0; i < n; ++i) r[i] = A((1.0 - momentum) * double(r[i]) + momentum * factor * double(stat[i]));
+      if (running.scalar_type() != compute_type(storage)) torch::stable::copy_(running, wide);
+    };
+    blend(running_mean, m.as<A>(), 1.0);
+    blend(running_var, v.as<A>(), unbias);
+  });
+}
+
+}  // namespace
+}  // namespace ghost
+
+STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {
+  m.impl("ghost_pack", TORCH_BOX(&ghost::ghost_pack));
+  m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
+  m.impl("ghost_primary_stats", TORCH_BOX(&ghost::ghost_primary_stats));
+  m.impl("ghost_cheap_stats", TORCH_BOX(&ghost::ghost_cheap_stats));
+  m.impl("ghost_train_forward", TORCH_BOX(&ghost::ghost_train_forward));
+  m.impl("ghost_backward", TORCH_BOX(&ghost::ghost_backward));
+  m.impl("ghost_update_running_", TORCH_BOX(&ghost::ghost_update_running_));
+}

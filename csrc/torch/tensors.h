@@ -1,0 +1,83 @@
+// What the operators need to know of a tensor, on the LibTorch Stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "core/problem.h"
+
+namespace ghost {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Strides of size-1 dimensions mean nothing, as in PyTorch.
+inline bool is_dense(const Tensor& t, Layout layout) {
+  static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+  int64_t expected = 1;
+  for (int d : kOrder[int(layout)]) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  return DType::kFloat32;
+}
+
+inline ScalarType compute_type(DType t) { return t == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+
+inline MemoryFormat memory_format(Layout layout) {
+  return layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, Layout layout = Layout::kNCHW) {
+  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
+                              sizes.size() == 4 ? memory_format(layout) : MemoryFormat::Contiguous);
+}
+
+// A small tensor of parameters in the compute type: the tensor's own memory where it already is, a converted copy otherwise.
+class Param {
+  std::optional<Tensor> tensor_;
+
+ public:
+  Param() = default;
+  Param(const std::optional<Tensor>& t, DType dtype, int64_t numel, const char* name) {
+    if (t.has_value()) init(*t, dtype, numel, name);
+  }
+  Param(const Tensor& t, DType dtype, int64_t numel, const char* name) { init(t, dtype, numel, name); }
+
+  const void* data() const { return tensor_ ? tensor_->const_data_ptr() : nullptr; }
+  template <class A>
+  const A* as() const {
+    return static_cast<const A*>(data());
+  }
+
+ private:
+  void init(const Tensor& t, DType dtype, int64_t numel, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
+    STD_TORCH_CHECK(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
+    dtype_of(t, name);
+    tensor_ = t.scalar_type() == compute_type(dtype) ? t : torch::stable::to(t, compute_type(dtype));
+    if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
+  }
+};
+
+}  // namespace ghost

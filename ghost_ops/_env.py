@@ -1,0 +1,69 @@
+"""Every environment variable of ghost_ops, with its meaning, default and allowed values.
+
+This file imports nothing but the standard library, because the build (setup.py) reads it too.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable. An empty ``choices`` means free text."""
+
+    name: str
+    default: str
+    choices: tuple[str, ...]
+    read_at: str  # "build" or "import"
+    meaning: str
+
+    def get(self) -> str:
+        """The value in force. Raises ValueError if it is not an allowed one."""
+        value = os.environ.get(self.name, "").strip() or self.default
+        if self.choices and value not in self.choices:
+            allowed = ", ".join(repr(choice) for choice in self.choices)
+            raise ValueError(
+                f"environment variable {self.name}={value!r}: expected one of {allowed}"
+            )
+        return value
+
+
+BACKEND = Variable(
+    "GHOST_OPS_BACKEND",
+    "auto",
+    ("auto", "native", "eager"),
+    "import",
+    "What runs: native (fused kernels), eager (plain PyTorch), auto the faster one that can.",
+)
+CPU_ISA = Variable(
+    "GHOST_OPS_CPU_ISA",
+    "auto",
+    ("auto", "avx512", "avx2", "generic"),
+    "import",
+    "Instruction set of the native CPU kernels; auto takes the widest that the processor has.",
+)
+BUILD_CPU = Variable(
+    "GHOST_OPS_BUILD_CPU",
+    "auto",
+    ("auto", "0", "1"),
+    "build",
+    "Native CPU library: 1 must be built, 0 is left out, auto needs a C++ compiler to be present.",
+)
+BUILD_CUDA = Variable(
+    "GHOST_OPS_BUILD_CUDA",
+    "auto",
+    ("auto", "0", "1"),
+    "build",
+    "Native CUDA library: 1 must be built, 0 is left out, auto needs nvcc to be present.",
+)
+CUDA_ARCHS = Variable(
+    "GHOST_OPS_CUDA_ARCHS",
+    "8.0 9.0a 9.0+PTX",
+    (),
+    "build",
+    "GPU architectures to compile for, separated by spaces; +PTX adds code for later ones.",
+)
+
+VARIABLES: tuple[Variable, ...] = (BACKEND, CPU_ISA, BUILD_CPU, BUILD_CUDA, CUDA_ARCHS)

@@ -1,0 +1,154 @@
+"""The activations that can follow each batch norm, and how to name them.
+
+A branch's activation is one of the codes below. The ops take the code and, for leaky ReLU, its
+slope; the modules accept a name or an ``nn.Module`` and read the code back from it.
+
+====  ============  =============================================  ==========================
+code  name          formula                                        module
+====  ============  =============================================  ==========================
+0     none          x                                              Identity, empty Sequential
+1     relu          max(x, 0)                                      ReLU
+2     relu6         min(max(x, 0), 6)                              ReLU6
+3     leaky_relu    x if x > 0 else slope * x                      LeakyReLU
+4     silu          x * sigmoid(x)                                 SiLU
+5     hardswish     x * relu6(x + 3) / 6                           Hardswish
+6     gelu          x * Phi(x)                                     GELU
+7     gelu_tanh     GELU's tanh approximation                      GELU(approximate="tanh")
+====  ============  =============================================  ==========================
+
+NaN goes through every one of them, as it does in PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, GELU, GELU_TANH = range(8)
+
+NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
+CODES = {name: code for code, name in enumerate(NAMES)}
+DEFAULT_SLOPE = 0.01
+
+ActivationSpec = Union[str, nn.Module]
+
+_aten = torch.ops.aten
+
+
+def resolve(activation: ActivationSpec, name: str = "activation") -> tuple[int, float]:
+    """The code and slope of an activation given by name or as a module.
+
+    Args:
+        activation: one of ``NAMES``, or a module of one of the types in the table above.
+        name: the argument's name, for the error message.
+
+    Returns:
+        ``(code, slope)``; the slope is ``DEFAULT_SLOPE`` except for a ``LeakyReLU`` module, which
+        has its own.
+
+    Raises:
+        ValueError: the name, or the type of the module, is not one of them.
+        TypeError: neither a string nor a module.
+    """
+    if isinstance(activation, str):
+        code = CODES.get(activation)
+        if code is None:
+            raise ValueError(f"{name} must be one of {', '.join(NAMES)}, got {activation!r}")
+        return code, DEFAULT_SLOPE
+    if not isinstance(activation, nn.Module):
+        raise TypeError(
+            f"{name} must be a str or an nn.Module, got {type(activation).__name__}: {activation!r}"
+        )
+    found = of_module(activation)
+    if found is None:
+        raise ValueError(
+            f"{name} must be nn.Identity, an empty nn.Sequential, nn.ReLU, nn.ReLU6, nn.LeakyReLU, "
+            f"nn.SiLU, nn.Hardswish or nn.GELU, got {activation!r}"
+        )
+    return found
+
+
+def of_module(module: nn.Module) -> tuple[int, float] | None:
+    """The code and slope of an activation module, or None if it is not one we know.
+
+    Only the exact types count: a subclass may compute something else.
+    """
+    kind = type(module)
+    if kind is nn.ReLU:
+        return RELU, DEFAULT_SLOPE
+    if kind is nn.Identity or (kind is nn.Sequential and len(module) == 0):
+        return NONE, DEFAULT_SLOPE
+    if kind is nn.SiLU:
+        return SILU, DEFAULT_SLOPE
+    if kind is nn.ReLU6:
+        return RELU6, DEFAULT_SLOPE
+    if kind is nn.LeakyReLU:
+        return LEAKY_RELU, float(module.negative_slope)
+    if kind is nn.Hardswish:
+        return HARDSWISH, DEFAULT_SLOPE
+    if kind is nn.GELU:
+        return (GELU_TANH if module.approximate == "tanh" else GELU), DEFAULT_SLOPE
+    return None
+
+
+def make_module(activation: ActivationSpec, name: str = "activation") -> nn.Module:
+    """A new module for an activation (a module is copied, so that no two branches share one).
+
+    Raises:
+        ValueError, TypeError: as ``resolve``.
+    """
+    code, _ = resolve(activation, name)
+    if isinstance(activation, nn.Module):
+        return copy.deepcopy(activation)
+    if code == RELU:
+        return nn.ReLU(inplace=True)
+    if code == RELU6:
+        return nn.ReLU6(inplace=True)
+    if code == LEAKY_RELU:
+        return nn.LeakyReLU(DEFAULT_SLOPE, inplace=True)
+    if code == SILU:
+        return nn.SiLU(inplace=True)
+    if code == HARDSWISH:
+        return nn.Hardswish(inplace=True)
+    if code in (GELU, GELU_TANH):
+        return nn.GELU("tanh" if code == GELU_TANH else "none")
+    return nn.Sequential()
+
+
+def apply(x: Tensor, code: int, slope: float, inplace: bool = False) -> Tensor:
+    """act(x), differentiable twice. ``inplace`` may overwrite x (of any shape) and saves a pass."""
+    if code == NONE:
+        return x
+    if code == RELU:
+        return F.relu(x, inplace)
+    if code == RELU6:
+        return F.relu6(x, inplace)
+    if code == LEAKY_RELU:
+        return F.leaky_relu(x, slope, inplace)
+    if code == SILU:
+        return F.silu(x, inplace)
+    if code == HARDSWISH:
+        return F.hardswish(x, inplace)
+    return F.gelu(x, approximate="tanh" if code == GELU_TANH else "none")
+
+
+def backward(grad: Tensor, x: Tensor, code: int, slope: float) -> Tensor:
+    """grad * act'(x), with x the input of the activation; both of one shape."""
+    if code == NONE:
+        return grad
+    if code == RELU:
+        return _aten.threshold_backward.default(grad, x, 0)
+    if code == RELU6:
+        return _aten.hardtanh_backward.default(grad, x, 0.0, 6.0)
+    if code == LEAKY_RELU:
+        return _aten.leaky_relu_backward.default(grad, x, slope, False)
+    if code == SILU:
+        return _aten.silu_backward.default(grad, x)
+    if code == HARDSWISH:
+        return _aten.hardswish_backward.default(grad, x)
+    approximate = "tanh" if code == GELU_TANH else "none"
+    return _aten.gelu_backward.default(grad, x, approximate=approximate)

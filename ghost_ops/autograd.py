@@ -1,0 +1,350 @@
+"""The autograd function over the ops, and the choice of path around it.
+
+What is saved for backward: x, the parameters, the statistics per channel; and u (the primary
+convolution's output) where it has at most a quarter as many bytes as x. Never the output, so an
+in-place ``out += shortcut`` afterwards is legal. Backward recomputes the rest.
+
+A primary convolution that is a plain 1x1 (groups 1, no padding, one stride) goes into the fused
+ops. Any other runs through the library convolution, and what comes after it is fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends, eager_ops, ops
+from .reference import Norms, Settings, ghost_formula
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def ops_named(backend: str) -> Any:
+    """The functions ``ghost_*`` of a backend: the operators, or eager ones called directly."""
+    return ops.native if backend == "native" else eager_ops
+
+
+def ops_for(x: Tensor) -> Any:
+    """The functions ``ghost_*`` that compute on x."""
+    return ops_named(backends.select(x.device.type, x.dtype))
+
+
+def needs_grad(x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms) -> bool:
+    """Whether autograd records this call."""
+    if not torch.is_grad_enabled():
+        return False
+    n = norms
+    return any(
+        t is not None and t.requires_grad
+        for t in (x, w1, w2, n.gamma1, n.beta1, n.gamma2, n.beta2)
+    )
+
+
+def is_fused_primary(w1: Tensor, settings: Settings) -> bool:
+    """Whether the primary convolution is one that the ops have in them."""
+    s = settings
+    return (
+        s.groups == 1
+        and s.padding == (0, 0)
+        and s.stride[0] == s.stride[1]
+        and w1.size(2) == 1
+        and w1.size(3) == 1
+    )
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself if its memory is dense, NCHW or channels_last; else a copy that is.
+
+    The copy has the format that the strides of x are nearest to, which is what PyTorch's own
+    convolutions do with sliced or expanded inputs.
+    """
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous(memory_format=_nearest_format(x))
+
+
+def _nearest_format(x: Tensor) -> torch.memory_format:
+    least = 0
+    for dim in (1, 3, 2, 0):
+        stride = x.stride(dim)
+        if x.size(dim) == 0 or stride < least or (dim == 0 and stride == x.stride(1)):
+            return torch.contiguous_format
+        if dim == 1 and stride == 0:
+            return torch.contiguous_format
+        least = stride * max(x.size(dim), 1)
+    return torch.channels_last
+
+
+def _packable(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def library_conv(x: Tensor, w1: Tensor, settings: Settings) -> Tensor:
+    """u, from the library convolution."""
+    s = settings
+    return F.conv2d(x, w1, None, s.stride, s.padding, s.dilation, s.groups)
+
+
+def frozen_forward(
+    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
+) -> Tensor:
+    """The module with constant statistics, outside autograd. x dense; w1 None: x is u."""
+    functions = ops_for(x)
+    if functions is eager_ops and x.dtype in LOW_PRECISION:
+        # Folding in low precision would lose digits, and in float32 it would be slow.
+        out = ghost_formula(x, w1, w2, norms, settings)
+        return out.contiguous(memory_format=eager_ops.memory_format(x))
+    packed = pack(functions, w1, w2, norms, settings)
+    m = x.size(1) if w1 is None else w1.size(0)
+    arguments = apply_arguments(m, w2, settings, w1 is not None)
+    return functions.ghost_apply(x, packed, None, *arguments)
+
+
+def pack(
+    functions: Any, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
+) -> Tensor:
+    """Packed parameters for ``apply_arguments``. w1 None: without primary convolution."""
+    gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2 = map(_packable, norms)
+    return functions.ghost_pack(
+        _packable(w1), gamma1, beta1, mean1, var1, settings.eps1,
+        _packable(w2), gamma2, beta2, mean2, var2, settings.eps2,
+    )  # fmt: skip
+
+
+def apply_arguments(m: int, w2: Tensor, settings: Settings, has_primary: bool) -> tuple:
+    """What ``ghost_apply`` takes after x, packed and residual, for m intrinsic maps."""
+    s = settings
+    return (
+        m, s.out_channels, w2.size(0) // m + 1, w2.size(-1), s.stride[0] if has_primary else 1,
+        s.act1, s.slope1, s.act2, s.slope2, has_primary,
+    )  # fmt: skip
+
+
+def train_forward(
+    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings, keep_u: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, mean1, var1, mean2, var2, u or empty), outside autograd. x dense; w1 None: x is u."""
+    n, s = norms, settings
+    return ops_for(x).ghost_train_forward(
+        x, _packable(w1), _packable(n.gamma1), _packable(n.beta1), s.eps1,
+        _packable(w2), _packable(n.gamma2), _packable(n.beta2), s.eps2,
+        s.out_channels, 1 if w1 is None else s.stride[0],
+        s.act1, s.slope1, s.act2, s.slope2, keep_u,
+    )  # fmt: skip
+
+
+def _keeps_u(x: Tensor, w1: Tensor, settings: Settings) -> bool:
+    """The memory contract's rule: u has at most a quarter of the elements of x."""
+    s, m = settings, w1.size(0)
+    n, _, h, w = x.shape
+    ho = (h + 2 * s.padding[0] - s.dilation[0] * (w1.size(2) - 1) - 1) // s.stride[0] + 1
+    wo = (w + 2 * s.padding[1] - s.dilation[1] * (w1.size(3) - 1) - 1) // s.stride[1] + 1
+    return n * m * ho * wo * 4 <= x.numel()
+
+
+class GhostModuleFunction(torch.autograd.Function):
+    """``ghost_formula`` with fused forward and backward, differentiable twice.
+
+    Inputs: x, w1 (None: x is u), w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2,
+    settings, batch_stats. With batch_stats the mean and var arguments are None, and the result is
+    (out, mean1, var1, mean2, var2), the statistics not differentiable; without, it is out alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor | None,
+        w2: Tensor,
+        gamma1: Tensor | None,
+        beta1: Tensor | None,
+        mean1: Tensor | None,
+        var1: Tensor | None,
+        gamma2: Tensor | None,
+        beta2: Tensor | None,
+        mean2: Tensor | None,
+        var2: Tensor | None,
+        settings: Settings,
+        batch_stats: bool,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.batch_stats = settings, batch_stats
+        norms = Norms(gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2)
+        data, fused = dense(x), w1 is not None and is_fused_primary(w1, settings)
+        keep = w1 is not None and _keeps_u(x, w1, settings)
+        weight, u = w1 if fused else None, None
+        if w1 is not None and not fused:
+            data = dense(library_conv(data, w1, settings))
+            u = data if keep else None
+        if not batch_stats:
+            out = frozen_forward(data, weight, w2, norms, settings)
+            ctx.save_for_backward(x, w1, w2, *norms, u)
+            return out
+        out, *stats, kept = train_forward(data, weight, w2, norms, settings, keep and fused)
+        ctx.mark_non_differentiable(*stats)
+        mean1, var1, mean2, var2 = stats
+        u = kept if keep and fused else u
+        ctx.save_for_backward(
+            x, w1, w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, u
+        )
+        return out, mean1, var1, mean2, var2
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 13
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_backward(ctx, grad_out)
+        device_type = grad_out.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return _fused_backward(ctx, grad_out)
+        return _fused_backward(ctx, grad_out)
+
+
+def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Backward through ``ghost_backward``; nothing in it is differentiable again."""
+    x, w1, w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, u = ctx.saved_tensors
+    s, needs = ctx.settings, ctx.needs_input_grad
+    need_dx, need_dw1 = needs[0], w1 is not None and needs[1]
+    fused = w1 is not None and is_fused_primary(w1, s)
+    data = dense(x)
+    through_conv = w1 is not None and not fused
+    if through_conv:
+        u = dense(library_conv(data, w1, s)) if u is None else u
+    weight = _packable(w1) if fused else None
+    dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2 = ops_for(x).ghost_backward(
+        grad_out, u if through_conv else data, u if fused else None,
+        weight, _packable(gamma1), _packable(beta1), _packable(mean1), _packable(var1), s.eps1,
+        _packable(w2), _packable(gamma2), _packable(beta2), _packable(mean2), _packable(var2),
+        s.eps2, s.stride[0] if fused else 1, s.act1, s.slope1, s.act2, s.slope2, ctx.batch_stats,
+        (need_dx or need_dw1) if through_conv else need_dx, need_dw1 and fused,
+    )  # fmt: skip
+    if through_conv and (need_dx or need_dw1):
+        dx, dw1, _ = torch.ops.aten.convolution_backward.default(
+            dx, data, w1, None, s.stride, s.padding, s.dilation, False, (0, 0), s.groups,
+            [need_dx, need_dw1, False],
+        )  # fmt: skip
+    ghosts = w2.size(0) > 0  # without any, those parameters take no part, as in the reference
+    return (
+        dx if need_dx else None,
+        dw1 if need_dw1 else None,
+        dw2 if needs[2] and ghosts else None,
+        _gradient(dgamma1, gamma1, needs[3]),
+        _gradient(dbeta1, beta1, needs[4]),
+        None,
+        None,
+        _gradient(dgamma2, gamma2, needs[7] and ghosts),
+        _gradient(dbeta2, beta2, needs[8] and ghosts),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
+    """The gradient in the parameter's dtype, if it is wanted."""
+    if parameter is None or not needed:
+        return None
+    return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
+
+
+def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Backward with a graph of its own, through the reference formula."""
+    *tensors, _ = ctx.saved_tensors
+    needs = ctx.needs_input_grad[: len(tensors)]
+    # Aliases, so that the gradient of one input does not run on into another that depends on it.
+    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs)]
+    x, w1, w2, *rest = tensors
+    norms = Norms(*rest)
+    if ctx.batch_stats:
+        norms = norms._replace(mean1=None, var1=None, mean2=None, var2=None)
+    with torch.autocast(grad_out.device.type, enabled=False):
+        out = ghost_formula(x, w1, w2, norms, ctx.settings)
+        wanted = [t for t, need in zip(tensors, needs) if need]
+        grads = torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True)
+    found = iter(grads)
+    return *(next(found) if need else None for need in needs), None, None
+
+
+def run(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    batch_stats: bool,
+    momentum1: float,
+    momentum2: float,
+) -> Tensor:
+    """The Ghost module on checked arguments, by the path that grad mode and autocast ask for.
+
+    With batch_stats, the mean and var of norms are the running statistics to update, or None.
+    """
+    n = norms
+    if forward_ad._current_level >= 0 and _has_tangent((x, w1, w2, *norms)):
+        raise NotImplementedError(
+            "ghost_module has no forward-mode derivative; ghost_ops.reference.GhostModule, plain "
+            "PyTorch with the same parameters, has one"
+        )
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        # As autocast treats the convolutions of the reference: their operands, float64 excepted.
+        to = torch.get_autocast_dtype(device_type)
+        x, w1, w2 = (
+            t if t is None or t.dtype in (to, torch.float64) else t.to(to) for t in (x, w1, w2)
+        )
+        with torch.autocast(device_type, enabled=False):
+            return run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
+    if needs_grad(x, w1, w2, norms):
+        constants = norms if not batch_stats else norms._replace(
+            mean1=None, var1=None, mean2=None, var2=None
+        )
+        result = GhostModuleFunction.apply(x, w1, w2, *constants, settings, batch_stats)
+    else:
+        data = dense(x)
+        if w1 is not None and not is_fused_primary(w1, settings):
+            data, w1 = dense(library_conv(data, w1, settings)), None
+        if batch_stats:
+            result = train_forward(data, w1, w2, norms, settings, False)
+        else:
+            result = frozen_forward(data, w1, w2, norms, settings)
+    if not batch_stats:
+        return result
+    out, mean1, var1, mean2, var2 = result[:5]
+    count = out.numel() // out.size(1)
+    _update_running(x, n.mean1, n.var1, mean1, var1, momentum1, count)
+    if w2.size(0):
+        _update_running(x, n.mean2, n.var2, mean2, var2, momentum2, count)
+    return out
+
+
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _update_running(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    if running_mean is None or running_var is None or count == 0:
+        return
+    functions = ops_for(x)
+    if functions is eager_ops or not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        with torch.no_grad():
+            eager_ops.ghost_update_running_(running_mean, running_var, mean, var, momentum, count)
+        return
+    functions.ghost_update_running_(running_mean, running_var, mean, var, momentum, count)
+    if not torch.compiler.is_compiling() and not running_mean.is_inference():
+        # The kernel writes memory that autograd does not watch: tell it, and tell caches.
+        torch.autograd.graph.increment_version((running_mean, running_var))

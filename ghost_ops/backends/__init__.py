@@ -1,0 +1,157 @@
+"""Which implementation runs: the choice among the backends, by device and dtype.
+
+A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok, reason)``:
+
+``native``  fused kernels of the compiled libraries
+``eager``   plain PyTorch operators
+
+The request is ``"auto"`` (the fastest that can run), ``"native"`` or ``"eager"``; it comes from the
+environment variable GHOST_OPS_BACKEND and is changed with :func:`use_backend`. An explicit request
+that cannot be met raises; ``"auto"`` falls back to eager and says so once.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+import torch
+
+from .. import _env
+from . import cuda, eager, native
+
+BACKENDS: dict[str, ModuleType] = {native.name: native, eager.name: eager}
+
+_requested: str = _env.BACKEND.get()
+_env.CPU_ISA.get()  # a wrong value is an error at import, not at the first call
+_lock = threading.RLock()
+_cache: dict[tuple[str, str, torch.dtype], str] = {}
+_announced: set[str] = set()
+
+
+def requested() -> str:
+    """The request in force: ``"auto"``, ``"native"`` or ``"eager"``."""
+    return _requested
+
+
+def select(device_type: str, dtype: torch.dtype) -> str:
+    """Name of the backend that computes on ``device_type`` (such as ``"cpu"``) in ``dtype``.
+
+    Costs a dictionary lookup after the first call.
+
+    Raises:
+        RuntimeError: the backend was requested explicitly and cannot run; the message says why.
+    """
+    return _select(_requested, device_type, dtype)
+
+
+def _select(request: str, device_type: str, dtype: torch.dtype) -> str:
+    found = _cache.get((request, device_type, dtype))
+    return found if found is not None else _choose(request, device_type, dtype)
+
+
+# torch.compile takes the choice as a constant of the graph and checks only `_requested` again. This
+# is what torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _choose(request: str, device_type: str, dtype: torch.dtype) -> str:
+    with _lock:
+        if request == "auto":
+            ok, reason = native.can_run(device_type, dtype)
+            chosen = native.name if ok else eager.name
+            if not ok:
+                _announce(device_type, reason)
+        else:
+            ok, reason = BACKENDS[request].can_run(device_type, dtype)
+            if not ok:
+                raise RuntimeError(
+                    f"backend {request!r} was requested and cannot run on device type "
+                    f"{device_type!r} in {dtype}: {reason}"
+                )
+            chosen = request
+        _cache[request, device_type, dtype] = chosen
+        return chosen
+
+
+def _announce(device_type: str, reason: str) -> None:
+    # Meta tensors compute nothing, so nothing is slow there.
+    if device_type == "meta" or (message := f"{device_type}: {reason}") in _announced:
+        return
+    _announced.add(message)
+    warnings.warn(
+        f"ghost_ops runs plain PyTorch operators on device type {device_type!r}, slower and with "
+        f"more memory than its fused kernels: {reason}. `python -m ghost_ops` shows more; "
+        "ghost_ops.use_backend('eager') chooses this on purpose and without a warning.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+class use_backend:
+    """Request a backend: as a plain call until further notice, or in a ``with`` block.
+
+    Args:
+        name: ``"auto"``, ``"native"`` or ``"eager"``.
+
+    The request holds for the whole process, so that it also reaches the threads in which autograd
+    runs backward passes.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+        RuntimeError: ``name`` is ``"native"`` and no native library can be loaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        if name not in _env.BACKEND.choices:
+            allowed = ", ".join(repr(choice) for choice in _env.BACKEND.choices)
+            raise ValueError(f"use_backend: name must be one of {allowed}, got {name!r}")
+        if name == native.name and not (native.load() or cuda.load()):
+            raise RuntimeError(f"backend 'native' cannot run: {native.reason()}")
+        with _lock:
+            self._previous = _requested
+            _requested = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _requested
+        with _lock:
+            _requested = self._previous
+
+
+class Row(NamedTuple):
+    """One line of :func:`status`: what runs on a device in a dtype, and why."""
+
+    device: str
+    dtype: str
+    backend: str
+    reason: str
+
+
+def status(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
+    """The backend that the present request gives for every device and dtype, with the reason.
+
+    Warns and raises nothing: a request that cannot be met reads ``backend="none"``.
+    """
+    return [_row(device, dtype) for device in devices for dtype in native.DTYPES]
+
+
+def _row(device: str, dtype: torch.dtype) -> Row:
+    dtype_name = str(dtype).removeprefix("torch.")
+    ok, reason = native.can_run(device, dtype)
+    if _requested == eager.name:
+        return Row(device, dtype_name, eager.name, "requested")
+    if ok:
+        return Row(device, dtype_name, native.name, reason)
+    backend = eager.name if _requested == "auto" else "none"
+    return Row(device, dtype_name, backend, reason)

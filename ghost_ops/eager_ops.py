@@ -1,0 +1,410 @@
+"""The ops of ``ops.py`` in plain PyTorch: one function for each, same name, same signature.
+
+They run wherever no native kernel is registered, and where the eager backend is asked for; then
+``functional.py`` calls them directly, so that torch.compile traces through them. A forward costs
+the passes over memory that the reference costs, a backward one more forward (it recomputes).
+
+Notation, in every function: x [N, C, H, W]; w1 [m, C, 1, 1]; w2 [g, 1, d, d]; gamma1, beta1,
+mean1, var1 [m]; gamma2, beta2, mean2, var2 [g]; out [N, oup, Ho, Wo]. Statistics, packed parameters
+and the gradients of gamma and beta are in the compute dtype: float64 for float64, else float32.
+Reductions are PyTorch's own: their bits may depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import activations
+
+_aten = torch.ops.aten
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format of results for input x: channels_last only where x is that and not also NCHW."""
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def packed_offsets(channels: int, m: int, g: int, d: int, has_primary: bool) -> tuple[int, ...]:
+    """Where the four parts of a packed tensor end; the last one is its numel.
+
+    The parts are w1 * scale1 and shift1 (or scale1 and shift1 alone), w2 * scale2 and shift2. The
+    first two are rounded up to 12 channels, the native kernels' register block.
+    """
+    if has_primary:
+        rows = -(-m // 12) * 12
+        first, second = rows * channels, rows
+    else:
+        first, second = m, m
+    third = first + second + g * d * d
+    return first, first + second, third, third + g
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype is dtype else t.to(dtype)
+
+
+def _scale_shift(
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    size: int,
+    like: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Batch norm as v * scale + shift. A missing mean or var is 0 or 1 - eps: it folds to gamma."""
+    gamma, beta = _cast(gamma, dtype), _cast(beta, dtype)
+    mean, var = _cast(mean, dtype), _cast(var, dtype)
+    if var is not None:
+        scale = torch.rsqrt(var + eps)
+        scale = scale if gamma is None else scale * gamma
+    else:
+        scale = like.new_ones(size, dtype=dtype) if gamma is None else gamma
+    if mean is None:
+        shift = like.new_zeros(size, dtype=dtype) if beta is None else beta
+    else:
+        shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    return scale, shift
+
+
+def ghost_pack(
+    w1: Tensor | None,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    mean1: Tensor | None,
+    var1: Tensor | None,
+    eps1: float,
+    w2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    mean2: Tensor | None,
+    var2: Tensor | None,
+    eps2: float,
+) -> Tensor:
+    """Both batch norms folded into the weights: 1-D, of ``packed_offsets``'s size."""
+    m = _intrinsic(w1, gamma1, beta1, mean1, var1)
+    g, d = w2.size(0), w2.size(-1)
+    dtype = compute_dtype(w2.dtype)
+    scale1, shift1 = _scale_shift(gamma1, beta1, mean1, var1, eps1, m, w2, dtype)
+    scale2, shift2 = _scale_shift(gamma2, beta2, mean2, var2, eps2, g, w2, dtype)
+    folded2 = (_cast(w2, dtype) * scale2.view(-1, 1, 1, 1)).reshape(-1)
+    if w1 is None:
+        return torch.cat([scale1, shift1, folded2, shift2])
+    channels = w1.size(1)
+    first, second, _, _ = packed_offsets(channels, m, g, d, True)
+    folded1 = (_cast(w1, dtype).reshape(m, channels) * scale1.view(-1, 1)).reshape(-1)
+    if first > m * channels:
+        folded1 = F.pad(folded1, (0, first - m * channels))
+        shift1 = F.pad(shift1, (0, second - first - m))
+    return torch.cat([folded1, shift1, folded2, shift2])
+
+
+def _intrinsic(w1: Tensor | None, *per_channel: Tensor | None) -> int:
+    """m, from the primary weight or the first batch norm."""
+    for t in (w1, *per_channel):
+        if t is not None:
+            return t.size(0)
+    raise RuntimeError("ghost_pack: without w1, gamma1, beta1, mean1 or var1 must be given")
+
+
+def _join(y: Tensor, z: Tensor | None, out_channels: int, x: Tensor) -> Tensor:
+    """concat(y, z)[:, :out_channels] as a dense tensor in the dtype and memory format of x."""
+    m = y.size(1)
+    if z is None:
+        out = y if out_channels == m else y[:, :out_channels]
+    else:
+        out = torch.cat([y, z if out_channels == m + z.size(1) else z[:, : out_channels - m]], 1)
+    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def ghost_apply(
+    x: Tensor,
+    packed: Tensor,
+    residual: Tensor | None,
+    intrinsic: int,
+    out_channels: int,
+    ratio: int,
+    dw_size: int,
+    stride: int,
+    act1: int,
+    slope1: float,
+    act2: int,
+    slope2: float,
+    has_primary: bool,
+) -> Tensor:
+    """The whole module with folded batch norms; plus the residual, if one is given.
+
+    Computes in the dtype of ``packed``: weights with a batch norm folded in would lose digits in
+    bfloat16 or float16 that the module without folding keeps.
+    """
+    g = intrinsic * (ratio - 1)
+    y = _intrinsic_maps(x, packed, intrinsic, g, dw_size, stride, act1, slope1, has_primary)
+    z = None
+    if g:
+        _, second, third, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+        w2 = packed[second:third].view(g, 1, dw_size, dw_size)
+        z = F.conv2d(y, w2, packed[third:end], 1, dw_size // 2, 1, intrinsic)
+        z = activations.apply(z, act2, slope2, inplace=True)
+    out = _join(y, z, out_channels, x)
+    return out if residual is None else out.add_(residual)
+
+
+def _intrinsic_maps(
+    x: Tensor,
+    packed: Tensor,
+    m: int,
+    g: int,
+    d: int,
+    stride: int,
+    act1: int,
+    slope1: float,
+    has_primary: bool,
+) -> Tensor:
+    """y [N, m, Ho, Wo] in the dtype of the packed parameters."""
+    channels = x.size(1)
+    first, second, _, end = packed_offsets(channels, m, g, d, has_primary)
+    if packed.numel() != end:
+        raise RuntimeError(
+            f"packed has {packed.numel()} elements; {channels} input channels, {m} intrinsic and "
+            f"{g} ghost maps with a {d}x{d} kernel need {end}"
+        )
+    if has_primary:
+        w1 = packed[: m * channels].view(m, channels, 1, 1)
+        y = F.conv2d(x.to(packed.dtype), w1, packed[first : first + m], stride)
+    else:
+        scale, shift = packed[:first], packed[first:second]
+        zero, one = torch.zeros_like(shift), torch.ones_like(scale)
+        y = F.batch_norm(x.to(packed.dtype), zero, one, scale, shift, eps=0.0)
+    return activations.apply(y, act1, slope1, inplace=True)
+
+
+def _statistics(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over N, H, W, in the compute dtype; zeros where there is nothing."""
+    dtype = compute_dtype(u.dtype)
+    channels = u.size(1)
+    if u.numel() == 0:
+        return u.new_zeros(channels, dtype=dtype), u.new_zeros(channels, dtype=dtype)
+    if torch.compiler.is_compiling():
+        var, mean = torch.var_mean(_cast(u, dtype), (0, 2, 3), correction=0)
+        return mean, var
+    # Batch norm's own statistics, which need no float32 copy of u. The running statistics are
+    # there to make the results float32; with momentum 1 their old values do not count.
+    sink = u.new_zeros(channels, dtype=dtype)
+    mean, var = torch.batch_norm_update_stats(u, sink, torch.zeros_like(sink), 1.0)
+    return mean, var
+
+
+def ghost_primary_stats(x: Tensor, w1: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [m] of u = conv(x, w1)."""
+    return _statistics(F.conv2d(x, w1, None, stride))
+
+
+def ghost_cheap_stats(
+    x: Tensor,
+    packed: Tensor,
+    intrinsic: int,
+    ratio: int,
+    dw_size: int,
+    stride: int,
+    act1: int,
+    slope1: float,
+    has_primary: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [g] of v; ``packed`` was built without batch norm 2."""
+    g = intrinsic * (ratio - 1)
+    y = _intrinsic_maps(x, packed, intrinsic, g, dw_size, stride, act1, slope1, has_primary)
+    if g == 0:
+        return packed.new_empty(0), packed.new_empty(0)
+    _, second, third, _ = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    w2 = packed[second:third].view(g, 1, dw_size, dw_size)
+    return _statistics(F.conv2d(y, w2, None, 1, dw_size // 2, 1, intrinsic))
+
+
+def _norm(
+    u: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm of u with given statistics; parameters in the compute dtype, result as u."""
+    dtype = compute_dtype(u.dtype)
+    mean, var = _cast(mean, dtype), _cast(var, dtype)
+    return F.batch_norm(u, mean, var, _cast(gamma, dtype), _cast(beta, dtype), False, 0.0, eps)
+
+
+def ghost_train_forward(
+    x: Tensor,
+    w1: Tensor | None,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    eps1: float,
+    w2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    eps2: float,
+    out_channels: int,
+    stride: int,
+    act1: int,
+    slope1: float,
+    act2: int,
+    slope2: float,
+    keep_u: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, mean1, var1, mean2, var2, u or empty), normalised with the batch's statistics."""
+    u = x if w1 is None else F.conv2d(x, w1, None, stride)
+    mean1, var1 = _statistics(u)
+    y = _norm(u, mean1, var1, gamma1, beta1, eps1)
+    y = activations.apply(y, act1, slope1, inplace=True)
+    if w2.size(0) == 0:
+        z, mean2, var2 = None, mean1.new_empty(0), var1.new_empty(0)
+    else:
+        v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
+        mean2, var2 = _statistics(v)
+        z = _norm(v, mean2, var2, gamma2, beta2, eps2)
+        z = activations.apply(z, act2, slope2, inplace=True)
+    out = _join(y, z, out_channels, x)
+    if not keep_u:
+        return out, mean1, var1, mean2, var2, x.new_empty(0)
+    # The results of an op may not alias its arguments.
+    kept = u.clone() if w1 is None else u.contiguous(memory_format=memory_format(x))
+    return out, mean1, var1, mean2, var2, kept
+
+
+def _norm_backward(
+    grad: Tensor,
+    u: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(du, dgamma, dbeta) of batch norm."""
+    dtype = compute_dtype(u.dtype)
+    mean, var = _cast(mean, dtype), _cast(var, dtype)
+    layout = memory_format(u)
+    # With one layout throughout, PyTorch takes its vectorised path.
+    grad = grad.contiguous(memory_format=layout)
+    invstd = torch.rsqrt(var + eps)
+    du, dgamma, dbeta = _aten.native_batch_norm_backward.default(
+        grad, u, _cast(gamma, dtype), mean, var, mean, invstd, batch_stats, eps, [True, True, True]
+    )
+    return du, dgamma, dbeta
+
+
+def _zero_gradients(
+    x: Tensor, w1: Tensor | None, w2: Tensor, m: int, need_dx: bool, need_dw1: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of a batch of no images."""
+    per_channel = x.new_zeros(m, dtype=compute_dtype(x.dtype))
+    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
+    dw1 = torch.zeros_like(w1) if need_dw1 and w1 is not None else x.new_empty(0)
+    per_ghost = per_channel.new_zeros(w2.size(0))
+    dgamma1, dbeta1 = per_channel, per_channel.clone()
+    return dx, dw1, dgamma1, dbeta1, torch.zeros_like(w2), per_ghost, per_ghost.clone()
+
+
+def ghost_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    u: Tensor | None,
+    w1: Tensor | None,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    mean1: Tensor,
+    var1: Tensor,
+    eps1: float,
+    w2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    eps2: float,
+    stride: int,
+    act1: int,
+    slope1: float,
+    act2: int,
+    slope2: float,
+    batch_stats: bool,
+    need_dx: bool,
+    need_dw1: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2); everything between is recomputed.
+
+    Backwards through the formula of ``reference.py``::
+
+        dv  = bn2'(act2'(grad of z)),  dw2 = dv correlated with y
+        dy  = grad of y + w2 applied backwards to dv
+        du  = bn1'(act1'(dy)),  dw1 = du correlated with x,  dx = w1 applied backwards to du
+    """
+    m, g = mean1.size(0), w2.size(0)
+    if x.numel() == 0:
+        return _zero_gradients(x, w1, w2, m, need_dx, need_dw1)
+    if u is None:
+        u = x if w1 is None else F.conv2d(x, w1, None, stride)
+    y_in = _norm(u, mean1, var1, gamma1, beta1, eps1)
+    dy = grad_out[:, :m]
+    if g:
+        y = activations.apply(y_in, act1, slope1)
+        padding = w2.size(-1) // 2
+        v = F.conv2d(y, w2, None, 1, padding, 1, m)
+        z_in = _norm(v, mean2, var2, gamma2, beta2, eps2)
+        dz = grad_out[:, m:]
+        if dz.size(1) < g:
+            dz = F.pad(dz, (0, 0, 0, 0, 0, g - dz.size(1)))
+        dz = activations.backward(dz, z_in, act2, slope2)
+        dv, dgamma2, dbeta2 = _norm_backward(dz, v, mean2, var2, gamma2, eps2, batch_stats)
+        from_v, dw2, _ = _aten.convolution_backward.default(
+            dv, y, w2, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], m,
+            [True, True, False],
+        )  # fmt: skip
+        dy = from_v.add_(dy)
+    else:
+        dw2 = torch.zeros_like(w2)
+        dgamma2, dbeta2 = mean1.new_empty(0), mean1.new_empty(0)
+        if dy.size(1) < m:
+            dy = F.pad(dy, (0, 0, 0, 0, 0, m - dy.size(1)))
+    dy = activations.backward(dy, y_in, act1, slope1)
+    du, dgamma1, dbeta1 = _norm_backward(dy, u, mean1, var1, gamma1, eps1, batch_stats)
+
+    dx, dw1 = x.new_empty(0), w2.new_empty(0)
+    if w1 is None:
+        if need_dx:
+            dx = du.contiguous(memory_format=memory_format(x))
+    elif need_dx or need_dw1:
+        grad_x, grad_w, _ = _aten.convolution_backward.default(
+            du, x, w1, None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1,
+            [need_dx, need_dw1, False],
+        )  # fmt: skip
+        dx = grad_x.contiguous(memory_format=memory_format(x)) if need_dx else dx
+        dw1 = grad_w.contiguous() if need_dw1 else dw1
+    return dx, dw1, dgamma1, dbeta1, dw2.contiguous(), dgamma2, dbeta2
+
+
+def ghost_update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    count: int,
+) -> None:
+    """running = (1 - momentum) * running + momentum * stat, the variance made unbiased first.
+
+    An empty batch (count 0) changes nothing, as in PyTorch.
+    """
+    if count == 0:
+        return
+    unbiased = var * (count / (count - 1)) if count > 1 else var
+    for running, stat in ((running_mean, mean), (running_var, unbiased)):
+        if running.dtype is stat.dtype:
+            running.lerp_(stat, momentum)
+        else:
+            running.copy_(torch.lerp(running.to(stat.dtype), stat, momentum))

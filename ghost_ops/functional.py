@@ -1,0 +1,350 @@
+"""The Ghost module as a function of tensors, for those who hold them."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from . import activations
+from .activations import ActivationSpec
+from .autograd import GhostModuleFunction, run
+from .eager_ops import compute_dtype
+from .reference import Norms, Settings
+
+__all__ = ["GhostModuleFunction", "ghost_module"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WIDE = {dtype: compute_dtype(dtype) for dtype in _DTYPES}
+
+IntPair = Union[int, tuple[int, int]]
+FloatPair = Union[float, tuple[float, float]]
+
+
+def ghost_module(
+    x: Tensor,
+    primary_weight: Tensor | None,
+    cheap_weight: Tensor,
+    *,
+    primary_bn_weight: Tensor | None = None,
+    primary_bn_bias: Tensor | None = None,
+    primary_running_mean: Tensor | None = None,
+    primary_running_var: Tensor | None = None,
+    cheap_bn_weight: Tensor | None = None,
+    cheap_bn_bias: Tensor | None = None,
+    cheap_running_mean: Tensor | None = None,
+    cheap_running_var: Tensor | None = None,
+    out_channels: int | None = None,
+    training: bool = False,
+    momentum: FloatPair = 0.1,
+    eps: FloatPair = 1e-5,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    activation: ActivationSpec = "relu",
+    cheap_activation: ActivationSpec | None = None,
+) -> Tensor:
+    """Ghost module: intrinsic maps and their cheap ghosts, as ``F.batch_norm`` treats its tensors.
+
+    ::
+
+        u   = conv(x, primary_weight)         C -> m channels
+        y   = activation(bn1(u))
+        v   = depthwise(y, cheap_weight)      groups m, zero padding d // 2; ghost channel
+                                              i * (ratio - 1) + j reads intrinsic map i
+        z   = cheap_activation(bn2(v))
+        out = concat(y, z)[:, :out_channels]
+
+    Differentiable twice in x, both weights, and the weights and biases of both batch norms; not
+    in forward mode. Saves for backward x, the parameters and the statistics per channel, and u only
+    where it has at most a quarter of x's elements.
+
+    A primary convolution other than 1x1 with groups 1 and padding 0 runs through the library
+    convolution; the rest is fused from its output on.
+
+    Args:
+        x: [N, C, H, W], in float32, float64, bfloat16 or float16. NCHW and channels_last are used
+            as they are, and the result has the same layout (NCHW where x is both, as with C = 1);
+            any other x (sliced, expanded) is copied to the nearer of the two first.
+        primary_weight: [m, C / groups, k, k], or None: x already is u, and C = m.
+        cheap_weight: [g, 1, d, d] with d odd and g a multiple of m; ratio = g / m + 1.
+        primary_bn_weight, primary_bn_bias: [m], or None for 1 and 0.
+        primary_running_mean, primary_running_var: [m]; may both be None in training.
+        cheap_bn_weight, cheap_bn_bias, cheap_running_mean, cheap_running_var: [g], likewise.
+        out_channels: channels of the result, from m to m + g; m + g if None.
+        training: normalise with the batch's statistics and update the running ones; otherwise with
+            the running ones.
+        momentum: share of the batch's statistics in the updated running ones; one number, or one
+            for each batch norm.
+        eps: added to the variance; one number, or one for each batch norm.
+        stride, padding, dilation, groups: of the primary convolution.
+        activation, cheap_activation: a name of ``ghost_ops.activations`` or a module;
+            cheap_activation is activation if None.
+
+    The two weights have the dtype of x; under autocast all three are cast as a convolution's are.
+    The batch norms' tensors have that dtype or float32 (float64 with float64).
+
+    Returns:
+        [N, out_channels, Ho, Wo], in the dtype of x (under autocast, in autocast's). An empty batch
+        gives an empty result, and leaves the running statistics as they are.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit; no running statistics and not
+            training; a stride that is not positive.
+        ValueError: x is 3-D; an even d; an unknown activation; training with one value per channel.
+        TypeError: an argument of the wrong type.
+        NotImplementedError: forward-mode differentiation.
+        If it raises, no running statistic has changed.
+
+    Source: GhostNet, CVPR 2020, section 3.1.
+    """
+    act1, slope1 = activations.resolve(activation)
+    act2, slope2 = act1, slope1
+    if cheap_activation is not None:
+        act2, slope2 = activations.resolve(cheap_activation, "cheap_activation")
+    eps1, eps2 = _float_pair("eps", eps)
+    momentum1, momentum2 = _float_pair("momentum", momentum)
+    if not isinstance(cheap_weight, Tensor):
+        raise TypeError(f"cheap_weight must be a Tensor, got {type(cheap_weight).__name__}")
+    if out_channels is None:
+        m = x.size(1) if primary_weight is None else primary_weight.size(0)
+        out_channels = m + cheap_weight.size(0)
+    settings = Settings(
+        out_channels,
+        _int_pair("stride", stride),
+        _int_pair("padding", padding),
+        _int_pair("dilation", dilation),
+        groups,
+        eps1,
+        eps2,
+        act1,
+        slope1,
+        act2,
+        slope2,
+    )
+    norms = Norms(
+        primary_bn_weight,
+        primary_bn_bias,
+        primary_running_mean,
+        primary_running_var,
+        cheap_bn_weight,
+        cheap_bn_bias,
+        cheap_running_mean,
+        cheap_running_var,
+    )
+    check(x, primary_weight, cheap_weight, norms, settings, training)
+    return run(
+        x, primary_weight, cheap_weight, norms, settings, training, momentum1, momentum2
+    )
+
+
+def _int_pair(name: str, value: IntPair) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return pair
+
+
+def _float_pair(name: str, value: FloatPair) -> tuple[float, float]:
+    pair = (value, value) if isinstance(value, (int, float)) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, (int, float)) for v in pair):
+        raise TypeError(f"{name} must be a number or a pair of numbers, got {value!r}")
+    return float(pair[0]), float(pair[1])
+
+
+def check(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    batch_stats: bool,
+) -> None:
+    """Raise what ``ghost_module`` documents, naming the argument, its value and what is allowed."""
+    if not _plainly_fits(x, w1, w2, norms, settings, batch_stats):
+        _check_each(x, w1, w2, norms, settings, batch_stats)
+
+
+def _plainly_fits(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    batch_stats: bool,
+) -> bool:
+    """True only if nothing is wrong; quick, since it runs at every call.
+
+    It knows the usual case (a 1x1 primary convolution with all batch norm tensors) and leaves the
+    others to ``_check_each``.
+    """
+    if not isinstance(x, Tensor) or w1 is None or x.dim() != 4:
+        return False
+    dtype, device = x.dtype, x.device
+    wide = _WIDE.get(dtype)
+    if wide is None or w1.dtype is not dtype or w2.dtype is not dtype:
+        return False
+    (n, c, h, w), (m, c1, k, k1), (g, one, d, d1) = x.shape, w1.shape, w2.shape
+    s = settings
+    if not (
+        c == c1 and k == k1 == one == s.groups == 1 and m <= s.out_channels <= m + g
+        and d == d1 and d % 2 and g % m == 0 and s.padding == (0, 0) and s.dilation == (1, 1)
+        and s.stride[0] > 0 and s.stride[1] > 0 and h > 0 and w > 0
+        and w1.device == device and w2.device == device
+    ):  # fmt: skip
+        return False
+    if batch_stats and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
+        return False
+    shape = (m,)
+    for index, t in enumerate(norms):
+        if index == 4:
+            shape = (g,)
+        if t is None or t.shape != shape or t.device != device:
+            return False
+        if t.dtype is not dtype and t.dtype is not wide:
+            return False
+    return True
+
+
+def _check_each(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    batch_stats: bool,
+) -> None:
+    s = settings
+    check_input(x, x if w1 is None else w1, s.groups if w1 is not None else 1, w1 is None)
+    m, g = (x.size(1) if w1 is None else w1.size(0)), w2.size(0)
+    device = x.device
+    if w2.dim() != 4 or w2.size(1) != 1 or w2.size(2) != w2.size(3) or m < 1 or g % m:
+        raise RuntimeError(
+            f"cheap weight must be [g, 1, d, d] with g a multiple of the {m} intrinsic maps, got "
+            f"shape {list(w2.shape)}"
+        )
+    if w2.size(2) % 2 == 0:
+        raise ValueError(f"dw_size (the cheap weight's d) must be odd, got {w2.size(2)}")
+    _check_weight("cheap weight", w2, x)
+    if not m <= s.out_channels <= m + g:
+        raise RuntimeError(
+            f"out_channels must be from {m} (intrinsic maps) to {m + g} (with their ghosts), got "
+            f"{s.out_channels}"
+        )
+    ho, wo = output_size(x, w1, s)
+    if batch_stats and x.size(0) * ho * wo == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{torch.Size((x.size(0), m, ho, wo))} for batch norm (input of the module: "
+            f"{list(x.shape)})"
+        )
+    dtype = _dtype_in_use(x)
+    wide = compute_dtype(dtype)
+    for index, (name, t) in enumerate(zip(Norms._fields, norms)):
+        size = m if index < 4 else g
+        if t is None:
+            if not batch_stats and index % 4 > 1:
+                raise RuntimeError(
+                    f"{_NORM_NAMES[name]} must be defined in evaluation mode (or give batch "
+                    "statistics with training=True)"
+                )
+            continue
+        if t.dim() != 1 or t.size(0) != size:
+            raise RuntimeError(
+                f"{_NORM_NAMES[name]} must have shape [{size}], got {list(t.shape)}"
+            )
+        if t.dtype is not dtype and t.dtype is not wide:
+            raise RuntimeError(
+                f"{_NORM_NAMES[name]} must be {dtype} or {wide} for x in {dtype}, got {t.dtype}"
+            )
+        if t.device != device:
+            raise RuntimeError(f"{_NORM_NAMES[name]} is on {t.device}, but x is on {device}")
+    if batch_stats and (
+        (norms.mean1 is None) != (norms.var1 is None)
+        or (norms.mean2 is None) != (norms.var2 is None)
+    ):
+        raise RuntimeError("running mean and running var must both be given, or both be None")
+
+
+_NORM_NAMES = {
+    "gamma1": "primary batch norm's weight",
+    "beta1": "primary batch norm's bias",
+    "mean1": "primary running_mean",
+    "var1": "primary running_var",
+    "gamma2": "cheap batch norm's weight",
+    "beta2": "cheap batch norm's bias",
+    "mean2": "cheap running_mean",
+    "var2": "cheap running_var",
+}
+
+
+def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
+    """The checks of x against the primary weight."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        # A 3-D input passes PyTorch's convolution, and its batch norm has ValueError for it.
+        kind = ValueError if x.dim() == 3 else RuntimeError
+        raise kind(
+            f"expected 4D input [N, C, H, W] (got {x.dim()}D input of shape {list(x.shape)})"
+        )
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"x must be float32, float64, bfloat16 or float16, got {x.dtype}"
+        )
+    if is_u:
+        return
+    if w1.dim() != 4:
+        raise RuntimeError(
+            f"primary weight must be [m, C / groups, k, k], got shape {list(w1.shape)}"
+        )
+    if groups < 1 or x.size(1) != w1.size(1) * groups or w1.size(0) % groups:
+        raise RuntimeError(
+            f"x must have {w1.size(1) * groups} channels for a primary weight of shape "
+            f"{list(w1.shape)} and groups={groups}, got {x.size(1)} (shape {list(x.shape)})"
+        )
+    _check_weight("primary weight", w1, x)
+
+
+def _dtype_in_use(t: Tensor) -> torch.dtype:
+    """The dtype that a convolution has t in: autocast's, where that applies."""
+    device_type = t.device.type
+    if torch.is_autocast_enabled(device_type) and t.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return t.dtype
+
+
+def _check_weight(name: str, w: Tensor, x: Tensor) -> None:
+    if w.device != x.device:
+        raise RuntimeError(f"{name} is on {w.device}, but x is on {x.device}")
+    if w.dtype is not x.dtype and (
+        w.dtype not in _DTYPES or _dtype_in_use(w) is not _dtype_in_use(x)
+    ):
+        raise RuntimeError(f"x and {name} must have one dtype, got {x.dtype} and {w.dtype}")
+
+
+def output_size(x: Tensor, w1: Tensor | None, settings: Settings) -> tuple[int, int]:
+    """(Ho, Wo) of the primary convolution, checked to be at least 1 each."""
+    s = settings
+    if w1 is None and (s.stride, s.padding) != ((1, 1), (0, 0)):
+        raise RuntimeError(
+            f"without a primary weight stride must be 1 and padding 0, got {s.stride}, {s.padding}"
+        )
+    kernel = (1, 1) if w1 is None else (w1.size(2), w1.size(3))
+    size = []
+    for i in (0, 1):
+        if s.stride[i] < 1 or s.dilation[i] < 1 or s.padding[i] < 0:
+            raise RuntimeError(
+                "the primary convolution needs stride and dilation of at least 1 and padding of "
+                f"at least 0, got stride={s.stride}, dilation={s.dilation}, padding={s.padding}"
+            )
+        reach = s.dilation[i] * (kernel[i] - 1) + 1
+        if x.size(2 + i) == 0 or x.size(2 + i) + 2 * s.padding[i] < reach:
+            raise RuntimeError(
+                f"x of shape {list(x.shape)} is too small: H and W must be at least 1, and at "
+                f"least {reach} with padding={s.padding}"
+            )
+        size.append((x.size(2 + i) + 2 * s.padding[i] - reach) // s.stride[i] + 1)
+    return size[0], size[1]

@@ -1,0 +1,389 @@
+"""``FusedGhostModule``: the reference Ghost module, computed by the fused ops."""
+
+from __future__ import annotations
+
+import warnings
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import activations, backends
+from .activations import ActivationSpec
+from .autograd import (
+    LOW_PRECISION,
+    apply_arguments,
+    dense,
+    is_fused_primary,
+    library_conv,
+    needs_grad,
+    ops_named,
+    pack,
+    run,
+)
+from .functional import check
+from .reference import Norms, _build_children, _checked_arguments, composed_forward
+from .structure import Structure, inspect
+
+_announced: set[str] = set()
+_version = attrgetter("_version")
+_address = Tensor.data_ptr
+
+
+def _announce_unfused(reason: str) -> None:
+    if reason not in _announced:
+        _announced.add(reason)
+        warnings.warn(
+            f"FusedGhostModule runs unfused, as its children one after the other: {reason}. "
+            "(Said once for each reason.)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+class _Packed:
+    """Packed weights of a module in eval mode, and all that they were made from.
+
+    A tensor counts as unchanged if its module still has the same object, with the same version
+    and at the same address. ``alive`` holds the memory, so that nothing else comes to the address.
+    """
+
+    __slots__ = (
+        "alive",
+        "apply",
+        "arguments",
+        "backend",
+        "channels",
+        "device",
+        "device_type",
+        "dtype",
+        "library_w1",
+        "packed",
+        "places",
+        "state",
+        "structure",
+        "tensors",
+    )
+
+    def __init__(
+        self, structure: Structure, places: tuple[dict, ...], tensors: tuple[Tensor, ...], backend: str
+    ) -> None:
+        conv1, conv2 = structure.conv1, structure.conv2
+        w1, w2 = conv1.weight.detach(), conv2.weight.detach()
+        fused = is_fused_primary(w1, structure.settings)
+        norms = Norms(*_norm_tensors(structure.bn1), *_norm_tensors(structure.bn2))
+        functions = ops_named(backend)
+        self.structure, self.backend = structure, backend
+        self.places, self.tensors = places, tensors
+        self.alive = [t.detach() for t in tensors]
+        self.state = self._read_state()
+        self.dtype, self.device, self.device_type = w1.dtype, w1.device, w1.device.type
+        self.channels = w1.size(1) * structure.settings.groups
+        self.library_w1 = None if fused else w1
+        with torch.no_grad():
+            weight = w1 if fused else None
+            self.packed = pack(functions, weight, w2, norms, structure.settings)
+        self.apply = functions.ghost_apply
+        self.arguments = apply_arguments(w1.size(0), w2, structure.settings, fused)
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether packing now would give the same."""
+        structure = self.structure
+        return (
+            not (structure.bn1.training or structure.bn2.training)
+            and self._read_state() == self.state
+            and structure.is_current(module)
+            and backends.select(self.device_type, self.dtype) == self.backend
+        )
+
+    def _read_state(self) -> tuple[tuple[int, ...], ...]:
+        """Identity of what is in the dictionaries; version and address of the tensors watched."""
+        conv1, conv2, weights1, weights2, stats1, stats2 = self.places
+        return (
+            tuple(
+                map(
+                    id,
+                    (
+                        *conv1.values(),
+                        *conv2.values(),
+                        *weights1.values(),
+                        *weights2.values(),
+                        *stats1.values(),
+                        *stats2.values(),
+                    ),
+                )
+            ),
+            tuple(map(_version, self.tensors)),
+            tuple(map(_address, self.tensors)),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The module's output for an x that is dense and fits."""
+        if self.library_w1 is not None:
+            x = dense(library_conv(x, self.library_w1, self.structure.settings))
+        return self.apply(x, self.packed, None, *self.arguments)
+
+
+class FusedGhostModule(nn.Module):
+    """Drop-in for the reference ``GhostModule``: same numbers, in fewer passes over memory.
+
+    Formula and shapes: ``ghost_ops.reference``. Constructor, children (``primary_conv`` and
+    ``cheap_operation``, each convolution, batch norm, activation), state_dict keys, initial
+    values from a given seed and batch norm behaviour are the reference's; everything is read from
+    the children at each call, so they can be changed as those of the reference can.
+
+    Children that the fused ops cannot stand for (hooks, another layer type, a bias) are run one
+    after the other, and a warning says so once. Hooks of weight norm, spectral norm and pruning
+    are known and stay fused.
+
+    In eval mode without gradients the weights with batch norm folded in are kept from call to
+    call, and made anew when a parameter, buffer or setting has changed. Writing into
+    ``parameter.data`` in place is the one change that PyTorch does not record: call ``eval()``,
+    ``train()`` or ``reset_cache()`` after it.
+
+    Args:
+        inp, oup, kernel_size, ratio, dw_size, stride, relu: as ``reference.GhostModule``.
+        activation: a name of ``ghost_ops.activations`` or a module (copied), in place of relu.
+        cheap_activation: that of the cheap branch; as the primary one if None.
+        device, dtype: of the parameters and buffers.
+
+    Input [N, inp, H, W] in the dtype of the weights (under autocast, any floating-point dtype);
+    float32, float64, bfloat16 or float16; NCHW or channels_last, and the output has the layout
+    of the input.
+
+    Raises:
+        TypeError, ValueError: as the reference; ValueError for an unknown activation.
+        In forward: as ``functional.ghost_module``.
+
+    Source: GhostNet, CVPR 2020, section 3.1.
+    """
+
+    _packed: _Packed | None = None
+    _structure: Structure | None = None
+
+    def __init__(
+        self,
+        inp: int,
+        oup: int,
+        kernel_size: int = 1,
+        ratio: int = 2,
+        dw_size: int = 3,
+        stride: int = 1,
+        relu: bool = True,
+        *,
+        activation: ActivationSpec | None = None,
+        cheap_activation: ActivationSpec | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        numbers = _checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
+        first = ("relu" if relu else "none") if activation is None else activation
+        second = first if cheap_activation is None else cheap_activation
+        act1 = activations.make_module(first)
+        act2 = activations.make_module(second, "cheap_activation")
+        _build_children(self, *numbers, act1, act2, device, dtype)
+
+    @classmethod
+    def from_reference(cls, module: nn.Module) -> FusedGhostModule:
+        """A fused module over the very children of ``module``: shared parameters, buffers, hooks.
+
+        Args:
+            module: a ``reference.GhostModule``, or any module with its attributes ``oup``,
+                ``primary_conv`` and ``cheap_operation`` and its forward.
+
+        Raises:
+            TypeError: ``module`` lacks one of these.
+        """
+        for name in ("oup", "primary_conv", "cheap_operation"):
+            if not isinstance(module, nn.Module) or not hasattr(module, name):
+                raise TypeError(
+                    "from_reference takes a Ghost module with oup, primary_conv and "
+                    f"cheap_operation, got {type(module).__name__} without {name}"
+                )
+        fused = cls.__new__(cls)
+        nn.Module.__init__(fused)
+        fused.__dict__.update(module.__dict__)
+        # Shared until one of the two has a child replaced.
+        fused._modules = module._modules.copy()
+        fused.reset_cache()
+        return fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
+        if torch.compiler.is_compiling():
+            return self._read_and_run(x)
+        kept = self._packed
+        if (
+            kept is not None
+            and not torch.is_grad_enabled()
+            and type(x) is Tensor
+            and x.dtype is kept.dtype
+            and x.dim() == 4
+            and x.size(1) == kept.channels
+            and x.numel()
+            and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+            and x.device == kept.device
+            and forward_ad._current_level < 0
+            and not torch.is_autocast_enabled(kept.device_type)
+            and kept.is_current(self)
+        ):
+            return kept(x)
+        return self._read_and_run(x)
+
+    def _read_and_run(self, x: Tensor) -> Tensor:
+        """Forward on whatever the children are now."""
+        structure = self._read_structure()
+        if isinstance(structure, str):
+            return self._unfused(x, structure)
+        structure.run_parameter_hooks()
+        bn1, bn2 = structure.bn1, structure.bn2
+        w1, w2 = structure.conv1.weight, structure.conv2.weight
+        batch_stats = _uses_batch_stats(bn1)
+        if w2.size(0) and _uses_batch_stats(bn2) != batch_stats:
+            return self._unfused(x, "only one of its batch norms uses the batch's statistics")
+        norms = Norms(*_norm_tensors(bn1), *_norm_tensors(bn2))
+        settings = structure.settings
+        check(x, w1, w2, norms, settings, batch_stats)
+        if not batch_stats and not torch.compiler.is_compiling():
+            kept = self._kept_weights(x, structure, w1, w2, norms)
+            if kept is not None:
+                return kept(dense(x))
+        momentum1, momentum2 = _momentum(bn1), _momentum(bn2)
+        out = run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
+        _count_batch(bn1)
+        if w2.size(0):
+            _count_batch(bn2)
+        return out
+
+    def _kept_weights(
+        self, x: Tensor, structure: Structure, w1: Tensor, w2: Tensor, norms: Norms
+    ) -> _Packed | None:
+        """Packed weights, kept or new; None where they cannot be kept or are not wanted."""
+        backend = backends.select(x.device.type, x.dtype)
+        if (
+            type(x) is not Tensor
+            or x.dtype is not w1.dtype
+            or structure.parameter_hooks
+            or forward_ad._current_level >= 0
+            or torch.is_autocast_enabled(x.device.type)
+            or needs_grad(x, w1, w2, norms)
+            or (backend == "eager" and x.dtype in LOW_PRECISION)
+        ):
+            return None
+        kept = self._packed
+        if kept is not None and kept.is_current(self):
+            return kept
+        places = _places(structure)
+        tensors = tuple(t for values in places for t in values.values() if t is not None)
+        if not _watchable(structure, tensors):
+            return None
+        self._packed = kept = _Packed(structure, places, tensors, backend)
+        return kept
+
+    def _read_structure(self) -> Structure | str:
+        if torch.compiler.is_compiling():
+            return inspect(self)
+        kept = self._structure
+        if kept is not None and kept.is_current(self):
+            return kept
+        found = inspect(self)
+        keep = isinstance(found, Structure) and not found.parameter_hooks
+        self._structure = found if keep else None
+        return found
+
+    def _unfused(self, x: Tensor, reason: str) -> Tensor:
+        if not torch.compiler.is_compiling():
+            _announce_unfused(reason)
+        return composed_forward(self, x)
+
+    def reset_cache(self) -> None:
+        """Forget the packed weights; the next call makes them anew."""
+        self._packed = self._structure = None
+
+    def train(self, mode: bool = True) -> FusedGhostModule:
+        """As ``nn.Module.train``."""
+        self.reset_cache()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedGhostModule:
+        self.reset_cache()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles carry no packed weights: they would be those of another module.
+        state = self.__dict__.copy()
+        state.pop("_packed", None)
+        state.pop("_structure", None)
+        return state
+
+    def extra_repr(self) -> str:
+        return f"oup={self.oup}, backend={self._backend_name()}"
+
+    def _backend_name(self) -> str:
+        """What will run, or why nothing fused will; without warning or raising."""
+        found = inspect(self)
+        if isinstance(found, str):
+            return f"none, unfused: {found}"
+        weight = found.conv1.weight
+        dtype = str(weight.dtype).removeprefix("torch.")
+        rows = backends.status((weight.device.type,))
+        return next((row.backend for row in rows if row.dtype == dtype), "none")
+
+
+def _uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def _norm_tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """gamma, beta, running mean and var; without the latter where the norm would not use them."""
+    parameters, buffers = bn._parameters, bn._buffers
+    if "weight" in parameters and "bias" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+    else:  # computed, by a parametrisation or a hook
+        weight, bias = bn.weight, bn.bias
+    if bn.training and not bn.track_running_stats:
+        return weight, bias, None, None
+    return weight, bias, buffers["running_mean"], buffers["running_var"]
+
+
+def _momentum(bn: nn.BatchNorm2d) -> float:
+    """The share of this batch in the running statistics; None is the average of all batches."""
+    if bn.momentum is not None:
+        return bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        return 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    return 0.0
+
+
+def _count_batch(bn: nn.BatchNorm2d) -> None:
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+
+
+def _places(structure: Structure) -> tuple[dict, ...]:
+    """The dictionaries that a module's parameters and running statistics are in."""
+    conv1, conv2, bn1, bn2 = structure.conv1, structure.conv2, structure.bn1, structure.bn2
+    return (
+        conv1._parameters,
+        conv2._parameters,
+        bn1._parameters,
+        bn2._parameters,
+        bn1._buffers,
+        bn2._buffers,
+    )
+
+
+def _watchable(structure: Structure, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether no change of the parameters can go unnoticed.
+
+    Computed parameters are in no dictionary, inference tensors have no version, and tensor
+    subclasses may have no address.
+    """
+    return (
+        all("weight" in conv._parameters for conv in (structure.conv1, structure.conv2))
+        and all({"weight", "bias"} <= bn._parameters.keys() for bn in (structure.bn1, structure.bn2))
+        and all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)
+    )

@@ -1,0 +1,137 @@
+"""The operators ``torch.ops.ghost_ops.*``: schemas, fake and eager implementations.
+
+A schema is written here and nowhere else. The native library, when it is loaded, adds kernels for
+its devices; a device that has none runs ``eager_ops``. None of the operators is differentiable
+itself: ``functional.py`` has the autograd function over them.
+
+Dtypes: x, w1 and w2 are one of float32, float64, bfloat16 and float16; gamma, beta, mean and var
+that dtype or float32 (float64 for float64). Layouts: x and residual dense, NCHW or channels_last;
+weights and vectors contiguous; grad_out any. Activations are the codes of ``activations.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import eager_ops
+from .eager_ops import compute_dtype, memory_format, packed_offsets
+
+SCHEMAS = (
+    "ghost_pack(Tensor? w1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, Tensor? var1, "
+    "float eps1, Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2, "
+    "float eps2) -> Tensor",
+    "ghost_apply(Tensor x, Tensor packed, Tensor? residual, int intrinsic, int out_channels, "
+    "int ratio, int dw_size, int stride, int act1, float slope1, int act2, float slope2, "
+    "bool has_primary) -> Tensor",
+    "ghost_primary_stats(Tensor x, Tensor w1, int stride) -> (Tensor mean, Tensor var)",
+    "ghost_cheap_stats(Tensor x, Tensor packed, int intrinsic, int ratio, int dw_size, "
+    "int stride, int act1, float slope1, bool has_primary) -> (Tensor mean, Tensor var)",
+    "ghost_train_forward(Tensor x, Tensor? w1, Tensor? gamma1, Tensor? beta1, float eps1, "
+    "Tensor w2, Tensor? gamma2, Tensor? beta2, float eps2, int out_channels, int stride, "
+    "int act1, float slope1, int act2, float slope2, bool keep_u) "
+    "-> (Tensor out, Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, Tensor u)",
+    "ghost_backward(Tensor grad_out, Tensor x, Tensor? u, Tensor? w1, Tensor? gamma1, "
+    "Tensor? beta1, Tensor mean1, Tensor var1, float eps1, Tensor w2, Tensor? gamma2, "
+    "Tensor? beta2, Tensor mean2, Tensor var2, float eps2, int stride, int act1, float slope1, "
+    "int act2, float slope2, bool batch_stats, bool need_dx, bool need_dw1) "
+    "-> (Tensor dx, Tensor dw1, Tensor dgamma1, Tensor dbeta1, Tensor dw2, Tensor dgamma2, "
+    "Tensor dbeta2)",
+    "ghost_update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+    "Tensor var, float momentum, int count) -> ()",
+)
+NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+_library = torch.library.Library("ghost_ops", "DEF")
+
+
+def packed_numel(channels: int, m: int, g: int, d: int, has_primary: bool) -> int:
+    """Number of elements of a packed tensor, for every backend."""
+    return packed_offsets(channels, m, g, d, has_primary)[-1]
+
+
+def _image(x: Tensor, channels: int, stride: int) -> Tensor:
+    """An uninitialised [N, channels, Ho, Wo] in the dtype and memory format of x."""
+    n, _, h, w = x.shape
+    shape = (n, channels, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _vectors(like: Tensor, size: int, count: int) -> tuple[Tensor, ...]:
+    """``count`` vectors of the compute dtype."""
+    dtype = compute_dtype(like.dtype)
+    return tuple(like.new_empty(size, dtype=dtype) for _ in range(count))
+
+
+def _fake_pack(w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2):
+    m = eager_ops._intrinsic(w1, gamma1, beta1, mean1, var1)
+    channels = 0 if w1 is None else w1.size(1)
+    numel = packed_numel(channels, m, w2.size(0), w2.size(-1), w1 is not None)
+    return w2.new_empty(numel, dtype=compute_dtype(w2.dtype))
+
+
+def _fake_apply(
+    x, packed, residual, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2,
+    slope2, has_primary,
+):  # fmt: skip
+    return _image(x, out_channels, stride if has_primary else 1)
+
+
+def _fake_primary_stats(x, w1, stride):
+    return _vectors(x, w1.size(0), 2)
+
+
+def _fake_cheap_stats(
+    x, packed, intrinsic, ratio, dw_size, stride, act1, slope1, has_primary
+):
+    return _vectors(packed, intrinsic * (ratio - 1), 2)
+
+
+def _fake_train_forward(
+    x, w1, gamma1, beta1, eps1, w2, gamma2, beta2, eps2, out_channels, stride, act1, slope1, act2,
+    slope2, keep_u,
+):  # fmt: skip
+    m, g = (x.size(1) if w1 is None else w1.size(0)), w2.size(0)
+    stride = 1 if w1 is None else stride
+    u = _image(x, m, stride) if keep_u else x.new_empty(0)
+    return _image(x, out_channels, stride), *_vectors(x, m, 2), *_vectors(x, g, 2), u
+
+
+def _fake_backward(
+    grad_out, x, u, w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2,
+    stride, act1, slope1, act2, slope2, batch_stats, need_dx, need_dw1,
+):  # fmt: skip
+    m, g = mean1.size(0), w2.size(0)
+    dx = torch.empty_like(x, memory_format=memory_format(x)) if need_dx else x.new_empty(0)
+    dw1 = x.new_empty(0) if w1 is None or not need_dw1 else w1.new_empty(w1.shape)
+    return dx, dw1, *_vectors(x, m, 2), w2.new_empty(w2.shape), *_vectors(x, g, 2)
+
+
+def _fake_update_running_(running_mean, running_var, mean, var, momentum, count):
+    return None
+
+
+for _schema, _name in zip(SCHEMAS, NAMES):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, torch.no_grad()(getattr(eager_ops, _name)), "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"ghost_ops::{_name}", globals()[_name.replace("ghost", "_fake", 1)], lib=_library
+    )
+
+
+class _Native:
+    """The operators through the dispatcher, under the names that ``eager_ops`` has them.
+
+    Bound to their overload once: looking it up costs more than a small call.
+    """
+
+    ghost_pack = torch.ops.ghost_ops.ghost_pack.default
+    ghost_apply = torch.ops.ghost_ops.ghost_apply.default
+    ghost_primary_stats = torch.ops.ghost_ops.ghost_primary_stats.default
+    ghost_cheap_stats = torch.ops.ghost_ops.ghost_cheap_stats.default
+    ghost_train_forward = torch.ops.ghost_ops.ghost_train_forward.default
+    ghost_backward = torch.ops.ghost_ops.ghost_backward.default
+    ghost_update_running_ = torch.ops.ghost_ops.ghost_update_running_.default
+
+
+native = _Native

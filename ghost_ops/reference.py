@@ -1,0 +1,327 @@
+"""The Ghost module in plain PyTorch: the oracle, the baseline and the last fallback.
+
+Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1 (Ghost
+module) and 3.2 (Ghost bottleneck); squeeze-and-excitation from Hu et al., CVPR 2018
+(arXiv:1709.01507). Constructor arguments, defaults and state_dict keys are those of the authors'
+published PyTorch code, so that their checkpoints load.
+
+With m = ceil(oup / ratio) intrinsic maps and g = m * (ratio - 1) ghost maps::
+
+    u   = conv(x, w1)                      primary conv, inp -> m channels, no bias
+    y   = act1(bn1(u))                     m intrinsic maps
+    v   = depthwise(y, w2)                 d x d, groups = m, zero padding d // 2; ghost channel
+                                           i * (ratio - 1) + j reads intrinsic map i
+    z   = act2(bn2(v))                     g ghost maps
+    out = concat(y, z)[:, :oup]
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import activations
+
+
+class Settings(NamedTuple):
+    """Everything about one Ghost module that is not a tensor."""
+
+    out_channels: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    eps1: float
+    eps2: float
+    act1: int
+    slope1: float
+    act2: int
+    slope2: float
+
+
+class Norms(NamedTuple):
+    """The tensors of both batch norms, [m] those of the first and [g] those of the second.
+
+    mean and var are constants (running statistics); None asks for the batch's own statistics.
+    """
+
+    gamma1: Tensor | None
+    beta1: Tensor | None
+    mean1: Tensor | None
+    var1: Tensor | None
+    gamma2: Tensor | None
+    beta2: Tensor | None
+    mean2: Tensor | None
+    var2: Tensor | None
+
+
+def ghost_formula(
+    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
+) -> Tensor:
+    """The Ghost module of this file's docstring as a function, differentiable any number of times.
+
+    Args:
+        x: [N, C, H, W].
+        w1: [m, C / groups, k, k], or None if x already is u.
+        w2: [g, 1, d, d]; g = 0 for ratio 1.
+        norms, settings: the rest.
+
+    Returns:
+        [N, out_channels, Ho, Wo].
+    """
+    n, s = norms, settings
+    inplace = not torch.is_grad_enabled()
+    u = x if w1 is None else F.conv2d(x, w1, None, s.stride, s.padding, s.dilation, s.groups)
+    y = F.batch_norm(u, n.mean1, n.var1, n.gamma1, n.beta1, n.mean1 is None, 0.0, s.eps1)
+    y = activations.apply(y, s.act1, s.slope1, inplace)
+    if w2.size(0) == 0:
+        return y[:, : s.out_channels]
+    v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
+    z = F.batch_norm(v, n.mean2, n.var2, n.gamma2, n.beta2, n.mean2 is None, 0.0, s.eps2)
+    z = activations.apply(z, s.act2, s.slope2, inplace)
+    return torch.cat([y, z], 1)[:, : s.out_channels]
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got bool: {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be an int, got {kind}: {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def _checked_arguments(
+    inp: Any, oup: Any, kernel_size: Any, ratio: Any, dw_size: Any, stride: Any
+) -> tuple[int, int, int, int, int, int]:
+    """The constructor's numbers as ints. TypeError if one is no int, ValueError if out of range."""
+    inp, oup = _positive_int("inp", inp), _positive_int("oup", oup)
+    kernel_size, ratio = _positive_int("kernel_size", kernel_size), _positive_int("ratio", ratio)
+    dw_size, stride = _positive_int("dw_size", dw_size), _positive_int("stride", stride)
+    if dw_size % 2 == 0:
+        raise ValueError(
+            f"dw_size must be odd, got {dw_size}: with padding dw_size // 2 an even depthwise "
+            "kernel gives ghost maps of another size than the intrinsic ones"
+        )
+    return inp, oup, kernel_size, ratio, dw_size, stride
+
+
+def _build_children(
+    module: nn.Module,
+    inp: int,
+    oup: int,
+    kernel_size: int,
+    ratio: int,
+    dw_size: int,
+    stride: int,
+    act1: nn.Module,
+    act2: nn.Module,
+    device: Any = None,
+    dtype: Any = None,
+) -> None:
+    """Give ``module`` its oup, primary_conv and cheap_operation. The order fixes the use of RNG."""
+    made = {"device": device, "dtype": dtype}
+    m = math.ceil(oup / ratio)
+    g = m * (ratio - 1)
+    module.oup = oup
+    module.primary_conv = nn.Sequential(
+        nn.Conv2d(inp, m, kernel_size, stride, kernel_size // 2, bias=False, **made),
+        nn.BatchNorm2d(m, **made),
+        act1,
+    )
+    with warnings.catch_warnings():
+        # Ratio 1 has an empty cheap weight, and initialising that is a no-op by intent.
+        if g == 0:
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        cheap = nn.Conv2d(m, g, dw_size, 1, dw_size // 2, groups=m, bias=False, **made)
+    module.cheap_operation = nn.Sequential(cheap, nn.BatchNorm2d(g, **made), act2)
+
+
+class GhostModule(nn.Module):
+    """Ghost module: ``oup`` maps from ceil(oup / ratio) intrinsic ones and cheap ghosts of them.
+
+    Formula: see this file's docstring. Input [N, inp, H, W], output [N, oup, Ho, Wo] with
+    Ho = (H + 2 * (kernel_size // 2) - kernel_size) // stride + 1, and Wo alike.
+
+    Args:
+        inp: channels of the input, C.
+        oup: channels of the output. Where ratio does not divide it, the surplus ghost maps are
+            computed (batch norm 2 has their statistics) and dropped.
+        kernel_size: k of the primary conv; its padding is k // 2.
+        ratio: the paper's s: 1 intrinsic map has ratio - 1 ghosts. 1 gives no ghost maps at all.
+        dw_size: d of the depthwise kernel, odd.
+        stride: of the primary conv.
+        relu: ReLU after both batch norms, or nothing.
+
+    Raises:
+        TypeError: a number is not an int. ValueError: it is less than 1, or dw_size is even.
+
+    Source: GhostNet, CVPR 2020, section 3.1.
+    """
+
+    def __init__(
+        self,
+        inp: int,
+        oup: int,
+        kernel_size: int = 1,
+        ratio: int = 2,
+        dw_size: int = 3,
+        stride: int = 1,
+        relu: bool = True,
+    ) -> None:
+        super().__init__()
+        numbers = _checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
+        name = "relu" if relu else "none"
+        act1, act2 = activations.make_module(name), activations.make_module(name)
+        _build_children(self, *numbers, act1, act2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
+        return composed_forward(self, x)
+
+
+def composed_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """Run a Ghost module through its children, one after the other, as the authors' code does."""
+    x1 = module.primary_conv(x)
+    first = next(iter(module.cheap_operation.children()), None)
+    if getattr(first, "out_channels", None) == 0:
+        return x1[:, : module.oup]
+    x2 = module.cheap_operation(x1)
+    return torch.cat([x1, x2], dim=1)[:, : module.oup]
+
+
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """relu6(x + 3) / 6, elementwise."""
+    return F.relu6(x + 3.0) / 6.0
+
+
+def _make_divisible(v: float, divisor: int, min_value: int | None = None) -> int:
+    """v rounded to a multiple of divisor, at least min_value, and not below nine tenths of v."""
+    if min_value is None:
+        min_value = divisor
+    new_v = max(min_value, int(v + divisor / 2) // divisor * divisor)
+    if new_v < 0.9 * v:
+        new_v += divisor
+    return new_v
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation: x * gate(expand(act(reduce(mean of x over H and W)))).
+
+    [N, in_chs, H, W] -> [N, in_chs, H, W]. The two 1x1 convs have biases.
+
+    Args:
+        in_chs: channels.
+        se_ratio: reduced channels over ``reduced_base_chs or in_chs``, then made divisible.
+        reduced_base_chs: what se_ratio is relative to; in_chs if None.
+        act_layer: activation type between the two convs, called with ``inplace=True``.
+        gate_fn: the gate.
+        divisor: the reduced channels are a multiple of it.
+
+    Source: Hu et al., arXiv:1709.01507; gate and rounding as in the GhostNet authors' code.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        se_ratio: float = 0.25,
+        reduced_base_chs: int | None = None,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        gate_fn: Callable[[Tensor], Tensor] = hard_sigmoid,
+        divisor: int = 4,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.gate_fn = gate_fn
+        reduced_chs = _make_divisible((reduced_base_chs or in_chs) * se_ratio, divisor)
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv_reduce = nn.Conv2d(in_chs, reduced_chs, 1, bias=True)
+        self.act1 = act_layer(inplace=True)
+        self.conv_expand = nn.Conv2d(reduced_chs, in_chs, 1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_chs, H, W] -> the same."""
+        x_se = self.avg_pool(x)
+        x_se = self.conv_reduce(x_se)
+        x_se = self.act1(x_se)
+        x_se = self.conv_expand(x_se)
+        return x * self.gate_fn(x_se)
+
+
+class GhostBottleneck(nn.Module):
+    """Ghost bottleneck: expand, (stride and squeeze-excite), project, add the shortcut.
+
+    ghost1 (in -> mid, ReLU); for stride > 1 a depthwise conv with batch norm; squeeze-excite if
+    asked for; ghost2 (mid -> out, linear); plus the shortcut, which is the input itself where the
+    shape allows, else depthwise conv, batch norm, 1x1 conv, batch norm.
+    [N, in_chs, H, W] -> [N, out_chs, ceil(H / stride), ceil(W / stride)] for odd kernels.
+
+    Args:
+        in_chs, mid_chs, out_chs: channels of the input, between the Ghost modules, of the output.
+        dw_kernel_size: of the strided depthwise conv and of the shortcut's.
+        stride: 1 or more.
+        act_layer: taken for compatibility with the authors' signature, which does not use it.
+        se_ratio: squeeze-and-excitation with this ratio; none for None or 0.
+
+    Source: GhostNet, CVPR 2020, section 3.2.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        mid_chs: int,
+        out_chs: int,
+        dw_kernel_size: int = 3,
+        stride: int = 1,
+        act_layer: Callable[..., nn.Module] = nn.ReLU,
+        se_ratio: float | None = 0.0,
+    ) -> None:
+        super().__init__()
+        has_se = se_ratio is not None and se_ratio > 0.0
+        self.stride = stride
+        padding = (dw_kernel_size - 1) // 2
+
+        self.ghost1 = GhostModule(in_chs, mid_chs, relu=True)
+        if self.stride > 1:
+            self.conv_dw = nn.Conv2d(
+                mid_chs, mid_chs, dw_kernel_size, stride, padding, groups=mid_chs, bias=False
+            )
+            self.bn_dw = nn.BatchNorm2d(mid_chs)
+        self.se = SqueezeExcite(mid_chs, se_ratio=se_ratio) if has_se else None
+        self.ghost2 = GhostModule(mid_chs, out_chs, relu=False)
+
+        if in_chs == out_chs and self.stride == 1:
+            self.shortcut = nn.Sequential()
+        else:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(
+                    in_chs, in_chs, dw_kernel_size, stride, padding, groups=in_chs, bias=False
+                ),
+                nn.BatchNorm2d(in_chs),
+                nn.Conv2d(in_chs, out_chs, 1, bias=False),
+                nn.BatchNorm2d(out_chs),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_chs, H, W] -> [N, out_chs, Ho, Wo]."""
+        residual = x
+        x = self.ghost1(x)
+        if self.stride > 1:
+            x = self.conv_dw(x)
+            x = self.bn_dw(x)
+        if self.se is not None:
+            x = self.se(x)
+        x = self.ghost2(x)
+        x += self.shortcut(residual)
+        return x

@@ -1,0 +1,374 @@
+"""Builds the native libraries of ghost_ops with ninja; everything else stands in pyproject.toml.
+
+``ghost_ops/_C``        CPU kernels, operator registrations and the pybind11 view of the plan.
+``ghost_ops/_cuda.so``  CUDA kernels and their registrations, if nvcc is found. No Python ABI in it.
+
+torch.utils.cpp_extension is not used for the compilation: it refuses CUDA sources on a CPU-only
+torch, and gives every file the same flags and include paths. Here each folder of csrc/ sees only
+what it may know of: csrc/core, csrc/cpu and csrc/cuda are compiled without the torch headers.
+
+One compiled library serves every torch >= 2.10, because only the LibTorch Stable ABI is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_TARGET_VERSION = "0x020a000000000000"  # LibTorch Stable ABI of torch 2.10
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+IS_MACOS = sys.platform == "darwin"
+
+# -ffp-contract=fast lets the compiler form fused multiply-adds. -ffast-math stays out: NaN and Inf
+# must travel through the kernels as they do through torch.
+CXX_FLAGS = (
+    "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -pthread "
+    "-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
+).split()
+# A source named *_<key>.cpp is compiled for that instruction set, and only on x86.
+ISA_FLAGS = {
+    "avx2": "-mavx2 -mfma -mf16c".split(),
+    "avx512": (
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+    ).split(),
+}
+LOST_WITHOUT_CPU_LIBRARY = (
+    "ghost_ops will work, but through plain PyTorch operators: without the fused CPU kernels it is "
+    "several times slower and keeps more memory in training, and ghost_ops.planner is missing."
+)
+
+
+def load_package_file(name: str):
+    """Import ghost_ops/<name>.py by path: the package itself needs torch, maybe absent here."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "ghost_ops" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+env = load_package_file("_env")
+VERSION = load_package_file("_version").__version__
+
+
+def fail(message: str) -> NoReturn:
+    raise SystemExit(f"\nghost_ops: {message}\n")
+
+
+def warn_loudly(message: str) -> None:
+    line = "*" * 98
+    print(f"\n{line}\nWARNING (ghost_ops): {message}\n{line}\n", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- what this machine has
+
+
+def find_cxx() -> str | None:
+    if explicit := os.environ.get("CXX"):
+        if shutil.which(shlex.split(explicit)[0]) is None:
+            fail(f"the compiler named by CXX was not found: {explicit!r}")
+        return explicit
+    found = map(shutil.which, ("c++", "g++", "clang++"))
+    return next((path for path in found if path), None)
+
+
+def missing_for_cpu() -> str | None:
+    """What the system lacks for the CPU library, as a sentence; None if nothing."""
+    if find_cxx() is None:
+        return "no C++ compiler was found (install g++ or clang++, or name one in CXX)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"the Python headers were not found ({header}; install the python3-dev package)"
+    return None
+
+
+def find_nvcc() -> str | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (nvcc := Path(home) / "bin" / "nvcc").exists():
+            return str(nvcc)
+    return shutil.which("nvcc")
+
+
+def cuda_root(nvcc: str) -> Path:
+    # The nvcc on PATH can be a wrapper script: ask it where its toolkit is.
+    dryrun = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
+    if (found := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)) is None:
+        fail(f"{nvcc} does not tell where its toolkit is; GHOST_OPS_BUILD_CUDA=0 does without it")
+    return Path(found.group(1).strip()).resolve()
+
+
+def wants_cpu() -> bool:
+    choice = env.BUILD_CPU.get()
+    if choice == "0":
+        return False
+    if (missing := missing_for_cpu()) is None:
+        return True
+    if choice == "1":
+        fail(f"GHOST_OPS_BUILD_CPU=1, but {missing}.")
+    warn_loudly(
+        f"the native CPU library is not built: {missing}.\n{LOST_WITHOUT_CPU_LIBRARY}\n"
+        "To get it: install what is missing and install ghost_ops again. GHOST_OPS_BUILD_CPU=1 "
+        "makes a missing compiler an error, GHOST_OPS_BUILD_CPU=0 silences this warning."
+    )
+    return False
+
+
+def wants_cuda() -> bool:
+    choice = env.BUILD_CUDA.get()
+    if choice == "0":
+        return False
+    missing = None
+    if find_nvcc() is None:
+        missing = "nvcc was not found (set CUDA_HOME to the CUDA toolkit)"
+    elif find_cxx() is None:
+        missing = "no C++ compiler was found (install g++ or clang++, or name one in CXX)"
+    if missing and choice == "1":
+        fail(f"GHOST_OPS_BUILD_CUDA=1, but {missing}.")
+    return missing is None
+
+
+def import_build_requirements():
+    """torch and pybind11, and the ninja executable; all of them come from packages."""
+    howto = (
+        "install 'torch>=2.10', ninja and pybind11 into this Python and add --no-build-isolation "
+        "to the pip command, or set GHOST_OPS_BUILD_CPU=0 and GHOST_OPS_BUILD_CUDA=0 to install "
+        "the pure Python part alone"
+    )
+    try:
+        import torch
+    except ImportError as error:
+        fail(f"building the native libraries needs torch, which is missing ({error}): {howto}.")
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
+        fail(f"the native libraries need torch >= 2.10, found {torch.__version__}: {howto}.")
+    try:
+        from pybind11 import get_include
+
+        pybind11_include = get_include()
+    except ImportError:
+        pybind11_include = str(Path(torch.__file__).parent / "include")  # torch ships a copy
+    try:
+        from ninja import BIN_DIR
+
+        ninja = str(Path(BIN_DIR) / "ninja")
+    except ImportError:
+        ninja = shutil.which("ninja") or fail(f"ninja was not found: {howto}.")
+    return torch, pybind11_include, ninja
+
+
+# ---------------------------------------------------------------- the sources
+
+
+def sources(*patterns: str) -> list[str]:
+    """Sources relative to ROOT, those for one instruction set last.
+
+    The order matters: of an inline function that several files emit, the linker keeps the first. It
+    must not be the one compiled with instructions that the processor may lack.
+    """
+    files = sorted(path for pattern in patterns for path in CSRC.glob(pattern))
+    plain = [path for path in files if isa_of(path) is None]
+    special = [path for isa in ISA_FLAGS for path in files if isa_of(path) == isa]
+    return [path.relative_to(ROOT).as_posix() for path in plain + (special if IS_X86 else [])]
+
+
+def isa_of(path: Path) -> str | None:
+    return next((isa for isa in ISA_FLAGS if path.stem.endswith(f"_{isa}")), None)
+
+
+def extensions() -> list[Extension]:
+    found = []
+    if wants_cpu():
+        found.append(
+            Extension(
+                "ghost_ops._C",
+                sources("core/*.cpp", "cpu/*.cpp", "torch/*.cpp", "python/*.cpp"),
+            )
+        )
+    if wants_cuda():
+        found.append(
+            Extension(
+                "ghost_ops._cuda",
+                sources("core/*.cpp", "cuda/*.cpp", "cuda/**/*.cu", "torch/cuda/*.cpp"),
+            )
+        )
+    return found
+
+
+# ---------------------------------------------------------------- the build
+
+
+def join(arguments: list[str]) -> str:
+    """Shell-quoted command text for a ninja file, where $ is special."""
+    return " ".join(shlex.quote(str(argument)) for argument in arguments).replace("$", "$$")
+
+
+def ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def gencode_flags(archs: str) -> list[str]:
+    """'8.0 9.0a 9.0+PTX' -> the -gencode arguments of nvcc."""
+    flags = []
+    for arch in archs.replace(";", " ").replace(",", " ").split():
+        if (match := re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)) is None:
+            fail(f"{env.CUDA_ARCHS.name}: expected entries like 8.0, 9.0a or 9.0+PTX, got {arch!r}")
+        number = match[1] + match[2] + match[3]
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if match[4]:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+class NinjaBuildExt(build_ext):
+    """Writes one build.ninja a library and runs it; only what changed is compiled again."""
+
+    def run(self) -> None:
+        # A library of an earlier build that is switched off now must not slip into the wheel.
+        current = {self.get_ext_filename(ext.name) for ext in self.extensions}
+        for name in ("ghost_ops._C", "ghost_ops._cuda"):
+            if (filename := self.get_ext_filename(name)) not in current:
+                (Path(self.build_lib) / filename).unlink(missing_ok=True)
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_cuda"):  # loaded by torch, not by Python's import
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: Extension) -> None:
+        torch, pybind11_include, ninja = import_build_requirements()
+        self.torch = torch
+        self.torch_root = Path(torch.__file__).resolve().parent
+        self.pybind11_include = pybind11_include
+        self.cuda_root = cuda_root(find_nvcc()) if ext.name.endswith("_cuda") else None
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = ROOT / "build" / "ninja" / sys.implementation.cache_tag / ext.name
+        build_dir.mkdir(parents=True, exist_ok=True)
+        library = build_dir / output.name
+        text = self.ninja_file(ext, build_dir, library)
+        build_file = build_dir / "build.ninja"
+        if not build_file.exists() or build_file.read_text() != text:
+            build_file.write_text(text)
+
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        verbose = ["-v"] if self.verbose > 1 else []
+        print(f"ghost_ops: building {ext.name} with {find_cxx()}, {jobs} jobs", flush=True)
+        try:
+            subprocess.run([ninja, "-C", str(build_dir), "-j", jobs, *verbose], check=True)
+        except subprocess.CalledProcessError:
+            switch = env.BUILD_CUDA if self.cuda_root else env.BUILD_CPU
+            fail(
+                f"compiling {ext.name} failed (the compiler's messages stand above). "
+                f"{switch.name}=0 installs without this library."
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output != library:
+            # A new file, not new content: a process that has the old one mapped goes on unharmed.
+            output.unlink(missing_ok=True)
+            shutil.copy2(library, output)
+
+    def ninja_file(self, ext: Extension, build_dir: Path, library: Path) -> str:
+        cxx = find_cxx()
+        lines = [
+            "ninja_required_version = 1.5",
+            "rule cxx",
+            f"  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out",
+            "  description = compile $label",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {cxx} -shared $in -o $out {join(self.link_flags())}",
+            "  description = link $out",
+        ]
+        if self.cuda_root:
+            lines += [
+                "rule nvcc",
+                f"  command = {join([find_nvcc()])} -MD -MF $out.d $flags -c $in -o $out",
+                "  description = compile $label",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+        objects = []
+        for source in map(Path, ext.sources):
+            obj = build_dir / source.relative_to("csrc").with_suffix(source.suffix + ".o")
+            objects.append(ninja_path(obj))
+            rule, flags = ("cxx", self.cxx_flags(source))
+            if source.suffix == ".cu":
+                rule, flags = ("nvcc", self.nvcc_flags())
+            lines += [
+                f"build {objects[-1]}: {rule} {ninja_path(ROOT / source)}",
+                f"  flags = {join(flags)}",
+                f"  label = {source}",
+            ]
+        target = ninja_path(library)
+        lines += [f"build {target}: link {' '.join(objects)}", f"default {target}", ""]
+        return "\n".join(lines)
+
+    def cxx_flags(self, source: Path) -> list[str]:
+        """Flags of one C++ source: what it may include depends on its folder."""
+        flags = [*CXX_FLAGS, f"-I{CSRC}"]
+        if IS_X86:
+            flags += [f"-DGHOST_OPS_HAVE_{isa.upper()}" for isa in ISA_FLAGS]
+        if isa := isa_of(source):
+            flags += ISA_FLAGS[isa]
+        folder = source.parts[1]
+        if folder == "torch":
+            flags += self.torch_flags()
+        elif folder == "python":
+            flags += ["-isystem", self.pybind11_include]
+            flags += ["-isystem", sysconfig.get_path("include")]
+            flags += [f'-DGHOST_OPS_VERSION="{VERSION}"']
+            flags += [f'-DGHOST_OPS_BUILD_TORCH="{self.torch.__version__}"']
+        if self.cuda_root and folder in ("torch", "cuda"):
+            flags += ["-DUSE_CUDA", "-isystem", str(self.cuda_root / "include")]
+        return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
+
+    def nvcc_flags(self) -> list[str]:
+        host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
+        return [
+            *"-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden".split(),
+            *host,
+            f"-I{CSRC}",
+            *gencode_flags(env.CUDA_ARCHS.get()),
+        ]
+
+    def torch_flags(self) -> list[str]:
+        include = self.torch_root / "include"
+        return [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(include)]
+
+    def link_flags(self) -> list[str]:
+        flags = [f"-L{self.torch_root / 'lib'}"]
+        if self.cuda_root:
+            # A CUDA torch's libtorch pulls in libtorch_cuda, so a CPU-only torch is enough to link.
+            # The linker is g++, because nvcc would reorder these.
+            flags += "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed".split()
+            flags += [f"-L{self.cuda_root / 'lib64'}", "-lcudart"]
+        else:
+            flags += ["-ltorch_cpu", "-pthread"]
+        if IS_MACOS:
+            flags += ["-undefined", "dynamic_lookup"]
+        return flags + shlex.split(os.environ.get("LDFLAGS", ""))
+
+
+# Only the commands that build ask for compilers; in the others (sdist) a warning would mislead.
+BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+setup(
+    ext_modules=extensions() if BUILDING & set(sys.argv[1:]) else [],
+    cmdclass={"build_ext": NinjaBuildExt},
+)

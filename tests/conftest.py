@@ -1,0 +1,95 @@
+"""Backends as a fixture, seeds, and two threads at most."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@functools.cache
+def native_module() -> Any | None:
+    """``ghost_ops._C`` or None where it is not built."""
+    try:
+        return importlib.import_module("ghost_ops._C")
+    except ImportError:
+        return None
+
+
+def native_isas() -> list[str]:
+    native = native_module()
+    return list(native.available_isas()) if native else []
+
+
+@contextlib.contextmanager
+def running(backend: str) -> Iterator[None]:
+    """``eager``, ``native`` (the instruction set chosen at run time) or ``native-<isa>``."""
+    import ghost_ops
+
+    name, _, isa = backend.partition("-")
+    native = native_module()
+    if name == "native" and native is None:
+        pytest.skip("the native library is not built")
+    with ghost_ops.use_backend(name):
+        if not isa:
+            yield
+            return
+        before = native.isa()
+        native.set_isa(isa)
+        try:
+            yield
+        finally:
+            native.set_isa(before)
+
+
+EVERY_ISA = ["eager", *(f"native-{isa}" for isa in native_isas())]
+if len(EVERY_ISA) == 1:
+    EVERY_ISA.append("native")
+
+
+@pytest.fixture(params=["eager", "native"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per backend."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=EVERY_ISA)
+def every_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per backend and instruction set this machine can run."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def native() -> Iterator[str]:
+    """For promises that only the native kernels make; skips where they are not built."""
+    with running("native"):
+        yield "native"
+
+
+@pytest.fixture(autouse=True)
+def steady() -> Iterator[None]:
+    """One seed and one thread unless the test says otherwise; both put back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,263 @@
+"""The choice of a backend: by call, by block, by environment; refused aloud, announced once."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from conftest import native_module
+from helpers import Case, make_input, make_module
+
+import ghost_ops
+from ghost_ops import backends
+
+ROOT = pathlib.Path(ghost_ops.__file__).parents[1]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GHOST_OPS_")}
+    path = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**clean, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+RUN = (
+    "import torch, ghost_ops; m = ghost_ops.FusedGhostModule(4, 6).eval();"
+    "[m(torch.randn(1, 4, 5, 5)) for _ in range(3)];"
+    "print(ghost_ops.backends.select('cpu', torch.float32))"
+)
+# An interpreter in which the native library does not exist.
+HIDE = "import sys; sys.modules['ghost_ops._C'] = None;"
+NEEDS_NATIVE = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
+
+
+def test_as_a_block() -> None:
+    before = backends.requested()
+    with ghost_ops.use_backend("eager"):
+        assert backends.requested() == "eager"
+        assert backends.select("cpu", torch.float32) == "eager"
+        with ghost_ops.use_backend("auto"):
+            assert backends.requested() == "auto"
+        assert backends.requested() == "eager"
+    assert backends.requested() == before
+
+
+def test_restored_after_an_exception() -> None:
+    before = backends.requested()
+    with pytest.raises(KeyError), ghost_ops.use_backend("eager"):
+        raise KeyError
+    assert backends.requested() == before
+
+
+def test_as_a_call() -> None:
+    before = backends.requested()
+    try:
+        ghost_ops.use_backend("eager")
+        assert backends.select("cpu", torch.float32) == "eager"
+    finally:
+        ghost_ops.use_backend(before)
+
+
+def test_reaches_other_threads() -> None:
+    seen = []
+    with ghost_ops.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(backends.requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["eager"]
+
+
+@pytest.mark.parametrize("name", ["nativ", "", "cuda", None, 3])
+def test_unknown_name(name: object) -> None:
+    before = backends.requested()
+    with pytest.raises((TypeError, ValueError), match=r"auto.*native.*eager"):
+        ghost_ops.use_backend(name)
+    assert backends.requested() == before
+
+
+def test_the_backend_that_is_asked_for_runs(backend: str) -> None:
+    """``eager`` and ``native`` are told apart by what the dispatcher sees."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    module, x = make_module(Case()).eval(), make_input(Case())
+    with torch.no_grad(), Watch():
+        module(x)
+    fused = [name for name in seen if name.startswith("ghost_ops")]
+    convolutions = [name for name in seen if "conv" in name]
+    if backend == "native":
+        assert fused
+        assert not convolutions
+    else:
+        assert convolutions
+
+
+@NEEDS_NATIVE
+def test_native_is_the_automatic_choice() -> None:
+    result = python(RUN)
+    assert result.stdout.strip() == "native", result.stderr
+    assert "Warning" not in result.stderr
+
+
+def test_chosen_by_environment() -> None:
+    result = python(RUN, GHOST_OPS_BACKEND="eager")
+    assert result.stdout.strip() == "eager", result.stderr
+    assert "Warning" not in result.stderr
+
+
+def test_wrong_environment() -> None:
+    result = python(RUN, GHOST_OPS_BACKEND="fast")
+    assert result.returncode != 0
+    assert "ValueError" in result.stderr
+    assert "GHOST_OPS_BACKEND" in result.stderr
+    assert "'eager'" in result.stderr
+
+
+def test_fallback_is_announced_once() -> None:
+    result = python(HIDE + RUN)
+    assert result.stdout.strip() == "eager", result.stderr
+    assert result.stderr.count("UserWarning") == 1
+    assert "not built" in result.stderr or "does not load" in result.stderr
+    assert "compiler" in result.stderr, "it says how to get the native library"
+
+
+def test_explicit_request_that_cannot_run() -> None:
+    for code, environment in (
+        (HIDE + RUN, {"GHOST_OPS_BACKEND": "native"}),
+        (HIDE + "import ghost_ops; ghost_ops.use_backend('native')", {}),
+    ):
+        result = python(code, **environment)
+        assert result.returncode != 0
+        assert "RuntimeError" in result.stderr
+        assert "native" in result.stderr
+        assert "compiler" in result.stderr
+
+
+def test_explicit_request_on_a_device_without_kernels(native: str) -> None:
+    with pytest.raises(RuntimeError, match=r"native.*(meta|xla)"):
+        backends.select("xla", torch.float32)
+
+
+def test_status_table() -> None:
+    for request in ("auto", "eager"):
+        with ghost_ops.use_backend(request), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            rows = backends.status()
+        assert {(row.device, row.dtype) for row in rows} >= {
+            ("cpu", t) for t in ("float32", "float64", "bfloat16", "float16")
+        }
+        for row in rows:
+            assert row.backend in ("native", "eager", "none")
+            assert row.reason
+            if row.device == "cpu" and request == "eager":
+                assert row.backend == "eager"
+
+
+@pytest.mark.parametrize("name", ["native", "eager"])
+def test_can_run(name: str) -> None:
+    backend = backends.BACKENDS[name]
+    assert backend.name == name
+    ok, reason = backend.can_run("cpu", torch.int8)
+    assert not ok
+    assert "int8" in reason
+    ok, reason = backend.can_run("cpu", torch.float32)
+    assert ok == (name == "eager" or native_module() is not None)
+    assert reason
+
+
+# --- instruction sets -------------------------------------------------------------------------
+
+
+@NEEDS_NATIVE
+def test_instruction_sets() -> None:
+    native = native_module()
+    available = native.available_isas()
+    assert "generic" in available
+    assert native.isa() in available
+    before = native.isa()
+    for isa in available:
+        native.set_isa(isa)
+        assert native.isa() == isa
+    native.set_isa(before)
+    with pytest.raises((ValueError, RuntimeError), match="sse9"):
+        native.set_isa("sse9")
+    assert native.isa() == before
+
+
+@NEEDS_NATIVE
+def test_instruction_set_by_environment() -> None:
+    code = RUN + "; import ghost_ops._C as c; print(c.isa())"
+    result = python(code, GHOST_OPS_CPU_ISA="generic")
+    assert result.stdout.split() == ["native", "generic"], result.stderr
+    result = python(code, GHOST_OPS_CPU_ISA="mmx")
+    assert result.returncode != 0
+    assert "GHOST_OPS_CPU_ISA" in result.stderr
+
+
+@NEEDS_NATIVE
+def test_build_info() -> None:
+    info = native_module().build_info()
+    assert isinstance(info, dict)
+    assert info
+
+
+# --- python -m ghost_ops ----------------------------------------------------------------------
+
+
+def report(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ghost_ops"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_report() -> None:
+    result = report()
+    assert result.returncode == 0, result.stderr
+    for word in (torch.__version__, ghost_ops.__version__, "cpu", "float32", "bfloat16", "backend"):
+        assert word in result.stdout
+    chosen = backends._choose("auto", "cpu", torch.float32) if native_module() else "eager"
+    assert chosen in result.stdout
+
+
+def test_import_needs_torch_alone() -> None:
+    """Optional packages are not imported by ``import ghost_ops``."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import ghost_ops;"
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "ghost_ops" in result.stdout
+    for package in (
+        "matplotlib",
+        "rich",
+        "mlxtend",
+        "hypothesis",
+        "pytest",
+        "numpy.random",
+        "triton",
+    ):
+        assert package not in result.stdout.split()
+
+
+def test_public_names() -> None:
+    for name in ("FusedGhostModule", "use_backend", "functional", "reference", "backends"):
+        assert hasattr(ghost_ops, name), name
+    assert set(getattr(ghost_ops, "__all__", ())) <= set(dir(ghost_ops))
+    importlib.import_module("ghost_ops.planner")

@@ -1,0 +1,267 @@
+"""Evaluation mode gives the reference's numbers, whatever the configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    ACT_CODE,
+    ACTIVATIONS,
+    DTYPES,
+    GHOSTNET,
+    LAYOUTS,
+    Case,
+    Params,
+    assert_close,
+    covering,
+    make_input,
+    make_module,
+    ops_of,
+    oracle,
+    plain,
+    product,
+    sound,
+)
+
+
+def check(case: Case, rms: bool = False) -> None:
+    module, x = make_module(case).eval(), make_input(case)
+    p = Params.of(module)
+    with torch.no_grad():
+        want = oracle(p.to(torch.float64), x.double(), case, training=False).out
+        eager_p = p.to() if case.bn_dtype is None else p.to(case.dtype)
+        eager = plain(eager_p, x, case, training=False)
+        got = module(x)
+    assert got.dtype == x.dtype
+    if got.numel():
+        nhwc = case.layout == "nhwc" and not x.is_contiguous()
+        fmt = torch.channels_last if nhwc else torch.contiguous_format
+        assert got.is_contiguous(memory_format=fmt)
+    assert_close(got, want, eager, rms=rms)
+
+
+# The full grid of what changes the structure of a kernel; activations take turns.
+STRUCTURE = [
+    Case(
+        **axes,
+        act1=ACTIVATIONS[i % 8],
+        act2=ACTIVATIONS[(i // 8 + 3 * i) % 8],
+        oup=11 if axes["ratio"] < 7 else 5,  # the last: more ghost maps per intrinsic than outputs
+    )
+    for i, axes in enumerate(
+        product(
+            ratio=(1, 2, 3, 4, 5, 7), d=(1, 3, 5, 7), stride=(1, 2), layout=LAYOUTS, dtype=DTYPES
+        )
+    )
+]
+
+
+@pytest.mark.parametrize("case", STRUCTURE, ids=str)
+def test_structure(backend: str, case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("act1", ACTIVATIONS)
+@pytest.mark.parametrize("act2", ACTIVATIONS)
+def test_every_pair_of_activations(every_isa: str, act1: str, act2: str) -> None:
+    check(Case(act1=act1, act2=act2, c=9, oup=7, h=5, w=19))
+
+
+# Every pair of these occurs: sizes sit on both sides of 8- and 16-lane vectors, of 7-vector
+# blocks (112) and of the row tiles; ``oup`` odd, ``c`` odd and one.
+COVERING = [
+    sound(Case(h=hw[0], w=hw[1], k=primary[0], stride=primary[1], **axes))
+    for axes in covering(
+        {
+            "n": (1, 2, 3),
+            "c": (2, 6, 16, 34),
+            "hw": (
+                (1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (7, 7), (8, 8), (5, 16), (5, 17), (13, 31),
+                (6, 33), (4, 63), (4, 65), (3, 111), (3, 112), (2, 113), (14, 14), (28, 28),
+            ),
+            "oup": (1, 2, 7, 16, 23, 26, 33),
+            "ratio": (1, 2, 3, 5),
+            "d": (1, 3, 5, 7),
+            "primary": ((1, 1), (1, 2), (3, 1), (3, 2), (5, 1), (5, 2)),
+            "act1": ACTIVATIONS,
+            "act2": ACTIVATIONS,
+            "layout": LAYOUTS,
+            "dtype": DTYPES,
+        }
+    )
+    for hw, primary in [(axes.pop("hw"), axes.pop("primary"))]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_covering(every_isa: str, case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(c=8, oup=8, groups=2, h=9, w=9),
+        Case(c=8, oup=16, groups=8, h=9, w=9, act1="silu"),  # a depthwise primary
+        Case(c=8, oup=12, ratio=3, groups=4, k=3, stride=2, h=9, w=9, layout="nhwc"),
+        Case(c=8, oup=8, groups=2, k=5, h=9, w=8, dtype=torch.bfloat16),
+        Case(c=8, oup=8, groups=2, k=1, stride=2, h=9, w=8, dtype=torch.float64),
+        Case(k=3, stride=3, h=11, w=10),
+        Case(k=1, stride=3, h=11, w=10),
+        Case(k=7, stride=1, h=11, w=10),
+        Case(k=2, stride=1, h=6, w=5),  # padding 1: the map grows by one
+        Case(k=4, stride=2, h=6, w=5),
+    ],
+    ids=str,
+)
+def test_other_primary_convolutions(backend: str, case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("size", "inp", "oup", "relu"), GHOSTNET)
+def test_ghostnet_shapes(
+    backend: str, size: int, inp: int, oup: int, relu: bool, layout: str
+) -> None:
+    act = "relu" if relu else "none"
+    check(Case(1, inp, size, size, oup, act1=act, act2=act, layout=layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("size", "inp", "oup", "relu"), GHOSTNET)
+def test_ghostnet_shapes_in_half_precision(
+    backend: str, size: int, inp: int, oup: int, relu: bool, dtype: torch.dtype
+) -> None:
+    act = "relu" if relu else "none"
+    check(Case(1, inp, min(size, 29), size, oup, act1=act, act2=act, dtype=dtype))
+
+
+# Maps that are cut into bands of rows, and small maps that are joined into one GEMM.
+TILING = [
+    Case(n, c, h, w, oup, r, d, act1="relu", act2="silu", layout=layout)
+    for (n, c, h, w, oup, r, d) in (
+        (1, 16, 112, 112, 16, 2, 3),
+        (2, 3, 56, 57, 20, 2, 5),
+        (1, 7, 113, 41, 9, 2, 3),
+        (1, 7, 41, 113, 9, 2, 7),
+        (1, 4, 200, 17, 6, 3, 5),
+        (1, 4, 17, 400, 6, 2, 3),
+        (1, 2, 9, 1030, 3, 2, 7),
+        (1, 2, 1030, 9, 3, 2, 7),
+        (5, 33, 7, 7, 26, 2, 3),
+        (16, 40, 7, 7, 12, 2, 3),
+        (7, 19, 3, 3, 50, 2, 5),
+        (33, 12, 1, 1, 24, 2, 3),
+        (17, 5, 2, 3, 8, 4, 7),
+        (3, 300, 14, 14, 60, 2, 3),
+        (2, 513, 5, 5, 30, 3, 3),
+        (2, 64, 20, 20, 256, 2, 5),
+        (3, 1, 14, 15, 1, 2, 3),
+    )
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("case", TILING, ids=str)
+def test_bands_and_joined_images(every_isa: str, case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("case", TILING[::3], ids=str)
+def test_bands_and_joined_images_on_two_threads(native: str, case: Case) -> None:
+    torch.set_num_threads(2)
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_of_none(backend: str, layout: str, dtype: torch.dtype) -> None:
+    case = Case(n=0, layout=layout, dtype=dtype, stride=2)
+    out = make_module(case).eval()(make_input(case))
+    assert out.shape == (0, 8, 3, 4)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_batch_norms_around_half_precision(
+    backend: str, dtype: torch.dtype, ratio: int, layout: str
+) -> None:
+    check(Case(dtype=dtype, bn_dtype=torch.float32, ratio=ratio, layout=layout, h=9, w=18))
+
+
+def packed_op(
+    backend: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """The module through the raw ops."""
+    p = Params.of(make_module(case))
+    ops = ops_of(backend)
+    b1, b2 = p.bn1, p.bn2
+    packed = ops.ghost_pack(
+        p.w1, b1.gamma, b1.beta, b1.mean, b1.var, b1.eps,
+        p.w2, b2.gamma, b2.beta, b2.mean, b2.var, b2.eps,
+    )  # fmt: skip
+    return ops.ghost_apply(
+        x, packed, residual, case.m, case.oup, case.ratio, case.d, case.stride,
+        ACT_CODE[case.act1], 0.01, ACT_CODE[case.act2], 0.01, True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual_layout", [*LAYOUTS, "expanded"])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 9), (3, 40, 7, 7, 30), (1, 6, 30, 56, 12)], ids=str)
+def test_residual_is_added_last(
+    backend: str, shape: tuple[int, ...], residual_layout: str, dtype: torch.dtype, layout: str
+) -> None:
+    n, c, h, w, oup = shape
+    case = Case(n, c, h, w, oup, act1="hardswish", act2="relu", dtype=dtype, layout=layout)
+    x = make_input(case)
+    if residual_layout == "expanded":
+        residual = torch.randn(1, oup, 1, 1).to(dtype).expand(n, oup, h, w)
+    else:
+        residual = make_input(case.replace(c=oup, layout=residual_layout), extra_seed=2)
+    before = residual.clone()
+    with torch.no_grad():
+        got = packed_op(backend, case, x, residual)
+        p = Params.of(make_module(case))
+        want = oracle(p.to(torch.float64), x.double(), case, False).out + residual.double()
+        assert_close(got, want, plain(p, x, case, False) + residual)
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.5, -0.3])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_leaky_relu_slope(backend: str, slope: float, training: bool) -> None:
+    case = Case()
+    module, x = make_module(case).train(training), make_input(case)
+    module.primary_conv[2] = torch.nn.LeakyReLU(slope)
+    module.cheap_operation[2] = torch.nn.LeakyReLU(slope / 2)
+    p = Params.of(module).to(torch.float64)
+    with torch.no_grad():
+        got = module(x)
+        linear = case.replace(act1="none", act2="none")
+        y = torch.nn.functional.leaky_relu(oracle(p, x.double(), linear, training).a, slope)
+        # From y on: the same module with an identity in front.
+        p.w1 = torch.eye(case.m, dtype=torch.float64)[:, :, None, None]
+        p.bn1.gamma = p.bn1.beta = None
+        p.bn1.mean, p.bn1.var, p.bn1.eps = torch.zeros(case.m), torch.ones(case.m), 0.0
+        p.bn1.mean, p.bn1.var = p.bn1.mean.double(), p.bn1.var.double()
+        v = torch.nn.functional.conv2d(y, p.w2, None, 1, 1, 1, case.m)
+        mean = v.mean((0, 2, 3)) if training else p.bn2.mean
+        var = v.var((0, 2, 3), correction=0) if training else p.bn2.var
+        z = torch.nn.functional.batch_norm(v, mean, var, p.bn2.gamma, p.bn2.beta, False, 0.0, 1e-5)
+        want = torch.cat([y, torch.nn.functional.leaky_relu(z, slope / 2)], 1)
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_input_is_left_alone(backend: str, inplace: bool) -> None:
+    case = Case(act1="none", act2="none")
+    module, x = make_module(case), make_input(case)
+    module.primary_conv[2] = torch.nn.ReLU(inplace=inplace)
+    before = x.clone()
+    for training in (False, True):
+        module.train(training)(x)
+        assert torch.equal(x, before)

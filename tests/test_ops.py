@@ -1,0 +1,335 @@
+"""The operators as PyTorch sees them: schemas, fakes, dispatch, and their arithmetic one by one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import running
+from helpers import (
+    ACT_CODE,
+    DTYPES,
+    LAYOUTS,
+    Case,
+    Params,
+    make_input,
+    make_module,
+    ops_of,
+    oracle,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ghost_ops.ops  # noqa: F401  (registers the ops)
+from ghost_ops.reference import GhostModule
+
+OPS = torch.ops.ghost_ops
+SAMPLES = [
+    Case(2, 5, 6, 7, 8),
+    Case(2, 16, 9, 17, 11, ratio=3, d=5, act1="silu", act2="gelu", layout="nhwc"),
+    Case(1, 4, 5, 5, 3, stride=2, dtype=torch.bfloat16),
+    Case(2, 4, 5, 5, 6, ratio=1, dtype=torch.float64),
+    Case(0, 4, 5, 5, 6),
+]
+CASES = pytest.mark.parametrize("case", SAMPLES, ids=str)
+PRIMARY = pytest.mark.parametrize("has_primary", [True, False], ids=["x", "u given"])
+
+
+def compute(case: Case) -> torch.dtype:
+    return torch.float64 if case.dtype == torch.float64 else torch.float32
+
+
+def packed_numel(m: int, c: int, g: int, d: int, has_primary: bool) -> int:
+    padded = math.ceil(m / 12) * 12
+    return (padded * c + padded if has_primary else 2 * m) + g * d * d + g
+
+
+def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every op for one case."""
+    p = Params.of(make_module(case, GhostModule))
+    w2 = p.w2.detach()
+    b1 = [p.bn1.gamma.detach(), p.bn1.beta.detach(), p.bn1.mean, p.bn1.var]
+    b2 = [p.bn2.gamma.detach(), p.bn2.beta.detach(), p.bn2.mean, p.bn2.var]
+    acts = (ACT_CODE[case.act1], 0.01, ACT_CODE[case.act2], 0.01)
+    if has_primary:
+        x, w1, stride = make_input(case), p.w1.detach(), case.stride
+    else:
+        x, w1, stride = make_input(case.replace(c=case.m)), None, 1
+    pack = (w1, *b1, 1e-5, w2, *b2, 1e-5)
+    unscaled = (w1, *b1, 1e-5, w2, None, None, None, None, 1e-5)
+    n, h, w = case.n, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
+    grad = make_input(case.replace(n=n, c=case.oup, h=h, w=w), 3)
+    mean1, var1 = torch.randn(case.m, dtype=compute(case)), torch.rand(case.m, dtype=compute(case))
+    mean2, var2 = torch.randn(case.g, dtype=compute(case)), torch.rand(case.g, dtype=compute(case))
+    shape = (case.m, case.oup, case.ratio, case.d, stride)
+    found = {
+        "ghost_pack": pack,
+        "ghost_apply": (x, ops.ghost_pack(*pack), None, *shape, *acts, has_primary),
+        "ghost_cheap_stats": (
+            x, ops.ghost_pack(*unscaled), case.m, case.ratio, case.d, stride, *acts[:2], has_primary
+        ),
+        "ghost_train_forward": (
+            x, w1, *b1[:2], 1e-5, w2, *b2[:2], 1e-5, case.oup, stride, *acts, False
+        ),
+        "ghost_backward": (
+            grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, w2, *b2[:2], mean2, var2, 1e-5,
+            stride, *acts, True, True, True
+        ),
+        "ghost_update_running_": (b1[2].clone(), b1[3].clone(), mean1, var1, 0.1, 84),
+    }  # fmt: skip
+    if has_primary:
+        found["ghost_primary_stats"] = (x, w1, stride)
+    return found
+
+
+def all_samples() -> list[Any]:
+    return [
+        pytest.param(op, case, primary, id=f"{op}-{case}-{'x' if primary else 'u'}")
+        for case in SAMPLES
+        for primary in (True, False)
+        for op in (
+            "ghost_pack", "ghost_apply", "ghost_primary_stats", "ghost_cheap_stats",
+            "ghost_train_forward", "ghost_backward", "ghost_update_running_",
+        )
+        if primary or op != "ghost_primary_stats"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "case", "has_primary"), all_samples())
+def test_opcheck(op: str, case: Case, has_primary: bool) -> None:
+    torch.library.opcheck(getattr(OPS, op).default, samples(case, has_primary)[op])
+
+
+@pytest.mark.parametrize("keep_u", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck_of_options(residual: bool, keep_u: bool) -> None:
+    case = SAMPLES[1]
+    args = samples(case, True)
+    x, packed, _, *rest = args["ghost_apply"]
+    extra = make_input(case.replace(c=case.oup), 5) if residual else None
+    torch.library.opcheck(OPS.ghost_apply.default, (x, packed, extra, *rest))
+    forward = (*args["ghost_train_forward"][:-1], keep_u)
+    torch.library.opcheck(OPS.ghost_train_forward.default, forward)
+    u = OPS.ghost_train_forward(*forward)[5] if keep_u else None
+    for flags in ((True, True, False), (False, False, True), (False, False, False)):
+        backward = args["ghost_backward"]
+        torch.library.opcheck(
+            OPS.ghost_backward.default, (*backward[:2], u, *backward[3:-3], *flags)
+        )
+
+
+@pytest.mark.parametrize(("op", "case", "has_primary"), all_samples())
+def test_fake_matches_real(op: str, case: Case, has_primary: bool) -> None:
+    """Shapes, strides and dtypes of the fake implementation are those of the kernel."""
+    args = samples(case, has_primary)[op]
+    real = getattr(OPS, op)(*args)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+        fake = getattr(OPS, op)(*fakes)
+    real, fake = (r if isinstance(r, (tuple, list)) else (r,) for r in (real, fake))
+    for a, b in zip(real, fake, strict=True):
+        if isinstance(a, Tensor):
+            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+            if a.numel():  # the stride of a dimension of size 1 means nothing
+                assert strides(a) == strides(b)
+
+
+def strides(t: Tensor) -> list[int]:
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
+@CASES
+@PRIMARY
+def test_packed_size(case: Case, has_primary: bool) -> None:
+    args = samples(case, has_primary)["ghost_pack"]
+    packed = OPS.ghost_pack(*args)
+    assert packed.shape == (packed_numel(case.m, case.c, case.g, case.d, has_primary),)
+    assert packed.dtype == compute(case)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed", "1x1 pixels", "one channel"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_format(dtype: torch.dtype, layout: str) -> None:
+    """channels_last only for what is channels_last and not at the same time contiguous."""
+    case = Case(dtype=dtype, layout=layout if layout in LAYOUTS else "nhwc")
+    if layout == "1x1 pixels":
+        case = case.replace(h=1, w=1)
+    if layout == "one channel":
+        case = case.replace(c=1)
+    x, *rest = samples(case, True)["ghost_apply"]
+    if layout == "transposed":
+        x = x.contiguous().transpose(2, 3).contiguous().transpose(2, 3)
+    out = OPS.ghost_apply(x, *rest)
+    assert out.dtype == dtype
+    fmt = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    assert out.is_contiguous(memory_format=fmt)
+    args = samples(case, True)["ghost_train_forward"]
+    out, *stats, u = OPS.ghost_train_forward(x, *args[1:-1], True)
+    assert out.is_contiguous(memory_format=fmt)
+    assert u.dtype == dtype
+    assert all(s.dtype == compute(case) for s in stats)
+
+
+# --- arithmetic -------------------------------------------------------------------------------
+
+NUMERIC = [
+    Case(2, 5, 6, 7, 8, dtype=torch.float64),
+    Case(2, 16, 9, 17, 11, ratio=3, d=5, act1="silu", act2="gelu", layout="nhwc"),
+    Case(3, 4, 5, 15, 13, stride=2, act1="hardswish"),
+    Case(2, 8, 9, 18, 12, dtype=torch.bfloat16, act1="silu", act2="silu"),
+    Case(2, 8, 9, 18, 12, dtype=torch.float16, layout="nhwc"),
+]
+
+
+def near(got: Tensor, want: Tensor, case: Case) -> None:
+    eps = torch.finfo(case.dtype).eps
+    scale = want.abs().max().item()
+    torch.testing.assert_close(
+        got.double(), want.double(), rtol=0, atol=max(16 * eps, 1e-6 * (eps > 1e-10)) * scale
+    )
+
+
+@pytest.mark.parametrize("case", NUMERIC, ids=str)
+def test_statistics(every_isa: str, case: Case) -> None:
+    ops = ops_of(every_isa)
+    p = Params.of(make_module(case, GhostModule))
+    x = make_input(case)
+    ref = p.to(torch.float64)
+    r = oracle(ref, x.double(), case, True)
+    args = samples(case, True, ops)
+    mean1, var1 = ops.ghost_primary_stats(*args["ghost_primary_stats"])
+    near(mean1, r.mean1.detach(), case)
+    near(var1, r.var1.detach(), case)
+    # The cheap statistics of a module whose first batch norm is the running one.
+    frozen = oracle(ref, x.double(), case, False)
+    mean2, var2 = ops.ghost_cheap_stats(*args["ghost_cheap_stats"])
+    near(mean2, frozen.mean2.detach(), case)
+    near(var2, frozen.var2.detach(), case)
+    assert mean1.dtype == var1.dtype == mean2.dtype == var2.dtype == compute(case)
+    # The training forward gives the same statistics, and u if asked.
+    out, *stats, u = ops.ghost_train_forward(*args["ghost_train_forward"][:-1], True)
+    for got, want in zip(stats, (r.mean1, r.var1, r.mean2, r.var2), strict=True):
+        near(got, want.detach(), case)
+    near(out, r.out.detach(), case)
+    near(u, torch.nn.functional.conv2d(x.double(), ref.w1, stride=case.stride).detach(), case)
+    assert ops.ghost_train_forward(*args["ghost_train_forward"])[5].numel() == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_statistics_far_from_zero(every_isa: str, offset: float, layout: str) -> None:
+    """Mean 1e4, deviation 1: E[u^2] - E[u]^2 in float32 would be off by several units."""
+    ops = ops_of(every_isa)
+    rtol = 1e-5 if every_isa == "eager" else 1e-6  # PyTorch adds up channels_last in one chain
+    case = Case(4, 1, 61, 63, 4, act1="none", act2="none")
+    x = (make_input(case) + offset).to(memory_format=torch.preserve_format)
+    if layout == "nhwc":  # one channel has no layout of its own: take two, the second all zeros
+        x = torch.cat([x, torch.zeros_like(x)], 1).contiguous(memory_format=torch.channels_last)
+    w1 = torch.zeros(2, x.shape[1], 1, 1)
+    w1[:, 0] = 1.0
+    mean, var = ops.ghost_primary_stats(x, w1, 1)
+    want = x[:, 0].double()
+    torch.testing.assert_close(mean.double(), want.mean().expand(2), rtol=rtol, atol=0)
+    torch.testing.assert_close(
+        var.double(), want.var(correction=0).expand(2), rtol=2e-7 * offset + 1e-5, atol=0
+    )
+    ones = torch.ones(2)
+    packed = ops.ghost_pack(
+        w1, ones, 0 * ones, 0 * ones, ones, 0.0, torch.ones(2, 1, 1, 1), None, None, None, None, 0.0
+    )
+    mean, var = ops.ghost_cheap_stats(x, packed, 2, 2, 1, 1, 0, 0.0, True)
+    torch.testing.assert_close(mean.double(), want.mean().expand(2), rtol=rtol, atol=0)
+    torch.testing.assert_close(
+        var.double(), want.var(correction=0).expand(2), rtol=2e-7 * offset + 1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("missing", ["gamma and beta", "beta", "gamma", "mean and var"])
+@PRIMARY
+def test_pack_without_some_parameters(every_isa: str, has_primary: bool, missing: str) -> None:
+    ops = ops_of(every_isa)
+    case = Case(dtype=torch.float64, act1="silu", act2="silu", c=4)
+    p = Params.of(make_module(case, GhostModule)).to()
+    x = make_input(case)
+    if not has_primary:
+        p.w1 = torch.eye(4, dtype=torch.float64)[:, :, None, None]
+    args = []
+    for bn in (p.bn1, p.bn2):
+        if "gamma" in missing:
+            bn.gamma = None
+        if "beta" in missing:
+            bn.beta = None
+        if "mean" in missing:
+            bn.mean = bn.var = None
+        args.append([bn.gamma, bn.beta, bn.mean, bn.var, bn.eps])
+        if "mean" in missing:
+            bn.mean, bn.var, bn.eps = bn.gamma.new_zeros(4), bn.gamma.new_ones(4), 0.0
+    with torch.no_grad():
+        packed = ops.ghost_pack(p.w1 if has_primary else None, *args[0], p.w2, *args[1])
+        got = ops.ghost_apply(x, packed, None, 4, 8, 2, 3, 1, 4, 0.01, 4, 0.01, has_primary)
+        torch.testing.assert_close(got, oracle(p, x, case, False).out)
+
+
+@pytest.mark.parametrize("count", [2, 84, 10**9])
+@pytest.mark.parametrize(
+    ("dtype", "stat"),
+    [(torch.float32, torch.float32), (torch.float64, torch.float64),
+     (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+    ids=str,
+)  # fmt: skip
+def test_update_running(backend: str, dtype: torch.dtype, stat: torch.dtype, count: int) -> None:
+    mean, var = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
+    batch_mean, batch_var = torch.randn(5, dtype=stat), torch.rand(5, dtype=stat)
+    want_mean = 0.75 * mean.double() + 0.25 * batch_mean.double()
+    want_var = 0.75 * var.double() + 0.25 * batch_var.double() * count / (count - 1)
+    versions = mean._version, var._version
+    ops_of(backend).ghost_update_running_(mean, var, batch_mean, batch_var, 0.25, count)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(mean.double(), want_mean, rtol=2 * eps, atol=2 * eps)
+    torch.testing.assert_close(var.double(), want_var, rtol=2 * eps, atol=2 * eps)
+    assert mean._version > versions[0]
+    assert var._version > versions[1]
+
+
+@pytest.mark.parametrize("has_primary", [True, False])
+@pytest.mark.parametrize("case", NUMERIC, ids=str)
+def test_backends_agree(case: Case, has_primary: bool) -> None:
+    """The same op, once from plain PyTorch and once from the native kernels."""
+    results = []
+    for name in ("eager", "native"):
+        with running(name):
+            ops = ops_of(name)
+            args = samples(case, has_primary, ops)
+            results.append(
+                [
+                    ops.ghost_apply(*args["ghost_apply"]),
+                    *ops.ghost_cheap_stats(*args["ghost_cheap_stats"]),
+                    *ops.ghost_train_forward(*args["ghost_train_forward"]),
+                    *ops.ghost_backward(*args["ghost_backward"]),
+                ]
+            )
+    for a, b in zip(*results, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        if a.numel():
+            eps = torch.finfo(case.dtype).eps
+            atol = max(32 * eps, 1e-5 * (eps > 1e-10)) * (1 + a.abs().max().item())
+            torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def test_out_of_range_codes_are_refused(native: str) -> None:
+    ops = ops_of(native)
+    x, packed, residual, *rest = samples(SAMPLES[0], True, ops)["ghost_apply"]
+    rest[5] = 8
+    with pytest.raises(RuntimeError, match="act1"):
+        ops.ghost_apply(x, packed, residual, *rest)
+
+
+@pytest.mark.parametrize("op", ["ghost_apply", "ghost_train_forward", "ghost_primary_stats"])
+def test_meta_tensors(op: str) -> None:
+    args = samples(SAMPLES[0], True)[op]
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+    out = getattr(torch.ops.ghost_ops, op)(*meta)
+    first = out if isinstance(out, Tensor) else out[0]
+    assert first.is_meta
