@@ -11,7 +11,7 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 
 # With the folders, whose time changes when a file goes.
-SOURCES := $(shell find csrc 2>/dev/null) setup.py ghost_ops/_env.py ghost_ops/_version.py
+SOURCES := $(shell find csrc 2>/dev/null) setup.py ghost_ops/_env.py
 HAS_TORCH := import re, torch; v = re.findall(r'\d+', torch.__version__); \
 	raise SystemExit(tuple(map(int, v[:2])) < (2, 10))
 

@@ -43,7 +43,9 @@ CXX_FLAGS = (
 ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
     "avx512": (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
+        # GCC 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
+        "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
     ).split(),
 }
 LOST_WITHOUT_CPU_LIBRARY = (
@@ -52,17 +54,16 @@ LOST_WITHOUT_CPU_LIBRARY = (
 )
 
 
-def load_package_file(name: str):
-    """Import ghost_ops/<name>.py by path: the package itself needs torch, maybe absent here."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "ghost_ops" / f"{name}.py")
+def load_env():
+    """Import ghost_ops/_env.py by path: the package itself needs torch, maybe absent here."""
+    spec = importlib.util.spec_from_file_location("_env", ROOT / "ghost_ops" / "_env.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules["_env"] = module
     spec.loader.exec_module(module)
     return module
 
 
-env = load_package_file("_env")
-VERSION = load_package_file("_version").__version__
+env = load_env()
 
 
 def fail(message: str) -> NoReturn:
@@ -252,7 +253,6 @@ class NinjaBuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         torch, pybind11_include, ninja = import_build_requirements()
-        self.torch = torch
         self.torch_root = Path(torch.__file__).resolve().parent
         self.pybind11_include = pybind11_include
         self.cuda_root = cuda_root(find_nvcc()) if ext.name.endswith("_cuda") else None
@@ -333,8 +333,6 @@ class NinjaBuildExt(build_ext):
         elif folder == "python":
             flags += ["-isystem", self.pybind11_include]
             flags += ["-isystem", sysconfig.get_path("include")]
-            flags += [f'-DGHOST_OPS_VERSION="{VERSION}"']
-            flags += [f'-DGHOST_OPS_BUILD_TORCH="{self.torch.__version__}"']
         if self.cuda_root and folder in ("torch", "cuda"):
             flags += ["-DUSE_CUDA", "-isystem", str(self.cuda_root / "include")]
         return flags + shlex.split(os.environ.get("CXXFLAGS", ""))

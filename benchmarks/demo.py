@@ -8,11 +8,13 @@ A small Ghost network is trained from one seed with ``ghost_ops.reference.GhostM
 shape of GhostNet 1.0x is run both ways. What is verified (the exit status is 1 if any fails):
 
 - both networks start from the same bits;
-- in float64 the two loss curves agree to 1e-8 over the first steps, so the formula is the same;
-- in float32 the first losses agree to 1e-3: rounding differs, nothing else. Later the curves part
-  as any two float32 runs do. How far is shown beside a control: the reference trained once more in
-  channels_last, which changes nothing but the order of its sums;
-- the test accuracies differ by no more than 1.5 percentage points;
+- in float64 the loss curves agree to 1e-9 over the first 30 steps: the mathematics is the same;
+- in float32 the first 10 losses agree to 1e-4. From there the curves part as any two float32 runs
+  do, because training amplifies rounding: the reference trained once more in channels_last, which
+  changes nothing but the order of its sums, is the control, and the root mean square deviation
+  from the reference may be at most twice the control's;
+- the test accuracies differ by at most two standard errors of the difference of two classifiers
+  that are equally good on a test set of this size;
 - each shape's output and gradients are as close to float64 as eager PyTorch's (twice its error
   plus a few roundings).
 """
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
 import os
 import sys
 import time
@@ -33,14 +36,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness, module, plots, providers, report, shapes
-from benchmarks.digits import Digits, Run, deviation, double_deviation, train
+from benchmarks.digits import Digits, Run, deviation, double_deviation, rms_deviation, train
 from benchmarks.extras import MissingExtra, require
 from benchmarks.shapes import Shape
 
 EARLY_STEPS = 10
-EARLY_TOLERANCE = 1e-3
-DOUBLE_TOLERANCE = 1e-8
-ACCURACY_TOLERANCE = 0.015
+EARLY_TOLERANCE = 1e-4
+DOUBLE_STEPS = 30
+DOUBLE_TOLERANCE = 1e-9
 
 
 def compare_shape(
@@ -102,6 +105,11 @@ def compare_shape(
     return result
 
 
+def accuracy_tolerance(accuracy: float, count: int) -> float:
+    """Two standard errors of the difference between two accuracies on ``count`` digits."""
+    return 2.0 * math.sqrt(2.0 * accuracy * (1.0 - accuracy) / count)
+
+
 def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
     """(promise, kept, the numbers) of a finished run."""
     t = document["training"]
@@ -112,10 +120,11 @@ def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
         if not row[mode]["ok"]
     ]
     gap = abs(t["fused"]["accuracy"] - t["reference"]["accuracy"])
+    allowed_gap = accuracy_tolerance(t["reference"]["accuracy"], t["test_digits"])
     return [
         ("same initial parameters, bit by bit", t["same_start"], ""),
         (
-            f"float64 losses agree, {t['early_steps']} steps",
+            f"float64 losses agree, first {t['double_steps']} steps",
             t["double_deviation"] <= DOUBLE_TOLERANCE,
             f"max deviation {t['double_deviation']:.1e}, tolerance {DOUBLE_TOLERANCE:.0e}",
         ),
@@ -126,9 +135,15 @@ def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
             f"control {t['control_early_deviation']:.1e}",
         ),
         (
+            f"float32 curves as close as two of PyTorch's, {t['steps']} steps",
+            t["rms_deviation"] <= 2.0 * t["control_rms_deviation"],
+            f"rms deviation {t['rms_deviation']:.1e}, tolerance "
+            f"{2.0 * t['control_rms_deviation']:.1e}, twice the control's",
+        ),
+        (
             "same test accuracy",
-            gap <= ACCURACY_TOLERANCE,
-            f"difference {gap:.2%}, tolerance {ACCURACY_TOLERANCE:.1%}",
+            gap <= allowed_gap,
+            f"difference {gap:.2%}, tolerance {allowed_gap:.2%} on {t['test_digits']} digits",
         ),
         (
             "outputs and gradients of every shape",
@@ -159,10 +174,6 @@ def print_training(console: Any, training: dict[str, Any]) -> None:
             f"  fused against {theirs['title']}: step {theirs['median_s'] / ours['median_s']:.2f}x "
             f"faster, saves {theirs['saved_bytes'] / ours['saved_bytes']:.2f}x less"
         )
-    console.print(
-        f"  largest deviation from the reference over all {len(ours['losses'])} steps: fused "
-        f"{training['deviation']:.3f}, control {training['control_deviation']:.3f}"
-    )
 
 
 def print_shapes(console: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -190,6 +201,18 @@ def print_shapes(console: Any, rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def free_threads() -> int:
+    """torch's choice of threads, less the cores that other processes keep busy, at least one.
+
+    Threads that share cores wait for each other in every operator, many times slower than one.
+    """
+    threads = torch.get_num_threads()
+    if not hasattr(os, "getloadavg"):
+        return threads
+    idle = (os.cpu_count() or threads) - round(os.getloadavg()[0])
+    return max(1, min(threads, idle))
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; argparse exits with a message on bad values."""
     parser = argparse.ArgumentParser(
@@ -203,7 +226,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape-batch", type=int, default=16, help="batch of the shape comparison")
     parser.add_argument("--rounds", type=int, help="timing rounds per shape (default: 7)")
     parser.add_argument("--shapes", nargs="+", help="all, ghostnet, yolo, quick, names or globs")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: cores left idle)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results/demo"), help="results folder")
     arguments = parser.parse_args(argv)
@@ -213,7 +236,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "epochs": 2,
         "rounds": 3 if quick else 7,
         "shapes": ["quick" if quick else "ghostnet"],
-        "threads": torch.get_num_threads(),
+        "threads": free_threads(),
     }
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
@@ -252,12 +275,13 @@ def _train_part(
 
     x, y = next(digits.batches(arguments.batch, 1, arguments.seed))
     saved = {name: run.saved(x, y) for name, run in runs.items()}
-    early = min(EARLY_STEPS, arguments.epochs * (len(digits.train_y) // arguments.batch))
+    steps = arguments.epochs * (len(digits.train_y) // arguments.batch)
+    early = min(EARLY_STEPS, steps)
     kinds = (GhostModule, ghost_ops.FusedGhostModule)
     task = bar.add_task("float64 check", total=1)
-    in_double = double_deviation(
-        kinds, digits, batch=arguments.batch, steps=early, seed=arguments.seed
-    )
+    plan = {"batch": arguments.batch, "epochs": arguments.epochs, "seed": arguments.seed}
+    double_steps = min(DOUBLE_STEPS, steps)
+    in_double = double_deviation(kinds, digits, steps=double_steps, **plan)
     bar.advance(task)
     task = bar.add_task("training, in turn", total=None)
 
@@ -265,19 +289,17 @@ def _train_part(
         losses = ", ".join(f"{run.losses[-1]:.4f}" for run in runs.values())
         bar.update(task, completed=done, total=steps, description=f"training, losses {losses}")
 
-    train(
-        tuple(runs.values()), digits, batch=arguments.batch, epochs=arguments.epochs,
-        seed=arguments.seed, synchronize=synchronize, on_step=on_step,
-    )  # fmt: skip
+    train(tuple(runs.values()), digits, **plan, synchronize=synchronize, on_step=on_step)
 
     result: dict[str, Any] = {
         "digits": arguments.digits, "batch": arguments.batch, "epochs": arguments.epochs,
-        "seed": arguments.seed, "same_start": same, "early_steps": early,
-        "double_deviation": in_double,
+        "seed": arguments.seed, "test_digits": len(digits.test_y), "same_start": same,
+        "steps": steps, "early_steps": early,
+        "double_steps": double_steps, "double_deviation": in_double,
         "early_deviation": deviation(fused.losses[:early], reference.losses[:early]),
         "control_early_deviation": deviation(control.losses[:early], reference.losses[:early]),
-        "deviation": deviation(fused.losses, reference.losses),
-        "control_deviation": deviation(control.losses, reference.losses),
+        "rms_deviation": rms_deviation(fused.losses, reference.losses),
+        "control_rms_deviation": rms_deviation(control.losses, reference.losses),
     }  # fmt: skip
     for name, run in runs.items():
         timing = run.timing()
@@ -315,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     meta["device"] = str(device)
     harness.print_header(console, meta)
+    if not cuda and arguments.threads < (os.cpu_count() or 1):
+        console.print(f"Using {arguments.threads} of {os.cpu_count()} cores (--threads for more)")
     columns = (*progress.Progress.get_default_columns(), progress.TimeElapsedColumn())
     try:
         with progress.Progress(*columns, console=console) as bar:

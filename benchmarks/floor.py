@@ -101,7 +101,10 @@ class Roofline:
 
 
 def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) -> float:
-    """Shortest time of one call: a limit is wanted here, so the minimum and not the median."""
+    """Shortest time of one call: a limit is wanted here, so the minimum and not the median.
+
+    Wall time in any case: the minimum is what a moment without disturbance shows.
+    """
     call()
     start = time.perf_counter()
     call()

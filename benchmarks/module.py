@@ -66,6 +66,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-pin", action="store_true", help="do not pin the threads to cores")
     parser.add_argument(
+        "--clock",
+        choices=tuple(harness.CLOCKS),
+        default="wall",
+        help="cpu: CPU time, for a machine that others use too (one thread only)",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("results/module.json"), help="JSON rows go here"
     )
     arguments = parser.parse_args(argv)
@@ -80,6 +86,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"rounds: expected a positive integer, got {arguments.rounds}")
         if arguments.threads < 1:
             raise ValueError(f"threads: expected a positive integer, got {arguments.threads}")
+        if arguments.clock == "cpu" and arguments.threads != 1:
+            raise ValueError(f"clock: cpu time needs --threads 1, got {arguments.threads}")
     except ValueError as error:
         parser.error(str(error))
     arguments.rounds = arguments.rounds or (7 if arguments.quick else 15)
@@ -158,6 +166,10 @@ class ModuleBenchmark:
         self.rows.append(row)
         return row
 
+    def _time(self, calls: Any, rounds: int) -> dict[str, harness.Timing]:
+        clock = harness.CLOCKS[self.arguments.clock]
+        return harness.time_interleaved(calls, rounds=rounds, clock=clock)
+
     def _finish(self, row: dict[str, Any], check: harness.Check, timing: harness.Timing) -> None:
         row.update(
             median_s=timing.median,
@@ -220,7 +232,7 @@ class ModuleBenchmark:
                 continue
             calls[provider.name] = call
             rows[provider.name] = (row, check)
-        timings = harness.time_interleaved(calls, rounds=self.arguments.rounds)
+        timings = self._time(calls, self.arguments.rounds)
         for name, timing in timings.items():
             self._finish(*rows[name], timing)
         self.save(self.rows)
@@ -310,7 +322,7 @@ class ModuleBenchmark:
                 calls[provider.name] = wrap(module, provider.input(x).clone())
                 chosen[provider.name] = provider
             # Microsecond calls need more samples than long ones and cost little.
-            timings = harness.time_interleaved(calls, rounds=2 * self.arguments.rounds + 1)
+            timings = self._time(calls, 2 * self.arguments.rounds + 1)
             for name, timing in timings.items():
                 row = self._row("overhead", shape, 1, chosen[name])
                 self._finish(row, harness.Check(0.0, 0.0, 0.0), timing)
@@ -428,7 +440,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
 
-    meta = harness.metadata(threads=arguments.threads, cores=cores, allocation=allocation)
+    meta = harness.metadata(
+        threads=arguments.threads, cores=cores, allocation=allocation, clock=arguments.clock
+    )
     harness.print_header(console, meta)
     console.print("Measuring GEMM peak and bandwidth ...")
     roofline = floor.measure_roofline(arguments.dtype)

@@ -71,7 +71,9 @@ def _caption(figure: Any, meta: Mapping[str, Any]) -> None:
     threads = f"{meta['threads']} thread" + ("s" if meta["threads"] != 1 else "")
     text = f"{meta['gpu'] if meta.get('device') == 'cuda' else meta['cpu']}, {threads}; torch "
     text += f"{meta['torch']}; commit {meta['commit']}; {meta['date'][:10]}"
-    figure.text(0.995, 0.004, text, ha="right", va="bottom", fontsize=6.5, color="#555555")
+    room = 0.2 / figure.get_figheight()  # inches, below everything that is laid out
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
+    figure.text(0.995, 0.2 * room, text, ha="right", va="bottom", fontsize=6.5, color="#555555")
 
 
 def _shape_axis(axes: Any, names: Sequence[str]) -> None:
@@ -129,11 +131,10 @@ def draw_floors(document: Mapping[str, Any], batches: Sequence[int] | None = Non
             )
             axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-            axes.set_title(f"Batch {batch}, geometric means over GhostNet 1.0x", **_TITLE)
+            axes.set_title(f"Batch {batch}: geometric means, GhostNet 1.0x", **_TITLE)
             axes.set_xlabel("time in floors (1 = hardware limit; left is better)")
             _shape_axis(axes, names)
             _legend_above(axes, columns=1)
-        figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))
         _caption(figure, document["meta"])
     return figure
 
@@ -172,12 +173,11 @@ def draw_training(document: Mapping[str, Any]) -> Any:
             )  # fmt: skip
         axes.axvline(1.0, color="black", linewidth=1.0)
         axes.set_title(
-            f"Training step, batch {rows[0]['batch']}, geometric means over GhostNet 1.0x", **_TITLE
+            f"Training step, batch {rows[0]['batch']}: geometric means, GhostNet 1.0x", **_TITLE
         )
         axes.set_xlabel("times faster than eager PyTorch (right of 1 is better)")
         _shape_axis(axes, list(cells))
         _legend_above(axes, columns=2)
-        figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))
         _caption(figure, document["meta"])
     return figure
 
@@ -226,7 +226,7 @@ def draw_demo(document: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(runs)), [training[name]["title"] for name, *_ in runs])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
-        axes.set_xlim(right=1.3 * axes.get_xlim()[1])
+        axes.set_xlim(right=1.5 * axes.get_xlim()[1])
         axes.set_xlabel("relative to the reference")
         axes.set_title("Step time and memory saved for backward", **_TITLE)
 
@@ -241,13 +241,10 @@ def draw_demo(document: Mapping[str, Any], path: Path) -> None:
             places = [place + offset for place in range(len(rows))]
             axes.barh(places, ratios, 0.38, color=colour, label=label)
         axes.axvline(1.0, color="black", linewidth=1.0)
-        axes.set_title(
-            f"Speed-up over the reference, batch {rows[0]['batch']}, geometric means", **_TITLE
-        )
+        axes.set_title(f"Speed-up, batch {rows[0]['batch']} (geometric means)", **_TITLE)
         axes.set_xlabel("times faster (right of 1 is better)")
         _shape_axis(axes, [row["shape"] for row in rows])
         _legend_above(axes, columns=2)
-        figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))
         _caption(figure, document["meta"])
         figure.savefig(path, dpi=150)
 

@@ -135,8 +135,12 @@ def folded_module(module: nn.Module) -> nn.Module:
     return folded
 
 
+@torch.inference_mode(False)
 def build(provider: Provider, reference: nn.Module, *, training: bool) -> nn.Module | Forward:
-    """The provider's own copy of ``reference`` in the mode asked for, to be called with x."""
+    """The provider's own copy of ``reference`` in the mode asked for, to be called with x.
+
+    Parameters are made outside inference mode, as a user's are, whatever the caller's mode.
+    """
     module = copy.deepcopy(reference).train(training)
     if provider.family == "fused":
         from ghost_ops import FusedGhostModule

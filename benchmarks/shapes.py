@@ -86,7 +86,7 @@ GHOSTNET: tuple[Shape, ...] = (
     _ghostnet(14, 80, 480),
     _ghostnet(14, 480, 112, "none"),
     _ghostnet(14, 112, 672, count=2),
-    _ghostnet(14, 672, 112, "none", count=2),
+    _ghostnet(14, 672, 112, "none"),
     _ghostnet(7, 672, 160, "none"),
     _ghostnet(7, 160, 960, count=4),
     _ghostnet(7, 960, 160, "none", count=4),

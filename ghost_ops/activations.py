@@ -22,7 +22,6 @@ NaN goes through every one of them, as it does in PyTorch.
 from __future__ import annotations
 
 import copy
-from typing import Union
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "ge
 CODES = {name: code for code, name in enumerate(NAMES)}
 DEFAULT_SLOPE = 0.01
 
-ActivationSpec = Union[str, nn.Module]
+ActivationSpec = str | nn.Module
 
 _aten = torch.ops.aten
 

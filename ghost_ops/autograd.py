@@ -10,6 +10,8 @@ ops. Any other runs through the library convolution, and what comes after it is 
 
 from __future__ import annotations
 
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,15 +24,68 @@ from .reference import Norms, Settings, ghost_formula
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+_NATIVE_DW_SIZE = 7
+_announced: set[str] = set()
+
 
 def ops_named(backend: str) -> Any:
     """The functions ``ghost_*`` of a backend: the operators, or eager ones called directly."""
     return ops.native if backend == "native" else eager_ops
 
 
-def ops_for(x: Tensor) -> Any:
-    """The functions ``ghost_*`` that compute on x."""
-    return ops_named(backends.select(x.device.type, x.dtype))
+def backend_for(x: Tensor, dw_size: int) -> str:
+    """The backend that computes on x with a depthwise kernel of this size.
+
+    Raises:
+        RuntimeError: the native one was requested explicitly and has no such kernel.
+    """
+    backend = backends.select(x.device.type, x.dtype)
+    if backend == "native" and dw_size > _NATIVE_DW_SIZE:
+        return _without_native_kernel(dw_size)
+    return backend
+
+
+def _without_native_kernel(dw_size: int) -> str:
+    reason = f"there is no fused kernel for dw_size={dw_size}, only up to {_NATIVE_DW_SIZE}"
+    if backends.requested() == "native":
+        raise RuntimeError(f"backend 'native' was requested and cannot run: {reason}")
+    _announce(reason)
+    return "eager"
+
+
+def _announce(reason: str) -> None:
+    if reason in _announced or torch.compiler.is_compiling():
+        return
+    _announced.add(reason)
+    warnings.warn(
+        f"ghost_ops runs plain PyTorch operators, slower: {reason}", UserWarning, stacklevel=3
+    )
+
+
+def in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype in which autocast runs convolutions on a device type; None where it is off."""
+    # Autocast does not know the meta device, and raises.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def ops_for(x: Tensor, w2: Tensor) -> Any:
+    """The functions ``ghost_*`` that compute on x with cheap weight w2."""
+    return ops_named(backend_for(x, w2.size(-1)))
 
 
 def needs_grad(x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms) -> bool:
@@ -39,8 +94,7 @@ def needs_grad(x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms) -> bool:
         return False
     n = norms
     return any(
-        t is not None and t.requires_grad
-        for t in (x, w1, w2, n.gamma1, n.beta1, n.gamma2, n.beta2)
+        t is not None and t.requires_grad for t in (x, w1, w2, n.gamma1, n.beta1, n.gamma2, n.beta2)
     )
 
 
@@ -93,10 +147,10 @@ def frozen_forward(
     x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
 ) -> Tensor:
     """The module with constant statistics, outside autograd. x dense; w1 None: x is u."""
-    functions = ops_for(x)
+    functions = ops_for(x, w2)
     if functions is eager_ops and x.dtype in LOW_PRECISION:
         # Folding in low precision would lose digits, and in float32 it would be slow.
-        out = ghost_formula(x, w1, w2, norms, settings)
+        out = ghost_formula(x, w1, w2, norms, settings, False)
         return out.contiguous(memory_format=eager_ops.memory_format(x))
     packed = pack(functions, w1, w2, norms, settings)
     m = x.size(1) if w1 is None else w1.size(0)
@@ -104,9 +158,7 @@ def frozen_forward(
     return functions.ghost_apply(x, packed, None, *arguments)
 
 
-def pack(
-    functions: Any, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
-) -> Tensor:
+def pack(functions: Any, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings) -> Tensor:
     """Packed parameters for ``apply_arguments``. w1 None: without primary convolution."""
     gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2 = map(_packable, norms)
     return functions.ghost_pack(
@@ -129,7 +181,7 @@ def train_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, mean1, var1, mean2, var2, u or empty), outside autograd. x dense; w1 None: x is u."""
     n, s = norms, settings
-    return ops_for(x).ghost_train_forward(
+    return ops_for(x, w2).ghost_train_forward(
         x, _packable(w1), _packable(n.gamma1), _packable(n.beta1), s.eps1,
         _packable(w2), _packable(n.gamma2), _packable(n.beta2), s.eps2,
         s.out_channels, 1 if w1 is None else s.stride[0],
@@ -188,9 +240,7 @@ class GhostModuleFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*stats)
         mean1, var1, mean2, var2 = stats
         u = kept if keep and fused else u
-        ctx.save_for_backward(
-            x, w1, w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, u
-        )
+        ctx.save_for_backward(x, w1, w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, u)
         return out, mean1, var1, mean2, var2
 
     @staticmethod
@@ -200,10 +250,10 @@ class GhostModuleFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_out)
         device_type = grad_out.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return _fused_backward(ctx, grad_out)
-        return _fused_backward(ctx, grad_out)
+        if autocast_dtype(device_type) is None:
+            return _fused_backward(ctx, grad_out)
+        with torch.autocast(device_type, enabled=False):
+            return _fused_backward(ctx, grad_out)
 
 
 def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -217,7 +267,7 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if through_conv:
         u = dense(library_conv(data, w1, s)) if u is None else u
     weight = _packable(w1) if fused else None
-    dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2 = ops_for(x).ghost_backward(
+    dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2 = ops_for(x, w2).ghost_backward(
         grad_out, u if through_conv else data, u if fused else None,
         weight, _packable(gamma1), _packable(beta1), _packable(mean1), _packable(var1), s.eps1,
         _packable(w2), _packable(gamma2), _packable(beta2), _packable(mean2), _packable(var2),
@@ -259,17 +309,21 @@ def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None,
     *tensors, _ = ctx.saved_tensors
     needs = ctx.needs_input_grad[: len(tensors)]
     # Aliases, so that the gradient of one input does not run on into another that depends on it.
-    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs)]
+    tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
     x, w1, w2, *rest = tensors
     norms = Norms(*rest)
     if ctx.batch_stats:
-        norms = norms._replace(mean1=None, var1=None, mean2=None, var2=None)
-    with torch.autocast(grad_out.device.type, enabled=False):
-        out = ghost_formula(x, w1, w2, norms, ctx.settings)
-        wanted = [t for t, need in zip(tensors, needs) if need]
+        norms = _without_stats(norms)
+    with _without_autocast(grad_out.device.type):
+        out = ghost_formula(x, w1, w2, norms, ctx.settings, ctx.batch_stats)
+        wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
         grads = torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True)
     found = iter(grads)
     return *(next(found) if need else None for need in needs), None, None
+
+
+def _without_stats(norms: Norms) -> Norms:
+    return Norms(norms.gamma1, norms.beta1, None, None, norms.gamma2, norms.beta2, None, None)
 
 
 def run(
@@ -287,25 +341,23 @@ def run(
     With batch_stats, the mean and var of norms are the running statistics to update, or None.
     """
     n = norms
-    if forward_ad._current_level >= 0 and _has_tangent((x, w1, w2, *norms)):
-        raise NotImplementedError(
-            "ghost_module has no forward-mode derivative; ghost_ops.reference.GhostModule, plain "
-            "PyTorch with the same parameters, has one"
+    if in_transform():
+        _announce(
+            "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
+        return ghost_formula(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    to = autocast_dtype(device_type)
+    if to is not None:
         # As autocast treats the convolutions of the reference: their operands, float64 excepted.
-        to = torch.get_autocast_dtype(device_type)
         x, w1, w2 = (
             t if t is None or t.dtype in (to, torch.float64) else t.to(to) for t in (x, w1, w2)
         )
         with torch.autocast(device_type, enabled=False):
             return run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
     if needs_grad(x, w1, w2, norms):
-        constants = norms if not batch_stats else norms._replace(
-            mean1=None, var1=None, mean2=None, var2=None
-        )
-        result = GhostModuleFunction.apply(x, w1, w2, *constants, settings, batch_stats)
+        given = _without_stats(norms) if batch_stats else norms
+        result = GhostModuleFunction.apply(x, w1, w2, *given, settings, batch_stats)
     else:
         data = dense(x)
         if w1 is not None and not is_fused_primary(w1, settings):
@@ -317,19 +369,15 @@ def run(
     if not batch_stats:
         return result
     out, mean1, var1, mean2, var2 = result[:5]
-    count = out.numel() // out.size(1)
-    _update_running(x, n.mean1, n.var1, mean1, var1, momentum1, count)
+    count, functions = out.numel() // out.size(1), ops_for(x, w2)
+    _update_running(functions, n.mean1, n.var1, mean1, var1, momentum1, count)
     if w2.size(0):
-        _update_running(x, n.mean2, n.var2, mean2, var2, momentum2, count)
+        _update_running(functions, n.mean2, n.var2, mean2, var2, momentum2, count)
     return out
 
 
-def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
 def _update_running(
-    x: Tensor,
+    functions: Any,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     mean: Tensor,
@@ -339,12 +387,15 @@ def _update_running(
 ) -> None:
     if running_mean is None or running_var is None or count == 0:
         return
-    functions = ops_for(x)
-    if functions is eager_ops or not (running_mean.is_contiguous() and running_var.is_contiguous()):
+    compiling = torch.compiler.is_compiling()
+    contiguous = running_mean.is_contiguous() and running_var.is_contiguous()
+    # A compiled graph fuses the few operations itself, for any batch size; the operator's count is
+    # an int, which would tie the graph to one.
+    if functions is eager_ops or compiling or not contiguous:
         with torch.no_grad():
             eager_ops.ghost_update_running_(running_mean, running_var, mean, var, momentum, count)
         return
     functions.ghost_update_running_(running_mean, running_var, mean, var, momentum, count)
-    if not torch.compiler.is_compiling() and not running_mean.is_inference():
+    if not running_mean.is_inference():
         # The kernel writes memory that autograd does not watch: tell it, and tell caches.
         torch.autograd.graph.increment_version((running_mean, running_var))

@@ -62,7 +62,7 @@ def _scale_shift(
     like: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Batch norm as v * scale + shift. A missing mean or var is 0 or 1 - eps: it folds to gamma."""
+    """Batch norm as v * scale + shift. Without mean and var that is gamma and beta themselves."""
     gamma, beta = _cast(gamma, dtype), _cast(beta, dtype)
     mean, var = _cast(mean, dtype), _cast(var, dtype)
     if var is not None:
@@ -92,7 +92,7 @@ def ghost_pack(
     eps2: float,
 ) -> Tensor:
     """Both batch norms folded into the weights: 1-D, of ``packed_offsets``'s size."""
-    m = _intrinsic(w1, gamma1, beta1, mean1, var1)
+    m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     g, d = w2.size(0), w2.size(-1)
     dtype = compute_dtype(w2.dtype)
     scale1, shift1 = _scale_shift(gamma1, beta1, mean1, var1, eps1, m, w2, dtype)
@@ -109,7 +109,7 @@ def ghost_pack(
     return torch.cat([folded1, shift1, folded2, shift2])
 
 
-def _intrinsic(w1: Tensor | None, *per_channel: Tensor | None) -> int:
+def intrinsic_count(w1: Tensor | None, *per_channel: Tensor | None) -> int:
     """m, from the primary weight or the first batch norm."""
     for t in (w1, *per_channel):
         if t is not None:
@@ -194,7 +194,7 @@ def _statistics(u: Tensor) -> tuple[Tensor, Tensor]:
     channels = u.size(1)
     if u.numel() == 0:
         return u.new_zeros(channels, dtype=dtype), u.new_zeros(channels, dtype=dtype)
-    if torch.compiler.is_compiling():
+    if type(u) is not Tensor or u.is_meta or torch.compiler.is_compiling():
         var, mean = torch.var_mean(_cast(u, dtype), (0, 2, 3), correction=0)
         return mean, var
     # Batch norm's own statistics, which need no float32 copy of u. The running statistics are

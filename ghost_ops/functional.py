@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import torch
 from torch import Tensor
 
 from . import activations
 from .activations import ActivationSpec
-from .autograd import GhostModuleFunction, run
+from .autograd import GhostModuleFunction, autocast_dtype, run
 from .eager_ops import compute_dtype
 from .reference import Norms, Settings
 
@@ -18,8 +16,8 @@ __all__ = ["GhostModuleFunction", "ghost_module"]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _WIDE = {dtype: compute_dtype(dtype) for dtype in _DTYPES}
 
-IntPair = Union[int, tuple[int, int]]
-FloatPair = Union[float, tuple[float, float]]
+IntPair = int | tuple[int, int]
+FloatPair = float | tuple[float, float]
 
 
 def ghost_module(
@@ -57,8 +55,9 @@ def ghost_module(
         z   = cheap_activation(bn2(v))
         out = concat(y, z)[:, :out_channels]
 
-    Differentiable twice in x, both weights, and the weights and biases of both batch norms; not
-    in forward mode. Saves for backward x, the parameters and the statistics per channel, and u only
+    Differentiable twice in x, both weights, and the weights and biases of both batch norms. Under
+    torch.func transforms and forward-mode differentiation it runs unfused, which a warning says.
+    Saves for backward x, the parameters and the statistics per channel, and u only
     where it has at most a quarter of x's elements.
 
     A primary convolution other than 1x1 with groups 1 and padding 0 runs through the library
@@ -95,7 +94,6 @@ def ghost_module(
             training; a stride that is not positive.
         ValueError: x is 3-D; an even d; an unknown activation; training with one value per channel.
         TypeError: an argument of the wrong type.
-        NotImplementedError: forward-mode differentiation.
         If it raises, no running statistic has changed.
 
     Source: GhostNet, CVPR 2020, section 3.1.
@@ -106,11 +104,22 @@ def ghost_module(
         act2, slope2 = activations.resolve(cheap_activation, "cheap_activation")
     eps1, eps2 = _float_pair("eps", eps)
     momentum1, momentum2 = _float_pair("momentum", momentum)
-    if not isinstance(cheap_weight, Tensor):
-        raise TypeError(f"cheap_weight must be a Tensor, got {type(cheap_weight).__name__}")
+    _check_types(
+        x=x,
+        primary_weight=primary_weight,
+        cheap_weight=cheap_weight,
+        primary_bn_weight=primary_bn_weight,
+        primary_bn_bias=primary_bn_bias,
+        primary_running_mean=primary_running_mean,
+        primary_running_var=primary_running_var,
+        cheap_bn_weight=cheap_bn_weight,
+        cheap_bn_bias=cheap_bn_bias,
+        cheap_running_mean=cheap_running_mean,
+        cheap_running_var=cheap_running_var,
+    )
     if out_channels is None:
-        m = x.size(1) if primary_weight is None else primary_weight.size(0)
-        out_channels = m + cheap_weight.size(0)
+        first = x.shape[1:2] if primary_weight is None else primary_weight.shape[:1]
+        out_channels = sum(first) + sum(cheap_weight.shape[:1])
     settings = Settings(
         out_channels,
         _int_pair("stride", stride),
@@ -135,20 +144,24 @@ def ghost_module(
         cheap_running_var,
     )
     check(x, primary_weight, cheap_weight, norms, settings, training)
-    return run(
-        x, primary_weight, cheap_weight, norms, settings, training, momentum1, momentum2
-    )
+    return run(x, primary_weight, cheap_weight, norms, settings, training, momentum1, momentum2)
+
+
+def _check_types(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or name in ("x", "cheap_weight")):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
 
 
 def _int_pair(name: str, value: IntPair) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    return pair
+    return pair[0], pair[1]
 
 
 def _float_pair(name: str, value: FloatPair) -> tuple[float, float]:
-    pair = (value, value) if isinstance(value, (int, float)) else tuple(value)
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, (int, float)) for v in pair):
         raise TypeError(f"{name} must be a number or a pair of numbers, got {value!r}")
     return float(pair[0]), float(pair[1])
@@ -185,6 +198,8 @@ def _plainly_fits(
     dtype, device = x.dtype, x.device
     wide = _WIDE.get(dtype)
     if wide is None or w1.dtype is not dtype or w2.dtype is not dtype:
+        return False
+    if w1.dim() != 4 or w2.dim() != 4:
         return False
     (n, c, h, w), (m, c1, k, k1), (g, one, d, d1) = x.shape, w1.shape, w2.shape
     s = settings
@@ -242,7 +257,7 @@ def _check_each(
         )
     dtype = _dtype_in_use(x)
     wide = compute_dtype(dtype)
-    for index, (name, t) in enumerate(zip(Norms._fields, norms)):
+    for index, (name, t) in enumerate(zip(Norms._fields, norms, strict=True)):
         size = m if index < 4 else g
         if t is None:
             if not batch_stats and index % 4 > 1:
@@ -252,9 +267,7 @@ def _check_each(
                 )
             continue
         if t.dim() != 1 or t.size(0) != size:
-            raise RuntimeError(
-                f"{_NORM_NAMES[name]} must have shape [{size}], got {list(t.shape)}"
-            )
+            raise RuntimeError(f"{_NORM_NAMES[name]} must have shape [{size}], got {list(t.shape)}")
         if t.dtype is not dtype and t.dtype is not wide:
             raise RuntimeError(
                 f"{_NORM_NAMES[name]} must be {dtype} or {wide} for x in {dtype}, got {t.dtype}"
@@ -291,9 +304,7 @@ def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
             f"expected 4D input [N, C, H, W] (got {x.dim()}D input of shape {list(x.shape)})"
         )
     if x.dtype not in _DTYPES:
-        raise RuntimeError(
-            f"x must be float32, float64, bfloat16 or float16, got {x.dtype}"
-        )
+        raise RuntimeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if is_u:
         return
     if w1.dim() != 4:
@@ -311,9 +322,7 @@ def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
 def _dtype_in_use(t: Tensor) -> torch.dtype:
     """The dtype that a convolution has t in: autocast's, where that applies."""
     device_type = t.device.type
-    if torch.is_autocast_enabled(device_type) and t.dtype is not torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return t.dtype
+    return t.dtype if t.dtype is torch.float64 else autocast_dtype(device_type) or t.dtype
 
 
 def _check_weight(name: str, w: Tensor, x: Tensor) -> None:

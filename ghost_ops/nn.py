@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from . import activations, backends
 from .activations import ActivationSpec
 from .autograd import (
     LOW_PRECISION,
     apply_arguments,
+    autocast_dtype,
+    backend_for,
     dense,
+    in_transform,
     is_fused_primary,
     library_conv,
     needs_grad,
@@ -28,7 +30,7 @@ from .reference import Norms, _build_children, _checked_arguments, composed_forw
 from .structure import Structure, inspect
 
 _announced: set[str] = set()
-_version = attrgetter("_version")
+_version = operator.attrgetter("_version")
 _address = Tensor.data_ptr
 
 
@@ -48,9 +50,12 @@ class _Packed:
 
     A tensor counts as unchanged if its module still has the same object, with the same version
     and at the same address. ``alive`` holds the memory, so that nothing else comes to the address.
+    PyTorch's batch norm does not raise the version of the running statistics that it updates; the
+    count of batches is among the tensors because it tells.
     """
 
     __slots__ = (
+        "addresses",
         "alive",
         "apply",
         "arguments",
@@ -62,23 +67,33 @@ class _Packed:
         "library_w1",
         "packed",
         "places",
-        "state",
+        "request",
         "structure",
         "tensors",
+        "values",
+        "versions",
     )
 
     def __init__(
-        self, structure: Structure, places: tuple[dict, ...], tensors: tuple[Tensor, ...], backend: str
+        self,
+        structure: Structure,
+        places: tuple[dict, ...],
+        tensors: tuple[Tensor, ...],
+        backend: str,
     ) -> None:
         conv1, conv2 = structure.conv1, structure.conv2
         w1, w2 = conv1.weight.detach(), conv2.weight.detach()
         fused = is_fused_primary(w1, structure.settings)
         norms = Norms(*_norm_tensors(structure.bn1), *_norm_tensors(structure.bn2))
         functions = ops_named(backend)
-        self.structure, self.backend = structure, backend
+        self.structure = structure
+        self.backend, self.request = backend, backends.requested()
         self.places, self.tensors = places, tensors
+        self.values = tuple(t for values in places for t in values.values())
         self.alive = [t.detach() for t in tensors]
-        self.state = self._read_state()
+        # Before packing: a change in the meantime, by another thread, is then noticed.
+        self.versions = tuple(map(_version, tensors))
+        self.addresses = tuple(map(_address, tensors))
         self.dtype, self.device, self.device_type = w1.dtype, w1.device, w1.device.type
         self.channels = w1.size(1) * structure.settings.groups
         self.library_w1 = None if fused else w1
@@ -89,35 +104,28 @@ class _Packed:
         self.arguments = apply_arguments(w1.size(0), w2, structure.settings, fused)
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether packing now would give the same."""
+        """Whether packing now would give the same. Runs at every call."""
         structure = self.structure
         return (
             not (structure.bn1.training or structure.bn2.training)
-            and self._read_state() == self.state
+            and tuple(map(_version, self.tensors)) == self.versions
+            and tuple(map(_address, self.tensors)) == self.addresses
+            and self._holds_same_tensors()
             and structure.is_current(module)
-            and backends.select(self.device_type, self.dtype) == self.backend
+            and backends.requested() == self.request
         )
 
-    def _read_state(self) -> tuple[tuple[int, ...], ...]:
-        """Identity of what is in the dictionaries; version and address of the tensors watched."""
+    def _holds_same_tensors(self) -> bool:
         conv1, conv2, weights1, weights2, stats1, stats2 = self.places
-        return (
-            tuple(
-                map(
-                    id,
-                    (
-                        *conv1.values(),
-                        *conv2.values(),
-                        *weights1.values(),
-                        *weights2.values(),
-                        *stats1.values(),
-                        *stats2.values(),
-                    ),
-                )
-            ),
-            tuple(map(_version, self.tensors)),
-            tuple(map(_address, self.tensors)),
+        now = (
+            *conv1.values(),
+            *conv2.values(),
+            *weights1.values(),
+            *weights2.values(),
+            *stats1.values(),
+            *stats2.values(),
         )
+        return len(now) == len(self.values) and all(map(operator.is_, now, self.values))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output for an x that is dense and fits."""
@@ -226,8 +234,9 @@ class FusedGhostModule(nn.Module):
             and x.numel()
             and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
             and x.device == kept.device
-            and forward_ad._current_level < 0
-            and not torch.is_autocast_enabled(kept.device_type)
+            and not in_transform()
+            and not torch.jit.is_tracing()
+            and autocast_dtype(kept.device_type) is None
             and kept.is_current(self)
         ):
             return kept(x)
@@ -248,9 +257,9 @@ class FusedGhostModule(nn.Module):
         settings = structure.settings
         check(x, w1, w2, norms, settings, batch_stats)
         if not batch_stats and not torch.compiler.is_compiling():
-            kept = self._kept_weights(x, structure, w1, w2, norms)
-            if kept is not None:
-                return kept(dense(x))
+            out = self._infer(x, structure, w1, w2, norms)
+            if out is not None:
+                return out
         momentum1, momentum2 = _momentum(bn1), _momentum(bn2)
         out = run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
         _count_batch(bn1)
@@ -258,34 +267,35 @@ class FusedGhostModule(nn.Module):
             _count_batch(bn2)
         return out
 
-    def _kept_weights(
+    def _infer(
         self, x: Tensor, structure: Structure, w1: Tensor, w2: Tensor, norms: Norms
-    ) -> _Packed | None:
-        """Packed weights, kept or new; None where they cannot be kept or are not wanted."""
-        backend = backends.select(x.device.type, x.dtype)
+    ) -> Tensor | None:
+        """Forward from packed weights, kept or new; None where they cannot be kept."""
+        to = autocast_dtype(x.device.type)
+        data = x if to is None or x.dtype is torch.float64 else x.to(to)
+        backend = backend_for(data, w2.size(-1))
         if (
             type(x) is not Tensor
-            or x.dtype is not w1.dtype
             or structure.parameter_hooks
-            or forward_ad._current_level >= 0
-            or torch.is_autocast_enabled(x.device.type)
+            or in_transform()
             or needs_grad(x, w1, w2, norms)
-            or (backend == "eager" and x.dtype in LOW_PRECISION)
+            or (backend == "eager" and data.dtype in LOW_PRECISION)
         ):
             return None
         kept = self._packed
-        if kept is not None and kept.is_current(self):
-            return kept
-        places = _places(structure)
-        tensors = tuple(t for values in places for t in values.values() if t is not None)
-        if not _watchable(structure, tensors):
-            return None
-        self._packed = kept = _Packed(structure, places, tensors, backend)
-        return kept
+        if kept is None or kept.backend != backend or not kept.is_current(self):
+            places = _places(structure)
+            tensors = tuple(t for values in places for t in values.values() if t is not None)
+            if not _watchable(structure, tensors):
+                return None
+            self._packed = kept = _Packed(structure, places, tensors, backend)
+        return kept(dense(data))
 
     def _read_structure(self) -> Structure | str:
         if torch.compiler.is_compiling():
             return inspect(self)
+        if torch.jit.is_tracing():
+            return "torch.jit traces it, and cannot trace the autograd function"
         kept = self._structure
         if kept is not None and kept.is_current(self):
             return kept
@@ -324,7 +334,10 @@ class FusedGhostModule(nn.Module):
 
     def _backend_name(self) -> str:
         """What will run, or why nothing fused will; without warning or raising."""
-        found = inspect(self)
+        try:
+            found = inspect(self)
+        except RuntimeError as error:
+            return f"none: {error}"
         if isinstance(found, str):
             return f"none, unfused: {found}"
         weight = found.conv1.weight
@@ -384,6 +397,8 @@ def _watchable(structure: Structure, tensors: tuple[Tensor, ...]) -> bool:
     """
     return (
         all("weight" in conv._parameters for conv in (structure.conv1, structure.conv2))
-        and all({"weight", "bias"} <= bn._parameters.keys() for bn in (structure.bn1, structure.bn2))
+        and all(
+            {"weight", "bias"} <= bn._parameters.keys() for bn in (structure.bn1, structure.bn2)
+        )
         and all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors)
     )

@@ -64,7 +64,7 @@ def _vectors(like: Tensor, size: int, count: int) -> tuple[Tensor, ...]:
 
 
 def _fake_pack(w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2):
-    m = eager_ops._intrinsic(w1, gamma1, beta1, mean1, var1)
+    m = eager_ops.intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     numel = packed_numel(channels, m, w2.size(0), w2.size(-1), w1 is not None)
     return w2.new_empty(numel, dtype=compute_dtype(w2.dtype))
@@ -81,9 +81,7 @@ def _fake_primary_stats(x, w1, stride):
     return _vectors(x, w1.size(0), 2)
 
 
-def _fake_cheap_stats(
-    x, packed, intrinsic, ratio, dw_size, stride, act1, slope1, has_primary
-):
+def _fake_cheap_stats(x, packed, intrinsic, ratio, dw_size, stride, act1, slope1, has_primary):
     return _vectors(packed, intrinsic * (ratio - 1), 2)
 
 
@@ -111,15 +109,23 @@ def _fake_update_running_(running_mean, running_var, mean, var, momentum, count)
     return None
 
 
-for _schema, _name in zip(SCHEMAS, NAMES):
+_FAKES = (
+    _fake_pack,
+    _fake_apply,
+    _fake_primary_stats,
+    _fake_cheap_stats,
+    _fake_train_forward,
+    _fake_backward,
+    _fake_update_running_,
+)
+
+for _schema, _name, _fake in zip(SCHEMAS, NAMES, _FAKES, strict=True):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, torch.no_grad()(getattr(eager_ops, _name)), "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"ghost_ops::{_name}", globals()[_name.replace("ghost", "_fake", 1)], lib=_library
-    )
+    torch.library.register_fake(f"ghost_ops::{_name}", _fake, lib=_library)
 
 
-class _Native:
+class native:
     """The operators through the dispatcher, under the names that ``eager_ops`` has them.
 
     Bound to their overload once: looking it up costs more than a small call.
@@ -132,6 +138,3 @@ class _Native:
     ghost_train_forward = torch.ops.ghost_ops.ghost_train_forward.default
     ghost_backward = torch.ops.ghost_ops.ghost_backward.default
     ghost_update_running_ = torch.ops.ghost_ops.ghost_update_running_.default
-
-
-native = _Native

@@ -49,7 +49,7 @@ class Settings(NamedTuple):
 class Norms(NamedTuple):
     """The tensors of both batch norms, [m] those of the first and [g] those of the second.
 
-    mean and var are constants (running statistics); None asks for the batch's own statistics.
+    mean and var are the running statistics; None where there are none.
     """
 
     gamma1: Tensor | None
@@ -63,7 +63,14 @@ class Norms(NamedTuple):
 
 
 def ghost_formula(
-    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    batch_stats: bool,
+    momentum1: float = 0.0,
+    momentum2: float = 0.0,
 ) -> Tensor:
     """The Ghost module of this file's docstring as a function, differentiable any number of times.
 
@@ -72,6 +79,8 @@ def ghost_formula(
         w1: [m, C / groups, k, k], or None if x already is u.
         w2: [g, 1, d, d]; g = 0 for ratio 1.
         norms, settings: the rest.
+        batch_stats: normalise with the batch's statistics, and move the running ones, where given,
+            by momentum1 and momentum2; otherwise with the running ones.
 
     Returns:
         [N, out_channels, Ho, Wo].
@@ -79,12 +88,12 @@ def ghost_formula(
     n, s = norms, settings
     inplace = not torch.is_grad_enabled()
     u = x if w1 is None else F.conv2d(x, w1, None, s.stride, s.padding, s.dilation, s.groups)
-    y = F.batch_norm(u, n.mean1, n.var1, n.gamma1, n.beta1, n.mean1 is None, 0.0, s.eps1)
+    y = F.batch_norm(u, n.mean1, n.var1, n.gamma1, n.beta1, batch_stats, momentum1, s.eps1)
     y = activations.apply(y, s.act1, s.slope1, inplace)
     if w2.size(0) == 0:
         return y[:, : s.out_channels]
     v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
-    z = F.batch_norm(v, n.mean2, n.var2, n.gamma2, n.beta2, n.mean2 is None, 0.0, s.eps2)
+    z = F.batch_norm(v, n.mean2, n.var2, n.gamma2, n.beta2, batch_stats, momentum2, s.eps2)
     z = activations.apply(z, s.act2, s.slope2, inplace)
     return torch.cat([y, z], 1)[:, : s.out_channels]
 

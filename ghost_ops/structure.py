@@ -30,8 +30,10 @@ _GLOBAL_HOOKS = (
     module_globals._global_backward_hooks,
 )
 
-_conv_state = attrgetter("__class__", "stride", "padding", "dilation", "groups", "padding_mode")
-_norm_state = attrgetter("__class__", "eps")
+_conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_eps = attrgetter("eps")
+# The activations that have a parameter, and where it is.
+_act_state = {nn.LeakyReLU: attrgetter("negative_slope"), nn.GELU: attrgetter("approximate")}
 
 
 class Structure:
@@ -49,6 +51,7 @@ class Structure:
         "dicts",
         "hooks",
         "parameter_hooks",
+        "parametric",
         "primary",
         "settings",
         "state",
@@ -60,6 +63,7 @@ class Structure:
         self.conv2, self.bn2, self.act2 = cheap
         self.children = (*primary, *cheap)
         everyone = (primary, cheap, *self.children)
+        self.parametric = tuple(a for a in (self.act1, self.act2) if type(a) in _act_state)
         self.dicts = tuple(module.__dict__ for module in everyone)
         self.hooks = tuple(hooks for module in everyone for hooks in _hooks_of(module))
         self.hooks += _GLOBAL_HOOKS
@@ -69,21 +73,18 @@ class Structure:
 
     def read_state(self) -> tuple:
         """The plain attributes that ``settings`` depends on."""
-        return (
-            _conv_state(self.conv1),
-            _conv_state(self.conv2),
-            _norm_state(self.bn1),
-            _norm_state(self.bn2),
-            activations.of_module(self.act1),
-            activations.of_module(self.act2),
-        )
+        conv1, conv2 = _conv_state(self.conv1), _conv_state(self.conv2)
+        state = (conv1, conv2, _eps(self.bn1), _eps(self.bn2))
+        for act in self.parametric:
+            state += (_act_state[type(act)](act),)
+        return state
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether the module still is as it was inspected: children, attributes and no hooks."""
-        own = module._modules
-        if own.get("primary_conv") is not self.primary or own.get("cheap_operation") is not self.cheap:
+        own, primary, cheap = module._modules, self.primary, self.cheap
+        if own.get("primary_conv") is not primary or own.get("cheap_operation") is not cheap:
             return False
-        if (*self.primary._modules.values(), *self.cheap._modules.values()) != self.children:
+        if (*primary._modules.values(), *cheap._modules.values()) != self.children:
             return False
         if any(self.hooks) or module.oup != self.settings.out_channels:
             return False
@@ -108,13 +109,17 @@ def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
 
 
 def inspect(module: nn.Module) -> Structure | str:
-    """The structure of a Ghost module, or the reason why it must run unfused."""
+    """The structure of a Ghost module, or the reason why it must run unfused.
+
+    Raises:
+        RuntimeError: the second convolution cannot follow the first.
+    """
     primary, cheap = module.primary_conv, module.cheap_operation
     for name, branch in (("primary_conv", primary), ("cheap_operation", cheap)):
         if type(branch) is not nn.Sequential or len(branch) != 3:
             return f"{name} is not a Sequential of convolution, batch norm and activation"
         for child, base in ((branch[0], nn.Conv2d), (branch[1], nn.BatchNorm2d)):
-            if not isinstance(child, base) or type(child).forward is not base.forward:
+            if not isinstance(child, base) or not _computes_as(type(child), base):
                 return f"{name} has a {type(child).__name__} in the place of a {base.__name__}"
         if activations.of_module(branch[2]) is None:
             return f"{name} has the activation {type(branch[2]).__name__}"
@@ -134,6 +139,14 @@ def inspect(module: nn.Module) -> Structure | str:
     if not torch.compiler.is_compiling():
         found.state = found.read_state()
     return found
+
+
+def _computes_as(kind: type, base: type) -> bool:
+    """Whether a subclass has its base's forward (as one made by a parametrisation has)."""
+    return all(
+        getattr(kind, name, None) is getattr(base, name, None)
+        for name in ("forward", "_conv_forward", "_check_input_dim")
+    )
 
 
 def _hooks(found: Structure) -> str | None:
@@ -160,13 +173,18 @@ def _geometry(found: Structure) -> str | None:
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return f"the {name} convolution has padding {conv.padding!r}, {conv.padding_mode!r}"
     d, m = conv2.kernel_size[0], conv1.out_channels
+    if conv2.in_channels != m:
+        raise RuntimeError(
+            f"cheap_operation's convolution takes {conv2.in_channels} channels, but "
+            f"primary_conv's gives {m}"
+        )
     if (
         conv2.kernel_size != (d, d)
         or d % 2 == 0
         or conv2.padding != (d // 2, d // 2)
         or conv2.stride != (1, 1)
         or conv2.dilation != (1, 1)
-        or not conv2.groups == conv2.in_channels == m
+        or conv2.groups != m
     ):
         return "the cheap convolution is not depthwise of stride 1 with 'same' padding"
     return None

@@ -37,6 +37,7 @@ RUN = (
     "[m(torch.randn(1, 4, 5, 5)) for _ in range(3)];"
     "print(ghost_ops.backends.select('cpu', torch.float32))"
 )
+RUN_DOUBLE = RUN + "; m.double()(torch.randn(1, 4, 5, 5).double())"
 # An interpreter in which the native library does not exist.
 HIDE = "import sys; sys.modules['ghost_ops._C'] = None;"
 NEEDS_NATIVE = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
@@ -129,7 +130,7 @@ def test_wrong_environment() -> None:
 
 
 def test_fallback_is_announced_once() -> None:
-    result = python(HIDE + RUN)
+    result = python(HIDE + RUN_DOUBLE)
     assert result.stdout.strip() == "eager", result.stderr
     assert result.stderr.count("UserWarning") == 1
     assert "not built" in result.stderr or "does not load" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import native_isas, running
 from helpers import (
     ACT_CODE,
     ACTIVATIONS,
@@ -173,6 +174,68 @@ def test_bands_and_joined_images_on_two_threads(native: str, case: Case) -> None
     check(case)
 
 
+# Maps of more rows than one band, outputs beyond any cache (non-temporal stores), aligned or not.
+LARGE = [
+    Case(1, 24, 65, 130, 120, d=5),
+    Case(1, 24, 65, 130, 120, d=5, layout="nhwc", act1="silu"),
+    Case(1, 9, 129, 131, 301, ratio=3, d=7, stride=2, dtype=torch.bfloat16),
+    Case(1, 9, 129, 131, 150, stride=2, layout="nhwc", act2="gelu"),
+    Case(2, 3, 70, 75, 130, ratio=1),
+    Case(1, 3, 67, 72, 130, dtype=torch.float64, act1="hardswish", act2="none"),
+    Case(1, 3, 67, 72, 130, d=1, dtype=torch.float16),
+    Case(6, 4, 112, 112, 48),
+    Case(6, 4, 112, 112, 48, d=5, act1="silu"),
+    Case(6, 4, 112, 112, 48, d=7, ratio=3, act2="silu"),
+    Case(5, 3, 111, 113, 51),
+    Case(40, 3, 28, 28, 129, act1="none", act2="none"),
+    Case(2, 3, 50, 50, 520, act2="silu"),
+    Case(300, 5, 7, 7, 230),
+    Case(2, 3, 40, 50, 520, ratio=3, layout="nhwc"),
+    Case(2, 3, 112, 112, 200, ratio=1),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_outputs(native: str, case: Case, threads: int) -> None:
+    torch.set_num_threads(threads)
+    check(case)
+
+
+@pytest.mark.parametrize("isa", native_isas() or ["none"])
+@pytest.mark.parametrize("case", LARGE[::2], ids=str)
+def test_large_outputs_of_every_instruction_set(case: Case, isa: str) -> None:
+    with running(f"native-{isa}"):
+        check(case)
+
+
+def test_the_cases_take_every_path(native: str) -> None:
+    """What the planner can decide is decided both ways by some case of this file."""
+    from ghost_ops import planner
+
+    seen: dict[str, set[bool]] = {}
+    for case in (*TILING, *LARGE):
+        shape = (case.n, case.c, case.h, case.w)
+        plan = planner.explain(
+            shape, case.oup, ratio=case.ratio, dw_size=case.d, stride=case.stride,
+            dtype=case.dtype, channels_last=case.layout == "nhwc", threads=2,
+        )  # fmt: skip
+        rows = -(-case.h // case.stride)
+        for name, value in (
+            ("packed", plan.pack),
+            ("joined", plan.images > 1),
+            ("banded", plan.band_rows < rows),
+            ("grouped", plan.group < case.m),
+            ("rows split", plan.row_splits > 1),
+            ("channels split", plan.channel_splits > 1),
+            ("streamed", plan.stream),
+            ("streamed in bands", plan.stream and plan.band_rows < rows),
+            ("streamed as images", plan.stream and plan.band_rows >= rows),
+        ):
+            seen.setdefault(name, set()).add(value)
+    assert {name for name, values in seen.items() if values != {True, False}} == set()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_of_none(backend: str, layout: str, dtype: torch.dtype) -> None:
@@ -210,18 +273,15 @@ def packed_op(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("residual_layout", [*LAYOUTS, "expanded"])
-@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 9), (3, 40, 7, 7, 30), (1, 6, 30, 56, 12)], ids=str)
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 9), (3, 40, 7, 7, 30), (1, 6, 30, 56, 12), (1, 3, 66, 66, 130)], ids=str)
 def test_residual_is_added_last(
     backend: str, shape: tuple[int, ...], residual_layout: str, dtype: torch.dtype, layout: str
 ) -> None:
     n, c, h, w, oup = shape
     case = Case(n, c, h, w, oup, act1="hardswish", act2="relu", dtype=dtype, layout=layout)
     x = make_input(case)
-    if residual_layout == "expanded":
-        residual = torch.randn(1, oup, 1, 1).to(dtype).expand(n, oup, h, w)
-    else:
-        residual = make_input(case.replace(c=oup, layout=residual_layout), extra_seed=2)
+    residual = make_input(case.replace(c=oup, layout=residual_layout), extra_seed=2)
     before = residual.clone()
     with torch.no_grad():
         got = packed_op(backend, case, x, residual)

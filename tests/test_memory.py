@@ -85,6 +85,26 @@ def test_nothing_of_the_size_of_the_output_is_saved(backend: str) -> None:
     assert all(nbytes(t) < nbytes(out) / 4 for t in kept)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_nothing_is_kept_aside(backend: str, k: int, training: bool) -> None:
+    """No tensor hangs on the graph's node as an attribute, where hooks would not see it."""
+    case = Case(c=64, k=k)
+    module, x = make_module(case).train(training), make_input(case).requires_grad_()
+    node = module(x).grad_fn
+    assert node.name() == "GhostModuleFunctionBackward"
+    aside = [v for v in vars(node).values() if isinstance(v, (Tensor, tuple, list, dict))]
+    assert "Tensor" not in {type(v).__name__ for group in aside for v in flat(group)}
+
+
+def flat(value: object) -> list[object]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in flat(item)]
+    return [value]
+
+
 def test_eager_pytorch_saves_more(backend: str) -> None:
     """The measure itself: run one by one, the children keep several times x."""
     case = Case(2, 16, 16, 16, 64)

@@ -80,7 +80,9 @@ def test_nan_in_other_types(every_isa: str, layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_training_on_nan_and_infinity(every_isa: str, value: float, layout: str) -> None:
     """Outputs, running statistics and gradients go to NaN as PyTorch's do."""
-    case = BIG.replace(layout=layout)
+    # An even oup: for ghost maps that are computed and dropped PyTorch multiplies NaN by a zero
+    # gradient, and the kernels do not.
+    case = BIG.replace(layout=layout, oup=12)
     module, other = make_module(case), make_module(case)
     x = make_input(case)
     x[1, 2, 4, 9] = value
@@ -269,7 +271,7 @@ def test_strided_input(
         value.requires_grad_()
         out = module(value)
         outs.append(out)
-        out.backward(torch.ones(1, dtype=dtype).expand_as(out))
+        out.backward(make_input(case.replace(c=11, h=out.shape[2], w=out.shape[3]), 3))
         grads.append([value.grad, *(p.grad for p in module.parameters())])
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(outs[0], outs[1], rtol=4 * eps, atol=8 * eps)

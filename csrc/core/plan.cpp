@@ -52,7 +52,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   }
 
   // Scratch a pixel of a tile needs for every channel it carries; half of L2 is ours, the rest is x and out passing by.
-  const int64_t budget = cpu.l2_bytes / 2;
+  // Transposed tiles are kept small: a block of channels touches as many pages as it has rows.
+  const int64_t budget = plan.pack && p.layout == Layout::kNHWC ? cpu.l2_bytes / 8 : cpu.l2_bytes / 2;
   const bool z_in_scratch = !native || p.has_residual;  // else ghosts go straight to the output
   const int64_t per_channel = a * (1 + (z_in_scratch ? s - 1 : 0));
   const int64_t x_bytes = plan.pack ? p.channels * a : 0;
@@ -67,9 +68,10 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
     const bool ragged = P * 10 < vectors * cpu.lanes * 9;
     if (ragged && p.batch > 1 && p.has_primary) {
       const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.threads);
+      const int64_t copied = p.joined ? 0 : p.channels * a;
       plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));
-      while (plan.images > 1 && plan.images * P * (p.channels * a + min_group * per_channel) > budget) --plan.images;
-      if (plan.images > 1) plan.pack = true;
+      while (plan.images > 1 && plan.images * P * (copied + min_group * per_channel) > budget) --plan.images;
+      if (plan.images > 1) plan.pack = !p.joined;
     }
     const int64_t px = plan.images * P, left = budget - px * (plan.pack ? p.channels * a : 0);
     plan.group = std::min(m, std::max(min_group, left / (px * per_channel) / kPanel * kPanel));
@@ -93,7 +95,9 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
       plan.channel_splits = std::min<int64_t>({split, cpu.threads, ceil_div(m, kPanel)});
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
+  const int64_t x_total = p.batch * p.channels * p.height * p.width * element_size(p.dtype);
   const int64_t out_bytes = p.batch * p.out_channels * P * element_size(p.dtype);
+  plan.prefetch = !plan.pack && x_total + out_bytes > 8 * cpu.l2_bytes;
   plan.stream = native && !p.has_residual && out_bytes > 3 * cpu.l2_bytes;
 
   const int64_t tile_px = plan.images * std::min(H, plan.band_rows + 2 * pad) * W + 64;

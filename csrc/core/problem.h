@@ -41,6 +41,7 @@ struct Problem {
   Layout layout = Layout::kNCHW;
   bool has_primary = true;          // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
+  bool joined = false;              // x is [C, N, H, W]: the images of a channel are adjacent
 
   int64_t out_height() const { return height > 0 ? (height - 1) / stride + 1 : 0; }
   int64_t out_width() const { return width > 0 ? (width - 1) / stride + 1 : 0; }

@@ -25,17 +25,17 @@ inline bool linear_or_relu(const Activation& a) { return a.act == Act::kNone || 
 template <class T>
 struct Source {
   const T* x;
-  int64_t image, channels, height, width, stride;
+  int64_t image, channel, channels, height, width, stride;
   Layout layout;
   int64_t out_width;
 
   // Output pixels [row * out_width, (row + rows) * out_width) of image n into dst[c][0 .. rows * out_width).
   void pack(int64_t n, int64_t row, int64_t rows, ComputeOf<T>* dst, int64_t ld) const {
-    const int64_t plane = height * width, px = rows * out_width;
+    const int64_t px = rows * out_width;
     if (layout == Layout::kNCHW) {
       const T* base = x + n * image;
       for (int64_t c = 0; c < channels; ++c) {
-        const T* s = base + c * plane;
+        const T* s = base + c * channel;
         ComputeOf<T>* d = dst + c * ld;
         if (stride == 1) {
           read_row(s + row * width, d, px);
@@ -64,7 +64,7 @@ class ApplyTile {
   const ApplyPlan& plan;
   const PackedLayout at;
   const A* const packed;
-  const int64_t H, W, P, m, ghosts_per, d, pad;
+  const int64_t H, W, P, m, ghosts_per, d, pad, out_channel;
   const bool nchw, y_direct, z_direct;
   Source<T> source;
   O* const out;
@@ -84,10 +84,11 @@ class ApplyTile {
         ghosts_per(p.ratio - 1),
         d(p.dw_size),
         pad(p.pad()),
+        out_channel(args.out_channel),
         nchw(args.out_layout == Layout::kNCHW),
         y_direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && linear_or_relu(p.act1) && args.scatter == 1),
         z_direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && linear_or_relu(p.act2)),
-        source{static_cast<const T*>(args.x), args.x_image, p.channels, p.height, p.width, p.stride, p.layout, W},
+        source{static_cast<const T*>(args.x), args.x_image, args.x_channel, p.channels, p.height, p.width, p.stride, p.layout, W},
         out(static_cast<O*>(args.out)),
         residual(static_cast<const O*>(args.residual)) {}
 
@@ -112,12 +113,16 @@ class ApplyTile {
     return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && step * sizeof(O) % kVectorBytes == 0;
   }
 
+  // NHWC: both halves of the concat leave in one transposed pass, from scratch where the ghosts' rows follow y's.
+  bool writes_with_ghosts(int64_t c0, int64_t c1) const {
+    return !nchw && args.scatter == 1 && ghosts_per > 0 && c0 == 0 && c1 == m;
+  }
+
   // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat starts, or null.
   void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy, A* copy) const {
-    GemmOut<A> o{y, ldy, copy, P, p.act1.act == Act::kReLU, plan.stream, false};
-    if (copy && ghosts_per == 0 && !plan.stream) o = {copy, P, nullptr, 0, o.relu, false, false};  // nobody else reads y
+    GemmOut<A> o{y, ldy, copy, out_channel, p.act1.act == Act::kReLU, plan.stream, false};
     gemm_nn<A>(x, ldx, packed + at.w1 + c0 * p.channels, kPanel * p.channels, p.channels, packed + at.shift1 + c0, c1 - c0,
-               pixels, plan.vecs, o);
+               pixels, plan.vecs, plan.prefetch, o);
     if (!linear_or_relu(p.act1)) activate_rows(p.act1, y, ldy, c1 - c0, pixels);
   }
 
@@ -157,7 +162,7 @@ class ApplyTile {
       return;
     }
     for (int64_t c = 0; c < count; ++c) {
-      const int64_t o = n * args.out_image + (ch + c) * P + row * W;
+      const int64_t o = n * args.out_image + (ch + c) * out_channel + row * W;
       if (residual) {
         constexpr int L = kLanes<A>;
         for (int64_t i = 0; i < px; i += L)
@@ -172,7 +177,7 @@ class ApplyTile {
   }
 
   void scatter(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch, int64_t count) const {
-    const int64_t step = args.scatter, sw = args.scatter_width, plane = args.scatter_height * sw;
+    const int64_t step = args.scatter, sw = args.scatter_width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t line = (row + r) * step * sw;
       if (!nchw) {
@@ -182,7 +187,7 @@ class ApplyTile {
       }
       for (int64_t c = 0; c < count; ++c)
         for (int64_t w = 0; w < W; ++w)
-          out[n * args.out_image + (ch + c) * plane + line + w * step] = Storage<O>::from_compute(src[c * ld + r * W + w]);
+          out[n * args.out_image + (ch + c) * out_channel + line + w * step] = Storage<O>::from_compute(src[c * ld + r * W + w]);
     }
   }
 
@@ -190,22 +195,30 @@ class ApplyTile {
   void cheap(const A* y, int64_t ldy, int64_t y_row0, int64_t n, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
              A* z) const {
     if (ghosts_per == 0 || r1 <= r0) return;
-    const int64_t ldz = (r1 - r0) * W + 16;
+    const bool with_y = writes_with_ghosts(c0, c1);
+    const int64_t ldz = with_y ? ldy : (r1 - r0) * W + 16;
+    if (with_y) z = const_cast<A*>(y) + (c1 - c0) * ldy + (r0 - y_row0) * W;
     const bool direct = z_direct && (!plan.stream || streamable(out + r0 * W, W));
-    for (int64_t c = c0; c < c1; ++c)
-      for (int64_t j = 0; j < ghosts_per; ++j) {
-        const int64_t g = c * ghosts_per + j, ch = m + g;
-        if (ch >= p.out_channels) break;  // cut off by the slice
-        A* dst = direct ? reinterpret_cast<A*>(out) + n * args.out_image + ch * P + r0 * W
-                          : z + ((c - c0) * ghosts_per + j) * ldz;
-        stencil<A>(d, Stencil<A>{y + (c - c0) * ldy, y_row0, H, W, r0, r1, packed + at.w2 + g * d * d,
-                                 packed[at.shift2 + g], dst, p.act2.act == Act::kReLU, false,
-                                 direct && plan.stream});
-      }
+    for (int64_t j = 0; j < ghosts_per; ++j) {
+      const int64_t g = c0 * ghosts_per + j, kept = (p.out_channels - m - j + ghosts_per - 1) / ghosts_per;
+      const int64_t last = c1 < kept ? c1 : kept;  // ghosts past it are cut off by the slice
+      Stencil<A> s{y, y_row0, H, W, r0, r1, packed + at.w2 + g * d * d, packed + at.shift2 + g, nullptr,
+                   p.act2.act == Act::kReLU, false, direct && plan.stream};
+      s.v = direct ? reinterpret_cast<A*>(out) + n * args.out_image + (m + g) * out_channel + r0 * W : z + j * ldz;
+      s.channels = last - c0;
+      s.y_step = ldy;
+      s.taps_step = ghosts_per * d * d;
+      s.shift_step = ghosts_per;
+      s.v_step = ghosts_per * (direct ? out_channel : ldz);
+      stencil<A>(d, s);
+    }
     if (direct) return;
     const int64_t count = (c1 - c0) * ghosts_per;
     if (!linear_or_relu(p.act2)) activate_rows(p.act2, z, ldz, count, (r1 - r0) * W);
-    write(z, ldz, n, r0, r1 - r0, m + c0 * ghosts_per, count);
+    if (with_y)
+      write(y + (r0 - y_row0) * W, ldy, n, r0, r1 - r0, 0, m + count);
+    else
+      write(z, ldz, n, r0, r1 - r0, m + c0 * ghosts_per, count);
   }
 
   void whole_images(int64_t n0, int64_t images, int64_t c0, int64_t c1) const {
@@ -215,7 +228,7 @@ class ApplyTile {
     A* z = y + plan.group * ld + 64;
     A* panel = z + plan.group * ghosts_per * ld + 64;
     const A* x = reinterpret_cast<const A*>(source.x) + n0 * args.x_image;
-    int64_t ldx = P;
+    int64_t ldx = args.x_channel;
     if (plan.pack) {
       for (int64_t j = 0; j < images; ++j) source.pack(n0 + j, 0, H, panel + j * P, ld);
       x = panel;
@@ -223,7 +236,15 @@ class ApplyTile {
     }
     for (int64_t g0 = c0; g0 < c1; g0 += plan.group) {
       const int64_t g1 = g0 + plan.group < c1 ? g0 + plan.group : c1;
-      A* direct = y_direct && images == 1 && (!plan.stream || streamable(out, P)) ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * P : nullptr;
+      A* direct = y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
+                      ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * out_channel
+                      : nullptr;
+      if (p.has_primary && direct && !plan.stream) {
+        // The output's own planes serve as y: written once, read back through the cache.
+        primary(x, ldx, pixels, g0, g1, direct, out_channel, nullptr);
+        for (int64_t j = 0; j < images; ++j) cheap(direct + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
+        continue;
+      }
       if (p.has_primary) {
         primary(x, ldx, pixels, g0, g1, y, ld, direct);
       } else {
@@ -232,7 +253,7 @@ class ApplyTile {
         direct = nullptr;
       }
       for (int64_t j = 0; j < images; ++j) {
-        if (!direct) write(y + j * P, ld, n0 + j, 0, H, g0, g1 - g0);
+        if (!direct && !writes_with_ghosts(g0, g1)) write(y + j * P, ld, n0 + j, 0, H, g0, g1 - g0);
         cheap(y + j * P, ld, 0, n0 + j, 0, H, g0, g1, z);
       }
     }
@@ -241,7 +262,7 @@ class ApplyTile {
   // u's own rows of channels [c0, c1) into scratch.
   void read_given(int64_t n, int64_t row, int64_t rows, int64_t c0, int64_t c1, A* y, int64_t ld) const {
     if (p.layout == Layout::kNCHW) {
-      for (int64_t c = c0; c < c1; ++c) read_row(source.x + n * args.x_image + c * P + row * W, y + (c - c0) * ld, rows * W);
+      for (int64_t c = c0; c < c1; ++c) read_row(source.x + n * args.x_image + c * args.x_channel + row * W, y + (c - c0) * ld, rows * W);
     } else {
       read_transposed(source.x + n * args.x_image + row * W * m + c0, m, y, ld, rows * W, c1 - c0);
     }
@@ -249,6 +270,7 @@ class ApplyTile {
 
   // Output rows [row0, row1) of image n, a band at a time.
   void bands(int64_t n, int64_t row0, int64_t row1, int64_t c0, int64_t c1) const {
+    if (y_direct && !plan.stream && plan.row_splits == 1 && p.has_primary) return bands_in_place(n, c0, c1);
     const int64_t count = c1 - c0, buffer_rows = plan.band_rows + 2 * pad, ld = round_up(buffer_rows * W, 16) + 16;
     A* scratch = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
     A* y = scratch + 64;
@@ -279,10 +301,35 @@ class ApplyTile {
     }
   }
 
+  // The same with the output's own planes as y: nothing is carried, nothing is copied.
+  void bands_in_place(int64_t n, int64_t c0, int64_t c1) const {
+    A* panel = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes))) + 64;
+    A* z = panel + (plan.pack ? p.channels * (round_up(plan.band_rows * W, 16) + 16) : 0) + 64;
+    A* y = reinterpret_cast<A*>(out) + n * args.out_image + c0 * out_channel;
+    int64_t done = 0;
+    for (int64_t r = 0; r < H; r += plan.band_rows) {
+      const int64_t until = r + plan.band_rows < H ? r + plan.band_rows : H, px = (until - r) * W;
+      const A* x = reinterpret_cast<const A*>(source.x) + n * args.x_image + r * W;
+      int64_t ldx = args.x_channel;
+      if (plan.pack) {
+        ldx = round_up(px, 16) + 16;
+        source.pack(n, r, until - r, panel, ldx);
+        x = panel;
+      }
+      primary(x, ldx, px, c0, c1, y + r * W, out_channel, nullptr);
+      const int64_t ready = until == H ? H : until - pad;
+      if (ready <= done) continue;
+      cheap(y, out_channel, 0, n, done, ready, c0, c1, z);
+      done = ready;
+    }
+  }
+
   // y rows [r0, r1) of image n, also written to the output if `owned`.
   void rows(int64_t n, int64_t r0, int64_t r1, bool owned, int64_t c0, int64_t c1, A* y, int64_t ld, A* panel) const {
     const int64_t px = (r1 - r0) * W;
-    A* direct = y_direct && owned && (!plan.stream || streamable(out + r0 * W, P)) ? reinterpret_cast<A*>(out) + n * args.out_image + c0 * P + r0 * W : nullptr;
+    A* direct = y_direct && owned && (!plan.stream || streamable(out + r0 * W, P))
+                    ? reinterpret_cast<A*>(out) + n * args.out_image + c0 * out_channel + r0 * W
+                    : nullptr;
     if (!p.has_primary) {
       read_given(n, r0, r1 - r0, c0, c1, y, ld);
       given(y, ld, px, c0, c1, y, ld);
@@ -292,9 +339,9 @@ class ApplyTile {
       source.pack(n, r0, r1 - r0, panel, ldx);
       primary(panel, ldx, px, c0, c1, y, ld, direct);
     } else {
-      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, P, px, c0, c1, y, ld, direct);
+      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, args.x_channel, px, c0, c1, y, ld, direct);
     }
-    if (owned && !direct) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
+    if (owned && !direct && !writes_with_ghosts(c0, c1)) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
   }
 };
 

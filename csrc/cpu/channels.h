@@ -26,7 +26,12 @@ struct Moments {
     if (n == 0) return;
     const double total = count + n, delta = other_mean - mean;
     m2 += other_m2 + delta * delta * count * n / total;
-    mean += delta * n / total;
+    if (delta - delta == 0) {
+      mean += delta * n / total;
+    } else {  // an infinite mean stays infinite, as a plain sum would have it
+      mean = mean * (count / total) + other_mean * (n / total);
+      m2 = NAN;
+    }
     count = total;
   }
 
@@ -149,27 +154,38 @@ void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool 
   });
 }
 
-// dw[a][b] += sum_{h,w} dv[h][w] * y[h + a - d/2][w + b - d/2]: the stencil's gradient by its taps, d*d sums in registers.
+// dw[a][b] += sum_{h,w} dv[h][w] * y[h + a - d/2][w + b - d/2]: the stencil's gradient by its taps, d*d sums in registers, over
+// the planes [N][H][W] of one channel.
 template <class A, int D>
-__attribute__((noinline)) void stencil_weight_grad(const A* y, const A* dv, int64_t H, int64_t W, double* dw) {
+__attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_all, int64_t N, int64_t H, int64_t W, double* dw) {
   constexpr int L = kLanes<A>, R = D / 2;
   Vec<A> acc[D][D] = {};
   for (int64_t col = 0; col < W; col += L) {
     MaskT<A> mask[D];
     for (int b = 0; b < D; ++b) mask[b] = lane_range<A>(R - b - col, W + R - b - col);
     const MaskT<A> inside = lane_range<A>(0, W - col);
-    // Row r of y meets rows r + R - a of dv under tap row a.
-    for (int64_t r = 0; r < H; ++r) {
-      Vec<A> yv[D];
+    for (int64_t n = 0; n < N; ++n) {
+      const A* y = y_all + n * H * W + col - R;
+      const A* dv = dv_all + n * H * W + col;
+      // Row r of y meets row r + R - a of dv under tap row a: those D rows slide along in registers.
+      Vec<A> g[D];
 #pragma GCC unroll 7
-      for (int b = 0; b < D; ++b) yv[b] = load_masked(y + r * W + col + b - R, mask[b]);
+      for (int a = 0; a < D; ++a) g[a] = Vec<A>{};
+      for (int64_t h = 0; h < R; ++h) {
 #pragma GCC unroll 7
-      for (int a = 0; a < D; ++a) {
-        const int64_t h = r + R - a;
-        if (h < 0 || h >= H) continue;
-        const Vec<A> g = load_masked(dv + h * W + col, inside);
+        for (int a = D - 1; a > 0; --a) g[a] = g[a - 1];
+        g[0] = h < H ? load_masked(dv + h * W, inside) : Vec<A>{};
+      }
+      for (int64_t r = 0; r < H; ++r) {
 #pragma GCC unroll 7
-        for (int b = 0; b < D; ++b) acc[a][b] += g * yv[b];
+        for (int a = D - 1; a > 0; --a) g[a] = g[a - 1];
+        g[0] = r + R < H ? load_masked(dv + (r + R) * W, inside) : Vec<A>{};
+#pragma GCC unroll 7
+        for (int b = 0; b < D; ++b) {
+          const Vec<A> yv = load_masked(y + r * W + b, mask[b]);
+#pragma GCC unroll 7
+          for (int a = 0; a < D; ++a) acc[a][b] += g[a] * yv;
+        }
       }
     }
   }
@@ -177,12 +193,12 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y, const A* dv, int6
     for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
 }
 template <class A>
-void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t H, int64_t W, double* dw) {
+void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t H, int64_t W, double* dw) {
   switch (d) {
-    case 1: return stencil_weight_grad<A, 1>(y, dv, H, W, dw);
-    case 3: return stencil_weight_grad<A, 3>(y, dv, H, W, dw);
-    case 5: return stencil_weight_grad<A, 5>(y, dv, H, W, dw);
-    case 7: return stencil_weight_grad<A, 7>(y, dv, H, W, dw);
+    case 1: return stencil_weight_grad<A, 1>(y, dv, N, H, W, dw);
+    case 3: return stencil_weight_grad<A, 3>(y, dv, N, H, W, dw);
+    case 5: return stencil_weight_grad<A, 5>(y, dv, N, H, W, dw);
+    case 7: return stencil_weight_grad<A, 7>(y, dv, N, H, W, dw);
   }
 }
 
@@ -191,7 +207,7 @@ class ChannelPass {
   using A = ComputeOf<T>;
   const ChannelArgs& args;
   const Problem& p;
-  const int64_t N, H, W, P, m, oup, per, d, block;
+  const int64_t N, H, W, P, m, oup, per, d, block, row;
   const bool nhwc;
   A* const u;
   const A* const w2;
@@ -209,125 +225,92 @@ class ChannelPass {
         per(p.ratio - 1),
         d(p.dw_size),
         block(channel_block(p)),
+        row(N * P),
         nhwc(p.layout == Layout::kNHWC),
         u(static_cast<A*>(a.u)),
         w2(static_cast<const A*>(a.w2)) {}
 
-  A* u_plane(int64_t n, int64_t c) const { return u + n * args.u_image + c * P; }
-
   void forward(int64_t item) const {
-    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, plane = round_up(P, 16);
-    const bool in_place = args.y_in_place && sizeof(T) == sizeof(A);
-    A* v_all = static_cast<A*>(thread_scratch(size_t((c1 - c0) * (per > 0 ? per : 1) * N * plane + 128) * sizeof(A))) + 64;
+    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, ld = round_up(row, 16) + 16;
+    // A row of y a channel, then its ghosts' rows; a single row of v is enough where nothing is written.
+    const int64_t count = c1 - c0, v_rows = args.out ? count * per : 1;
+    A* const y_all = static_cast<A*>(thread_scratch(size_t((count + (v_rows > 0 ? v_rows : 1)) * ld + 128) * sizeof(A))) + 64;
+    A* const v_all = y_all + count * ld;
     for (int64_t c = c0; c < c1; ++c) {
-      if (!args.u_is_y) {
+      const A* const uc = u + c * row;
+      A* y = y_all + (c - c0) * ld;
+      if (args.u_is_y) {
+        y = u + c * row;
+      } else {
         Moments mu;
-        for (int64_t n = 0; n < N; ++n) mu.add(u_plane(n, c), P);
+        mu.add(uc, row);
         put(args.mean1, c, mu.mean);
         put(args.var1, c, mu.variance());
-        const Affine<A> f(args.norm1, c, mu.mean, mu.variance());
-        for (int64_t n = 0; n < N; ++n) {
-          A* up = u_plane(n, c);
-          affine_activate(p.act1, f, up, up, P);
-        }
+        affine_activate(p.act1, Affine<A>(args.norm1, c, mu.mean, mu.variance()), uc, y, row);
       }
       for (int64_t j = 0; j < per; ++j) {
-        const int64_t g = c * per + j, ch = m + g;
-        A* v = v_all + ((c - c0) * per + j) * N * plane;
-        int64_t v_image = plane;
-        const bool kept = ch < oup && !args.stats_only;
-        if (in_place && kept) {
-          v = static_cast<A*>(args.out) + ch * P;
-          v_image = args.out_image;
-        }
+        const int64_t g = c * per + j;
+        A* const v = v_all + (args.out ? ((c - c0) * per + j) * ld : 0);
+        convolve(y, w2 + g * d * d, v, false);
         Moments mv;
-        for (int64_t n = 0; n < N; ++n) {
-          A* vp = v + n * v_image;
-          stencil<A>(d, Stencil<A>{u_plane(n, c), 0, H, W, 0, H, w2 + g * d * d, A(0), vp, false, false, false});
-          mv.add(vp, P);
-        }
+        mv.add(v, row);
         put(args.mean2, g, mv.mean);
         put(args.var2, g, mv.variance());
-        if (!kept) continue;
-        const Affine<A> f(args.norm2, g, mv.mean, mv.variance());
-        for (int64_t n = 0; n < N; ++n) {
-          A* vp = v + n * v_image;
-          affine_activate(p.act2, f, vp, vp, P);
-        }
+        if (args.out && m + g < oup)
+          affine_activate(p.act2, Affine<A>(args.norm2, g, mv.mean, mv.variance()), v, v, row);
       }
     }
-    if (args.stats_only || in_place) return;
-    T* out = static_cast<T*>(args.out);
-    for (int64_t n = 0; n < N; ++n) {
-      write(u_plane(n, c0), P, out, n, c0, c1 - c0);
-      if (per > 0) write(v_all + n * plane, N * plane, out, n, m + c0 * per, (c1 - c0) * per);
-    }
+    if (!args.out) return;
+    write(y_all, ld, c0, count);
+    write(v_all, ld, m + c0 * per, count * per);
   }
 
   void backward(int64_t item) const {
-    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, plane = round_up(P, 16) + 16;
-    const bool direct = !nhwc && sizeof(T) == sizeof(A);  // grad_out's planes are read where they are
-    const int64_t per_channel = 1 + per, gathered = direct ? 0 : (c1 - c0) * per_channel;
-    A* scratch = static_cast<A*>(thread_scratch(size_t((gathered + 4) * N * plane + 128) * sizeof(A))) + 64;
+    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, ld = round_up(row, 16) + 16, count = c1 - c0;
+    A* const scratch = static_cast<A*>(thread_scratch(size_t((3 + count * (1 + per)) * ld + 128) * sizeof(A))) + 64;
     A* const y = scratch;
-    A* const dy = y + N * plane;
-    A* const v = dy + N * plane;
-    A* const t = v + N * plane;
-    A* const grads = t + N * plane;
-    if (!direct) {
-      for (int64_t n = 0; n < N; ++n) {
-        read_grad(n, c0, c1 - c0, grads + n * plane, N * plane);
-        if (per > 0) read_grad(n, m + c0 * per, (c1 - c0) * per, grads + ((c1 - c0) * N + n) * plane, N * plane);
-      }
-    }
-    const double count = double(N) * double(P);
+    A* const v = y + ld;
+    A* const t = v + ld;
+    A* const grads = t + ld;  // dy of the block's channels, then dz
+    A* const dz_all = grads + count * ld;
+    read_grad(c0, count, grads, ld);
+    read_grad(m + c0 * per, count * per, dz_all, ld);
+    const double n = double(row);
     for (int64_t c = c0; c < c1; ++c) {
       const Affine<A> f1(args.norm1, c);
-      auto gradient = [&](int64_t n, int64_t ch, int64_t slot) {
-        return direct ? static_cast<const A*>(args.grad_out) + (n * oup + ch) * P : grads + (slot * N + n) * plane;
-      };
-      for (int64_t n = 0; n < N; ++n) {
-        affine_activate(p.act1, f1, u_plane(n, c), y + n * plane, P);
-        std::memcpy(dy + n * plane, gradient(n, c, c - c0), size_t(P) * sizeof(A));
-      }
+      A* const uc = u + c * row;
+      A* const dy = grads + (c - c0) * ld;
+      affine_activate(p.act1, f1, uc, y, row);
       for (int64_t j = 0; j < per; ++j) {
-        const int64_t g = c * per + j, ch = m + g;
+        const int64_t g = c * per + j;
         double dw[49] = {};
         GradSums sums;
-        if (ch < oup) {  // a ghost cut off by the slice has no gradient
+        if (m + g < oup) {  // a ghost cut off by the slice has no gradient
           const Affine<A> f2(args.norm2, g);
           A flipped[49];
           for (int64_t i = 0; i < d * d; ++i) flipped[i] = w2[g * d * d + d * d - 1 - i];
-          for (int64_t n = 0; n < N; ++n) {
-            stencil<A>(d, Stencil<A>{y + n * plane, 0, H, W, 0, H, w2 + g * d * d, A(0), v + n * plane, false, false, false});
-            activation_backward(p.act2, f2, v + n * plane, gradient(n, ch, c1 - c0 + (c - c0) * per + j), t + n * plane, P,
-                                sums);
-          }
-          for (int64_t n = 0; n < N; ++n) {
-            A* tp = t + n * plane;
-            norm_backward(f2, sums, count, args.batch_stats, v + n * plane, tp, tp, P);
-            stencil_weight_grad(d, y + n * plane, tp, H, W, dw);
-            stencil<A>(d, Stencil<A>{tp, 0, H, W, 0, H, flipped, A(0), dy + n * plane, false, true, false});
-          }
+          convolve(y, w2 + g * d * d, v, false);
+          activation_backward(p.act2, f2, v, dz_all + ((c - c0) * per + j) * ld, t, row, sums);
+          norm_backward(f2, sums, n, args.batch_stats, v, t, t, row);
+          stencil_weight_grad(d, y, t, N, H, W, dw);
+          convolve(t, flipped, dy, true);
         }
         for (int64_t i = 0; i < d * d; ++i) put(args.dw2, g * d * d + i, dw[i]);
         put(args.dgamma2, g, sums.gx);
         put(args.dbeta2, g, sums.g);
       }
       GradSums sums;
-      for (int64_t n = 0; n < N; ++n)
-        activation_backward(p.act1, f1, u_plane(n, c), dy + n * plane, dy + n * plane, P, sums);
+      activation_backward(p.act1, f1, uc, dy, dy, row, sums);
       put(args.dgamma1, c, sums.gx);
       put(args.dbeta1, c, sums.g);
-      for (int64_t n = 0; n < N; ++n)
-        norm_backward(f1, sums, count, args.batch_stats, u_plane(n, c), dy + n * plane, u_plane(n, c), P);
+      norm_backward(f1, sums, n, args.batch_stats, uc, dy, uc, row);
     }
   }
 
   void primary_stats(int64_t item) const {
     for (int64_t c = item * block; c < (item + 1) * block && c < m; ++c) {
       Moments mu;
-      for (int64_t n = 0; n < N; ++n) mu.add(u_plane(n, c), P);
+      mu.add(u + c * row, row);
       put(args.mean1, c, mu.mean);
       put(args.var1, c, mu.variance());
     }
@@ -336,19 +319,35 @@ class ChannelPass {
  private:
   static void put(void* p, int64_t i, double v) { static_cast<A*>(p)[i] = A(v); }
 
-  void write(const A* src, int64_t ld, T* out, int64_t n, int64_t ch, int64_t count) const {
-    if (ch + count > oup) count = oup - ch;
-    if (count <= 0) return;
-    if (nhwc) return write_transposed(src, ld, out + n * args.out_image + ch, oup, P, count);
-    for (int64_t c = 0; c < count; ++c) write_row(src + c * ld, out + n * args.out_image + (ch + c) * P, P);
+  // out (+)= taps (*) in, image by image of one channel's row.
+  void convolve(const A* in, const A* taps, A* out, bool accumulate) const {
+    Stencil<A> s{in, 0, H, W, 0, H, taps, nullptr, out, false, accumulate, false};
+    s.channels = N;
+    s.y_step = s.v_step = P;
+    stencil<A>(d, s);
   }
 
-  void read_grad(int64_t n, int64_t ch, int64_t count, A* dst, int64_t ld) const {
-    const T* g = static_cast<const T*>(args.grad_out);
+  // Rows [N * P] of output channels [ch, ch + count) into the output.
+  void write(const A* src, int64_t ld, int64_t ch, int64_t count) const {
     if (ch + count > oup) count = oup - ch;
-    if (count <= 0) return;
-    if (nhwc) return read_transposed(g + n * oup * P + ch, oup, dst, ld, P, count);
-    for (int64_t c = 0; c < count; ++c) read_row(g + (n * oup + ch + c) * P, dst + c * ld, P);
+    T* out = static_cast<T*>(args.out);
+    for (int64_t n = 0; n < N && count > 0; ++n) {
+      if (nhwc)
+        write_transposed(src + n * P, ld, out + n * oup * P + ch, oup, P, count);
+      else
+        for (int64_t c = 0; c < count; ++c) write_row(src + c * ld + n * P, out + (n * oup + ch + c) * P, P);
+    }
+  }
+
+  void read_grad(int64_t ch, int64_t count, A* dst, int64_t ld) const {
+    if (ch + count > oup) count = oup - ch;
+    const T* g = static_cast<const T*>(args.grad_out);
+    for (int64_t n = 0; n < N && count > 0; ++n) {
+      if (nhwc)
+        read_transposed(g + n * oup * P + ch, oup, dst + n * P, ld, P, count);
+      else
+        for (int64_t c = 0; c < count; ++c) read_row(g + (n * oup + ch + c) * P, dst + c * ld + n * P, P);
+    }
   }
 };
 

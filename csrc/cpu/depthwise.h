@@ -13,29 +13,34 @@
 namespace ghost {
 namespace GHOST_ISA {
 
+// The same stencil shape over `channels` planes; every array advances by its own step from one channel to the next.
 template <class A>
 struct Stencil {
-  const A* y;      // plane of activated intrinsic maps
-  int64_t y_row0;  // the image row that y points at
+  const A* y;          // plane of activated intrinsic maps
+  int64_t y_row0;      // the image row that y points at
   int64_t height, width;
   int64_t row_begin, row_end;  // output rows wanted
-  const A* taps;   // [d*d]
-  A shift;
-  A* v;            // output row row_begin, row stride = width
+  const A* taps;       // [d*d]
+  const A* shift;      // null: 0
+  A* v;                // output row row_begin, row stride = width
   bool relu;
-  bool accumulate; // start from v instead of from shift (the input gradient sums over a map's ghosts)
-  bool stream;     // non-temporal stores: v and width must keep every strip aligned
+  bool accumulate;     // start from v instead of from shift (the input gradient sums over a map's ghosts)
+  bool stream;         // non-temporal stores: v and width must keep every strip aligned
+  int64_t channels = 1, y_step = 0, taps_step = 0, shift_step = 0, v_step = 0;
 };
 
-// Strips at columns col, col + L, ... Only strip 0 may touch the left edge and only the last one the right edge.
-template <class A, int D, int kStrips, bool kAccumulate>
-__attribute__((noinline)) void slide(const Stencil<A>& s, int64_t col) {
-  constexpr int L = kLanes<A>, R = D / 2, kLast = kStrips - 1;
+// Strips at columns col, col + L, ... of every channel, kPair channels at a time. Only strip 0 may touch the left edge and only
+// the last one the right edge. Narrow maps have a single strip, too few independent sums to hide the FMA latency: they go in
+// pairs of channels.
+template <class A, int D, int kStrips, int kPair, bool kAccumulate>
+__attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_t channel, int64_t channel_end) {
+  constexpr int L = kLanes<A>, R = D / 2, kLast = kStrips - 1, S = kStrips * kPair;
+  constexpr bool kTapsInRegisters = D * D * kPair <= 18;
   using V = Vec<A>;
   // Locals, because a store through v could alias *s as far as the compiler knows.
   const int64_t W = s.width, begin = s.row_begin, end = s.row_end, last_col = col + kLast * L;
+  const int64_t y_step = s.y_step, taps_step = s.taps_step, v_step = s.v_step;
   const bool with_relu = s.relu, stream = s.stream;
-  const A* const taps = s.taps;
   MaskT<A> first[D], last[D];  // lanes whose column is inside the image, by tap column
 #pragma GCC unroll 7
   for (int j = 0; j < D; ++j) {
@@ -44,77 +49,90 @@ __attribute__((noinline)) void slide(const Stencil<A>& s, int64_t col) {
   }
   const MaskT<A> inside = lane_range<A>(0, W - last_col);
   const bool whole = W - last_col >= L;
-  V tap[D <= 3 ? D * D : 1];
-  if constexpr (D <= 3) {
-#pragma GCC unroll 9
-    for (int t = 0; t < D * D; ++t) tap[t] = set1(taps[t]);
-  }
-  const V shift = set1(s.shift);
   const int64_t r_first = begin - R > 0 ? begin - R : 0;
   const int64_t r_last = end + R < s.height ? end + R : s.height;  // exclusive
-  A* const v = s.v + col - begin * W;                               // v + row * W: output row `row`
-  auto start = [=](int64_t row, int k) __attribute__((always_inline)) -> V {
-    if (!kAccumulate || row < begin || row >= end) return shift;
-    const A* p = v + row * W + k * L;
-    return k == kLast ? load_masked(p, inside) : load(p);
-  };
-  auto finish = [=](int64_t row, int k, V r) __attribute__((always_inline)) {
-    A* p = v + row * W + k * L;
-    if (with_relu) r = relu(r);
-    if (k == kLast && !whole)
-      store_masked(p, r, inside);
-    else if (stream)
-      store_stream(p, r);
-    else
-      store(p, r);
-  };
-  // While input row r is read, acc[a] belongs to output row r - R + a, for which r is tap row D - 1 - a.
-  V acc[D][kStrips];
-#pragma GCC unroll 7
-  for (int a = 0; a < D - 1; ++a)
-#pragma GCC unroll 4
-    for (int k = 0; k < kStrips; ++k) acc[a][k] = start(r_first - R + a, k);
-  const A* y = s.y + (r_first - s.y_row0) * W + col - R;
-  for (int64_t r = r_first; r < r_last; ++r, y += W) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kStrips; ++k) acc[D - 1][k] = start(r + R, k);
-#pragma GCC unroll 7
-    for (int j = 0; j < D; ++j) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kStrips; ++k) {
-        const A* p = y + k * L + j;
-        const V b = k == kLast        ? load_masked(p, last[j])
-                    : k == 0 && j < R ? load_masked(p, first[j])
-                                      : load(p);
-#pragma GCC unroll 7
-        for (int a = 0; a < D; ++a) {
-          const int t = (D - 1 - a) * D + j;
-          if constexpr (D <= 3)
-            acc[a][k] += tap[t] * b;
-          else
-            acc[a][k] += set1(taps[t]) * b;
-        }
+  const A* const y_first = s.y + (r_first - s.y_row0) * W + col - R;
+  A* const v_first = s.v + col - begin * W;                         // + row * W: output row `row`
+  for (; channel + kPair <= channel_end; channel += kPair) {
+    const A* const taps = s.taps + channel * taps_step;
+    V tap[kTapsInRegisters ? kPair * D * D : 1];
+    V shift[kPair];
+#pragma GCC unroll 2
+    for (int q = 0; q < kPair; ++q) {
+      shift[q] = s.shift ? set1(s.shift[(channel + q) * s.shift_step]) : V{};
+      if constexpr (kTapsInRegisters) {
+#pragma GCC unroll 9
+        for (int t = 0; t < D * D; ++t) tap[q * D * D + t] = set1(taps[q * taps_step + t]);
       }
     }
-    const int64_t done = r - R;
-    if (done >= begin && done < end) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kStrips; ++k) finish(done, k, acc[0][k]);
-    }
+    A* const v = v_first + channel * v_step;
+    auto start = [=](int64_t row, int i) __attribute__((always_inline)) -> V {
+      const int q = i / kStrips, k = i % kStrips;
+      if (!kAccumulate || row < begin || row >= end) return shift[q];
+      const A* p = v + q * v_step + row * W + k * L;
+      return k == kLast ? load_masked(p, inside) : load(p);
+    };
+    auto finish = [=](int64_t row, int i, V r) __attribute__((always_inline)) {
+      const int q = i / kStrips, k = i % kStrips;
+      A* p = v + q * v_step + row * W + k * L;
+      if (with_relu) r = relu(r);
+      if (k == kLast && !whole)
+        store_masked(p, r, inside);
+      else if (stream)
+        store_stream(p, r);
+      else
+        store(p, r);
+    };
+    // While input row r is read, acc[a] belongs to output row r - R + a, for which r is tap row D - 1 - a.
+    V acc[D][S];
 #pragma GCC unroll 7
-    for (int a = 0; a + 1 < D; ++a)
+    for (int a = 0; a < D - 1; ++a)
 #pragma GCC unroll 4
-      for (int k = 0; k < kStrips; ++k) acc[a][k] = acc[a + 1][k];
-  }
-  // At the lower edge of the image the missing rows are zeros.
+      for (int i = 0; i < S; ++i) acc[a][i] = start(r_first - R + a, i);
+    const A* y = y_first + channel * y_step;
+    for (int64_t r = r_first; r < r_last; ++r, y += W) {
+#pragma GCC unroll 4
+      for (int i = 0; i < S; ++i) acc[D - 1][i] = start(r + R, i);
 #pragma GCC unroll 7
-  for (int a = 0; a < D - 1; ++a) {
-    const int64_t row = r_last - R + a;
-    if (row >= begin && row < end) {
+      for (int j = 0; j < D; ++j) {
 #pragma GCC unroll 4
-      for (int k = 0; k < kStrips; ++k) finish(row, k, acc[a][k]);
+        for (int i = 0; i < S; ++i) {
+          const int q = i / kStrips, k = i % kStrips;
+          const A* p = y + q * y_step + k * L + j;
+          const V b = k == kLast        ? load_masked(p, last[j])
+                      : k == 0 && j < R ? load_masked(p, first[j])
+                                        : load(p);
+#pragma GCC unroll 7
+          for (int a = 0; a < D; ++a) {
+            const int t = (D - 1 - a) * D + j;
+            if constexpr (kTapsInRegisters)
+              acc[a][i] += tap[q * D * D + t] * b;
+            else
+              acc[a][i] += set1(taps[q * taps_step + t]) * b;
+          }
+        }
+      }
+      const int64_t done = r - R;
+      if (done >= begin && done < end) {
+#pragma GCC unroll 4
+        for (int i = 0; i < S; ++i) finish(done, i, acc[0][i]);
+      }
+#pragma GCC unroll 7
+      for (int a = 0; a + 1 < D; ++a)
+#pragma GCC unroll 4
+        for (int i = 0; i < S; ++i) acc[a][i] = acc[a + 1][i];
+    }
+    // At the lower edge of the image the missing rows are zeros.
+#pragma GCC unroll 7
+    for (int a = 0; a < D - 1; ++a) {
+      const int64_t row = r_last - R + a;
+      if (row >= begin && row < end) {
+#pragma GCC unroll 4
+        for (int i = 0; i < S; ++i) finish(row, i, acc[a][i]);
+      }
     }
   }
+  return channel;
 }
 
 template <class A, int D, bool kAccumulate>
@@ -126,21 +144,29 @@ void slide_all(const Stencil<A>& s) {
 #else
   constexpr int kMost = D == 1 ? 4 : D == 3 ? 2 : 1;
 #endif
+  constexpr int kTwo = kMost >= 3 ? 2 : 1;  // channels at a time where there is one strip
   const int64_t n = (s.width + L - 1) / L;
-  for (int64_t k = 0; k < n;) {
-    // Inner strips of a group are read without masks, so they must stay clear of both edges.
-    int64_t take = n - k < kMost ? n - k : kMost;
-    while (take > 1 && ((k + 1) * L < R || (k + take - 1) * L + R > s.width)) --take;
-    const int64_t col = k * L;
-    if (take == 4)
-      slide<A, D, (kMost >= 4 ? 4 : 1), kAccumulate>(s, col);
-    else if (take == 3)
-      slide<A, D, (kMost >= 3 ? 3 : 1), kAccumulate>(s, col);
-    else if (take == 2)
-      slide<A, D, (kMost >= 2 ? 2 : 1), kAccumulate>(s, col);
-    else
-      slide<A, D, 1, kAccumulate>(s, col);
-    k += take;
+  // Channels whose rows stay in L1 while the strip groups of a wide map go over them.
+  const int64_t rows = s.row_end - s.row_begin + 2 * R;
+  int64_t block = 4096 / (rows * s.width + 1);
+  block = n <= kMost ? s.channels : block < 1 ? 1 : block;
+  for (int64_t c = 0; c < s.channels; c += block) {
+    const int64_t c_end = c + block < s.channels ? c + block : s.channels;
+    for (int64_t k = 0; k < n;) {
+      // Inner strips of a group are read without masks, so they must stay clear of both edges.
+      int64_t take = n - k < kMost ? n - k : kMost;
+      while (take > 1 && ((k + 1) * L < R || (k + take - 1) * L + R > s.width)) --take;
+      const int64_t col = k * L;
+      if (take == 4)
+        slide<A, D, (kMost >= 4 ? 4 : 1), 1, kAccumulate>(s, col, c, c_end);
+      else if (take == 3)
+        slide<A, D, (kMost >= 3 ? 3 : 1), 1, kAccumulate>(s, col, c, c_end);
+      else if (take == 2)
+        slide<A, D, (kMost >= 2 ? 2 : 1), 1, kAccumulate>(s, col, c, c_end);
+      else
+        slide<A, D, 1, 1, kAccumulate>(s, col, slide<A, D, 1, kTwo, kAccumulate>(s, col, c, c_end), c_end);
+      k += take;
+    }
   }
 }
 

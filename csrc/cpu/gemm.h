@@ -110,29 +110,25 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
     o.y = out.y + i * out.ldy;
     o.copy = out.copy ? out.copy + i * out.ldcopy : nullptr;
     const int rows = M - i < R ? int(M - i) : R;
-    // Panels and shifts are zero-padded to kPanel channels, so a short block may compute idle rows; it never stores them.
-    if (rows == R)
-      gemm_block<A, R, kVecs, kTail>(x, ldx, w, K, s, o, col, R, tail);
-    else if (R >= 12 && rows > 8)
-      gemm_block<A, R, kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
-    else if (R >= 12 && rows > 4)
-      gemm_block<A, (R >= 12 ? 8 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
-    else if (R >= 6 && rows > 2)
-      gemm_block<A, (R >= 6 ? 4 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
-    else if (R >= 4 && rows == 3)
-      gemm_block<A, (R >= 4 ? 3 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
-    else if (rows >= 2)
-      gemm_block<A, (R >= 2 ? 2 : 1), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
-    else
-      gemm_block<A, 1, kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail);
+    // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels, so a block may compute
+    // idle rows; it never stores them.
+#define GHOST_ROWS(n) gemm_block<A, (n <= R ? n : R), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail)
+    if (rows > 8) GHOST_ROWS(12);
+    else if (rows > 6) GHOST_ROWS(8);
+    else if (rows > 4) GHOST_ROWS(6);
+    else if (rows > 2) GHOST_ROWS(4);
+    else if (rows > 1) GHOST_ROWS(2);
+    else GHOST_ROWS(1);
+#undef GHOST_ROWS
   }
 }
 
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel; shift: padded, or null
+//   prefetch: x comes from beyond L2
 template <class A>
 void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift, int64_t M, int64_t pixels,
-             int vecs, const GemmOut<A>& out) {
+             int vecs, bool prefetch, const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
@@ -142,6 +138,12 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
     const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
     const bool partial = tail < L;
     const A* xb = x + col;
+    if (prefetch && b + 1 < blocks) {
+      // A block reads a short run of each of K planes, more streams than the hardware prefetchers follow.
+      const A* next = x + v1 * L;
+      for (int64_t k = 0; k < K; ++k, next += ldx)
+        for (int v = 0; v < vecs; ++v) __builtin_prefetch(next + v * L);
+    }
 #define GHOST_COLUMNS(n)                                                                               \
   case n:                                                                                              \
     if constexpr (n <= kMaxVecs) {                                                                     \

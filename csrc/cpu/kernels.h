@@ -16,13 +16,15 @@ struct ApplyArgs {
   ApplyPlan plan;
   const void* x;             // [N, C, H, W] in problem.layout; u itself if !problem.has_primary
   int64_t x_image = 0;       // elements from image to image of x
+  int64_t x_channel = 0;     // and from channel to channel, if NCHW
   const void* packed;        // PackedLayout, compute type
   const void* residual;      // like out, or null
   void* out;                 // [N, oup, Ho, Wo] in out_layout
   Layout out_layout = Layout::kNCHW;
-  int64_t out_image = 0;     // elements from image to image of out
+  int64_t out_image = 0;     // as for x
+  int64_t out_channel = 0;
   int64_t scatter = 1;       // pixel (h, w) goes to (h * scatter, w * scatter): dx of a strided convolution
-  int64_t scatter_height = 0, scatter_width = 0;
+  int64_t scatter_width = 0; // width of out then
 };
 
 // Per-channel parameters of one batch norm, compute type; gamma and beta may be null (1 and 0).
@@ -35,22 +37,19 @@ struct NormArgs {
 };
 
 // The part of training that goes channel by channel, all images of a channel at once, so that a channel's planes stay in
-// L2 between the statistics and their use.
+// L2 between the statistics and their use. Between the passes u and du are channel-major, [m, N, P]: the images of a channel
+// are one row of pixels, whatever their size.
 struct ChannelArgs {
   Problem problem;       // height and width are those of u; layout that of out / grad_out
-  void* u;               // [N, m, P] compute type: u in. Forward: y out. Backward: du out.
-  int64_t u_image;       // elements from image to image of u
+  void* u;               // [m, N, P] compute type: u in. Backward: du out.
   const void* w2;        // [g, d*d], compute type
   NormArgs norm1, norm2;
   // forward
-  void* out;             // [N, oup, P]; where out and u are the same memory y is already in place
-  int64_t out_image;
-  bool y_in_place;       // u is out's first m channels
+  void* out;             // [N, oup, P], or null where only statistics are wanted
   bool u_is_y;           // u already holds y: only v and its statistics are wanted
-  bool stats_only;       // neither y nor z is written
   void* mean1; void* var1; void* mean2; void* var2;  // results, compute type
   // backward
-  const void* grad_out;  // [N, oup, P] contiguous in problem.layout
+  const void* grad_out;  // [N, oup, P] dense in problem.layout
   bool batch_stats;      // mean and var are functions of x
   void* dw2; void* dgamma1; void* dbeta1; void* dgamma2; void* dbeta2;  // compute type
 };
@@ -58,7 +57,7 @@ struct ChannelArgs {
 // dw1[i][k] = sum over images and pixels of du[i] x[k].
 struct WeightGradArgs {
   Problem problem;       // channels = C, intrinsic = m, geometry of x
-  const void* du;        // [N, m, P], compute type
+  const void* du;        // [m, N, P], compute type
   const void* x;         // [N, C, H, W], element type, problem.layout
   void* dw1;             // [m, C], compute type
   int64_t l2_bytes;

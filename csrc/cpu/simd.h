@@ -160,6 +160,18 @@ GHOST_INLINE void store_n(A* p, Vec<A> v, int64_t n) {
   store_masked(p, v, lane_range<A>(0, n));
 }
 
+// Makes the compiler hold v in a register: it likes to load a value used twice from memory twice, and loads are scarce.
+template <class V>
+GHOST_INLINE void keep(V& v) {
+#if defined(__x86_64__) && defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 // Non-temporal store of a whole, aligned vector: the line goes to memory without being read first.
 template <class A>
 GHOST_INLINE void store_stream(A* p, Vec<A> v) {

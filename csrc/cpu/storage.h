@@ -143,60 +143,121 @@ GHOST_INLINE void stream_row(const A* src, A* dst, int64_t n) {
   if (i < n) store_n(dst + i, load_n(src + i, n - i), n - i);
 }
 
+// Swaps, between a and b, the lanes whose number has bit s set in a and clear in b.
+template <class A>
+GHOST_INLINE void exchange_lanes(Vec<A>& a, Vec<A>& b, int s) {
+  constexpr int L = kLanes<A>;
+  const Vec<A> x = a, y = b;
+#if defined(__clang__)
+  for (int l = 0; l < L; ++l) {
+    a[l] = (l & s) ? y[l - s] : x[l];
+    b[l] = (l & s) ? y[l] : x[l + s];
+  }
+#else
+  typename Simd<A>::I lo, hi;  // lanes of (x, y): L + l means lane l of y
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    lo[l] = (l & s) ? L + l - s : l;
+    hi[l] = (l & s) ? L + l : l + s;
+  }
+  a = __builtin_shuffle(x, y, lo);
+  b = __builtin_shuffle(x, y, hi);
+#endif
+}
+
 // In-register transpose of an L x L block by log2(L) butterfly steps.
 template <class A>
 GHOST_INLINE void transpose_registers(Vec<A>* r) {
   constexpr int L = kLanes<A>;
 #pragma GCC unroll 4
   for (int s = 1; s < L; s *= 2) {
-    typename Simd<A>::I lo, hi;  // lanes of (a, b): L + l means lane l of b
 #pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) {
-      lo[l] = (l & s) ? L + l - s : l;
-      hi[l] = (l & s) ? L + l : l + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) {
-      if (i & s) continue;
-      const Vec<A> a = r[i], b = r[i + s];
-#if defined(__clang__)
-      for (int l = 0; l < L; ++l) {
-        r[i][l] = (l & s) ? b[l - s] : a[l];
-        r[i + s][l] = (l & s) ? b[l] : a[l + s];
-      }
-#else
-      r[i] = __builtin_shuffle(a, b, lo);
-      r[i + s] = __builtin_shuffle(a, b, hi);
-#endif
-    }
+    for (int i = 0; i < L; ++i)
+      if (!(i & s)) exchange_lanes<A>(r[i], r[i + s], s);
   }
+}
+
+// Corners of L x L blocks that cover rows x cols. The last block of a direction overlaps its neighbour rather than being partial
+// (both write the same values); only what is narrower than a block is left partial.
+template <int L, class F>
+GHOST_INLINE void for_blocks(int64_t rows, int64_t cols, F&& f) {
+  const bool whole = rows >= L && cols >= L;
+  for (int64_t p = 0; p < rows; p += L)
+    for (int64_t c = 0; c < cols; c += L)
+      f(whole && p + L > rows ? rows - L : p, whole && c + L > cols ? cols - L : c);
+}
+
+// One L x L block, or what is left of it: dst[c][p] = src[p][c], `rows` pixels p by `cols` channels c.
+template <class T>
+GHOST_INLINE void read_block(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst) {
+  using A = ComputeOf<T>;
+  constexpr int L = kLanes<A>;
+  Vec<A> r[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) r[i] = Storage<T>::load(src + i * ld_src);
+  transpose_registers<A>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(dst + i * ld_dst, r[i]);
+}
+template <class T>
+__attribute__((noinline)) void read_partial_block(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows,
+                                                  int64_t cols) {
+  using A = ComputeOf<T>;
+  constexpr int L = kLanes<A>;
+  A block[L][L] = {};
+  for (int64_t i = 0; i < rows; ++i) store(block[i], Storage<T>::load_n(src + i * ld_src, cols));
+  Vec<A> r[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) r[i] = load(block[i]);
+  transpose_registers<A>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(block[i], r[i]);
+  for (int64_t i = 0; i < cols; ++i) store_n(dst + i * ld_dst, load(block[i]), rows);
 }
 
 // dst[c][p] = src[p][c] for `rows` pixels p (stride ld_src) and `cols` channels c: an NHWC tile into channel-major scratch.
 template <class T>
 void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
+  constexpr int L = kLanes<ComputeOf<T>>;
+  for_blocks<L>(rows, cols, [&](int64_t p, int64_t c) {
+    const T* s = src + p * ld_src + c;
+    ComputeOf<T>* d = dst + c * ld_dst + p;
+    if (rows >= L && cols >= L)
+      read_block<T>(s, ld_src, d, ld_dst);
+    else
+      read_partial_block<T>(s, ld_src, d, ld_dst, rows - p < L ? rows - p : L, cols - c < L ? cols - c : L);
+  });
+}
+
+// The reverse, dst[p][c] = src[c][p] (+ add[p][c]).
+template <class T>
+GHOST_INLINE void write_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add, int64_t ld_dst) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
-  for (int64_t p = 0; p < rows; p += L) {
-    const int64_t np = rows - p < L ? rows - p : L;
-    for (int64_t c = 0; c < cols; c += L) {
-      const int64_t nc = cols - c < L ? cols - c : L;
-      Vec<A> r[L];
-      const T* s = src + p * ld_src + c;
+  Vec<A> r[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        r[i] = i < np ? (nc == L ? Storage<T>::load(s + i * ld_src) : Storage<T>::load_n(s + i * ld_src, nc)) : Vec<A>{};
-      transpose_registers<A>(r);
-      A* d = dst + c * ld_dst + p;
+  for (int i = 0; i < L; ++i) r[i] = load(src + i * ld_src);
+  transpose_registers<A>(r);
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        if (i >= nc) break;
-        if (np == L)
-          store(d + i * ld_dst, r[i]);
-        else
-          store_n(d + i * ld_dst, r[i], np);
-      }
-    }
+  for (int i = 0; i < L; ++i) Storage<T>::store(dst + i * ld_dst, add ? r[i] + Storage<T>::load(add + i * ld_dst) : r[i]);
+}
+template <class T>
+__attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add, int64_t ld_dst,
+                                                   int64_t rows, int64_t cols) {
+  using A = ComputeOf<T>;
+  constexpr int L = kLanes<A>;
+  A block[L][L] = {};
+  for (int64_t i = 0; i < cols; ++i) store(block[i], load_n(src + i * ld_src, rows));
+  Vec<A> r[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) r[i] = load(block[i]);
+  transpose_registers<A>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(block[i], r[i]);
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<A> v = load(block[i]);
+    if (add) v += Storage<T>::load_n(add + i * ld_dst, cols);
+    Storage<T>::store_n(dst + i * ld_dst, v, cols);
   }
 }
 
@@ -204,31 +265,16 @@ void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld
 template <class T>
 void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols,
                       const T* add = nullptr) {
-  using A = ComputeOf<T>;
-  constexpr int L = kLanes<A>;
-  for (int64_t p = 0; p < rows; p += L) {
-    const int64_t np = rows - p < L ? rows - p : L;
-    for (int64_t c = 0; c < cols; c += L) {
-      const int64_t nc = cols - c < L ? cols - c : L;
-      Vec<A> r[L];
-      const A* s = src + c * ld_src + p;
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        r[i] = i < nc ? (np == L ? load(s + i * ld_src) : load_n(s + i * ld_src, np)) : Vec<A>{};
-      transpose_registers<A>(r);
-      T* d = dst + p * ld_dst + c;
-      const T* a = add ? add + p * ld_dst + c : nullptr;
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        if (i >= np) break;
-        if (a) r[i] += nc == L ? Storage<T>::load(a + i * ld_dst) : Storage<T>::load_n(a + i * ld_dst, nc);
-        if (nc == L)
-          Storage<T>::store(d + i * ld_dst, r[i]);
-        else
-          Storage<T>::store_n(d + i * ld_dst, r[i], nc);
-      }
-    }
-  }
+  constexpr int L = kLanes<ComputeOf<T>>;
+  for_blocks<L>(rows, cols, [&](int64_t p, int64_t c) {
+    const ComputeOf<T>* s = src + c * ld_src + p;
+    T* d = dst + p * ld_dst + c;
+    const T* a = add ? add + p * ld_dst + c : nullptr;
+    if (rows >= L && cols >= L)
+      write_block<T>(s, ld_src, d, a, ld_dst);
+    else
+      write_partial_block<T>(s, ld_src, d, a, ld_dst, rows - p < L ? rows - p : L, cols - c < L ? cols - c : L);
+  });
 }
 
 }  // namespace GHOST_ISA

@@ -160,11 +160,13 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   args.plan = plan_apply(p, cpu_info(threads()));
   args.x = x.const_data_ptr();
   args.x_image = in.c * in.h * in.w;
+  args.x_channel = in.h * in.w;
   args.packed = packed.const_data_ptr();
   args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.out_layout = in.layout;
   args.out_image = out_channels * H * W;
+  args.out_channel = H * W;
   const auto kernel = active_kernels().apply[int(in.dtype)];
   parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   return out;
@@ -195,8 +197,8 @@ Problem plain_conv(const Image& x, int64_t out_channels, int64_t stride) {
   return p;
 }
 
-// u = w1 * x (or x itself without w1), compute type, channel-major planes at `u`, images `u_image` elements apart.
-void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m, int64_t stride, void* u, int64_t u_image) {
+// u = w1 * x (or x itself without w1) as [m, N, P] of the compute type.
+void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m, int64_t stride, void* u) {
   ApplyArgs args;
   args.problem = plain_conv(in, m, w1.has_value() ? stride : 1);
   Tensor packed;
@@ -216,16 +218,18 @@ void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64
   args.plan.stream = false;  // u is read again at once
   args.x = x.const_data_ptr();
   args.x_image = in.c * in.h * in.w;
+  args.x_channel = in.h * in.w;
   args.packed = packed.const_data_ptr();
   args.residual = nullptr;
   args.out = u;
-  args.out_image = u_image;
+  args.out_image = args.problem.out_pixels();
+  args.out_channel = in.n * args.problem.out_pixels();
   const auto kernel = active_kernels().apply_to_compute[int(in.dtype)];
   parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
 }
 
-// Compute-type planes back to the element type and layout of a tensor: u that backward is to reuse.
-void store_u(const void* u, int64_t u_image, const Problem& shape, Tensor& dst, Layout layout) {
+// [m, N, P] of the compute type back to the element type and layout of a tensor.
+void store_u(const void* u, const Problem& shape, Tensor& dst, Layout layout) {
   Problem p = shape;
   p.layout = Layout::kNCHW;
   p.channels = p.out_channels = p.intrinsic;
@@ -245,12 +249,14 @@ void store_u(const void* u, int64_t u_image, const Problem& shape, Tensor& dst, 
   args.plan = plan_apply(args.problem, cpu_info(threads()));
   args.plan.stream = false;
   args.x = u;
-  args.x_image = u_image;
+  args.x_image = p.height * p.width;
+  args.x_channel = p.batch * p.height * p.width;
   args.packed = identity.const_data_ptr();
   args.residual = nullptr;
   args.out = dst.mutable_data_ptr();
   args.out_layout = layout;
   args.out_image = p.intrinsic * p.height * p.width;
+  args.out_channel = p.height * p.width;
   const auto kernel = active_kernels().apply_from_compute[int(p.dtype)];
   parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
 }
@@ -275,15 +281,14 @@ std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1
   Problem p = plain_conv(in, m, stride);
   const int64_t P = p.out_pixels();
   const ScalarType ct = compute_type(in.dtype);
-  Tensor u = empty({in.n, m, P}, ct), mean = empty({m}, ct), var = empty({m}, ct);
-  compute_u(x, in, w1, m, stride, u.mutable_data_ptr(), m * P);
+  Tensor u = empty({m, in.n, P}, ct), mean = empty({m}, ct), var = empty({m}, ct);
+  compute_u(x, in, w1, m, stride, u.mutable_data_ptr());
   ChannelArgs args{};
   args.problem = p;
   args.problem.height = p.out_height();
   args.problem.width = p.out_width();
   args.problem.layout = Layout::kNCHW;
   args.u = u.mutable_data_ptr();
-  args.u_image = m * P;
   args.mean1 = mean.mutable_data_ptr();
   args.var1 = var.mutable_data_ptr();
   const auto kernel = active_kernels().primary_stats[in.dtype == DType::kFloat64];
@@ -307,7 +312,7 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   const ScalarType ct = compute_type(in.dtype);
   STD_TORCH_CHECK(packed.scalar_type() == ct && packed.numel() == at.numel, "packed does not belong to this module: expected ",
                   at.numel, " elements, got ", packed.numel());
-  Tensor y = empty({in.n, intrinsic, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
+  Tensor y = empty({intrinsic, in.n, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
   ApplyArgs apply;
   apply.problem = p;
   apply.problem.ratio = 1;  // y only
@@ -315,10 +320,12 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   apply.plan.stream = false;
   apply.x = x.const_data_ptr();
   apply.x_image = in.c * in.h * in.w;
+  apply.x_channel = in.h * in.w;
   apply.packed = packed.const_data_ptr();
   apply.residual = nullptr;
   apply.out = y.mutable_data_ptr();
-  apply.out_image = intrinsic * P;
+  apply.out_image = P;
+  apply.out_channel = in.n * P;
   const auto to_y = active_kernels().apply_to_compute[int(in.dtype)];
   parallel(apply.plan.items, [&](int64_t b, int64_t e) { to_y(apply, b, e); });
 
@@ -329,8 +336,7 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   args.problem.layout = Layout::kNCHW;
   args.problem.out_channels = intrinsic * ratio;
   args.u = y.mutable_data_ptr();
-  args.u_image = intrinsic * P;
-  args.u_is_y = args.stats_only = true;
+  args.u_is_y = true;
   args.w2 = static_cast<const char*>(packed.const_data_ptr()) + at.w2 * compute_size(in.dtype);
   args.mean2 = mean.mutable_data_ptr();
   args.var2 = var.mutable_data_ptr();
@@ -365,25 +371,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   Tensor mean1 = empty({m}, ct), var1 = empty({m}, ct), mean2 = empty({cheap.g}, ct), var2 = empty({cheap.g}, ct);
   Tensor kept = keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
 
-  // u goes where y will be, if that is float32 or float64 NCHW; else into scratch that dies here.
-  const bool in_place = in.layout == Layout::kNCHW && x.scalar_type() == ct;
-  Tensor scratch = in_place ? out : empty({in.n, m, P}, ct);
-  const int64_t u_image = (in_place ? out_channels : m) * P;
-  compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr(), u_image);
+  Tensor scratch = empty({m, in.n, P}, ct);  // u; dies with the call
+  compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr());
 
   ChannelArgs args{};
   args.problem = p;
   args.problem.height = H;
   args.problem.width = W;
-  if (keep_u) store_u(scratch.const_data_ptr(), u_image, args.problem, kept, in.layout);
+  if (keep_u) store_u(scratch.const_data_ptr(), args.problem, kept, in.layout);
   args.u = scratch.mutable_data_ptr();
-  args.u_image = u_image;
   args.w2 = taps.data();
   args.norm1 = {g1.data(), b1.data(), nullptr, nullptr, eps1};
   args.norm2 = {g2.data(), b2.data(), nullptr, nullptr, eps2};
   args.out = out.mutable_data_ptr();
-  args.out_image = out_channels * P;
-  args.y_in_place = in_place;
   args.mean1 = mean1.mutable_data_ptr();
   args.var1 = var1.mutable_data_ptr();
   args.mean2 = mean2.mutable_data_ptr();
@@ -422,16 +422,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
       taps(w2, in.dtype, cheap.g * taps_count, "w2");
 
   // u again, from the kept copy or by the product; du replaces it in place.
-  Tensor scratch = empty({in.n, m, P}, ct);
+  Tensor scratch = empty({m, in.n, P}, ct);
   const bool kept = u.has_value() && u->numel() > 0;
   if (kept) {
     const Tensor dense = is_dense(*u, Layout::kNCHW) || is_dense(*u, Layout::kNHWC) ? *u : torch::stable::contiguous(*u);
     const Image ku = image_of(dense, "u");
     STD_TORCH_CHECK(ku.n == in.n && ku.c == m && ku.h == H && ku.w == W && ku.dtype == in.dtype, "u must be [", in.n, ", ", m,
                     ", ", H, ", ", W, "] of the dtype of x");
-    compute_u(dense, ku, std::nullopt, m, 1, scratch.mutable_data_ptr(), m * P);
+    compute_u(dense, ku, std::nullopt, m, 1, scratch.mutable_data_ptr());
   } else {
-    compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr(), m * P);
+    compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr());
   }
 
   // The gradient may arrive expanded or in the other memory format.
@@ -449,7 +449,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   args.problem.width = W;
   args.problem.layout = grad_layout;
   args.u = scratch.mutable_data_ptr();
-  args.u_image = m * P;
   args.w2 = taps.data();
   args.norm1 = {g1.data(), b1.data(), m1.data(), v1.data(), eps1};
   args.norm2 = {g2.data(), b2.data(), m2.data(), v2.data(), eps2};
@@ -468,7 +467,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   if (need_dx) {
     dx = empty({in.n, in.c, in.h, in.w}, x.scalar_type(), in.layout);
     if (!w1.has_value()) {
-      store_u(scratch.const_data_ptr(), m * P, args.problem, dx, in.layout);
+      store_u(scratch.const_data_ptr(), args.problem, dx, in.layout);
     } else {
       if (step > 1) torch::stable::zero_(dx);  // pixels the strided convolution never read
       const Param w(*w1, in.dtype, m * in.c, "w1");
@@ -476,17 +475,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
       ApplyArgs gemm;
       gemm.problem = plain_conv({in.n, m, H, W, Layout::kNCHW, in.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32},
                                 in.c, 1);
+      gemm.problem.joined = true;
       gemm.plan = plan_apply(gemm.problem, cpu_info(threads()));
       gemm.plan.stream = gemm.plan.stream && in.layout == Layout::kNCHW && x.scalar_type() == ct && step == 1;
       gemm.x = scratch.const_data_ptr();
-      gemm.x_image = m * P;
+      gemm.x_image = P;
+      gemm.x_channel = in.n * P;
       gemm.packed = packed.const_data_ptr();
       gemm.residual = nullptr;
       gemm.out = dx.mutable_data_ptr();
       gemm.out_layout = in.layout;
       gemm.out_image = in.c * in.h * in.w;
+      gemm.out_channel = in.h * in.w;
       gemm.scatter = step;
-      gemm.scatter_height = in.h;
       gemm.scatter_width = in.w;
       const auto kernel = k.apply_from_compute[int(in.dtype)];
       parallel(gemm.plan.items, [&](int64_t b, int64_t e) { kernel(gemm, b, e); });

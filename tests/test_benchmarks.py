@@ -1,0 +1,440 @@
+"""The benchmarks' own promises: models of bytes and FLOPs, the harness, pictures, command lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import helpers
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as listing  # noqa: E402
+from benchmarks import demo, digits, floor, harness, module, plots, providers, report, shapes  # noqa: E402
+from benchmarks.extras import MissingExtra, require  # noqa: E402
+
+RED = shapes.Shape(16, 48, 112)
+
+
+class FakeClock:
+    """A clock that only calls advance, by what each call is said to cost."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.order: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, costs: list[float]):
+        """A call that costs the next of ``costs``, the last one for ever after."""
+
+        def run() -> None:
+            self.order.append(name)
+            self.now += costs.pop(0) if len(costs) > 1 else costs[0]
+
+        return run
+
+
+# ---- shapes and the floor
+
+
+def test_shapes_are_those_of_ghostnet() -> None:
+    expected = [(s, i, o, "relu" if relu else "none") for s, i, o, relu in helpers.GHOSTNET]
+    assert [(s.size, s.inp, s.oup, s.activation) for s in shapes.GHOSTNET] == expected
+    assert sum(s.count for s in shapes.GHOSTNET) == 32
+    assert len({s.name for s in shapes.ALL}) == len(shapes.ALL) == 25
+    assert len(shapes.QUICK) == 6
+
+
+def test_forward_model_by_hand() -> None:
+    # x: 16 x 112 x 112 floats, out: 48 x 112 x 112; m = g = 24, 16 and 9 multiply-adds each.
+    assert floor.forward_bytes(RED, 1) == (16 + 48) * 12544 * 4
+    assert floor.forward_flops(RED, 1) == 2 * 12544 * (16 * 24 + 9 * 24)
+    assert floor.forward_bytes(RED, 3, itemsize=2) == 3 * (16 + 48) * 12544 * 2
+
+
+def test_models_with_stride_ratio_and_kernel() -> None:
+    # oup 10, ratio 3: m = 4, g = 8; 3x3 primary with stride 2 on 9x9 gives 5x5.
+    shape = shapes.Shape(6, 10, 9, kernel_size=3, ratio=3, dw_size=5, stride=2)
+    assert (shape.intrinsic, shape.ghost, shape.out_size) == (4, 8, 5)
+    assert floor.forward_bytes(shape, 2) == 2 * (6 * 81 + 10 * 25) * 4
+    assert floor.forward_flops(shape, 2) == 2 * 2 * 25 * (6 * 9 * 4 + 25 * 8)
+
+
+def test_training_model_by_hand() -> None:
+    x, out = 16 * 12544 * 4, 48 * 12544 * 4
+    assert floor.training_bytes(RED, 1) == 3 * x + 2 * out
+    assert floor.training_flops(RED, 1) == 3 * floor.forward_flops(RED, 1)
+
+
+def test_roofline_interpolates_and_takes_the_larger() -> None:
+    roof = floor.Roofline(
+        100.0, 8, (1 << 10, 1 << 12), (8.0, 4.0), ("torch", "torch"), 1, "float32"
+    )
+    assert roof.bandwidth_at(1 << 11) == pytest.approx(6.0)
+    assert roof.bandwidth_at(1) == 8.0
+    assert roof.bandwidth_at(1 << 20) == 4.0
+    assert roof.floor(1 << 10, 100.0) == pytest.approx(128.0)
+    assert roof.bound(1 << 10, 100.0) == "memory"
+    assert roof.floor(1 << 10, 50_000.0) == pytest.approx(500.0)
+    assert roof.bound(1 << 10, 50_000.0) == "gemm"
+
+
+def test_roofline_is_measured() -> None:
+    roof = floor.measure_roofline(gemm_sizes=(64,), copy_sizes=(1 << 16, 1 << 17), samples=1)
+    assert roof.gemm_size == 64
+    assert roof.gemm_peak > 1e7
+    assert all(rate > 1e6 for rate in roof.bandwidth)
+    json.dumps(roof.to_json())
+
+
+def test_native_copies_copy() -> None:
+    copies, reason = floor.native_copies()
+    if not copies:
+        pytest.skip(reason)
+    for copy in copies.values():
+        source = torch.arange(1024, dtype=torch.float32)
+        target = torch.zeros(1024)
+        copy(target.data_ptr(), source.data_ptr(), 2048)
+        assert torch.equal(target[:512], source[:512])
+        assert not target[512:].any()
+
+
+# ---- harness
+
+
+def test_rounds_are_interleaved_and_quantiles_right() -> None:
+    clock = FakeClock()
+    # Two calls settle warm-up and repeats (a second each exceeds both), then one per round.
+    calls = {
+        "a": clock.call("a", [1.0, 1.0, 5.0, 1.0, 3.0, 2.0, 4.0]),
+        "b": clock.call("b", [10.0]),
+    }
+    result = harness.time_interleaved(calls, rounds=5, min_sample=0.5, warmup=0.5, clock=clock)
+    assert "".join(clock.order) == "aabb" + "ab" * 5
+    assert result["a"].median == pytest.approx(3.0)
+    assert result["a"].p20 == pytest.approx(1.8)
+    assert result["a"].p80 == pytest.approx(4.2)
+    assert result["b"] == harness.Timing(10.0, 10.0, 10.0, 5, 1)
+
+
+def test_short_calls_are_repeated() -> None:
+    clock = FakeClock()
+    result = harness.time_interleaved(
+        {"a": clock.call("a", [1e-3])}, rounds=2, min_sample=20e-3, warmup=5e-3, clock=clock
+    )
+    assert result["a"].repeats == 20
+    assert result["a"].median == pytest.approx(1e-3)
+
+
+def test_rounds_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="rounds"):
+        harness.time_interleaved({}, rounds=0)
+
+
+def test_relative_error_and_check() -> None:
+    exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    got = torch.tensor([3.0, 4.5])
+    assert harness.relative_error(got, exact, norm="max") == pytest.approx(0.125)
+    assert harness.relative_error(got, exact, norm="l2") == pytest.approx(0.1)
+    assert harness.relative_error(torch.ones(3), exact, norm="max") == math.inf
+    assert harness.check_errors([0.3], [0.1], [0.1]).ok
+    check = harness.check_errors([0.0, 0.31], [0.1, 0.1], [0.1, 0.1])
+    assert not check.ok
+    assert check.allowed == pytest.approx(0.3)
+    nan = harness.relative_error(torch.tensor([math.nan, 4.0]), exact, norm="max")
+    assert not harness.check_errors([nan, 0.0], [0.0, 0.0], [1.0, 1.0]).ok
+
+
+def test_saved_bytes_counts_storages_once() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(8, 4, requires_grad=True)
+
+    def call() -> torch.Tensor:
+        y = layer(x)  # saves x and the weight, which is a parameter
+        return (y * y).exp()  # saves y twice, and exp's output
+
+    assert harness.saved_bytes(call, layer) == {"maps": 3 * 128, "stats": 0, "total": 3 * 128}
+
+
+def test_metadata_is_json() -> None:
+    meta = harness.metadata(threads=1, cores=[0], allocation="as it comes")
+    assert json.loads(json.dumps(meta))["torch"] == torch.__version__
+
+
+def test_output_that_cannot_be_written_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OSError, match="cannot write results to"):
+        harness.prepare_output(tmp_path / "file" / "results.json")
+    existing = harness.prepare_output(tmp_path / "file")
+    assert existing.read_text() == "kept"
+    assert not harness.prepare_output(tmp_path / "new" / "results.json").exists()
+
+
+def test_missing_extra_is_named() -> None:
+    with pytest.raises(MissingExtra, match=r'pip install "ghost_ops\[demo\]"'):
+        require("no_such_package_here", "a test", extra="demo")
+
+
+# ---- providers
+
+
+@pytest.mark.parametrize("name", ["16-16@112-linear", "128-128@40-silu"])
+def test_providers_agree(name: str) -> None:
+    shape = dataclasses.replace(shapes.select([name])[0], size=9)
+    reference = providers.reference_module(shape).eval()
+    x = torch.randn(2, shape.inp, 9, 9)
+    with torch.inference_mode():
+        expected = reference(x)
+        for provider in providers.PROVIDERS:
+            if not provider.family.startswith("compile"):
+                out = providers.build(provider, reference, training=False)(provider.input(x))
+                torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_are_no_inference_tensors() -> None:
+    """Else nothing can be cached for them, which no user's module suffers from."""
+    reference = providers.reference_module(shapes.Shape(4, 8, 5))
+    with torch.inference_mode():
+        for provider in providers.PROVIDERS:
+            if not provider.family.startswith("compile"):
+                made = providers.build(provider, reference, training=False)
+                assert not any(p.is_inference() for p in made.parameters())
+
+
+def test_yolo_shapes_have_their_eps_and_activation() -> None:
+    reference = providers.reference_module(shapes.YOLO[0])
+    for branch in (reference.primary_conv, reference.cheap_operation):
+        assert branch[1].eps == 1e-3
+        assert isinstance(branch[2], torch.nn.SiLU)
+    assert reference.cheap_operation[0].kernel_size == (5, 5)
+
+
+def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "C++ compiler" in (providers.compile_unavailable() or "")
+
+
+# ---- report and pictures
+
+
+def rows_by_hand() -> list[dict]:
+    """Two shapes, three providers; ours wins twofold on one and loses twofold on the other."""
+    rows = []
+    for mode in ("eval", "train"):
+        for shape, times in (
+            ("16-16@112-relu", (8.0, 4.0, 2.0)),
+            ("16-48@112-relu", (8.0, 2.0, 4.0)),
+        ):
+            for provider, seconds in zip(
+                ("eager_nchw", "eager_cl", "fused_nchw"), times, strict=True
+            ):
+                rows.append({
+                    "mode": mode, "batch": 16, "group": "ghostnet", "shape": shape, "count": 1,
+                    "provider": provider, "median_s": seconds, "p20_s": seconds, "p80_s": seconds,
+                    "floor_s": 1.0, "floors": seconds, "bound": "gemm", "error": 0.0,
+                    "allowed": 1.0,
+                })  # fmt: skip
+    return rows
+
+
+def test_summary_by_hand() -> None:
+    summary = report.summarize([r for r in rows_by_hand() if r["mode"] == "eval"])
+    assert summary["floors"]["eager_nchw"] == pytest.approx(8.0)
+    assert summary["floors"]["best_pytorch"] == pytest.approx(math.sqrt(8.0))
+    assert summary["speedup"]["fused_best over eager_nchw"] == pytest.approx(math.sqrt(8.0))
+    assert summary["speedup"]["fused_best over best_pytorch"] == pytest.approx(1.0)
+    assert summary["slower"] == ["16-48@112-relu"]
+    assert summary["worst"][0]["ratio"] == pytest.approx(0.5)
+    assert summary["network_ms"]["fused_nchw"] == pytest.approx(6000.0)
+
+
+def test_rows_that_failed_their_check_are_not_timed_and_are_reported() -> None:
+    rows = rows_by_hand()
+    rows[2].update(median_s=None, note="wrong result")
+    assert "fused_nchw" not in report.by_shape(rows[:3])["16-16@112-relu"]
+    assert module.failures(rows) == ["eval batch 16 16-16@112-relu fused_nchw: wrong result"]
+
+
+def test_pictures_render(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    meta = harness.metadata(threads=1, cores=[0], allocation="as it comes")
+    results = tmp_path / "module.json"
+    results.write_text(json.dumps({"meta": meta, "rows": rows_by_hand()}))
+    assert plots.main([str(results), "--out", str(tmp_path / "pictures")]) == 0
+    written = sorted(p.name for p in (tmp_path / "pictures").iterdir())
+    assert written == [f"module_{n}{s}" for n in ("floors", "training") for s in (".png", ".svg")]
+    assert (tmp_path / "pictures/module_floors.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_pictures_refuse_what_is_no_results_file(
+    tmp_path: pathlib.Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.json"
+    results.write_text(content)
+    assert plots.main([str(results)]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+# ---- command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "1-2@3-none"], "matches no shape"),
+        (["--providers", "tensorflow"], "matches none"),
+        (["--batch", "0"], "positive"),
+        (["--rounds", "-1"], "positive"),
+        (["--threads", "0"], "positive"),
+        (["--clock", "cpu", "--threads", "2"], "needs --threads 1"),
+        (["--mode", "sideways"], "invalid choice"),
+        (["--dtype", "int8"], "invalid choice"),
+    ],
+)
+def test_module_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs: expected a positive integer, got 0"),
+        (["--batch", "64", "--digits", "50"], "more than the digits"),
+        (["--shapes", "nothing"], "matches no shape"),
+        (["--threads", "100000"], "cores present"),
+    ],
+)
+def test_demo_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        demo.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listing.main(["nothing"]) == 2
+    assert "known: module" in capsys.readouterr().err
+    assert listing.main(["list"]) == 0
+
+
+def test_demo_refuses_an_unwritable_folder(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("rich", "matplotlib", "mlxtend"):
+        pytest.importorskip(package)
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert "cannot write results" in capsys.readouterr().err
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_module_runs(tmp_path: pathlib.Path) -> None:
+    for package in ("rich", "numpy"):
+        pytest.importorskip(package)
+    out = tmp_path / "module.json"
+    arguments = ("--quick", "--rounds", "1", "--batch", "2", "--shapes", "672-160@7-linear")
+    result = run("module", *arguments, "--out", str(out))
+    document = json.loads(out.read_text())
+    modes = {row["mode"] for row in document["rows"]}
+    assert modes == {"eval", "train", "saved", "overhead"}
+    assert "tuned" in document["meta"]["allocation"] or "default" in document["meta"]["allocation"]
+    wrong = [r for r in document["rows"] if r["mode"] != "saved" and r["median_s"] is None]
+    assert not wrong
+    # Without the native kernels the memory contract is not kept, and the script says so.
+    assert result.returncode in ((0,) if "isa" in document["meta"]["ghost_ops"] else (0, 1))
+
+
+def test_demo_runs(tmp_path: pathlib.Path) -> None:
+    for package in ("rich", "matplotlib", "mlxtend"):
+        pytest.importorskip(package)
+    result = run(
+        "demo", "--quick", "--digits", "300", "--epochs", "1", "--rounds", "1", "--threads", "1",
+        "--shape-batch", "2", "--shapes", "672-160@7-linear", "--out", str(tmp_path / "results"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    document = json.loads((tmp_path / "results/demo.json").read_text())
+    assert len(document["training"]["fused"]["losses"]) == 7
+    assert all(promise["kept"] for promise in document["verified"])
+    assert (tmp_path / "results/demo.png").stat().st_size > 10_000
+
+
+# ---- the demo's verdict
+
+
+def test_demo_notices_a_different_module() -> None:
+    """Another initialisation and another formula must both be seen."""
+    training = {
+        "same_start": True, "double_deviation": 1e-13, "early_deviation": 1e-6,
+        "control_early_deviation": 1e-5, "rms_deviation": 1e-2, "control_rms_deviation": 1e-2,
+        "double_steps": 30, "early_steps": 10, "steps": 100, "test_digits": 1000,
+        "reference": {"accuracy": 0.95}, "fused": {"accuracy": 0.95},
+    }  # fmt: skip
+    good = {
+        "training": training,
+        "shapes": [{"shape": "s", "eval": {"ok": True}, "train": {"ok": True}}],
+    }
+    assert all(kept for _, kept, _ in demo.verify(good))
+    for change in (
+        {"same_start": False}, {"double_deviation": 1e-6}, {"early_deviation": 1e-2},
+        {"early_deviation": math.nan}, {"rms_deviation": 1.0}, {"fused": {"accuracy": 0.9}},
+    ):  # fmt: skip
+        verdict = demo.verify({**good, "training": {**training, **change}})
+        assert [kept for _, kept, _ in verdict].count(False) == 1, change
+    wrong = {**good, "shapes": [{"shape": "s", "eval": {"ok": False}, "train": {"ok": True}}]}
+    assert not demo.verify(wrong)[-1][1]
+
+
+@pytest.mark.parametrize(("load", "threads"), [(0.2, 2), (0.9, 1), (5.0, 1)])
+def test_demo_leaves_busy_cores_alone(
+    monkeypatch: pytest.MonkeyPatch, load: float, threads: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert demo.free_threads() == threads
+
+
+def test_deviation_keeps_nan() -> None:
+    assert digits.deviation([1.0, 2.0], [1.0, 2.5]) == 0.5
+    assert math.isnan(digits.deviation([1.0, math.nan], [1.0, 1.0]))
+
+
+def test_network_takes_any_ghost_module_class() -> None:
+    from ghost_ops.reference import GhostModule
+
+    made = []
+
+    class Counted(GhostModule):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    network = digits.ghost_network(Counted)
+    assert len(made) == 9
+    assert network(torch.randn(2, 1, 28, 28)).shape == (2, 10)

@@ -1,0 +1,156 @@
+"""The tile plan: what it promises for every problem, and the model of bytes and FLOPs under it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import native_module
+from helpers import GHOSTNET, LAYOUTS, Case, make_module, product
+
+from ghost_ops import planner
+
+pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
+
+SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
+PROBLEMS = list(
+    product(
+        shape=((1, 16, 112, 112), (16, 40, 28, 28), (3, 7, 7, 7), (33, 960, 7, 7), (1, 3, 1, 1),
+               (2, 5, 300, 17), (1, 64, 1, 2000), (4, 1, 640, 640)),
+        out_channels=(1, 16, 51, 960),
+        ratio=(1, 2, 5),
+        dw_size=(1, 3, 7),
+        stride=(1, 2),
+        dtype=(torch.float32, torch.bfloat16),
+        channels_last=(False, True),
+        threads=(1, 2, 64),
+    )
+)  # fmt: skip
+
+
+def sizes(problem: dict[str, Any]) -> tuple[int, int, int, int, int]:
+    """n, pixels, rows, intrinsic and ghost maps of the output."""
+    n, _, h, w = problem["shape"]
+    ho, wo = -(-h // problem["stride"]), -(-w // problem["stride"])
+    m = math.ceil(problem["out_channels"] / problem["ratio"])
+    return n, ho * wo, ho, m, m * (problem["ratio"] - 1)
+
+
+def test_every_plan_covers_its_problem() -> None:
+    for problem in PROBLEMS:
+        plan = planner.explain(**problem)
+        n, _, rows, m, _ = sizes(problem)
+        assert 1 <= plan.images <= n, problem
+        assert 1 <= plan.band_rows <= rows, problem
+        assert 1 <= plan.group <= m, problem
+        assert plan.images == 1 or plan.band_rows == rows, "only whole images are joined"
+        assert 1 <= plan.row_splits <= rows, problem
+        assert 1 <= plan.channel_splits <= m, problem
+        tiles = math.ceil(n / plan.images)
+        assert plan.items == tiles * plan.row_splits * plan.channel_splits, problem
+        assert 1 <= plan.vecs <= 8, problem
+
+
+def test_scratch_stays_small() -> None:
+    """A tile is meant for L2; no thread asks for more than a few megabytes, whatever the map."""
+    for problem in PROBLEMS:
+        plan = planner.explain(**problem)
+        channels, width = problem["shape"][1], problem["shape"][3]
+        _, _, _, m, g = sizes(problem)
+        row = 8 * width * (channels + m + g)  # what a single row needs, which is the least there is
+        assert plan.scratch_bytes <= (8 << 20) + 16 * (problem["dw_size"] + 3) * row, problem
+
+
+def test_bytes_and_flops() -> None:
+    for problem in PROBLEMS:
+        plan = planner.explain(**problem)
+        n, pixels, _, m, g = sizes(problem)
+        channels, oup = problem["shape"][1], problem["out_channels"]
+        size, d2 = SIZE[problem["dtype"]], problem["dw_size"] ** 2
+        parameters = channels * m + g * d2 + 2 * (m + g)
+        x = math.prod(problem["shape"])
+        assert plan.bytes_fused == size * (x + n * oup * pixels + parameters), problem
+        assert plan.flops == 2 * n * pixels * (channels * m + g * d2), problem
+        assert plan.bytes_eager > plan.bytes_fused, problem
+        assert plan.keep_primary == (4 * n * m * pixels <= x), problem
+
+
+def test_one_thread_does_not_split() -> None:
+    for problem in PROBLEMS:
+        if problem["threads"] == 1:
+            plan = planner.explain(**problem)
+            assert (plan.row_splits, plan.channel_splits) == (1, 1), problem
+
+
+def test_threads_have_work_where_there_is_some() -> None:
+    for size, inp, oup, _ in GHOSTNET:
+        plan = planner.explain((1, inp, size, size), oup, threads=2)
+        assert plan.items >= 2, (size, inp, oup)
+
+
+def test_stores_past_the_caches() -> None:
+    """Only for large outputs that are written once, in whole vectors of their own type."""
+    large: dict[str, Any] = {"shape": (16, 16, 112, 112), "out_channels": 96}
+    assert planner.explain(**large).stream
+    assert not planner.explain((1, 16, 28, 28), 16).stream
+    assert not planner.explain(**large, residual=True).stream
+    assert not planner.explain(**large, channels_last=True).stream
+    assert not planner.explain(**large, dtype=torch.bfloat16).stream
+
+
+def test_traffic_of_ghostnet() -> None:
+    """Over the GhostNet shapes eager moves about four and a half times what one pass moves."""
+    plans = [planner.explain((1, inp, size, size), oup, activation="relu" if relu else "none")
+             for size, inp, oup, relu in GHOSTNET]  # fmt: skip
+    ratio = sum(p.bytes_eager for p in plans) / sum(p.bytes_fused for p in plans)
+    assert 3.5 < ratio < 5.5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_plan_of_a_module(ratio: int, layout: str) -> None:
+    module = make_module(Case(5, 5, oup=9, ratio=ratio, d=5, stride=2))
+    options: dict[str, Any] = {"threads": 2, "channels_last": layout == "nhwc"}
+    got = planner.explain_module(module, (4, 5, 31, 30), **options)
+    want = planner.explain((4, 5, 31, 30), 9, ratio=ratio, dw_size=5, stride=2, **options)
+    assert got == want
+
+
+def test_plan_of_a_module_with_another_primary_convolution() -> None:
+    with pytest.raises(ValueError, match="1x1"):
+        planner.explain_module(make_module(Case(k=3)), (4, 5, 31, 30))
+
+
+def test_readable() -> None:
+    text = str(planner.explain((16, 40, 28, 28), 240))
+    for word in ("tile", "parallel", "scratch", "bytes", "FLOPs", "training"):
+        assert word in text
+    assert f"{2 * 16 * 28 * 28 * (40 * 120 + 120 * 9):,}" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": (1, 2, 3)}, "shape"),
+        ({"shape": (1, 2, 3, -4)}, "shape"),
+        ({"out_channels": 0}, "out_channels"),
+        ({"ratio": 0}, "ratio"),
+        ({"stride": 0}, "stride"),
+        ({"dw_size": 4}, "dw_size"),
+        ({"dtype": torch.int8}, "dtype"),
+        ({"activation": "tanh"}, "activation"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"shape": (1, 2, 3, 4), "out_channels": 6}
+    with pytest.raises(ValueError, match=message):
+        planner.explain(**(given | change))
+
+
+def test_empty_batch() -> None:
+    plan = planner.explain((0, 5, 6, 7), 8)
+    assert plan.items == 0
+    assert plan.flops == 0
