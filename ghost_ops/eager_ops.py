@@ -27,10 +27,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of results for input x: channels_last only where x is that and not also NCHW."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+    """The format of results for input x: channels_last only where x is that and not also NCHW.
+
+    A single channel is both; its stride then tells which of them it was made as, as in PyTorch.
+    """
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    one_map = x.size(1) == 1 and x.size(2) * x.size(3) > 1
+    if x.is_contiguous() and not (one_map and x.stride(1) == 1):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def packed_offsets(channels: int, m: int, g: int, d: int, has_primary: bool) -> tuple[int, ...]:

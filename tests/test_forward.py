@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import native_isas, running
@@ -254,6 +256,25 @@ def test_float32_batch_norms_around_half_precision(
     check(Case(dtype=dtype, bn_dtype=torch.float32, ratio=ratio, layout=layout, h=9, w=18))
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [Case(2, 9, 14, 15, 22, act1="silu"), TILING[0]], ids=str)
+def test_half_precision_rounds_once(
+    every_isa: str, case: Case, dtype: torch.dtype, layout: str, training: bool
+) -> None:
+    """All arithmetic is float32's; the result is rounded to nearest even at the very end."""
+    if every_isa == "eager":
+        pytest.skip("plain PyTorch rounds after every operator")
+    case = case.replace(dtype=dtype, layout=layout)
+    module, x = make_module(case).train(training), make_input(case)
+    exact = copy.deepcopy(module).float()
+    with torch.no_grad():
+        got, want = module(x), exact(x.float()).to(dtype)
+    # Sums in another order may fall on the other side of a tie, now and then.
+    assert (got != want).double().mean() < 0.002
+
+
 def packed_op(
     backend: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None
 ) -> torch.Tensor:
@@ -274,7 +295,9 @@ def packed_op(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual_layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 5, 6, 7, 9), (3, 40, 7, 7, 30), (1, 6, 30, 56, 12), (1, 3, 66, 66, 130)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 6, 7, 9), (3, 40, 7, 7, 30), (1, 6, 30, 56, 12), (1, 3, 66, 66, 130)], ids=str
+)
 def test_residual_is_added_last(
     backend: str, shape: tuple[int, ...], residual_layout: str, dtype: torch.dtype, layout: str
 ) -> None:

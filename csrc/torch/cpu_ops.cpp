@@ -49,7 +49,9 @@ struct Image {
 Image image_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(x.dim() == 4, name, " must be 4-D [N, C, H, W], got ", x.dim(), "-D");
-  const bool nchw = is_dense(x, Layout::kNCHW);
+  // A single channel is dense both ways; its stride tells which of them it was made as, as in PyTorch.
+  const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
+  const bool nchw = is_dense(x, Layout::kNCHW) && !one_map_nhwc;
   STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name, " must be dense, contiguous or channels_last");
   return {x.size(0), x.size(1), x.size(2), x.size(3), nchw ? Layout::kNCHW : Layout::kNHWC, dtype_of(x, name)};
 }
