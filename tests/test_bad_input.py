@@ -183,8 +183,8 @@ def stride_zero(m: nn.Module) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "change",
-    [cheap_in_float64, norm_in_float64, norm_on_meta, other_number_of_maps, other_norm, other_cheap_norm,
-     stride_zero],
+    [cheap_in_float64, norm_in_float64, norm_on_meta, other_number_of_maps, other_norm,
+     other_cheap_norm, stride_zero],
     ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_children_that_do_not_fit(

@@ -551,8 +551,8 @@ def test_pruning(backend: str) -> None:
 
 # --- hooks ------------------------------------------------------------------------------------
 
-CHILDREN = ("primary_conv", "primary_conv.0", "primary_conv.1", "primary_conv.2",
-            "cheap_operation", "cheap_operation.0", "cheap_operation.1", "cheap_operation.2")  # fmt: skip
+BRANCHES = ("primary_conv", "cheap_operation")
+CHILDREN = [*BRANCHES, *(f"{branch}.{i}" for branch in BRANCHES for i in range(3))]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -709,7 +709,8 @@ def frozen_batch_norm(module: nn.Module) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "change",
-    [unknown_activation, standardized_convolution, subclassed_convolution, instance_norm, convolution_with_bias,
+    [unknown_activation, standardized_convolution, subclassed_convolution, instance_norm,
+     convolution_with_bias,
      cheap_convolution_with_bias, reflecting_padding, dilated, other_padding,
      full_cheap_convolution, four_children, rectangular, frozen_batch_norm],
     ids=lambda f: f.__name__,

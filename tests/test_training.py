@@ -254,8 +254,8 @@ def run(module: torch.nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor | 
     return {"x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
 
 
-NAMES = ("x", "primary_conv.0.weight", "primary_conv.1.weight", "primary_conv.1.bias",
-         "cheap_operation.0.weight", "cheap_operation.1.weight", "cheap_operation.1.bias")  # fmt: skip
+NAMES = ("x", *(f"{branch}.{child}" for branch in ("primary_conv", "cheap_operation")
+                for child in ("0.weight", "1.weight", "1.bias")))  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])

@@ -86,13 +86,15 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   // Parallel items: images first, then rows of large maps, then channels of small ones.
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.threads > 1 ? 2 * cpu.threads : 1;
   if (tiles < want && cpu.threads > 1) {
-    const int64_t split = ceil_div(want, tiles);
+    const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
+    if (plan.band_rows == H && panels < split && plan.images == 1 && H >= 4 * split && H >= 2 * p.dw_size) {
+      plan.band_rows = ceil_div(H, split);  // too few channels to share out: cut the rows
+      plan.group = m;
+    }
     if (plan.band_rows < H)
-      plan.row_splits = std::max<int64_t>(1, std::min(split, H / std::max<int64_t>(plan.band_rows, 4 * pad + 1)));
-    else if (!plan.pack)
-      plan.channel_splits = std::min<int64_t>(split, ceil_div(m, kPanel));
+      plan.row_splits = std::max<int64_t>(1, std::min(split, H / std::max<int64_t>(plan.band_rows / 2, 4 * pad + 1)));
     else
-      plan.channel_splits = std::min<int64_t>({split, cpu.threads, ceil_div(m, kPanel)});
+      plan.channel_splits = std::min<int64_t>(plan.pack ? std::min(split, cpu.threads) : split, panels);
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
   const int64_t x_total = p.batch * p.channels * p.height * p.width * element_size(p.dtype);

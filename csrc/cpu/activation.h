@@ -13,8 +13,7 @@ namespace GHOST_ISA {
 // exp in the compute type. float32: range reduction to |r| <= ln2/2 and a degree-6 Taylor polynomial, 2 ulp; the result
 // saturates to 0 and +Inf like expf, NaN in gives NaN out. float64 exists for gradcheck and takes the C library's.
 GHOST_INLINE VecF exp_v(VecF x) {
-  const VecF clamped_hi = x > 88.8f ? set1(88.8f) : x;  // comparisons are false for NaN, which passes
-  const VecF c = clamped_hi < -103.9f ? set1(-103.9f) : clamped_hi;
+  const VecF c = at_least(at_most(x, 88.8f), -103.9f);
   const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const VecF t = c * 1.44269504088896341f + magic;
   const VecF n = t - magic;
@@ -25,12 +24,14 @@ GHOST_INLINE VecF exp_v(VecF x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)n);
+#else
   // 2^n in two factors, so that results in the subnormal range and just below overflow stay exact.
   const VecI32 k = (VecI32)t - (VecI32)magic;
   const VecI32 k1 = k >> 1, k2 = k - k1;
-  const VecF f1 = (VecF)((k1 + 127) << 23), f2 = (VecF)((k2 + 127) << 23);
-  const VecF e = p * f1 * f2;
-  return x != x ? x : e;
+  return p * (VecF)((k1 + 127) << 23) * (VecF)((k2 + 127) << 23);
+#endif
 }
 GHOST_INLINE VecD exp_v(VecD x) {
   VecD r;
@@ -59,8 +60,22 @@ GHOST_INLINE Vec<A> sigmoid(Vec<A> x) {
 
 template <class A>
 GHOST_INLINE Vec<A> clamp6(Vec<A> x) {
-  const Vec<A> r = relu(x), six = set1(A(6));
-  return r > six ? six : r;
+  return at_most(relu(x), A(6));
+}
+
+// x * sigmoid(x).
+GHOST_INLINE VecD silu(VecD x) { return x / (1.0 + exp_v(-x)); }
+GHOST_INLINE VecF silu(VecF x) {
+#if defined(__AVX512F__)
+  // A division costs as much as the whole exponential: take the 14-bit reciprocal and one Newton step (28 bits). The clamp
+  // keeps the reciprocal normal; what it changes is below 4e-36. -Inf / Inf is NaN, as in torch.
+  const VecF d = 1.0f + exp_v(at_most(-x, 86.0f));
+  const VecF r = (VecF)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)d);
+  const VecF s = x * (r * (2.0f - d * r));
+  return x == -__builtin_inff() ? set1(__builtin_nanf("")) : s;
+#else
+  return x / (1.0f + exp_v(-x));
+#endif
 }
 
 inline constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
@@ -71,7 +86,7 @@ GHOST_INLINE Vec<A> activate(Vec<A> x, A slope) {
   if constexpr (kAct == Act::kReLU) return relu(x);
   if constexpr (kAct == Act::kReLU6) return clamp6<A>(x);
   if constexpr (kAct == Act::kLeakyReLU) return x > A(0) ? x : x * slope;
-  if constexpr (kAct == Act::kSiLU) return x / (A(1) + exp_v(-x));
+  if constexpr (kAct == Act::kSiLU) return silu(x);
   if constexpr (kAct == Act::kHardswish) return x * clamp6<A>(x + A(3)) / A(6);
   if constexpr (kAct == Act::kGELU) return x * A(0.5) * (A(1) + erf_v(x * A(kSqrtHalf)));
   if constexpr (kAct == Act::kGELUTanh)

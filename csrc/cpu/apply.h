@@ -65,7 +65,9 @@ class ApplyTile {
   const PackedLayout at;
   const A* const packed;
   const int64_t H, W, P, m, ghosts_per, d, pad, out_channel;
-  const bool nchw, y_direct, z_direct;
+  const bool nchw;
+  const bool direct;              // the output's planes are of the kernels' own form: results may be made in place
+  const bool y_direct, z_direct;
   Source<T> source;
   O* const out;
   const O* const residual;
@@ -86,8 +88,9 @@ class ApplyTile {
         pad(p.pad()),
         out_channel(args.out_channel),
         nchw(args.out_layout == Layout::kNCHW),
-        y_direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && linear_or_relu(p.act1) && args.scatter == 1),
-        z_direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && linear_or_relu(p.act2)),
+        direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && args.scatter == 1),
+        y_direct(direct && (linear_or_relu(p.act1) || !plan.stream)),
+        z_direct(direct && (linear_or_relu(p.act2) || !plan.stream)),
         source{static_cast<const T*>(args.x), args.x_image, args.x_channel, p.channels, p.height, p.width, p.stride, p.layout, W},
         out(static_cast<O*>(args.out)),
         residual(static_cast<const O*>(args.residual)) {}
@@ -142,11 +145,14 @@ class ApplyTile {
   static void activate_rows(const Activation& a, A* y, int64_t ld, int64_t rows, int64_t pixels) {
     constexpr int L = kLanes<A>;
     with_activation(a.act, [&](auto act) {
-      if constexpr (decltype(act)::value == Act::kNone) return;
-      for (int64_t c = 0; c < rows; ++c)
-        for (int64_t i = 0; i < pixels; i += L)
-          store_n(y + c * ld + i, activate<decltype(act)::value, A>(load_n(y + c * ld + i, pixels - i), A(a.slope)),
-                  pixels - i);
+      constexpr Act kAct = decltype(act)::value;
+      if constexpr (kAct == Act::kNone) return;
+      for (int64_t c = 0; c < rows; ++c) {
+        A* row = y + c * ld;
+        int64_t i = 0;
+        for (; i + L <= pixels; i += L) store(row + i, activate<kAct, A>(load(row + i), A(a.slope)));
+        if (i < pixels) store_n(row + i, activate<kAct, A>(load_n(row + i, pixels - i), A(a.slope)), pixels - i);
+      }
     });
   }
 
@@ -198,21 +204,22 @@ class ApplyTile {
     const bool with_y = writes_with_ghosts(c0, c1);
     const int64_t ldz = with_y ? ldy : (r1 - r0) * W + 16;
     if (with_y) z = const_cast<A*>(y) + (c1 - c0) * ldy + (r0 - y_row0) * W;
-    const bool direct = z_direct && (!plan.stream || streamable(out + r0 * W, W));
+    const bool in_place = z_direct && (!plan.stream || streamable(out + r0 * W, W));
     for (int64_t j = 0; j < ghosts_per; ++j) {
       const int64_t g = c0 * ghosts_per + j, kept = (p.out_channels - m - j + ghosts_per - 1) / ghosts_per;
       const int64_t last = c1 < kept ? c1 : kept;  // ghosts past it are cut off by the slice
       Stencil<A> s{y, y_row0, H, W, r0, r1, packed + at.w2 + g * d * d, packed + at.shift2 + g, nullptr,
-                   p.act2.act == Act::kReLU, false, direct && plan.stream};
-      s.v = direct ? reinterpret_cast<A*>(out) + n * args.out_image + (m + g) * out_channel + r0 * W : z + j * ldz;
+                   p.act2.act == Act::kReLU, false, in_place && plan.stream};
+      s.v = in_place ? reinterpret_cast<A*>(out) + n * args.out_image + (m + g) * out_channel + r0 * W : z + j * ldz;
       s.channels = last - c0;
       s.y_step = ldy;
       s.taps_step = ghosts_per * d * d;
       s.shift_step = ghosts_per;
-      s.v_step = ghosts_per * (direct ? out_channel : ldz);
+      s.v_step = ghosts_per * (in_place ? out_channel : ldz);
       stencil<A>(d, s);
+      if (in_place && !linear_or_relu(p.act2)) activate_rows(p.act2, s.v, s.v_step, s.channels, (r1 - r0) * W);
     }
-    if (direct) return;
+    if (in_place) return;
     const int64_t count = (c1 - c0) * ghosts_per;
     if (!linear_or_relu(p.act2)) activate_rows(p.act2, z, ldz, count, (r1 - r0) * W);
     if (with_y)
@@ -236,24 +243,24 @@ class ApplyTile {
     }
     for (int64_t g0 = c0; g0 < c1; g0 += plan.group) {
       const int64_t g1 = g0 + plan.group < c1 ? g0 + plan.group : c1;
-      A* direct = y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
+      A* planes = y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
                       ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * out_channel
                       : nullptr;
-      if (p.has_primary && direct && !plan.stream) {
+      if (p.has_primary && planes && !plan.stream) {
         // The output's own planes serve as y: written once, read back through the cache.
-        primary(x, ldx, pixels, g0, g1, direct, out_channel, nullptr);
-        for (int64_t j = 0; j < images; ++j) cheap(direct + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
+        primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr);
+        for (int64_t j = 0; j < images; ++j) cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
         continue;
       }
       if (p.has_primary) {
-        primary(x, ldx, pixels, g0, g1, y, ld, direct);
+        primary(x, ldx, pixels, g0, g1, y, ld, planes);
       } else {
         read_given(n0, 0, H, g0, g1, y, ld);
         given(y, ld, pixels, g0, g1, y, ld);
-        direct = nullptr;
+        planes = nullptr;
       }
       for (int64_t j = 0; j < images; ++j) {
-        if (!direct && !writes_with_ghosts(g0, g1)) write(y + j * P, ld, n0 + j, 0, H, g0, g1 - g0);
+        if (!planes && !writes_with_ghosts(g0, g1)) write(y + j * P, ld, n0 + j, 0, H, g0, g1 - g0);
         cheap(y + j * P, ld, 0, n0 + j, 0, H, g0, g1, z);
       }
     }
@@ -327,21 +334,21 @@ class ApplyTile {
   // y rows [r0, r1) of image n, also written to the output if `owned`.
   void rows(int64_t n, int64_t r0, int64_t r1, bool owned, int64_t c0, int64_t c1, A* y, int64_t ld, A* panel) const {
     const int64_t px = (r1 - r0) * W;
-    A* direct = y_direct && owned && (!plan.stream || streamable(out + r0 * W, P))
+    A* planes = y_direct && linear_or_relu(p.act1) && owned && (!plan.stream || streamable(out + r0 * W, P))
                     ? reinterpret_cast<A*>(out) + n * args.out_image + c0 * out_channel + r0 * W
                     : nullptr;
     if (!p.has_primary) {
       read_given(n, r0, r1 - r0, c0, c1, y, ld);
       given(y, ld, px, c0, c1, y, ld);
-      direct = nullptr;
+      planes = nullptr;
     } else if (plan.pack) {
       const int64_t ldx = round_up(px, 16) + 16;
       source.pack(n, r0, r1 - r0, panel, ldx);
-      primary(panel, ldx, px, c0, c1, y, ld, direct);
+      primary(panel, ldx, px, c0, c1, y, ld, planes);
     } else {
-      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, args.x_channel, px, c0, c1, y, ld, direct);
+      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, args.x_channel, px, c0, c1, y, ld, planes);
     }
-    if (owned && !direct && !writes_with_ghosts(c0, c1)) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
+    if (owned && !planes && !writes_with_ghosts(c0, c1)) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
   }
 };
 

@@ -60,7 +60,6 @@ struct WeightGradArgs {
   const void* du;        // [m, N, P], compute type
   const void* x;         // [N, C, H, W], element type, problem.layout
   void* dw1;             // [m, C], compute type
-  int64_t l2_bytes;
 };
 
 struct Kernels {
@@ -78,7 +77,7 @@ struct Kernels {
 };
 
 // Items of the two channel loops and of the weight gradient's.
-inline constexpr int64_t kGradRowsPerItem = 16;  // rows of dw1 an item of the weight gradient owns
+inline constexpr int64_t kGradRowsPerItem = 2 * kPanel;  // rows of dw1 an item of the weight gradient owns
 int64_t channel_block(const Problem& p);
 int64_t channel_items(const Problem& p);
 int64_t weight_grad_items(const Problem& p);

@@ -210,6 +210,27 @@ GHOST_INLINE VecD relu(VecD v) {
 #endif
 }
 
+// Clamping that keeps NaN, by the same property.
+GHOST_INLINE VecF at_least(VecF v, float lo) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_max_ps((__mmask16)-1, (__m512)set1(lo), (__m512)v);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_max_ps((__m256)set1(lo), (__m256)v);
+#else
+  return v < lo ? set1(lo) : v;
+#endif
+}
+GHOST_INLINE VecF at_most(VecF v, float hi) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_maskz_min_ps((__mmask16)-1, (__m512)set1(hi), (__m512)v);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_min_ps((__m256)set1(hi), (__m256)v);
+#else
+  return v > hi ? set1(hi) : v;
+#endif
+}
+GHOST_INLINE VecD at_most(VecD v, double hi) { return v > hi ? set1(hi) : v; }
+
 // Sum of all lanes in a fixed order (pairwise halves), so that results do not depend on anything but the input.
 template <class A>
 GHOST_INLINE A reduce_add(Vec<A> v) {

@@ -204,15 +204,13 @@ __attribute__((noinline)) void read_partial_block(const T* src, int64_t ld_src, 
                                                   int64_t cols) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
-  A block[L][L] = {};
-  for (int64_t i = 0; i < rows; ++i) store(block[i], Storage<T>::load_n(src + i * ld_src, cols));
   Vec<A> r[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) r[i] = load(block[i]);
+  for (int i = 0; i < L; ++i) r[i] = i < rows ? Storage<T>::load_n(src + i * ld_src, cols) : Vec<A>{};
   transpose_registers<A>(r);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(block[i], r[i]);
-  for (int64_t i = 0; i < cols; ++i) store_n(dst + i * ld_dst, load(block[i]), rows);
+  for (int i = 0; i < L; ++i)
+    if (i < cols) store_n(dst + i * ld_dst, r[i], rows);
 }
 
 // dst[c][p] = src[p][c] for `rows` pixels p (stride ld_src) and `cols` channels c: an NHWC tile into channel-major scratch.
@@ -246,18 +244,15 @@ __attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int6
                                                    int64_t rows, int64_t cols) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
-  A block[L][L] = {};
-  for (int64_t i = 0; i < cols; ++i) store(block[i], load_n(src + i * ld_src, rows));
   Vec<A> r[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) r[i] = load(block[i]);
+  for (int i = 0; i < L; ++i) r[i] = i < cols ? load_n(src + i * ld_src, rows) : Vec<A>{};
   transpose_registers<A>(r);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) store(block[i], r[i]);
-  for (int64_t i = 0; i < rows; ++i) {
-    Vec<A> v = load(block[i]);
-    if (add) v += Storage<T>::load_n(add + i * ld_dst, cols);
-    Storage<T>::store_n(dst + i * ld_dst, v, cols);
+  for (int i = 0; i < L; ++i) {
+    if (i >= rows) continue;
+    if (add) r[i] += Storage<T>::load_n(add + i * ld_dst, cols);
+    Storage<T>::store_n(dst + i * ld_dst, r[i], cols);
   }
 }
 

@@ -1,9 +1,10 @@
 // dw1[i][k] = sum over images and pixels of du[i][p] * x[k][p]: both operands are contiguous in p, so products are added lane
 // by lane and lanes are summed once per chunk of pixels.
 //
-// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop, register blocks of 8 x 2 sums the inner
-// ones. Chunks come in a fixed order, so the sums do not depend on the number of threads.
-// Binding resource: FMA ports (10 loads for 16 FMAs).
+// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. With few rows the inner one is register
+// blocks of 8 x 2 dot products, with many gemm_nn on transposed tiles. Chunks come in a fixed order, so the sums do not depend
+// on the number of threads.
+// Binding resource: FMA ports.
 #pragma once
 
 #include "cpu/apply.h"
@@ -90,6 +91,96 @@ void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t s
   }
 }
 
+// The same sum as a product of transposed operands, [rows, px] x [px, C]: worth its transposes (none of x where x is NHWC)
+// as soon as there are enough rows to share them.
+template <class T>
+class TransposedGrad {
+  using A = ComputeOf<T>;
+  const WeightGradArgs& args;
+  const Source<T>& source;
+  const int64_t N, C, P, W, ld, chunk;
+  A* const tile;    // [chunk][ld] x, pixels by channels
+  A* const panels;  // [rows / kPanel][chunk][kPanel] du
+  A* const planes;  // [C][chunk + 16] x on its way, where it needs converting or gathering first
+
+ public:
+  static int64_t chunk_pixels(int64_t C) {
+    const int64_t wanted = (512 << 10) / int64_t(sizeof(A)) / C / 16 * 16;
+    return wanted < 64 ? 64 : wanted > 512 ? 512 : wanted;
+  }
+  static int64_t scratch(int64_t C, int64_t rows) {
+    const int64_t k = chunk_pixels(C);
+    return k * (round_up(C, 16) + 16) + k * round_up(rows, kPanel) + C * (k + 16) + 256;
+  }
+
+  TransposedGrad(const WeightGradArgs& a, const Source<T>& s, int64_t rows, A* memory)
+      : args(a),
+        source(s),
+        N(a.problem.batch),
+        C(a.problem.channels),
+        P(a.problem.out_pixels()),
+        W(a.problem.out_width()),
+        ld(round_up(C, 16) + 16),
+        chunk(chunk_pixels(C)),
+        tile(memory + 64),
+        panels(tile + chunk * ld + 64),
+        planes(panels + chunk * round_up(rows, kPanel) + 64) {}
+
+  void add(int64_t row0, int64_t rows, A* dw) const {
+    const A* du = static_cast<const A*>(args.du);
+    const int vecs = C > 4 * kLanes<A> ? (kMaxVecs >= 4 ? 4 : 2) : 2;
+    for (int64_t q = 0; q < N * P; q += chunk) {
+      const int64_t px = q + chunk < N * P ? chunk : N * P - q;
+      int64_t ldx = ld;
+      const A* x = load_tile(q, px, ldx);
+      for (int64_t i = 0; i < rows; i += kPanel) {
+        const int64_t count = rows - i < kPanel ? rows - i : kPanel;
+        A* panel = panels + i * chunk;
+        if (count < kPanel) std::memset(panel, 0, size_t(px * kPanel) * sizeof(A));
+        write_transposed(du + (row0 + i) * N * P + q, N * P, panel, kPanel, px, count);
+      }
+      const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, true};
+      gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, false, out);
+    }
+  }
+
+ private:
+  // Pixels [q, q + px), counted through all images, as [px][ldx].
+  const A* load_tile(int64_t q, int64_t px, int64_t& ldx) const {
+    if (source.layout == Layout::kNHWC && source.stride == 1) {
+      if (sizeof(T) == sizeof(A)) {
+        ldx = C;
+        return reinterpret_cast<const A*>(source.x) + q * C;
+      }
+      for (int64_t i = 0; i < px; ++i) read_row(source.x + (q + i) * C, tile + i * ld, C);
+      return tile;
+    }
+    for (int64_t done = 0; done < px;) {
+      const int64_t n = (q + done) / P, p = (q + done) % P;
+      int64_t run = P - p < px - done ? P - p : px - done;
+      if (source.layout == Layout::kNHWC) {  // strided: pixel by pixel
+        const int64_t h = p / W * source.stride, w = p % W * source.stride;
+        read_row(source.x + n * source.image + (h * source.width + w) * C, tile + done * ld, C);
+        run = 1;
+      } else if (source.stride == 1 && sizeof(T) == sizeof(A)) {
+        write_transposed(reinterpret_cast<const A*>(source.x) + n * source.image + p, source.channel, tile + done * ld, ld, run,
+                         C);
+      } else {
+        for (int64_t c = 0; c < C; ++c) {
+          const T* s = source.x + n * source.image + c * source.channel;
+          for (int64_t i = 0; i < run; ++i) {
+            const int64_t at = (p + i) / W * source.stride * source.width + (p + i) % W * source.stride;
+            planes[c * (chunk + 16) + i] = Storage<T>::to_compute(s[at]);
+          }
+        }
+        write_transposed(planes, chunk + 16, tile + done * ld, ld, run, C);
+      }
+      done += run;
+    }
+    return tile;
+  }
+};
+
 template <class T>
 void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
@@ -97,38 +188,28 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   const int64_t m = p.intrinsic, C = p.channels, H = p.out_height(), W = p.out_width(), P = H * W, N = p.batch;
   const Source<T> source{static_cast<const T*>(args.x), C * p.height * p.width, p.height * p.width, C, p.height, p.width,
                          p.stride, p.layout, W};
-  const A* du = static_cast<const A*>(args.du);
   A* dw = static_cast<A*>(args.dw1);
-  const bool native = p.layout == Layout::kNCHW && sizeof(T) == sizeof(A) && p.stride == 1;
-  const int64_t rows0 = begin * kGradRowsPerItem, rows1 = end * kGradRowsPerItem < m ? end * kGradRowsPerItem : m;
-  if (rows1 <= rows0) return;
-  std::memset(dw + rows0 * C, 0, size_t(rows1 - rows0) * C * sizeof(A));
-  if (P == 0 || N == 0) return;
+  const int64_t row0 = begin * kGradRowsPerItem, row1 = end * kGradRowsPerItem < m ? end * kGradRowsPerItem : m;
+  if (row1 <= row0) return;
+  std::memset(dw + row0 * C, 0, size_t(row1 - row0) * C * sizeof(A));
+  if (P == 0 || N == 0 || C == 0) return;
 
-  // A chunk of pixels: several small images joined, one image, or some rows of a large one. Fixed by shapes alone.
-  const int64_t images = P * 2 <= kGradChunk ? (kGradChunk / P < N ? kGradChunk / P : N) : 1;
-  const int64_t rows = images > 1 || P <= 2 * kGradChunk ? H : (kGradChunk / W > 0 ? kGradChunk / W : 1);
-  const bool pack = !native || images > 1;
-  const int64_t ld = round_up(images * rows * W, 16) + 16;
-  A* panel = pack ? static_cast<A*>(thread_scratch(size_t(C * ld + 128) * sizeof(A))) + 64 : nullptr;
-
-  for (int64_t n0 = 0; n0 < N; n0 += images)
-    for (int64_t r0 = 0; r0 < H; r0 += rows) {
-      const int64_t count = n0 + images < N ? images : N - n0, nr = r0 + rows < H ? rows : H - r0, px = count * nr * W;
-      const A* x = panel;
-      int64_t ldx = ld;
-      if (pack) {
-        for (int64_t j = 0; j < count; ++j) source.pack(n0 + j, r0, nr, panel + j * nr * W, ld);
-      } else {
-        x = reinterpret_cast<const A*>(source.x) + n0 * C * P + r0 * W;
-        ldx = P;
-      }
-      // The longer operand is walked once, eight rows at a time; the shorter one streams by from L2 for each of them.
-      const Rows<A> du_rows{du + rows0 * N * P + n0 * P + r0 * W, N * P, rows1 - rows0}, x_rows{x, ldx, C};
+  if (p.layout == Layout::kNHWC || sizeof(T) != sizeof(A) || p.stride != 1 || (m >= 32 && C >= 64)) {
+    A* memory = static_cast<A*>(thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
+    TransposedGrad<T>(args, source, row1 - row0, memory).add(row0, row1 - row0, dw);
+    return;
+  }
+  // Few rows: straight dot products over runs of one image, both operands read where they are.
+  const A* du = static_cast<const A*>(args.du);
+  const A* x = reinterpret_cast<const A*>(source.x);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t q = 0; q < P; q += kGradChunk) {
+      const int64_t px = q + kGradChunk < P ? kGradChunk : P - q;
+      const Rows<A> du_rows{du + row0 * N * P + n * P + q, N * P, row1 - row0}, x_rows{x + n * C * P + q, P, C};
       if (m >= C)
-        add_products<A>(du_rows, x_rows, px, dw + rows0 * C, C, 1);
+        add_products<A>(du_rows, x_rows, px, dw + row0 * C, C, 1);
       else
-        add_products<A>(x_rows, du_rows, px, dw + rows0 * C, 1, C);
+        add_products<A>(x_rows, du_rows, px, dw + row0 * C, 1, C);
     }
 }
 

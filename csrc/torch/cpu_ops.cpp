@@ -502,7 +502,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
     wg.du = scratch.const_data_ptr();
     wg.x = x.const_data_ptr();
     wg.dw1 = sums.mutable_data_ptr();
-    wg.l2_bytes = cpu_info(1).l2_bytes;
     const auto kernel = k.weight_grad[int(in.dtype)];
     parallel(weight_grad_items(wg.problem), [&](int64_t b, int64_t e) { kernel(wg, b, e); });
     dw1 = x.scalar_type() == ct ? sums : torch::stable::to(sums, x.scalar_type());
