@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # Installed only where no torch >= 2.10 can be imported.
 TORCH  ?= torch==2.13.0
+# Two processes where pytest-xdist is there (tests pin their own threads).
+XDIST  = $$($(PY) -c "import xdist; print('-n 2 --dist worksteal')" 2>/dev/null)
 # More arguments for pytest, the demo or the benchmark, as in: make test ARGS="-k forward -x"
 ARGS   ?=
 
@@ -76,10 +78,10 @@ demo: $(STAMPS)/library $(call extra,demo)  ## train on real digits with and wit
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: $(STAMPS)/library $(call extra,test)  ## run the tests, without the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest $(XDIST) -m "not slow" $(ARGS)
 
 test-all: $(STAMPS)/library $(call extra,test)  ## run all tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(XDIST) $(ARGS)
 
 bench: $(STAMPS)/library $(call extra,bench)  ## measure against PyTorch on this machine
 	$(PY) -m benchmarks $(ARGS)

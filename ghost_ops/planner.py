@@ -9,8 +9,8 @@ only shows them. ``explain`` takes a shape, ``explain_module`` a module and the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 
@@ -140,7 +140,7 @@ def explain(
 
 
 def explain_module(module: GhostModule, shape: Sequence[int], **kwargs) -> Plan:
-    """The plan for ``module`` (a FusedGhostModule or reference GhostModule) on an input of ``shape``.
+    """The plan for ``module`` (fused or reference) on an input of ``shape`` [N, C, H, W].
 
     Takes the keyword arguments of :func:`explain` that a module does not determine.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pathlib
 import subprocess
@@ -220,10 +221,10 @@ def test_build_info() -> None:
 # --- python -m ghost_ops ----------------------------------------------------------------------
 
 
-def report(**environment: str) -> subprocess.CompletedProcess[str]:
+def report(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ghost_ops"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        check=False, env={**os.environ, **environment},
+        [sys.executable, "-m", "ghost_ops", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
@@ -234,6 +235,13 @@ def test_report() -> None:
         assert word in result.stdout
     chosen = backends._choose("auto", "cpu", torch.float32) if native_module() else "eager"
     assert chosen in result.stdout
+
+
+def test_report_for_programs() -> None:
+    found = json.loads(report("--json").stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert {row["device"] for row in found["backends"]} >= {"cpu"}
+    assert found["libraries"]["cpu"]["loaded"] == (native_module() is not None)
 
 
 def test_import_needs_torch_alone() -> None:

@@ -58,7 +58,7 @@ def test_constructor(
     ("value", "kind"),
     [("swish", ValueError), ("RELU", ValueError), ("", ValueError), (3, TypeError),
      (nn.Tanh(), ValueError), (torch.relu, TypeError), (nn.ReLU, TypeError)],
-    ids=str,
+    ids=["swish", "RELU", "empty", "number", "tanh", "function", "class"],
 )  # fmt: skip
 def test_activation(name: str, value: object, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=rf"^{name}.*"):

@@ -5,10 +5,13 @@
 namespace ghost {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C * vecs vectors) must stay in
-// L1 while the channels go by; past that, two vectors by twelve channels ask the least of L2.
+// GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C *
+// vecs vectors) must stay in L1 while the channels go by; past that, two vectors by twelve channels
+// ask the least of L2.
 int choose_vecs(const Problem& p, const CpuInfo& cpu) {
   const int64_t vector_bytes = cpu.lanes * 4;
   if (cpu.max_vecs < 4) return p.channels * 3 * vector_bytes <= cpu.l1_bytes * 3 / 4 ? 3 : 2;
@@ -26,12 +29,15 @@ bool keep_primary(const Problem& p) {
 Traffic traffic(const Problem& p) {
   const int64_t e = element_size(p.dtype), px = p.batch * p.out_pixels();
   const int64_t m = p.intrinsic, g = p.ghosts(), d2 = p.dw_size * p.dw_size;
-  const int64_t x = p.has_primary ? p.batch * p.channels * p.height * p.width : m * px, out = p.out_channels * px;
+  const int64_t x = p.has_primary ? p.batch * p.channels * p.height * p.width : m * px,
+                out = p.out_channels * px;
   const int64_t params = (p.has_primary ? p.channels * m : 0) + g * d2 + 2 * (m + g);
   Traffic t;
   t.bytes_fused = (x + out + params) * e;
-  // conv: x -> u; bn: u -> u'; act in place; depthwise: y -> v; bn: v -> v'; act in place; concat reads both, writes all.
-  const int64_t acts = (p.act1.act != Act::kNone ? 2 * m : 0) + (p.act2.act != Act::kNone ? 2 * g : 0);
+  // conv: x -> u; bn: u -> u'; act in place; depthwise: y -> v; bn: v -> v'; act in place; concat
+  // reads both, writes all.
+  const int64_t acts =
+      (p.act1.act != Act::kNone ? 2 * m : 0) + (p.act2.act != Act::kNone ? 2 * g : 0);
   const int64_t conv = p.has_primary ? x + m * px : 0;
   t.bytes_eager = (conv + (2 * m + (m + g) + 2 * g + acts + (m + g)) * px + out + params) * e;
   t.flops = 2 * px * ((p.has_primary ? p.channels * m : 0) + g * d2);
@@ -40,7 +46,8 @@ Traffic traffic(const Problem& p) {
 
 ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   ApplyPlan plan;
-  const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W, m = p.intrinsic;
+  const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W,
+                m = p.intrinsic;
   const int64_t s = std::max<int64_t>(p.ratio, 1), pad = p.pad();
   plan.vecs = choose_vecs(p, cpu);
   const bool native = p.layout == Layout::kNCHW && element_size(p.dtype) == a && p.stride == 1;
@@ -51,15 +58,18 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
     return plan;
   }
 
-  // Scratch a pixel of a tile needs for every channel it carries; half of L2 is ours, the rest is x and out passing by.
-  // Transposed tiles are kept small: a block of channels touches as many pages as it has rows.
-  const int64_t budget = plan.pack && p.layout == Layout::kNHWC ? cpu.l2_bytes / 8 : cpu.l2_bytes / 2;
+  // Scratch a pixel of a tile needs for every channel it carries; half of L2 is ours, the rest is x
+  // and out passing by. Transposed tiles are kept small: a block of channels touches as many pages
+  // as it has rows.
+  const int64_t budget =
+      plan.pack && p.layout == Layout::kNHWC ? cpu.l2_bytes / 8 : cpu.l2_bytes / 2;
   const bool z_in_scratch = !native || p.has_residual;  // else ghosts go straight to the output
   const int64_t per_channel = a * (1 + (z_in_scratch ? s - 1 : 0));
   const int64_t x_bytes = plan.pack ? p.channels * a : 0;
   plan.group = m;
 
-  // Whole images where a useful number of channels of one fits; otherwise bands of rows with a carried halo.
+  // Whole images where a useful number of channels of one fits; otherwise bands of rows with a
+  // carried halo.
   const int64_t min_group = std::min<int64_t>(m, 4 * kPanel);
   if (P * (x_bytes + min_group * per_channel) <= budget && P <= 64 * 64) {
     plan.band_rows = H;
@@ -70,7 +80,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
       const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.threads);
       const int64_t copied = p.joined ? 0 : p.channels * a;
       plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));
-      while (plan.images > 1 && plan.images * P * (copied + min_group * per_channel) > budget) --plan.images;
+      while (plan.images > 1 && plan.images * P * (copied + min_group * per_channel) > budget)
+        --plan.images;
       if (plan.images > 1) plan.pack = !p.joined;
     }
     const int64_t px = plan.images * P, left = budget - px * (plan.pack ? p.channels * a : 0);
@@ -79,22 +90,27 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
     const int64_t row = W * (x_bytes + m * per_channel);
     int64_t rows = std::max<int64_t>(1, budget / 2 / std::max<int64_t>(row, 1) - 2 * pad);
     rows = std::min(H, std::max<int64_t>(rows, std::min<int64_t>(H, 4)));
-    if (rows < H && rows > 1) rows -= rows % 2;  // even bands keep output rows of 8 floats and more aligned
+    if (rows < H && rows > 1)
+      rows -= rows % 2;  // even bands keep output rows of 8 floats and more aligned
     plan.band_rows = rows;
   }
 
   // Parallel items: images first, then rows of large maps, then channels of small ones.
-  const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.threads > 1 ? 2 * cpu.threads : 1;
+  const int64_t tiles = ceil_div(p.batch, plan.images),
+                want = cpu.threads > 1 ? 2 * cpu.threads : 1;
   if (tiles < want && cpu.threads > 1) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
-    if (plan.band_rows == H && panels < split && plan.images == 1 && H >= 4 * split && H >= 2 * p.dw_size) {
+    if (plan.band_rows == H && panels < split && plan.images == 1 && H >= 4 * split &&
+        H >= 2 * p.dw_size) {
       plan.band_rows = ceil_div(H, split);  // too few channels to share out: cut the rows
       plan.group = m;
     }
     if (plan.band_rows < H)
-      plan.row_splits = std::max<int64_t>(1, std::min(split, H / std::max<int64_t>(plan.band_rows / 2, 4 * pad + 1)));
+      plan.row_splits = std::max<int64_t>(
+          1, std::min(split, H / std::max<int64_t>(plan.band_rows / 2, 4 * pad + 1)));
     else
-      plan.channel_splits = std::min<int64_t>(plan.pack ? std::min(split, cpu.threads) : split, panels);
+      plan.channel_splits =
+          std::min<int64_t>(plan.pack ? std::min(split, cpu.threads) : split, panels);
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
   const int64_t x_total = p.batch * p.channels * p.height * p.width * element_size(p.dtype);

@@ -1,5 +1,5 @@
-// How a problem is cut into tiles, from a model of bytes moved and cache sizes. Plain data: printable, testable, and the
-// only place where a kernel's tile is decided.
+// How a problem is cut into tiles, from a model of bytes moved and cache sizes. Plain data:
+// printable, testable, and the only place where a kernel's tile is decided.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +10,26 @@
 namespace ghost {
 
 struct CpuInfo {
-  int64_t lanes = 16;        // float32 lanes of the chosen instruction set
-  int64_t max_vecs = 6;      // widest GEMM block, in vectors of pixels
+  int64_t lanes = 16;    // float32 lanes of the chosen instruction set
+  int64_t max_vecs = 6;  // widest GEMM block, in vectors of pixels
   int64_t l1_bytes = 32 << 10;
   int64_t l2_bytes = 1 << 20;
   int64_t threads = 1;
 };
 
 struct ApplyPlan {
-  bool pack = false;           // x tile converted / transposed / gathered into channel-major scratch first
-  int64_t images = 1;          // whole images joined in one tile (small maps)
+  bool pack = false;   // x tile converted / transposed / gathered into channel-major scratch first
+  int64_t images = 1;  // whole images joined in one tile (small maps)
   int64_t band_rows = 0;       // output rows computed at a time
   int64_t row_splits = 1;      // independent parts of an image (their halo of y is recomputed)
   int64_t channel_splits = 1;  // independent parts of the intrinsic channels
-  int64_t group = 0;           // intrinsic channels computed before their ghosts are (a multiple of kPanel, or all)
-  int vecs = 4;                // GEMM block width in vectors
-  bool prefetch = false;       // x comes from beyond L2: ask for the next block's columns early
-  bool stream = false;         // non-temporal stores for the output
-  int64_t items = 0;           // tiles * row_splits * channel_splits: the parallel loop's length
-  int64_t scratch_bytes = 0;   // per thread
+  int64_t group =
+      0;  // intrinsic channels computed before their ghosts are (a multiple of kPanel, or all)
+  int vecs = 4;               // GEMM block width in vectors
+  bool prefetch = false;      // x comes from beyond L2: ask for the next block's columns early
+  bool stream = false;        // non-temporal stores for the output
+  int64_t items = 0;          // tiles * row_splits * channel_splits: the parallel loop's length
+  int64_t scratch_bytes = 0;  // per thread
 };
 
 struct Traffic {

@@ -26,22 +26,23 @@ struct Activation {
   double slope = 0.0;  // LeakyReLU only
 };
 
-// u = w1 * x;  y = act1(bn1(u));  v = w2 (*) y;  z = act2(bn2(v));  out = concat(y, z)[:, :out_channels]
+// u = w1 * x;  y = act1(bn1(u));  v = w2 (*) y;  z = act2(bn2(v));  out = concat(y, z)[:,
+// :out_channels]
 struct Problem {
   int64_t batch = 0;
-  int64_t channels = 0;             // C of x
-  int64_t height = 0, width = 0;    // of x
-  int64_t stride = 1;               // of the 1x1 primary convolution
-  int64_t intrinsic = 0;            // m
-  int64_t out_channels = 0;         // oup
-  int64_t ratio = 2;                // ghosts per intrinsic map, plus one
-  int64_t dw_size = 3;              // d
+  int64_t channels = 0;           // C of x
+  int64_t height = 0, width = 0;  // of x
+  int64_t stride = 1;             // of the 1x1 primary convolution
+  int64_t intrinsic = 0;          // m
+  int64_t out_channels = 0;       // oup
+  int64_t ratio = 2;              // ghosts per intrinsic map, plus one
+  int64_t dw_size = 3;            // d
   Activation act1, act2;
   DType dtype = DType::kFloat32;
   Layout layout = Layout::kNCHW;
-  bool has_primary = true;          // false: x is u (the primary convolution ran elsewhere)
+  bool has_primary = true;  // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
-  bool joined = false;              // x is [C, N, H, W]: the images of a channel are adjacent
+  bool joined = false;  // x is [C, N, H, W]: the images of a channel are adjacent
 
   int64_t out_height() const { return height > 0 ? (height - 1) / stride + 1 : 0; }
   int64_t out_width() const { return width > 0 ? (width - 1) / stride + 1 : 0; }
@@ -54,17 +55,22 @@ inline int64_t element_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 // Arithmetic and packed parameters: float64 for float64, float32 for everything else.
-inline int64_t compute_size(DType t) { return t == DType::kFloat64 ? 8 : 4; }
+inline int64_t compute_size(DType t) {
+  return t == DType::kFloat64 ? 8 : 4;
+}
 
-// Primary weights are packed in panels of this many output channels, so that every register block of the
-// GEMM (3, 4, 6 or 12 channels) is a contiguous slice of one panel.
+// Primary weights are packed in panels of this many output channels, so that every register block
+// of the GEMM (3, 4, 6 or 12 channels) is a contiguous slice of one panel.
 inline constexpr int64_t kPanel = 12;
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+inline int64_t round_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b * b;
+}
 
 // Offsets (in elements of the compute type) inside the packed parameter vector of `ghost_pack`.
 struct PackedLayout {
   int64_t w1 = 0, shift1 = 0, w2 = 0, shift2 = 0, scale1 = 0, numel = 0;
-  PackedLayout(int64_t channels, int64_t intrinsic, int64_t ghosts, int64_t dw_size, bool has_primary) {
+  PackedLayout(int64_t channels, int64_t intrinsic, int64_t ghosts, int64_t dw_size,
+               bool has_primary) {
     const int64_t padded = round_up(intrinsic, kPanel);
     if (has_primary) {
       shift1 = padded * channels;  // bn1's scale is folded into w1

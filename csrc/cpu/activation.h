@@ -10,8 +10,9 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// exp in the compute type. float32: range reduction to |r| <= ln2/2 and a degree-6 Taylor polynomial, 2 ulp; the result
-// saturates to 0 and +Inf like expf, NaN in gives NaN out. float64 exists for gradcheck and takes the C library's.
+// exp in the compute type. float32: range reduction to |r| <= ln2/2 and a degree-6 Taylor
+// polynomial, 2 ulp; the result saturates to 0 and +Inf like expf, NaN in gives NaN out. float64
+// exists for gradcheck and takes the C library's.
 GHOST_INLINE VecF exp_v(VecF x) {
   const VecF c = at_least(at_most(x, 88.8f), -103.9f);
   const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -64,11 +65,14 @@ GHOST_INLINE Vec<A> clamp6(Vec<A> x) {
 }
 
 // x * sigmoid(x).
-GHOST_INLINE VecD silu(VecD x) { return x / (1.0 + exp_v(-x)); }
+GHOST_INLINE VecD silu(VecD x) {
+  return x / (1.0 + exp_v(-x));
+}
 GHOST_INLINE VecF silu(VecF x) {
 #if defined(__AVX512F__)
-  // A division costs as much as the whole exponential: take the 14-bit reciprocal and one Newton step (28 bits). The clamp
-  // keeps the reciprocal normal; what it changes is below 4e-36. -Inf / Inf is NaN, as in torch.
+  // A division costs as much as the whole exponential: take the 14-bit reciprocal and one Newton
+  // step (28 bits). The clamp keeps the reciprocal normal; what it changes is below 4e-36. -Inf /
+  // Inf is NaN, as in torch.
   const VecF d = 1.0f + exp_v(at_most(-x, 86.0f));
   const VecF r = (VecF)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)d);
   const VecF s = x * (r * (2.0f - d * r));
@@ -109,7 +113,8 @@ GHOST_INLINE Vec<A> activate_grad(Vec<A> x, Vec<A> g, A slope) {
   if constexpr (kAct == Act::kHardswish)
     return x <= set1(A(-3)) ? zero : x >= set1(A(3)) ? g : g * (x / A(3) + A(0.5));
   if constexpr (kAct == Act::kGELU)
-    return g * (A(0.5) * (A(1) + erf_v(x * A(kSqrtHalf))) + x * exp_v(x * x * A(-0.5)) * A(kInvSqrt2Pi));
+    return g * (A(0.5) * (A(1) + erf_v(x * A(kSqrtHalf))) +
+                x * exp_v(x * x * A(-0.5)) * A(kInvSqrt2Pi));
   if constexpr (kAct == Act::kGELUTanh) {
     const V inner = A(kGeluTanhScale) * (x + A(kGeluTanhCubic) * x * x * x);
     const V t = tanh_v(inner);
@@ -123,7 +128,8 @@ GHOST_INLINE Vec<A> activate_grad(Vec<A> x, Vec<A> g, A slope) {
 template <class F>
 GHOST_INLINE void with_activation(Act act, F&& f) {
 #define GHOST_ACT(A) \
-  case A: return f(std::integral_constant<Act, A>{});
+  case A:            \
+    return f(std::integral_constant<Act, A>{});
   switch (act) {
     GHOST_ACT(Act::kNone)
     GHOST_ACT(Act::kReLU)

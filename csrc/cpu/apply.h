@@ -1,11 +1,13 @@
-// ghost_apply: x and packed parameters in, concat(act(u), act(v))[:, :oup] (+ residual) out, in one pass.
+// ghost_apply: x and packed parameters in, concat(act(u), act(v))[:, :oup] (+ residual) out, in one
+// pass.
 //
-//   y = act1(W1' x + shift1)           W1' carries bn1's scale; y lives in a tile of scratch and nowhere else
-//   z = act2(w2' (*) y + shift2)       w2' carries bn2's scale
+//   y = act1(W1' x + shift1)           W1' carries bn1's scale; y lives in a tile of scratch and
+//   nowhere else z = act2(w2' (*) y + shift2)       w2' carries bn2's scale
 //
-// Tile map: an item is a run of images (small maps, joined into one row of pixels) or a range of rows of one image (large maps,
-// walked in bands; the last d - 1 rows of y are carried from band to band). Inside, channels go in groups whose y stays in L2.
-// Binding resource: FMA ports while C is above about 16, then the memory bus.
+// Tile map: an item is a run of images (small maps, joined into one row of pixels) or a range of
+// rows of one image (large maps, walked in bands; the last d - 1 rows of y are carried from band to
+// band). Inside, channels go in groups whose y stays in L2. Binding resource: FMA ports while C is
+// above about 16, then the memory bus.
 #pragma once
 
 #include "core/plan.h"
@@ -19,7 +21,9 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-inline bool linear_or_relu(const Activation& a) { return a.act == Act::kNone || a.act == Act::kReLU; }
+inline bool linear_or_relu(const Activation& a) {
+  return a.act == Act::kNone || a.act == Act::kReLU;
+}
 
 // Addresses of x as [image][channel][pixel] rows.
 template <class T>
@@ -29,7 +33,8 @@ struct Source {
   Layout layout;
   int64_t out_width;
 
-  // Output pixels [row * out_width, (row + rows) * out_width) of image n into dst[c][0 .. rows * out_width).
+  // Output pixels [row * out_width, (row + rows) * out_width) of image n into dst[c][0 .. rows *
+  // out_width).
   void pack(int64_t n, int64_t row, int64_t rows, ComputeOf<T>* dst, int64_t ld) const {
     const int64_t px = rows * out_width;
     if (layout == Layout::kNCHW) {
@@ -42,20 +47,22 @@ struct Source {
         } else {
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t w = 0; w < out_width; ++w)
-              d[r * out_width + w] = Storage<T>::to_compute(s[(row + r) * stride * width + w * stride]);
+              d[r * out_width + w] =
+                  Storage<T>::to_compute(s[(row + r) * stride * width + w * stride]);
         }
       }
     } else if (stride == 1) {
       read_transposed(x + n * image + row * width * channels, channels, dst, ld, px, channels);
     } else {
       for (int64_t r = 0; r < rows; ++r)
-        read_transposed(x + n * image + (row + r) * stride * width * channels, channels * stride, dst + r * out_width, ld,
-                        out_width, channels);
+        read_transposed(x + n * image + (row + r) * stride * width * channels, channels * stride,
+                        dst + r * out_width, ld, out_width, channels);
     }
   }
 };
 
-// T: element type of x, O: of out. They differ only inside training, where one side is scratch of the compute type.
+// T: element type of x, O: of out. They differ only inside training, where one side is scratch of
+// the compute type.
 template <class T, class O>
 class ApplyTile {
   using A = ComputeOf<T>;
@@ -66,7 +73,8 @@ class ApplyTile {
   const A* const packed;
   const int64_t H, W, P, m, ghosts_per, d, pad, out_channel;
   const bool nchw;
-  const bool direct;              // the output's planes are of the kernels' own form: results may be made in place
+  const bool
+      direct;  // the output's planes are of the kernels' own form: results may be made in place
   const bool y_direct, z_direct;
   Source<T> source;
   O* const out;
@@ -91,18 +99,28 @@ class ApplyTile {
         direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && args.scatter == 1),
         y_direct(direct && (linear_or_relu(p.act1) || !plan.stream)),
         z_direct(direct && (linear_or_relu(p.act2) || !plan.stream)),
-        source{static_cast<const T*>(args.x), args.x_image, args.x_channel, p.channels, p.height, p.width, p.stride, p.layout, W},
+        source{static_cast<const T*>(args.x),
+               args.x_image,
+               args.x_channel,
+               p.channels,
+               p.height,
+               p.width,
+               p.stride,
+               p.layout,
+               W},
         out(static_cast<O*>(args.out)),
         residual(static_cast<const O*>(args.residual)) {}
 
   void run(int64_t item) const {
-    const int64_t channel_part = item % plan.channel_splits, row_part = item / plan.channel_splits % plan.row_splits;
+    const int64_t channel_part = item % plan.channel_splits,
+                  row_part = item / plan.channel_splits % plan.row_splits;
     const int64_t tile = item / plan.channel_splits / plan.row_splits;
     const int64_t panels = (m + kPanel - 1) / kPanel;
     const int64_t c0 = panels * channel_part / plan.channel_splits * kPanel;
     int64_t c1 = panels * (channel_part + 1) / plan.channel_splits * kPanel;
     if (c1 > m) c1 = m;
-    const int64_t n0 = tile * plan.images, n1 = n0 + plan.images < p.batch ? n0 + plan.images : p.batch;
+    const int64_t n0 = tile * plan.images,
+                  n1 = n0 + plan.images < p.batch ? n0 + plan.images : p.batch;
     if (plan.band_rows >= H)
       whole_images(n0, n1 - n0, c0, c1);
     else
@@ -111,26 +129,32 @@ class ApplyTile {
   }
 
  private:
-  // May every vector of rows that start `step` elements apart at p be stored past the caches (which needs alignment)?
+  // May every vector of rows that start `step` elements apart at p be stored past the caches (which
+  // needs alignment)?
   static bool streamable(const O* p, int64_t step) {
-    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 && step * sizeof(O) % kVectorBytes == 0;
+    return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 &&
+           step * sizeof(O) % kVectorBytes == 0;
   }
 
-  // NHWC: both halves of the concat leave in one transposed pass, from scratch where the ghosts' rows follow y's.
+  // NHWC: both halves of the concat leave in one transposed pass, from scratch where the ghosts'
+  // rows follow y's.
   bool writes_with_ghosts(int64_t c0, int64_t c1) const {
     return !nchw && args.scatter == 1 && ghosts_per > 0 && c0 == 0 && c1 == m;
   }
 
-  // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat starts, or null.
-  void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy, A* copy) const {
+  // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat
+  // starts, or null.
+  void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy,
+               A* copy) const {
     GemmOut<A> o{y, ldy, copy, out_channel, p.act1.act == Act::kReLU, plan.stream, false};
-    gemm_nn<A>(x, ldx, packed + at.w1 + c0 * p.channels, kPanel * p.channels, p.channels, packed + at.shift1 + c0, c1 - c0,
-               pixels, plan.vecs, plan.prefetch, o);
+    gemm_nn<A>(x, ldx, packed + at.w1 + c0 * p.channels, kPanel * p.channels, p.channels,
+               packed + at.shift1 + c0, c1 - c0, pixels, plan.vecs, plan.prefetch, o);
     if (!linear_or_relu(p.act1)) activate_rows(p.act1, y, ldy, c1 - c0, pixels);
   }
 
   // Without a primary convolution x is u: y = act(scale1 * u + shift1).
-  void given(const A* u, int64_t ldu, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy) const {
+  void given(const A* u, int64_t ldu, int64_t pixels, int64_t c0, int64_t c1, A* y,
+             int64_t ldy) const {
     const A* scale = packed + at.scale1 + c0;
     const A* shift = packed + at.shift1 + c0;
     for (int64_t c = 0; c < c1 - c0; ++c) {
@@ -150,21 +174,26 @@ class ApplyTile {
       for (int64_t c = 0; c < rows; ++c) {
         A* row = y + c * ld;
         int64_t i = 0;
-        for (; i + L <= pixels; i += L) store(row + i, activate<kAct, A>(load(row + i), A(a.slope)));
-        if (i < pixels) store_n(row + i, activate<kAct, A>(load_n(row + i, pixels - i), A(a.slope)), pixels - i);
+        for (; i + L <= pixels; i += L)
+          store(row + i, activate<kAct, A>(load(row + i), A(a.slope)));
+        if (i < pixels)
+          store_n(row + i, activate<kAct, A>(load_n(row + i, pixels - i), A(a.slope)), pixels - i);
       }
     });
   }
 
-  // rows [row, row + rows) of image n, output channels [ch, ch + count), from channel-major scratch.
-  void write(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch, int64_t count) const {
+  // rows [row, row + rows) of image n, output channels [ch, ch + count), from channel-major
+  // scratch.
+  void write(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch,
+             int64_t count) const {
     if (ch + count > p.out_channels) count = p.out_channels - ch;
     if (count <= 0) return;
     const int64_t px = rows * W;
     if (args.scatter > 1) return scatter(src, ld, n, row, rows, ch, count);
     if (!nchw) {
       const int64_t o = n * args.out_image + row * W * p.out_channels + ch;
-      write_transposed(src, ld, out + o, p.out_channels, px, count, residual ? residual + o : nullptr);
+      write_transposed(src, ld, out + o, p.out_channels, px, count,
+                       residual ? residual + o : nullptr);
       return;
     }
     for (int64_t c = 0; c < count; ++c) {
@@ -172,8 +201,10 @@ class ApplyTile {
       if (residual) {
         constexpr int L = kLanes<A>;
         for (int64_t i = 0; i < px; i += L)
-          Storage<O>::store_n(out + o + i, load_n(src + c * ld + i, px - i) + Storage<O>::load_n(residual + o + i, px - i),
-                              px - i);
+          Storage<O>::store_n(
+              out + o + i,
+              load_n(src + c * ld + i, px - i) + Storage<O>::load_n(residual + o + i, px - i),
+              px - i);
       } else if (plan.stream) {
         stream_row(src + c * ld, reinterpret_cast<A*>(out) + o, px);  // only planned where O is A
       } else {
@@ -182,42 +213,59 @@ class ApplyTile {
     }
   }
 
-  void scatter(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch, int64_t count) const {
+  void scatter(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch,
+               int64_t count) const {
     const int64_t step = args.scatter, sw = args.scatter_width;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t line = (row + r) * step * sw;
       if (!nchw) {
-        write_transposed(src + r * W, ld, out + n * args.out_image + line * p.out_channels + ch, p.out_channels * step, W,
-                         count);
+        write_transposed(src + r * W, ld, out + n * args.out_image + line * p.out_channels + ch,
+                         p.out_channels * step, W, count);
         continue;
       }
       for (int64_t c = 0; c < count; ++c)
         for (int64_t w = 0; w < W; ++w)
-          out[n * args.out_image + (ch + c) * out_channel + line + w * step] = Storage<O>::from_compute(src[c * ld + r * W + w]);
+          out[n * args.out_image + (ch + c) * out_channel + line + w * step] =
+              Storage<O>::from_compute(src[c * ld + r * W + w]);
     }
   }
 
-  // Ghosts of channels [c0, c1), output rows [r0, r1) of image n. y: those channels' rows from image row y_row0 on.
-  void cheap(const A* y, int64_t ldy, int64_t y_row0, int64_t n, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
-             A* z) const {
+  // Ghosts of channels [c0, c1), output rows [r0, r1) of image n. y: those channels' rows from
+  // image row y_row0 on.
+  void cheap(const A* y, int64_t ldy, int64_t y_row0, int64_t n, int64_t r0, int64_t r1, int64_t c0,
+             int64_t c1, A* z) const {
     if (ghosts_per == 0 || r1 <= r0) return;
     const bool with_y = writes_with_ghosts(c0, c1);
     const int64_t ldz = with_y ? ldy : (r1 - r0) * W + 16;
     if (with_y) z = const_cast<A*>(y) + (c1 - c0) * ldy + (r0 - y_row0) * W;
     const bool in_place = z_direct && (!plan.stream || streamable(out + r0 * W, W));
     for (int64_t j = 0; j < ghosts_per; ++j) {
-      const int64_t g = c0 * ghosts_per + j, kept = (p.out_channels - m - j + ghosts_per - 1) / ghosts_per;
+      const int64_t g = c0 * ghosts_per + j,
+                    kept = (p.out_channels - m - j + ghosts_per - 1) / ghosts_per;
       const int64_t last = c1 < kept ? c1 : kept;  // ghosts past it are cut off by the slice
-      Stencil<A> s{y, y_row0, H, W, r0, r1, packed + at.w2 + g * d * d, packed + at.shift2 + g, nullptr,
-                   p.act2.act == Act::kReLU, false, in_place && plan.stream};
-      s.v = in_place ? reinterpret_cast<A*>(out) + n * args.out_image + (m + g) * out_channel + r0 * W : z + j * ldz;
+      Stencil<A> s{y,
+                   y_row0,
+                   H,
+                   W,
+                   r0,
+                   r1,
+                   packed + at.w2 + g * d * d,
+                   packed + at.shift2 + g,
+                   nullptr,
+                   p.act2.act == Act::kReLU,
+                   false,
+                   in_place && plan.stream};
+      s.v = in_place
+                ? reinterpret_cast<A*>(out) + n * args.out_image + (m + g) * out_channel + r0 * W
+                : z + j * ldz;
       s.channels = last - c0;
       s.y_step = ldy;
       s.taps_step = ghosts_per * d * d;
       s.shift_step = ghosts_per;
       s.v_step = ghosts_per * (in_place ? out_channel : ldz);
       stencil<A>(d, s);
-      if (in_place && !linear_or_relu(p.act2)) activate_rows(p.act2, s.v, s.v_step, s.channels, (r1 - r0) * W);
+      if (in_place && !linear_or_relu(p.act2))
+        activate_rows(p.act2, s.v, s.v_step, s.channels, (r1 - r0) * W);
     }
     if (in_place) return;
     const int64_t count = (c1 - c0) * ghosts_per;
@@ -243,13 +291,15 @@ class ApplyTile {
     }
     for (int64_t g0 = c0; g0 < c1; g0 += plan.group) {
       const int64_t g1 = g0 + plan.group < c1 ? g0 + plan.group : c1;
-      A* planes = y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
-                      ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * out_channel
-                      : nullptr;
+      A* planes =
+          y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
+              ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * out_channel
+              : nullptr;
       if (p.has_primary && planes && !plan.stream) {
         // The output's own planes serve as y: written once, read back through the cache.
         primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr);
-        for (int64_t j = 0; j < images; ++j) cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
+        for (int64_t j = 0; j < images; ++j)
+          cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
         continue;
       }
       if (p.has_primary) {
@@ -267,9 +317,12 @@ class ApplyTile {
   }
 
   // u's own rows of channels [c0, c1) into scratch.
-  void read_given(int64_t n, int64_t row, int64_t rows, int64_t c0, int64_t c1, A* y, int64_t ld) const {
+  void read_given(int64_t n, int64_t row, int64_t rows, int64_t c0, int64_t c1, A* y,
+                  int64_t ld) const {
     if (p.layout == Layout::kNCHW) {
-      for (int64_t c = c0; c < c1; ++c) read_row(source.x + n * args.x_image + c * args.x_channel + row * W, y + (c - c0) * ld, rows * W);
+      for (int64_t c = c0; c < c1; ++c)
+        read_row(source.x + n * args.x_image + c * args.x_channel + row * W, y + (c - c0) * ld,
+                 rows * W);
     } else {
       read_transposed(source.x + n * args.x_image + row * W * m + c0, m, y, ld, rows * W, c1 - c0);
     }
@@ -277,26 +330,33 @@ class ApplyTile {
 
   // Output rows [row0, row1) of image n, a band at a time.
   void bands(int64_t n, int64_t row0, int64_t row1, int64_t c0, int64_t c1) const {
-    if (y_direct && !plan.stream && plan.row_splits == 1 && p.has_primary) return bands_in_place(n, c0, c1);
-    const int64_t count = c1 - c0, buffer_rows = plan.band_rows + 2 * pad, ld = round_up(buffer_rows * W, 16) + 16;
+    if (y_direct && !plan.stream && plan.row_splits == 1 && p.has_primary)
+      return bands_in_place(n, c0, c1);
+    const int64_t count = c1 - c0, buffer_rows = plan.band_rows + 2 * pad,
+                  ld = round_up(buffer_rows * W, 16) + 16;
     A* scratch = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
     A* y = scratch + 64;
     A* z = y + count * ld + 64;
     A* panel = z + count * ghosts_per * ld + 64;
     const int64_t first = row0 - pad > 0 ? row0 - pad : 0, last = row1 + pad < H ? row1 + pad : H;
-    int64_t base = first, have = first, done = row0;  // y holds rows [base, have); output rows up to `done` are finished
+    int64_t base = first, have = first,
+            done = row0;  // y holds rows [base, have); output rows up to `done` are finished
     while (done < row1) {
       // Drop rows no output row needs any more.
       const int64_t keep = done - pad > base ? done - pad : base;
       if (keep > base && keep < have)
         for (int64_t c = 0; c < count; ++c)
-          std::memmove(y + c * ld, y + c * ld + (keep - base) * W, size_t(have - keep) * W * sizeof(A));
+          std::memmove(y + c * ld, y + c * ld + (keep - base) * W,
+                       size_t(have - keep) * W * sizeof(A));
       base = keep;
-      // New rows, cut where they enter and leave this item's own range: rows outside belong to a neighbour's output.
+      // New rows, cut where they enter and leave this item's own range: rows outside belong to a
+      // neighbour's output.
       int64_t until = base + buffer_rows < last ? base + buffer_rows : last;
       if (have >= row0 && have + plan.band_rows < until) until = have + plan.band_rows;
       while (have < until) {
-        const int64_t stop = have < row0 ? (row0 < until ? row0 : until) : have < row1 ? (row1 < until ? row1 : until) : until;
+        const int64_t stop = have < row0   ? (row0 < until ? row0 : until)
+                             : have < row1 ? (row1 < until ? row1 : until)
+                                           : until;
         rows(n, have, stop, have >= row0 && have < row1, c0, c1, y + (have - base) * W, ld, panel);
         have = stop;
       }
@@ -332,11 +392,13 @@ class ApplyTile {
   }
 
   // y rows [r0, r1) of image n, also written to the output if `owned`.
-  void rows(int64_t n, int64_t r0, int64_t r1, bool owned, int64_t c0, int64_t c1, A* y, int64_t ld, A* panel) const {
+  void rows(int64_t n, int64_t r0, int64_t r1, bool owned, int64_t c0, int64_t c1, A* y, int64_t ld,
+            A* panel) const {
     const int64_t px = (r1 - r0) * W;
-    A* planes = y_direct && linear_or_relu(p.act1) && owned && (!plan.stream || streamable(out + r0 * W, P))
-                    ? reinterpret_cast<A*>(out) + n * args.out_image + c0 * out_channel + r0 * W
-                    : nullptr;
+    A* planes =
+        y_direct && linear_or_relu(p.act1) && owned && (!plan.stream || streamable(out + r0 * W, P))
+            ? reinterpret_cast<A*>(out) + n * args.out_image + c0 * out_channel + r0 * W
+            : nullptr;
     if (!p.has_primary) {
       read_given(n, r0, r1 - r0, c0, c1, y, ld);
       given(y, ld, px, c0, c1, y, ld);
@@ -346,7 +408,8 @@ class ApplyTile {
       source.pack(n, r0, r1 - r0, panel, ldx);
       primary(panel, ldx, px, c0, c1, y, ld, planes);
     } else {
-      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, args.x_channel, px, c0, c1, y, ld, planes);
+      primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, args.x_channel, px,
+              c0, c1, y, ld, planes);
     }
     if (owned && !planes && !writes_with_ghosts(c0, c1)) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
   }

@@ -1,12 +1,14 @@
-// Training, channel by channel. A channel's planes of all images pass through L2 together, so u is read from memory once and
-// nothing but results goes back:
+// Training, channel by channel. A channel's planes of all images pass through L2 together, so u is
+// read from memory once and nothing but results goes back:
 //
-//   forward   statistics of u -> y = act1(bn1(u)) -> v = w2 (*) y and its statistics -> z = act2(bn2(v))
-//   backward  y, v again -> dz -> bn2's sums -> dv -> dw2, dy -> bn1's sums -> du (in place of u)
+//   forward   statistics of u -> y = act1(bn1(u)) -> v = w2 (*) y and its statistics -> z =
+//   act2(bn2(v)) backward  y, v again -> dz -> bn2's sums -> dv -> dw2, dy -> bn1's sums -> du (in
+//   place of u)
 //
-// Sums run in a fixed order inside a channel and channels never mix: the bits do not depend on the number of threads.
-// Tile map: an item is one channel (NCHW) or a vector's width of channels (NHWC, so that whole cache lines are written).
-// Binding resource: L2 bandwidth; about ten passes over a plane, each two or three vectors per cycle.
+// Sums run in a fixed order inside a channel and channels never mix: the bits do not depend on the
+// number of threads. Tile map: an item is one channel (NCHW) or a vector's width of channels (NHWC,
+// so that whole cache lines are written). Binding resource: L2 bandwidth; about ten passes over a
+// plane, each two or three vectors per cycle.
 #pragma once
 
 #include "cpu/activation.h"
@@ -84,7 +86,8 @@ struct Affine {
     shift = A(beta - mean_ * gamma * inv);
   }
   Affine(const NormArgs& n, int64_t c)
-      : Affine(n, c, double(static_cast<const A*>(n.mean)[c]), double(static_cast<const A*>(n.var)[c])) {}
+      : Affine(n, c, double(static_cast<const A*>(n.mean)[c]),
+               double(static_cast<const A*>(n.var)[c])) {}
 };
 
 template <class F>
@@ -95,20 +98,33 @@ GHOST_INLINE void for_vectors(int64_t n, int lanes, F&& f) {
 }
 
 template <class A>
-GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::true_type) { (void)n; return load(p + i); }
+GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::true_type) {
+  (void)n;
+  return load(p + i);
+}
 template <class A>
-GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::false_type) { return load_n(p + i, n - i); }
+GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::false_type) {
+  return load_n(p + i, n - i);
+}
 template <class A>
-GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::true_type) { (void)n; store(p + i, v); }
+GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::true_type) {
+  (void)n;
+  store(p + i, v);
+}
 template <class A>
-GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::false_type) { store_n(p + i, v, n - i); }
+GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::false_type) {
+  store_n(p + i, v, n - i);
+}
 
 template <class A>
 void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* dst, int64_t n) {
   const Vec<A> scale = set1(f.scale), shift = set1(f.shift);
   with_activation(a.act, [&](auto act) {
     for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
-      store_part(dst, i, n, activate<decltype(act)::value, A>(load_part(src, i, n, full) * scale + shift, A(a.slope)), full);
+      store_part(
+          dst, i, n,
+          activate<decltype(act)::value, A>(load_part(src, i, n, full) * scale + shift, A(a.slope)),
+          full);
     });
   });
 }
@@ -120,13 +136,16 @@ struct GradSums {
 
 // g = grad * act'(pre) with pre = scale * x + shift; stored to `dst`, summed into `sums`.
 template <class A>
-void activation_backward(const Activation& a, const Affine<A>& f, const A* x, const A* grad, A* dst, int64_t n, GradSums& sums) {
-  const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean), inv = set1(f.inv_std);
+void activation_backward(const Activation& a, const Affine<A>& f, const A* x, const A* grad, A* dst,
+                         int64_t n, GradSums& sums) {
+  const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean),
+               inv = set1(f.inv_std);
   Vec<A> s{}, sx{};
   with_activation(a.act, [&](auto act) {
     for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
       const Vec<A> xv = load_part(x, i, n, full);
-      Vec<A> g = activate_grad<decltype(act)::value, A>(xv * scale + shift, load_part(grad, i, n, full), A(a.slope));
+      Vec<A> g = activate_grad<decltype(act)::value, A>(xv * scale + shift,
+                                                        load_part(grad, i, n, full), A(a.slope));
       store_part(dst, i, n, g, full);
       s += g;
       // Lanes past the end read x = 0 and grad = 0, so they add nothing to either sum.
@@ -137,13 +156,16 @@ void activation_backward(const Activation& a, const Affine<A>& f, const A* x, co
   sums.gx += double(reduce_add<A>(sx));
 }
 
-// d(bn input) from g = d(bn output):  scale * (g - mean(g) - xhat * mean(g * xhat)), or scale * g for constant statistics.
+// d(bn input) from g = d(bn output):  scale * (g - mean(g) - xhat * mean(g * xhat)), or scale * g
+// for constant statistics.
 template <class A>
-void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool batch_stats, const A* x, const A* g, A* dst,
-                   int64_t n) {
+void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool batch_stats,
+                   const A* x, const A* g, A* dst, int64_t n) {
   const Vec<A> k1 = set1(f.scale);
   if (!batch_stats) {
-    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) { store_part(dst, i, n, load_part(g, i, n, full) * k1, full); });
+    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
+      store_part(dst, i, n, load_part(g, i, n, full) * k1, full);
+    });
     return;
   }
   const Vec<A> mean_g = set1(A(sums.g / count)), mean_gx = set1(A(sums.gx / count));
@@ -154,10 +176,11 @@ void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool 
   });
 }
 
-// dw[a][b] += sum_{h,w} dv[h][w] * y[h + a - d/2][w + b - d/2]: the stencil's gradient by its taps, d*d sums in registers, over
-// the planes [N][H][W] of one channel.
+// dw[a][b] += sum_{h,w} dv[h][w] * y[h + a - d/2][w + b - d/2]: the stencil's gradient by its taps,
+// d*d sums in registers, over the planes [N][H][W] of one channel.
 template <class A, int D>
-__attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_all, int64_t N, int64_t H, int64_t W, double* dw) {
+__attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_all, int64_t N,
+                                                   int64_t H, int64_t W, double* dw) {
   constexpr int L = kLanes<A>, R = D / 2;
   Vec<A> acc[D][D] = {};
   for (int64_t col = 0; col < W; col += L) {
@@ -167,7 +190,8 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_a
     for (int64_t n = 0; n < N; ++n) {
       const A* y = y_all + n * H * W + col - R;
       const A* dv = dv_all + n * H * W + col;
-      // Row r of y meets row r + R - a of dv under tap row a: those D rows slide along in registers.
+      // Row r of y meets row r + R - a of dv under tap row a: those D rows slide along in
+      // registers.
       Vec<A> g[D];
 #pragma GCC unroll 7
       for (int a = 0; a < D; ++a) g[a] = Vec<A>{};
@@ -193,12 +217,17 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_a
     for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
 }
 template <class A>
-void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t H, int64_t W, double* dw) {
+void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t H, int64_t W,
+                         double* dw) {
   switch (d) {
-    case 1: return stencil_weight_grad<A, 1>(y, dv, N, H, W, dw);
-    case 3: return stencil_weight_grad<A, 3>(y, dv, N, H, W, dw);
-    case 5: return stencil_weight_grad<A, 5>(y, dv, N, H, W, dw);
-    case 7: return stencil_weight_grad<A, 7>(y, dv, N, H, W, dw);
+    case 1:
+      return stencil_weight_grad<A, 1>(y, dv, N, H, W, dw);
+    case 3:
+      return stencil_weight_grad<A, 3>(y, dv, N, H, W, dw);
+    case 5:
+      return stencil_weight_grad<A, 5>(y, dv, N, H, W, dw);
+    case 7:
+      return stencil_weight_grad<A, 7>(y, dv, N, H, W, dw);
   }
 }
 
@@ -231,10 +260,14 @@ class ChannelPass {
         w2(static_cast<const A*>(a.w2)) {}
 
   void forward(int64_t item) const {
-    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, ld = round_up(row, 16) + 16;
-    // A row of y a channel, then its ghosts' rows; a single row of v is enough where nothing is written.
+    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m,
+                  ld = round_up(row, 16) + 16;
+    // A row of y a channel, then its ghosts' rows; a single row of v is enough where nothing is
+    // written.
     const int64_t count = c1 - c0, v_rows = args.out ? count * per : 1;
-    A* const y_all = static_cast<A*>(thread_scratch(size_t((count + (v_rows > 0 ? v_rows : 1)) * ld + 128) * sizeof(A))) + 64;
+    A* const y_all = static_cast<A*>(thread_scratch(
+                         size_t((count + (v_rows > 0 ? v_rows : 1)) * ld + 128) * sizeof(A))) +
+                     64;
     A* const v_all = y_all + count * ld;
     for (int64_t c = c0; c < c1; ++c) {
       const A* const uc = u + c * row;
@@ -266,8 +299,11 @@ class ChannelPass {
   }
 
   void backward(int64_t item) const {
-    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m, ld = round_up(row, 16) + 16, count = c1 - c0;
-    A* const scratch = static_cast<A*>(thread_scratch(size_t((3 + count * (1 + per)) * ld + 128) * sizeof(A))) + 64;
+    const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m,
+                  ld = round_up(row, 16) + 16, count = c1 - c0;
+    A* const scratch =
+        static_cast<A*>(thread_scratch(size_t((3 + count * (1 + per)) * ld + 128) * sizeof(A))) +
+        64;
     A* const y = scratch;
     A* const v = y + ld;
     A* const t = v + ld;
@@ -335,7 +371,8 @@ class ChannelPass {
       if (nhwc)
         write_transposed(src + n * P, ld, out + n * oup * P + ch, oup, P, count);
       else
-        for (int64_t c = 0; c < count; ++c) write_row(src + c * ld + n * P, out + (n * oup + ch + c) * P, P);
+        for (int64_t c = 0; c < count; ++c)
+          write_row(src + c * ld + n * P, out + (n * oup + ch + c) * P, P);
     }
   }
 
@@ -346,7 +383,8 @@ class ChannelPass {
       if (nhwc)
         read_transposed(g + n * oup * P + ch, oup, dst + n * P, ld, P, count);
       else
-        for (int64_t c = 0; c < count; ++c) read_row(g + (n * oup + ch + c) * P, dst + c * ld + n * P, P);
+        for (int64_t c = 0; c < count; ++c)
+          read_row(g + (n * oup + ch + c) * P, dst + c * ld + n * P, P);
     }
   }
 };

@@ -1,10 +1,11 @@
 // Depthwise d x d stencils over one channel's plane, rows of W pixels packed without gaps.
 //
-//   v[h][w] = shift + sum_{i,j} tap[i][j] * y[h + i - d/2][w + j - d/2]      (zero outside the image)
+//   v[h][w] = shift + sum_{i,j} tap[i][j] * y[h + i - d/2][w + j - d/2]      (zero outside the
+//   image)
 //
-// Tile map: kStrips strips of one vector each slide down the rows together. Every input row is loaded once per tap column
-// (d loads) and feeds d output rows, held as d accumulators a strip: 3 loads for 9 FMAs instead of 9. Columns outside the
-// image are masked to zero and never read.
+// Tile map: kStrips strips of one vector each slide down the rows together. Every input row is
+// loaded once per tap column (d loads) and feeds d output rows, held as d accumulators a strip: 3
+// loads for 9 FMAs instead of 9. Columns outside the image are masked to zero and never read.
 // Binding resource: FMA ports for d = 3, load ports and the taps' broadcasts for d >= 5.
 #pragma once
 
@@ -13,27 +14,30 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// The same stencil shape over `channels` planes; every array advances by its own step from one channel to the next.
+// The same stencil shape over `channels` planes; every array advances by its own step from one
+// channel to the next.
 template <class A>
 struct Stencil {
-  const A* y;          // plane of activated intrinsic maps
-  int64_t y_row0;      // the image row that y points at
+  const A* y;      // plane of activated intrinsic maps
+  int64_t y_row0;  // the image row that y points at
   int64_t height, width;
   int64_t row_begin, row_end;  // output rows wanted
-  const A* taps;       // [d*d]
-  const A* shift;      // null: 0
-  A* v;                // output row row_begin, row stride = width
+  const A* taps;               // [d*d]
+  const A* shift;              // null: 0
+  A* v;                        // output row row_begin, row stride = width
   bool relu;
-  bool accumulate;     // start from v instead of from shift (the input gradient sums over a map's ghosts)
-  bool stream;         // non-temporal stores: v and width must keep every strip aligned
+  bool accumulate;  // start from v instead of from shift (the input gradient sums over a map's
+                    // ghosts)
+  bool stream;      // non-temporal stores: v and width must keep every strip aligned
   int64_t channels = 1, y_step = 0, taps_step = 0, shift_step = 0, v_step = 0;
 };
 
-// Strips at columns col, col + L, ... of every channel, kPair channels at a time. Only strip 0 may touch the left edge and only
-// the last one the right edge. Narrow maps have a single strip, too few independent sums to hide the FMA latency: they go in
-// pairs of channels.
+// Strips at columns col, col + L, ... of every channel, kPair channels at a time. Only strip 0 may
+// touch the left edge and only the last one the right edge. Narrow maps have a single strip, too
+// few independent sums to hide the FMA latency: they go in pairs of channels.
 template <class A, int D, int kStrips, int kPair, bool kAccumulate>
-__attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_t channel, int64_t channel_end) {
+__attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_t channel,
+                                        int64_t channel_end) {
   constexpr int L = kLanes<A>, R = D / 2, kLast = kStrips - 1, S = kStrips * kPair;
   constexpr bool kTapsInRegisters = D * D * kPair <= 18;
   using V = Vec<A>;
@@ -52,7 +56,7 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
   const int64_t r_first = begin - R > 0 ? begin - R : 0;
   const int64_t r_last = end + R < s.height ? end + R : s.height;  // exclusive
   const A* const y_first = s.y + (r_first - s.y_row0) * W + col - R;
-  A* const v_first = s.v + col - begin * W;                         // + row * W: output row `row`
+  A* const v_first = s.v + col - begin * W;  // + row * W: output row `row`
   for (; channel + kPair <= channel_end; channel += kPair) {
     const A* const taps = s.taps + channel * taps_step;
     V tap[kTapsInRegisters ? kPair * D * D : 1];
@@ -83,7 +87,8 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
       else
         store(p, r);
     };
-    // While input row r is read, acc[a] belongs to output row r - R + a, for which r is tap row D - 1 - a.
+    // While input row r is read, acc[a] belongs to output row r - R + a, for which r is tap row D -
+    // 1 - a.
     V acc[D][S];
 #pragma GCC unroll 7
     for (int a = 0; a < D - 1; ++a)
@@ -138,7 +143,8 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
 template <class A, int D, bool kAccumulate>
 void slide_all(const Stencil<A>& s) {
   constexpr int L = kLanes<A>, R = D / 2;
-  // Accumulators (d a strip) and, for d = 3, the nine taps stay in registers: 32 of them with AVX-512 and NEON, else 16.
+  // Accumulators (d a strip) and, for d = 3, the nine taps stay in registers: 32 of them with
+  // AVX-512 and NEON, else 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
   constexpr int kMost = D <= 3 ? 4 : D == 5 ? 3 : 2;
 #else
@@ -164,7 +170,8 @@ void slide_all(const Stencil<A>& s) {
       else if (take == 2)
         slide<A, D, (kMost >= 2 ? 2 : 1), 1, kAccumulate>(s, col, c, c_end);
       else
-        slide<A, D, 1, 1, kAccumulate>(s, col, slide<A, D, 1, kTwo, kAccumulate>(s, col, c, c_end), c_end);
+        slide<A, D, 1, 1, kAccumulate>(s, col, slide<A, D, 1, kTwo, kAccumulate>(s, col, c, c_end),
+                                       c_end);
       k += take;
     }
   }
@@ -173,7 +180,8 @@ void slide_all(const Stencil<A>& s) {
 template <class A>
 void stencil(int64_t d, const Stencil<A>& s) {
 #define GHOST_STENCIL(D) \
-  case D: return s.accumulate ? slide_all<A, D, true>(s) : slide_all<A, D, false>(s);
+  case D:                \
+    return s.accumulate ? slide_all<A, D, true>(s) : slide_all<A, D, false>(s);
   switch (d) {
     GHOST_STENCIL(1)
     GHOST_STENCIL(3)

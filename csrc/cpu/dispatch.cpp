@@ -20,12 +20,14 @@ const Entry kEntries[] = {
 #if defined(GHOST_OPS_HAVE_AVX512)
     {"avx512", kernels_avx512,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma");
      }},
 #endif
 #if defined(GHOST_OPS_HAVE_AVX2)
-    {"avx2", kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", kernels_avx2,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"generic", kernels_generic, [] { return true; }},
 };
@@ -35,7 +37,8 @@ const Kernels* find(const std::string& name) {
     if (name == e.name && e.supported()) return e.table();
   std::string all;
   for (const std::string& s : available_isas()) all += (all.empty() ? "" : ", ") + s;
-  throw std::invalid_argument("GHOST_OPS_CPU_ISA: \"" + name + "\" is not available on this machine; allowed: " + all);
+  throw std::invalid_argument("GHOST_OPS_CPU_ISA: \"" + name +
+                              "\" is not available on this machine; allowed: " + all);
 }
 
 std::atomic<const Kernels*> g_active{nullptr};
@@ -68,11 +71,14 @@ const Kernels& active_kernels() {
   return *k;
 }
 
-void set_isa(const std::string& name) { g_active.store(find(name), std::memory_order_release); }
+void set_isa(const std::string& name) {
+  g_active.store(find(name), std::memory_order_release);
+}
 
 CpuInfo cpu_info(int64_t threads) {
 #if defined(__linux__)
-  static const int64_t l1 = cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10), l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
+  static const int64_t l1 = cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
+                       l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
 #else
   static const int64_t l1 = 32 << 10, l2 = 1 << 20;
 #endif
@@ -86,8 +92,14 @@ CpuInfo cpu_info(int64_t threads) {
   return info;
 }
 
-int64_t channel_block(const Problem& p) { return p.layout == Layout::kNHWC ? 16 : 1; }
-int64_t channel_items(const Problem& p) { return (p.intrinsic + channel_block(p) - 1) / channel_block(p); }
-int64_t weight_grad_items(const Problem& p) { return (p.intrinsic + kGradRowsPerItem - 1) / kGradRowsPerItem; }
+int64_t channel_block(const Problem& p) {
+  return p.layout == Layout::kNHWC ? 16 : 1;
+}
+int64_t channel_items(const Problem& p) {
+  return (p.intrinsic + channel_block(p) - 1) / channel_block(p);
+}
+int64_t weight_grad_items(const Problem& p) {
+  return (p.intrinsic + kGradRowsPerItem - 1) / kGradRowsPerItem;
+}
 
 }  // namespace ghost

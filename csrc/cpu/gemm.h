@@ -1,10 +1,13 @@
 // Register-blocked products for the 1x1 convolution and its gradients.
 //
-// gemm_nn:  Y[i][p] (+)= sum_k W[i][k] X[k][p]          primary conv, its recomputation, and dx (with W transposed)
-//   Tile map: a block keeps kRows x kVecs accumulators in registers; pixels run along the lanes, weights are broadcast.
-//   Binding resource: the FMA ports. Per k a block issues kRows + kVecs loads for kRows * kVecs FMAs.
+// gemm_nn:  Y[i][p] (+)= sum_k W[i][k] X[k][p]          primary conv, its recomputation, and dx
+// (with W transposed)
+//   Tile map: a block keeps kRows x kVecs accumulators in registers; pixels run along the lanes,
+//   weights are broadcast. Binding resource: the FMA ports. Per k a block issues kRows + kVecs
+//   loads for kRows * kVecs FMAs.
 // gemm_nt:  D[i][j] += sum_p A[i][p] B[j][p]             dw1
-//   Both operands are contiguous in p, so products are accumulated lane by lane and summed once per chunk of pixels.
+//   Both operands are contiguous in p, so products are accumulated lane by lane and summed once per
+//   chunk of pixels.
 #pragma once
 
 #include "core/problem.h"
@@ -16,19 +19,20 @@ namespace GHOST_ISA {
 // What happens to a finished block.
 template <class A>
 struct GemmOut {
-  A* y;            // [rows][ldy] result (always written)
+  A* y;  // [rows][ldy] result (always written)
   int64_t ldy;
-  A* copy;         // optional second destination (the first half of the concat), or null
+  A* copy;  // optional second destination (the first half of the concat), or null
   int64_t ldcopy;
-  bool relu;       // applied to the finished sum
-  bool stream;     // non-temporal stores to `copy`: its rows must then be vector-aligned at every block
-  bool accumulate; // start from y instead of from shift
+  bool relu;  // applied to the finished sum
+  bool
+      stream;  // non-temporal stores to `copy`: its rows must then be vector-aligned at every block
+  bool accumulate;  // start from y instead of from shift
 };
 
 // One register block. w points at the first of kRows channels inside a panel (stride kPanel per k).
 template <class A, int kRows, int kVecs, bool kTail>
-GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift, const GemmOut<A>& out,
-                             int64_t col, int rows, int64_t tail) {
+GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift,
+                             const GemmOut<A>& out, int64_t col, int rows, int64_t tail) {
   constexpr int L = kLanes<A>;
   using V = Vec<A>;
   V acc[kRows][kVecs];
@@ -100,8 +104,9 @@ inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
 
 // All channels [0, M) of one block of pixels, kVecs wide.
 template <class A, int kVecs, bool kTail>
-__attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift, int64_t M,
-                  const GemmOut<A>& out, int64_t col, int64_t tail) {
+__attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels,
+                                            int64_t ldpanel, int64_t K, const A* shift, int64_t M,
+                                            const GemmOut<A>& out, int64_t col, int64_t tail) {
   constexpr int R = kRowsFor[kVecs];
   GemmOut<A> o = out;
   for (int64_t i = 0; i < M; i += R) {
@@ -110,25 +115,32 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
     o.y = out.y + i * out.ldy;
     o.copy = out.copy ? out.copy + i * out.ldcopy : nullptr;
     const int rows = M - i < R ? int(M - i) : R;
-    // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels, so a block may compute
-    // idle rows; it never stores them.
-#define GHOST_ROWS(n) gemm_block<A, (n <= R ? n : R), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail)
-    if (rows > 8) GHOST_ROWS(12);
-    else if (rows > 6) GHOST_ROWS(8);
-    else if (rows > 4) GHOST_ROWS(6);
-    else if (rows > 2) GHOST_ROWS(4);
-    else if (rows > 1) GHOST_ROWS(2);
-    else GHOST_ROWS(1);
+    // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels,
+    // so a block may compute idle rows; it never stores them.
+#define GHOST_ROWS(n) \
+  gemm_block<A, (n <= R ? n : R), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail)
+    if (rows > 8)
+      GHOST_ROWS(12);
+    else if (rows > 6)
+      GHOST_ROWS(8);
+    else if (rows > 4)
+      GHOST_ROWS(6);
+    else if (rows > 2)
+      GHOST_ROWS(4);
+    else if (rows > 1)
+      GHOST_ROWS(2);
+    else
+      GHOST_ROWS(1);
 #undef GHOST_ROWS
   }
 }
 
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
-//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel; shift: padded, or null
-//   prefetch: x comes from beyond L2
+//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
+//   shift: padded, or null prefetch: x comes from beyond L2
 template <class A>
-void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift, int64_t M, int64_t pixels,
-             int vecs, bool prefetch, const GemmOut<A>& out) {
+void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift,
+             int64_t M, int64_t pixels, int vecs, bool prefetch, const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
@@ -139,19 +151,20 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
     const bool partial = tail < L;
     const A* xb = x + col;
     if (prefetch && b + 1 < blocks) {
-      // A block reads a short run of each of K planes, more streams than the hardware prefetchers follow.
+      // A block reads a short run of each of K planes, more streams than the hardware prefetchers
+      // follow.
       const A* next = x + v1 * L;
       for (int64_t k = 0; k < K; ++k, next += ldx)
         for (int v = 0; v < vecs; ++v) __builtin_prefetch(next + v * L);
     }
-#define GHOST_COLUMNS(n)                                                                               \
-  case n:                                                                                              \
-    if constexpr (n <= kMaxVecs) {                                                                     \
-      if (partial)                                                                                     \
-        gemm_columns<A, n, true>(xb, ldx, panels, ldpanel, K, shift, M, out, col, tail);               \
-      else                                                                                             \
-        gemm_columns<A, n, false>(xb, ldx, panels, ldpanel, K, shift, M, out, col, L);                 \
-    }                                                                                                  \
+#define GHOST_COLUMNS(n)                                                                 \
+  case n:                                                                                \
+    if constexpr (n <= kMaxVecs) {                                                       \
+      if (partial)                                                                       \
+        gemm_columns<A, n, true>(xb, ldx, panels, ldpanel, K, shift, M, out, col, tail); \
+      else                                                                               \
+        gemm_columns<A, n, false>(xb, ldx, panels, ldpanel, K, shift, M, out, col, L);   \
+    }                                                                                    \
     break;
     switch (int(v1 - v0)) {
       GHOST_COLUMNS(1)

@@ -1,5 +1,6 @@
-// The CPU kernels as a table of functions, one table an instruction set. Everything here is plain data and raw pointers.
-// A kernel runs a range of items of its parallel loop; results do not depend on how the range was cut.
+// The CPU kernels as a table of functions, one table an instruction set. Everything here is plain
+// data and raw pointers. A kernel runs a range of items of its parallel loop; results do not depend
+// on how the range was cut.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +10,23 @@
 
 namespace ghost {
 
-// One pass of conv1x1 (+ affine + act) and, for ratio > 1, its depthwise ghosts. Also used with ratio 1 for the GEMMs of
-// training: x -> u, and du -> dx with the weights transposed.
+// One pass of conv1x1 (+ affine + act) and, for ratio > 1, its depthwise ghosts. Also used with
+// ratio 1 for the GEMMs of training: x -> u, and du -> dx with the weights transposed.
 struct ApplyArgs {
   Problem problem;
   ApplyPlan plan;
-  const void* x;             // [N, C, H, W] in problem.layout; u itself if !problem.has_primary
-  int64_t x_image = 0;       // elements from image to image of x
-  int64_t x_channel = 0;     // and from channel to channel, if NCHW
-  const void* packed;        // PackedLayout, compute type
-  const void* residual;      // like out, or null
-  void* out;                 // [N, oup, Ho, Wo] in out_layout
+  const void* x;          // [N, C, H, W] in problem.layout; u itself if !problem.has_primary
+  int64_t x_image = 0;    // elements from image to image of x
+  int64_t x_channel = 0;  // and from channel to channel, if NCHW
+  const void* packed;     // PackedLayout, compute type
+  const void* residual;   // like out, or null
+  void* out;              // [N, oup, Ho, Wo] in out_layout
   Layout out_layout = Layout::kNCHW;
-  int64_t out_image = 0;     // as for x
+  int64_t out_image = 0;  // as for x
   int64_t out_channel = 0;
-  int64_t scatter = 1;       // pixel (h, w) goes to (h * scatter, w * scatter): dx of a strided convolution
-  int64_t scatter_width = 0; // width of out then
+  int64_t scatter =
+      1;  // pixel (h, w) goes to (h * scatter, w * scatter): dx of a strided convolution
+  int64_t scatter_width = 0;  // width of out then
 };
 
 // Per-channel parameters of one batch norm, compute type; gamma and beta may be null (1 and 0).
@@ -36,48 +38,59 @@ struct NormArgs {
   double eps;
 };
 
-// The part of training that goes channel by channel, all images of a channel at once, so that a channel's planes stay in
-// L2 between the statistics and their use. Between the passes u and du are channel-major, [m, N, P]: the images of a channel
-// are one row of pixels, whatever their size.
+// The part of training that goes channel by channel, all images of a channel at once, so that a
+// channel's planes stay in L2 between the statistics and their use. Between the passes u and du are
+// channel-major, [m, N, P]: the images of a channel are one row of pixels, whatever their size.
 struct ChannelArgs {
-  Problem problem;       // height and width are those of u; layout that of out / grad_out
-  void* u;               // [m, N, P] compute type: u in. Backward: du out.
-  const void* w2;        // [g, d*d], compute type
+  Problem problem;  // height and width are those of u; layout that of out / grad_out
+  void* u;          // [m, N, P] compute type: u in. Backward: du out.
+  const void* w2;   // [g, d*d], compute type
   NormArgs norm1, norm2;
   // forward
-  void* out;             // [N, oup, P], or null where only statistics are wanted
-  bool u_is_y;           // u already holds y: only v and its statistics are wanted
-  void* mean1; void* var1; void* mean2; void* var2;  // results, compute type
+  void* out;    // [N, oup, P], or null where only statistics are wanted
+  bool u_is_y;  // u already holds y: only v and its statistics are wanted
+  void* mean1;
+  void* var1;
+  void* mean2;
+  void* var2;  // results, compute type
   // backward
   const void* grad_out;  // [N, oup, P] dense in problem.layout
   bool batch_stats;      // mean and var are functions of x
-  void* dw2; void* dgamma1; void* dbeta1; void* dgamma2; void* dbeta2;  // compute type
+  void* dw2;
+  void* dgamma1;
+  void* dbeta1;
+  void* dgamma2;
+  void* dbeta2;  // compute type
 };
 
 // dw1[i][k] = sum over images and pixels of du[i] x[k].
 struct WeightGradArgs {
-  Problem problem;       // channels = C, intrinsic = m, geometry of x
-  const void* du;        // [m, N, P], compute type
-  const void* x;         // [N, C, H, W], element type, problem.layout
-  void* dw1;             // [m, C], compute type
+  Problem problem;  // channels = C, intrinsic = m, geometry of x
+  const void* du;   // [m, N, P], compute type
+  const void* x;    // [N, C, H, W], element type, problem.layout
+  void* dw1;        // [m, C], compute type
 };
 
 struct Kernels {
   const char* name;
-  int64_t lanes;     // of float32
+  int64_t lanes;  // of float32
   int64_t max_vecs;
   // Indexed by DType. Ranges are of items of the respective parallel loop.
   void (*apply[4])(const ApplyArgs&, int64_t begin, int64_t end);
-  void (*apply_to_compute[4])(const ApplyArgs&, int64_t begin, int64_t end);    // out is of the compute type
-  void (*apply_from_compute[4])(const ApplyArgs&, int64_t begin, int64_t end);  // x is of the compute type
+  void (*apply_to_compute[4])(const ApplyArgs&, int64_t begin,
+                              int64_t end);  // out is of the compute type
+  void (*apply_from_compute[4])(const ApplyArgs&, int64_t begin,
+                                int64_t end);  // x is of the compute type
   void (*channels_forward[4])(const ChannelArgs&, int64_t begin, int64_t end);
   void (*channels_backward[4])(const ChannelArgs&, int64_t begin, int64_t end);
-  void (*primary_stats[2])(const ChannelArgs&, int64_t begin, int64_t end);     // indexed by (compute is float64)
+  void (*primary_stats[2])(const ChannelArgs&, int64_t begin,
+                           int64_t end);  // indexed by (compute is float64)
   void (*weight_grad[4])(const WeightGradArgs&, int64_t begin, int64_t end);
 };
 
 // Items of the two channel loops and of the weight gradient's.
-inline constexpr int64_t kGradRowsPerItem = 2 * kPanel;  // rows of dw1 an item of the weight gradient owns
+inline constexpr int64_t kGradRowsPerItem =
+    2 * kPanel;  // rows of dw1 an item of the weight gradient owns
 int64_t channel_block(const Problem& p);
 int64_t channel_items(const Problem& p);
 int64_t weight_grad_items(const Problem& p);

@@ -1,4 +1,5 @@
-// Parameters into the form the kernels read. A few thousand numbers once per call or less: plain loops.
+// Parameters into the form the kernels read. A few thousand numbers once per call or less: plain
+// loops.
 #pragma once
 
 #include <cmath>
@@ -8,20 +9,25 @@
 
 namespace ghost {
 
-// w [rows][cols] (row stride ld, column stride step) -> panels [ceil(rows/kPanel)][cols][kPanel], zero padded, rows scaled.
+// w [rows][cols] (row stride ld, column stride step) -> panels [ceil(rows/kPanel)][cols][kPanel],
+// zero padded, rows scaled.
 template <class A, class T>
-void pack_panels(const T* w, int64_t rows, int64_t cols, int64_t ld, int64_t step, const A* scale, A* out) {
+void pack_panels(const T* w, int64_t rows, int64_t cols, int64_t ld, int64_t step, const A* scale,
+                 A* out) {
   for (int64_t p = 0; p < rows; p += kPanel)
     for (int64_t k = 0; k < cols; ++k)
       for (int64_t i = 0; i < kPanel; ++i, ++out)
         *out = p + i < rows ? A(w[(p + i) * ld + k * step]) * (scale ? scale[p + i] : A(1)) : A(0);
 }
 
-// scale = gamma / sqrt(var + eps), shift = beta - mean * scale; null gamma, beta, mean or var mean 1, 0, 0 and "no division".
+// scale = gamma / sqrt(var + eps), shift = beta - mean * scale; null gamma, beta, mean or var mean
+// 1, 0, 0 and "no division".
 template <class A>
-void fold_norm(const A* gamma, const A* beta, const A* mean, const A* var, double eps, int64_t n, A* scale, A* shift) {
+void fold_norm(const A* gamma, const A* beta, const A* mean, const A* var, double eps, int64_t n,
+               A* scale, A* shift) {
   for (int64_t i = 0; i < n; ++i) {
-    const double s = (gamma ? double(gamma[i]) : 1.0) * (var ? 1.0 / std::sqrt(double(var[i]) + eps) : 1.0);
+    const double s =
+        (gamma ? double(gamma[i]) : 1.0) * (var ? 1.0 / std::sqrt(double(var[i]) + eps) : 1.0);
     scale[i] = A(s);
     shift[i] = A((beta ? double(beta[i]) : 0.0) - (mean ? double(mean[i]) * s : 0.0));
   }

@@ -1,4 +1,5 @@
-// One growing, cache-line aligned buffer a thread: tiles live in it and die with the call, without page faults every time.
+// One growing, cache-line aligned buffer a thread: tiles live in it and die with the call, without
+// page faults every time.
 #pragma once
 
 #include <cstddef>

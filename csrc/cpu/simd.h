@@ -1,5 +1,6 @@
-// One vector type for every instruction set, chosen by the flags of the translation unit that includes it. Everything
-// lives in the unit's own namespace GHOST_ISA, so that no symbol built for a newer CPU can be linked into an older path.
+// One vector type for every instruction set, chosen by the flags of the translation unit that
+// includes it. Everything lives in the unit's own namespace GHOST_ISA, so that no symbol built for
+// a newer CPU can be linked into an older path.
 #pragma once
 
 #include <cstdint>
@@ -78,8 +79,8 @@ GHOST_INLINE VecD set1(double s) {
 #endif
 }
 
-// Lane masks. AVX-512 has them in registers of their own; elsewhere a mask is a vector of all-ones and all-zeros.
-// lane_range(lo, hi) selects lanes lo <= l < hi.
+// Lane masks. AVX-512 has them in registers of their own; elsewhere a mask is a vector of all-ones
+// and all-zeros. lane_range(lo, hi) selects lanes lo <= l < hi.
 #if defined(__AVX512F__)
 template <class A>
 struct MaskT {
@@ -160,7 +161,8 @@ GHOST_INLINE void store_n(A* p, Vec<A> v, int64_t n) {
   store_masked(p, v, lane_range<A>(0, n));
 }
 
-// Makes the compiler hold v in a register: it likes to load a value used twice from memory twice, and loads are scarce.
+// Makes the compiler hold v in a register: it likes to load a value used twice from memory twice,
+// and loads are scarce.
 template <class V>
 GHOST_INLINE void keep(V& v) {
 #if defined(__x86_64__) && defined(__AVX512F__)
@@ -189,8 +191,9 @@ GHOST_INLINE void stream_fence() {
 #endif
 }
 
-// max(v, 0) that keeps NaN, as torch.relu does: MAXPS returns its second operand when either is NaN.
-// (The maskz form is the plain instruction, without GCC warning about an undefined pass-through operand.)
+// max(v, 0) that keeps NaN, as torch.relu does: MAXPS returns its second operand when either is
+// NaN. (The maskz form is the plain instruction, without GCC warning about an undefined
+// pass-through operand.)
 GHOST_INLINE VecF relu(VecF v) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_maskz_max_ps((__mmask16)-1, _mm512_setzero_ps(), (__m512)v);
@@ -229,9 +232,12 @@ GHOST_INLINE VecF at_most(VecF v, float hi) {
   return v > hi ? set1(hi) : v;
 #endif
 }
-GHOST_INLINE VecD at_most(VecD v, double hi) { return v > hi ? set1(hi) : v; }
+GHOST_INLINE VecD at_most(VecD v, double hi) {
+  return v > hi ? set1(hi) : v;
+}
 
-// Sum of all lanes in a fixed order (pairwise halves), so that results do not depend on anything but the input.
+// Sum of all lanes in a fixed order (pairwise halves), so that results do not depend on anything
+// but the input.
 template <class A>
 GHOST_INLINE A reduce_add(Vec<A> v) {
   A t[kLanes<A>];

@@ -1,6 +1,6 @@
-// Element types in memory and their vectors in the compute type: float64 computes in float64, everything else in float32.
-// Also the two ways a tile travels between a layout and the kernels' own channel-major scratch: copied rows (NCHW) and
-// transposed blocks (NHWC).
+// Element types in memory and their vectors in the compute type: float64 computes in float64,
+// everything else in float32. Also the two ways a tile travels between a layout and the kernels'
+// own channel-major scratch: copied rows (NCHW) and transposed blocks (NHWC).
 #pragma once
 
 #include "cpu/simd.h"
@@ -41,7 +41,8 @@ struct Widen {
 #elif defined(__F16C__)
     return (VecF)_mm256_cvtph_ps((__m128i)h);
 #else
-    // Move exponent and mantissa into place, rebias by a multiplication (exact, also for subnormals), fix Inf and NaN.
+    // Move exponent and mantissa into place, rebias by a multiplication (exact, also for
+    // subnormals), fix Inf and NaN.
     const VecU32 u = __builtin_convertvector(h, VecU32);
     const VecU32 sign = (u & 0x8000u) << 16, magnitude = (u & 0x7fffu) << 13;
     VecU32 r = (VecU32)((VecF)magnitude * 0x1p112f);
@@ -66,7 +67,8 @@ struct Narrow {
     return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const VecU32 u = (VecU32)v, sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
-    // Normal halves: rebias and round in the integer domain. Subnormal halves: let an addition do the rounding.
+    // Normal halves: rebias and round in the integer domain. Subnormal halves: let an addition do
+    // the rounding.
     const VecU32 normal = (a - 0x38000000u + (0xfffu + ((a >> 13) & 1u))) >> 13;
     const VecU32 subnormal = (VecU32)((VecF)a + 0.5f) - 0x3f000000u;
     const VecU32 small = (VecU32)(a < 0x38800000u), big = (VecU32)(a >= 0x477ff000u);
@@ -136,7 +138,8 @@ GHOST_INLINE void write_row(const ComputeOf<T>* src, T* dst, int64_t n) {
 template <class A>
 GHOST_INLINE void stream_row(const A* src, A* dst, int64_t n) {
   constexpr int L = kLanes<A>;
-  int64_t i = int64_t((kVectorBytes - reinterpret_cast<uintptr_t>(dst) % kVectorBytes) % kVectorBytes / sizeof(A));
+  int64_t i = int64_t((kVectorBytes - reinterpret_cast<uintptr_t>(dst) % kVectorBytes) %
+                      kVectorBytes / sizeof(A));
   if (i > n) i = n;
   if (i > 0) store_n(dst, load_n(src, i), i);
   for (; i + L <= n; i += L) store_stream(dst + i, load(src + i));
@@ -177,8 +180,9 @@ GHOST_INLINE void transpose_registers(Vec<A>* r) {
   }
 }
 
-// Corners of L x L blocks that cover rows x cols. The last block of a direction overlaps its neighbour rather than being partial
-// (both write the same values); only what is narrower than a block is left partial.
+// Corners of L x L blocks that cover rows x cols. The last block of a direction overlaps its
+// neighbour rather than being partial (both write the same values); only what is narrower than a
+// block is left partial.
 template <int L, class F>
 GHOST_INLINE void for_blocks(int64_t rows, int64_t cols, F&& f) {
   const bool whole = rows >= L && cols >= L;
@@ -187,7 +191,8 @@ GHOST_INLINE void for_blocks(int64_t rows, int64_t cols, F&& f) {
       f(whole && p + L > rows ? rows - L : p, whole && c + L > cols ? cols - L : c);
 }
 
-// One L x L block, or what is left of it: dst[c][p] = src[p][c], `rows` pixels p by `cols` channels c.
+// One L x L block, or what is left of it: dst[c][p] = src[p][c], `rows` pixels p by `cols` channels
+// c.
 template <class T>
 GHOST_INLINE void read_block(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst) {
   using A = ComputeOf<T>;
@@ -200,22 +205,25 @@ GHOST_INLINE void read_block(const T* src, int64_t ld_src, ComputeOf<T>* dst, in
   for (int i = 0; i < L; ++i) store(dst + i * ld_dst, r[i]);
 }
 template <class T>
-__attribute__((noinline)) void read_partial_block(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows,
-                                                  int64_t cols) {
+__attribute__((noinline)) void read_partial_block(const T* src, int64_t ld_src, ComputeOf<T>* dst,
+                                                  int64_t ld_dst, int64_t rows, int64_t cols) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
   Vec<A> r[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) r[i] = i < rows ? Storage<T>::load_n(src + i * ld_src, cols) : Vec<A>{};
+  for (int i = 0; i < L; ++i)
+    r[i] = i < rows ? Storage<T>::load_n(src + i * ld_src, cols) : Vec<A>{};
   transpose_registers<A>(r);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i)
     if (i < cols) store_n(dst + i * ld_dst, r[i], rows);
 }
 
-// dst[c][p] = src[p][c] for `rows` pixels p (stride ld_src) and `cols` channels c: an NHWC tile into channel-major scratch.
+// dst[c][p] = src[p][c] for `rows` pixels p (stride ld_src) and `cols` channels c: an NHWC tile
+// into channel-major scratch.
 template <class T>
-void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows, int64_t cols) {
+void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows,
+                     int64_t cols) {
   constexpr int L = kLanes<ComputeOf<T>>;
   for_blocks<L>(rows, cols, [&](int64_t p, int64_t c) {
     const T* s = src + p * ld_src + c;
@@ -223,13 +231,15 @@ void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld
     if (rows >= L && cols >= L)
       read_block<T>(s, ld_src, d, ld_dst);
     else
-      read_partial_block<T>(s, ld_src, d, ld_dst, rows - p < L ? rows - p : L, cols - c < L ? cols - c : L);
+      read_partial_block<T>(s, ld_src, d, ld_dst, rows - p < L ? rows - p : L,
+                            cols - c < L ? cols - c : L);
   });
 }
 
 // The reverse, dst[p][c] = src[c][p] (+ add[p][c]).
 template <class T>
-GHOST_INLINE void write_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add, int64_t ld_dst) {
+GHOST_INLINE void write_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add,
+                              int64_t ld_dst) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
   Vec<A> r[L];
@@ -237,11 +247,13 @@ GHOST_INLINE void write_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, c
   for (int i = 0; i < L; ++i) r[i] = load(src + i * ld_src);
   transpose_registers<A>(r);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) Storage<T>::store(dst + i * ld_dst, add ? r[i] + Storage<T>::load(add + i * ld_dst) : r[i]);
+  for (int i = 0; i < L; ++i)
+    Storage<T>::store(dst + i * ld_dst, add ? r[i] + Storage<T>::load(add + i * ld_dst) : r[i]);
 }
 template <class T>
-__attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add, int64_t ld_dst,
-                                                   int64_t rows, int64_t cols) {
+__attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int64_t ld_src, T* dst,
+                                                   const T* add, int64_t ld_dst, int64_t rows,
+                                                   int64_t cols) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
   Vec<A> r[L];
@@ -258,8 +270,8 @@ __attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int6
 
 // dst[p][c] = src[c][p] (+ add[p][c]): channel-major scratch into an NHWC tile.
 template <class T>
-void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows, int64_t cols,
-                      const T* add = nullptr) {
+void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows,
+                      int64_t cols, const T* add = nullptr) {
   constexpr int L = kLanes<ComputeOf<T>>;
   for_blocks<L>(rows, cols, [&](int64_t p, int64_t c) {
     const ComputeOf<T>* s = src + c * ld_src + p;
@@ -268,7 +280,8 @@ void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t l
     if (rows >= L && cols >= L)
       write_block<T>(s, ld_src, d, a, ld_dst);
     else
-      write_partial_block<T>(s, ld_src, d, a, ld_dst, rows - p < L ? rows - p : L, cols - c < L ? cols - c : L);
+      write_partial_block<T>(s, ld_src, d, a, ld_dst, rows - p < L ? rows - p : L,
+                             cols - c < L ? cols - c : L);
   });
 }
 

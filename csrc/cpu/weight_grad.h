@@ -1,10 +1,10 @@
-// dw1[i][k] = sum over images and pixels of du[i][p] * x[k][p]: both operands are contiguous in p, so products are added lane
-// by lane and lanes are summed once per chunk of pixels.
+// dw1[i][k] = sum over images and pixels of du[i][p] * x[k][p]: both operands are contiguous in p,
+// so products are added lane by lane and lanes are summed once per chunk of pixels.
 //
-// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. With few rows the inner one is register
-// blocks of 8 x 2 dot products, with many gemm_nn on transposed tiles. Chunks come in a fixed order, so the sums do not depend
-// on the number of threads.
-// Binding resource: FMA ports.
+// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. With few rows
+// the inner one is register blocks of 8 x 2 dot products, with many gemm_nn on transposed tiles.
+// Chunks come in a fixed order, so the sums do not depend on the number of threads. Binding
+// resource: FMA ports.
 #pragma once
 
 #include "cpu/apply.h"
@@ -12,7 +12,8 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// 16 (8 where there are 16 registers) sums in flight. More rows than columns: the rows stay in L1 while the columns stream by.
+// 16 (8 where there are 16 registers) sums in flight. More rows than columns: the rows stay in L1
+// while the columns stream by.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int64_t kGradRows = 8, kGradCols = 2;
 #else
@@ -36,7 +37,8 @@ GHOST_INLINE void reduce_block(Vec<A>* v, A* out) {
   store(out, v[0]);
 }
 
-// sums[i][k] = over n pixels; rows and columns past the valid ones repeat the last one and are dropped by the caller.
+// sums[i][k] = over n pixels; rows and columns past the valid ones repeat the last one and are
+// dropped by the caller.
 template <class A>
 GHOST_INLINE void dot_block(const A* const* a, const A* const* b, int64_t n, A* sums) {
   constexpr int L = kLanes<A>;
@@ -74,7 +76,8 @@ struct Rows {
 
 // d[i * step_a + k * step_b] += sum over n pixels of a[i] b[k], for all rows i of a and k of b.
 template <class A>
-void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t step_a, int64_t step_b) {
+void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t step_a,
+                  int64_t step_b) {
   for (int64_t i = 0; i < a.count; i += kGradRows) {
     const int64_t ni = a.count - i < kGradRows ? a.count - i : kGradRows;
     const A* pa[kGradRows];
@@ -86,13 +89,14 @@ void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t s
       A sums[32];
       dot_block<A>(pa, pb, n, sums);
       for (int64_t q = 0; q < ni; ++q)
-        for (int64_t s = 0; s < nk; ++s) d[(i + q) * step_a + (k + s) * step_b] += sums[q * kGradCols + s];
+        for (int64_t s = 0; s < nk; ++s)
+          d[(i + q) * step_a + (k + s) * step_b] += sums[q * kGradCols + s];
     }
   }
 }
 
-// The same sum as a product of transposed operands, [rows, px] x [px, C]: worth its transposes (none of x where x is NHWC)
-// as soon as there are enough rows to share them.
+// The same sum as a product of transposed operands, [rows, px] x [px, C]: worth its transposes
+// (none of x where x is NHWC) as soon as there are enough rows to share them.
 template <class T>
 class TransposedGrad {
   using A = ComputeOf<T>;
@@ -163,13 +167,14 @@ class TransposedGrad {
         read_row(source.x + n * source.image + (h * source.width + w) * C, tile + done * ld, C);
         run = 1;
       } else if (source.stride == 1 && sizeof(T) == sizeof(A)) {
-        write_transposed(reinterpret_cast<const A*>(source.x) + n * source.image + p, source.channel, tile + done * ld, ld, run,
-                         C);
+        write_transposed(reinterpret_cast<const A*>(source.x) + n * source.image + p,
+                         source.channel, tile + done * ld, ld, run, C);
       } else {
         for (int64_t c = 0; c < C; ++c) {
           const T* s = source.x + n * source.image + c * source.channel;
           for (int64_t i = 0; i < run; ++i) {
-            const int64_t at = (p + i) / W * source.stride * source.width + (p + i) % W * source.stride;
+            const int64_t at =
+                (p + i) / W * source.stride * source.width + (p + i) % W * source.stride;
             planes[c * (chunk + 16) + i] = Storage<T>::to_compute(s[at]);
           }
         }
@@ -185,17 +190,28 @@ template <class T>
 void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
   const Problem& p = args.problem;
-  const int64_t m = p.intrinsic, C = p.channels, H = p.out_height(), W = p.out_width(), P = H * W, N = p.batch;
-  const Source<T> source{static_cast<const T*>(args.x), C * p.height * p.width, p.height * p.width, C, p.height, p.width,
-                         p.stride, p.layout, W};
+  const int64_t m = p.intrinsic, C = p.channels, H = p.out_height(), W = p.out_width(), P = H * W,
+                N = p.batch;
+  const Source<T> source{static_cast<const T*>(args.x),
+                         C * p.height * p.width,
+                         p.height * p.width,
+                         C,
+                         p.height,
+                         p.width,
+                         p.stride,
+                         p.layout,
+                         W};
   A* dw = static_cast<A*>(args.dw1);
-  const int64_t row0 = begin * kGradRowsPerItem, row1 = end * kGradRowsPerItem < m ? end * kGradRowsPerItem : m;
+  const int64_t row0 = begin * kGradRowsPerItem,
+                row1 = end * kGradRowsPerItem < m ? end * kGradRowsPerItem : m;
   if (row1 <= row0) return;
   std::memset(dw + row0 * C, 0, size_t(row1 - row0) * C * sizeof(A));
   if (P == 0 || N == 0 || C == 0) return;
 
-  if (p.layout == Layout::kNHWC || sizeof(T) != sizeof(A) || p.stride != 1 || (m >= 32 && C >= 64)) {
-    A* memory = static_cast<A*>(thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
+  if (p.layout == Layout::kNHWC || sizeof(T) != sizeof(A) || p.stride != 1 ||
+      (m >= 32 && C >= 64)) {
+    A* memory = static_cast<A*>(
+        thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
     TransposedGrad<T>(args, source, row1 - row0, memory).add(row0, row1 - row0, dw);
     return;
   }
@@ -205,7 +221,8 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   for (int64_t n = 0; n < N; ++n)
     for (int64_t q = 0; q < P; q += kGradChunk) {
       const int64_t px = q + kGradChunk < P ? kGradChunk : P - q;
-      const Rows<A> du_rows{du + row0 * N * P + n * P + q, N * P, row1 - row0}, x_rows{x + n * C * P + q, P, C};
+      const Rows<A> du_rows{du + row0 * N * P + n * P + q, N * P, row1 - row0},
+          x_rows{x + n * C * P + q, P, C};
       if (m >= C)
         add_products<A>(du_rows, x_rows, px, dw + row0 * C, C, 1);
       else

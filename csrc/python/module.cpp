@@ -1,4 +1,5 @@
-// ghost_ops._C: what was built, which instruction set runs, and the plan. Importing it also registers the CPU operators.
+// ghost_ops._C: what was built, which instruction set runs, and the plan. Importing it also
+// registers the CPU operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,9 +11,10 @@ using namespace py::literals;
 
 namespace {
 
-ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,
-                            int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2, int dtype,
-                            bool channels_last, bool has_primary, bool has_residual) {
+ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                            int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
+                            int64_t stride, int act1, int act2, int dtype, bool channels_last,
+                            bool has_primary, bool has_residual) {
   ghost::Problem p;
   p.batch = batch;
   p.channels = channels;
@@ -36,9 +38,10 @@ py::dict describe(const ghost::Problem& p, const ghost::CpuInfo& cpu) {
   const ghost::ApplyPlan plan = ghost::plan_apply(p, cpu);
   const ghost::Traffic t = ghost::traffic(p);
   return py::dict("pack"_a = plan.pack, "images"_a = plan.images, "band_rows"_a = plan.band_rows,
-                  "row_splits"_a = plan.row_splits, "channel_splits"_a = plan.channel_splits, "group"_a = plan.group,
-                  "vecs"_a = plan.vecs, "stream"_a = plan.stream, "items"_a = plan.items,
-                  "scratch_bytes"_a = plan.scratch_bytes, "bytes_fused"_a = t.bytes_fused, "bytes_eager"_a = t.bytes_eager,
+                  "row_splits"_a = plan.row_splits, "channel_splits"_a = plan.channel_splits,
+                  "group"_a = plan.group, "vecs"_a = plan.vecs, "stream"_a = plan.stream,
+                  "items"_a = plan.items, "scratch_bytes"_a = plan.scratch_bytes,
+                  "bytes_fused"_a = t.bytes_fused, "bytes_eager"_a = t.bytes_eager,
                   "flops"_a = t.flops, "keep_primary"_a = ghost::keep_primary(p));
 }
 
@@ -47,31 +50,35 @@ py::dict describe(const ghost::Problem& p, const ghost::CpuInfo& cpu) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native side of ghost_ops: build information, instruction sets and the tile plan.";
   m.def("build_info", [] {
-    return py::dict("compiler"_a = __VERSION__, "cxx_standard"_a = int64_t(__cplusplus), "stable_abi"_a = "2.10");
+    return py::dict("compiler"_a = __VERSION__, "cxx_standard"_a = int64_t(__cplusplus),
+                    "stable_abi"_a = "2.10");
   });
   m.def("available_isas", &ghost::available_isas);
   m.def("isa", [] { return std::string(ghost::active_kernels().name); });
   m.def("set_isa", &ghost::set_isa, "name"_a);
   m.def("cpu_info", [](int64_t threads) {
     const ghost::CpuInfo c = ghost::cpu_info(threads);
-    return py::dict("lanes"_a = c.lanes, "max_vecs"_a = c.max_vecs, "l1_bytes"_a = c.l1_bytes, "l2_bytes"_a = c.l2_bytes,
-                    "threads"_a = c.threads);
+    return py::dict("lanes"_a = c.lanes, "max_vecs"_a = c.max_vecs, "l1_bytes"_a = c.l1_bytes,
+                    "l2_bytes"_a = c.l2_bytes, "threads"_a = c.threads);
   });
   m.def(
       "plan",
-      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic, int64_t out_channels, int64_t ratio,
-         int64_t dw_size, int64_t stride, int act1, int act2, int dtype, bool channels_last, bool has_primary, bool has_residual,
-         int64_t threads, int64_t lanes, int64_t max_vecs, int64_t l1_bytes, int64_t l2_bytes) {
+      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,
+         int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2,
+         int dtype, bool channels_last, bool has_primary, bool has_residual, int64_t threads,
+         int64_t lanes, int64_t max_vecs, int64_t l1_bytes, int64_t l2_bytes) {
         ghost::CpuInfo cpu = ghost::cpu_info(threads);
         if (lanes > 0) cpu.lanes = lanes;
         if (max_vecs > 0) cpu.max_vecs = max_vecs;
         if (l1_bytes > 0) cpu.l1_bytes = l1_bytes;
         if (l2_bytes > 0) cpu.l2_bytes = l2_bytes;
-        return describe(make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size, stride, act1, act2,
-                                     dtype, channels_last, has_primary, has_residual),
-                        cpu);
+        return describe(
+            make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size,
+                         stride, act1, act2, dtype, channels_last, has_primary, has_residual),
+            cpu);
       },
-      "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a, "ratio"_a = 2, "dw_size"_a = 3,
-      "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0, "channels_last"_a = false, "has_primary"_a = true,
-      "has_residual"_a = false, "threads"_a = 1, "lanes"_a = 0, "max_vecs"_a = 0, "l1_bytes"_a = 0, "l2_bytes"_a = 0);
+      "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a,
+      "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
+      "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false, "threads"_a = 1,
+      "lanes"_a = 0, "max_vecs"_a = 0, "l1_bytes"_a = 0, "l2_bytes"_a = 0);
 }

@@ -1,5 +1,5 @@
-// The operators on the CPU: checks, allocation, the plan, and the parallel loops over the kernels' items. No arithmetic here.
-// Schemas stand in ghost_ops/ops.py.
+// The operators on the CPU: checks, allocation, the plan, and the parallel loops over the kernels'
+// items. No arithmetic here. Schemas stand in ghost_ops/ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,7 +16,9 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-int64_t threads() { return int64_t(torch::stable::get_num_threads()); }
+int64_t threads() {
+  return int64_t(torch::stable::get_num_threads());
+}
 
 template <class F>
 void parallel(int64_t items, const F& f) {
@@ -30,13 +32,16 @@ void parallel(int64_t items, const F& f) {
 template <class F>
 auto with_dtype(DType t, F&& f) {
   switch (t) {
-    case DType::kFloat64: return f(double{});
-    default: return f(float{});
+    case DType::kFloat64:
+      return f(double{});
+    default:
+      return f(float{});
   }
 }
 
 Activation activation(int64_t code, double slope, const char* name) {
-  STD_TORCH_CHECK(code >= 0 && code < kNumActs, name, " must be a code from 0 to ", kNumActs - 1, ", got ", code);
+  STD_TORCH_CHECK(code >= 0 && code < kNumActs, name, " must be a code from 0 to ", kNumActs - 1,
+                  ", got ", code);
   return {Act(code), slope};
 }
 
@@ -49,11 +54,14 @@ struct Image {
 Image image_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(x.dim() == 4, name, " must be 4-D [N, C, H, W], got ", x.dim(), "-D");
-  // A single channel is dense both ways; its stride tells which of them it was made as, as in PyTorch.
+  // A single channel is dense both ways; its stride tells which of them it was made as, as in
+  // PyTorch.
   const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
   const bool nchw = is_dense(x, Layout::kNCHW) && !one_map_nhwc;
-  STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name, " must be dense, contiguous or channels_last");
-  return {x.size(0), x.size(1), x.size(2), x.size(3), nchw ? Layout::kNCHW : Layout::kNHWC, dtype_of(x, name)};
+  STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name,
+                  " must be dense, contiguous or channels_last");
+  return {x.size(0),        x.size(1), x.size(2), x.size(3), nchw ? Layout::kNCHW : Layout::kNHWC,
+          dtype_of(x, name)};
 }
 
 Problem problem_of(const Image& x) {
@@ -78,12 +86,14 @@ void check_primary(const Tensor& w1, const Image& x) {
   STD_TORCH_CHECK(dtype_of(w1, "w1") == x.dtype, "w1 must have the dtype of x");
 }
 
-// ---------------------------------------------------------------------------------------------- packing
+// ----------------------------------------------------------------------------------------------
+// packing
 
-Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1, const OptionalTensor& beta1,
-                  const OptionalTensor& mean1, const OptionalTensor& var1, double eps1, const Tensor& w2,
-                  const OptionalTensor& gamma2, const OptionalTensor& beta2, const OptionalTensor& mean2,
-                  const OptionalTensor& var2, double eps2) {
+Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
+                  const OptionalTensor& beta1, const OptionalTensor& mean1,
+                  const OptionalTensor& var1, double eps1, const Tensor& w2,
+                  const OptionalTensor& gamma2, const OptionalTensor& beta2,
+                  const OptionalTensor& mean2, const OptionalTensor& var2, double eps2) {
   const DType dtype = dtype_of(w2, "w2");
   STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
   int64_t m = -1;
@@ -93,12 +103,14 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1, const 
     for (const OptionalTensor* t : {&gamma1, &beta1, &mean1, &var1})
       if (t->has_value()) m = (*t)->numel();
   }
-  STD_TORCH_CHECK(m >= 0, "without w1 one of gamma1, beta1, mean1, var1 must tell the number of channels");
+  STD_TORCH_CHECK(m >= 0,
+                  "without w1 one of gamma1, beta1, mean1, var1 must tell the number of channels");
   const int64_t C = w1.has_value() ? w1->size(1) : 0, g = w2.size(0), d = w2.size(3);
   const PackedLayout at(C, m, g, d, w1.has_value());
-  const Param g1(gamma1, dtype, m, "gamma1"), b1(beta1, dtype, m, "beta1"), m1(mean1, dtype, m, "mean1"),
-      v1(var1, dtype, m, "var1"), g2(gamma2, dtype, g, "gamma2"), b2(beta2, dtype, g, "beta2"), m2(mean2, dtype, g, "mean2"),
-      v2(var2, dtype, g, "var2"), cheap(w2, dtype, g * d * d, "w2");
+  const Param g1(gamma1, dtype, m, "gamma1"), b1(beta1, dtype, m, "beta1"),
+      m1(mean1, dtype, m, "mean1"), v1(var1, dtype, m, "var1"), g2(gamma2, dtype, g, "gamma2"),
+      b2(beta2, dtype, g, "beta2"), m2(mean2, dtype, g, "mean2"), v2(var2, dtype, g, "var2"),
+      cheap(w2, dtype, g * d * d, "w2");
   const Param primary = w1.has_value() ? Param(*w1, dtype, m * C, "w1") : Param();
   Tensor packed = empty({at.numel}, compute_type(dtype));
   with_dtype(dtype, [&](auto zero) {
@@ -106,8 +118,10 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1, const 
     A* p = static_cast<A*>(packed.mutable_data_ptr());
     const size_t nm = static_cast<size_t>(m), ng = static_cast<size_t>(g);
     std::vector<A> scale1(nm), shift1(nm), scale2(ng), shift2(ng);
-    fold_norm(g1.as<A>(), b1.as<A>(), m1.as<A>(), v1.as<A>(), eps1, m, scale1.data(), shift1.data());
-    fold_norm(g2.as<A>(), b2.as<A>(), m2.as<A>(), v2.as<A>(), eps2, g, scale2.data(), shift2.data());
+    fold_norm(g1.as<A>(), b1.as<A>(), m1.as<A>(), v1.as<A>(), eps1, m, scale1.data(),
+              shift1.data());
+    fold_norm(g2.as<A>(), b2.as<A>(), m2.as<A>(), v2.as<A>(), eps2, g, scale2.data(),
+              shift2.data());
     if (w1.has_value()) {
       pack_panels<A>(primary.as<A>(), m, C, C, 1, scale1.data(), p + at.w1);
       std::fill(p + at.shift1, p + at.w2, A(0));
@@ -122,18 +136,22 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1, const 
   return packed;
 }
 
-// ---------------------------------------------------------------------------------------------- eval
+// ----------------------------------------------------------------------------------------------
+// eval
 
-Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual, int64_t intrinsic,
-                   int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
-                   int64_t act2, double slope2, bool has_primary) {
+Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
+                   int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
+                   int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2,
+                   bool has_primary) {
   const Image in = image_of(x, "x");
   check_dw_size(dw_size);
   STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
   STD_TORCH_CHECK(ratio >= 1, "ratio must be positive, got ", ratio);
-  STD_TORCH_CHECK(intrinsic <= out_channels && out_channels <= intrinsic * ratio, "out_channels must lie in [", intrinsic,
-                  ", ", intrinsic * ratio, "], got ", out_channels);
-  STD_TORCH_CHECK(has_primary || (in.c == intrinsic && stride == 1), "without a primary convolution x must have ", intrinsic,
+  STD_TORCH_CHECK(intrinsic <= out_channels && out_channels <= intrinsic * ratio,
+                  "out_channels must lie in [", intrinsic, ", ", intrinsic * ratio, "], got ",
+                  out_channels);
+  STD_TORCH_CHECK(has_primary || (in.c == intrinsic && stride == 1),
+                  "without a primary convolution x must have ", intrinsic,
                   " channels and stride be 1");
   Problem p = problem_of(in);
   p.stride = stride;
@@ -146,14 +164,17 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   p.has_primary = has_primary;
   p.has_residual = residual.has_value();
   const PackedLayout at(in.c, intrinsic, p.ghosts(), dw_size, has_primary);
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) && packed.numel() == at.numel,
-                  "packed does not belong to this module: expected ", at.numel, " elements, got ", packed.numel());
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) &&
+                      packed.numel() == at.numel,
+                  "packed does not belong to this module: expected ", at.numel, " elements, got ",
+                  packed.numel());
   const int64_t H = p.out_height(), W = p.out_width();
   Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
   Tensor res = residual.value_or(out);
   if (residual.has_value()) {
-    STD_TORCH_CHECK(res.dim() == 4 && res.size(0) == in.n && res.size(1) == out_channels && res.size(2) == H &&
-                        res.size(3) == W && res.scalar_type() == x.scalar_type(),
+    STD_TORCH_CHECK(res.dim() == 4 && res.size(0) == in.n && res.size(1) == out_channels &&
+                        res.size(2) == H && res.size(3) == W &&
+                        res.scalar_type() == x.scalar_type(),
                     "residual must have the shape and dtype of the output");
     if (!is_dense(res, in.layout)) res = torch::stable::contiguous(res, memory_format(in.layout));
   }
@@ -174,10 +195,13 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   return out;
 }
 
-// ---------------------------------------------------------------------------------------------- training: shared pieces
+// ----------------------------------------------------------------------------------------------
+// training: shared pieces
 
-// Panels of w (rows x cols, element (r, c) at r * ld + c * step) followed by a zero shift, as ghost_apply's kernels want it.
-Tensor pack_plain(const Param& w, DType dtype, int64_t rows, int64_t cols, int64_t ld, int64_t step) {
+// Panels of w (rows x cols, element (r, c) at r * ld + c * step) followed by a zero shift, as
+// ghost_apply's kernels want it.
+Tensor pack_plain(const Param& w, DType dtype, int64_t rows, int64_t cols, int64_t ld,
+                  int64_t step) {
   const PackedLayout at(cols, rows, 0, 1, true);
   Tensor packed = empty({at.numel}, compute_type(dtype));
   with_dtype(dtype, [&](auto zero) {
@@ -200,7 +224,8 @@ Problem plain_conv(const Image& x, int64_t out_channels, int64_t stride) {
 }
 
 // u = w1 * x (or x itself without w1) as [m, N, P] of the compute type.
-void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m, int64_t stride, void* u) {
+void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m,
+               int64_t stride, void* u) {
   ApplyArgs args;
   args.problem = plain_conv(in, m, w1.has_value() ? stride : 1);
   Tensor packed;
@@ -267,14 +292,17 @@ struct CheapWeights {
   int64_t g, d, ratio;
 };
 CheapWeights check_cheap(const Tensor& w2, int64_t m, DType dtype) {
-  STD_TORCH_CHECK(w2.dim() == 4 && w2.size(1) == 1 && w2.size(2) == w2.size(3), "w2 must be [g, 1, d, d]");
+  STD_TORCH_CHECK(w2.dim() == 4 && w2.size(1) == 1 && w2.size(2) == w2.size(3),
+                  "w2 must be [g, 1, d, d]");
   STD_TORCH_CHECK(dtype_of(w2, "w2") == dtype, "w2 must have the dtype of x");
-  STD_TORCH_CHECK(m > 0 && w2.size(0) % m == 0, "w2 must have a multiple of ", m, " output channels, got ", w2.size(0));
+  STD_TORCH_CHECK(m > 0 && w2.size(0) % m == 0, "w2 must have a multiple of ", m,
+                  " output channels, got ", w2.size(0));
   check_dw_size(w2.size(3));
   return {w2.size(0), w2.size(3), w2.size(0) / m + 1};
 }
 
-// ---------------------------------------------------------------------------------------------- statistics
+// ----------------------------------------------------------------------------------------------
+// statistics
 
 std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1, int64_t stride) {
   const Image in = image_of(x, "x");
@@ -298,8 +326,10 @@ std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& packed, int64_t intrinsic, int64_t ratio,
-                                             int64_t dw_size, int64_t stride, int64_t act1, double slope1, bool has_primary) {
+std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& packed,
+                                             int64_t intrinsic, int64_t ratio, int64_t dw_size,
+                                             int64_t stride, int64_t act1, double slope1,
+                                             bool has_primary) {
   const Image in = image_of(x, "x");
   check_dw_size(dw_size);
   Problem p = problem_of(in);
@@ -312,8 +342,9 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   const int64_t g = p.ghosts(), P = p.out_pixels();
   const PackedLayout at(in.c, intrinsic, g, dw_size, has_primary);
   const ScalarType ct = compute_type(in.dtype);
-  STD_TORCH_CHECK(packed.scalar_type() == ct && packed.numel() == at.numel, "packed does not belong to this module: expected ",
-                  at.numel, " elements, got ", packed.numel());
+  STD_TORCH_CHECK(packed.scalar_type() == ct && packed.numel() == at.numel,
+                  "packed does not belong to this module: expected ", at.numel, " elements, got ",
+                  packed.numel());
   Tensor y = empty({intrinsic, in.n, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
   ApplyArgs apply;
   apply.problem = p;
@@ -347,18 +378,20 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   return {mean, var};
 }
 
-// ---------------------------------------------------------------------------------------------- training
+// ----------------------------------------------------------------------------------------------
+// training
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
-    const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1, const OptionalTensor& beta1, double eps1,
-    const Tensor& w2, const OptionalTensor& gamma2, const OptionalTensor& beta2, double eps2, int64_t out_channels,
-    int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2, bool keep_u) {
+    const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
+    const OptionalTensor& beta1, double eps1, const Tensor& w2, const OptionalTensor& gamma2,
+    const OptionalTensor& beta2, double eps2, int64_t out_channels, int64_t stride, int64_t act1,
+    double slope1, int64_t act2, double slope2, bool keep_u) {
   const Image in = image_of(x, "x");
   if (w1.has_value()) check_primary(*w1, in);
   const int64_t m = w1.has_value() ? w1->size(0) : in.c;
   const CheapWeights cheap = check_cheap(w2, m, in.dtype);
-  STD_TORCH_CHECK(m <= out_channels && out_channels <= m * cheap.ratio, "out_channels must lie in [", m, ", ",
-                  m * cheap.ratio, "], got ", out_channels);
+  STD_TORCH_CHECK(m <= out_channels && out_channels <= m * cheap.ratio,
+                  "out_channels must lie in [", m, ", ", m * cheap.ratio, "], got ", out_channels);
   Problem p = plain_conv(in, m, w1.has_value() ? stride : 1);
   p.out_channels = out_channels;
   p.ratio = cheap.ratio;
@@ -367,11 +400,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   p.act2 = activation(act2, slope2, "act2");
   const int64_t H = p.out_height(), W = p.out_width(), P = H * W;
   const ScalarType ct = compute_type(in.dtype);
-  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"), g2(gamma2, in.dtype, cheap.g, "gamma2"),
-      b2(beta2, in.dtype, cheap.g, "beta2"), taps(w2, in.dtype, cheap.g * cheap.d * cheap.d, "w2");
+  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"),
+      g2(gamma2, in.dtype, cheap.g, "gamma2"), b2(beta2, in.dtype, cheap.g, "beta2"),
+      taps(w2, in.dtype, cheap.g * cheap.d * cheap.d, "w2");
   Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
-  Tensor mean1 = empty({m}, ct), var1 = empty({m}, ct), mean2 = empty({cheap.g}, ct), var2 = empty({cheap.g}, ct);
-  Tensor kept = keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
+  Tensor mean1 = empty({m}, ct), var1 = empty({m}, ct), mean2 = empty({cheap.g}, ct),
+         var2 = empty({cheap.g}, ct);
+  Tensor kept =
+      keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
 
   Tensor scratch = empty({m, in.n, P}, ct);  // u; dies with the call
   compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr());
@@ -396,30 +432,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backward(
-    const Tensor& grad_out, const Tensor& x, const OptionalTensor& u, const OptionalTensor& w1, const OptionalTensor& gamma1,
-    const OptionalTensor& beta1, const Tensor& mean1, const Tensor& var1, double eps1, const Tensor& w2,
-    const OptionalTensor& gamma2, const OptionalTensor& beta2, const Tensor& mean2, const Tensor& var2, double eps2,
-    int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2, bool batch_stats, bool need_dx, bool need_dw1) {
+    const Tensor& grad_out, const Tensor& x, const OptionalTensor& u, const OptionalTensor& w1,
+    const OptionalTensor& gamma1, const OptionalTensor& beta1, const Tensor& mean1,
+    const Tensor& var1, double eps1, const Tensor& w2, const OptionalTensor& gamma2,
+    const OptionalTensor& beta2, const Tensor& mean2, const Tensor& var2, double eps2,
+    int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2, bool batch_stats,
+    bool need_dx, bool need_dw1) {
   const Image in = image_of(x, "x");
   if (w1.has_value()) check_primary(*w1, in);
   const int64_t m = w1.has_value() ? w1->size(0) : in.c, step = w1.has_value() ? stride : 1;
   const CheapWeights cheap = check_cheap(w2, m, in.dtype);
   Problem p = plain_conv(in, m, step);
   const int64_t H = p.out_height(), W = p.out_width(), P = H * W;
-  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.size(0) == in.n && grad_out.size(2) == H && grad_out.size(3) == W &&
-                      grad_out.scalar_type() == x.scalar_type(),
+  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.size(0) == in.n && grad_out.size(2) == H &&
+                      grad_out.size(3) == W && grad_out.scalar_type() == x.scalar_type(),
                   "grad_out must be [", in.n, ", oup, ", H, ", ", W, "] of the dtype of x");
   p.out_channels = grad_out.size(1);
   p.ratio = cheap.ratio;
   p.dw_size = cheap.d;
   p.act1 = activation(act1, slope1, "act1");
   p.act2 = activation(act2, slope2, "act2");
-  STD_TORCH_CHECK(m <= p.out_channels && p.out_channels <= m * cheap.ratio, "grad_out must have ", m, " to ", m * cheap.ratio,
-                  " channels, got ", p.out_channels);
+  STD_TORCH_CHECK(m <= p.out_channels && p.out_channels <= m * cheap.ratio, "grad_out must have ",
+                  m, " to ", m * cheap.ratio, " channels, got ", p.out_channels);
   const ScalarType ct = compute_type(in.dtype);
   const int64_t taps_count = cheap.d * cheap.d;
-  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"), m1(mean1, in.dtype, m, "mean1"),
-      v1(var1, in.dtype, m, "var1"), g2(gamma2, in.dtype, cheap.g, "gamma2"), b2(beta2, in.dtype, cheap.g, "beta2"),
+  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"),
+      m1(mean1, in.dtype, m, "mean1"), v1(var1, in.dtype, m, "var1"),
+      g2(gamma2, in.dtype, cheap.g, "gamma2"), b2(beta2, in.dtype, cheap.g, "beta2"),
       m2(mean2, in.dtype, cheap.g, "mean2"), v2(var2, in.dtype, cheap.g, "var2"),
       taps(w2, in.dtype, cheap.g * taps_count, "w2");
 
@@ -427,24 +466,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   Tensor scratch = empty({m, in.n, P}, ct);
   const bool kept = u.has_value() && u->numel() > 0;
   if (kept) {
-    const Tensor dense = is_dense(*u, Layout::kNCHW) || is_dense(*u, Layout::kNHWC) ? *u : torch::stable::contiguous(*u);
+    const Tensor dense = is_dense(*u, Layout::kNCHW) || is_dense(*u, Layout::kNHWC)
+                             ? *u
+                             : torch::stable::contiguous(*u);
     const Image ku = image_of(dense, "u");
-    STD_TORCH_CHECK(ku.n == in.n && ku.c == m && ku.h == H && ku.w == W && ku.dtype == in.dtype, "u must be [", in.n, ", ", m,
-                    ", ", H, ", ", W, "] of the dtype of x");
+    STD_TORCH_CHECK(ku.n == in.n && ku.c == m && ku.h == H && ku.w == W && ku.dtype == in.dtype,
+                    "u must be [", in.n, ", ", m, ", ", H, ", ", W, "] of the dtype of x");
     compute_u(dense, ku, std::nullopt, m, 1, scratch.mutable_data_ptr());
   } else {
     compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr());
   }
 
   // The gradient may arrive expanded or in the other memory format.
-  Layout grad_layout = is_dense(grad_out, in.layout) ? in.layout : is_dense(grad_out, Layout::kNCHW) ? Layout::kNCHW : Layout::kNHWC;
+  Layout grad_layout = is_dense(grad_out, in.layout)       ? in.layout
+                       : is_dense(grad_out, Layout::kNCHW) ? Layout::kNCHW
+                                                           : Layout::kNHWC;
   Tensor grad = grad_out;
   if (!is_dense(grad, grad_layout)) {
     grad_layout = in.layout;
     grad = torch::stable::contiguous(grad, memory_format(grad_layout));
   }
-  Tensor dw2 = empty({cheap.g, 1, cheap.d, cheap.d}, ct), dgamma1 = empty({m}, ct), dbeta1 = empty({m}, ct),
-         dgamma2 = empty({cheap.g}, ct), dbeta2 = empty({cheap.g}, ct);
+  Tensor dw2 = empty({cheap.g, 1, cheap.d, cheap.d}, ct), dgamma1 = empty({m}, ct),
+         dbeta1 = empty({m}, ct), dgamma2 = empty({cheap.g}, ct), dbeta2 = empty({cheap.g}, ct);
   ChannelArgs args{};
   args.problem = p;
   args.problem.height = H;
@@ -475,11 +518,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
       const Param w(*w1, in.dtype, m * in.c, "w1");
       const Tensor packed = pack_plain(w, in.dtype, in.c, m, 1, in.c);
       ApplyArgs gemm;
-      gemm.problem = plain_conv({in.n, m, H, W, Layout::kNCHW, in.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32},
+      gemm.problem = plain_conv({in.n, m, H, W, Layout::kNCHW,
+                                 in.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32},
                                 in.c, 1);
       gemm.problem.joined = true;
       gemm.plan = plan_apply(gemm.problem, cpu_info(threads()));
-      gemm.plan.stream = gemm.plan.stream && in.layout == Layout::kNCHW && x.scalar_type() == ct && step == 1;
+      gemm.plan.stream =
+          gemm.plan.stream && in.layout == Layout::kNCHW && x.scalar_type() == ct && step == 1;
       gemm.x = scratch.const_data_ptr();
       gemm.x_image = P;
       gemm.x_channel = in.n * P;
@@ -510,24 +555,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   return {dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2};
 }
 
-void ghost_update_running_(Tensor running_mean, Tensor running_var, const Tensor& mean, const Tensor& var, double momentum,
-                           int64_t count) {
+void ghost_update_running_(Tensor running_mean, Tensor running_var, const Tensor& mean,
+                           const Tensor& var, double momentum, int64_t count) {
   const int64_t n = mean.numel();
-  STD_TORCH_CHECK(running_mean.numel() == n && running_var.numel() == n && var.numel() == n, "running statistics must have ", n,
-                  " elements");
+  STD_TORCH_CHECK(running_mean.numel() == n && running_var.numel() == n && var.numel() == n,
+                  "running statistics must have ", n, " elements");
   if (n == 0 || count == 0) return;
   const double unbias = count > 1 ? double(count) / double(count - 1) : 1.0;
   const DType storage = dtype_of(running_mean, "running_mean");
-  STD_TORCH_CHECK(running_var.scalar_type() == running_mean.scalar_type() && running_mean.is_contiguous() &&
-                      running_var.is_contiguous(),
+  STD_TORCH_CHECK(running_var.scalar_type() == running_mean.scalar_type() &&
+                      running_mean.is_contiguous() && running_var.is_contiguous(),
                   "running_mean and running_var must be contiguous and of one dtype");
   const Param m(mean, storage, n, "mean"), v(var, storage, n, "var");
   with_dtype(storage, [&](auto zero) {
     using A = decltype(zero);
     auto blend = [&](Tensor& running, const A* stat, double factor) {
-      Tensor wide = running.scalar_type() == compute_type(storage) ? running : torch::stable::to(running, compute_type(storage));
+      Tensor wide = running.scalar_type() == compute_type(storage)
+                        ? running
+                        : torch::stable::to(running, compute_type(storage));
       A* r = static_cast<A*>(wide.mutable_data_ptr());
-      for (int64_t i = 0; i < n; ++i) r[i] = A((1.0 - momentum) * double(r[i]) + momentum * factor * double(stat[i]));
+      for (int64_t i = 0; i < n; ++i)
+        r[i] = A((1.0 - momentum) * double(r[i]) + momentum * factor * double(stat[i]));
       if (running.scalar_type() != compute_type(storage)) torch::stable::copy_(running, wide);
     };
     blend(running_mean, m.as<A>(), 1.0);

@@ -32,17 +32,24 @@ inline bool is_dense(const Tensor& t, Layout layout) {
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   return DType::kFloat32;
 }
 
-inline ScalarType compute_type(DType t) { return t == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType compute_type(DType t) {
+  return t == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
 
 inline MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
@@ -53,7 +60,8 @@ inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, Layout layout =
                               sizes.size() == 4 ? memory_format(layout) : MemoryFormat::Contiguous);
 }
 
-// A small tensor of parameters in the compute type: the tensor's own memory where it already is, a converted copy otherwise.
+// A small tensor of parameters in the compute type: the tensor's own memory where it already is, a
+// converted copy otherwise.
 class Param {
   std::optional<Tensor> tensor_;
 
@@ -62,7 +70,9 @@ class Param {
   Param(const std::optional<Tensor>& t, DType dtype, int64_t numel, const char* name) {
     if (t.has_value()) init(*t, dtype, numel, name);
   }
-  Param(const Tensor& t, DType dtype, int64_t numel, const char* name) { init(t, dtype, numel, name); }
+  Param(const Tensor& t, DType dtype, int64_t numel, const char* name) {
+    init(t, dtype, numel, name);
+  }
 
   const void* data() const { return tensor_ ? tensor_->const_data_ptr() : nullptr; }
   template <class A>
@@ -75,7 +85,8 @@ class Param {
     STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU, as x is");
     STD_TORCH_CHECK(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
     dtype_of(t, name);
-    tensor_ = t.scalar_type() == compute_type(dtype) ? t : torch::stable::to(t, compute_type(dtype));
+    tensor_ =
+        t.scalar_type() == compute_type(dtype) ? t : torch::stable::to(t, compute_type(dtype));
     if (!tensor_->is_contiguous()) tensor_ = torch::stable::contiguous(*tensor_);
   }
 };
