@@ -82,6 +82,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
       plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));
       while (plan.images > 1 && plan.images * P * (copied + min_group * per_channel) > budget)
         --plan.images;
+      // Equal shares: 16 images in tiles of 5 would leave a tile of 1.
+      plan.images = ceil_div(p.batch, ceil_div(p.batch, plan.images));
       if (plan.images > 1) plan.pack = !p.joined;
     }
     const int64_t px = plan.images * P, left = budget - px * (plan.pack ? p.channels * a : 0);

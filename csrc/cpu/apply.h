@@ -33,6 +33,19 @@ struct Source {
   Layout layout;
   int64_t out_width;
 
+  // Whole images [n, n + images) side by side: dst[c][j * pixels + p].
+  void pack_images(int64_t n, int64_t images, ComputeOf<T>* dst, int64_t ld) const {
+    const int64_t rows = (height - 1) / stride + 1, px = rows * out_width;
+    if (layout == Layout::kNCHW && stride == 1) {
+      // Channel by channel, so that the scratch is written in order.
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t j = 0; j < images; ++j)
+          read_row(x + (n + j) * image + c * channel, dst + c * ld + j * px, px);
+    } else {
+      for (int64_t j = 0; j < images; ++j) pack(n + j, 0, rows, dst + j * px, ld);
+    }
+  }
+
   // Output pixels [row * out_width, (row + rows) * out_width) of image n into dst[c][0 .. rows *
   // out_width).
   void pack(int64_t n, int64_t row, int64_t rows, ComputeOf<T>* dst, int64_t ld) const {
@@ -285,7 +298,7 @@ class ApplyTile {
     const A* x = reinterpret_cast<const A*>(source.x) + n0 * args.x_image;
     int64_t ldx = args.x_channel;
     if (plan.pack) {
-      for (int64_t j = 0; j < images; ++j) source.pack(n0 + j, 0, H, panel + j * P, ld);
+      source.pack_images(n0, images, panel, ld);
       x = panel;
       ldx = ld;
     }

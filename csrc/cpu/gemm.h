@@ -47,7 +47,7 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const V s = set1(shift[i]);
+      const V s = shift ? set1(shift[i]) : V{};
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[i][v] = s;
     }

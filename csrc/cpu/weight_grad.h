@@ -97,6 +97,8 @@ void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t s
 
 // The same sum as a product of transposed operands, [rows, px] x [px, C]: worth its transposes
 // (none of x where x is NHWC) as soon as there are enough rows to share them.
+inline constexpr int64_t kPixelsAFlush = 2048;
+
 template <class T>
 class TransposedGrad {
   using A = ComputeOf<T>;
@@ -106,6 +108,7 @@ class TransposedGrad {
   A* const tile;    // [chunk][ld] x, pixels by channels
   A* const panels;  // [rows / kPanel][chunk][kPanel] du
   A* const planes;  // [C][chunk + 16] x on its way, where it needs converting or gathering first
+  double* const sums;  // [rows][C]
 
  public:
   static int64_t chunk_pixels(int64_t C) {
@@ -114,7 +117,8 @@ class TransposedGrad {
   }
   static int64_t scratch(int64_t C, int64_t rows) {
     const int64_t k = chunk_pixels(C);
-    return k * (round_up(C, 16) + 16) + k * round_up(rows, kPanel) + C * (k + 16) + 256;
+    return k * (round_up(C, 16) + 16) + k * round_up(rows, kPanel) + C * (k + 16) + 256 +
+           2 * rows * C;
   }
 
   TransposedGrad(const WeightGradArgs& a, const Source<T>& s, int64_t rows, A* memory)
@@ -128,12 +132,15 @@ class TransposedGrad {
         chunk(chunk_pixels(C)),
         tile(memory + 64),
         panels(tile + chunk * ld + 64),
-        planes(panels + chunk * round_up(rows, kPanel) + 64) {}
+        planes(panels + chunk * round_up(rows, kPanel) + 64),
+        sums(reinterpret_cast<double*>(planes + round_up(C * (chunk + 16), 2))) {}
 
-  void add(int64_t row0, int64_t rows, A* dw) const {
+  void run(int64_t row0, int64_t rows, A* dw) const {
     const A* du = static_cast<const A*>(args.du);
     const int vecs = C > 4 * kLanes<A> ? (kMaxVecs >= 4 ? 4 : 2) : 2;
-    for (int64_t q = 0; q < N * P; q += chunk) {
+    std::memset(sums, 0, size_t(rows * C) * sizeof(double));
+    bool fresh = true;
+    for (int64_t q = 0, since = 0; q < N * P; q += chunk) {
       const int64_t px = q + chunk < N * P ? chunk : N * P - q;
       int64_t ldx = ld;
       const A* x = load_tile(q, px, ldx);
@@ -143,9 +150,18 @@ class TransposedGrad {
         if (count < kPanel) std::memset(panel, 0, size_t(px * kPanel) * sizeof(A));
         write_transposed(du + (row0 + i) * N * P + q, N * P, panel, kPanel, px, count);
       }
-      const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, true};
+      const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, !fresh};
       gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, false, out);
+      fresh = false;
+      // A float32 sum over all pixels would lose digits: it is moved to double from time to time.
+      since += px;
+      if (since >= kPixelsAFlush || q + px == N * P) {
+        for (int64_t i = 0; i < rows * C; ++i) sums[i] += double(dw[row0 * C + i]);
+        fresh = true;
+        since = 0;
+      }
     }
+    for (int64_t i = 0; i < rows * C; ++i) dw[row0 * C + i] = A(sums[i]);
   }
 
  private:
@@ -212,7 +228,7 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
       (m >= 32 && C >= 64)) {
     A* memory = static_cast<A*>(
         thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
-    TransposedGrad<T>(args, source, row1 - row0, memory).add(row0, row1 - row0, dw);
+    TransposedGrad<T>(args, source, row1 - row0, memory).run(row0, row1 - row0, dw);
     return;
   }
   // Few rows: straight dot products over runs of one image, both operands read where they are.
