@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,10 @@ class Roofline:
     def floor(self, nbytes: float, flops: float) -> float:
         """max(bytes / bandwidth, FLOPs / peak) in seconds."""
         return max(nbytes / self.bandwidth_at(nbytes), flops / self.gemm_peak)
+
+    def at_peak(self, gemm_peak: float) -> Roofline:
+        """The same limits with another GEMM peak, such as the one of this very minute."""
+        return replace(self, gemm_peak=gemm_peak)
 
     def bound(self, nbytes: float, flops: float) -> str:
         """Which of the two binds: ``"memory"`` or ``"gemm"``."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -420,6 +420,20 @@ def ops_of(backend: str) -> Any:
     from ghost_ops import eager_ops
 
     return eager_ops
+
+
+def reference_like(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The children of a module, one after the other, with its present parameters."""
+
+    def forward(x: Tensor) -> Tensor:
+        y = module.primary_conv(x)
+        return torch.cat([y, module.cheap_operation(y)], 1)[:, : module.oup]
+
+    return forward
+
+
+def close(a: Tensor, b: Tensor, what: str = "") -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m: f"{what}: {m}")
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
