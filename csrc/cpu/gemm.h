@@ -135,6 +135,8 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
   }
 }
 
+inline constexpr int64_t kDepth = 256;  // of a slice of K
+
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
 //   shift: padded, or null prefetch: x comes from beyond L2
@@ -144,6 +146,8 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
   constexpr int L = kLanes<A>;
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
+  const int64_t slices = K > kDepth * 3 / 2 ? (K + kDepth - 1) / kDepth : 1;
+  const int64_t depth = K > 0 ? (K + slices - 1) / slices : 1;
   for (int64_t b = 0; b < blocks; ++b) {
     // Even split: 13 vectors in blocks of 6 run as 4 + 4 + 5, not 6 + 6 + 1.
     const int64_t v0 = total * b / blocks, v1 = total * (b + 1) / blocks;
@@ -157,24 +161,37 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
       for (int64_t k = 0; k < K; ++k, next += ldx)
         for (int v = 0; v < vecs; ++v) __builtin_prefetch(next + v * L);
     }
-#define GHOST_COLUMNS(n)                                                                 \
-  case n:                                                                                \
-    if constexpr (n <= kMaxVecs) {                                                       \
-      if (partial)                                                                       \
-        gemm_columns<A, n, true>(xb, ldx, panels, ldpanel, K, shift, M, out, col, tail); \
-      else                                                                               \
-        gemm_columns<A, n, false>(xb, ldx, panels, ldpanel, K, shift, M, out, col, L);   \
-    }                                                                                    \
+    // Deep products go in slices of K whose x columns stay in L1 while all channels pass; the sums
+    // wait in y in between, exactly.
+    for (int64_t k = 0; k == 0 || k < K; k += depth) {
+      const int64_t len = K - k < depth ? K - k : depth;
+      GemmOut<A> o = out;
+      o.accumulate = out.accumulate || k > 0;
+      if (k + len < K) {
+        o.relu = false;
+        o.copy = nullptr;
+      }
+      const A* xk = xb + k * ldx;
+      const A* pk = panels + k * kPanel;
+#define GHOST_COLUMNS(n)                                                             \
+  case n:                                                                            \
+    if constexpr (n <= kMaxVecs) {                                                   \
+      if (partial)                                                                   \
+        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail); \
+      else                                                                           \
+        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L);   \
+    }                                                                                \
     break;
-    switch (int(v1 - v0)) {
-      GHOST_COLUMNS(1)
-      GHOST_COLUMNS(2)
-      GHOST_COLUMNS(3)
-      GHOST_COLUMNS(4)
-      GHOST_COLUMNS(5)
-      GHOST_COLUMNS(6)
-    }
+      switch (int(v1 - v0)) {
+        GHOST_COLUMNS(1)
+        GHOST_COLUMNS(2)
+        GHOST_COLUMNS(3)
+        GHOST_COLUMNS(4)
+        GHOST_COLUMNS(5)
+        GHOST_COLUMNS(6)
+      }
 #undef GHOST_COLUMNS
+    }
   }
 }
 

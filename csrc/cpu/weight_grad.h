@@ -105,9 +105,9 @@ class TransposedGrad {
   const WeightGradArgs& args;
   const Source<T>& source;
   const int64_t N, C, P, W, ld, chunk;
-  A* const tile;    // [chunk][ld] x, pixels by channels
-  A* const panels;  // [rows / kPanel][chunk][kPanel] du
-  A* const planes;  // [C][chunk + 16] x on its way, where it needs converting or gathering first
+  A* const tile;       // [chunk][ld] x, pixels by channels
+  A* const panels;     // [rows / kPanel][chunk][kPanel] du
+  A* const planes;     // [C][chunk + 16] x on its way, where it needs converting or gathering first
   double* const sums;  // [rows][C]
 
  public:
