@@ -26,6 +26,12 @@ bool keep_primary(const Problem& p) {
   return p.intrinsic * p.out_pixels() * 4 <= p.channels * p.height * p.width;
 }
 
+bool transposes_for_weight_grad(const Problem& p) {
+  const bool planes =
+      p.layout == Layout::kNCHW && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype);
+  return !planes || (p.intrinsic >= 32 && p.channels >= 64);
+}
+
 Traffic traffic(const Problem& p) {
   const int64_t e = element_size(p.dtype), px = p.batch * p.out_pixels();
   const int64_t m = p.intrinsic, g = p.ghosts(), d2 = p.dw_size * p.dw_size;

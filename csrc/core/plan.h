@@ -42,5 +42,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu);
 Traffic traffic(const Problem& p);
 // Keep u for backward? Only where it is a quarter of x or less: one GEMM saved for little memory.
 bool keep_primary(const Problem& p);
+// dw1 through transposed tiles? Needed wherever x is not read as float NCHW planes; otherwise it
+// pays once there are enough rows and columns to share the transposes.
+bool transposes_for_weight_grad(const Problem& p);
 
 }  // namespace ghost

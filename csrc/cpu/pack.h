@@ -33,4 +33,26 @@ void fold_norm(const A* gamma, const A* beta, const A* mean, const A* var, doubl
   }
 }
 
+// The PackedLayout of an affine map without primary convolution that changes nothing.
+template <class A>
+void identity_affine(int64_t n, A* packed) {
+  for (int64_t i = 0; i < n; ++i) {
+    packed[i] = A(1);
+    packed[n + i] = A(0);
+  }
+}
+
+// w [g][taps] -> out, every map's taps scaled.
+template <class A>
+void scale_taps(const A* w, int64_t g, int64_t taps, const A* scale, A* out) {
+  for (int64_t i = 0; i < g * taps; ++i) out[i] = w[i] * scale[i / taps];
+}
+
+// running = (1 - momentum) * running + momentum * factor * stat; factor makes a variance unbiased.
+template <class A>
+void blend_running(A* running, const A* stat, int64_t n, double momentum, double factor) {
+  for (int64_t i = 0; i < n; ++i)
+    running[i] = A((1.0 - momentum) * double(running[i]) + momentum * factor * double(stat[i]));
+}
+
 }  // namespace ghost

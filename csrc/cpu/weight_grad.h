@@ -224,8 +224,7 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   std::memset(dw + row0 * C, 0, size_t(row1 - row0) * C * sizeof(A));
   if (P == 0 || N == 0 || C == 0) return;
 
-  if (p.layout == Layout::kNHWC || sizeof(T) != sizeof(A) || p.stride != 1 ||
-      (m >= 32 && C >= 64)) {
+  if (args.transpose) {
     A* memory = static_cast<A*>(
         thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
     TransposedGrad<T>(args, source, row1 - row0, memory).run(row0, row1 - row0, dw);

@@ -129,8 +129,7 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
       std::copy(scale1.begin(), scale1.end(), p + at.scale1);
     }
     std::copy(shift1.begin(), shift1.end(), p + at.shift1);
-    const A* src = cheap.as<A>();
-    for (int64_t i = 0; i < g * d * d; ++i) p[at.w2 + i] = src[i] * scale2[size_t(i / (d * d))];
+    scale_taps(cheap.as<A>(), g, d * d, scale2.data(), p + at.w2);
     std::copy(shift2.begin(), shift2.end(), p + at.shift2);
   });
   return packed;
@@ -223,6 +222,15 @@ Problem plain_conv(const Image& x, int64_t out_channels, int64_t stride) {
   return p;
 }
 
+// Packed parameters that pass n channels through unchanged.
+Tensor identity(int64_t n, DType dtype) {
+  Tensor packed = empty({2 * n}, compute_type(dtype));
+  with_dtype(dtype, [&](auto zero) {
+    identity_affine(n, static_cast<decltype(zero)*>(packed.mutable_data_ptr()));
+  });
+  return packed;
+}
+
 // u = w1 * x (or x itself without w1) as [m, N, P] of the compute type.
 void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m,
                int64_t stride, void* u) {
@@ -233,13 +241,7 @@ void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64
     packed = pack_plain(Param(*w1, in.dtype, m * in.c, "w1"), in.dtype, m, in.c, in.c, 1);
   } else {
     args.problem.has_primary = false;
-    packed = empty({2 * m}, compute_type(in.dtype));
-    with_dtype(in.dtype, [&](auto zero) {
-      using A = decltype(zero);
-      A* p = static_cast<A*>(packed.mutable_data_ptr());
-      std::fill(p, p + m, A(1));
-      std::fill(p + m, p + 2 * m, A(0));
-    });
+    packed = identity(m, in.dtype);
   }
   args.plan = plan_apply(args.problem, cpu_info(threads()));
   args.plan.stream = false;  // u is read again at once
@@ -263,13 +265,7 @@ void store_u(const void* u, const Problem& shape, Tensor& dst, Layout layout) {
   p.ratio = p.stride = p.dw_size = 1;
   p.has_primary = false;
   p.act1 = p.act2 = {};
-  Tensor identity = empty({2 * p.intrinsic}, compute_type(p.dtype));
-  with_dtype(p.dtype, [&](auto zero) {
-    using A = decltype(zero);
-    A* q = static_cast<A*>(identity.mutable_data_ptr());
-    std::fill(q, q + p.intrinsic, A(1));
-    std::fill(q + p.intrinsic, q + 2 * p.intrinsic, A(0));
-  });
+  const Tensor unchanged = identity(p.intrinsic, p.dtype);
   ApplyArgs args;
   args.problem = p;
   args.problem.dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -278,7 +274,7 @@ void store_u(const void* u, const Problem& shape, Tensor& dst, Layout layout) {
   args.x = u;
   args.x_image = p.height * p.width;
   args.x_channel = p.batch * p.height * p.width;
-  args.packed = identity.const_data_ptr();
+  args.packed = unchanged.const_data_ptr();
   args.residual = nullptr;
   args.out = dst.mutable_data_ptr();
   args.out_layout = layout;
@@ -547,6 +543,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
     wg.du = scratch.const_data_ptr();
     wg.x = x.const_data_ptr();
     wg.dw1 = sums.mutable_data_ptr();
+    wg.transpose = transposes_for_weight_grad(wg.problem);
     const auto kernel = k.weight_grad[int(in.dtype)];
     parallel(weight_grad_items(wg.problem), [&](int64_t b, int64_t e) { kernel(wg, b, e); });
     dw1 = x.scalar_type() == ct ? sums : torch::stable::to(sums, x.scalar_type());
@@ -573,9 +570,7 @@ void ghost_update_running_(Tensor running_mean, Tensor running_var, const Tensor
       Tensor wide = running.scalar_type() == compute_type(storage)
                         ? running
                         : torch::stable::to(running, compute_type(storage));
-      A* r = static_cast<A*>(wide.mutable_data_ptr());
-      for (int64_t i = 0; i < n; ++i)
-        r[i] = A((1.0 - momentum) * double(r[i]) + momentum * factor * double(stat[i]));
+      blend_running(static_cast<A*>(wide.mutable_data_ptr()), stat, n, momentum, factor);
       if (running.scalar_type() != compute_type(storage)) torch::stable::copy_(running, wide);
     };
     blend(running_mean, m.as<A>(), 1.0);
