@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import activations, backends
+from . import activations, backends, watch
 from .activations import ActivationSpec
 from .autograd import (
     LOW_PRECISION,
@@ -30,8 +29,6 @@ from .reference import Norms, _build_children, _checked_arguments, composed_forw
 from .structure import Structure, inspect
 
 _announced: set[str] = set()
-_version = operator.attrgetter("_version")
-_address = Tensor.data_ptr
 
 
 def _announce_unfused(reason: str) -> None:
@@ -46,16 +43,13 @@ def _announce_unfused(reason: str) -> None:
 
 
 class _Packed:
-    """Packed weights of a module in eval mode, and all that they were made from.
+    """Packed weights of a module in eval mode, and the watch over all that they were made from.
 
-    A tensor counts as unchanged if its module still has the same object, with the same version
-    and at the same address. ``alive`` holds the memory, so that nothing else comes to the address.
     PyTorch's batch norm does not raise the version of the running statistics that it updates; the
     count of batches is among the tensors because it tells.
     """
 
     __slots__ = (
-        "addresses",
         "alive",
         "apply",
         "arguments",
@@ -65,17 +59,16 @@ class _Packed:
         "device_type",
         "dtype",
         "library_w1",
+        "out_channels",
         "packed",
-        "places",
         "request",
-        "structure",
-        "tensors",
-        "values",
-        "versions",
+        "settings",
+        "unchanged",
     )
 
     def __init__(
         self,
+        module: nn.Module,
         structure: Structure,
         places: tuple[dict, ...],
         tensors: tuple[Tensor, ...],
@@ -83,54 +76,39 @@ class _Packed:
     ) -> None:
         conv1, conv2 = structure.conv1, structure.conv2
         w1, w2 = conv1.weight.detach(), conv2.weight.detach()
-        fused = is_fused_primary(w1, structure.settings)
+        self.settings = structure.settings
+        self.out_channels = self.settings.out_channels
+        fused = is_fused_primary(w1, self.settings)
         norms = Norms(*_norm_tensors(structure.bn1), *_norm_tensors(structure.bn2))
         functions = ops_named(backend)
-        self.structure = structure
         self.backend, self.request = backend, backends.requested()
-        self.places, self.tensors = places, tensors
-        self.values = tuple(t for values in places for t in values.values())
+        # Keeps the memory, so that nothing else comes to a watched address.
         self.alive = [t.detach() for t in tensors]
         # Before packing: a change in the meantime, by another thread, is then noticed.
-        self.versions = tuple(map(_version, tensors))
-        self.addresses = tuple(map(_address, tensors))
+        dicts, items, absent = structure.watched(module)
+        modes = tuple((bn.__dict__, "training") for bn in (structure.bn1, structure.bn2))
+        self.unchanged = watch.make((*dicts, *places), (*items, *modes), absent, tensors).unchanged
         self.dtype, self.device, self.device_type = w1.dtype, w1.device, w1.device.type
-        self.channels = w1.size(1) * structure.settings.groups
+        self.channels = w1.size(1) * self.settings.groups
         self.library_w1 = None if fused else w1
         with torch.no_grad():
             weight = w1 if fused else None
-            self.packed = pack(functions, weight, w2, norms, structure.settings)
+            self.packed = pack(functions, weight, w2, norms, self.settings)
         self.apply = functions.ghost_apply
-        self.arguments = apply_arguments(w1.size(0), w2, structure.settings, fused)
+        self.arguments = apply_arguments(w1.size(0), w2, self.settings, fused)
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether packing now would give the same. Runs at every call."""
-        structure = self.structure
         return (
-            not (structure.bn1.training or structure.bn2.training)
-            and tuple(map(_version, self.tensors)) == self.versions
-            and tuple(map(_address, self.tensors)) == self.addresses
-            and self._holds_same_tensors()
-            and structure.is_current(module)
+            module.oup == self.out_channels
+            and self.unchanged()
             and backends.requested() == self.request
         )
-
-    def _holds_same_tensors(self) -> bool:
-        conv1, conv2, weights1, weights2, stats1, stats2 = self.places
-        now = (
-            *conv1.values(),
-            *conv2.values(),
-            *weights1.values(),
-            *weights2.values(),
-            *stats1.values(),
-            *stats2.values(),
-        )
-        return len(now) == len(self.values) and all(map(operator.is_, now, self.values))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output for an x that is dense and fits."""
         if self.library_w1 is not None:
-            x = dense(library_conv(x, self.library_w1, self.structure.settings))
+            x = dense(library_conv(x, self.library_w1, self.settings))
         return self.apply(x, self.packed, None, *self.arguments)
 
 
@@ -288,7 +266,7 @@ class FusedGhostModule(nn.Module):
             tensors = tuple(t for values in places for t in values.values() if t is not None)
             if not _watchable(structure, tensors):
                 return None
-            self._packed = kept = _Packed(structure, places, tensors, backend)
+            self._packed = kept = _Packed(self, structure, places, tensors, backend)
         return kept(dense(data))
 
     def _read_structure(self) -> Structure | str:

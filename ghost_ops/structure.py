@@ -7,7 +7,8 @@ whether a former answer still holds.
 
 from __future__ import annotations
 
-from operator import attrgetter
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import activations
+from . import activations, watch
 from .reference import Settings
 
 # Forward pre-hooks that only compute a parameter from others: they can be run without the module.
@@ -30,10 +31,9 @@ _GLOBAL_HOOKS = (
     module_globals._global_backward_hooks,
 )
 
-_conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_eps = attrgetter("eps")
-# The activations that have a parameter, and where it is.
-_act_state = {nn.LeakyReLU: attrgetter("negative_slope"), nn.GELU: attrgetter("approximate")}
+_CONV_STATE = ("stride", "padding", "dilation", "groups", "padding_mode")
+# The activations that have a parameter, and its name.
+_ACT_STATE = {nn.LeakyReLU: "negative_slope", nn.GELU: "approximate"}
 
 
 class Structure:
@@ -51,10 +51,9 @@ class Structure:
         "dicts",
         "hooks",
         "parameter_hooks",
-        "parametric",
         "primary",
         "settings",
-        "state",
+        "unchanged",
     )
 
     def __init__(self, primary: nn.Sequential, cheap: nn.Sequential) -> None:
@@ -63,35 +62,32 @@ class Structure:
         self.conv2, self.bn2, self.act2 = cheap
         self.children = (*primary, *cheap)
         everyone = (primary, cheap, *self.children)
-        self.parametric = tuple(a for a in (self.act1, self.act2) if type(a) in _act_state)
         self.dicts = tuple(module.__dict__ for module in everyone)
         self.hooks = tuple(hooks for module in everyone for hooks in _hooks_of(module))
         self.hooks += _GLOBAL_HOOKS
         self.parameter_hooks: tuple[tuple[Any, nn.Module], ...] = ()
         self.settings: Settings
-        self.state: tuple = ()
+        self.unchanged: Callable[[], bool] = _never
 
-    def read_state(self) -> tuple:
-        """The plain attributes that ``settings`` depends on."""
-        conv1, conv2 = _conv_state(self.conv1), _conv_state(self.conv2)
-        state = (conv1, conv2, _eps(self.bn1), _eps(self.bn2))
-        for act in self.parametric:
-            state += (_act_state[type(act)](act),)
-        return state
+    def watched(self, module: nn.Module) -> tuple[tuple, tuple, tuple]:
+        """What ``settings`` and the absence of hooks depend on: dicts, items, absent of a Watch.
+
+        ``module`` is the Ghost module; its attribute ``oup`` is left out, which would tie it to
+        the watch that it holds.
+        """
+        items = [(module._modules, "primary_conv"), (module._modules, "cheap_operation")]
+        for conv in (self.conv1, self.conv2):
+            items += [(conv.__dict__, name) for name in _CONV_STATE]
+        items += [(bn.__dict__, "eps") for bn in (self.bn1, self.bn2)]
+        for act in (self.act1, self.act2):
+            if type(act) in _ACT_STATE:
+                items.append((act.__dict__, _ACT_STATE[type(act)]))
+        dicts = (self.primary._modules, self.cheap._modules, *self.hooks)
+        return dicts, tuple(items), tuple((attributes, "forward") for attributes in self.dicts)
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether the module still is as it was inspected: children, attributes and no hooks."""
-        own, primary, cheap = module._modules, self.primary, self.cheap
-        if own.get("primary_conv") is not primary or own.get("cheap_operation") is not cheap:
-            return False
-        if (*primary._modules.values(), *cheap._modules.values()) != self.children:
-            return False
-        if any(self.hooks) or module.oup != self.settings.out_channels:
-            return False
-        for attributes in self.dicts:
-            if "forward" in attributes:
-                return False
-        return self.read_state() == self.state
+        return module.oup == self.settings.out_channels and self.unchanged()
 
     def run_parameter_hooks(self) -> None:
         """Let weight norm, spectral norm and pruning compute their parameters."""
@@ -136,9 +132,15 @@ def inspect(module: nn.Module) -> Structure | str:
         module.oup, conv.stride, conv.padding, conv.dilation, conv.groups,
         found.bn1.eps, found.bn2.eps, *act1, *act2,
     )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        found.state = found.read_state()
+    if not torch.compiler.is_compiling() and not found.parameter_hooks:
+        # A subclass may keep an attribute elsewhere: then every call inspects anew.
+        with suppress(KeyError):
+            found.unchanged = watch.make(*found.watched(module)).unchanged
     return found
+
+
+def _never() -> bool:
+    return False
 
 
 def _computes_as(kind: type, base: type) -> bool:

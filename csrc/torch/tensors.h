@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -55,9 +56,25 @@ inline MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, Layout layout = Layout::kNCHW) {
-  return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
-                              sizes.size() == 4 ? memory_format(layout) : MemoryFormat::Contiguous);
+// Dense and uninitialised, on the CPU. The call that the library functions end in, without the
+// dispatcher on the way: it is called several times in an operator that may take 5 us in all.
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
+                    Layout layout = Layout::kNCHW) {
+  static constexpr size_t kNHWC[4] = {1, 3, 2, 0};
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t k = 0; k < sizes.size(); ++k) {
+    const bool channels_last = layout == Layout::kNHWC && sizes.size() == 4;
+    const size_t d = channels_last ? kNHWC[k] : sizes.size() - 1 - k;
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 // A small tensor of parameters in the compute type: the tensor's own memory where it already is, a

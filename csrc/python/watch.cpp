@@ -1,0 +1,242 @@
+// A module in eval mode asks before every call whether its parameters, buffers, children, hooks and
+// settings still are what its packed weights were made from. Twelve tensors, twenty dictionaries
+// and as many attributes: in Python that costs more than a small module's whole arithmetic, so it
+// is done here, with the C API and no torch header. ghost_ops/watch.py has the same in Python, and
+// says what each argument means.
+#include "python/watch.h"
+
+#include <new>
+#include <vector>
+
+namespace {
+
+struct Dict {
+  PyObject* dict;
+  std::vector<PyObject*> values;  // in the dictionary's order
+};
+
+struct Item {
+  PyObject *dict, *key, *value;  // value nullptr: the key must be absent
+};
+
+struct WatchedTensor {
+  PyObject* tensor;
+  long long version, address;
+};
+
+struct Contents {
+  std::vector<Dict> dicts;
+  std::vector<Item> items;
+  std::vector<WatchedTensor> tensors;
+
+  template <class F>
+  int for_each(F&& f) {
+    for (Dict& d : dicts) {
+      if (int stop = f(d.dict)) return stop;
+      for (PyObject*& value : d.values)
+        if (int stop = f(value)) return stop;
+    }
+    for (Item& i : items)
+      for (PyObject** p : {&i.dict, &i.key, &i.value})
+        if (*p != nullptr)
+          if (int stop = f(*p)) return stop;
+    for (WatchedTensor& t : tensors)
+      if (int stop = f(t.tensor)) return stop;
+    return 0;
+  }
+};
+
+struct Watch {
+  PyObject_HEAD Contents* contents;
+};
+
+PyObject* g_version = nullptr;  // interned attribute names
+PyObject* g_data_ptr = nullptr;
+
+// The integer that a new reference holds; false with a Python exception set where there is none.
+bool take_integer(PyObject* number, long long* out) {
+  if (number == nullptr) return false;
+  // Addresses can have the top bit set: only their bits matter here.
+  *out = static_cast<long long>(PyLong_AsUnsignedLongLongMask(number));
+  Py_DECREF(number);
+  return !(*out == -1 && PyErr_Occurred());
+}
+
+bool read_tensor(PyObject* tensor, long long* version, long long* address) {
+  return take_integer(PyObject_GetAttr(tensor, g_version), version) &&
+         take_integer(PyObject_CallMethodNoArgs(tensor, g_data_ptr), address);
+}
+
+bool is_dict(PyObject* object, const char* what) {
+  if (PyDict_Check(object)) return true;
+  PyErr_Format(PyExc_TypeError, "Watch: %s must be dictionaries, got %s", what,
+               Py_TYPE(object)->tp_name);
+  return false;
+}
+
+bool add_dicts(Contents& to, PyObject* dicts) {
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(dicts); ++k) {
+    PyObject* dict = PyTuple_GET_ITEM(dicts, k);
+    if (!is_dict(dict, "dicts")) return false;
+    Dict entry{Py_NewRef(dict), {}};
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);)
+      entry.values.push_back(Py_NewRef(value));
+    to.dicts.push_back(std::move(entry));
+  }
+  return true;
+}
+
+bool add_items(Contents& to, PyObject* items, bool absent) {
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(items); ++k) {
+    PyObject* item = PyTuple_GET_ITEM(items, k);
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 2) {
+      PyErr_SetString(PyExc_TypeError, "Watch: items and absent must be pairs (dictionary, key)");
+      return false;
+    }
+    PyObject* dict = PyTuple_GET_ITEM(item, 0);
+    PyObject* key = PyTuple_GET_ITEM(item, 1);
+    if (!is_dict(dict, "those of items and absent")) return false;
+    PyObject* value = PyDict_GetItemWithError(dict, key);
+    if (value == nullptr && PyErr_Occurred()) return false;
+    if ((value == nullptr) != absent) {
+      PyErr_SetObject(PyExc_KeyError, key);
+      return false;
+    }
+    to.items.push_back({Py_NewRef(dict), Py_NewRef(key), Py_XNewRef(value)});
+  }
+  return true;
+}
+
+bool add_tensors(Contents& to, PyObject* tensors) {
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tensors); ++k) {
+    PyObject* tensor = PyTuple_GET_ITEM(tensors, k);
+    long long version, address;
+    if (!read_tensor(tensor, &version, &address)) return false;
+    to.tensors.push_back({Py_NewRef(tensor), version, address});
+  }
+  return true;
+}
+
+int watch_clear(Watch* self) {
+  if (self->contents != nullptr) {
+    Contents* contents = self->contents;
+    self->contents = nullptr;  // first: a destructor may come back here
+    contents->for_each([](PyObject* object) {
+      Py_DECREF(object);
+      return 0;
+    });
+    delete contents;
+  }
+  return 0;
+}
+
+PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+  static const char* kNames[] = {"dicts", "items", "absent", "tensors", nullptr};
+  PyObject *dicts, *items, *absent, *tensors;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!O!O!:Watch", const_cast<char**>(kNames),
+                                   &PyTuple_Type, &dicts, &PyTuple_Type, &items, &PyTuple_Type,
+                                   &absent, &PyTuple_Type, &tensors))
+    return nullptr;
+  Watch* self = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));
+  if (self == nullptr) return nullptr;
+  self->contents = new (std::nothrow) Contents;
+  if (self->contents == nullptr) {
+    Py_DECREF(self);
+    return PyErr_NoMemory();
+  }
+  if (!add_dicts(*self->contents, dicts) || !add_items(*self->contents, items, false) ||
+      !add_items(*self->contents, absent, true) || !add_tensors(*self->contents, tensors)) {
+    Py_DECREF(self);
+    return nullptr;
+  }
+  return reinterpret_cast<PyObject*>(self);
+}
+
+int watch_traverse(Watch* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  if (self->contents == nullptr) return 0;
+  return self->contents->for_each([&](PyObject* object) { return visit(object, arg); });
+}
+
+void watch_dealloc(Watch* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  watch_clear(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+bool holds(const Dict& entry) {
+  if (PyDict_GET_SIZE(entry.dict) != static_cast<Py_ssize_t>(entry.values.size())) return false;
+  if (entry.values.empty()) return true;
+  PyObject *key, *value;
+  size_t k = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(entry.dict, &at, &key, &value); ++k)
+    if (k >= entry.values.size() || value != entry.values[k]) return false;
+  return true;
+}
+
+bool holds(const Item& item) {
+  PyObject* value = PyDict_GetItemWithError(item.dict, item.key);
+  if (value == item.value) return true;
+  if (value == nullptr || item.value == nullptr) return false;
+  Py_INCREF(value);
+  const int equal = PyObject_RichCompareBool(value, item.value, Py_EQ);
+  Py_DECREF(value);
+  return equal == 1;
+}
+
+bool holds(const WatchedTensor& entry) {
+  long long version, address;
+  return read_tensor(entry.tensor, &version, &address) && version == entry.version &&
+         address == entry.address;
+}
+
+PyObject* watch_unchanged(Watch* self, PyObject*) {
+  const auto all = [](const auto& entries) {
+    for (const auto& entry : entries)
+      if (!holds(entry)) return false;
+    return true;
+  };
+  // Comparing values can run Python, and that could drop the last reference to this object.
+  Py_INCREF(self);
+  const Contents* c = self->contents;
+  const bool same = c != nullptr && all(c->dicts) && all(c->items) && all(c->tensors);
+  Py_DECREF(self);
+  // What cannot be read any more has changed.
+  if (!same) PyErr_Clear();
+  return PyBool_FromLong(same);
+}
+
+PyMethodDef g_methods[] = {
+    {"unchanged", reinterpret_cast<PyCFunction>(watch_unchanged), METH_NOARGS,
+     "Whether everything watched is as it was at construction."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot g_slots[] = {
+    {Py_tp_doc, const_cast<char*>("Watch(dicts, items, absent, tensors): see ghost_ops.watch.")},
+    {Py_tp_new, reinterpret_cast<void*>(watch_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(watch_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(watch_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(watch_clear)},
+    {Py_tp_methods, g_methods},
+    {0, nullptr},
+};
+
+PyType_Spec g_spec = {"ghost_ops._C.Watch", sizeof(Watch), 0,
+                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, g_slots};
+
+}  // namespace
+
+int add_watch_type(PyObject* module) {
+  g_version = PyUnicode_InternFromString("_version");
+  g_data_ptr = PyUnicode_InternFromString("data_ptr");
+  if (g_version == nullptr || g_data_ptr == nullptr) return -1;
+  PyObject* type = PyType_FromSpec(&g_spec);
+  if (type == nullptr) return -1;
+  const int failed = PyModule_AddObjectRef(module, "Watch", type);
+  Py_DECREF(type);
+  return failed;
+}
