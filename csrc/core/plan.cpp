@@ -123,7 +123,7 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   plan.items = tiles * plan.row_splits * plan.channel_splits;
   const int64_t x_total = p.batch * p.channels * p.height * p.width * element_size(p.dtype);
   const int64_t out_bytes = p.batch * p.out_channels * P * element_size(p.dtype);
-  plan.prefetch = !plan.pack && x_total + out_bytes > 8 * cpu.l2_bytes;
+  plan.prefetch = !plan.pack && x_total + out_bytes > 2 * cpu.l2_bytes;
   plan.stream = native && !p.has_residual && out_bytes > 3 * cpu.l2_bytes;
 
   const int64_t tile_px = plan.images * std::min(H, plan.band_rows + 2 * pad) * W + 64;

@@ -30,9 +30,12 @@ struct GemmOut {
 };
 
 // One register block. w points at the first of kRows channels inside a panel (stride kPanel per k).
-template <class A, int kRows, int kVecs, bool kTail>
+// next (kPrefetch): two vectors of each of K rows that a later block reads, fetched between the
+// products. All at once they would stop the products: a core keeps few lines in flight.
+template <class A, int kRows, int kVecs, bool kTail, bool kPrefetch>
 GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift,
-                             const GemmOut<A>& out, int64_t col, int rows, int64_t tail) {
+                             const GemmOut<A>& out, int64_t col, int rows, int64_t tail,
+                             const A* next) {
   constexpr int L = kLanes<A>;
   using V = Vec<A>;
   V acc[kRows][kVecs];
@@ -53,6 +56,11 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
     }
   }
   for (int64_t k = 0; k < K; ++k) {
+    if constexpr (kPrefetch) {
+      __builtin_prefetch(next, 0, 2);
+      __builtin_prefetch(next + L, 0, 2);
+      next += ldx;
+    }
     V xv[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
@@ -102,12 +110,14 @@ inline constexpr int kMaxVecs = 3;
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
 #endif
 
-// All channels [0, M) of one block of pixels, kVecs wide.
+// All channels [0, M) of one block of pixels, kVecs wide. next: kVecs vectors of each of K rows
+// that come after, to be fetched meanwhile, or null.
 template <class A, int kVecs, bool kTail>
 __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels,
                                             int64_t ldpanel, int64_t K, const A* shift, int64_t M,
-                                            const GemmOut<A>& out, int64_t col, int64_t tail) {
-  constexpr int R = kRowsFor[kVecs];
+                                            const GemmOut<A>& out, int64_t col, int64_t tail,
+                                            const A* next) {
+  constexpr int R = kRowsFor[kVecs], L = kLanes<A>;
   GemmOut<A> o = out;
   for (int64_t i = 0; i < M; i += R) {
     const A* w = panels + i / kPanel * ldpanel + i % kPanel;
@@ -115,10 +125,15 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
     o.y = out.y + i * out.ldy;
     o.copy = out.copy ? out.copy + i * out.ldcopy : nullptr;
     const int rows = M - i < R ? int(M - i) : R;
+    if (!kTail && rows == R && next && i / R * 2 < kVecs) {
+      gemm_block<A, R, kVecs, false, true>(x, ldx, w, K, s, o, col, rows, tail,
+                                           next + i / R * 2 * L);
+      continue;
+    }
     // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels,
     // so a block may compute idle rows; it never stores them.
 #define GHOST_ROWS(n) \
-  gemm_block<A, (n <= R ? n : R), kVecs, kTail>(x, ldx, w, K, s, o, col, rows, tail)
+  gemm_block<A, (n <= R ? n : R), kVecs, kTail, false>(x, ldx, w, K, s, o, col, rows, tail, nullptr)
     if (rows > 8)
       GHOST_ROWS(12);
     else if (rows > 6)
@@ -139,7 +154,7 @@ inline constexpr int64_t kDepth = 256;  // of a slice of K
 
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
-//   shift: padded, or null prefetch: x comes from beyond L2
+//   shift: padded, or null; prefetch: x comes from beyond L2
 template <class A>
 void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift,
              int64_t M, int64_t pixels, int vecs, bool prefetch, const GemmOut<A>& out) {
@@ -154,13 +169,6 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
     const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
     const bool partial = tail < L;
     const A* xb = x + col;
-    if (prefetch && b + 1 < blocks) {
-      // A block reads a short run of each of K planes, more streams than the hardware prefetchers
-      // follow.
-      const A* next = x + v1 * L;
-      for (int64_t k = 0; k < K; ++k, next += ldx)
-        for (int v = 0; v < vecs; ++v) __builtin_prefetch(next + v * L);
-    }
     // Deep products go in slices of K whose x columns stay in L1 while all channels pass; the sums
     // wait in y in between, exactly.
     for (int64_t k = 0; k == 0 || k < K; k += depth) {
@@ -173,14 +181,16 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
       }
       const A* xk = xb + k * ldx;
       const A* pk = panels + k * kPanel;
-#define GHOST_COLUMNS(n)                                                             \
-  case n:                                                                            \
-    if constexpr (n <= kMaxVecs) {                                                   \
-      if (partial)                                                                   \
-        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail); \
-      else                                                                           \
-        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L);   \
-    }                                                                                \
+      // A block reads a short run of each of K planes: more streams than the hardware follows.
+      const A* next = !prefetch ? nullptr : k + len < K ? xk + len * ldx : x + v1 * L;
+#define GHOST_COLUMNS(n)                                                                   \
+  case n:                                                                                  \
+    if constexpr (n <= kMaxVecs) {                                                         \
+      if (partial)                                                                         \
+        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, next); \
+      else                                                                                 \
+        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, next);   \
+    }                                                                                      \
     break;
       switch (int(v1 - v0)) {
         GHOST_COLUMNS(1)
