@@ -26,10 +26,13 @@ bool keep_primary(const Problem& p) {
   return p.intrinsic * p.out_pixels() * 4 <= p.channels * p.height * p.width;
 }
 
-bool transposes_for_weight_grad(const Problem& p) {
+WeightGradPath plan_weight_grad(const Problem& p) {
   const bool planes =
       p.layout == Layout::kNCHW && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype);
-  return !planes || (p.intrinsic >= 32 && p.channels >= 64);
+  if (!planes) return WeightGradPath::kTransposed;
+  // Below about 32 rows the lanes of the broadcast product would idle.
+  if (p.intrinsic > 32 && p.channels >= 2 * p.intrinsic) return WeightGradPath::kBroadcast;
+  return p.intrinsic >= 32 && p.channels >= 64 ? WeightGradPath::kTransposed : WeightGradPath::kDot;
 }
 
 Traffic traffic(const Problem& p) {
@@ -82,7 +85,10 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
     // A map that leaves the last vector mostly idle is joined with its neighbours.
     const int64_t vectors = ceil_div(P, cpu.lanes);
     const bool ragged = P * 10 < vectors * cpu.lanes * 9;
-    if (ragged && p.batch > 1 && p.has_primary) {
+    // Joined images leave through scratch. Where the sums are short that costs more than idle
+    // lanes, and here the images lie side by side already.
+    const bool side_by_side = p.joined && p.channels < 256;
+    if (ragged && p.batch > 1 && p.has_primary && !side_by_side) {
       const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.threads);
       const int64_t copied = p.joined ? 0 : p.channels * a;
       plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));

@@ -42,8 +42,12 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu);
 Traffic traffic(const Problem& p);
 // Keep u for backward? Only where it is a quarter of x or less: one GEMM saved for little memory.
 bool keep_primary(const Problem& p);
-// dw1 through transposed tiles? Needed wherever x is not read as float NCHW planes; otherwise it
-// pays once there are enough rows and columns to share the transposes.
-bool transposes_for_weight_grad(const Problem& p);
+// How dw1[i][k] = sum over pixels of du[i] x[k] is computed, see cpu/weight_grad.h.
+enum class WeightGradPath : int {
+  kDot,         // dot products over pixels of du and x where they are: few rows or columns
+  kTransposed,  // du and x transposed: also where x is not read as planes of the compute type
+  kBroadcast,   // du transposed, x broadcast from its planes: x much wider than du
+};
+WeightGradPath plan_weight_grad(const Problem& p);
 
 }  // namespace ghost

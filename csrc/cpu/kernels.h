@@ -69,7 +69,7 @@ struct WeightGradArgs {
   const void* du;   // [m, N, P], compute type
   const void* x;    // [N, C, H, W], element type, problem.layout
   void* dw1;        // [m, C], compute type
-  bool transpose;   // which of the two products, see transposes_for_weight_grad
+  WeightGradPath path;
 };
 
 struct Kernels {

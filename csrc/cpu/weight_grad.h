@@ -2,10 +2,13 @@
 // so products are added lane by lane and lanes are summed once per chunk of pixels.
 //
 // Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. With few rows
-// the inner one is register blocks of 8 x 2 dot products, with many gemm_nn on transposed tiles.
+// the inner one is register blocks of 8 x 2 dot products, with many gemm_nn on transposed tiles, or
+// broadcasts of x against a transposed tile of du.
 // Chunks come in a fixed order, so the sums do not depend on the number of threads. Binding
 // resource: FMA ports.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/apply.h"
 
@@ -202,6 +205,129 @@ class TransposedGrad {
   }
 };
 
+// The same sum, transposed: dw1^T[k][i] = sum x[k][p] du^T[p][i], with x read by broadcasts from
+// the very planes it is in. Only du, which has fewer rows, is transposed.
+template <class A>
+class BroadcastGrad {
+  static constexpr int L = kLanes<A>;
+  const Source<A>& source;
+  const int64_t N, C, P, rows, ld, chunk;
+  A* const tile;       // [chunk][ld] du, pixels by rows
+  A* const partial;    // [C][ld] sums since the last flush
+  double* const sums;  // [C][ld]
+
+ public:
+  static int64_t columns(int64_t rows) { return round_up(rows, L); }
+  // The tile stays in L1 while all channels of x go by. From all rows, not from an item's: the
+  // order of the sums must not depend on the number of threads.
+  static int64_t chunk_pixels(const Problem& p) {
+    const int64_t wanted = (24 << 10) / int64_t(sizeof(A)) / columns(p.intrinsic);
+    return wanted < 16 ? 16 : wanted;
+  }
+  static int64_t scratch(const Problem& p, int64_t rows) {
+    return 128 + columns(rows) * (chunk_pixels(p) + 3 * p.channels);
+  }
+
+  BroadcastGrad(const Problem& p, const Source<A>& s, int64_t rows_, A* memory)
+      : source(s),
+        N(p.batch),
+        C(p.channels),
+        P(p.out_pixels()),
+        rows(rows_),
+        ld(columns(rows_)),
+        chunk(chunk_pixels(p)),
+        tile(memory + 64),
+        partial(tile + chunk * ld),
+        sums(reinterpret_cast<double*>(partial + C * ld)) {}
+
+  // du: [rows][N * P], dw: [rows][C]
+  void run(const A* du, A* dw) const {
+    std::memset(sums, 0, size_t(C * ld) * sizeof(double));
+    bool fresh = true;
+    for (int64_t q = 0, since = 0; q < N * P; q += chunk) {
+      const int64_t px = q + chunk < N * P ? chunk : N * P - q;
+      if (ld > rows) std::memset(tile, 0, size_t(px * ld) * sizeof(A));
+      write_transposed(du + q, N * P, tile, ld, px, rows);
+      products(q, px, fresh);
+      fresh = false;
+      since += px;
+      if (since >= kPixelsAFlush || q + px == N * P) {
+        for (int64_t i = 0; i < C * ld; ++i) sums[i] += double(partial[i]);
+        fresh = true;
+        since = 0;
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < C; ++k) dw[i * C + k] = A(sums[k * ld + i]);
+  }
+
+ private:
+  // partial (+)= x[:, q .. q + px) tile, pixels counted through all images.
+  void products(int64_t q, int64_t px, bool fresh) const {
+    for (int64_t v = 0; v < ld / L;) {
+      const int64_t left = ld / L - v;
+      const int vecs = int(left <= kMaxVecs      ? left
+                           : left < 2 * kMaxVecs ? (left + 1) / 2
+                                                 : kMaxVecs);
+      switch (vecs) {
+#define GHOST_COLUMNS(n)                                             \
+  case n:                                                            \
+    if constexpr (n <= kMaxVecs) columns_of<n>(q, px, v * L, fresh); \
+    break;
+        GHOST_COLUMNS(1)
+        GHOST_COLUMNS(2)
+        GHOST_COLUMNS(3)
+        GHOST_COLUMNS(4)
+        GHOST_COLUMNS(5)
+        GHOST_COLUMNS(6)
+#undef GHOST_COLUMNS
+      }
+      v += vecs;
+    }
+  }
+
+  template <int kVecs>
+  __attribute__((noinline)) void columns_of(int64_t q, int64_t px, int64_t col, bool fresh) const {
+    // More than six rows would need more addresses than there are registers for.
+    constexpr int R = kRowsFor[kVecs] < 6 ? kRowsFor[kVecs] : 6;
+    int64_t k = 0;
+    for (; k + R <= C; k += R) block<R, kVecs>(k, q, px, col, fresh);
+    for (; k < C; ++k) block<1, kVecs>(k, q, px, col, fresh);
+  }
+
+  template <int kRows, int kVecs>
+  GHOST_INLINE void block(int64_t k, int64_t q, int64_t px, int64_t col, bool fresh) const {
+    Vec<A> acc[kRows][kVecs];
+    A* const out = partial + k * ld + col;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = fresh ? Vec<A>{} : load(out + i * ld + v * L);
+    const A* t = tile + col;
+    for (int64_t done = 0; done < px;) {
+      const int64_t n = (q + done) / P, p = (q + done) % P;
+      const int64_t run = P - p < px - done ? P - p : px - done;
+      const A* x = source.x + n * source.image + k * source.channel + p;
+      for (int64_t r = 0; r < run; ++r, t += ld) {
+        Vec<A> d[kVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) d[v] = load(t + v * L);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const Vec<A> xi = set1(x[i * source.channel + r]);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) acc[i][v] += xi * d[v];
+        }
+      }
+      done += run;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) store(out + i * ld + v * L, acc[i][v]);
+  }
+};
+
 template <class T>
 void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
@@ -224,7 +350,16 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   std::memset(dw + row0 * C, 0, size_t(row1 - row0) * C * sizeof(A));
   if (P == 0 || N == 0 || C == 0) return;
 
-  if (args.transpose) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (args.path == WeightGradPath::kBroadcast) {
+      A* memory = static_cast<A*>(
+          thread_scratch(size_t(BroadcastGrad<A>::scratch(p, row1 - row0)) * sizeof(A)));
+      BroadcastGrad<A>(p, source, row1 - row0, memory)
+          .run(static_cast<const A*>(args.du) + row0 * N * P, dw + row0 * C);
+      return;
+    }
+  }
+  if (args.path != WeightGradPath::kDot) {
     A* memory = static_cast<A*>(
         thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
     TransposedGrad<T>(args, source, row1 - row0, memory).run(row0, row1 - row0, dw);

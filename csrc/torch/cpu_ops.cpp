@@ -543,7 +543,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
     wg.du = scratch.const_data_ptr();
     wg.x = x.const_data_ptr();
     wg.dw1 = sums.mutable_data_ptr();
-    wg.transpose = transposes_for_weight_grad(wg.problem);
+    wg.path = plan_weight_grad(wg.problem);
     const auto kernel = k.weight_grad[int(in.dtype)];
     parallel(weight_grad_items(wg.problem), [&](int64_t b, int64_t e) { kernel(wg, b, e); });
     dw1 = x.scalar_type() == ct ? sums : torch::stable::to(sums, x.scalar_type());
