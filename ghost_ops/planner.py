@@ -1,9 +1,14 @@
-"""How the CPU kernels cut a Ghost module into tiles, and what that moves through memory.
+"""How the kernels cut a Ghost module into tiles, and what that moves through memory.
 
-The decisions are made in ``csrc/core/plan.cpp``, the same code that the kernels run on; this module
-only shows them. ``explain`` takes a shape, ``explain_module`` a module and the shape of its input::
+The decisions are made in ``csrc/core/plan.cpp`` (CPU) and ``csrc/core/cuda_plan.cpp`` (CUDA), the
+same code that the kernels run on; this module only shows them. ``explain`` takes a shape,
+``explain_module`` a module and the shape of its input::
 
     >>> print(ghost_ops.planner.explain((16, 40, 28, 28), out_channels=240))
+    >>> print(ghost_ops.planner.explain((256, 40, 28, 28), 240, device="sm_90",
+    ...                                 dtype=torch.float16, channels_last=True))
+
+A CUDA plan needs no GPU: it follows from the architecture's name.
 """
 
 from __future__ import annotations
@@ -11,10 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import activations, backends
+from .ops import allow_tf32
 from .reference import GhostModule
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -78,6 +85,199 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class CudaPass:
+    """One kernel launch of a CUDA plan.
+
+    A block of threads owns a tile of pixels times a block of intrinsic channels with their ghosts.
+
+    Attributes:
+        kernel: ``ghost_apply``, ``ghost_primary_stats``, ``ghost_cheap_stats`` or
+            ``ghost_backward_sums``.
+        channels, channel_blocks: intrinsic channels a block owns, and into how many blocks of them
+            the module is cut.
+        ghosts, ghost_blocks: the same for the ghost maps of an intrinsic map.
+        images, rows, cols: output pixels of a tile: whole images, or a band of one.
+        halo: pixels of y around a tile that are recomputed.
+        tiles: tiles of the batch.
+        blocks, blocks_per_sm: thread blocks launched, and how many a multiprocessor holds.
+        instance: channels that the chosen kernel instance has room for.
+        slice, resident: channels of x in a pipeline stage; whether w1 stays in shared memory.
+        smem_bytes: shared memory of a block.
+        tensor_cores: whether the product runs on them.
+        dram_bytes, l2_bytes: the model's traffic, with halos and what is read more than once.
+        seconds: the model's time from data sheet figures. It ranks tiles; it was not measured.
+    """
+
+    kernel: str
+    channels: int
+    channel_blocks: int
+    ghosts: int
+    ghost_blocks: int
+    images: int
+    rows: int
+    cols: int
+    halo: int
+    tiles: int
+    blocks: int
+    blocks_per_sm: int
+    instance: int
+    slice: int
+    resident: bool
+    smem_bytes: int
+    tensor_cores: bool
+    dram_bytes: int
+    l2_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        tile = (
+            f"{self.images} whole images"
+            if self.images > 1
+            else f"{self.rows} x {self.cols} pixels"
+        )
+        weights = "w1 resident" if self.resident else "w1 streamed"
+        unit = "tensor cores" if self.tensor_cores else "plain multiply-adds"
+        return "\n".join(
+            (
+                self.kernel,
+                f"  tile       {tile}, halo {self.halo}, {self.channels} intrinsic channels",
+                f"  grid       {self.blocks} blocks for {self.tiles} tiles x {self.channel_blocks} "
+                f"channel blocks x {self.ghost_blocks} ghost blocks, {self.blocks_per_sm} an SM",
+                f"  product    {unit}, {self.slice} channels a stage, {weights}, "
+                f"instance {self.instance}",
+                f"  memory     {self.smem_bytes:,} bytes shared, {self.dram_bytes:,} from DRAM, "
+                f"{self.l2_bytes:,} from L2",
+                f"  model      {self.seconds * 1e6:.1f} us (from data sheets, not measured)",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class CudaBackward:
+    """The launches of a backward pass on a GPU.
+
+    Attributes:
+        launches: how many there are, four at most.
+        stores_u: the first of them writes u, pixel by pixel, for the others.
+        sums: the first launch, sums over da2 of the second batch norm; None where it is not needed.
+        channels, channel_blocks, images, rows, cols, tiles, workers: the second launch (dv, dw2,
+            da1): intrinsic channels of a block, pixels of a tile, and how many blocks share the
+            tiles of a channel block.
+        halo_rows, halo_cols: pixels around a tile where dv is recomputed.
+        dx_blocks, dx_groups, dx_depth: the third launch: blocks for dx, independent parts of the
+            channels of x, and intrinsic channels of du that stay in shared memory.
+        dw1_blocks, dw1_splits, dw1_pixels: its blocks for dw1, the slices of the pixels among them,
+            and how many pixels are summed at a time.
+        grads_smem_bytes, primary_smem_bytes: shared memory of a block of the second and third.
+        scratch_bytes: memory that lives as long as the pass: u, da1 and the partial sums.
+    """
+
+    launches: int
+    stores_u: bool
+    sums: CudaPass | None
+    channels: int
+    channel_blocks: int
+    images: int
+    rows: int
+    cols: int
+    halo_rows: int
+    halo_cols: int
+    tiles: int
+    workers: int
+    grads_smem_bytes: int
+    dx_blocks: int
+    dx_groups: int
+    dx_depth: int
+    dw1_blocks: int
+    dw1_splits: int
+    dw1_pixels: int
+    primary_smem_bytes: int
+    scratch_bytes: int
+
+    def __str__(self) -> str:
+        tile = (
+            f"{self.images} whole images"
+            if self.images > 1
+            else f"{self.rows} x {self.cols} pixels"
+        )
+        lines = [f"backward, {self.launches} launches"]
+        if self.sums is not None:
+            lines.append(str(self.sums))
+        lines += [
+            "ghost_backward_grads",
+            f"  tile       {tile}, dv {self.halo_rows} rows and {self.halo_cols} columns around, "
+            f"{self.channels} intrinsic channels",
+            f"  grid       {self.workers} x {self.channel_blocks} blocks for {self.tiles} tiles, "
+            f"{self.grads_smem_bytes:,} bytes shared",
+            "ghost_backward_primary",
+            f"  dx         {self.dx_blocks} blocks, {self.dx_groups} parts of x's channels, "
+            f"{self.dx_depth} intrinsic channels at a time",
+            f"  dw1        {self.dw1_blocks} blocks, pixels in {self.dw1_splits} slices, "
+            f"{self.dw1_pixels} at a time",
+            f"  memory     {self.primary_smem_bytes:,} bytes shared",
+            f"scratch      {self.scratch_bytes:,} bytes",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class CudaPlan:
+    """The launches of an evaluation pass, or of a training forward, on a GPU.
+
+    Attributes:
+        device: the architecture, such as ``"sm_90"``.
+        passes: one entry a launch, in order.
+        writes_u: training: the first pass writes u, and the later ones read it instead of x.
+        bytes_fused, bytes_eager, flops: as in :class:`Plan`.
+        backward: training: the backward pass, None otherwise.
+    """
+
+    device: str
+    passes: tuple[CudaPass, ...]
+    writes_u: bool
+    bytes_fused: int
+    bytes_eager: int
+    flops: int
+    backward: CudaBackward | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The model's time of all passes; not measured."""
+        return sum(one.seconds for one in self.passes)
+
+    def __str__(self) -> str:
+        lines = [f"{self.device}, {len(self.passes)} launches", *map(str, self.passes)]
+        lines.append(f"bytes        {self.bytes_fused:,} fused, {self.bytes_eager:,} eager")
+        if self.writes_u:
+            lines.append("u            written by the first pass, read by the others")
+        if self.backward is not None:
+            lines.append(str(self.backward))
+        return "\n".join(lines)
+
+
+CUDA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+
+
+def _compute_capability(device: str) -> int | None:
+    """10 * major + minor; None for the CPU."""
+    if device == "cpu":
+        return None
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            allowed = ", ".join(CUDA_DEVICES)
+            raise RuntimeError(
+                f"device 'cuda' asks for the plan of this machine's GPU, and torch sees none; name "
+                f"an architecture instead: {allowed}"
+            )
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    if device not in CUDA_DEVICES:
+        allowed = ", ".join(map(repr, ("cpu", "cuda", *CUDA_DEVICES)))
+        raise ValueError(f"device must be one of {allowed}, got {device!r}")
+    return int(device.removeprefix("sm_"))
+
+
 def explain(
     shape: Sequence[int],
     out_channels: int,
@@ -91,7 +291,9 @@ def explain(
     channels_last: bool = False,
     residual: bool = False,
     threads: int | None = None,
-) -> Plan:
+    device: str = "cpu",
+    training: bool = False,
+) -> Plan | CudaPlan:
     """The plan for an input of ``shape`` [N, C, H, W] and a 1x1 primary convolution.
 
     Args:
@@ -102,7 +304,14 @@ def explain(
         dtype: float32, float64, bfloat16 or float16.
         channels_last: memory format of x.
         residual: a residual is added to the output.
-        threads: size of the thread pool, ``torch.get_num_threads()`` by default.
+        threads: size of the CPU's thread pool, ``torch.get_num_threads()`` by default.
+        device: ``"cpu"``; ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90"`` or ``"sm_100"``;
+            ``"cuda"``, the architecture of the current GPU. float32 follows torch's TF32 switch.
+        training: the launches of a training forward and its backward instead of an evaluation pass
+            (CUDA).
+
+    Returns:
+        A :class:`Plan` for the CPU, a :class:`CudaPlan` for a GPU.
 
     Raises:
         ValueError: an argument is out of range.
@@ -118,28 +327,49 @@ def explain(
         raise ValueError(f"dw_size must be 1, 3, 5 or 7, got {dw_size}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    sm = _compute_capability(device)
+    if training and sm is None:
+        raise ValueError("training: only the passes on a GPU are planned, device is 'cpu'")
+    if sm is not None and (min(dims) < 1):
+        raise ValueError(f"shape must have no empty size for a GPU plan, got {dims}")
     library = backends.native.library()
     act1, _ = activations.resolve(activation)
     cheap = activation if cheap_activation is None else cheap_activation
     act2, _ = activations.resolve(cheap, "cheap_activation")
-    fields = library.plan(
-        *dims,
-        intrinsic=math.ceil(out_channels / ratio),
-        out_channels=out_channels,
-        ratio=ratio,
-        dw_size=dw_size,
-        stride=stride,
-        act1=act1,
-        act2=act2,
-        dtype=_DTYPES.index(dtype),
-        channels_last=channels_last,
-        has_residual=residual,
-        threads=torch.get_num_threads() if threads is None else threads,
+    problem: dict[str, Any] = {
+        "intrinsic": math.ceil(out_channels / ratio),
+        "out_channels": out_channels,
+        "ratio": ratio,
+        "dw_size": dw_size,
+        "stride": stride,
+        "act1": act1,
+        "act2": act2,
+        "dtype": _DTYPES.index(dtype),
+        "channels_last": channels_last,
+        "has_residual": residual,
+    }
+    threads = torch.get_num_threads() if threads is None else threads
+    fields = library.plan(*dims, **problem, threads=threads)
+    if sm is None:
+        return Plan(**fields, isa=library.isa())
+    found = library.cuda_plan(*dims, **problem, sm=sm, allow_tf32=allow_tf32(), training=training)
+    return CudaPlan(
+        f"sm_{sm}",
+        tuple(CudaPass(**one) for one in found["passes"]),
+        found["writes_u"],
+        *(fields[name] for name in ("bytes_fused", "bytes_eager", "flops")),
+        backward=_backward(found["backward"]),
     )
-    return Plan(**fields, isa=library.isa())
 
 
-def explain_module(module: GhostModule, shape: Sequence[int], **kwargs) -> Plan:
+def _backward(found: dict[str, Any] | None) -> CudaBackward | None:
+    if found is None:
+        return None
+    sums = found.pop("sums")
+    return CudaBackward(sums=None if sums is None else CudaPass(**sums), **found)
+
+
+def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> Plan | CudaPlan:
     """The plan for ``module`` (fused or reference) on an input of ``shape`` [N, C, H, W].
 
     Takes the keyword arguments of :func:`explain` that a module does not determine.

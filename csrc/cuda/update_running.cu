@@ -3,10 +3,9 @@
 // Bound by launch latency: a layer has at most a few thousand channels. One kernel replaces the
 // four that PyTorch arithmetic on mean, var and the unbiased variance would launch.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/update_running.h"
+
+#include "cuda/prim.cuh"
 
 namespace ghost::cuda {
 namespace {
@@ -24,9 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   if (c >= channels) return;
   const Stat keep = Stat(1) - momentum;
   running_mean[c] =
-      static_cast<Running>(keep * static_cast<Stat>(running_mean[c]) + momentum * mean[c]);
+      prim::from_float<Running>(keep * prim::to_float(running_mean[c]) + momentum * mean[c]);
   running_var[c] =
-      static_cast<Running>(keep * static_cast<Stat>(running_var[c]) + unbiased_momentum * var[c]);
+      prim::from_float<Running>(keep * prim::to_float(running_var[c]) + unbiased_momentum * var[c]);
 }
 
 template <typename Running, typename Stat>
@@ -36,11 +35,10 @@ cudaError_t launch(void* running_mean, void* running_var, const void* mean, cons
   const double n = static_cast<double>(count);
   const double unbiased_momentum = count > 1 ? momentum * (n / (n - 1.0)) : momentum;
   const auto blocks = static_cast<unsigned>((channels + kThreads - 1) / kThreads);
-  update_running_kernel<Running, Stat><<<blocks, kThreads, 0, stream>>>(
-      static_cast<Running*>(running_mean), static_cast<Running*>(running_var),
-      static_cast<const Stat*>(mean), static_cast<const Stat*>(var), channels,
-      static_cast<Stat>(momentum), static_cast<Stat>(unbiased_momentum));
-  return cudaGetLastError();
+  return GHOST_LAUNCH((update_running_kernel<Running, Stat>), blocks, kThreads, 0, stream,
+                      static_cast<Running*>(running_mean), static_cast<Running*>(running_var),
+                      static_cast<const Stat*>(mean), static_cast<const Stat*>(var), channels,
+                      static_cast<Stat>(momentum), static_cast<Stat>(unbiased_momentum));
 }
 
 }  // namespace
@@ -60,9 +58,9 @@ cudaError_t launch_update_running(void* running_mean, void* running_var, const v
     case Storage::kFloat32:
       return run(launch<float, float>);
     case Storage::kFloat16:
-      return run(launch<__half, float>);
+      return run(launch<prim::half_t, float>);
     case Storage::kBFloat16:
-      return run(launch<__nv_bfloat16, float>);
+      return run(launch<prim::bfloat16_t, float>);
     case Storage::kFloat64:
       break;
   }

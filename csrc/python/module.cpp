@@ -10,6 +10,9 @@
 namespace py = pybind11;
 using namespace py::literals;
 
+// cuda_plan.cpp
+py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training);
+
 namespace {
 
 ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int64_t width,
@@ -83,4 +86,19 @@ PYBIND11_MODULE(_C, m) {
       "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
       "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false, "threads"_a = 1,
       "lanes"_a = 0, "max_vecs"_a = 0, "l1_bytes"_a = 0, "l2_bytes"_a = 0);
+  m.def(
+      "cuda_plan",
+      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,
+         int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2,
+         int dtype, bool channels_last, bool has_primary, bool has_residual, int sm,
+         bool allow_tf32, bool training) {
+        return plan_cuda_passes(
+            make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size,
+                         stride, act1, act2, dtype, channels_last, has_primary, has_residual),
+            sm, allow_tf32, training);
+      },
+      "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a,
+      "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
+      "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false, "sm"_a = 90,
+      "allow_tf32"_a = true, "training"_a = false);
 }

@@ -1,0 +1,102 @@
+// How the CUDA kernels cut a problem into tiles: the choice per architecture, from bytes moved,
+// matrix work and how evenly the blocks fill the multiprocessors. Plain data, decided here and
+// nowhere else; the launchers and kernels only carry it out.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+
+namespace ghost {
+
+// What the model knows of a GPU. Bandwidths are data sheet values: they weigh bytes against
+// arithmetic, nothing is claimed by them.
+struct CudaArch {
+  int sm = 80;  // compute capability, 10 * major + minor
+  int64_t multiprocessors = 108;
+  int64_t smem_per_sm = 164 << 10, smem_per_block = 163 << 10;
+  int64_t l2_bytes = 40 << 20;
+  double dram_gb_s = 1555, l2_gb_s = 4500;
+  double clock_ghz = 1.41;
+  int64_t tensor_flops_clock = 2048;  // float16 multiply-adds a clock of a multiprocessor, x 2
+};
+
+// The nearest entry of the table at or below the compute capability, with the real device's number
+// of multiprocessors and shared memory where they are known (> 0).
+CudaArch cuda_arch(int sm, int64_t multiprocessors = 0, int64_t smem_per_block = 0);
+
+// kPrimaryStatsKeep also writes u, as does kBackwardSums, the first launch of the backward pass.
+enum class CudaKernel : int {
+  kApply = 0,
+  kCheapStats = 1,
+  kPrimaryStats = 2,
+  kPrimaryStatsKeep = 3,
+  kBackwardSums = 4
+};
+
+// A tile is a set of output pixels (several whole images, or a band of rows and columns of one)
+// times a block of intrinsic channels with their ghosts. Strides in elements, offsets in bytes.
+struct CudaTile {
+  int32_t instance = 64;  // channels that the kernel instance has room for: 32, 64, 128
+  int32_t channels = 64;  // intrinsic channels a block owns: a multiple of 8
+  int32_t channel_blocks = 1;
+  int32_t ghosts = 1;  // ghost maps per intrinsic map a block computes
+  int32_t ghost_blocks = 1;
+  int32_t images = 1, rows = 0, cols = 0;  // output pixels of a tile
+  int32_t halo = 0;                        // pixels of y around them
+  int32_t tiles_h = 1, tiles_w = 1;        // of an image
+  int64_t tiles = 0;
+  int32_t slots = 1;                   // blocks that share the tiles of one channel block, in turn
+  int32_t slice = 32;                  // channels of x in one stage of the pipeline
+  int32_t resident = 1;                // the block's w1 stays in shared memory
+  int32_t pitch = 0;                   // y positions from one row of the tile to the next
+  int32_t image_rows = 0;              // rows of y positions from one image to the next
+  int32_t positions = 0;               // y positions in shared memory, slack included
+  int32_t y_stride = 0, z_stride = 0;  // elements from one position (pixel) to the next
+  int32_t a_stride = 0, b_stride = 0;  // of the operands in shared memory
+  int32_t max_source = 0, max_inner = 0;  // pixels of y computed, of output stored, a tile
+  int32_t source_at = 0, inner_at = 0, affine_at = 0, taps_at = 0, moments_at = 0, b_at = 0,
+          y_at = 0, stage_at = 0, norm2_at = 0, grad_at = 0;
+  int32_t a_stage = 0, b_stage = 0;  // bytes of one pipeline stage
+  int32_t smem_bytes = 0;
+};
+
+inline constexpr int kCudaThreads = 256;
+inline constexpr int kCudaStages = 3;
+inline constexpr int kCudaStrip = 7;  // pixels of a depthwise register window
+
+struct CudaPlan {
+  CudaTile tile;
+  int64_t blocks = 0;
+  int64_t blocks_per_sm = 0;  // by shared memory and registers
+  bool tensor_cores = false;
+  int64_t dram_bytes = 0, l2_bytes = 0;  // modelled traffic, halo and repeated reads included
+  double seconds = 0;                    // the model's estimate, used to rank candidates
+};
+
+// Raises std::runtime_error if no tile fits into shared memory.
+CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32);
+
+// Does the first pass of training write u for the passes after it? Where reading x three times
+// moves more bytes than reading it once, writing u and reading that twice.
+bool cuda_stashes_u(const Problem& p);
+
+// What each pass of a training forward works on. u is written where it pays, and where it is kept
+// for backward; then the later passes read it in place of x.
+struct CudaTraining {
+  Problem primary, cheap, apply;
+  bool writes_u = false;
+};
+CudaTraining cuda_training(const Problem& p, bool keep_u);
+
+// Offsets in bytes inside the packed parameters of the CUDA kernels. Half types keep w1 unscaled in
+// their own type (a folded scale would cost digits); float32, float64 and the single input channel
+// of half types have scale1 folded in, and no scale1 vector.
+struct CudaPackedLayout {
+  bool folded = false;
+  int64_t w1 = 0, scale1 = 0, shift1 = 0, w2 = 0, shift2 = 0, bytes = 0;
+  CudaPackedLayout(DType dtype, int64_t channels, int64_t intrinsic, int64_t ghosts,
+                   int64_t dw_size, bool has_primary);
+};
+
+}  // namespace ghost

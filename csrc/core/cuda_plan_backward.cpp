@@ -1,0 +1,329 @@
+#include "core/cuda_plan_backward.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace ghost {
+namespace {
+
+constexpr int64_t kAlign = 128;  // of the parts of shared memory
+
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Hands out aligned sections of a piece of memory.
+class Sections {
+ public:
+  explicit Sections(int64_t align, int64_t start = 0) : align_(align), end_(start) {}
+  int64_t place(int64_t bytes) {
+    const int64_t here = end_;
+    end_ += round_up(bytes, align_);
+    return here;
+  }
+  int64_t end() const { return end_; }
+
+ private:
+  int64_t align_, end_;
+};
+
+[[noreturn]] void fail_for_memory(const CudaArch& arch) {
+  throw std::runtime_error("no tile of this Ghost module's backward fits into the " +
+                           std::to_string(arch.smem_per_block) +
+                           " bytes of shared memory that a block may have");
+}
+
+int64_t blocks_per_sm(const CudaArch& arch, int64_t smem_bytes) {
+  constexpr int64_t kByRegisters = 2;
+  return std::max<int64_t>(1, std::min(kByRegisters, arch.smem_per_sm / (smem_bytes + 1024)));
+}
+
+// ----------------------------------------------------------------------------- second launch
+
+class GradsPlanner {
+ public:
+  GradsPlanner(const Problem& p, const CudaArch& arch)
+      : p_(p),
+        arch_(arch),
+        H_(p.out_height()),
+        W_(p.out_width()),
+        e_(element_size(p.dtype)),
+        a_(compute_size(p.dtype)),
+        per_(p.ratio - 1),
+        r_(p.pad()) {}
+
+  CheapTile best() {
+    const int64_t most_channels = std::min<int64_t>(round_up(p_.intrinsic, 8), 64);
+    int64_t last = 0;
+    for (int64_t blocks = 1; blocks <= ceil_div(p_.intrinsic, 8); ++blocks) {
+      const int64_t channels = round_up(ceil_div(p_.intrinsic, blocks), 8);
+      if (channels > most_channels || channels == last) continue;
+      last = channels;
+      for (int64_t images = 1; images <= std::min<int64_t>(p_.batch, 16); images *= 2)
+        consider(channels, images, H_, W_);
+      for (int64_t parts_w = 1; parts_w <= ceil_div(W_, 7); parts_w *= 2) {
+        const int64_t cols =
+            parts_w == 1 ? W_ : std::min(W_, round_up(ceil_div(W_, parts_w), kCudaStrip));
+        int64_t last_rows = 0;
+        for (int64_t parts_h = 1; parts_h <= H_; parts_h += std::max<int64_t>(1, parts_h / 4)) {
+          const int64_t rows = ceil_div(H_, parts_h);
+          if (rows != last_rows) consider(channels, 1, rows, cols);
+          last_rows = rows;
+        }
+      }
+    }
+    if (!any_) fail_for_memory(arch_);
+    return best_;
+  }
+
+ private:
+  void consider(int64_t channels, int64_t images, int64_t rows, int64_t cols) {
+    constexpr int64_t kMost = 2048;  // pixels of a tile
+    if (images * rows * cols > kMost) return;
+    CheapTile t;
+    t.channels = int32_t(channels);
+    t.channel_blocks = int32_t(ceil_div(p_.intrinsic, channels));
+    t.images = int32_t(images);
+    t.rows = int32_t(rows);
+    t.cols = int32_t(cols);
+    t.halo_rows = int32_t(rows == H_ ? 0 : r_);
+    t.halo_cols = int32_t(cols == W_ ? 0 : r_);
+    t.tiles_n = int32_t(ceil_div(p_.batch, images));
+    t.tiles_h = int32_t(ceil_div(H_, rows));
+    t.tiles_w = int32_t(ceil_div(W_, cols));
+    t.tiles = int64_t{t.tiles_n} * t.tiles_h * t.tiles_w;
+    // Every row of taps needs a thread.
+    if (kCudaThreads / (channels / 2) < p_.dw_size || !lay_out(t)) return;
+    const double seconds = estimate(t);
+    if (any_ && seconds >= seconds_ * 0.999) return;
+    any_ = true;
+    seconds_ = seconds;
+    best_ = t;
+  }
+
+  bool lay_out(CheapTile& t) const {
+    const int64_t channels = t.channels, ld = channels + 2, d = p_.dw_size;
+    const int64_t groups = kCudaThreads / (channels / 2);
+    const int64_t y =
+        t.images * (t.rows + 2 * (t.halo_rows + r_)) * (t.cols + 2 * (t.halo_cols + r_));
+    const int64_t dv = t.images * (t.rows + 2 * r_) * (t.cols + 2 * r_);
+    Sections memory(kAlign);
+    // The last strip of a window may reach past its end, into pixels whose results are not used.
+    t.y_at = int32_t(memory.place((y + kCudaStrip) * channels * e_));
+    t.grad_at = int32_t(memory.place(per_ > 0 ? (dv + kCudaStrip) * ld * e_ : 0));
+    t.dy_at = int32_t(memory.place(int64_t{t.images} * t.rows * t.cols * ld * e_));
+    t.norm1_at = int32_t(memory.place(4 * channels * a_));
+    t.norm2_at = int32_t(memory.place(per_ * 6 * channels * a_));
+    t.taps_at = int32_t(memory.place(per_ * d * d * channels * a_));
+    // More threads sum a weight gradient faster, but each has a slot of its own for every tap.
+    constexpr int64_t kSlots = 24 << 10;
+    const auto slot_bytes = [&] { return per_ * d * d * t.tap_splits * channels * a_; };
+    t.tap_splits = int32_t(groups / d);
+    while (t.tap_splits > 1 && slot_bytes() > kSlots) --t.tap_splits;
+    t.slots_at = int32_t(memory.place(std::max<int64_t>(slot_bytes(), 2 * groups * channels * a_)));
+    t.combine_at = int32_t(memory.place(kCudaThreads * a_));
+    t.smem_bytes = int32_t(memory.end());
+    return memory.end() <= arch_.smem_per_block;
+  }
+
+  // Bytes and instructions of the tiles, and how evenly they fill the multiprocessors; the
+  // constants are counts of instructions in the kernel's loops. Chooses the number of workers.
+  double estimate(CheapTile& t) const {
+    const int64_t room = arch_.multiprocessors * blocks_per_sm(arch_, t.smem_bytes);
+    int64_t workers = std::max<int64_t>(1, room / t.channel_blocks);
+    // Every block of the next launch adds up all workers' sums.
+    workers = std::min(workers, std::max<int64_t>(1, 16384 / p_.intrinsic));
+    workers = std::min(workers, t.tiles);
+    const int64_t turns = ceil_div(t.tiles, workers);
+    t.workers = int32_t(ceil_div(t.tiles, turns));
+
+    const double d = double(p_.dw_size), per = double(per_), channels = t.channels;
+    const double v_rows = double(std::min<int64_t>(t.rows + 2 * t.halo_rows, H_));
+    const double v_cols = double(std::min<int64_t>(t.cols + 2 * t.halo_cols, W_));
+    const double y_pixels = double(t.images) *
+                            double(std::min<int64_t>(t.rows + 2 * (t.halo_rows + r_), H_)) *
+                            double(std::min<int64_t>(t.cols + 2 * (t.halo_cols + r_), W_));
+    const double inner = double(t.images) * t.rows * t.cols;
+    // Memory comes in sectors of 32 bytes: narrow blocks of wider pixels read what is not theirs.
+    const int64_t row = t.channels * e_;
+    const bool shares = p_.layout == Layout::kNHWC && t.channel_blocks > 1;
+    const double tile_bytes = double(shares ? round_up(row, 32) : row) *
+                              (y_pixels + t.images * v_rows * v_cols * per + 3 * inner);
+    const double strip =
+        d * ((kCudaStrip + d - 1) * 3 + d * (1 + 2 * kCudaStrip)) + 16 * kCudaStrip + 60;
+    const double strips =
+        t.images * per *
+        ((t.rows + 2 * t.halo_rows) * double(ceil_div(t.cols + 2 * t.halo_cols, kCudaStrip)) +
+         t.rows * double(ceil_div(t.cols, kCudaStrip)));
+    const int64_t groups = kCudaThreads / (t.channels / 2);
+    const double idle = double(groups) / (double(t.tap_splits) * d);
+    const double taps = inner * per * d * (10 + 3 * d) * idle;
+    const double cycles =
+        (channels / 2 * (strips * strip + taps) + y_pixels * channels * 8 + tile_bytes / 16 * 14) /
+            128 +
+        600;
+    const double blocks = double(t.workers) * t.channel_blocks;
+    const double per_sm = std::ceil(blocks / double(arch_.multiprocessors));
+    const double busy =
+        double(turns) * std::max(per_sm * cycles / 0.7, cycles * 2.2) / (arch_.clock_ghz * 1e9);
+    const double filled = std::min(1.0, blocks / double(arch_.multiprocessors));
+    const double total = tile_bytes * double(t.tiles) * t.channel_blocks;
+    const double pixels = double(p_.batch) * double(H_ * W_);
+    const double dram = pixels * double(p_.intrinsic) * double(e_) * (3 + per) /
+                        (arch_.dram_gb_s * 0.92e9 * filled);
+    const double l2 = total / (arch_.l2_gb_s * 0.8e9 * filled);
+    const double most = std::max({busy, dram, l2});
+    return most + 0.15 * (busy + dram + l2 - most);
+  }
+
+  const Problem& p_;
+  const CudaArch& arch_;
+  int64_t H_, W_, e_, a_, per_, r_;
+  CheapTile best_;
+  double seconds_ = 0;
+  bool any_ = false;
+};
+
+// ------------------------------------------------------------------------------ third launch
+
+PrimaryGradPlan plan_primary(const Problem& p, const CudaArch& arch, bool need_dx, bool need_dw1) {
+  const int64_t e = element_size(p.dtype), a = compute_size(p.dtype), vector = 16 / e;
+  const int64_t m = p.intrinsic, padded_m = round_up(m, 16);
+  const int64_t pixels = p.batch * p.out_pixels(),
+                cols = e == 8 ? kProductCols<8> : kProductCols<4>;
+  PrimaryGradPlan plan;
+  plan.dx_depth = int32_t(std::min<int64_t>(product_depth(e), padded_m));
+  int64_t left = 0, right = 0;
+  if (need_dx) {
+    left = kProductRows * (plan.dx_depth + vector) * e;
+    if (p.has_primary)
+      right = std::max(plan.dx_depth * (cols + 8), kProductRows * (cols + vector)) * e;
+  }
+  const int64_t tile_m = std::min<int64_t>(padded_m, kProductRows),
+                tile_c = std::min(round_up(p.channels, 16), cols);
+  if (need_dw1) {
+    const auto du_bytes = [&](int64_t n) { return n * (tile_m + 8) * e; };
+    const auto x_bytes = [&](int64_t n) {
+      return (p.layout == Layout::kNHWC ? n * (tile_c + 8) : tile_c * (n + vector)) * e;
+    };
+    constexpr int64_t kSlice = 40 << 10;  // enough bytes in flight, and room for a second block
+    plan.dw1_pixels = 256;
+    while (plan.dw1_pixels > 16 && (du_bytes(plan.dw1_pixels) + x_bytes(plan.dw1_pixels) > kSlice ||
+                                    plan.dw1_pixels / 2 >= pixels))
+      plan.dw1_pixels /= 2;
+    left = std::max(left, du_bytes(plan.dw1_pixels));
+    right = std::max(right, x_bytes(plan.dw1_pixels));
+  }
+  Sections memory(kAlign);
+  memory.place(4 * padded_m * a);
+  plan.left_at = int32_t(memory.place(left));
+  plan.right_at = int32_t(memory.place(right));
+  plan.combine_at = int32_t(memory.place(kCudaThreads * a));
+  plan.smem_bytes = int32_t(memory.end());
+  if (memory.end() > arch.smem_per_block) fail_for_memory(arch);
+
+  const int64_t room = arch.multiprocessors * blocks_per_sm(arch, plan.smem_bytes);
+  if (need_dx) {
+    const int64_t share = need_dw1 ? ceil_div(room, 2) : room;
+    const int64_t tiles = ceil_div(pixels, kProductRows);
+    const int64_t parts =
+        p.has_primary ? ceil_div(p.channels, cols) : ceil_div(m, int64_t{plan.dx_depth});
+    plan.dx_groups = int32_t(std::clamp<int64_t>(share / tiles, 1, parts));
+    plan.dx_items = tiles * plan.dx_groups;
+    const int64_t turns = ceil_div(plan.dx_items, share);
+    plan.dx_blocks = int32_t(ceil_div(plan.dx_items, turns));
+  }
+  if (need_dw1) {
+    plan.dw1_tiles_m = int32_t(ceil_div(m, kProductRows));
+    plan.dw1_tiles_n = int32_t(ceil_div(p.channels, cols));
+    const int64_t tiles = int64_t{plan.dw1_tiles_m} * plan.dw1_tiles_n;
+    const int64_t slices = ceil_div(pixels, plan.dw1_pixels);
+    plan.dw1_splits = int32_t(std::clamp<int64_t>(
+        (room - std::min(room - 1, int64_t{plan.dx_blocks})) / tiles, 1, slices));
+  }
+  return plan;
+}
+
+BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_tf32, bool u_given,
+                       bool u_rows, bool need_dx, bool need_dw1) {
+  Problem p = problem;
+  p.has_residual = false;
+  if (p.ratio <= 1) p.dw_size = 1;  // no ghosts: a stencil of nothing
+  const int64_t e = element_size(p.dtype), a = compute_size(p.dtype);
+  const int64_t m = p.intrinsic, ghosts = p.ghosts(), pixels = p.batch * p.out_pixels();
+  BackwardPlan plan;
+  plan.tensor_cores = e == 2 || (p.dtype == DType::kFloat32 && allow_tf32);
+  plan.row_channels = u_rows ? m : round_up(m, 8);
+  plan.stores_u = !u_rows;
+  plan.runs_sums = plan.stores_u || ghosts > 0;
+  if (plan.runs_sums) {
+    Problem first = p;
+    if (u_given && p.has_primary) {  // the product was kept: its result is the input
+      first.channels = m;
+      first.height = p.out_height();
+      first.width = p.out_width();
+      first.stride = 1;
+      first.has_primary = false;
+    }
+    plan.sums = plan_cuda(first, CudaKernel::kBackwardSums, arch, allow_tf32);
+  }
+  plan.grads = GradsPlanner(p, arch).best();
+  need_dw1 = need_dw1 && p.has_primary;
+  if (need_dx || need_dw1) plan.primary = plan_primary(p, arch, need_dx, need_dw1);
+  plan.launches = (plan.runs_sums ? 1 : 0) + 1 + (need_dx || need_dw1 ? 1 : 0) + 1;
+
+  Sections memory(256);
+  const int64_t row_bytes = round_up(m, 8) * e;
+  plan.u = memory.place(plan.stores_u ? pixels * row_bytes : 0);
+  plan.da1 = memory.place(pixels * row_bytes);
+  plan.sums2 = memory.place(int64_t{plan.runs_sums ? plan.sums.tile.slots : 0} * 2 * ghosts * a);
+  plan.sums1 = memory.place(int64_t{plan.grads.workers} * 2 * m * a);
+  plan.dw2_sums = memory.place(int64_t{plan.grads.workers} * ghosts * p.dw_size * p.dw_size * a);
+  plan.dw1_sums = memory.place(int64_t{plan.primary.dw1_splits} * m * p.channels * a);
+  plan.scratch_bytes = memory.end();
+  return plan;
+}
+
+}  // namespace
+
+BackwardPlan plan_cuda_backward(const Problem& p, const CudaArch& arch, bool allow_tf32,
+                                bool u_given, bool u_rows, bool need_dx, bool need_dw1) {
+  // A search costs more than the launches: every shape is planned once.
+  using Key = std::array<int64_t, 14>;
+  constexpr size_t kMostPlans = 4096;
+  static std::mutex mutex;
+  static std::map<Key, BackwardPlan> known;
+  const int64_t flags = allow_tf32 | u_given << 1 | u_rows << 2 | need_dx << 3 | need_dw1 << 4 |
+                        p.has_primary << 5 | int(p.layout) << 6 | int(p.dtype) << 7;
+  const Key key = {p.batch,
+                   p.channels,
+                   p.height,
+                   p.width,
+                   p.stride,
+                   p.intrinsic,
+                   p.out_channels,
+                   p.ratio,
+                   p.dw_size,
+                   flags,
+                   arch.sm,
+                   arch.multiprocessors,
+                   arch.smem_per_block,
+                   arch.smem_per_sm};
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+  }
+  const BackwardPlan plan = make_plan(p, arch, allow_tf32, u_given, u_rows, need_dx, need_dw1);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() >= kMostPlans) known.clear();  // shapes that never repeat must not pile up
+  known.emplace(key, plan);
+  return plan;
+}
+
+}  // namespace ghost

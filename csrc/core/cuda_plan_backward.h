@@ -1,0 +1,70 @@
+// How the backward pass on a GPU is cut into blocks. Plain data: printable, testable, and the only
+// place where a backward kernel's tile is decided. csrc/cuda/backward.h says what the kernels do.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda_plan.h"
+#include "core/problem.h"
+
+namespace ghost {
+
+// Tile of the second launch: some intrinsic channels of some pixels, walked by persistent blocks. A
+// block is one of `workers` along the pixels and one of `channel_blocks` along the channels; the
+// worker takes every workers-th tile, so that there are only so many partial sums.
+struct CheapTile {
+  int32_t channels = 8;                    // intrinsic channels of a block, a multiple of 8
+  int32_t images = 1, rows = 1, cols = 1;  // pixels of which a tile gives results
+  // Pixels around them where dv is computed as well: none along an axis that the tile spans, for dv
+  // is 0 outside the image.
+  int32_t halo_rows = 0, halo_cols = 0;
+  int32_t tiles_n = 0, tiles_h = 0, tiles_w = 0;
+  int64_t tiles = 0;
+  int32_t workers = 0, channel_blocks = 0;
+  int32_t tap_splits = 1;  // threads that share a row of taps of a channel pair's weight gradient
+  // Bytes in shared memory.
+  int32_t y_at = 0, grad_at = 0, dy_at = 0, norm1_at = 0, norm2_at = 0, taps_at = 0, slots_at = 0,
+          combine_at = 0, smem_bytes = 0;
+};
+
+// The two products of the third launch: dx_blocks blocks for dx, then dw1_tiles_m * dw1_tiles_n *
+// dw1_splits for dw1. A block makes kProductRows x kProductCols results at a time.
+struct PrimaryGradPlan {
+  int32_t dx_blocks = 0;
+  int32_t dx_depth = 0;    // intrinsic channels of a tile of du that stay in shared memory
+  int32_t dx_groups = 1;   // independent parts of the channels of x
+  int64_t dx_items = 0;    // tiles of kProductRows pixels, times dx_groups
+  int32_t dw1_pixels = 0;  // summed at a time, a power of two
+  int32_t dw1_tiles_m = 0, dw1_tiles_n = 0, dw1_splits = 0;
+  int32_t left_at = 0, right_at = 0, combine_at = 0, smem_bytes = 0;  // bytes in shared memory
+
+  int64_t dw1_blocks() const { return int64_t{dw1_tiles_m} * dw1_tiles_n * dw1_splits; }
+};
+inline constexpr int kProductRows = 128;
+template <int kElementBytes>
+inline constexpr int kProductCols = kElementBytes == 8 ? 32 : 64;
+// Most intrinsic channels of a tile of du in shared memory.
+inline int product_depth(int64_t element_bytes) {
+  return static_cast<int>(element_bytes == 8 ? 32 : 256 / element_bytes);
+}
+
+struct BackwardPlan {
+  bool tensor_cores = false;
+  // u goes to scratch, pixel-major, for the later launches; else it is given like that.
+  bool stores_u = false;
+  bool runs_sums = false;  // the first launch is needed
+  CudaPlan sums;
+  CheapTile grads;
+  PrimaryGradPlan primary;
+  int32_t launches = 0;
+  int64_t row_channels = 0;  // elements from row to row of u
+  // Sections of the scratch memory, in bytes. Rows of da1 have round_up(m, 8) elements.
+  int64_t u = 0, da1 = 0, sums2 = 0, sums1 = 0, dw2_sums = 0, dw1_sums = 0, scratch_bytes = 0;
+};
+
+// Remembers what it planned. u_rows: u is given, pixel-major and aligned to 16 bytes. u_given: it
+// is given somehow. Raises std::runtime_error if no tile fits into shared memory.
+BackwardPlan plan_cuda_backward(const Problem& problem, const CudaArch& arch, bool allow_tf32,
+                                bool u_given, bool u_rows, bool need_dx, bool need_dw1);
+
+}  // namespace ghost

@@ -1,0 +1,145 @@
+// out = concat(y, z)[:, :oup] (+ residual) in one pass over x:
+//   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y))
+//
+// Block: 256 threads; one block of intrinsic channels with their ghosts; tile after tile of pixels.
+// Warps share the product as 16 x 8 tiles of mma; for the depthwise part a thread owns a pair of
+// channels and strips of 7 pixels; stores run through shared memory so that a warp writes whole
+// neighbouring vectors of both halves of the concatenation.
+// Binding resource: DRAM bandwidth (x once, out once; the halo of y is recomputed, x's comes from
+// L2). Phases of one block follow each other, several blocks a multiprocessor overlap.
+#pragma once
+
+#include "cuda/forward.cuh"
+
+namespace ghost::cuda {
+
+template <class T>
+struct ApplyParams {
+  CudaTile tile;
+  Maps maps;
+  Intrinsic<T> intrinsic;
+  ParamRef w2;  // [m * (ratio - 1), d, d]
+  Norm<Accumulator<T>> norm2;
+  Act act2 = Act::kNone;
+  Accumulator<T> slope2 = 0;
+  Output<T> output;
+};
+
+// Scales, shifts and taps of the block's channels into shared memory.
+template <class T>
+__device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& params,
+                                                      unsigned char* shared) {
+  using A = Accumulator<T>;
+  const CudaTile& t = params.tile;
+  const Maps& p = params.maps;
+  const Place place(t, p);
+  const int step = p.ratio - 1, taps_count = p.d * p.d;
+  const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
+  A* affine = reinterpret_cast<A*>(shared + t.affine_at);  // scale1, shift1, then of each ghost
+  A* taps = reinterpret_cast<A*>(shared + t.taps_at);
+  load_norm(params.intrinsic.norm, place.c0, 1, place.valid, t.channels,
+            place.slot == 0 && place.writes_y, affine, affine + t.channels);
+#pragma unroll 1
+  for (int j = 0; j < place.ghosts; ++j) {
+    affine += 2 * t.channels;
+    load_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, place.slot == 0, affine,
+              affine + t.channels);
+    load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
+              t.channels, taps_count);
+  }
+}
+
+// z of a tile from its y, into shared memory.
+template <class T>
+__device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int index,
+                                            unsigned char* shared) {
+  using A = Accumulator<T>;
+  const CudaTile& t = params.tile;
+  const Maps& p = params.maps;
+  const Place place(t, p);
+  const Tile tile = locate_tile(t, p, prim::opaque(index));
+  const StripOwner own(place.valid);
+  const T* y = reinterpret_cast<const T*>(shared + t.y_at);
+  const A* affine = reinterpret_cast<const A*>(shared + t.affine_at) + 2 * own.pair;
+  const A* taps = reinterpret_cast<const A*>(shared + t.taps_at);
+  T* z = reinterpret_cast<T*>(shared + t.stage_at) + 2 * own.pair * place.ghosts;
+#pragma unroll 1
+  for (int j = 0; j < place.ghosts; ++j) {
+    affine += 2 * t.channels;
+    depthwise_tile(y, t, p, tile, own, taps + j * p.d * p.d * t.channels,
+                   [&](A(&v)[kStrip][2], int count, int first) {
+                     A a[2], b[2], f[2 * kStrip];
+                     load_pair(affine, a);
+                     load_pair(affine + t.channels, b);
+#pragma unroll
+                     for (int i = 0; i < 2 * kStrip; ++i)
+                       f[i] = prim::fma(v[i / 2][i & 1], a[i & 1], b[i & 1]);
+                     activate(params.act2, params.slope2, f);
+                     T* to = z + first * t.z_stride + j;
+#pragma unroll
+                     for (int s = 0; s < kStrip; ++s) {
+                       if (s >= count) continue;
+                       if (place.ghosts == 1) {
+                         store_pair(to + s * t.z_stride, f[2 * s], f[2 * s + 1]);
+                       } else {
+                         to[s * t.z_stride] = prim::from_float<T>(f[2 * s]);
+                         to[s * t.z_stride + place.ghosts] = prim::from_float<T>(f[2 * s + 1]);
+                       }
+                     }
+                   });
+  }
+}
+
+// y and z of a tile from shared memory to the output.
+template <Layout kLayout, class T>
+__device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, int index,
+                                                 unsigned char* shared) {
+  const CudaTile& t = params.tile;
+  const Maps& p = params.maps;
+  const Place place(t, p);
+  const Tile tile = locate_tile(t, p, prim::opaque(index));
+  const int step = p.ratio - 1, first_z = p.m + place.c0 * step + place.ghost0;
+  int z_count = 0;  // ghosts past out_channels are dropped
+  if (step > 0 && first_z < p.out_channels) {
+    const int left = p.out_channels - first_z;
+    z_count = min_of(place.valid * place.ghosts,
+                     left / step * place.ghosts + min_of(left % step, place.ghosts));
+  }
+  const BlockMaps<T> y{reinterpret_cast<const T*>(shared + t.y_at),
+                       t.y_stride,
+                       place.writes_y ? place.valid : 0,
+                       true,
+                       place.c0,
+                       1,
+                       1};
+  const BlockMaps<T> z{reinterpret_cast<const T*>(shared + t.stage_at),
+                       t.z_stride,
+                       z_count,
+                       false,
+                       first_z,
+                       place.ghosts,
+                       step};
+  store_tile<kLayout>(params.output, p, tile,
+                      reinterpret_cast<const PixelEntry*>(shared + t.inner_at), y, z);
+}
+
+template <class P, Layout kLayout, int kChannels>
+__global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
+    ghost_apply_kernel(const ApplyParams<typename P::T> params) {
+  GHOST_DYN_SHARED(unsigned char, shared);
+  const CudaTile& t = params.tile;
+  const Maps& p = params.maps;
+  load_apply_parameters(params, shared);
+#pragma unroll 1
+  for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
+    make_y_tile<P, kLayout, kChannels>(t, p, params.intrinsic, index, params.output.channels,
+                                       shared);
+    if (t.ghosts > 0) {
+      make_z_tile(params, index, shared);
+      prim::sync_threads();
+    }
+    store_apply_tile<kLayout>(params, index, shared);
+  }
+}
+
+}  // namespace ghost::cuda

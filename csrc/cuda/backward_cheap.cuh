@@ -1,0 +1,332 @@
+// The depthwise stages of the backward pass, on a tile of pixels in shared memory.
+//
+// A block owns p.tile.channels intrinsic channels with their ghosts and walks over tiles of pixels;
+// all maps lie in shared memory as [pixel][channel]. Thread map: thread t owns the channel pair
+// t % pairs throughout, and every groups-th of the tile's strips of kStrip pixels of a row
+// (depthwise.cuh). Neighbouring threads have neighbouring channels, then neighbouring strips.
+#pragma once
+
+#include "cuda/backward_common.cuh"
+#include "cuda/depthwise.cuh"
+
+namespace ghost::cuda {
+
+// A box of pixels of a tile, numbered image by image and row by row.
+struct Window {
+  int rows = 0, cols = 0, count = 0;  // count: of all images
+  Divider by_cols, by_rows, by_count;
+
+  Window() = default;
+  Window(int images, int rows_, int cols_)
+      : rows(rows_),
+        cols(cols_),
+        count(images * rows_ * cols_),
+        by_cols(cols_),
+        by_rows(rows_),
+        by_count(count) {}
+};
+struct Position {
+  int image, row, col;
+};
+__device__ __forceinline__ Position locate(const Window& window, int index) {
+  Position at;
+  at.col = index;
+  at.row = window.by_cols.split(at.col);
+  at.image = window.by_rows.split(at.row);
+  return at;
+}
+
+// Where a map of the tile lies in shared memory.
+struct Placement {
+  int image_rows = 0, pitch = 0;  // rows from image to image, pixels from row to row
+  int ld = 0;                     // elements from pixel to pixel
+
+  __device__ __forceinline__ int offset(int image, int row, int col) const {
+    return ((image * image_rows + row) * pitch + col) * ld;
+  }
+};
+
+// A map [N, channels, H, W] with any strides.
+struct StridedMap {
+  const void* data = nullptr;
+  int64_t image = 0, channel = 0, row = 0, col = 0;  // strides in elements
+  bool pixels_first = false;  // neighbouring threads read neighbouring pixels, not channels
+};
+
+struct CheapParams {
+  CheapTile tile;
+  int batch = 0, height = 0, width = 0;  // of u
+  int intrinsic = 0, per = 0, out_channels = 0, d = 1;
+  Divider by_vectors, by_pairs;  // 16-byte vectors and pairs of channels of a block
+  Act act1 = Act::kNone, act2 = Act::kNone;
+  double slope1 = 0, slope2 = 0;
+  Window y, v, inner, v_strips, inner_strips;
+  Placement y_at, grad_at, dy_at;
+  StridedMap grad;
+  int y_grad_bytes = 0, z_grad_bytes = 0;  // width of aligned copies of grad's two halves, or 0
+  const void* u = nullptr;                 // [pixel][u_pitch]
+  int64_t u_pitch = 0;
+  NormParams norm1, norm2;
+  ParamRef w2;  // [g, d, d]
+  bool batch_stats = true;
+  int sums2_rows = 0;
+  void* sums2 = nullptr;  // [rows][2][g]: sums of da2 and of da2 * vhat
+  void* da1 = nullptr;    // [pixel][da1_pitch]
+  int64_t da1_pitch = 0;
+  void* sums1 = nullptr;     // [workers][2][m]: sums of da1 and of da1 * uhat
+  void* dw2_sums = nullptr;  // [workers][g, d, d]
+};
+
+// A tile's first pixel.
+struct Origin {
+  int n, h, w;
+};
+__device__ __forceinline__ Origin tile_origin(const CheapTile& t, int64_t index) {
+  const int64_t per_image = int64_t{t.tiles_h} * t.tiles_w;
+  const int64_t group = index / per_image;
+  const int rest = static_cast<int>(index - group * per_image);
+  return {static_cast<int>(group) * t.images, rest / t.tiles_w * t.rows, rest % t.tiles_w * t.cols};
+}
+__device__ __forceinline__ bool inside(const CheapParams& p, int n, int h, int w) {
+  return n < p.batch && static_cast<unsigned>(h) < static_cast<unsigned>(p.height) &&
+         static_cast<unsigned>(w) < static_cast<unsigned>(p.width);
+}
+
+// What a thread owns: a pair of the block's channels, and every groups-th strip.
+struct Owner {
+  int tid, channels;  // channels of the block, masked ones included
+  int first;          // first channel of the block
+  int pair;           // first of the thread's two channels, within the block
+  int group, groups;  // threads past the last group own nothing
+
+  __device__ __forceinline__ Owner(const CheapParams& p, int first_)
+      : tid(static_cast<int>(threadIdx.x)),
+        channels(p.tile.channels),
+        first(first_),
+        pair(tid),
+        group(p.by_pairs.split(pair)),
+        groups(kThreads / (channels / 2)) {
+    pair *= 2;
+  }
+  __device__ __forceinline__ bool active() const { return group < groups; }
+};
+
+// ------------------------------------------------------------------------------------- copies
+
+// One part of grad_out, `valid` channels from `channel` on and `step` apart, to `window` pixels of
+// shared memory; zeros outside the image and for the other channels of the block. Aligned
+// neighbours are copied in the background: the caller commits and waits.
+template <class T>
+__device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me, int64_t channel,
+                                          int step, int valid, int bytes, const Window& window,
+                                          const Origin& o, const Placement& to, T* shared) {
+  const T* const base = static_cast<const T*>(p.grad.data) + channel * p.grad.channel;
+  const auto source = [&](const Position& at) {
+    return base + (o.n + at.image) * p.grad.image + (o.h + at.row) * p.grad.row +
+           (o.w + at.col) * p.grad.col;
+  };
+  if (bytes > 0) {
+    const int items = window.count * p.by_vectors.divisor;
+    for (int i = me.tid; i < items; i += kThreads) {
+      int c = i;
+      const Position at = locate(window, p.by_vectors.split(c));
+      c *= kVector<T>;
+      T* const out = shared + to.offset(at.image, at.row, at.col) + c;
+      const bool wanted = inside(p, o.n + at.image, o.h + at.row, o.w + at.col);
+      const T* const in = wanted ? source(at) + c : base;
+      if (wanted && c < valid && c + kVector<T> > valid) {
+        for (int e = 0; e < kVector<T>; ++e)
+          out[e] = c + e < valid ? in[e] : prim::from_float<T>(0);
+      } else if (bytes == 16) {
+        prim::cp_async<16>(out, c < valid ? in : base, wanted && c < valid);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          prim::cp_async<8>(out + e * (kVector<T> / 2),
+                            c < valid ? in + e * (kVector<T> / 2) : base, wanted && c < valid);
+      }
+    }
+    return;
+  }
+  // Pairs of channels, four of them in flight.
+  const int64_t apart = step * p.grad.channel;
+  const int items = window.count * p.by_pairs.divisor;
+  constexpr int kUnroll = 4;
+  for (int first = me.tid; first < items; first += kUnroll * kThreads) {
+    T x[kUnroll], y[kUnroll];
+    int out[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const int i = first + k * kThreads;
+      x[k] = y[k] = prim::from_float<T>(0);
+      out[k] = -1;
+      if (i < items) {
+        int pixel = i, pair;
+        if (p.grad.pixels_first) {
+          pair = window.by_count.split(pixel) * 2;
+        } else {
+          pair = i;
+          pixel = p.by_pairs.split(pair);
+          pair *= 2;
+        }
+        const Position at = locate(window, pixel);
+        out[k] = to.offset(at.image, at.row, at.col) + pair;
+        if (inside(p, o.n + at.image, o.h + at.row, o.w + at.col)) {
+          const T* const in = source(at) + pair * apart;
+          if (pair < valid) x[k] = in[0];
+          if (pair + 1 < valid) y[k] = in[apart];
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k)
+      if (out[k] >= 0) store_pair(shared + out[k], prim::to_float(x[k]), prim::to_float(y[k]));
+  }
+}
+
+// How many of the block's channels have a ghost j that is not sliced off: channel c's is output
+// channel m + c * per + j.
+__device__ __forceinline__ int ghosts_kept(const CheapParams& p, const Owner& me, int j) {
+  const int left = p.out_channels - p.intrinsic - j;  // c * per < left
+  const int kept = left <= 0 ? 0 : (left + p.per - 1) / p.per;
+  const int end = kept < p.intrinsic ? kept : p.intrinsic;
+  const int here = end - me.first;
+  return here < 0 ? 0 : here < me.channels ? here : me.channels;
+}
+
+template <class T>
+__device__ __forceinline__ void copy_ghost_grad(const CheapParams& p, const Owner& me, int j,
+                                                const Window& window, const Origin& o,
+                                                const Placement& to, T* shared) {
+  copy_grad<T>(p, me, int64_t{p.intrinsic} + int64_t{me.first} * p.per + j, p.per,
+               ghosts_kept(p, me, j), p.z_grad_bytes, window, o, to, shared);
+}
+
+// y = act1(bn1(u)) of the window's pixels from pixel-major u, zeros outside the image.
+// norm1 [4][channels]: scale, shift, ...
+template <class T>
+__device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, const Origin& o,
+                                       const Accumulator<T>* norm1, T* y) {
+  using A = Accumulator<T>;
+  constexpr int kUnroll = 2;
+  const int items = p.y.count * p.by_vectors.divisor;
+  for (int first = me.tid; first < items; first += kUnroll * kThreads) {
+    uint4 raw[kUnroll];
+    int out[kUnroll], channel[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const int i = first + k * kThreads;
+      raw[k] = uint4{0, 0, 0, 0};
+      out[k] = -1;
+      channel[k] = i;
+      if (i < items) {
+        const Position at = locate(p.y, p.by_vectors.split(channel[k]));
+        const int c = channel[k] *= kVector<T>;
+        const int n = o.n + at.image, h = o.h + at.row, w = o.w + at.col;
+        out[k] = (p.y_at.offset(at.image, at.row, at.col) + c) * 2;
+        if (inside(p, n, h, w) && me.first + c < p.u_pitch) {
+          const int64_t pixel = (int64_t{n} * p.height + h) * p.width + w;
+          raw[k] = prim::load_readonly<uint4>(static_cast<const T*>(p.u) + pixel * p.u_pitch +
+                                              me.first + c);
+          out[k] += 1;
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      if (out[k] < 0) continue;
+      const int c = channel[k];
+      A v[kVector<T>];
+      unpack<T>(raw[k], v);
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e)
+        v[e] = prim::fma(v[e], norm1[c + e], norm1[me.channels + c + e]);
+      activate(p.act1, static_cast<A>(p.slope1), v);
+      prim::store<uint4>(y + (out[k] >> 1), (out[k] & 1) ? pack<T>(v) : uint4{0, 0, 0, 0});
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------- parameters
+
+// Rows of norm2 [per][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
+enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kMeanGrad = 4, kMeanGradHat = 5 };
+inline constexpr int kNorm2Rows = 6;
+
+// Batch norm 2 and taps of the block's ghosts j0 .. j0 + count to shared memory: [count][rows of
+// norm2][channels] and [count][taps][channels]. Zeros for masked channels.
+template <class T>
+__device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& me, int j0,
+                                            int count, int taps, Accumulator<T>* norm2,
+                                            Accumulator<T>* w2) {
+  using A = Accumulator<T>;
+  for (int i = me.tid; i < count * me.channels; i += kThreads) {
+    const int j = i / me.channels, c = i - j * me.channels;
+    A* const out = norm2 + j * kNorm2Rows * me.channels + c;
+    Affine<A> f;
+    if (me.first + c < p.intrinsic)
+      f = load_affine<A>(p.norm2, int64_t{me.first + c} * p.per + j0 + j);
+    out[kScale * me.channels] = f.scale;
+    out[kShift * me.channels] = f.shift;
+    out[kMean * me.channels] = f.mean;
+    out[kInvStd * me.channels] = f.inv_std;
+    out[kMeanGrad * me.channels] = 0;
+    out[kMeanGradHat * me.channels] = 0;
+  }
+  const int owned = min_of(p.intrinsic - me.first, me.channels);
+  for (int j = 0; j < count; ++j)
+    load_taps(w2 + j * taps * me.channels, p.w2, int64_t{me.first} * p.per + j0 + j, p.per, owned,
+              me.channels, taps);
+}
+
+// A strip of this thread's two channels, as a flat array: values 2 * i and 2 * i + 1 of pixel i.
+inline constexpr int kStripValues = 2 * kStrip;
+
+// For every strip of the v window of ghost j, whose parameters are at norm2 and w2: v by the
+// stencil, then da2 = dz * act2'(bn2(v)). use(offset in `grads` of the first pixel, pixels of the
+// strip, v, da2, exists): what becomes of them. Bit k of exists: value k has a pixel in the image
+// and a ghost that is not sliced off. Where it has none da2 is not to be used, and v is finite.
+template <class T, class Use>
+__device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner& me, int j,
+                                               const Origin& o, const T* y, const T* grads,
+                                               int grads_row, int grads_col,
+                                               const Accumulator<T>* norm2,
+                                               const Accumulator<T>* w2, const Use& use) {
+  using A = Accumulator<T>;
+  if (!me.active()) return;
+  const int kept = ghosts_kept(p, me, j) - me.pair;
+  const unsigned channels = kept >= 2 ? 3u : kept == 1 ? 1u : 0u;
+  const A* const norm = norm2 + me.pair;
+#pragma unroll 1
+  for (int item = me.group; item < p.v_strips.count; item += me.groups) {
+    Position at = locate(p.v_strips, prim::opaque(item));
+    at.col *= kStrip;
+    A rows[kStrip][2];
+    depthwise_window(p.d, y + p.y_at.offset(at.image, at.row, at.col) + me.pair, p.y_at.ld,
+                     p.y_at.pitch * p.y_at.ld, w2 + me.pair, me.channels, rows);
+    at = locate(p.v_strips, prim::opaque(item));  // again: the stencil needs the registers
+    at.col *= kStrip;
+    const int offset = p.grad_at.offset(at.image, at.row + grads_row, at.col + grads_col) + me.pair;
+    const int pixels = min_of(p.v.cols - at.col, kStrip);
+    A scale[2], shift[2], v[kStripValues], da2[kStripValues];
+    load_pair(norm + kScale * me.channels, scale);
+    load_pair(norm + kShift * me.channels, shift);
+    unsigned exists = 0;
+#pragma unroll
+    for (int i = 0; i < kStrip; ++i) {
+      const bool pixel = i < pixels && inside(p, o.n + at.image, o.h + at.row, o.w + at.col + i);
+      if (pixel) exists |= channels << (2 * i);
+      A g[2] = {0, 0};
+      if (pixel) load_pair(grads + offset + i * p.grad_at.ld, g);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        v[2 * i + e] = pixel ? rows[i][e] : A(0);
+        da2[2 * i + e] = g[e];
+      }
+    }
+    activate_grad(p.act2, static_cast<A>(p.slope2), scale, shift, v, da2);
+    use(offset, pixels, v, da2, exists);
+  }
+}
+
+}  // namespace ghost::cuda

@@ -1,0 +1,153 @@
+// What the backward kernels share: vectors in registers, parameters, windows of pixels, sums of
+// partial sums.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/backward.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/gemm.cuh"
+#include "cuda/prim.cuh"
+
+namespace ghost::cuda {
+
+// Blocks that a multiprocessor is to have registers for.
+template <class T>
+inline constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : 2;
+
+// ----------------------------------------------------------------------------------- division
+
+// n / divisor for 0 <= n < 2^31 as a multiplication and a shift.
+struct Divider {
+  uint64_t factor = 0;
+  int shift = 0;
+  int divisor = 1;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(static_cast<int>(d)) {
+    while ((int64_t{1} << shift) < d) ++shift;
+    shift += 32;
+    factor = ((uint64_t{1} << shift) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d);
+  }
+  // n becomes n % divisor; the quotient is returned.
+  __device__ __forceinline__ int split(int& n) const {
+    const int q = static_cast<int>((static_cast<uint64_t>(n) * factor) >> shift);
+    n -= q * divisor;
+    return q;
+  }
+};
+
+// ------------------------------------------------------------------------------------ vectors
+
+// Elements of T in 16 bytes.
+template <class T>
+inline constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+__device__ __forceinline__ void unpack(const uint4& raw, Accumulator<T> (&v)[kVector<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = prim::unpack_pair<T>(words[i]);
+      v[2 * i] = pair.x;
+      v[2 * i + 1] = pair.y;
+    }
+  } else {
+    memcpy(v, &raw, 16);
+  }
+}
+template <class T>
+__device__ __forceinline__ uint4 pack(const Accumulator<T> (&v)[kVector<T>]) {
+  uint4 raw;
+  if constexpr (sizeof(T) == 2) {
+    raw.x = prim::pack_pair<T>(v[0], v[1]);
+    raw.y = prim::pack_pair<T>(v[2], v[3]);
+    raw.z = prim::pack_pair<T>(v[4], v[5]);
+    raw.w = prim::pack_pair<T>(v[6], v[7]);
+  } else {
+    memcpy(&raw, v, 16);
+  }
+  return raw;
+}
+
+// `count` numbers from p on, `step` apart, as a vector with zeros behind them. wide: they are
+// neighbours and p is aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ uint4 load_vector(const T* p, int64_t step, int count, bool wide) {
+  if (wide && count >= kVector<T>) return prim::load_readonly<uint4>(p);
+  Accumulator<T> v[kVector<T>];
+#pragma unroll
+  for (int e = 0; e < kVector<T>; ++e)
+    v[e] = e < count ? prim::to_float(p[e * step]) : Accumulator<T>(0);
+  return pack<T>(v);
+}
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, int64_t step, int count, bool wide,
+                                             const Accumulator<T> (&v)[kVector<T>]) {
+  if (wide && count >= kVector<T>) {
+    prim::store<uint4>(p, pack<T>(v));
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kVector<T>; ++e)
+    if (e < count) p[e * step] = prim::from_float<T>(v[e]);
+}
+
+// --------------------------------------------------------------------------------- parameters
+
+// Gamma, beta, mean and var as the kernels take them.
+struct NormParams {
+  ParamRef gamma, beta, mean, var;
+  double eps = 0;
+
+  NormParams() = default;
+  explicit NormParams(const NormArgs& n)
+      : gamma(n.gamma), beta(n.beta), mean(n.mean), var(n.var), eps(n.eps) {}
+};
+
+// Batch norm of one channel as a * scale + shift, and what its gradient needs.
+template <class A>
+struct Affine {
+  A scale = 0, shift = 0, mean = 0, inv_std = 0;
+};
+template <class A>
+__device__ __forceinline__ Affine<A> load_affine(const NormParams& n, int64_t c) {
+  Affine<A> f;
+  f.mean = load_param<A>(n.mean, c);
+  f.inv_std = prim::rsqrt(load_param<A>(n.var, c) + static_cast<A>(n.eps));
+  f.scale = load_param_or(n.gamma, c, A(1)) * f.inv_std;
+  f.shift = load_param_or(n.beta, c, A(0)) - f.mean * f.scale;
+  return f;
+}
+
+// -------------------------------------------------------------------------------- sums
+
+// store(i, sum over r < rows of part[r * pitch + i]) for i < count, by the whole block and in a
+// fixed order: each thread adds up every groups-th row, then one adds up the groups. `shared` has
+// kThreads numbers. Ends with a barrier.
+template <class A, class Store>
+__device__ __forceinline__ void sum_rows(const A* part, int rows, int64_t pitch, int count,
+                                         A* shared, const Store& store) {
+  int lanes = 8;  // columns at a time
+  while (lanes < count && lanes < kThreads) lanes *= 2;
+  const int tid = static_cast<int>(threadIdx.x), groups = kThreads / lanes;
+  const int column = tid & (lanes - 1), group = tid / lanes;
+  for (int first = 0; first < count; first += lanes) {
+    const int i = first + column;
+    A sum = 0;
+    if (i < count) {
+#pragma unroll 4
+      for (int r = group; r < rows; r += groups) sum += part[r * pitch + i];
+    }
+    shared[tid] = sum;
+    prim::sync_threads();
+    if (group == 0 && i < count) {
+      for (int k = 1; k < groups; ++k) sum += shared[k * lanes + column];
+      store(i, sum);
+    }
+    prim::sync_threads();
+  }
+}
+
+}  // namespace ghost::cuda

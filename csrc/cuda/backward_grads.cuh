@@ -1,0 +1,285 @@
+// Second launch of the backward pass: from grad_out and u to da1, dw2 and the sums that the first
+// batch norm's gradient needs.
+//
+//   da2 = dz act2'(bn2(v)),  v = w2 (*) y,  y = act1(bn1(u))
+//   dv  = scale2 (da2 - mean(da2) - vhat mean(da2 vhat))       (frozen statistics: scale2 da2)
+//   dw2[a][b] = sum of dv[h][w] y[h + a - r][w + b - r],  r = d / 2
+//   dy  = grad of y + sum over taps of w2[a][b] dv[h - a + r][w - b + r]
+//   da1 = dy act1'(bn1(u))
+//
+// Shared memory: y with a halo of twice r (once along an axis that the tile spans), dv with a halo
+// of r, dy. Binding resource: memory traffic, u and grad_out in, da1 out, with shared-memory reads
+// of the three stencils close behind: a tile as large as fits keeps the halo small.
+#pragma once
+
+#include "cuda/backward_cheap.cuh"
+
+namespace ghost::cuda {
+
+// Adds the tile's part of dw2 of one ghost to this thread's own slots [d][d *
+// tap_splits][channels]: the thread owns a pair of channels, a row of taps and every tap_splits-th
+// row of pixels, along which a window of y slides in registers.
+template <class T, int D>
+__device__ __forceinline__ void add_weight_gradient(const CheapParams& p, const Owner& me,
+                                                    const T* y, const T* dv,
+                                                    Accumulator<T>* slots) {
+  using A = Accumulator<T>;
+  const int q = me.group / D, tap_row = me.group % D, every = p.tile.tap_splits;
+  if (q >= every) return;
+  A acc[D][2] = {};
+  for (int line = q; line < p.inner.count / p.inner.cols; line += every) {
+    int row = line;
+    const int image = p.inner.by_rows.split(row);
+    const T* const y_row =
+        y + p.y_at.offset(image, row + p.tile.halo_rows + tap_row, p.tile.halo_cols) + me.pair;
+    const T* const dv_row = dv + p.grad_at.offset(image, row + D / 2, D / 2) + me.pair;
+    A window[D][2];
+#pragma unroll
+    for (int b = 0; b < D - 1; ++b) load_pair(y_row + b * p.y_at.ld, window[b]);
+    for (int col = 0; col < p.inner.cols; ++col) {
+      A g[2];
+      load_pair(y_row + (col + D - 1) * p.y_at.ld, window[D - 1]);
+      load_pair(dv_row + col * p.grad_at.ld, g);
+#pragma unroll
+      for (int b = 0; b < D; ++b) {
+        acc[b][0] = prim::fma(g[0], window[b][0], acc[b][0]);
+        acc[b][1] = prim::fma(g[1], window[b][1], acc[b][1]);
+      }
+#pragma unroll
+      for (int b = 0; b < D - 1; ++b) {
+        window[b][0] = window[b + 1][0];
+        window[b][1] = window[b + 1][1];
+      }
+    }
+  }
+#pragma unroll
+  for (int b = 0; b < D; ++b) {
+    A* const slot = slots + (b * D * every + me.group) * me.channels + me.pair;
+    slot[0] += acc[b][0];
+    slot[1] += acc[b][1];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void add_weight_gradient(int d, const CheapParams& p, const Owner& me,
+                                                    const T* y, const T* dv,
+                                                    Accumulator<T>* slots) {
+  switch (d) {
+    case 1:
+      return add_weight_gradient<T, 1>(p, me, y, dv, slots);
+    case 3:
+      return add_weight_gradient<T, 3>(p, me, y, dv, slots);
+    case 5:
+      return add_weight_gradient<T, 5>(p, me, y, dv, slots);
+    default:
+      return add_weight_gradient<T, 7>(p, me, y, dv, slots);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
+    ghost_backward_grads_kernel(CheapParams p) {
+  using A = Accumulator<T>;
+  const int radius = p.d / 2, taps = p.d * p.d;
+  GHOST_DYN_SHARED(unsigned char, shared);
+  T* const y = reinterpret_cast<T*>(shared + p.tile.y_at);
+  T* const grads = reinterpret_cast<T*>(shared + p.tile.grad_at);  // dz, then dv in its place
+  T* const dy = reinterpret_cast<T*>(shared + p.tile.dy_at);  // grad of y, then sums over ghosts
+  A* const norm1 = reinterpret_cast<A*>(shared + p.tile.norm1_at);
+  A* const norm2 = reinterpret_cast<A*>(shared + p.tile.norm2_at);
+  A* const w2 = reinterpret_cast<A*>(shared + p.tile.taps_at);
+  A* const slots = reinterpret_cast<A*>(shared + p.tile.slots_at);
+  A* const combine = reinterpret_cast<A*>(shared + p.tile.combine_at);
+  const Owner me(p, static_cast<int>(blockIdx.y) * p.tile.channels);
+  const int worker = static_cast<int>(blockIdx.x);
+
+  for (int c = me.tid; c < me.channels; c += kThreads) {
+    Affine<A> f;
+    if (me.first + c < p.intrinsic) f = load_affine<A>(p.norm1, me.first + c);
+    norm1[kScale * me.channels + c] = f.scale;
+    norm1[kShift * me.channels + c] = f.shift;
+    norm1[kMean * me.channels + c] = f.mean;
+    norm1[kInvStd * me.channels + c] = f.inv_std;
+  }
+  load_ghosts<T>(p, me, 0, p.per, taps, norm2, w2);
+  const int tap_slots = taps * p.tile.tap_splits * me.channels;  // of a ghost
+  for (int i = me.tid; i < p.per * tap_slots; i += kThreads) slots[i] = 0;
+  // The ring of dv outside the window of v stays zero: there is no pixel.
+  for (int i = me.tid * 2;
+       p.per > 0 && i < p.tile.images * p.grad_at.image_rows * p.grad_at.pitch * p.grad_at.ld;
+       i += 2 * kThreads)
+    store_pair(grads + i, A(0), A(0));
+  prim::sync_threads();
+  if (p.batch_stats && p.per > 0) {
+    const A pixels = static_cast<A>(static_cast<double>(p.batch) * p.height * p.width);
+    const int64_t ghosts = int64_t{p.intrinsic} * p.per;
+    const int owned = p.intrinsic - me.first < me.channels ? p.intrinsic - me.first : me.channels;
+    for (int kind = 0; kind < 2; ++kind)
+      sum_rows(static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.per,
+               p.sums2_rows, 2 * ghosts, owned * p.per, combine, [&](int i, A sum) {
+                 const int c = i / p.per, j = i - c * p.per;
+                 norm2[(j * kNorm2Rows + kMeanGrad + kind) * me.channels + c] = sum / pixels;
+               });
+  }
+
+  A scale1[2], shift1[2], mean1[2], inv_std1[2];
+  load_pair(norm1 + kScale * me.channels + me.pair, scale1);
+  load_pair(norm1 + kShift * me.channels + me.pair, shift1);
+  load_pair(norm1 + kMean * me.channels + me.pair, mean1);
+  load_pair(norm1 + kInvStd * me.channels + me.pair, inv_std1);
+  A sum[2] = {}, sum_hat[2] = {};
+  const int stored =
+      static_cast<int>(p.da1_pitch) - me.first;  // channels of da1's rows, padding too
+  const int valid = p.intrinsic - me.first;
+
+  for (int64_t index = worker; index < p.tile.tiles; index += p.tile.workers) {
+    const Origin o = tile_origin(p.tile, index);
+    const Origin v_origin{o.n, o.h - p.tile.halo_rows, o.w - p.tile.halo_cols};
+    const int grads_row = radius - p.tile.halo_rows, grads_col = radius - p.tile.halo_cols;
+    Placement v_place = p.grad_at;  // of the v window inside dv
+    T* const grads_v = grads + v_place.offset(0, grads_row, grads_col);
+    copy_grad<T>(p, me, me.first, 1, valid < me.channels ? valid : me.channels, p.y_grad_bytes,
+                 p.inner, o, p.dy_at, dy);
+    if (p.per > 0) copy_ghost_grad<T>(p, me, 0, p.v, v_origin, v_place, grads_v);
+    prim::cp_async_commit();
+    load_y<T>(p, me, Origin{v_origin.n, v_origin.h - radius, v_origin.w - radius}, norm1, y);
+    prim::cp_async_wait<0>();
+    prim::sync_threads();
+
+    int j = 0;
+    do {  // once without ghosts, too: da1 is due all the same
+      if (p.per > 0) {
+        if (j > 0) {
+          copy_ghost_grad<T>(p, me, j, p.v, v_origin, v_place, grads_v);
+          prim::cp_async_commit();
+          prim::cp_async_wait<0>();
+          prim::sync_threads();
+        }
+        const A* const norm = norm2 + j * kNorm2Rows * me.channels;
+        cheap_gradient<T>(
+            p, me, j, v_origin, y, grads, grads_row, grads_col, norm, w2 + j * taps * me.channels,
+            [&](int offset, int pixels, const A(&v)[kStripValues], const A(&da2)[kStripValues],
+                unsigned exists) {
+              A scale[2], mean[2], inv_std[2], mean_grad[2], mean_grad_hat[2];
+              load_pair(norm + kScale * me.channels + me.pair, scale);
+              load_pair(norm + kMean * me.channels + me.pair, mean);
+              load_pair(norm + kInvStd * me.channels + me.pair, inv_std);
+              load_pair(norm + kMeanGrad * me.channels + me.pair, mean_grad);
+              load_pair(norm + kMeanGradHat * me.channels + me.pair, mean_grad_hat);
+#pragma unroll
+              for (int i = 0; i < kStrip; ++i) {
+                if (i >= pixels) break;
+                A dv[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                  const int k = 2 * i + e;
+                  const A hat = (v[k] - mean[e]) * inv_std[e];
+                  // With frozen statistics v does not count, not even if it is Inf.
+                  const A g =
+                      p.batch_stats ? da2[k] - mean_grad[e] - hat * mean_grad_hat[e] : da2[k];
+                  dv[e] = (exists >> k & 1u) ? scale[e] * g : A(0);
+                }
+                store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
+              }
+            });
+        prim::sync_threads();
+        add_weight_gradient<T>(p.d, p, me, y, grads, slots + j * tap_slots);
+      }
+
+      const bool last = j + 1 >= p.per;
+      for (int item = me.group; me.active() && item < p.inner_strips.count; item += me.groups) {
+        Position at = locate(p.inner_strips, item);
+        at.col *= kStrip;
+        const int n = o.n + at.image, h = o.h + at.row, w = o.w + at.col;
+        const int64_t first_pixel = (int64_t{n} * p.height + h) * p.width + w;
+        T* const own = dy + p.dy_at.offset(at.image, at.row, at.col) + me.pair;
+        unsigned exists = 0;  // bit i: pixel i of the strip is in the tile and in the image
+        A u[kStripValues], g[kStripValues];
+        if (p.per > 0) {
+          A back[kStrip][2];  // the stencil with its taps in reverse
+          depthwise_window(p.d, grads + p.grad_at.offset(at.image, at.row, at.col) + me.pair,
+                           p.grad_at.ld, p.grad_at.pitch * p.grad_at.ld,
+                           w2 + ((j + 1) * taps - 1) * me.channels + me.pair, -me.channels, back);
+#pragma unroll
+          for (int i = 0; i < kStripValues; ++i) g[i] = back[i / 2][i & 1];
+        } else {
+#pragma unroll
+          for (int i = 0; i < kStripValues; ++i) g[i] = A(0);
+        }
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+          if (at.col + i < p.inner.cols && inside(p, n, h, w + i)) exists |= 1u << i;
+          A pair[2] = {0, 0};
+          if (exists >> i & 1u) load_pair(own + i * p.dy_at.ld, pair);
+          g[2 * i] += pair[0];
+          g[2 * i + 1] += pair[1];
+        }
+        if (!last) {
+#pragma unroll
+          for (int i = 0; i < kStrip; ++i)
+            if (exists >> i & 1u) store_pair(own + i * p.dy_at.ld, g[2 * i], g[2 * i + 1]);
+          continue;
+        }
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+          A pair[2] = {mean1[0], mean1[1]};
+          if ((exists >> i & 1u) && me.pair < valid)
+            load_pair(
+                static_cast<const T*>(p.u) + (first_pixel + i) * p.u_pitch + me.first + me.pair,
+                pair);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) u[2 * i + e] = pair[e];
+        }
+        activate_grad(p.act1, static_cast<A>(p.slope1), scale1, shift1, u, g);
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+          if (!(exists >> i & 1u)) continue;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            // The sums must be those of the da1 that the next launch reads.
+            g[2 * i + e] = prim::to_float(prim::from_float<T>(g[2 * i + e]));
+            const A hat = (u[2 * i + e] - mean1[e]) * inv_std1[e];
+            sum[e] += g[2 * i + e];
+            sum_hat[e] = prim::fma(g[2 * i + e], hat, sum_hat[e]);
+          }
+          if (me.pair < stored)
+            store_pair(
+                static_cast<T*>(p.da1) + (first_pixel + i) * p.da1_pitch + me.first + me.pair,
+                g[2 * i], g[2 * i + 1]);
+        }
+      }
+      prim::sync_threads();
+    } while (++j < p.per);
+  }
+
+  // dw2: a tap's row and its pixel rows' owners are added up in their order.
+  const int64_t all_taps = int64_t{p.intrinsic} * p.per * taps;
+  for (int i = me.tid; i < p.per * taps * me.channels; i += kThreads) {
+    const int jt = i / me.channels, c = i - jt * me.channels;
+    const int j = jt / taps, tap = jt - j * taps, a = tap / p.d, b = tap - a * p.d;
+    if (c >= valid) continue;
+    const A* const slot = slots + j * tap_slots + b * p.d * p.tile.tap_splits * me.channels + c;
+    A total = 0;
+    for (int q = 0; q < p.tile.tap_splits; ++q) total += slot[(q * p.d + a) * me.channels];
+    static_cast<A*>(
+        p.dw2_sums)[worker * all_taps + (int64_t{me.first + c} * p.per + j) * taps + tap] = total;
+  }
+  // da1's sums, over the threads that share a pair of channels.
+  prim::sync_threads();
+  A* const own = slots + me.group * me.channels + me.pair;
+  A* const own_hat = own + me.groups * me.channels;
+  if (me.active()) {
+    store_pair(own, sum[0], sum[1]);
+    store_pair(own_hat, sum_hat[0], sum_hat[1]);
+  }
+  prim::sync_threads();
+  for (int i = me.tid; i < 2 * me.channels; i += kThreads) {
+    const int kind = i / me.channels, c = i - kind * me.channels;
+    if (c >= valid) continue;
+    A total = 0;
+    for (int k = 0; k < me.groups; ++k) total += slots[(kind * me.groups + k) * me.channels + c];
+    static_cast<A*>(p.sums1)[(int64_t{worker} * 2 + kind) * p.intrinsic + me.first + c] = total;
+  }
+}
+
+}  // namespace ghost::cuda

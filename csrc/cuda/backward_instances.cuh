@@ -1,0 +1,77 @@
+// The instances of the backward kernels, and the choice among them. A file in instances/ defines
+// some of them with GHOST_BACKWARD_*_INSTANCES.
+#pragma once
+
+#include "cuda/backward_finish.cuh"
+#include "cuda/backward_grads.cuh"
+#include "cuda/backward_primary.cuh"
+#include "cuda/backward_sums.cuh"
+
+namespace ghost::cuda {
+
+// Of a storage type.
+template <class T>
+struct BackwardKernels {
+  static cudaError_t grads(const CheapParams& params, cudaStream_t stream);
+  static cudaError_t finish(const FinishParams& params, cudaStream_t stream);
+};
+// Of a storage type and an arithmetic.
+template <class P>
+struct BackwardProducts {
+  static cudaError_t primary(const PrimaryParams& params, cudaStream_t stream);
+};
+template <class P, Layout kLayout>
+struct BackwardSums {
+  static cudaError_t run(const SumsParams<typename P::T>& params, unsigned blocks,
+                         cudaStream_t stream);
+};
+
+}  // namespace ghost::cuda
+
+#define GHOST_BACKWARD_TYPE_INSTANCES(T)                                                       \
+  namespace ghost::cuda {                                                                      \
+  template <>                                                                                  \
+  cudaError_t BackwardKernels<T>::grads(const CheapParams& params, cudaStream_t stream) {      \
+    const CheapTile& t = params.tile;                                                          \
+    return GHOST_LAUNCH((ghost_backward_grads_kernel<T>),                                      \
+                        dim3(unsigned(t.workers), unsigned(t.channel_blocks)), dim3(kThreads), \
+                        size_t(t.smem_bytes), stream, params);                                 \
+  }                                                                                            \
+  template <>                                                                                  \
+  cudaError_t BackwardKernels<T>::finish(const FinishParams& params, cudaStream_t stream) {    \
+    return GHOST_LAUNCH((ghost_backward_finish_kernel<T>), dim3(unsigned(params.blocks)),      \
+                        dim3(kThreads), sizeof(Accumulator<T>) * kThreads, stream, params);    \
+  }                                                                                            \
+  }
+
+#define GHOST_BACKWARD_PRODUCT_INSTANCES(P)                                                    \
+  namespace ghost::cuda {                                                                      \
+  template <>                                                                                  \
+  cudaError_t BackwardProducts<P>::primary(const PrimaryParams& params, cudaStream_t stream) { \
+    const unsigned blocks = unsigned(params.plan.dx_blocks + params.plan.dw1_blocks());        \
+    return GHOST_LAUNCH((ghost_backward_primary_kernel<P>), dim3(blocks), dim3(kThreads),      \
+                        size_t(params.plan.smem_bytes), stream, params);                       \
+  }                                                                                            \
+  }
+
+#define GHOST_BACKWARD_SUMS_CASE(P, L, width)                                                    \
+  case width:                                                                                    \
+    return GHOST_LAUNCH((ghost_backward_sums_kernel<P, L, width>), dim3(blocks), dim3(kThreads), \
+                        size_t(params.tile.smem_bytes), stream, params);
+#define GHOST_BACKWARD_HALF_CASES(P, L) \
+  GHOST_BACKWARD_SUMS_CASE(P, L, 32) GHOST_BACKWARD_SUMS_CASE(P, L, 64)
+#define GHOST_BACKWARD_WIDE_CASES(P, L) GHOST_BACKWARD_SUMS_CASE(P, L, 32)
+
+// CASES: the channel widths that the plan may choose.
+#define GHOST_BACKWARD_SUMS_INSTANCES(P, L, CASES)                                     \
+  namespace ghost::cuda {                                                              \
+  template <>                                                                          \
+  cudaError_t BackwardSums<P, L>::run(const SumsParams<P::T>& params, unsigned blocks, \
+                                      cudaStream_t stream) {                           \
+    switch (params.tile.instance) {                                                    \
+      CASES(P, L)                                                                      \
+      default:                                                                         \
+        return cudaErrorInvalidValue;                                                  \
+    }                                                                                  \
+  }                                                                                    \
+  }

@@ -1,0 +1,343 @@
+// Activations and their derivatives on small arrays of registers, and batch norm as scale and
+// shift.
+//
+// The activation is a run-time code: one uniform branch serves the whole array, so that the cost of
+// the choice is shared by its values. NaN goes through every activation, as in PyTorch.
+#pragma once
+
+#include <cmath>
+
+#include "core/problem.h"
+#include "cuda/params.h"
+#include "cuda/prim.cuh"
+
+namespace ghost::cuda {
+
+using prim::Accumulator;
+
+inline constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
+inline constexpr double kGeluTanhScale = 0.79788456080286535588, kGeluTanhCubic = 0.044715;
+
+template <class A>
+__device__ __forceinline__ A sigmoid(A x) {
+  return A(1) / (A(1) + std::exp(-x));
+}
+
+template <class A>
+__device__ __forceinline__ A clamp6(A x) {
+  return prim::min_nan(prim::max_nan(x, A(0)), A(6));
+}
+
+// One value through an activation that takes many instructions.
+template <class A>
+__device__ __forceinline__ A activate_costly(Act act, A x) {
+  switch (act) {
+    case Act::kSiLU:
+      return x / (A(1) + std::exp(-x));
+    case Act::kHardswish:
+      return x * clamp6(x + A(3)) / A(6);
+    case Act::kGELU:
+      return x * A(0.5) * (A(1) + std::erf(x * A(kSqrtHalf)));
+    default:  // kGELUTanh
+      return x * A(0.5) *
+             (A(1) + std::tanh(A(kGeluTanhScale) * (x + A(kGeluTanhCubic) * x * x * x)));
+  }
+}
+
+// v = act(v). The cheap ones are written out for every value. The others go round in a loop, which
+// takes the first value and puts its result at the end: written out they would be most of the
+// kernel's code, and an index known only at run time would force v out of the registers.
+template <class A, int N>
+__device__ __forceinline__ void activate(Act act, A slope, A (&v)[N]) {
+  switch (act) {
+    case Act::kNone:
+      return;
+    case Act::kReLU:
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = prim::max_nan(v[i], A(0));
+      return;
+    case Act::kReLU6:
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = clamp6(v[i]);
+      return;
+    case Act::kLeakyReLU:
+#pragma unroll
+      for (int i = 0; i < N; ++i) v[i] = v[i] > A(0) ? v[i] : v[i] * slope;
+      return;
+    default:
+      break;
+  }
+  constexpr int kAtOnce = N >= 16 && N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
+#pragma unroll 1
+  for (int k = 0; k < N; k += kAtOnce) {
+    A done[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) done[i] = activate_costly(act, v[i]);
+#pragma unroll
+    for (int i = 0; i < N - kAtOnce; ++i) v[i] = v[i + kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) v[N - kAtOnce + i] = done[i];
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A activate_grad_costly(Act act, A x, A g) {
+  switch (act) {
+    case Act::kSiLU: {
+      const A s = sigmoid(x);
+      return g * s * (A(1) + x * (A(1) - s));
+    }
+    case Act::kHardswish:
+      return x <= A(-3) ? A(0) : x >= A(3) ? g : g * (x / A(3) + A(0.5));
+    case Act::kGELU:
+      return g * (A(0.5) * (A(1) + std::erf(x * A(kSqrtHalf))) +
+                  x * std::exp(x * x * A(-0.5)) * A(kInvSqrt2Pi));
+    default: {  // kGELUTanh
+      const A t = std::tanh(A(kGeluTanhScale) * (x + A(kGeluTanhCubic) * x * x * x));
+      const A d_inner = A(kGeluTanhScale) * (A(1) + A(3 * kGeluTanhCubic) * x * x);
+      return g * (A(0.5) * (A(1) + t) + A(0.5) * x * (A(1) - t * t) * d_inner);
+    }
+  }
+}
+
+// g = g * d act(x) / dx at x = v * scale + shift, for values of two channels in turn: v[0], v[2],
+// ... belong to scale[0], shift[0]. v comes back as it was, but goes round with g meanwhile.
+template <class A, int N>
+__device__ __forceinline__ void activate_grad(Act act, A slope, const A (&scale)[2],
+                                              const A (&shift)[2], A (&v)[N], A (&g)[N]) {
+  const auto x = [&](int i) { return prim::fma(v[i], scale[i & 1], shift[i & 1]); };
+  switch (act) {
+    case Act::kNone:
+      return;
+    case Act::kReLU:
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = x(i) <= A(0) ? A(0) : g[i];
+      return;
+    case Act::kReLU6:
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = x(i) <= A(0) || x(i) >= A(6) ? A(0) : g[i];
+      return;
+    case Act::kLeakyReLU:
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = x(i) > A(0) ? g[i] : g[i] * slope;
+      return;
+    default:
+      break;
+  }
+#pragma unroll 1
+  for (int k = 0; k < N; k += 2) {
+    const A first[2] = {v[0], v[1]};
+    const A done[2] = {activate_grad_costly(act, x(0), g[0]),
+                       activate_grad_costly(act, x(1), g[1])};
+#pragma unroll
+    for (int i = 0; i < N - 2; ++i) {
+      v[i] = v[i + 2];
+      g[i] = g[i + 2];
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      v[N - 2 + e] = first[e];
+      g[N - 2 + e] = done[e];
+    }
+  }
+}
+
+// ------------------------------------------------------------------------- pairs of channels
+
+// Two neighbouring elements of T, from or to an address aligned to both.
+__device__ __forceinline__ void load_pair(const prim::half_t* p, float (&v)[2]) {
+  const float2 f = prim::unpack_pair<prim::half_t>(prim::load<uint32_t>(p));
+  v[0] = f.x;
+  v[1] = f.y;
+}
+__device__ __forceinline__ void load_pair(const prim::bfloat16_t* p, float (&v)[2]) {
+  const float2 f = prim::unpack_pair<prim::bfloat16_t>(prim::load<uint32_t>(p));
+  v[0] = f.x;
+  v[1] = f.y;
+}
+__device__ __forceinline__ void load_pair(const float* p, float (&v)[2]) {
+  const float2 f = prim::load<float2>(p);
+  v[0] = f.x;
+  v[1] = f.y;
+}
+__device__ __forceinline__ void load_pair(const double* p, double (&v)[2]) {
+  v[0] = p[0];
+  v[1] = p[1];
+}
+__device__ __forceinline__ void store_pair(prim::half_t* p, float x, float y) {
+  prim::store<uint32_t>(p, prim::pack_pair<prim::half_t>(x, y));
+}
+__device__ __forceinline__ void store_pair(prim::bfloat16_t* p, float x, float y) {
+  prim::store<uint32_t>(p, prim::pack_pair<prim::bfloat16_t>(x, y));
+}
+__device__ __forceinline__ void store_pair(float* p, float x, float y) {
+  prim::store<float2>(p, float2{x, y});
+}
+__device__ __forceinline__ void store_pair(double* p, double x, double y) {
+  p[0] = x;
+  p[1] = y;
+}
+
+// ------------------------------------------------------------------- per-channel parameters
+
+template <class A>
+__device__ __forceinline__ A load_param(const ParamRef& p, int64_t i) {
+  switch (p.dtype) {
+    case DType::kFloat64:
+      return A(static_cast<const double*>(p.data)[i]);
+    case DType::kBFloat16:
+      return A(prim::to_float(static_cast<const prim::bfloat16_t*>(p.data)[i]));
+    case DType::kFloat16:
+      return A(prim::to_float(static_cast<const prim::half_t*>(p.data)[i]));
+    case DType::kFloat32:
+      break;
+  }
+  return A(static_cast<const float*>(p.data)[i]);
+}
+template <class A>
+__device__ __forceinline__ A load_param_or(const ParamRef& p, int64_t i, A otherwise) {
+  return p.data == nullptr ? otherwise : load_param<A>(p, i);
+}
+
+// Partial statistics of a pass: split s of `splits` saw count[s] values of every channel, with mean
+// mean[c * splits + s] and sum of squared deviations m2[c * splits + s].
+template <class A>
+struct Partials {
+  A* mean = nullptr;   // [channels, splits]
+  A* m2 = nullptr;     // [channels, splits]
+  A* count = nullptr;  // [splits]
+  int splits = 0;
+};
+
+// Where the scale and shift of a batch norm come from, see forward.h.
+template <class A>
+struct Norm {
+  NormSource source = NormSource::kReady;
+  const A* scale = nullptr;
+  const A* shift = nullptr;
+  ParamRef gamma, beta, mean, var;
+  Partials<A> partials;
+  A eps = A(0);
+  A* mean_out = nullptr;  // kPartials: the combined statistics, written by one block
+  A* var_out = nullptr;
+};
+
+// Mean and biased variance of kCount channels (first, first + step, ...) from their partials, by
+// one warp, the same bits in every block: sum of n_s mean_s first, then of m2_s + n_s (mean_s -
+// mean)^2, lanes in a fixed tree. Several channels at once share the wait for memory.
+template <int kCount, class A>
+__device__ __forceinline__ void combine_partials(const Partials<A>& p,
+                                                 const int64_t (&channel)[kCount],
+                                                 A (&mean)[kCount], A (&var)[kCount]) {
+  const int lane = int(prim::lane());
+  A n = A(0), m2[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) mean[k] = m2[k] = A(0);
+#pragma unroll 2
+  for (int s = lane; s < p.splits; s += 32) {
+    const A count = p.count[s];
+    n += count;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) mean[k] += count * p.mean[channel[k] * p.splits + s];
+  }
+#pragma unroll
+  for (int x = 16; x > 0; x >>= 1) {
+    n += prim::shuffle_xor(n, x);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) mean[k] += prim::shuffle_xor(mean[k], x);
+  }
+  const A share = n > A(0) ? A(1) / n : A(0);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) mean[k] *= share;
+#pragma unroll 2
+  for (int s = lane; s < p.splits; s += 32) {
+    const A count = p.count[s];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int64_t at = channel[k] * p.splits + s;
+      const A d = p.mean[at] - mean[k];
+      m2[k] += p.m2[at] + count * d * d;
+    }
+  }
+#pragma unroll
+  for (int x = 16; x > 0; x >>= 1) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) m2[k] += prim::shuffle_xor(m2[k], x);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) var[k] = m2[k] * share;
+}
+template <class A>
+__device__ __forceinline__ void combine_partials(const Partials<A>& p, int64_t channel, A& mean,
+                                                 A& var) {
+  const int64_t channels[1] = {channel};
+  A means[1], vars[1];
+  combine_partials(p, channels, means, vars);
+  mean = means[0];
+  var = vars[0];
+}
+
+// scale[i], shift[i] for i < count in shared memory: bn(u) = u * scale + shift of channel
+// first + i * step; i >= valid gets zeros. `leader` blocks also write the statistics they combine.
+// All threads of the block call it; a sync_threads must follow.
+template <class A>
+__device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, int step, int valid,
+                                          int count, bool leader, A* scale, A* shift) {
+  const int warps = int(blockDim.x >> 5), lane = int(prim::lane());
+  if (norm.source == NormSource::kPartials) {
+    constexpr int kAtOnce = 4;
+#pragma unroll 1
+    for (int i = int(prim::warp()) * kAtOnce; i < count; i += warps * kAtOnce) {
+      int64_t channel[kAtOnce];
+      A mean[kAtOnce], var[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)
+        channel[k] = first + int64_t(i + k < valid ? i + k : valid - 1) * step;
+      combine_partials(norm.partials, channel, mean, var);
+      if (lane >= kAtOnce) continue;
+      // Lane k finishes channel k.
+      int64_t c = channel[0];
+      A m = mean[0], v = var[0];
+#pragma unroll
+      for (int k = 1; k < kAtOnce; ++k)
+        if (lane == k) {
+          c = channel[k];
+          m = mean[k];
+          v = var[k];
+        }
+      A a = A(0), b = A(0);
+      if (i + lane < valid) {
+        a = load_param_or(norm.gamma, c, A(1)) * prim::rsqrt(v + norm.eps);
+        b = load_param_or(norm.beta, c, A(0)) - m * a;
+        if (leader) {
+          norm.mean_out[c] = m;
+          norm.var_out[c] = v;
+        }
+      }
+      if (i + lane < count) {
+        scale[i + lane] = a;
+        shift[i + lane] = b;
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    A a = A(0), b = A(0);
+    if (i < valid) {
+      const int64_t c = first + int64_t(i) * step;
+      if (norm.source == NormSource::kReady) {
+        a = norm.scale ? norm.scale[c] : A(1);
+        b = norm.shift ? norm.shift[c] : A(0);
+      } else {
+        a = load_param_or(norm.gamma, c, A(1)) *
+            prim::rsqrt(load_param_or(norm.var, c, A(1)) + norm.eps);
+        b = load_param_or(norm.beta, c, A(0)) - load_param_or(norm.mean, c, A(0)) * a;
+      }
+    }
+    scale[i] = a;
+    shift[i] = b;
+  }
+}
+
+}  // namespace ghost::cuda

@@ -1,0 +1,131 @@
+// What the passes of a forward share: a block's place in the grid, and its y tile.
+#pragma once
+
+#include "cuda/depthwise.cuh"
+#include "cuda/tile.cuh"
+
+namespace ghost::cuda {
+
+// x -> y of a block: primary product (or u given), batch norm 1, activation 1.
+template <class T>
+struct Intrinsic {
+  Primary<T> in;  // w1 null: x is u
+  Norm<Accumulator<T>> norm;
+  Act act = Act::kNone;
+  Accumulator<T> slope = 0;
+};
+
+// The block's channels and the first of its tiles. Blocks that differ only in their channels are
+// neighbours in the grid: they run at the same time and find x in L2.
+//
+// Every phase of a kernel makes its own, from an opaque block index: kept from phase to phase,
+// these numbers and all that is computed from them would take the registers that the phases need.
+struct Place {
+  int c0, valid;       // intrinsic channels [c0, c0 + valid)
+  int ghost0, ghosts;  // of each channel's ratio - 1 ghost maps
+  int slot;            // tiles slot, slot + t.slots, ...
+  bool writes_y;       // one block of those that share channels and tiles
+
+  __device__ __forceinline__ Place(const CudaTile& t, const Maps& p) {
+    const int block = prim::opaque(int(blockIdx.x)), per_slot = t.channel_blocks * t.ghost_blocks;
+    slot = block / per_slot;
+    const int part = block - slot * per_slot, channel_block = part / t.ghost_blocks;
+    c0 = channel_block * t.channels;
+    valid = min_of(t.channels, p.m - c0);
+    ghost0 = (part - channel_block * t.ghost_blocks) * t.ghosts;
+    ghosts = min_of(t.ghosts, p.ratio - 1 - ghost0);
+    writes_y = ghost0 == 0;
+  }
+};
+
+// What make_y_tile does with u besides: nothing.
+struct DropU {
+  template <class A>
+  __device__ __forceinline__ void operator()(int, int, A, A) const {}
+};
+
+// Tables, zero padding and the y tile of one tile. Begins and ends with a sync_threads.
+// keep_u(position, n, u0, u1) gets the products of channels c0 + n and c0 + n + 1 (not with u
+// given). out_channels: of the tensor that the inner table is for; 0 makes none.
+template <class P, Layout kLayout, int kChannels, class KeepU = DropU>
+__device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
+                                            const Intrinsic<typename P::T>& in, const Tile& tile,
+                                            const Place& place, bool first_tile, int out_channels,
+                                            unsigned char* shared, KeepU keep_u = KeepU()) {
+  using T = typename P::T;
+  using A = typename P::A;
+  using Grid = WarpGrid<kChannels>;
+  PixelEntry* source = reinterpret_cast<PixelEntry*>(shared + t.source_at);
+  T* y = reinterpret_cast<T*>(shared + t.y_at);
+  const A* scale = reinterpret_cast<const A*>(shared + t.affine_at);
+  const A* shift = scale + t.channels;
+  prim::sync_threads();
+  build_source_table<kLayout>(source, t, tile, p);
+  if (out_channels > 0)
+    build_inner_table<kLayout>(reinterpret_cast<PixelEntry*>(shared + t.inner_at), t, tile, p,
+                               out_channels);
+  clear_padding(y, t, tile);
+  prim::sync_threads();
+  const int sources = tile.sources();
+  if (in.in.w1 == nullptr) {
+    read_maps<kLayout>(y, t, p, in.in.x, in.in.x_bytes, tile, place.c0, place.valid, source,
+                       [&](auto& v, int n, int step) {
+                         constexpr int kVec = int(sizeof(v) / sizeof(v[0]));
+#pragma unroll
+                         for (int e = 0; e < kVec; ++e)
+                           v[e] = prim::fma(v[e], scale[n + e * step], shift[n + e * step]);
+                         activate(in.act, in.slope, v);
+                       });
+  } else {
+    primary_product<P, kLayout, Grid>(
+        t, p, in.in, tile, place.c0, first_tile, shared,
+        [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
+          int position[Grid::kTilesM][2];
+#pragma unroll
+          for (int i = 0; i < 2 * Grid::kTilesM; ++i) {
+            const int q = q0 + Grid::row(i / 2, i % 2);
+            position[i / 2][i % 2] = q < sources ? source[q].position : -1;
+          }
+#pragma unroll
+          for (int nt = 0; nt < Grid::kTilesN; ++nt) {
+            const int n = Grid::col(nt);
+            if (n >= t.channels) continue;
+            A a[2], b[2];
+            load_pair(scale + n, a);
+            load_pair(shift + n, b);
+#pragma unroll
+            for (int i = 0; i < Grid::kTilesM * 2; ++i) {
+              A(&v)[4] = acc[i / 2][nt];
+              if (position[i / 2][i % 2] >= 0)
+                keep_u(position[i / 2][i % 2], n, v[i % 2 * 2], v[i % 2 * 2 + 1]);
+              v[i % 2 * 2] = prim::fma(v[i % 2 * 2], a[0], b[0]);
+              v[i % 2 * 2 + 1] = prim::fma(v[i % 2 * 2 + 1], a[1], b[1]);
+            }
+          }
+          activate(in.act, in.slope,
+                   reinterpret_cast<A(&)[Grid::kTilesM * Grid::kTilesN * 4]>(acc));
+#pragma unroll
+          for (int i = 0; i < Grid::kTilesM * 2; ++i) {
+            if (position[i / 2][i % 2] < 0) continue;
+            T* to = y + position[i / 2][i % 2] * t.y_stride;
+#pragma unroll
+            for (int nt = 0; nt < Grid::kTilesN; ++nt)
+              if (Grid::col(nt) < t.channels)
+                store_pair(to + Grid::col(nt), acc[i / 2][nt][i % 2 * 2],
+                           acc[i / 2][nt][i % 2 * 2 + 1]);
+          }
+        });
+  }
+  prim::sync_threads();
+}
+
+template <class P, Layout kLayout, int kChannels>
+__device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
+                                            const Intrinsic<typename P::T>& in, int index,
+                                            int out_channels, unsigned char* shared) {
+  const Place place(t, p);
+  make_y_tile<P, kLayout, kChannels>(t, p, in, locate_tile(t, p, prim::opaque(index)), place,
+                                     index < t.slots, out_channels, shared);
+}
+
+}  // namespace ghost::cuda

@@ -1,0 +1,64 @@
+// Launchers of the forward passes. Know CUDA, do not know torch. One launch each.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/cuda_plan.h"
+#include "core/problem.h"
+#include "cuda/params.h"
+
+namespace ghost::cuda {
+
+// Partial statistics in the compute type: split s saw count[s] values of every channel.
+struct PartialsRef {
+  void* mean = nullptr;   // [channels, splits]
+  void* m2 = nullptr;     // [channels, splits], sums of squared deviations
+  void* count = nullptr;  // [splits]
+  int64_t splits = 0;
+};
+
+struct NormArgs {
+  NormSource source = NormSource::kReady;
+  const void* scale = nullptr;  // compute type, as shift
+  const void* shift = nullptr;
+  ParamRef gamma, beta, mean, var;
+  PartialsRef partials;
+  double eps = 0;
+  void* mean_out = nullptr;  // kPartials: the statistics they make, compute type
+  void* var_out = nullptr;
+};
+
+struct ForwardArgs {
+  Problem problem;
+  CudaPlan plan;                   // of the kernel that is launched
+  const void* x = nullptr;         // [N, C, H, W] dense in problem.layout; u if w1 is null
+  const void* w1 = nullptr;        // [m, C]
+  NormArgs norm1, norm2;           // of m and of m * (ratio - 1) channels
+  ParamRef w2;                     // [m * (ratio - 1), d, d]
+  const void* residual = nullptr;  // like out
+  void* out = nullptr;             // apply: [N, oup, Ho, Wo]; primary statistics: u or null
+  PartialsRef partials;            // statistics: splits = plan.tile.slots
+};
+
+cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream);
+cudaError_t launch_ghost_cheap_stats(const ForwardArgs& args, cudaStream_t stream);
+cudaError_t launch_ghost_primary_stats(const ForwardArgs& args, cudaStream_t stream);
+
+// mean and biased variance [channels] from partial statistics; zeros without splits.
+cudaError_t launch_combine_stats(const PartialsRef& partials, DType dtype, int64_t channels,
+                                 void* mean, void* var, cudaStream_t stream);
+
+struct PackArgs {
+  DType dtype = DType::kFloat32;
+  int64_t channels = 0, intrinsic = 0, ghosts = 0, dw_size = 3;
+  const void* w1 = nullptr;  // [m, C] of dtype, or null
+  NormArgs norm1, norm2;     // kGiven
+  ParamRef w2;
+  void* packed = nullptr;
+  int64_t packed_bytes = 0;  // what CudaPackedLayout leaves over is cleared
+};
+cudaError_t launch_ghost_pack(const PackArgs& args, cudaStream_t stream);
+
+}  // namespace ghost::cuda

@@ -1,0 +1,203 @@
+// Matrix products of a warp: one accumulator layout for tensor cores (float16, bfloat16, TF32) and
+// plain multiply-adds (float, double), so that every epilogue is written once.
+//
+// A 16 x 8 tile of results is spread over a warp as mma.sync does it: with g = lane / 4 and
+// t = lane % 4 a lane holds c[0], c[1] = (row g, columns 2t, 2t + 1) and c[2], c[3] the same of row
+// g + 8. Both operands lie in shared memory. Their slices of K are 64 bytes (or a power of two of
+// them) wide, the rows padded by 16 bytes: ldmatrix and the scalar loads are free of bank
+// conflicts.
+#pragma once
+
+#include "core/problem.h"
+#include "cuda/prim.cuh"
+
+namespace ghost::cuda {
+
+using prim::Accumulator;
+
+// Storage type and arithmetic. kTensor: mma.sync (TF32 for float); else fused multiply-adds.
+template <class T_, bool kTensor_>
+struct Policy {
+  using T = T_;
+  using A = Accumulator<T_>;
+  static constexpr bool kTensor = kTensor_;
+  // Elements of K in one step. A slice is zero-filled up to a multiple of it.
+  static constexpr int kStep = kTensor ? 32 / int(sizeof(T)) : 1;
+};
+using HalfPolicy = Policy<prim::half_t, true>;
+using BFloat16Policy = Policy<prim::bfloat16_t, true>;
+using Tf32Policy = Policy<float, true>;
+using FloatPolicy = Policy<float, false>;
+using DoublePolicy = Policy<double, false>;
+
+// Blocks that a multiprocessor should hold, which bounds the registers. cuda_plan.cpp counts on it.
+// Three where that spills nothing: narrow blocks in NHWC. One for double.
+template <class P>
+constexpr int min_blocks(Layout layout, int channels) {
+  if (sizeof(typename P::A) == 8) return 1;
+  return P::kTensor && layout == Layout::kNHWC && channels <= 32 ? 3 : 2;
+}
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / 32;
+
+// How the eight warps of a block share a product of kRows x kCols. Tiles are dealt out in turn, so
+// that a ragged last chunk leaves all warps about equally idle.
+template <int kCols_>
+struct WarpGrid {
+  static constexpr int kCols = kCols_;                   // 16, 32, 64 or 128
+  static constexpr int kRows = kCols >= 128 ? 64 : 128;  // rows of a chunk
+  static constexpr int kWarpsN = kCols >= 128 ? 4 : kCols >= 64 ? 2 : 1;
+  static constexpr int kWarpsM = kWarps / kWarpsN;
+  static constexpr int kTilesM = kRows / 16 / kWarpsM;  // of 16 rows, a warp
+  static constexpr int kTilesN = kCols / 8 / kWarpsN;   // of 8 columns, a warp; even
+
+  static __device__ __forceinline__ int warp_m() { return int(prim::warp()) / kWarpsN; }
+  static __device__ __forceinline__ int warp_n() { return int(prim::warp()) % kWarpsN; }
+  // Row of the chunk of this lane's results c[0], c[1] (half = 0) or c[2], c[3] (half = 1).
+  static __device__ __forceinline__ int row(int mt, int half) {
+    return (mt * kWarpsM + warp_m()) * 16 + int(prim::lane() >> 2) + half * 8;
+  }
+  // Column of c[0] and c[2]; c[1] and c[3] have the next one.
+  static __device__ __forceinline__ int col(int nt) {
+    return ((nt >> 1) * kWarpsN + warp_n()) * 16 + (nt & 1) * 8 + int(prim::lane() & 3) * 2;
+  }
+  // How many of this warp's row tiles (column pairs of tiles) begin before `rows` (`cols`).
+  static __device__ __forceinline__ int active_m(int rows) {
+    const int left = (rows + 15) / 16 - warp_m();
+    const int n = left <= 0 ? 0 : (left + kWarpsM - 1) / kWarpsM;
+    return n < kTilesM ? n : kTilesM;
+  }
+  static __device__ __forceinline__ int active_n(int cols) {
+    const int left = (cols + 15) / 16 - warp_n();
+    const int n = left <= 0 ? 0 : (left + kWarpsN - 1) / kWarpsN;
+    return n < kTilesN / 2 ? n : kTilesN / 2;
+  }
+};
+
+// acc += a b over one step of K.
+//   a, not kATrans: a[row * lda + k], points at row 0 of the chunk and the step's first k
+//      kATrans:     a[k * lda + row]
+//   b, not kBTrans: b[n * ldb + k];  kBTrans: b[k * ldb + n]
+// lda, ldb: multiples of 16 bytes. Rows, columns past the active tiles are neither read nor
+// written; those inside must be readable, whatever they hold (each only spoils its own results).
+// Warp-uniform: m_active, n_active (WarpGrid::active_m, active_n).
+template <class P, class Grid, bool kATrans, bool kBTrans>
+struct MmaStep {
+  using T = typename P::T;
+  using A = typename P::A;
+  static constexpr int kM = Grid::kTilesM, kN = Grid::kTilesN;
+
+  static __device__ __forceinline__ void run(A (&acc)[kM][kN][4], const T* a, int lda, const T* b,
+                                             int ldb, int m_active, int n_active) {
+    a += Grid::warp_m() * 16 * (kATrans ? 1 : lda);
+    b += Grid::warp_n() * 16 * (kBTrans ? 1 : ldb);
+    if constexpr (!P::kTensor)
+      multiply_add(acc, a, lda, b, ldb, m_active, n_active);
+    else
+      tensor(acc, a, lda, b, ldb, m_active, n_active);
+  }
+
+ private:
+  static __device__ __forceinline__ void tensor(A (&acc)[kM][kN][4], const T* a, int lda,
+                                                const T* b, int ldb, int m_active, int n_active) {
+    uint32_t bf[kN][2];
+#pragma unroll
+    for (int p = 0; p < kN / 2; ++p)
+      if (p < n_active) {
+        uint32_t r[4];
+        load_b(r, b + p * Grid::kWarpsN * 16 * (kBTrans ? 1 : ldb), ldb);
+        bf[2 * p][0] = r[0];
+        bf[2 * p][1] = r[1];
+        bf[2 * p + 1][0] = r[2];
+        bf[2 * p + 1][1] = r[3];
+      }
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt)
+      if (mt < m_active) {
+        uint32_t af[4];
+        load_a(af, a + mt * Grid::kWarpsM * 16 * (kATrans ? 1 : lda), lda);
+#pragma unroll
+        for (int nt = 0; nt < kN; ++nt)
+          if (nt / 2 < n_active) {
+            if constexpr (sizeof(T) == 2)
+              prim::mma_m16n8k16<T>(acc[mt][nt], af, bf[nt]);
+            else
+              prim::mma_m16n8k8_tf32(acc[mt][nt], af, bf[nt]);
+          }
+      }
+  }
+
+  // Fragments of a 16 x kStep tile: ldmatrix moves 16-byte rows, so that 4 floats of a row pass for
+  // 8 halves; only the transposed float tile must be picked element by element.
+  static __device__ __forceinline__ void load_a(uint32_t (&r)[4], const T* a, int lda) {
+    const int lane = int(prim::lane());
+    constexpr int kHalf = 16 / int(sizeof(T));
+    if constexpr (!kATrans) {
+      prim::ldmatrix_x4(r, a + (lane & 15) * lda + (lane >> 4) * kHalf);
+    } else if constexpr (sizeof(T) == 2) {
+      prim::ldmatrix_x4_trans(r, a + ((lane >> 4) * 8 + (lane & 7)) * lda + ((lane >> 3) & 1) * 8);
+    } else {
+      const T* p = a + (lane & 3) * lda + (lane >> 2);
+      r[0] = prim::as_uint(p[0]);
+      r[1] = prim::as_uint(p[8]);
+      r[2] = prim::as_uint(p[4 * lda]);
+      r[3] = prim::as_uint(p[4 * lda + 8]);
+    }
+    round_operand(r);
+  }
+  // Fragments of two neighbouring kStep x 8 tiles: r[0], r[1] of the first.
+  static __device__ __forceinline__ void load_b(uint32_t (&r)[4], const T* b, int ldb) {
+    const int lane = int(prim::lane());
+    constexpr int kHalf = 16 / int(sizeof(T));
+    if constexpr (!kBTrans) {
+      prim::ldmatrix_x4(r, b + ((lane & 7) + (lane >> 4) * 8) * ldb + ((lane >> 3) & 1) * kHalf);
+    } else if constexpr (sizeof(T) == 2) {
+      prim::ldmatrix_x4_trans(r, b + (lane & 15) * ldb + (lane >> 4) * 8);
+    } else {
+      const T* p = b + (lane & 3) * ldb + (lane >> 2);
+      r[0] = prim::as_uint(p[0]);
+      r[1] = prim::as_uint(p[4 * ldb]);
+      r[2] = prim::as_uint(p[8]);
+      r[3] = prim::as_uint(p[4 * ldb + 8]);
+    }
+    round_operand(r);
+  }
+  static __device__ __forceinline__ void round_operand(uint32_t (&r)[4]) {
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[i] = prim::to_tf32(prim::as_float(r[i]));
+    }
+  }
+
+  static __device__ __forceinline__ void multiply_add(A (&acc)[kM][kN][4], const T* a, int lda,
+                                                      const T* b, int ldb, int m_active,
+                                                      int n_active) {
+    const int g = int(prim::lane() >> 2), t = int(prim::lane() & 3) * 2;
+    A bv[kN][2];
+#pragma unroll
+    for (int nt = 0; nt < kN; ++nt)
+      if (nt / 2 < n_active) {
+        const int n = (nt >> 1) * Grid::kWarpsN * 16 + (nt & 1) * 8 + t;
+        bv[nt][0] = kBTrans ? b[n] : b[n * ldb];
+        bv[nt][1] = kBTrans ? b[n + 1] : b[(n + 1) * ldb];
+      }
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt)
+      if (mt < m_active) {
+        const int row = mt * Grid::kWarpsM * 16 + g;
+        const A a0 = kATrans ? a[row] : a[row * lda];
+        const A a1 = kATrans ? a[row + 8] : a[(row + 8) * lda];
+#pragma unroll
+        for (int nt = 0; nt < kN; ++nt)
+          if (nt / 2 < n_active) {
+            acc[mt][nt][0] = prim::fma(a0, bv[nt][0], acc[mt][nt][0]);
+            acc[mt][nt][1] = prim::fma(a0, bv[nt][1], acc[mt][nt][1]);
+            acc[mt][nt][2] = prim::fma(a1, bv[nt][0], acc[mt][nt][2]);
+            acc[mt][nt][3] = prim::fma(a1, bv[nt][1], acc[mt][nt][3]);
+          }
+      }
+  }
+};
+
+}  // namespace ghost::cuda

@@ -1,0 +1,5 @@
+#include "cuda/backward_instances.cuh"
+
+GHOST_BACKWARD_TYPE_INSTANCES(float)
+GHOST_BACKWARD_PRODUCT_INSTANCES(Tf32Policy)
+GHOST_BACKWARD_PRODUCT_INSTANCES(FloatPolicy)

@@ -1,0 +1,4 @@
+#include "cuda/backward_instances.cuh"
+
+GHOST_BACKWARD_SUMS_INSTANCES(HalfPolicy, Layout::kNHWC, GHOST_BACKWARD_HALF_CASES)
+GHOST_BACKWARD_SUMS_INSTANCES(HalfPolicy, Layout::kNCHW, GHOST_BACKWARD_HALF_CASES)

@@ -1,0 +1,3 @@
+#include "cuda/forward_instances.cuh"
+
+GHOST_FORWARD_INSTANCES(HalfPolicy, Layout::kNCHW, GHOST_TENSOR_CASES)

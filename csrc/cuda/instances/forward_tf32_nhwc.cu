@@ -1,0 +1,3 @@
+#include "cuda/forward_instances.cuh"
+
+GHOST_FORWARD_INSTANCES(Tf32Policy, Layout::kNHWC, GHOST_TENSOR_CASES)

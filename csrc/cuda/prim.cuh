@@ -1,0 +1,338 @@
+// Everything in the kernels that only nvcc knows, under one roof: PTX, intrinsics, launches.
+//
+// The kernel sources are compiled twice. nvcc takes the first half of this file. A plain C++
+// compiler with GHOST_OPS_EMULATOR defined takes tests/emulator/emulated_prim.h instead, which has
+// the same functions in software, run by a scheduler of emulated thread blocks. Each function here
+// therefore has a twin there with the same name, arguments and result.
+//
+// Kernels may use what the emulator knows as well: __global__, __device__, __host__,
+// __forceinline__, __launch_bounds__, __restrict__, threadIdx, blockIdx, blockDim, gridDim, dim3,
+// uint2, uint4, float2, float4 and "#pragma unroll". Everything else of CUDA goes through here.
+//
+// Collectives (ldmatrix, mma, shuffles, sync_warp) are executed by all 32 lanes of a warp together,
+// sync_threads by all threads of the block that have not returned. There are no atomics: a
+// reduction has a fixed order, so that the same input gives the same bits.
+#pragma once
+
+#ifdef GHOST_OPS_EMULATOR
+#include "emulated_prim.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+// T* name: the block's dynamic shared memory, aligned to 128 bytes.
+#define GHOST_DYN_SHARED(T, name)                                    \
+  extern __shared__ __align__(128) unsigned char ghost_shared_raw[]; \
+  T* name = reinterpret_cast<T*>(ghost_shared_raw)
+
+// Starts a kernel and gives back a cudaError_t. A template kernel with commas stands in
+// parentheses. Arguments are converted to the kernel's parameter types.
+#define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::ghost::prim::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+
+namespace ghost::prim {
+
+using half_t = __half;
+using bfloat16_t = __nv_bfloat16;
+
+// ------------------------------------------------------------------------------------ numbers
+
+// The type that T is computed and accumulated in: double for double, float for all others.
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+__device__ __forceinline__ float to_float(half_t v) {
+  return __half2float(v);
+}
+__device__ __forceinline__ float to_float(bfloat16_t v) {
+  return __bfloat162float(v);
+}
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
+__device__ __forceinline__ double to_float(double v) {
+  return v;
+}
+
+// Rounds to nearest even; NaN stays NaN.
+template <class T>
+__device__ __forceinline__ T from_float(Accumulator<T> v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ half_t from_float<half_t>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ bfloat16_t from_float<bfloat16_t>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// Two neighbouring 16-bit numbers in one register; x is the one at the lower address.
+template <class T>
+__device__ __forceinline__ float2 unpack_pair(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 unpack_pair<half_t>(uint32_t bits) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<bfloat16_t>(uint32_t bits) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+}
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float x, float y);
+template <>
+__device__ __forceinline__ uint32_t pack_pair<half_t>(float x, float y) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair<bfloat16_t>(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// v, of which the compiler is told nothing: what is computed from it can neither be moved out of
+// the loop around nor be kept in registers from one phase of a kernel to the next.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t as_uint(float v) {
+  return __float_as_uint(v);
+}
+__device__ __forceinline__ float as_float(uint32_t v) {
+  return __uint_as_float(v);
+}
+
+// float32 rounded to the 10 mantissa bits of TF32, ties away from zero, as a register for
+// mma_m16n8k8_tf32, which ignores the lower 13 bits.
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return bits;
+}
+
+// NaN if either is NaN, unlike fmaxf and fminf.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ double max_nan(double a, double b) {
+  return a > b || a != a ? a : b;
+}
+__device__ __forceinline__ double min_nan(double a, double b) {
+  return a < b || a != a ? a : b;
+}
+
+__device__ __forceinline__ float fma(float a, float b, float c) {
+  return ::fmaf(a, b, c);
+}
+__device__ __forceinline__ double fma(double a, double b, double c) {
+  return ::fma(a, b, c);
+}
+__device__ __forceinline__ float rsqrt(float v) {
+  return ::rsqrtf(v);
+}
+__device__ __forceinline__ double rsqrt(double v) {
+  return ::rsqrt(v);
+}
+
+// ------------------------------------------------------------------------- position and order
+
+__device__ __forceinline__ unsigned lane() {
+  return threadIdx.x & 31u;
+}
+__device__ __forceinline__ unsigned warp() {
+  return threadIdx.x >> 5;
+}
+
+__device__ __forceinline__ void sync_threads() {
+  __syncthreads();
+}
+__device__ __forceinline__ void sync_warp() {
+  __syncwarp();
+}
+
+// The value of lane ^ mask, of lane + delta (its own past lane 31), of the given lane.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+template <class T>
+__device__ __forceinline__ T shuffle_down(T v, unsigned delta) {
+  return __shfl_down_sync(0xffffffffu, v, delta);
+}
+template <class T>
+__device__ __forceinline__ T shuffle(T v, int source_lane) {
+  return __shfl_sync(0xffffffffu, v, source_lane);
+}
+
+// ------------------------------------------------------------------------------------- memory
+
+// Vector is uint4, uint2, uint32_t, uint16_t, float4, ...; the pointer is aligned to its size.
+template <class Vector>
+__device__ __forceinline__ Vector load(const void* p) {
+  return *static_cast<const Vector*>(p);
+}
+// From global memory that no thread writes during the kernel.
+template <class Vector>
+__device__ __forceinline__ Vector load_readonly(const void* p) {
+  return __ldg(static_cast<const Vector*>(p));
+}
+template <class Vector>
+__device__ __forceinline__ void store(void* p, Vector v) {
+  *static_cast<Vector*>(p) = v;
+}
+// To global memory that this kernel does not read again: leaves the L2 cache first.
+template <class Vector>
+__device__ __forceinline__ void store_streaming(void* p, Vector v) {
+  __stcs(static_cast<Vector*>(p), v);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies Bytes from global to shared memory in the background, or writes that many zeros if not
+// wanted; global is not read then, but aligned all the same.
+template <int Bytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global, bool wanted) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+  const int source_bytes = wanted ? Bytes : 0;
+  if constexpr (Bytes == 16) {  // past L1: what is copied to shared memory is not needed there
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+        "l"(global), "r"(source_bytes));
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                 "l"(global), "n"(Bytes), "r"(source_bytes));
+  }
+}
+// Closes a group of this thread's copies; empty groups count.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits until at most Pending of the youngest groups of this thread are under way. Other threads
+// see what this thread copied after a sync_threads.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// -------------------------------------------------------------------------------- tensor cores
+
+// Four (or two) 8x8 matrices of 16-bit numbers from shared memory. Lane l gives the address,
+// 16-byte aligned, of row l % 8 of matrix l / 8, and gets the elements (l / 4, 2 * (l % 4) + {0,
+// 1}) of each.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+// The same with each matrix transposed: the lane gets the elements (2 * (l % 4) + {0, 1}, l / 4).
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+
+// c += a b with a [16, 16], b [16, 8], c [16, 8] spread over the warp. With g = lane / 4 and
+// t = 2 * (lane % 4), the pair (k, k + 1) in one register:
+//   a: (g, t) (g + 8, t) (g, t + 8) (g + 8, t + 8)    b: (t, g) (t + 8, g), the pair along k
+//   c: (g, t) (g, t + 1) (g + 8, t) (g + 8, t + 1)
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<half_t>(float (&c)[4], const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<bfloat16_t>(float (&c)[4], const uint32_t (&a)[4],
+                                                         const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// c += a b with a [16, 8], b [8, 8] in TF32. With g = lane / 4 and t = lane % 4:
+//   a: (g, t) (g + 8, t) (g, t + 4) (g + 8, t + 4)    b: (t, g) (t + 4, g)    c: as above
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ------------------------------------------------------------------------------------- launches
+
+template <class T>
+struct Unchanged {
+  using type = T;
+};
+
+// Lets a kernel have more than 48 KiB of dynamic shared memory, on the current device.
+template <class... Params>
+inline cudaError_t set_max_dynamic_smem(void (*kernel)(Params...), size_t bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class... Params>
+inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                          cudaStream_t stream, typename Unchanged<Params>::type... args) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t status = set_max_dynamic_smem(kernel, shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+}  // namespace ghost::prim
+
+#endif  // GHOST_OPS_EMULATOR

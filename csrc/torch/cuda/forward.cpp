@@ -1,0 +1,314 @@
+// The forward operators on CUDA: checks, allocation, the plan, and the launches. No arithmetic
+// here. Schemas stand in ghost_ops/ops.py, where also stands what every argument is.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "cuda/forward.h"
+#include "torch/cuda/common.h"
+
+namespace ghost {
+namespace {
+
+using cuda::ForwardArgs;
+using cuda::NormArgs;
+using cuda::NormSource;
+using cuda::PartialsRef;
+
+// Partial statistics in one allocation; the tensor lives as long as the launches are being queued.
+struct PartialsBuffer {
+  Tensor memory;
+  PartialsRef ref;
+};
+PartialsBuffer make_partials(const Tensor& like, DType dtype, int64_t channels, int64_t splits) {
+  PartialsBuffer p;
+  p.memory = empty_like_device(like, {(2 * channels + 1) * splits}, compute_type(dtype));
+  char* base = static_cast<char*>(p.memory.mutable_data_ptr());
+  const int64_t bytes = channels * splits * compute_size(dtype);
+  p.ref = {base, base + bytes, base + 2 * bytes, splits};
+  return p;
+}
+
+Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
+                  const OptionalTensor& beta1, const OptionalTensor& mean1,
+                  const OptionalTensor& var1, double eps1, const Tensor& w2,
+                  const OptionalTensor& gamma2, const OptionalTensor& beta2,
+                  const OptionalTensor& mean2, const OptionalTensor& var2, double eps2) {
+  check_device(w2, w2, "w2");
+  const DType dtype = dtype_of(w2, "w2");
+  STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
+  int64_t m = -1;
+  if (w1.has_value()) {
+    STD_TORCH_CHECK(w1->dim() == 4 && w1->size(2) == 1 && w1->size(3) == 1,
+                    "w1 must be [m, C, 1, 1]");
+    STD_TORCH_CHECK(dtype_of(*w1, "w1") == dtype, "w1 must have the dtype of w2");
+    check_device(*w1, w2, "w1");
+    m = w1->size(0);
+  } else {
+    for (const OptionalTensor* t : {&gamma1, &beta1, &mean1, &var1})
+      if (t->has_value()) m = (*t)->numel();
+  }
+  STD_TORCH_CHECK(m >= 0,
+                  "without w1 one of gamma1, beta1, mean1, var1 must tell the number of channels");
+  const DeviceScope scope(w2);
+  const Tensor primary = w1.has_value() ? torch::stable::contiguous(*w1) : w2;
+  const Tensor cheap = torch::stable::contiguous(w2);
+  cuda::PackArgs args;
+  args.dtype = dtype;
+  args.channels = w1.has_value() ? w1->size(1) : 0;
+  args.intrinsic = m;
+  args.ghosts = w2.size(0);
+  args.dw_size = w2.size(3);
+  const PackedLayout at(args.channels, m, args.ghosts, args.dw_size, w1.has_value());
+  Tensor packed = empty_like_device(w2, {at.numel}, compute_type(dtype));
+  if (at.numel == 0) return packed;
+  args.w1 = w1.has_value() ? primary.const_data_ptr() : nullptr;
+  args.w2 = {cheap.const_data_ptr(), dtype};
+  args.norm1 = given(gamma1, beta1, mean1, var1, eps1, m, w2, {"gamma1", "beta1", "mean1", "var1"});
+  args.norm2 = given(gamma2, beta2, mean2, var2, eps2, args.ghosts, w2,
+                     {"gamma2", "beta2", "mean2", "var2"});
+  args.packed = packed.mutable_data_ptr();
+  args.packed_bytes = at.numel * compute_size(dtype);
+  check_launch(launch_ghost_pack(args, scope.stream()), "ghost_pack");
+  return packed;
+}
+
+// Points the arguments of a pass at packed parameters.
+void use_packed(ForwardArgs& args, const Tensor& packed) {
+  const Problem& p = args.problem;
+  const PackedLayout whole(p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary);
+  check_device(packed, packed, "packed");
+  STD_TORCH_CHECK(packed.scalar_type() == compute_type(p.dtype) && packed.numel() == whole.numel &&
+                      packed.is_contiguous(),
+                  "packed does not belong to this module: expected ", whole.numel,
+                  " elements, got ", packed.numel());
+  const CudaPackedLayout at(p.dtype, p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary);
+  const char* base = static_cast<const char*>(packed.const_data_ptr());
+  args.w1 = p.has_primary ? base + at.w1 : nullptr;
+  args.norm1.scale = at.folded ? nullptr : base + at.scale1;
+  args.norm1.shift = base + at.shift1;
+  args.w2 = {base + at.w2, p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32};
+  args.norm2.shift = base + at.shift2;
+}
+
+Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
+                   int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
+                   int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2,
+                   bool has_primary) {
+  Problem p = problem_of(x);
+  check_dw_size(dw_size);
+  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
+  STD_TORCH_CHECK(ratio >= 1, "ratio must be positive, got ", ratio);
+  STD_TORCH_CHECK(intrinsic >= 1 && intrinsic <= out_channels && out_channels <= intrinsic * ratio,
+                  "out_channels must lie in [", intrinsic, ", ", intrinsic * ratio, "], got ",
+                  out_channels);
+  STD_TORCH_CHECK(has_primary || (p.channels == intrinsic && stride == 1),
+                  "without a primary convolution x must have ", intrinsic,
+                  " channels and stride be 1");
+  p.stride = stride;
+  p.intrinsic = intrinsic;
+  p.out_channels = out_channels;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.act1 = activation(act1, slope1, "act1");
+  p.act2 = activation(act2, slope2, "act2");
+  p.has_primary = has_primary;
+  p.has_residual = residual.has_value();
+  check_sizes(p);
+  const DeviceScope scope(x);
+  const int64_t H = p.out_height(), W = p.out_width();
+  Tensor out = empty_like_device(x, {p.batch, out_channels, H, W}, x.scalar_type(), p.layout);
+  Tensor res = residual.value_or(out);
+  if (residual.has_value()) {
+    check_device(res, x, "residual");
+    STD_TORCH_CHECK(res.dim() == 4 && res.size(0) == p.batch && res.size(1) == out_channels &&
+                        res.size(2) == H && res.size(3) == W &&
+                        res.scalar_type() == x.scalar_type(),
+                    "residual must have the shape and dtype of the output");
+    if (!is_dense(res, p.layout)) res = torch::stable::contiguous(res, memory_format(p.layout));
+  }
+  ForwardArgs args;
+  args.problem = p;
+  check_device(packed, x, "packed");
+  use_packed(args, packed);
+  if (p.batch * H * W == 0) return out;
+  args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
+  args.x = x.const_data_ptr();
+  args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  check_launch(launch_ghost_apply(args, scope.stream()), "ghost_apply");
+  return out;
+}
+
+// The combined statistics of a pass as two tensors of the compute type.
+std::tuple<Tensor, Tensor> combined(const Tensor& like, const PartialsRef& partials, DType dtype,
+                                    int64_t channels, const DeviceScope& scope, const char* name) {
+  Tensor mean = empty_like_device(like, {channels}, compute_type(dtype));
+  Tensor var = empty_like_device(like, {channels}, compute_type(dtype));
+  check_launch(cuda::launch_combine_stats(partials, dtype, channels, mean.mutable_data_ptr(),
+                                          var.mutable_data_ptr(), scope.stream()),
+               name);
+  return {mean, var};
+}
+
+// Launches the statistics of u, into new partials; u is kept where it is not null.
+PartialsBuffer primary_pass(ForwardArgs args, const Tensor& x, void* u, const DeviceScope& scope) {
+  const Problem& p = args.problem;
+  args.plan = plan_cuda(p, u ? CudaKernel::kPrimaryStatsKeep : CudaKernel::kPrimaryStats,
+                        scope.arch(), allow_tf32(p));
+  PartialsBuffer partials = make_partials(x, p.dtype, p.intrinsic, args.plan.tile.slots);
+  args.out = u;
+  args.partials = partials.ref;
+  check_launch(launch_ghost_primary_stats(args, scope.stream()), "ghost_primary_stats");
+  return partials;
+}
+
+PartialsBuffer cheap_pass(ForwardArgs args, const Tensor& x, const DeviceScope& scope) {
+  const Problem& p = args.problem;
+  args.plan = plan_cuda(p, CudaKernel::kCheapStats, scope.arch(), allow_tf32(p));
+  PartialsBuffer partials = make_partials(x, p.dtype, p.ghosts(), args.plan.tile.slots);
+  args.partials = partials.ref;
+  check_launch(launch_ghost_cheap_stats(args, scope.stream()), "ghost_cheap_stats");
+  return partials;
+}
+
+std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1, int64_t stride) {
+  Problem p = problem_of(x);
+  check_primary(w1, x, p);
+  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
+  p.stride = stride;
+  p.intrinsic = w1.size(0);
+  p.out_channels = p.intrinsic;
+  p.ratio = 1;
+  check_sizes(p);
+  const DeviceScope scope(x);
+  if (p.batch * p.out_pixels() == 0) return combined(x, {}, p.dtype, p.intrinsic, scope, "stats");
+  const Tensor weight = torch::stable::contiguous(w1);
+  ForwardArgs args;
+  args.problem = cuda_training(p, false).primary;
+  args.x = x.const_data_ptr();
+  args.w1 = weight.const_data_ptr();
+  const PartialsBuffer partials = primary_pass(args, x, nullptr, scope);
+  return combined(x, partials.ref, p.dtype, p.intrinsic, scope, "ghost_primary_stats");
+}
+
+std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& packed,
+                                             int64_t intrinsic, int64_t ratio, int64_t dw_size,
+                                             int64_t stride, int64_t act1, double slope1,
+                                             bool has_primary) {
+  Problem p = problem_of(x);
+  check_dw_size(dw_size);
+  STD_TORCH_CHECK(ratio >= 1 && stride >= 1 && intrinsic >= 1,
+                  "ratio, stride and intrinsic must be positive");
+  STD_TORCH_CHECK(has_primary || p.channels == intrinsic,
+                  "without a primary convolution x must have ", intrinsic, " channels");
+  p.stride = has_primary ? stride : 1;
+  p.intrinsic = intrinsic;
+  p.out_channels = intrinsic * ratio;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.act1 = activation(act1, slope1, "act1");
+  p.has_primary = has_primary;
+  check_sizes(p);
+  const DeviceScope scope(x);
+  ForwardArgs args;
+  args.problem = p;
+  check_device(packed, x, "packed");
+  use_packed(args, packed);
+  if (p.batch * p.out_pixels() * p.ghosts() == 0)
+    return combined(x, {}, p.dtype, p.ghosts(), scope, "stats");
+  args.x = x.const_data_ptr();
+  const PartialsBuffer partials = cheap_pass(args, x, scope);
+  return combined(x, partials.ref, p.dtype, p.ghosts(), scope, "ghost_cheap_stats");
+}
+
+// Three launches, two without ghosts: statistics of u (which may write u), statistics of v, apply.
+// Each pass combines the partial statistics of those before it as it begins.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
+    const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
+    const OptionalTensor& beta1, double eps1, const Tensor& w2, const OptionalTensor& gamma2,
+    const OptionalTensor& beta2, double eps2, int64_t out_channels, int64_t stride, int64_t act1,
+    double slope1, int64_t act2, double slope2, bool keep_u) {
+  Problem p = problem_of(x);
+  if (w1.has_value()) check_primary(*w1, x, p);
+  const int64_t m = w1.has_value() ? w1->size(0) : p.channels;
+  p.has_primary = w1.has_value();
+  p.stride = p.has_primary ? stride : 1;
+  STD_TORCH_CHECK(p.stride >= 1, "stride must be positive, got ", stride);
+  p.intrinsic = m;
+  p.out_channels = out_channels;
+  set_cheap(p, w2, x);
+  STD_TORCH_CHECK(m <= out_channels && out_channels <= m * p.ratio, "out_channels must lie in [", m,
+                  ", ", m * p.ratio, "], got ", out_channels);
+  p.act1 = activation(act1, slope1, "act1");
+  p.act2 = activation(act2, slope2, "act2");
+  check_sizes(p);
+  const DeviceScope scope(x);
+  const int64_t g = p.ghosts(), H = p.out_height(), W = p.out_width();
+  const ScalarType type = x.scalar_type(), ct = compute_type(p.dtype);
+  Tensor out = empty_like_device(x, {p.batch, out_channels, H, W}, type, p.layout);
+  Tensor u = keep_u ? empty_like_device(x, {p.batch, m, H, W}, type, p.layout)
+                    : empty_like_device(x, {0}, type);
+  NormArgs norm1 = given(gamma1, beta1, {}, {}, eps1, m, x, {"gamma1", "beta1", "mean1", "var1"});
+  NormArgs norm2 = given(gamma2, beta2, {}, {}, eps2, g, x, {"gamma2", "beta2", "mean2", "var2"});
+  if (p.batch * H * W == 0) {
+    auto [mean1, var1] = combined(x, {}, p.dtype, m, scope, "stats");
+    auto [mean2, var2] = combined(x, {}, p.dtype, g, scope, "stats");
+    return {out, mean1, var1, mean2, var2, u};
+  }
+  Tensor mean1 = empty_like_device(x, {m}, ct), var1 = empty_like_device(x, {m}, ct),
+         mean2 = empty_like_device(x, {g}, ct), var2 = empty_like_device(x, {g}, ct);
+  const Tensor primary = torch::stable::contiguous(w1.value_or(w2));
+  const Tensor cheap = torch::stable::contiguous(w2);
+
+  const CudaTraining training = cuda_training(p, keep_u);
+  ForwardArgs args;
+  args.problem = training.primary;
+  args.x = x.const_data_ptr();
+  args.w1 = p.has_primary ? primary.const_data_ptr() : nullptr;
+  args.w2 = {cheap.const_data_ptr(), p.dtype};
+  Tensor scratch =
+      training.writes_u && !keep_u ? empty_like_device(x, {p.batch, m, H, W}, type, p.layout) : u;
+  const PartialsBuffer first =
+      primary_pass(args, x, training.writes_u ? scratch.mutable_data_ptr() : nullptr, scope);
+  if (!training.apply.has_primary && p.has_primary) {  // the passes to come read u instead of x
+    args.x = scratch.const_data_ptr();
+    args.w1 = nullptr;
+  }
+  norm1.source = NormSource::kPartials;
+  norm1.partials = first.ref;
+  norm1.mean_out = mean1.mutable_data_ptr();
+  norm1.var_out = var1.mutable_data_ptr();
+  args.norm1 = norm1;
+  PartialsBuffer second;
+  if (g > 0) {
+    args.problem = training.cheap;
+    second = cheap_pass(args, x, scope);
+    norm2.source = NormSource::kPartials;
+    norm2.partials = second.ref;
+    norm2.mean_out = mean2.mutable_data_ptr();
+    norm2.var_out = var2.mutable_data_ptr();
+    // Known by now: cheaper than to combine them again.
+    args.norm1.source = NormSource::kGiven;
+    args.norm1.mean = {mean1.const_data_ptr(), compute_dtype_of(p)};
+    args.norm1.var = {var1.const_data_ptr(), compute_dtype_of(p)};
+  }
+  args.norm2 = norm2;
+  args.problem = training.apply;
+  args.plan = plan_cuda(args.problem, CudaKernel::kApply, scope.arch(), allow_tf32(p));
+  args.out = out.mutable_data_ptr();
+  check_launch(launch_ghost_apply(args, scope.stream()), "ghost_train_forward");
+  return {out, mean1, var1, mean2, var2, u};
+}
+
+}  // namespace
+}  // namespace ghost
+
+GHOST_REGISTER_CUDA(m) {
+  m.impl("ghost_pack", TORCH_BOX(&ghost::ghost_pack));
+  m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
+  m.impl("ghost_primary_stats", TORCH_BOX(&ghost::ghost_primary_stats));
+  m.impl("ghost_cheap_stats", TORCH_BOX(&ghost::ghost_cheap_stats));
+  m.impl("ghost_train_forward", TORCH_BOX(&ghost::ghost_train_forward));
+}

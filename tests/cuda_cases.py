@@ -1,0 +1,347 @@
+"""One check of the CUDA operators for both places they run: the emulator and a GPU.
+
+A ``World`` is where the operators are: ``torch.ops.ghost_emu`` on CPU tensors (the kernel sources
+under the block emulator) or ``torch.ops.ghost_ops`` on CUDA tensors. Operands are made on the CPU,
+results come back to it, and the oracle and the tolerance rule are those of ``helpers``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from helpers import (
+    ACT_CODE,
+    KINKS,
+    Case,
+    Params,
+    assert_close,
+    make_input,
+    make_module,
+    make_smooth,
+    oracle,
+    plain,
+    with_layout,
+)
+from torch import Tensor
+
+from ghost_ops.reference import GhostModule
+
+LOW = (torch.bfloat16, torch.float16)
+SLOPE = 0.01
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty full of NaN: whatever a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory, True
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Where the operators run."""
+
+    ops: Any
+    device: str
+
+    def move(self, value: Any) -> Any:
+        """A tensor or None to the device, strides and all; anything else as it is."""
+        if not isinstance(value, Tensor) or self.device == "cpu":
+            return value
+        if not value.numel():
+            return value.to(self.device)
+        # A plain copy would make expanded and sliced tensors dense.
+        reach = (s * (n - 1) for n, s in zip(value.shape, value.stride(), strict=True))
+        memory = value.as_strided((1 + sum(reach),), (1,), value.storage_offset())
+        return memory.to(self.device).as_strided(value.shape, value.stride())
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """The operator's results, on the CPU."""
+        moved = [self.move(a) for a in arguments]
+        with poisoned_memory():
+            result = getattr(self.ops, name)(*moved)
+        if isinstance(result, Tensor):
+            return result.cpu()
+        return result if result is None else tuple(t.cpu() for t in result)
+
+    def pack(self, *arguments: Any) -> Tensor:
+        """Packed parameters, left on the device: their content is the backend's own."""
+        moved = [self.move(a) for a in arguments]
+        with poisoned_memory():
+            return self.ops.ghost_pack(*moved)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's switch for float32 convolutions on tensor cores."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@dataclasses.dataclass
+class Operands:
+    """A module's parameters and input, as the operators take them."""
+
+    case: Case
+    p: Params
+    x: Tensor
+    w1: Tensor | None  # None: x is u
+
+    @property
+    def stride(self) -> int:
+        return self.case.stride if self.w1 is not None else 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        c = self.case
+        return c.m, c.oup, c.ratio, c.d, self.stride
+
+    @property
+    def acts(self) -> tuple[int, float, int, float]:
+        return ACT_CODE[self.case.act1], SLOPE, ACT_CODE[self.case.act2], SLOPE
+
+
+def detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def operands(case: Case, has_primary: bool = True, smooth: bool | None = None) -> Operands:
+    """Seeded operands. ``smooth`` (training?): away from the kinks of the activations."""
+    if not has_primary:
+        case = case.replace(c=case.m, stride=1)
+    if smooth is None:
+        module, x = make_module(case, GhostModule), make_input(case)
+    else:
+        case, module, x = make_smooth(case, smooth)
+    p = Params.of(module)
+    if has_primary:
+        return Operands(case, p, x, p.w1.detach())
+    p.w1 = torch.eye(case.m, dtype=case.dtype)[:, :, None, None].requires_grad_()
+    return Operands(case, p, x, None)
+
+
+def rounded_to_tf32(t: Tensor) -> Tensor:
+    bits = t.detach().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).view_as(t)
+
+
+def as_tensor_cores_see_it(o: Operands, use_tf32: bool) -> tuple[Params, Tensor]:
+    """Parameters and input of the peer: those of PyTorch, rounded where TF32 rounds them."""
+    p, x = o.p.to(o.case.dtype if o.case.bn_dtype else None), o.x
+    if use_tf32 and o.case.dtype == torch.float32:
+        p.w1.data = rounded_to_tf32(p.w1)
+        x = with_layout(rounded_to_tf32(x), o.case.layout)
+    return p, x
+
+
+def tolerance_dtype(case: Case, use_tf32: bool) -> torch.dtype:
+    """float16 has as many mantissa bits as TF32."""
+    return torch.float16 if use_tf32 and case.dtype == torch.float32 else case.dtype
+
+
+def norm_arguments(o: Operands) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(gamma, beta, mean, var) of both batch norms."""
+    return tuple([detached(n.gamma), detached(n.beta), n.mean, n.var] for n in (o.p.bn1, o.p.bn2))  # type: ignore[return-value]
+
+
+def same_format(got: Tensor, x: Tensor) -> None:
+    """channels_last out of channels_last in."""
+    if got.numel() and x.is_contiguous(memory_format=torch.channels_last) != x.is_contiguous():
+        nchw = x.is_contiguous()
+        fmt = torch.contiguous_format if nchw else torch.channels_last
+        assert got.is_contiguous(memory_format=fmt), "memory format"
+
+
+def check_eval(
+    world: World,
+    case: Case,
+    *,
+    has_primary: bool = True,
+    residual: bool = False,
+    use_tf32: bool = False,
+    x: Tensor | None = None,
+) -> Tensor:
+    """``ghost_pack`` and ``ghost_apply`` against the oracle; x replaces the seeded input."""
+    o = operands(case, has_primary)
+    o.x = o.x if x is None else x
+    bn1, bn2 = norm_arguments(o)
+    with torch.no_grad():
+        want = oracle(o.p.to(torch.float64), o.x.double(), o.case, training=False).out
+        peer_p, peer_x = as_tensor_cores_see_it(o, use_tf32)
+        eager = plain(peer_p, peer_x, o.case, training=False)
+        extra = None
+        if residual:
+            extra = make_input(o.case.replace(c=o.case.oup, h=want.shape[2], w=want.shape[3]), 5)
+            want, eager = want + extra.double(), eager + extra
+        with tf32(use_tf32):
+            packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
+            got = world.call("ghost_apply", o.x, packed, extra, *o.shape, *o.acts, o.w1 is not None)
+    assert got.dtype == o.x.dtype
+    same_format(got, o.x)
+    assert_close(got, want, eager, dtype=tolerance_dtype(case, use_tf32))
+    return got
+
+
+def gradients(
+    p: Params, x: Tensor, grad: Tensor, case: Case, training: bool, how: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of ``oracle`` or ``plain``."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = how(p, x, case, training)
+    out = getattr(out, "out", out)
+    named = {"x": x, **p.tensors()}
+    if case.ratio == 1:
+        named = {k: t for k, t in named.items() if k[-1] != "2"}
+    got = torch.autograd.grad(out, list(named.values()), grad.to(out.dtype))
+    return out.detach(), dict(zip(named, got, strict=True))
+
+
+def near(
+    got: Tensor, want: Tensor, dtype: torch.dtype, what: str, spread: Tensor | None = None
+) -> None:
+    """Statistics: sums of many terms, with the operands' own rounding. ``spread``: the size of the
+    terms, where they cancel."""
+    eps = torch.finfo(dtype).eps
+    scale = max(
+        (t.abs().max().item() for t in (want, spread) if t is not None and t.numel()), default=0.0
+    )
+    atol = max(16 * eps, 1e-6 * (eps > 1e-10)) * scale
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=atol, msg=what)
+
+
+def make_grad(o: Operands, size: torch.Size, style: str) -> Tensor:
+    """grad_out [N, oup, Ho, Wo] in the manner of ``style``."""
+    case = o.case.replace(c=o.case.oup, h=size[2], w=size[3])
+    if style == "expanded":
+        return make_input(case.replace(n=1, h=1, w=1, layout="nchw"), 3).expand(size)
+    other = {"nchw": "nhwc", "nhwc": "nchw"}
+    if style == "other layout":
+        return make_input(case.replace(layout=other[case.layout]), 3)
+    if style == "sliced":
+        return make_input(case.replace(c=case.oup + 3, w=size[3] + 1), 3)[:, 2:-1, :, 1:]
+    assert style == "dense"
+    return make_input(case, 3)
+
+
+def check_train(
+    world: World,
+    case: Case,
+    *,
+    batch_stats: bool = True,
+    has_primary: bool = True,
+    keep_u: bool = False,
+    grad_style: str = "dense",
+    use_tf32: bool = False,
+    rms: bool = False,
+) -> dict[str, Tensor]:
+    """``ghost_train_forward`` (frozen: none) and ``ghost_backward`` against the oracle."""
+    o = operands(case, has_primary, smooth=batch_stats)
+    case, dtype = o.case, tolerance_dtype(o.case, use_tf32)
+    reference = o.p.to(torch.float64)
+    with torch.no_grad():
+        stats = oracle(reference, o.x.double(), case, batch_stats)
+    grad = make_grad(o, stats.out.shape, grad_style)
+    want_out, want = gradients(reference, o.x.double(), grad.double(), case, batch_stats, oracle)
+    peer_p, peer_x = as_tensor_cores_see_it(o, use_tf32)
+    eager_out, eager = gradients(peer_p, peer_x, grad, case, batch_stats, plain)
+    kinked = dtype in LOW and not {case.act1, case.act2}.isdisjoint(KINKS)
+    rms, slack = rms or kinked, 4.0
+    if kinked:
+        # The derivative jumps: some eps of all pre-activations round to the other side, each an
+        # error of its full size. The smooth activations are held to the strict rule.
+        slack = (8 * torch.finfo(dtype).eps) ** 0.5 / (2 * torch.finfo(dtype).eps)
+
+    bn1, bn2 = norm_arguments(o)
+    w2, u, got = o.p.w2.detach(), None, {}
+    with torch.no_grad(), tf32(use_tf32):
+        if batch_stats:
+            out, *moments, u = world.call(
+                "ghost_train_forward", o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup,
+                o.stride, *o.acts, keep_u,
+            )  # fmt: skip
+            same_format(out, o.x)
+            assert_close(out, want_out, eager_out, rms=rms, dtype=dtype)
+            spreads = (stats.var1.sqrt(), None, stats.var2.sqrt(), None)
+            names = ("mean1", "var1", "mean2", "var2")
+            for name, moment, spread in zip(names, moments, spreads, strict=True):
+                near(moment, getattr(stats, name).detach(), dtype, name, spread)
+                got[name] = moment
+            got["out"] = out
+            if keep_u:
+                exact_u = torch.nn.functional.conv2d(
+                    o.x.double(), reference.w1.detach(), stride=o.stride
+                )
+                near(u, exact_u, dtype, "u")
+            else:
+                assert u.numel() == 0
+                u = None
+        else:
+            wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+            moments = [t.to(wide) for t in (*bn1[2:], *bn2[2:])]
+        names = ("x", "w1", "gamma1", "beta1", "w2", "gamma2", "beta2")
+        found = world.call(
+            "ghost_backward", grad, o.x, u, o.w1, *bn1[:2], *moments[:2], 1e-5, w2, *bn2[:2],
+            *moments[2:], 1e-5, o.stride, *o.acts, batch_stats, True, o.w1 is not None,
+        )  # fmt: skip
+    found = dict(zip(names, found, strict=True))
+    same_format(found["x"], o.x)
+    scale = want
+    if batch_stats:
+        # Batch statistics make the terms of a gradient cancel; held constant they do not.
+        frozen = o.p.to(torch.float64)
+        frozen.bn1.mean, frozen.bn1.var = stats.mean1.detach(), stats.var1.detach()
+        frozen.bn2.mean, frozen.bn2.var = stats.mean2.detach(), stats.var2.detach()
+        _, scale = gradients(frozen, o.x.double(), grad.double(), case, False, oracle)
+    # Sums over all pixels of terms of either sign cancel by chance, to the root of their number.
+    count = grad[:, 0].numel()
+    chance = torch.tensor(max(count**0.5, count / 32))
+    for name in want:
+        if name == "w1" and not has_primary:
+            assert found["w1"].numel() == 0
+            continue
+        size = scale[name]
+        if name[:-1] in ("gamma", "beta") and chance > size.abs().max():
+            size = chance
+        assert_close(
+            found[name], want[name], eager[name], f"gradient of {name}", rms=rms, slack=slack,
+            scale=size, dtype=dtype,
+        )  # fmt: skip
+        got[name] = found[name]
+    return got
+
+
+def check_statistics(world: World, case: Case, has_primary: bool = True) -> None:
+    """``ghost_primary_stats`` and ``ghost_cheap_stats`` on their own."""
+    o = operands(case, has_primary)
+    bn1, _ = norm_arguments(o)
+    reference = o.p.to(torch.float64)
+    with torch.no_grad(), tf32(False):
+        live = oracle(reference, o.x.double(), o.case, training=True)
+        frozen = oracle(reference, o.x.double(), o.case, training=False)
+        if has_primary:
+            mean, var = world.call("ghost_primary_stats", o.x, o.w1, o.stride)
+            near(mean, live.mean1, case.dtype, "mean1", live.var1.sqrt())
+            near(var, live.var1, case.dtype, "var1")
+        packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), None, None, None, None, 1e-5)
+        mean, var = world.call(
+            "ghost_cheap_stats", o.x, packed, case.m, case.ratio, case.d, o.stride, *o.acts[:2],
+            has_primary,
+        )  # fmt: skip
+        near(mean, frozen.mean2, case.dtype, "mean2", frozen.var2.sqrt())
+        near(var, frozen.var2, case.dtype, "var2")

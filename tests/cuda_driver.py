@@ -1,0 +1,181 @@
+"""Runs checks of the CUDA operators in a process of its own, which a mistake may bring down.
+
+    python tests/cuda_driver.py --library build/emulator/ops/lib.so --cases small --schedules all
+    python tests/cuda_driver.py --gpu --cases small
+
+The sanitizers and the planted mistakes use it. Exit status: 0 all right, 1 a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import torch  # noqa: E402
+from cuda_cases import (  # noqa: E402
+    World,
+    check_eval,
+    check_statistics,
+    check_train,
+    norm_arguments,
+    operands,
+    poisoned_memory,
+)
+from helpers import Case  # noqa: E402
+
+HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+# Ragged everywhere: odd channels, tiles that end inside a vector, halo on all sides.
+NHWC = Case(3, 24, 9, 11, 44, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+NCHW = Case(2, 20, 11, 13, 26, layout="nchw", dtype=HALF, d=5, act1="silu", act2="none")
+ODD = Case(2, 13, 7, 7, 21, layout="nhwc", dtype=BF16, ratio=3, act1="hardswish", act2="silu")
+WIDE = Case(1, 40, 30, 34, 32, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+DEEP = Case(2, 150, 7, 7, 60, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+MANY = Case(30, 16, 14, 14, 24, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+BANDS = Case(4, 16, 44, 60, 16, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+RATIO = Case(2, 16, 7, 7, 33, ratio=3, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+SINGLE = Case(2, 9, 8, 10, 14, layout="nhwc", act1="silu", act2="gelu")
+DOUBLE = Case(2, 6, 9, 7, 10, dtype=FP64, act1="silu", act2="gelu", stride=2)
+
+Check = Callable[[World], object]
+
+
+def with_nan(world: World) -> None:
+    """NaN in x comes out as NaN, at every pixel that sees it and at no other."""
+    case = NHWC.replace(act1="relu", act2="relu")
+    x = torch.randn(case.n, case.c, case.h, case.w, dtype=torch.float64).to(case.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    clean = check_eval(world, case, x=x)
+    x[1, 3, 4, 5] = float("nan")
+    got = nan_output(world, case, x)
+    want = torch.zeros_like(got, dtype=torch.bool)
+    want[1, : case.m, 4, 5] = True
+    want[1, case.m :, 3:6, 4:7] = True
+    assert torch.equal(got.isnan(), want), "where NaN comes out"
+    assert torch.equal(got[~want], clean[~want]), "what NaN does not reach"
+
+
+def nan_output(world: World, case: Case, x: torch.Tensor) -> torch.Tensor:
+    o = operands(case)
+    bn1, bn2 = norm_arguments(o)
+    packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
+    return world.call("ghost_apply", x, packed, None, *o.shape, *o.acts, True)
+
+
+SMALL: dict[str, Check] = {
+    "eval nhwc": lambda w: check_eval(w, NHWC),
+    "eval nchw": lambda w: check_eval(w, NCHW, residual=True),
+    "eval odd": lambda w: check_eval(w, ODD),
+    "eval wide": lambda w: check_eval(w, WIDE),
+    "eval deep": lambda w: check_eval(w, DEEP),
+    "eval many": lambda w: check_eval(w, MANY),
+    "eval bands": lambda w: check_eval(w, BANDS),
+    "eval ratio": lambda w: check_eval(w, RATIO),
+    "eval single": lambda w: check_eval(w, SINGLE),
+    "eval tf32": lambda w: check_eval(w, SINGLE, use_tf32=True),
+    "eval double": lambda w: check_eval(w, DOUBLE),
+    "eval u": lambda w: check_eval(w, NHWC, has_primary=False),
+    "nan": with_nan,
+    "statistics": lambda w: check_statistics(w, NCHW),
+    "train nhwc": lambda w: check_train(w, NHWC, keep_u=True),
+    "train nchw": lambda w: check_train(w, NCHW),
+    "train odd": lambda w: check_train(w, ODD, grad_style="expanded"),
+    "train deep": lambda w: check_train(w, DEEP),
+    "train wide": lambda w: check_train(w, WIDE),
+    "train many": lambda w: check_train(w, MANY),
+    "train ratio": lambda w: check_train(w, RATIO),
+    "train single": lambda w: check_train(w, SINGLE, grad_style="sliced"),
+    "train double": lambda w: check_train(w, DOUBLE),
+    "train u": lambda w: check_train(w, NHWC, has_primary=False),
+    "frozen nhwc": lambda w: check_train(w, NHWC, batch_stats=False),
+    "frozen nchw": lambda w: check_train(w, NCHW, batch_stats=False),
+}
+
+
+def run(world: World, library: Any, names: Sequence[str], schedules: dict[str, int]) -> int:
+    """How many checks fail; each failure is printed."""
+    failed = 0
+    for schedule, bits in schedules.items():
+        if library:
+            library.configure(bits, seed=7)
+        for name in names:
+            try:
+                torch.manual_seed(0)
+                SMALL[name](world)
+            except (AssertionError, RuntimeError) as error:
+                failed += 1
+                print(f"{name} ({schedule}): {str(error).strip().splitlines()[0]}", flush=True)
+    print(f"{len(names) * len(schedules) - failed} right, {failed} wrong", flush=True)
+    return failed
+
+
+def run_library(path: Path, names: Sequence[str], schedules: Sequence[str], device: str) -> int:
+    """Loads an emulator library into this process and runs checks on it."""
+    import emulator
+
+    library = emulator.load_ops(path)
+    library.set_device(emulator.DEVICES[device])
+    chosen = list(emulator.SCHEDULES) if list(schedules) == ["all"] else schedules
+    bits = {name: emulator.SCHEDULES[name] for name in chosen}
+    return run(World(torch.ops.ghost_emu, "cpu"), library, names, bits)
+
+
+def run_jobs(file: Path) -> None:
+    """Each job in a fork of this process, which has done the slow imports. Writes the results into
+    the same file: exit status (negative: the signal that ended it) and output."""
+    jobs = json.loads(file.read_text())
+    with poisoned_memory():
+        pass  # imports half of torch, once for all
+    for job in jobs:
+        out = file.with_suffix(".out")
+        child = os.fork()
+        if child == 0:
+            signal.alarm(120)  # a mistake may make a kernel run for ever
+            with out.open("w") as stream:
+                os.dup2(stream.fileno(), 1)
+                os.dup2(stream.fileno(), 2)
+                failed = run_library(
+                    Path(job["library"]), job["cases"], job["schedules"], job["device"]
+                )
+                sys.stdout.flush()
+                os._exit(min(failed, 100))
+        _, status = os.waitpid(child, 0)
+        job["status"] = os.waitstatus_to_exitcode(status)
+        job["output"] = out.read_text()
+    file.write_text(json.dumps(jobs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--library", type=Path, help="an emulator library with the operators")
+    where.add_argument("--gpu", action="store_true", help="the native library, on a CUDA device")
+    where.add_argument("--jobs", type=Path, help="a JSON list of libraries and what to run on them")
+    parser.add_argument("--cases", nargs="+", default=["small"], help="small (all), or names")
+    parser.add_argument("--schedules", nargs="+", default=["plain"], help="of the emulator, or all")
+    parser.add_argument("--device", default="sm_90", help="what the emulator poses as")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    names = list(SMALL) if arguments.cases == ["small"] else arguments.cases
+    if arguments.jobs:
+        run_jobs(arguments.jobs)
+        return 0
+    if arguments.gpu:
+        from ghost_ops import use_backend
+
+        use_backend("native")
+        return int(run(World(torch.ops.ghost_ops, "cuda"), None, names, {"plain": 0}) > 0)
+    failed = run_library(arguments.library, names, arguments.schedules, arguments.device)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,28 @@
+// The emulator's switches, for ctypes.
+
+#include "emulator.h"
+
+#define GHOST_EXPORT extern "C" __attribute__((visibility("default")))
+
+using ghost::emu::Device;
+
+// schedule: bits of emulator.h; seed: of its random one; threads: OS threads that run blocks.
+GHOST_EXPORT void ghost_emu_configure(unsigned schedule, unsigned seed, int threads) {
+  auto& settings = ghost::emu::settings();
+  settings.schedule = schedule;
+  settings.seed = seed;
+  settings.threads = threads;
+}
+
+// What the launchers are told of the device, so that they plan for it.
+GHOST_EXPORT void ghost_emu_set_device(int major, int minor, int multiprocessors,
+                                       int shared_per_block, int shared_per_multiprocessor,
+                                       int l2_bytes) {
+  ghost::emu::settings().device =
+      Device{major, minor, multiprocessors, shared_per_block, shared_per_multiprocessor, l2_bytes};
+}
+
+// Kernels launched in this process so far.
+GHOST_EXPORT int64_t ghost_emu_launches() {
+  return ghost::emu::counters().launches;
+}

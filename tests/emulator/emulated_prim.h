@@ -1,0 +1,309 @@
+// The software twins of csrc/cuda/prim.cuh: same names, arguments and results, run by emulator.h.
+// What each function does is said there.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "emulated_numbers.h"
+#include "emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define threadIdx (::ghost::emu::thread_index())
+#define blockIdx (::ghost::emu::block_index())
+#define blockDim (::ghost::emu::block_size())
+#define gridDim (::ghost::emu::grid_size())
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+#define GHOST_DYN_SHARED(T, name) T* name = static_cast<T*>(::ghost::emu::shared_memory())
+#define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::ghost::prim::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+// Default arguments that name the line of the caller.
+#define GHOST_EMU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace ghost::prim {
+
+// ------------------------------------------------------------------------------------ numbers
+
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+inline float to_float(float v) {
+  return v;
+}
+inline double to_float(double v) {
+  return v;
+}
+
+template <class T>
+inline T from_float(Accumulator<T> v) {
+  if constexpr (std::is_same_v<T, half_t>) {
+    return half_from_float(v);
+  } else if constexpr (std::is_same_v<T, bfloat16_t>) {
+    return bfloat16_from_float(v);
+  } else {
+    return v;
+  }
+}
+
+template <class T>
+inline float2 unpack_pair(uint32_t bits) {
+  return {to_float(T{uint16_t(bits)}), to_float(T{uint16_t(bits >> 16)})};
+}
+template <class T>
+inline uint32_t pack_pair(float x, float y) {
+  return from_float<T>(x).bits | uint32_t(from_float<T>(y).bits) << 16;
+}
+
+inline int opaque(int v) {
+  return v;
+}
+
+inline uint32_t to_tf32(float v) {
+  const uint32_t bits = as_uint(v);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return v != v ? 0x7fffffffu : bits;
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+
+inline float max_nan(float a, float b) {
+  return a > b || a != a ? a : b;
+}
+inline float min_nan(float a, float b) {
+  return a < b || a != a ? a : b;
+}
+inline double max_nan(double a, double b) {
+  return a > b || a != a ? a : b;
+}
+inline double min_nan(double a, double b) {
+  return a < b || a != a ? a : b;
+}
+
+// Not std::fma: without the instruction that is a slow library call.
+inline float fma(float a, float b, float c) {
+  return a * b + c;
+}
+inline double fma(double a, double b, double c) {
+  return a * b + c;
+}
+inline float rsqrt(float v) {
+  return 1.0f / std::sqrt(v);
+}
+inline double rsqrt(double v) {
+  return 1.0 / std::sqrt(v);
+}
+
+// ------------------------------------------------------------------------- position and order
+
+inline unsigned lane() {
+  return threadIdx.x & 31u;
+}
+inline unsigned warp() {
+  return threadIdx.x >> 5;
+}
+
+inline void sync_threads(GHOST_EMU_SITE) {
+  emu::block_barrier({file, line, "sync_threads"});
+}
+inline void sync_warp(GHOST_EMU_SITE) {
+  emu::warp_collective(
+      {file, line, "sync_warp"}, [](const emu::Slot(&)[32], emu::Slot(&)[32]) {}, nullptr, 0,
+      nullptr, 0);
+}
+
+// Each lane leaves its value and the lane it wants to hear from.
+template <class T>
+inline T shuffle_from(T v, int source, const emu::Site& site) {
+  struct Message {
+    T value;
+    int source;
+  };
+  static_assert(sizeof(Message) <= emu::kSlotBytes);
+  const Message message{v, source};
+  T result;
+  emu::warp_collective(
+      site,
+      [](const emu::Slot(&in)[32], emu::Slot(&out)[32]) {
+        for (int l = 0; l < 32; ++l) {
+          Message own, theirs;
+          std::memcpy(&own, &in[l], sizeof own);
+          std::memcpy(&theirs, &in[own.source & 31], sizeof theirs);
+          std::memcpy(&out[l], &theirs.value, sizeof(T));
+        }
+      },
+      &message, sizeof message, &result, sizeof result);
+  return result;
+}
+template <class T>
+inline T shuffle_xor(T v, int mask, GHOST_EMU_SITE) {
+  return shuffle_from(v, int(lane()) ^ mask, {file, line, "shuffle_xor"});
+}
+template <class T>
+inline T shuffle_down(T v, unsigned delta, GHOST_EMU_SITE) {
+  const int source = int(lane() + delta);
+  return shuffle_from(v, source < 32 ? source : int(lane()), {file, line, "shuffle_down"});
+}
+template <class T>
+inline T shuffle(T v, int source_lane, GHOST_EMU_SITE) {
+  return shuffle_from(v, source_lane, {file, line, "shuffle"});
+}
+
+// ------------------------------------------------------------------------------------- memory
+
+template <class Vector>
+inline Vector load(const void* p, GHOST_EMU_SITE) {
+  emu::check_aligned(p, sizeof(Vector), {file, line, "load"});
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class Vector>
+inline Vector load_readonly(const void* p, GHOST_EMU_SITE) {
+  return load<Vector>(p, file, line);
+}
+template <class Vector>
+inline void store(void* p, Vector v, GHOST_EMU_SITE) {
+  emu::check_aligned(p, sizeof(Vector), {file, line, "store"});
+  std::memcpy(p, &v, sizeof v);
+}
+template <class Vector>
+inline void store_streaming(void* p, Vector v, GHOST_EMU_SITE) {
+  store<Vector>(p, v, file, line);
+}
+
+template <int Bytes>
+inline void cp_async(void* shared, const void* global, bool wanted, GHOST_EMU_SITE) {
+  static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+  emu::copy_async(shared, global, Bytes, wanted, {file, line, "cp_async"});
+}
+inline void cp_async_commit() {
+  emu::copy_commit();
+}
+template <int Pending>
+inline void cp_async_wait() {
+  emu::copy_wait(Pending);
+}
+
+// -------------------------------------------------------------------------------- tensor cores
+
+template <int Matrices, bool Transposed>
+inline void ldmatrix(uint32_t (&r)[Matrices], const void* shared, const emu::Site& site) {
+  if (lane() < 8 * Matrices) {  // the addresses of the others are not used
+    emu::check_aligned(shared, 16, site);
+    emu::check_shared(shared, 16, site);
+  }
+  emu::warp_collective(
+      site,
+      [](const emu::Slot(&in)[32], emu::Slot(&out)[32]) {
+        for (int matrix = 0; matrix < Matrices; ++matrix) {
+          uint16_t element[8][8];
+          for (int row = 0; row < 8; ++row) {
+            const void* address;
+            std::memcpy(&address, &in[matrix * 8 + row], sizeof address);
+            std::memcpy(element[row], address, 16);
+          }
+          for (int l = 0; l < 32; ++l) {
+            const int g = l / 4, t = l % 4 * 2;
+            const uint16_t pair[2] = {Transposed ? element[t][g] : element[g][t],
+                                      Transposed ? element[t + 1][g] : element[g][t + 1]};
+            std::memcpy(out[l].bytes + 4 * matrix, pair, 4);
+          }
+        }
+      },
+      &shared, sizeof shared, r, sizeof r);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, GHOST_EMU_SITE) {
+  ldmatrix<4, false>(r, shared, {file, line, "ldmatrix_x4"});
+}
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* shared, GHOST_EMU_SITE) {
+  ldmatrix<2, false>(r, shared, {file, line, "ldmatrix_x2"});
+}
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared, GHOST_EMU_SITE) {
+  ldmatrix<4, true>(r, shared, {file, line, "ldmatrix_x4_trans"});
+}
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared, GHOST_EMU_SITE) {
+  ldmatrix<2, true>(r, shared, {file, line, "ldmatrix_x2_trans"});
+}
+
+struct MmaOperands {
+  uint32_t a[4], b[2];
+};
+
+// The product of a whole warp: [16, K] by [K, 8], with K = 8 * PerRegister. In emulated_mma.cpp.
+template <class T, int PerRegister>
+void mma(const emu::Slot (&in)[32], emu::Slot (&out)[32]);
+
+template <class T, int PerRegister>
+inline void run_mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                    const emu::Site& site) {
+  MmaOperands own;
+  std::memcpy(own.a, a, sizeof a);
+  std::memcpy(own.b, b, sizeof b);
+  float product[4];
+  emu::warp_collective(site, &mma<T, PerRegister>, &own, sizeof own, product, sizeof product);
+  for (int i = 0; i < 4; ++i) c[i] += product[i];
+}
+template <class T>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         GHOST_EMU_SITE) {
+  run_mma<T, 2>(c, a, b, {file, line, "mma_m16n8k16"});
+}
+inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             GHOST_EMU_SITE) {
+  run_mma<float, 1>(c, a, b, {file, line, "mma_m16n8k8_tf32"});
+}
+
+// ------------------------------------------------------------------------------------- launches
+
+template <class T>
+struct Unchanged {
+  using type = T;
+};
+
+template <class... Params>
+inline cudaError_t set_max_dynamic_smem(void (*)(Params...), size_t bytes) {
+  return bytes <= size_t(emu::settings().device.shared_per_block) ? cudaSuccess
+                                                                  : cudaErrorInvalidValue;
+}
+
+template <class... Params>
+inline cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
+                          size_t shared_bytes, cudaStream_t,
+                          typename Unchanged<Params>::type... args) {
+  const auto call = std::make_tuple(kernel, args...);
+  const auto body = [](const void* context) {
+    const auto run = [](auto function, const auto&... arguments) { function(arguments...); };
+    std::apply(run, *static_cast<const decltype(call)*>(context));
+  };
+  return emu::run_grid(name, grid, block, shared_bytes, body, &call);
+}
+
+}  // namespace ghost::prim

@@ -1,0 +1,504 @@
+// The scheduler of the block emulator: one fiber a CUDA thread, one OS thread a block in flight.
+
+#include "emulator.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <thread>
+#include <vector>
+
+#include "fiber.h"
+
+#if GHOST_EMU_FAST_SWITCH
+asm(R"(
+.text
+.globl ghost_emu_switch
+.hidden ghost_emu_switch
+.type ghost_emu_switch, @function
+ghost_emu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size ghost_emu_switch, .-ghost_emu_switch
+)");
+#endif
+
+namespace ghost::emu {
+namespace {
+
+// A 16-bit pattern that is NaN as float16, bfloat16, float32 and float64, and as an integer far
+// outside every array: -1, which 0xFFFF would give, is a value that tables of offsets use.
+constexpr uint16_t kPoison = 0x7fff;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool wanted;
+};
+
+void perform(const Copy& copy) {
+  if (copy.wanted) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  } else {
+    std::memset(copy.to, 0, copy.bytes);
+  }
+}
+
+// One CUDA thread.
+struct Thread {
+  dim3 index;
+  unsigned lane = 0, warp = 0;
+  bool done = false;
+  const unsigned* generation = nullptr;  // what it waits for: until this is not `seen` any more
+  unsigned seen = 0;
+  Site site{};
+  std::vector<Copy> copies;        // not performed yet, oldest first
+  std::vector<size_t> group_ends;  // of the committed groups, as counts of copies
+  Context context;
+};
+
+struct Warp {
+  unsigned arrived = 0, generation = 0, exited = 0, size = 0;
+  Site site{};
+  WarpFunction function = nullptr;
+  Slot in[32], out[32];
+};
+
+// The shared memory of a block: dirty before each block, watched at its end.
+class SharedMemory {
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kWatched = 0;  // the sanitizer watches better
+#else
+  static constexpr size_t kWatched = 4096;
+#endif
+  unsigned char* memory_ = nullptr;
+  size_t bytes_;
+
+ public:
+  explicit SharedMemory(size_t bytes) : bytes_(bytes) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 128, bytes + kWatched) != 0) throw std::bad_alloc();
+    memory_ = static_cast<unsigned char*>(p);
+  }
+  ~SharedMemory() { std::free(memory_); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void* data() const { return memory_; }
+  size_t bytes() const { return bytes_; }
+  bool holds(const void* p, size_t bytes) const {
+    const auto* first = static_cast<const unsigned char*>(p);
+    return first >= memory_ && first + bytes <= memory_ + bytes_;
+  }
+  void poison() {
+    for (size_t i = 0; i + 1 < bytes_ + kWatched; i += 2) {
+      std::memcpy(memory_ + i, &kPoison, sizeof kPoison);
+    }
+  }
+  bool overrun() const {
+    for (size_t i = (bytes_ + 1) / 2 * 2; i + 1 < bytes_ + kWatched; i += 2) {
+      if (std::memcmp(memory_ + i, &kPoison, sizeof kPoison) != 0) return true;
+    }
+    return false;
+  }
+};
+
+struct Block {
+  const char* kernel;
+  dim3 index, size, grid;
+  unsigned schedule, random;
+  void (*body)(const void*);
+  const void* argument;
+  SharedMemory shared;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned alive = 0, arrived = 0, generation = 0;
+  Site barrier{};
+  std::exception_ptr failure;
+  Context scheduler;
+
+  Block(const char* kernel_, dim3 grid_, dim3 size_, size_t shared_bytes)
+      : kernel(kernel_),
+        size(size_),
+        grid(grid_),
+        shared(shared_bytes),
+        threads(size_.x * size_.y * size_.z),
+        warps((threads.size() + 31) / 32) {}
+};
+
+thread_local Block* g_block = nullptr;
+thread_local Thread* g_thread = nullptr;
+
+std::string name(dim3 index) {
+  std::ostringstream out;
+  out << '(' << index.x << ", " << index.y << ", " << index.z << ')';
+  return out.str();
+}
+
+std::string name(const Site& site) {
+  const std::string file = site.file;
+  return std::string(site.what) + " at " + file.substr(file.rfind('/') + 1) + ":" +
+         std::to_string(site.line);
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && std::strcmp(a.file, b.file) == 0 && std::strcmp(a.what, b.what) == 0;
+}
+
+Fault make_fault(const Block& block, const std::string& what) {
+  return Fault("emulated kernel " + std::string(block.kernel) + ", block " + name(block.index) +
+               ": " + what);
+}
+
+void wait_for(const unsigned& generation, const Site& site) {
+  Thread& self = *g_thread;
+  self.generation = &generation;
+  self.seen = generation;
+  self.site = site;
+  Context::switch_to(self.context, g_block->scheduler);
+  self.generation = nullptr;
+}
+
+// The end of a thread: those that wait for the block wait for one less.
+void retire() {
+  Block& block = *g_block;
+  Thread& self = *g_thread;
+  self.done = true;
+  ++block.warps[self.warp].exited;
+  if (--block.alive > 0 && block.arrived == block.alive) {
+    block.arrived = 0;
+    ++block.generation;
+  }
+}
+
+void fiber_main() {
+  Block& block = *g_block;
+  Context::arrived(g_thread->context, &block.scheduler);
+  try {
+    block.body(block.argument);
+    if (!g_thread->copies.empty()) {
+      fault({"kernel end", 0, "cp_async"}, "a thread ends without waiting for its copies");
+    }
+    retire();
+  } catch (...) {
+    g_thread->done = true;
+    block.failure = std::current_exception();
+  }
+  for (;;) Context::switch_to(g_thread->context, block.scheduler);
+}
+
+// Stacks are kept from launch to launch: fresh ones would be page faults.
+Stack& stack(size_t i) {
+  static thread_local std::vector<std::unique_ptr<Stack>> stacks;
+  while (stacks.size() <= i) stacks.push_back(std::make_unique<Stack>());
+  return *stacks[i];
+}
+
+void prepare(Block& block) {
+  block.alive = unsigned(block.threads.size());
+  block.arrived = 0;
+  block.failure = nullptr;
+  block.shared.poison();
+  for (Warp& warp : block.warps) warp.arrived = warp.exited = warp.size = 0;
+  for (unsigned i = 0; i < block.threads.size(); ++i) {
+    Thread& t = block.threads[i];
+    t.index =
+        dim3(i % block.size.x, i / block.size.x % block.size.y, i / (block.size.x * block.size.y));
+    t.lane = i % 32;
+    t.warp = i / 32;
+    t.done = false;
+    t.generation = nullptr;
+    t.copies.clear();
+    t.group_ends.clear();
+    t.context.start(stack(i), fiber_main);
+    ++block.warps[t.warp].size;
+  }
+}
+
+// Lets each thread of a warp that can go on do so once; tells whether any could.
+bool run_warp(Block& block, unsigned warp) {
+  bool progress = false;
+  const unsigned lanes = block.warps[warp].size;
+  for (unsigned k = 0; k < lanes; ++k) {
+    const unsigned lane = block.schedule & kReverseLanes ? lanes - 1 - k : k;
+    Thread& t = block.threads[warp * 32 + lane];
+    if (t.done || (t.generation != nullptr && *t.generation == t.seen)) continue;
+    g_thread = &t;
+    Context::switch_to(block.scheduler, t.context);
+    progress = true;
+    if (block.failure) std::rethrow_exception(block.failure);
+  }
+  return progress;
+}
+
+[[noreturn]] void report_deadlock(const Block& block) {
+  std::string where;
+  unsigned waiting = 0;
+  const Site* last = nullptr;
+  for (const Thread& t : block.threads) {
+    if (t.done) continue;
+    ++waiting;
+    if (last == nullptr || !same(*last, t.site)) {
+      where += (last ? "; thread " : " thread ") + name(t.index) + " in " + name(t.site);
+    }
+    last = &t.site;
+  }
+  throw make_fault(block, "deadlock, " + std::to_string(waiting) +
+                              " threads wait for others that never come:" + where);
+}
+
+void run_block(Block& block) {
+  prepare(block);
+  g_block = &block;
+  const unsigned warps = unsigned(block.warps.size());
+  while (block.alive > 0) {
+    bool progress = false;
+    for (unsigned k = 0; k < warps; ++k) {
+      unsigned warp = block.schedule & kReverseWarps ? warps - 1 - k : k;
+      if (block.schedule & kRandomWarps) {
+        block.random = block.random * 1664525u + 1013904223u;
+        warp = (block.random >> 16) % warps;
+      }
+      bool again = run_warp(block, warp);
+      progress |= again;
+      while (again && block.schedule & kGreedy) again = run_warp(block, warp);
+    }
+    if (!progress) {
+      // A random draw may have missed the only warp that can go on.
+      for (unsigned warp = 0; warp < warps && !progress; ++warp) progress = run_warp(block, warp);
+      if (!progress) report_deadlock(block);
+    }
+  }
+  if (block.shared.overrun()) {
+    throw make_fault(block, "wrote past the " + std::to_string(block.shared.bytes()) +
+                                " bytes of its shared memory");
+  }
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings instance;
+  return instance;
+}
+
+Counters& counters() {
+  static Counters instance;
+  return instance;
+}
+
+dim3 thread_index() {
+  return g_thread->index;
+}
+dim3 block_index() {
+  return g_block->index;
+}
+dim3 block_size() {
+  return g_block->size;
+}
+dim3 grid_size() {
+  return g_block->grid;
+}
+void* shared_memory() {
+  return g_block->shared.data();
+}
+
+void fault(const Site& site, const std::string& what) {
+  throw make_fault(*g_block, "thread " + name(g_thread->index) + ", " + name(site) + ": " + what);
+}
+
+void check_aligned(const void* p, size_t bytes, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
+    fault(site, "address misaligned for " + std::to_string(bytes) + " bytes");
+  }
+}
+
+void check_shared(const void* p, size_t bytes, const Site& site) {
+  if (!g_block->shared.holds(p, bytes)) {
+    fault(site, "address outside the " + std::to_string(g_block->shared.bytes()) +
+                    " bytes of shared memory");
+  }
+}
+
+void block_barrier(Site site) {
+  Block& block = *g_block;
+  if (block.arrived == 0) {
+    block.barrier = site;
+  } else if (!same(block.barrier, site)) {
+    fault(site, "divergent barrier, other threads wait in " + name(block.barrier));
+  }
+  if (++block.arrived == block.alive) {
+    block.arrived = 0;
+    ++block.generation;
+  } else {
+    wait_for(block.generation, site);
+  }
+}
+
+void warp_collective(Site site, WarpFunction function, const void* in, size_t in_bytes, void* out,
+                     size_t out_bytes) {
+  Warp& warp = g_block->warps[g_thread->warp];
+  if (warp.exited != 0 || warp.size != 32) {
+    fault(site, "a warp collective needs 32 lanes, " + std::to_string(warp.size - warp.exited) +
+                    " are there");
+  }
+  if (warp.arrived == 0) {
+    warp.site = site;
+    warp.function = function;
+  } else if (warp.function != function || !same(warp.site, site)) {
+    fault(site, "divergent warp, other lanes wait in " + name(warp.site));
+  }
+  const unsigned lane = g_thread->lane;
+  if (in_bytes > 0) std::memcpy(&warp.in[lane], in, in_bytes);
+  if (++warp.arrived == 32) {
+    warp.arrived = 0;
+    function(warp.in, warp.out);
+    ++warp.generation;
+  } else {
+    wait_for(warp.generation, site);
+  }
+  if (out_bytes > 0) std::memcpy(out, &warp.out[lane], out_bytes);
+}
+
+void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Site site) {
+  check_aligned(shared, bytes, site);
+  check_aligned(global, bytes, site);
+  check_shared(shared, bytes, site);
+  const Copy copy{shared, global, bytes, wanted};
+  if (g_block->schedule & kEagerCopies) perform(copy);
+  // Even a copy that is done already has to be waited for.
+  g_thread->copies.push_back(copy);
+}
+
+void copy_commit() {
+  g_thread->group_ends.push_back(g_thread->copies.size());
+}
+
+void copy_wait(size_t pending) {
+  Thread& self = *g_thread;
+  if (self.group_ends.size() <= pending) return;
+  const size_t finished = self.group_ends.size() - pending;
+  const size_t count = self.group_ends[finished - 1];
+  if (!(g_block->schedule & kEagerCopies)) {
+    std::for_each(self.copies.begin(), self.copies.begin() + ptrdiff_t(count), perform);
+  }
+  self.copies.erase(self.copies.begin(), self.copies.begin() + ptrdiff_t(count));
+  self.group_ends.erase(self.group_ends.begin(), self.group_ends.begin() + ptrdiff_t(finished));
+  for (size_t& end : self.group_ends) end -= count;
+}
+
+cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                     void (*body)(const void*), const void* context) {
+  const Settings chosen = settings();
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  // The hardware's limits.
+  if (blocks == 0 || threads == 0 || threads > 1024 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || block.z > 64) {
+    return cudaErrorInvalidConfiguration;
+  }
+  if (shared_bytes > size_t(chosen.device.shared_per_block)) return cudaErrorInvalidValue;
+  counters().launches += 1;
+  counters().blocks += int64_t(blocks);
+
+  std::atomic<uint64_t> next{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+  const auto worker = [&] {
+    try {
+      Block state(kernel, grid, block, shared_bytes);
+      state.schedule = chosen.schedule;
+      state.body = body;
+      state.argument = context;
+      for (uint64_t turn; (turn = next++) < blocks;) {
+        const uint64_t i = chosen.schedule & kReverseWarps ? blocks - 1 - turn : turn;
+        state.index = dim3(unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                           unsigned(i / grid.x / grid.y));
+        state.random = chosen.seed * 2654435761u + unsigned(i);
+        run_block(state);
+      }
+    } catch (...) {
+      next = blocks;
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+    }
+    g_block = nullptr;
+    g_thread = nullptr;
+  };
+  std::vector<std::thread> helpers;
+  for (int t = 1; t < chosen.threads; ++t) helpers.emplace_back(worker);
+  worker();
+  for (std::thread& helper : helpers) helper.join();
+  if (failure) std::rethrow_exception(failure);
+  return cudaSuccess;
+}
+
+}  // namespace ghost::emu
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaErrorInvalidValue;
+  const ghost::emu::Device& emulated = ghost::emu::settings().device;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulated.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = emulated.l2_bytes;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulated.major;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = emulated.minor;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = emulated.shared_per_multiprocessor;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = emulated.shared_per_block;
+      return cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+  }
+  return "unrecognized error code";
+}

@@ -1,0 +1,99 @@
+// Runs CUDA thread blocks on a CPU, for tests of the kernel sources where there is no GPU.
+//
+// A CUDA thread is a fiber, a block one OS thread that switches between its fibers where they have
+// to wait for each other. What makes mistakes show:
+//   - Shared memory starts out as NaN (as an integer a huge one), as do the tests' outputs.
+//   - cp.async really is late: the bytes arrive at the wait, or at once, whichever is worse.
+//   - Several schedules: an order of warps and threads that hides a missing barrier is undone by
+//     another one.
+//   - Misaligned and out-of-range shared memory addresses, barriers and collectives that not every
+//     thread reaches, and copies nobody waits for are faults: C++ exceptions that leave the launch.
+// Not seen: bank conflicts, speed, the PTX text and the hardware's register layouts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace ghost::emu {
+
+// A mistake of a kernel.
+class Fault : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Bits of Settings::schedule.
+enum : unsigned {
+  kReverseWarps = 1,  // the last warp, and the last block, goes first
+  kReverseLanes = 2,  // the last lane goes first
+  kGreedy = 4,        // a warp goes on until all of it waits for the block
+  kEagerCopies = 8,   // cp.async copies when issued, not when waited for
+  kRandomWarps = 16,  // which warp goes next is drawn anew each time
+};
+
+struct Device {
+  int major = 9, minor = 0;
+  int multiprocessors = 132;
+  int shared_per_block = 227 * 1024, shared_per_multiprocessor = 228 * 1024;
+  int l2_bytes = 50 << 20;
+};
+
+struct Settings {
+  unsigned schedule = 0;
+  unsigned seed = 0;  // of kRandomWarps
+  int threads = 1;    // OS threads, each with one block at a time
+  Device device;
+};
+Settings& settings();
+
+// How many kernels were launched in this process, and how many blocks they had.
+struct Counters {
+  int64_t launches = 0, blocks = 0;
+};
+Counters& counters();
+
+// Where in the kernel sources a thread waits.
+struct Site {
+  const char* file;
+  int line;
+  const char* what;
+};
+
+// ------------------------------------------------------------ what a running thread may ask
+
+dim3 thread_index();
+dim3 block_index();
+dim3 block_size();
+dim3 grid_size();
+void* shared_memory();
+
+void block_barrier(Site site);
+
+// A warp collective: each lane leaves up to 32 bytes, the last one computes all lanes' results.
+constexpr size_t kSlotBytes = 32;
+struct alignas(16) Slot {
+  unsigned char bytes[kSlotBytes];
+};
+using WarpFunction = void (*)(const Slot (&in)[32], Slot (&out)[32]);
+void warp_collective(Site site, WarpFunction function, const void* in, size_t in_bytes, void* out,
+                     size_t out_bytes);
+
+void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Site site);
+void copy_commit();
+void copy_wait(size_t pending);
+
+[[noreturn]] void fault(const Site& site, const std::string& what);
+void check_aligned(const void* p, size_t bytes, const Site& site);
+void check_shared(const void* p, size_t bytes, const Site& site);
+
+// ------------------------------------------------------------------------------- launches
+
+// Runs body(context) once for each thread of the grid; returns when all have.
+cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                     void (*body)(const void*), const void* context);
+
+}  // namespace ghost::emu

@@ -1,0 +1,177 @@
+// Kernels with one mistake each, to see that the emulator reports it. Never run on a GPU.
+
+#include <cstring>
+#include <exception>
+#include <string>
+
+#include "cuda/prim.cuh"
+
+namespace {
+
+namespace prim = ghost::prim;
+
+constexpr int kBlock = 64;
+
+using Words = const uint32_t*;
+using Out = uint32_t*;
+
+// out[i] = in[63 - i], through shared memory; right only with the barrier.
+template <bool Barrier>
+__global__ void exchange_kernel(Words in, Out out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  const int i = threadIdx.x;
+  word[i] = in[i];
+  if (Barrier) prim::sync_threads();
+  out[i] = word[kBlock - 1 - i];
+}
+
+// The same for each warp on its own, without the warp barrier.
+__global__ void warp_exchange_kernel(Words in, Out out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  const int i = threadIdx.x;
+  word[i] = in[i];
+  out[i] = word[i ^ 31];
+}
+
+// Reads what cp.async copies, one wait too early.
+__global__ void early_read_kernel(Words in, Out out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  const int i = threadIdx.x;
+  prim::cp_async<4>(word + i, in + i, true);
+  prim::cp_async_commit();
+  prim::cp_async_wait<1>();
+  out[i] = word[i];
+  prim::cp_async_wait<0>();
+}
+
+// Lets cp.async overwrite what another thread has not read yet.
+__global__ void early_overwrite_kernel(Words in, Out out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  const int i = threadIdx.x;
+  word[i] = in[i];
+  prim::sync_threads();
+  prim::cp_async<4>(word + i, in, true);
+  prim::cp_async_commit();
+  out[i] = word[kBlock - 1 - i];
+  prim::sync_threads();
+  prim::cp_async_wait<0>();
+}
+
+__global__ void no_wait_kernel(Words in, Out out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  prim::cp_async<4>(word + threadIdx.x, in + threadIdx.x, true);
+  prim::cp_async_commit();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
+__global__ void misaligned_copy_kernel(Words in, Out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  prim::cp_async<16>(word, in + 1, true);
+  prim::cp_async_wait<0>();
+}
+
+__global__ void misaligned_load_kernel(Words in, Out out) {
+  prim::store(out, prim::load<uint4>(in + 2));
+}
+
+__global__ void copy_out_of_range_kernel(Words in, Out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  prim::cp_async<4>(word + kBlock, in, true);
+  prim::cp_async_wait<0>();
+}
+
+__global__ void ldmatrix_out_of_range_kernel(Words, Out out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  uint32_t r[4];
+  prim::ldmatrix_x4(r, word + 4 * prim::lane());
+  out[threadIdx.x] = r[0];
+}
+
+__global__ void write_past_the_end_kernel(Words in, Out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  word[threadIdx.x + 1] = in[threadIdx.x];
+}
+
+// Half a block waits for the rest, which waits for something else.
+__global__ void deadlock_kernel(Words, Out) {
+  if (prim::warp() == 0) {
+    prim::sync_threads();
+  } else if (prim::lane() < 16) {
+    prim::sync_warp();
+  } else {
+    prim::sync_threads();
+  }
+}
+
+__global__ void divergent_barrier_kernel(Words, Out) {
+  if (prim::warp() == 0) {
+    prim::sync_threads();
+  } else {
+    prim::sync_threads();
+  }
+}
+
+__global__ void divergent_warp_kernel(Words, Out out) {
+  if (prim::lane() < 16) {
+    out[0] = prim::shuffle_xor(1u, 1);
+  } else {
+    out[1] = prim::shuffle_down(1u, 1);
+  }
+}
+
+__global__ void returned_lane_kernel(Words, Out out) {
+  if (prim::lane() == 31) return;
+  out[0] = prim::shuffle_xor(1u, 1);
+}
+
+// Every block reads what block 0 writes in the same launch.
+__global__ void between_blocks_kernel(Words in, Out out) {
+  if (blockIdx.x == 0) out[threadIdx.x] = in[threadIdx.x];
+  if (blockIdx.x == 1) out[kBlock + threadIdx.x] = out[threadIdx.x];
+}
+
+struct Entry {
+  const char* name;
+  void (*kernel)(Words, Out);
+};
+
+const Entry kEntries[] = {
+    {"nothing wrong", exchange_kernel<true>},
+    {"no barrier", exchange_kernel<false>},
+    {"no warp barrier", warp_exchange_kernel},
+    {"early read", early_read_kernel},
+    {"early overwrite", early_overwrite_kernel},
+    {"no wait", no_wait_kernel},
+    {"misaligned copy", misaligned_copy_kernel},
+    {"misaligned load", misaligned_load_kernel},
+    {"copy out of range", copy_out_of_range_kernel},
+    {"ldmatrix out of range", ldmatrix_out_of_range_kernel},
+    {"write past the end", write_past_the_end_kernel},
+    {"deadlock", deadlock_kernel},
+    {"divergent barrier", divergent_barrier_kernel},
+    {"divergent warp", divergent_warp_kernel},
+    {"returned lane", returned_lane_kernel},
+    {"between blocks", between_blocks_kernel},
+};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* ghost_faulty_run(const char* name,
+                                                                               const void* in,
+                                                                               void* out,
+                                                                               int shared_bytes) {
+  static std::string message;
+  try {
+    for (const Entry& entry : kEntries) {
+      if (std::strcmp(entry.name, name) != 0) continue;
+      const cudaError_t status =
+          GHOST_LAUNCH(entry.kernel, dim3(2), dim3(kBlock), size_t(shared_bytes), nullptr,
+                       static_cast<Words>(in), static_cast<Out>(out));
+      return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+    }
+    message = std::string("there is no kernel named ") + name;
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}

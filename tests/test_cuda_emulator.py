@@ -1,0 +1,180 @@
+"""The emulator reports what is wrong with a kernel: what it lets pass proves nothing otherwise."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import emulator
+import pytest
+import torch
+
+BLOCK = 64
+
+
+@pytest.fixture(scope="module")
+def library() -> emulator.Library:
+    try:
+        return emulator.prims()
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def run(library: emulator.Library, name: str, shared_bytes: int = 4 * BLOCK) -> torch.Tensor:
+    """What the kernel of this name makes of the numbers 0 to 63."""
+    data = torch.arange(2 * BLOCK, dtype=torch.int32)
+    out = torch.full((2 * BLOCK,), -1, dtype=torch.int32)
+    library.call("ghost_faulty_run", name, data.data_ptr(), out.data_ptr(), shared_bytes)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no wait", "ends without waiting for its copies"),
+        ("misaligned copy", r"cp_async at faulty_kernels.cu:\d+: address misaligned for 16 bytes"),
+        ("misaligned load", "load at .*: address misaligned for 16 bytes"),
+        ("copy out of range", "address outside the 256 bytes of shared memory"),
+        ("ldmatrix out of range", "ldmatrix_x4 at .* outside the 256 bytes"),
+        ("write past the end", "wrote past the 256 bytes of its shared memory"),
+        ("deadlock", "deadlock|divergent"),
+        ("divergent barrier", "divergent barrier, other threads wait in sync_threads at"),
+        ("divergent warp", r"divergent warp, other lanes wait in shuffle_(xor|down) at"),
+        ("returned lane", "needs 32 lanes, 31 are there"),
+    ],
+)
+@pytest.mark.parametrize("schedule", emulator.SCHEDULES)
+def test_faults(library: emulator.Library, name: str, message: str, schedule: str) -> None:
+    if name == "returned lane" and emulator.SCHEDULES[schedule] & emulator.REVERSE_LANES == 0:
+        message = "deadlock"  # the others wait already when the last one returns
+    with (
+        library.scheduled(emulator.SCHEDULES[schedule]),
+        pytest.raises(RuntimeError, match=message) as error,
+    ):
+        run(library, name)
+    assert "kernel" in str(error.value)
+    assert "block (" in str(error.value)
+    with library.scheduled(emulator.SCHEDULES[schedule]):  # a fault leaves nothing behind
+        exchanged = run(library, "nothing wrong")
+    assert exchanged[:BLOCK].tolist() == list(range(BLOCK))[::-1]
+
+
+LAZY = {name for name, bits in emulator.SCHEDULES.items() if not bits & emulator.EAGER_COPIES}
+REVERSED = {name for name, bits in emulator.SCHEDULES.items() if bits & emulator.REVERSE_WARPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "want", "schedules"),
+    [
+        ("no barrier", list(range(BLOCK))[::-1], set(emulator.SCHEDULES)),
+        ("no warp barrier", [i ^ 31 for i in range(BLOCK)], set(emulator.SCHEDULES)),
+        ("early read", list(range(BLOCK)), LAZY),
+        ("early overwrite", list(range(BLOCK))[::-1], set(emulator.SCHEDULES) - LAZY),
+        ("between blocks", list(range(BLOCK)) * 2, REVERSED),
+    ],
+)
+def test_races_show_in_these_schedules(
+    library: emulator.Library, name: str, want: list[int], schedules: set[str]
+) -> None:
+    red = set()
+    for schedule, bits in emulator.SCHEDULES.items():
+        with library.scheduled(bits):
+            if run(library, name)[: len(want)].tolist() != want:
+                red.add(schedule)
+    assert red == schedules
+
+
+def test_too_much_shared_memory_is_refused(library: emulator.Library) -> None:
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        run(library, "nothing wrong", 228 * 1024)
+
+
+def test_threads_share_the_blocks(library: emulator.Library) -> None:
+    before = library.launches()
+    for threads in (1, 2, 3):
+        with library.scheduled(0, threads=threads):
+            assert run(library, "nothing wrong")[:BLOCK].tolist() == list(range(BLOCK))[::-1]
+    assert library.launches() == before + 3
+    with library.scheduled(0, threads=2), pytest.raises(RuntimeError, match="misaligned"):
+        run(library, "misaligned copy")
+
+
+def test_fibers_of_other_processors() -> None:
+    """The same scheduler over ucontext, which is what runs where there is no fast switch."""
+    try:
+        path = emulator.build(
+            "prims-ucontext",
+            [emulator.HERE / "faulty_kernels.cu", *emulator.runtime_sources()],
+            ["-DGHOST_EMU_UCONTEXT"],
+        )
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+    library = emulator.Library(path)
+    assert isinstance(library.c, ctypes.CDLL)
+    for bits in emulator.SCHEDULES.values():
+        with library.scheduled(bits):
+            assert run(library, "nothing wrong")[:BLOCK].tolist() == list(range(BLOCK))[::-1]
+            with pytest.raises(RuntimeError, match="misaligned"):
+                run(library, "misaligned copy")
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What makes a Python process load a library with the address sanitizer in it."""
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        found = subprocess.run(
+            [emulator.compiler(), f"-print-file-name={name}"],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+        if "/" not in found:
+            pytest.skip(f"the compiler has no {name}")
+        libraries.append(found)
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join([str(emulator.HERE.parent), str(emulator.ROOT)]),
+    }
+
+
+SANITIZED = """
+import sys, torch, emulator
+library = emulator.Library({path!r})
+data = torch.arange(128, dtype=torch.int32)
+for name in {names!r}:
+    out = torch.full((128,), -1, dtype=torch.int32)
+    try:
+        library.call("ghost_faulty_run", name, data.data_ptr(), out.data_ptr(), 256)
+    except RuntimeError as error:
+        print("fault:", error)
+    print("went on", out[:3].tolist())
+"""
+
+
+def test_the_address_sanitizer_works_with_the_fibers() -> None:
+    try:
+        path = emulator.build(
+            "prims-sanitized",
+            [emulator.HERE / "faulty_kernels.cu", *emulator.runtime_sources()],
+            emulator.SANITIZE,
+        )
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+    environment = sanitizer_environment()
+
+    def sanitized(*names: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", SANITIZED.format(path=str(path), names=names)],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    good = sanitized("misaligned copy", "nothing wrong")
+    assert good.returncode == 0, good.stderr
+    assert "fault: emulated kernel" in good.stdout
+    assert "went on [63, 62, 61]" in good.stdout
+    assert "ERROR" not in good.stderr + good.stdout
+    bad = sanitized("write past the end")
+    assert bad.returncode != 0
+    assert "heap-buffer-overflow" in bad.stderr

@@ -1,0 +1,197 @@
+"""The CUDA kernels on a real GPU: the same checks as under the emulator, and what only a GPU has.
+
+Skips itself with a reason where there is no CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cuda_cases import World, check_eval, check_statistics, check_train
+from cuda_driver import SMALL
+from helpers import GHOSTNET, LAYOUTS, Case, make_input, make_module, same_bits
+from test_cuda_kernels import EVAL, FROZEN, STATISTICS, TRAIN, assert_same, identity
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    from ghost_ops import backends
+
+    for dtype in (*DTYPES, torch.float64):
+        ok, reason = backends.native.can_run("cuda", dtype)
+        assert ok, reason
+    with backends.use_backend("native"):
+        yield World(torch.ops.ghost_ops, "cuda")
+
+
+@pytest.mark.parametrize("row", EVAL, ids=map(identity, EVAL))
+def test_eval(world: World, row: dict[str, Any]) -> None:
+    check_eval(world, **row)
+
+
+@pytest.mark.parametrize("row", TRAIN, ids=map(identity, TRAIN))
+def test_train(world: World, row: dict[str, Any]) -> None:
+    check_train(world, **row)
+
+
+@pytest.mark.parametrize("row", FROZEN, ids=map(identity, FROZEN))
+def test_frozen_batch_norms(world: World, row: dict[str, Any]) -> None:
+    check_train(world, batch_stats=False, **{**row, "keep_u": False})
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small(world: World, name: str) -> None:
+    SMALL[name](world)
+
+
+@pytest.mark.parametrize("has_primary", [True, False])
+@pytest.mark.parametrize("case", STATISTICS, ids=str)
+def test_statistics(world: World, case: Case, has_primary: bool) -> None:
+    check_statistics(world, case, has_primary)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "inp", "oup", "relu"), GHOSTNET)
+def test_ghostnet_shapes(
+    world: World, size: int, inp: int, oup: int, relu: bool, dtype: torch.dtype, layout: str
+) -> None:
+    act = "relu" if relu else "none"
+    check_eval(world, Case(2, inp, size, size, oup, act1=act, act2=act, layout=layout, dtype=dtype))
+
+
+@pytest.mark.parametrize(("size", "inp", "oup", "relu"), GHOSTNET[::4])
+def test_training_of_ghostnet_shapes(
+    world: World, size: int, inp: int, oup: int, relu: bool
+) -> None:
+    act = "silu" if relu else "none"
+    case = Case(2, inp, size, size, oup, act1=act, act2=act, layout="nhwc", dtype=torch.float16)
+    check_train(world, case, rms=True)
+
+
+@pytest.mark.parametrize("case", STATISTICS, ids=str)
+def test_bits(world: World, case: Case) -> None:
+    case = case.replace(n=64, act2="none")
+    first = check_train(world, case)
+    for _ in range(3):
+        assert_same(first, check_train(world, case), "from run to run")
+
+
+def on_gpu(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
+    return make_module(case).cuda().eval(), make_input(case).cuda()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda_graph(world: World, layout: str, training: bool) -> None:
+    """Captured once, replayed on new input: no host synchronisation, no memory of its own."""
+    case = Case(8, 40, 14, 14, 80, layout=layout, dtype=torch.float16)
+    module, x = on_gpu(case)
+    module.train(training)
+    x.requires_grad_(training)
+    grad = make_input(case.replace(c=case.oup), 3).cuda()
+
+    def step() -> list[torch.Tensor]:
+        out = module(x)
+        if not training:
+            return [out]
+        inputs = [x, *module.parameters()]
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    with torch.set_grad_enabled(training):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for seed in (11, 12):
+            with torch.no_grad():
+                x.copy_(make_input(case, seed))
+            graph.replay()
+            torch.cuda.synchronize()
+            replayed = [t.clone() for t in captured]
+            for got, want in zip(replayed, step(), strict=True):
+                assert same_bits(got.cpu(), want.cpu())
+
+
+def test_streams(world: World) -> None:
+    """Work of several streams at once does not mix: scratch belongs to the stream it is used on."""
+    cases = [Case(16, 40, 28, 28, 80 + 8 * i, dtype=torch.float16, act1="silu") for i in range(4)]
+    modules = [(on_gpu(case)[0].train(), on_gpu(case)[1].requires_grad_()) for case in cases]
+
+    def step(module: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        out = module(x)
+        return [out, *torch.autograd.grad(out.sum(), [x, *module.parameters()])]
+
+    want = [[t.clone() for t in step(module, x)] for module, x in modules]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(5):
+        got = []
+        for stream, (module, x) in zip(streams, modules, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                got.append(step(module, x))
+        torch.cuda.synchronize()
+        for a, b in zip(want, got, strict=True):
+            for first, second in zip(a, b, strict=True):
+                assert same_bits(first.detach().cpu(), second.detach().cpu())
+
+
+def kernels_of(call: Any) -> list[str]:
+    """The names of the kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_launch_counts(world: World, layout: str) -> None:
+    """Eval: one kernel. Training: 3 or 4, and one for each running statistics; backward 4."""
+    case = Case(8, 40, 28, 28, 80, layout=layout, dtype=torch.float16)
+    module, x = on_gpu(case)
+    with torch.inference_mode():
+        assert len(kernels_of(lambda: module(x))) == 1
+    module.train()
+    for norm in (module.primary_conv[1], module.cheap_operation[1]):
+        norm.num_batches_tracked = None  # PyTorch's own counter would be a kernel
+    x.requires_grad_()
+    forward = kernels_of(lambda: module(x))
+    assert len([name for name in forward if "update_running" in name]) <= 2
+    assert len([name for name in forward if "update_running" not in name]) <= 4
+    out = module(x)
+    grad = torch.ones_like(out)
+    backward = kernels_of(lambda: torch.autograd.grad(out, [x], grad, retain_graph=True))
+    assert len(backward) <= 4
+
+
+def test_offsets_beyond_32_bits(world: World) -> None:
+    """A tensor of more than 2^31 elements."""
+    case = Case(1, 16, 112, 112, 16, layout="nhwc", dtype=torch.float16)
+    images = 2**31 // (16 * 112 * 112) + 8
+    free, _ = torch.cuda.mem_get_info()
+    if free < 3 * images * 16 * 112 * 112 * 2:
+        pytest.skip("not enough device memory")
+    module, x = on_gpu(case)
+    many = x.expand(images, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        want, got = module(x), module(many)
+        assert torch.equal(got[-1], want[0])
+        assert torch.equal(got[images // 2], want[0])

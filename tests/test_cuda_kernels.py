@@ -1,0 +1,359 @@
+"""The CUDA kernels, run by the block emulator, compute what the reference computes.
+
+The sources are those that nvcc compiles, the operators those that torch sees on a GPU: launchers,
+plan and argument checks included. Shapes are small, because 32 lanes take turns here; each case
+runs under one of the schedules in turn, some under all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from cuda_cases import (
+    World,
+    check_eval,
+    check_statistics,
+    check_train,
+    norm_arguments,
+    operands,
+    tf32,
+)
+from cuda_driver import SMALL, nan_output
+from helpers import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    Case,
+    covering,
+    make_input,
+    same_bits,
+)
+from torch import Tensor
+
+SCHEDULES = list(emulator.SCHEDULES.values())
+DEVICES = list(emulator.DEVICES.values())
+
+
+@pytest.fixture(scope="module")
+def library() -> emulator.Library:
+    try:
+        return emulator.ops()
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def world(library: emulator.Library) -> Iterator[World]:
+    yield World(torch.ops.ghost_emu, "cpu")
+    library.configure()
+
+
+@contextlib.contextmanager
+def taking_turns(library: emulator.Library, turn: int) -> Iterator[None]:
+    """Another schedule and another GPU to plan for each turn."""
+    library.set_device(DEVICES[turn % len(DEVICES)])
+    try:
+        with library.scheduled(SCHEDULES[turn % len(SCHEDULES)], seed=turn):
+            yield
+    finally:
+        library.set_device(DEVICES[0])
+
+
+def identity(row: dict[str, Any]) -> str:
+    flags = [name for name, value in row.items() if value is True and name != "case"]
+    others = [str(row[name]) for name in ("grad_style",) if name in row]
+    return "-".join([str(row["case"]), *others, *flags])
+
+
+def grid(axes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every pair of values of two axes occurs; the fields of a Case are put together."""
+    fields = set(Case.__dataclass_fields__)
+    rows = []
+    for row in covering(axes):
+        row["h"], row["w"] = row.pop("hw")
+        case = Case(**{k: v for k, v in row.items() if k in fields})
+        rows.append({"case": case, **{k: v for k, v in row.items() if k not in fields}})
+    return rows
+
+
+# Sizes around the tiles: one pixel, less than a strip, whole small images, several bands; channels
+# around the blocks of 8, 16, 32 and 64, odd ones, one.
+AXES: dict[str, Any] = {
+    "n": (1, 2, 5),
+    "c": (1, 3, 8, 17, 40, 72),
+    "hw": ((1, 1), (1, 9), (9, 2), (3, 5), (7, 7), (8, 16), (14, 14), (5, 33), (21, 12)),
+    "oup": (1, 2, 7, 16, 24, 35, 70),
+    "ratio": (1, 2, 3, 5),
+    "d": (1, 3, 5, 7),
+    "stride": (1, 2),
+    "act1": ACTIVATIONS,
+    "act2": ACTIVATIONS,
+    "layout": LAYOUTS,
+    "dtype": DTYPES,
+    "has_primary": (True, True, False),
+}
+EVAL = grid({**AXES, "residual": (False, True), "use_tf32": (False, True)})
+# Batch statistics of one value have no variance to speak of.
+TRAIN_AXES = {
+    **AXES,
+    "n": (2, 3, 6),
+    "hw": ((2, 2), (1, 9), (9, 2), (3, 5), (7, 7), (8, 16), (14, 14), (5, 33)),
+    "keep_u": (False, True),
+    "grad_style": ("dense", "expanded", "other layout", "sliced"),
+}
+TRAIN = grid(TRAIN_AXES)
+FROZEN = grid(TRAIN_AXES)[::4]
+
+
+@pytest.mark.parametrize(("turn", "row"), list(enumerate(EVAL)), ids=map(identity, EVAL))
+def test_eval(world: World, library: emulator.Library, turn: int, row: dict[str, Any]) -> None:
+    with taking_turns(library, turn):
+        check_eval(world, **row)
+
+
+@pytest.mark.parametrize(("turn", "row"), list(enumerate(TRAIN)), ids=map(identity, TRAIN))
+def test_train(world: World, library: emulator.Library, turn: int, row: dict[str, Any]) -> None:
+    with taking_turns(library, turn):
+        check_train(world, **row)
+
+
+@pytest.mark.parametrize(("turn", "row"), list(enumerate(FROZEN)), ids=map(identity, FROZEN))
+def test_frozen_batch_norms(
+    world: World, library: emulator.Library, turn: int, row: dict[str, Any]
+) -> None:
+    row = {**row, "keep_u": False}
+    with taking_turns(library, turn):
+        check_train(world, batch_stats=False, **row)
+
+
+# A training case is a dozen eval cases long: the schedules that find the most.
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        (name, schedule)
+        for name in SMALL
+        for schedule in emulator.SCHEDULES
+        if name.startswith("eval") or schedule in ("reversed", "greedy-eager", "random")
+    ],
+)
+def test_every_schedule(world: World, library: emulator.Library, name: str, schedule: str) -> None:
+    with library.scheduled(emulator.SCHEDULES[schedule], seed=1):
+        SMALL[name](world)
+
+
+STATISTICS = [
+    Case(2, 16, 9, 17, 11, ratio=3, d=5, act1="silu", layout="nhwc"),
+    Case(3, 4, 5, 15, 13, stride=2, act1="hardswish"),
+    Case(2, 8, 9, 18, 12, dtype=torch.bfloat16, act1="silu"),
+    Case(2, 40, 9, 18, 12, dtype=torch.float16, layout="nhwc"),
+    Case(2, 5, 6, 7, 8, dtype=torch.float64),
+]
+
+
+@pytest.mark.parametrize("has_primary", [True, False])
+@pytest.mark.parametrize("case", STATISTICS, ids=str)
+def test_statistics(world: World, case: Case, has_primary: bool) -> None:
+    check_statistics(world, case, has_primary)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_far_from_zero(world: World, layout: str) -> None:
+    """Mean 1e4, deviation 1: E[u^2] - E[u]^2 in float32 would be off by several units."""
+    x = torch.randn(3, 2, 21, 23, generator=torch.Generator().manual_seed(0)) + 1e4
+    x[:, 1] = 0
+    fmt = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    x = x.contiguous(memory_format=fmt)
+    w1 = torch.zeros(2, 2, 1, 1)
+    w1[:, 0] = 1
+    with tf32(False):
+        mean, var = world.call("ghost_primary_stats", x, w1, 1)
+    want = x[:, 0].double()
+    torch.testing.assert_close(mean.double(), want.mean().expand(2), rtol=1e-6, atol=0)
+    want_var = want.var(correction=0).expand(2)
+    torch.testing.assert_close(var.double(), want_var, rtol=2e-3, atol=0)
+
+
+# --- determinism ------------------------------------------------------------------------------
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], what: str) -> None:
+    for name in a:
+        assert same_bits(a[name], b[name]), f"{name} differs {what}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 24, 9, 11, 44, layout="nhwc", dtype=torch.float16, act1="silu", act2="silu"),
+        Case(3, 20, 14, 14, 26, dtype=torch.float32, d=5, act1="silu", act2="gelu"),
+        Case(9, 5, 7, 7, 6, dtype=torch.float64, ratio=3, act1="silu", act2="none"),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_order_of_blocks(
+    world: World, library: emulator.Library, case: Case
+) -> None:
+    first = check_train(world, case)
+    for name in ("reversed", "greedy-eager", "random"):
+        with library.scheduled(emulator.SCHEDULES[name], seed=5, threads=1 + (name == "random")):
+            assert_same(first, check_train(world, case), f"under schedule {name}")
+
+
+# --- shape of the calls -----------------------------------------------------------------------
+
+
+def launches(library: emulator.Library, call: Any) -> int:
+    before = library.launches()
+    call()
+    return library.launches() - before
+
+
+@pytest.mark.parametrize("has_primary", [True, False])
+@pytest.mark.parametrize("case", [*STATISTICS, STATISTICS[3].replace(c=200)], ids=str)
+def test_launch_counts(
+    world: World, library: emulator.Library, case: Case, has_primary: bool
+) -> None:
+    """Eval is one launch, a training forward at most four, a backward at most four."""
+    o = operands(case, has_primary)
+    bn1, bn2 = norm_arguments(o)
+    w2 = o.p.w2.detach()
+    packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
+    assert launches(library, lambda: world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)) == 1
+    arguments = (o.x, packed, None, *o.shape, *o.acts, has_primary)
+    assert launches(library, lambda: world.call("ghost_apply", *arguments)) == 1
+    forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup, o.stride, *o.acts, False)
+    assert launches(library, lambda: world.call("ghost_train_forward", *forward)) <= 4
+    out, mean1, var1, mean2, var2, _ = world.call("ghost_train_forward", *forward)
+    backward = (
+        torch.ones_like(out), o.x, None, o.w1, *bn1[:2], mean1, var1, 1e-5, w2, *bn2[:2], mean2,
+        var2, 1e-5, o.stride, *o.acts, True, True, has_primary,
+    )  # fmt: skip
+    assert launches(library, lambda: world.call("ghost_backward", *backward)) <= 4
+    running = (bn1[2].float().clone(), bn1[3].float().clone(), mean1.float(), var1.float(), 0.1, 9)
+    assert launches(library, lambda: world.call("ghost_update_running_", *running)) == 1
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_gradients_that_are_not_wanted(world: World, needs: tuple[bool, bool]) -> None:
+    o = operands(Case(2, 8, 7, 7, 12, dtype=torch.float16, layout="nhwc", act1="silu"))
+    bn1, bn2 = norm_arguments(o)
+    w2 = o.p.w2.detach()
+    forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, 12, 1, *o.acts, False)
+    out, *moments, _ = world.call("ghost_train_forward", *forward)
+
+    def backward(*flags: bool) -> tuple[Tensor, ...]:
+        return world.call(
+            "ghost_backward", torch.ones_like(out), o.x, None, o.w1, *bn1[:2], *moments[:2], 1e-5,
+            w2, *bn2[:2], *moments[2:], 1e-5, 1, *o.acts, True, *flags,
+        )  # fmt: skip
+
+    want, got = backward(True, True), backward(*needs)
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        if i < 2 and not needs[i]:
+            assert b.numel() == 0
+        else:
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_empty_batch(world: World, layout: str, ratio: int) -> None:
+    """As PyTorch: nothing comes out, gradients of parameters are zero."""
+    case = Case(0, 4, 5, 5, 6, ratio=ratio, layout=layout)
+    o = operands(case)
+    bn1, bn2 = norm_arguments(o)
+    w2 = o.p.w2.detach()
+    packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
+    out = world.call("ghost_apply", o.x, packed, None, *o.shape, *o.acts, True)
+    assert out.shape == (0, 6, 5, 5)
+    forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, 6, 1, *o.acts, False)
+    out, *moments, _ = world.call("ghost_train_forward", *forward)
+    assert out.shape == (0, 6, 5, 5)
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in moments)
+    grads = world.call(
+        "ghost_backward", out, o.x, None, o.w1, *bn1[:2], *moments[:2], 1e-5, w2, *bn2[:2],
+        *moments[2:], 1e-5, 1, *o.acts, True, True, True,
+    )  # fmt: skip
+    assert grads[0].shape == o.x.shape
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in grads[1:])
+
+
+@pytest.mark.parametrize("shift", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_alignment_of_x(world: World, dtype: torch.dtype, layout: str, shift: int) -> None:
+    """x that begins anywhere gives the bits of x at an aligned address."""
+    case = Case(2, 16, 9, 8, 20, layout=layout, dtype=dtype, act1="silu")
+    want = check_eval(world, case)
+    x = make_input(case)
+    moved = torch.empty(x.numel() + shift, dtype=dtype)[shift:].as_strided(x.size(), x.stride())
+    got = check_eval(world, case, x=moved.copy_(x))
+    torch.testing.assert_close(got, want, rtol=0, atol=2 * torch.finfo(dtype).eps * 8)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_nan_goes_through_every_activation(world: World, act: str) -> None:
+    case = Case(2, 8, 6, 7, 12, act1=act, act2=act, dtype=torch.float16, layout="nhwc")
+    x = make_input(case)
+    x[1, 3, 4, 5] = float("nan")
+    out = nan_output(world, case, x)
+    want = torch.zeros_like(out, dtype=torch.bool)
+    want[1, : case.m, 4, 5] = True
+    want[1, case.m :, 3:6, 4:7] = True
+    assert torch.equal(out.isnan(), want)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (emulator.Device(7, 5, 40, 64 << 10, 64 << 10, 4 << 20), "this device has 7.5"),
+        (emulator.Device(8, 0, 108, 2 << 10, 164 << 10, 40 << 20), "shared memory"),
+    ],
+    ids=["too old", "too little shared memory"],
+)
+def test_devices_that_cannot_run_it(
+    world: World, library: emulator.Library, device: emulator.Device, message: str
+) -> None:
+    library.set_device(device)
+    try:
+        with pytest.raises(RuntimeError, match=message):
+            check_eval(world, Case(2, 40, 14, 14, 80, dtype=torch.float16, layout="nhwc"))
+    finally:
+        library.set_device(DEVICES[0])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 84])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_running(world: World, dtype: torch.dtype, count: int) -> None:
+    stat = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = torch.randn(300).to(dtype), torch.rand(300).to(dtype)
+    batch_mean, batch_var = torch.randn(300, dtype=stat), torch.rand(300, dtype=stat)
+    want_mean, want_var = mean.double(), var.double()
+    if count:
+        unbiased = batch_var.double() * (count / (count - 1) if count > 1 else 1)
+        want_mean = 0.75 * want_mean + 0.25 * batch_mean.double()
+        want_var = 0.75 * want_var + 0.25 * unbiased
+    torch.ops.ghost_emu.ghost_update_running_(mean, var, batch_mean, batch_var, 0.25, count)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(mean.double(), want_mean, rtol=2 * eps, atol=2 * eps)
+    torch.testing.assert_close(var.double(), want_var, rtol=2 * eps, atol=2 * eps)
+
+
+# The largest GhostNet shapes would take minutes here; these have its proportions.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("size", "inp", "oup", "relu"),
+    [(28, 16, 16, True), (28, 16, 48, True), (14, 80, 184, True), (14, 184, 80, False),
+     (7, 160, 240, True), (7, 240, 160, False)],
+)  # fmt: skip
+def test_ghostnet_proportions(
+    world: World, size: int, inp: int, oup: int, relu: bool, layout: str
+) -> None:
+    act = "relu" if relu else "none"
+    case = Case(1, inp, size, size, oup, act1=act, act2=act, layout=layout, dtype=torch.float16)
+    check_eval(world, case)

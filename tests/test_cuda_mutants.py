@@ -1,0 +1,237 @@
+"""Planted mistakes in the CUDA sources, each of which must turn a check red.
+
+A check that passes whatever the kernel does proves nothing. Each mistake is a replacement of text
+in a copy of csrc, of which only the files named are compiled again; the rest of the library is the
+right one. A mistake whose text is not found any more is a failure: the list has to follow the code.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import emulator
+import pytest
+
+NHWC = ("cuda/instances/forward_half_nhwc.cu",)
+NCHW = ("cuda/instances/forward_half_nchw.cu",)
+GRADS = ("cuda/instances/backward_half.cu",)
+PRIMARY = ("cuda/instances/backward_half.cu",)
+SUMS = ("cuda/instances/backward_sums_half.cu",)
+PLAN = ("core/cuda_plan.cpp",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One mistake.
+
+    Args:
+        name: what is wrong.
+        file: relative to csrc; old, new: the text there and what stands in its place.
+        compile: which sources are compiled with it.
+        cases: checks of ``cuda_driver``, one of which must fail.
+        schedules: under which to run them.
+        device: what the emulator poses as.
+        count: how often ``old`` occurs; all are replaced.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    compile: Sequence[str]
+    cases: Sequence[str]
+    schedules: Sequence[str] = ("plain", "greedy-eager", "reversed")
+    device: str = "sm_90"
+    count: int = 1
+
+    @property
+    def quick(self) -> bool:
+        """Whether it is among those of every test run: one of each kind."""
+        return self.name in QUICK
+
+
+SYNC = "prim::sync_threads();"
+TILE, FORWARD, APPLY = "cuda/tile.cuh", "cuda/forward.cuh", "cuda/apply.cuh"
+EVAL = ("eval nhwc", "eval deep", "eval wide")
+TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
+QUICK = (
+    "no barrier after the copies", "one wait too few", "halo off by one", "mask of pixels dropped",
+    "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
+)  # fmt: skip
+MUTANTS = [
+    Mutant(
+        "no barrier after the copies", TILE,
+        f"prim::cp_async_wait<kCudaStages - 2>();\n      {SYNC}",
+        "prim::cp_async_wait<kCudaStages - 2>();", NHWC, EVAL,
+    ),
+    Mutant(
+        "one wait too few", TILE, "cp_async_wait<kCudaStages - 2>",
+        "cp_async_wait<kCudaStages - 1>", NHWC, EVAL,
+    ),
+    Mutant(
+        "barrier for some warps", TILE, f"{SYNC}\n    }}\n    load_next();",
+        f"if (prim::warp() < 7) {SYNC}\n    }}\n    load_next();", NHWC, EVAL,
+    ),
+    Mutant(
+        "one stage too few", TILE, "== kCudaStages)", "== kCudaStages - 1)", NHWC, EVAL, count=2
+    ),
+    Mutant(
+        "halo off by one", TILE, "tile.src_h = max_of(tile.h0 - t.halo, 0);",
+        "tile.src_h = max_of(tile.h0 - t.halo + 1, 0);", NHWC, EVAL,
+    ),
+    Mutant("padding not cleared", FORWARD, "clear_padding(y, t, tile);", "", NHWC, EVAL),
+    Mutant(
+        "no barrier before the tables", FORWARD,
+        f"const A* shift = scale + t.channels;\n  {SYNC}", "const A* shift = scale + t.channels;",
+        NHWC, ("eval bands",), device="tiny sm_86",
+    ),
+    Mutant(
+        "no barrier after the tables", FORWARD, f"clear_padding(y, t, tile);\n  {SYNC}",
+        "clear_padding(y, t, tile);", NHWC, (*EVAL, "eval u"),
+    ),
+    Mutant(
+        "no barrier before the depthwise", FORWARD, f"  }}\n  {SYNC}\n}}", "  }\n}", NHWC, EVAL
+    ),
+    Mutant(
+        "no barrier before the stores", APPLY,
+        f"make_z_tile(params, index, shared);\n      {SYNC}",
+        "make_z_tile(params, index, shared);", NHWC, EVAL,
+    ),
+    Mutant(
+        "tail of K not zeroed", TILE, "const int k_end = ceil_div(p.c, P::kStep) * P::kStep;",
+        "const int k_end = p.c;", NHWC, EVAL,
+    ),
+    Mutant(
+        "mask of pixels dropped", FORWARD, "q < sources ? source[q].position : -1",
+        "source[q].position", NHWC, EVAL,
+    ),
+    Mutant(
+        "ReLU swallows NaN", "cuda/epilogue.cuh", "v[i] = prim::max_nan(v[i], A(0));",
+        "v[i] = v[i] > A(0) ? v[i] : A(0);", NHWC, ("nan",),
+    ),
+    Mutant(
+        "shared memory too small", "core/cuda_plan.cpp", "t.smem_bytes = int32_t(at);",
+        "t.smem_bytes = int32_t(at) - 1024;", PLAN, EVAL,
+    ),
+    Mutant(
+        "matrix not transposed", "cuda/gemm.cuh", "prim::ldmatrix_x4_trans(r, a +",
+        "prim::ldmatrix_x4(r, a +", NCHW, ("eval nchw",),
+    ),
+    Mutant(
+        "statistics without the spread of means", "cuda/stats.cuh", " + n[s] * d * d;", ";", NCHW,
+        ("statistics",),
+    ),
+    Mutant(
+        "odd last channel not masked", TILE, "if (c + 1 < from.count)", "", NCHW, ("eval nchw",)
+    ),
+    Mutant(
+        "no barrier between dv and its use", "cuda/backward_grads.cuh",
+        f"        {SYNC}\n        add_weight_gradient<T>(", "        add_weight_gradient<T>(",
+        GRADS, TRAIN,
+    ),
+    Mutant(
+        "gradients not waited for", "cuda/backward_grads.cuh",
+        f"    prim::cp_async_wait<0>();\n    {SYNC}\n\n    int j = 0;",
+        f"    {SYNC}\n\n    int j = 0;", GRADS, TRAIN,
+    ),
+    Mutant(
+        "dw1 overwrites its operands", "cuda/backward_primary.cuh",
+        f"    {SYNC}\n    copy_x<T>(", "    copy_x<T>(", PRIMARY, ("train many",),
+        device="tiny sm_86",
+    ),
+    Mutant(
+        "weights not waited for", "cuda/backward_primary.cuh",
+        f"        prim::cp_async_wait<0>();\n        {SYNC}\n        for (int k = 0; k < depth",
+        f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY, TRAIN,
+    ),
+    Mutant(
+        "sums without a barrier", "cuda/backward_sums.cuh",
+        f"    prim::cp_async_wait<0>();\n    {SYNC}\n    const A* const norm",
+        "    prim::cp_async_wait<0>();\n    const A* const norm", SUMS, ("train ratio",),
+    ),
+    Mutant(
+        "partial sums without a barrier", "cuda/backward_common.cuh",
+        f"    shared[tid] = sum;\n    {SYNC}", "    shared[tid] = sum;", GRADS, TRAIN,
+    ),
+    Mutant(
+        "half of a derivative", "cuda/epilogue.cuh", "* (A(1) - s))", ")", SUMS, TRAIN,
+        schedules=("plain",),
+    ),
+]  # fmt: skip
+
+
+def plant(mutant: Mutant) -> Path:
+    """The library with the mistake in it."""
+    folder = emulator.BUILD / "mutants" / mutant.name.replace(" ", "-")
+    csrc = folder / "csrc"
+    changed = csrc / mutant.file
+    text = (emulator.CSRC / mutant.file).read_text()
+    found = text.count(mutant.old)
+    assert found == mutant.count, f"{mutant.file} has {found} times:\n{mutant.old}"
+    shutil.copytree(
+        emulator.CSRC, csrc, dirs_exist_ok=True, ignore=shutil.ignore_patterns(changed.name)
+    )
+    planted = text.replace(mutant.old, mutant.new)
+    if not changed.exists() or changed.read_text() != planted:  # else it is compiled already
+        changed.write_text(planted)
+    name = folder.relative_to(emulator.BUILD).as_posix()
+    return emulator.build_variant(name, mutant.compile, csrc)
+
+
+def build_and_run(mutants: Sequence[Mutant], folder: Path) -> dict[str, dict[str, Any]]:
+    """By name, the mistakes and what their checks gave; the good library too."""
+    try:
+        good = emulator.build_ops()
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+    # One compilation a mistake: with as many at a time as build() has jobs for one library.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        libraries = list(pool.map(plant, mutants))
+    jobs = [
+        {
+            "name": mutant.name, "library": str(path), "cases": mutant.cases,
+            "schedules": mutant.schedules, "device": mutant.device,
+        }
+        for mutant, path in zip(mutants, libraries, strict=True)
+    ]  # fmt: skip
+    for device in sorted({mutant.device for mutant in mutants}):
+        cases = sorted({case for m in mutants if m.device == device for case in m.cases})
+        jobs.append(
+            {
+                "name": f"good {device}", "library": str(good), "cases": cases,
+                "schedules": ["plain", "greedy-eager", "reversed"], "device": device,
+            }
+        )  # fmt: skip
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    environment = {**os.environ, "PYTHONPATH": str(emulator.ROOT)}
+    driver = emulator.HERE.parent / "cuda_driver.py"
+    subprocess.run([sys.executable, str(driver), "--jobs", str(file)], env=environment, check=True)
+    return {job["name"]: job for job in json.loads(file.read_text())}
+
+
+def verify(mutants: Sequence[Mutant], folder: Path) -> None:
+    results = build_and_run(mutants, folder)
+    unnoticed = [m.name for m in mutants if results[m.name]["status"] == 0]
+    good = [job for name, job in results.items() if name.startswith("good ")]
+    assert good
+    assert all(job["status"] == 0 for job in good), [job["output"] for job in good]
+    assert not unnoticed, "nobody noticed"
+
+
+def test_planted_mistakes_are_found(tmp_path: Path) -> None:
+    verify([mutant for mutant in MUTANTS if mutant.quick], tmp_path)
+
+
+@pytest.mark.slow
+def test_more_planted_mistakes_are_found(tmp_path: Path) -> None:
+    verify([mutant for mutant in MUTANTS if not mutant.quick], tmp_path)

@@ -1,0 +1,107 @@
+"""The plan of the backward pass on a GPU: golden choices, and what every plan promises.
+
+The golden lines are decisions, not measurements. A change of the model changes some of them: look
+at each, then write the new ones down (``python tests/test_cuda_plan_backward.py`` prints them).
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import native_module
+from helpers import GHOSTNET
+
+from ghost_ops import planner
+
+pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
+
+SMEM = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}  # KiB a block
+
+
+def backward(
+    device: str,
+    shape: tuple[int, int, int, int],
+    oup: int,
+    dtype: torch.dtype = torch.float16,
+    channels_last: bool = True,
+    **settings: object,
+) -> planner.CudaBackward:
+    plan = planner.explain(
+        shape, oup, dtype=dtype, channels_last=channels_last, device=device, training=True,
+        **settings,
+    )  # fmt: skip
+    assert isinstance(plan, planner.CudaPlan) and plan.backward is not None
+    return plan.backward
+
+
+def line(b: planner.CudaBackward) -> str:
+    """The decisions of a plan in a line. (The first launch has the forward's planner.)"""
+    return (
+        f"grads {b.images} x {b.rows} x {b.cols}, {b.channels} x {b.channel_blocks} "
+        f"channels, {b.workers} workers; dx {b.dx_blocks} x {b.dx_depth}; "
+        f"dw1 {b.dw1_blocks} in {b.dw1_splits} x {b.dw1_pixels}"
+    )
+
+
+SHAPES: dict[str, tuple[tuple[int, int, int, int], int]] = {
+    "112": ((256, 16, 112, 112), 16),
+    "56": ((256, 24, 56, 56), 72),
+    "14": ((256, 80, 14, 14), 480),
+    "7": ((256, 960, 7, 7), 160),
+    "7, batch 1": ((1, 160, 7, 7), 960),
+}
+GOLDEN = {
+    "112": ("grads 1 x 14 x 112, 8 x 1 channels, 256 workers; dx 132 x 16; dw1 132 in 132 x 256"),
+    "56": ("grads 1 x 28 x 56, 8 x 5 channels, 52 workers; dx 131 x 48; dw1 133 in 133 x 128"),
+    "14": ("grads 1 x 14 x 14, 48 x 5 channels, 52 workers; dx 131 x 128; dw1 132 in 33 x 64"),
+    "7": ("grads 2 x 7 x 7, 40 x 2 channels, 128 workers; dx 98 x 80; dw1 165 in 11 x 128"),
+    "7, batch 1": ("grads 1 x 4 x 7, 8 x 60 channels, 2 workers; dx 3 x 128; dw1 12 in 1 x 64"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_golden(name: str) -> None:
+    assert line(backward("sm_90", *SHAPES[name])) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("device", SMEM)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_every_plan(device: str, dtype: torch.dtype, channels_last: bool) -> None:
+    """At most four launches, tiles that cover the work, and blocks that fit the GPU."""
+    for size, channels, oup, _ in GHOSTNET:
+        for batch in (1, 256):
+            shape = (batch, channels, size, size)
+            b = backward(device, shape, oup, dtype, channels_last)
+            limit = SMEM[device] * 1024
+            assert 3 <= b.launches <= 4
+            assert max(b.grads_smem_bytes, b.primary_smem_bytes) <= limit
+            assert b.sums is None or b.sums.smem_bytes <= limit
+            assert b.channels % 8 == 0 and b.channels * b.channel_blocks >= math.ceil(oup / 2)
+            assert b.images * b.rows * b.cols * b.tiles >= batch * size * size
+            assert 1 <= b.workers <= b.tiles
+            assert (b.halo_rows, b.halo_cols) == (b.rows < size, b.cols < size)
+            assert b.dx_blocks >= 1 and b.dw1_blocks >= b.dw1_splits >= 1
+            da1 = batch * size * size * math.ceil(oup / 2) * dtype.itemsize
+            assert b.scratch_bytes >= da1 * (1 + b.stores_u)
+
+
+@pytest.mark.parametrize("ratio,dw_size", [(1, 3), (2, 7), (5, 5)])
+def test_settings(ratio: int, dw_size: int) -> None:
+    """Without ghosts there is nothing to sum first, except that u may have to be made."""
+    b = backward("sm_80", (8, 24, 20, 20), 40, ratio=ratio, dw_size=dw_size)
+    assert (b.sums is not None) == (b.stores_u or ratio > 1)
+    assert b.launches == 3 + (b.sums is not None)
+    assert str(b).startswith(f"backward, {b.launches} launches")
+
+
+def test_eval_has_no_backward() -> None:
+    plan = planner.explain((1, 16, 8, 8), 32, dtype=torch.float16, device="sm_90")
+    assert isinstance(plan, planner.CudaPlan) and plan.backward is None
+
+
+if __name__ == "__main__":
+    for key, (shape, oup) in SHAPES.items():
+        print(f"    {key!r}: (\n        {line(backward('sm_90', shape, oup))!r}\n    ),")

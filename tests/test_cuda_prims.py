@@ -1,0 +1,282 @@
+"""The emulated primitives compute what the hardware's are documented to, and so does a GPU.
+
+``prim_harness.cu`` has one kernel for each function of csrc/cuda/prim.cuh. Under the emulator they
+are compared with formulas written here; a real GPU must give the emulator's words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import emulator
+import pytest
+import torch
+from torch import Tensor
+
+BLOCK = 64
+SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 65519.9,
+           65520.0, -65520.0, 2.0**-14, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, 3 * 2.0**-25,
+           6.1e-5, 1e-45, 1e38, 3.3895e38, 3.4e38, 1.0009765625, 1.00048828125, 1.00146484375,
+           1.00390625, 1.01171875, 2.0**-126, 2.0**-130]  # fmt: skip
+
+
+def words(t: Tensor) -> Tensor:
+    """The 32-bit words of a tensor."""
+    return t.contiguous().view(torch.int32).flatten()
+
+
+def floats(t: Tensor) -> Tensor:
+    return t.view(torch.float32)
+
+
+def bits16(t: Tensor) -> Tensor:
+    """The bits of a 16-bit tensor as non-negative int32."""
+    return t.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+
+
+def from_bits16(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.to(torch.int16).view(dtype)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def numbers(count: int) -> Tensor:
+    """Floats of every size, and the special ones."""
+    g = generator()
+    some = torch.randn(count, generator=g) * 2.0 ** torch.randint(-30, 20, (count,), generator=g)
+    return torch.cat([torch.tensor(SPECIAL), some])
+
+
+def integers(*shape: int, limit: int = 9) -> Tensor:
+    """Small whole numbers: their products and sums are exact in every precision."""
+    return torch.randint(-limit, limit + 1, shape, generator=generator()).float()
+
+
+def rounded(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Bits of x rounded to a 16-bit type; the GPU's NaN is 0x7fff."""
+    return torch.where(x.isnan(), 0x7FFF, bits16(x.to(dtype)))
+
+
+def expect_from_float(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    x = numbers(4000)
+    return words(x), rounded(dtype, x), x.numel()
+
+
+def expect_to_float(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    every = torch.arange(1 << 16, dtype=torch.int32)
+    return every, words(from_bits16(every, dtype).float()), every.numel()
+
+
+def expect_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    x = numbers(1000).nan_to_num(nan=0.0)
+    x = x[: x.numel() // 2 * 2].view(-1, 2)
+    low = rounded(dtype, x)
+    back = from_bits16(low, dtype).float()
+    out = torch.stack([low[:, 0] | low[:, 1] << 16, *back.view(torch.int32).unbind(1)], 1)
+    return words(x), out.flatten(), x.size(0)
+
+
+def expect_to_tf32() -> tuple[Tensor, Tensor, int]:
+    x = numbers(4000)
+    x = x[x.isfinite()]
+    return words(x), (words(x) + 0x1000) & ~0x1FFF, x.numel()
+
+
+def expect_rsqrt() -> tuple[Tensor, Tensor, int]:
+    x = numbers(1000).abs()
+    x = x[(x > 1e-30) & x.isfinite()]
+    return words(x), words(x.double().rsqrt().float()), x.numel()
+
+
+def expect_arithmetic() -> tuple[Tensor, Tensor, int]:
+    special = torch.tensor([0.0, 1.0, -2.0, float("nan"), float("inf")])
+    a, b = (t.flatten() for t in torch.meshgrid(special, special, indexing="ij"))
+    a, b = torch.cat([a, integers(500)]), torch.cat([b, integers(2, 500)[1]])
+    c = integers(a.numel())
+    largest, least = torch.maximum(a, b), torch.minimum(a, b)
+    out = torch.stack([largest, least, a * b + c, largest, least], 1)
+    return words(torch.stack([a, b, c], 1)), words(out), a.numel()
+
+
+def expect_shuffle() -> tuple[Tensor, Tensor, int]:
+    x = torch.randint(1 << 30, (BLOCK,), generator=generator(), dtype=torch.int32)
+    i = torch.arange(BLOCK)
+    lane, first = i % 32, i // 32 * 32
+    down = torch.where(lane + 3 < 32, lane + 3, lane)
+    out = [x[first + (lane ^ 5)], x[first + down], x[first + 31 - lane], x[first + (lane ^ 16)]]
+    return x, torch.cat([*out, (lane + 100 * (i // 32)).int()]), BLOCK
+
+
+def expect_barrier() -> tuple[Tensor, Tensor, int]:
+    x = torch.randint(1000, (BLOCK,), generator=generator(), dtype=torch.int32)
+    return x, x.sum().int().expand(BLOCK), BLOCK
+
+
+def expect_warp_barrier() -> tuple[Tensor, Tensor, int]:
+    x = torch.arange(BLOCK, dtype=torch.int32)
+    return x, x.view(2, 32).flip(1).flatten(), BLOCK
+
+
+def expect_vector() -> tuple[Tensor, Tensor, int]:
+    x = torch.randint(1 << 30, (4 * BLOCK,), generator=generator(), dtype=torch.int32)
+    return x, x.repeat(4), BLOCK
+
+
+def expect_cp_async() -> tuple[Tensor, Tensor, int]:
+    x = torch.randint(1, 1 << 30, (5, BLOCK, 4), generator=generator(), dtype=torch.int32)
+    out = x.clone()
+    out[2] = 0
+    out[:, 7] = 0
+    return x.flatten(), out.flip(1).flatten(), 5
+
+
+def expect_ldmatrix(matrices: int, transposed: bool) -> tuple[Tensor, Tensor, int]:
+    rows = torch.arange(32 * 8, dtype=torch.int32).view(4, 8, 8)
+    data = rows.flatten()[0::2] | rows.flatten()[1::2] << 16
+    matrix = rows.flip(1)[:matrices]
+    matrix = matrix.mT if transposed else matrix
+    lane = torch.arange(32)
+    g, t = lane // 4, lane % 4 * 2
+    out = matrix[:, g, t] | matrix[:, g, t + 1] << 16  # [matrices, 32]
+    return data, out.T.flatten(), 32
+
+
+def expect_mma(dtype: torch.dtype | None) -> tuple[Tensor, Tensor, int]:
+    """dtype None: TF32."""
+    depth = 8 if dtype is None else 16
+    a, b, c = integers(16, depth), integers(depth, 8, limit=7), integers(16, 8, limit=100)
+    lane = torch.arange(32)
+    g = lane // 4
+    if dtype is None:
+        t = lane % 4
+        registers = [a[g, t], a[g + 8, t], a[g, t + 4], a[g + 8, t + 4], b[t, g], b[t + 4, g]]
+        registers = [words(r) for r in registers]
+    else:
+        t = lane % 4 * 2
+        pairs = [
+            (a[g, t], a[g, t + 1]), (a[g + 8, t], a[g + 8, t + 1]),
+            (a[g, t + 8], a[g, t + 9]), (a[g + 8, t + 8], a[g + 8, t + 9]),
+            (b[t, g], b[t + 1, g]), (b[t + 8, g], b[t + 9, g]),
+        ]  # fmt: skip
+        registers = [bits16(x.to(dtype)) | bits16(y.to(dtype)) << 16 for x, y in pairs]
+    t = lane % 4 * 2
+
+    def spread(m: Tensor) -> list[Tensor]:
+        return [words(r) for r in (m[g, t], m[g, t + 1], m[g + 8, t], m[g + 8, t + 1])]
+
+    data = torch.stack([*registers, *spread(c)], 1)
+    return data.flatten(), torch.stack(spread(c + a @ b), 1).flatten(), 32
+
+
+HALF, BFLOAT16 = torch.float16, torch.bfloat16
+# Name in the harness -> (input words, output words, n).
+EXPECTED: dict[str, Callable[[], tuple[Tensor, Tensor, int]]] = {
+    "half_from_float": lambda: expect_from_float(HALF),
+    "bfloat16_from_float": lambda: expect_from_float(BFLOAT16),
+    "half_to_float": lambda: expect_to_float(HALF),
+    "bfloat16_to_float": lambda: expect_to_float(BFLOAT16),
+    "half_pair": lambda: expect_pair(HALF),
+    "bfloat16_pair": lambda: expect_pair(BFLOAT16),
+    "to_tf32": expect_to_tf32,
+    "rsqrt": expect_rsqrt,
+    "arithmetic": expect_arithmetic,
+    "shuffle": expect_shuffle,
+    "barrier": expect_barrier,
+    "warp_barrier": expect_warp_barrier,
+    "vector": expect_vector,
+    "cp_async_16": expect_cp_async,
+    "cp_async_8": expect_cp_async,
+    "cp_async_4": expect_cp_async,
+    "ldmatrix_x4": lambda: expect_ldmatrix(4, False),
+    "ldmatrix_x2": lambda: expect_ldmatrix(2, False),
+    "ldmatrix_x4_trans": lambda: expect_ldmatrix(4, True),
+    "ldmatrix_x2_trans": lambda: expect_ldmatrix(2, True),
+    "mma_half": lambda: expect_mma(HALF),
+    "mma_bfloat16": lambda: expect_mma(BFLOAT16),
+    "mma_tf32": lambda: expect_mma(None),
+}
+ULPS = {"rsqrt": 2}  # of the hardware's approximation; all others are exact
+FLOAT_RESULTS = {"half_to_float", "bfloat16_to_float", "arithmetic"}  # where any NaN is a NaN
+
+
+@pytest.fixture(scope="module")
+def library() -> emulator.Library:
+    try:
+        return emulator.prims()
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def same_words(name: str, got: Tensor, want: Tensor) -> None:
+    if name in ULPS:
+        assert (got - want).abs().max() <= ULPS[name]
+        return
+    equal = got == want
+    if name in FLOAT_RESULTS:
+        equal |= floats(got).isnan() & floats(want).isnan()
+    where = (~equal).nonzero().flatten()[:5].tolist()
+    assert equal.all(), f"{name}: word {where}: {got[where].tolist()} not {want[where].tolist()}"
+
+
+def emulated(library: emulator.Library, name: str) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(input, expected, got, n) of one primitive."""
+    data, want, n = EXPECTED[name]()
+    data, want = data.contiguous(), want.contiguous()
+    out = torch.full_like(want, -1)
+    library.call("ghost_prim_run", name, data.data_ptr(), out.data_ptr(), n)
+    return data, want, out, n
+
+
+def test_every_primitive_has_an_expectation(library: emulator.Library) -> None:
+    assert set(library.primitives()) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("schedule", emulator.SCHEDULES)
+@pytest.mark.parametrize("name", EXPECTED)
+def test_emulated(library: emulator.Library, name: str, schedule: str) -> None:
+    with library.scheduled(emulator.SCHEDULES[schedule], seed=3):
+        _, want, got, _ = emulated(library, name)
+    same_words(name, got, want)
+
+
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The harness, compiled by nvcc for the GPU of this machine."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    major, minor = torch.cuda.get_device_capability()
+    path: Path = tmp_path_factory.mktemp("prims") / "prims.so"
+    arch = f"arch=compute_{major}{minor},code=sm_{major}{minor}"
+    subprocess.run(
+        [nvcc, "-std=c++17", "-O3", f"-I{emulator.CSRC}", "-gencode", arch, "-shared", "-Xcompiler",
+         "-fPIC", str(emulator.HERE / "prim_harness.cu"), "-o", str(path)],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(path))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EXPECTED)
+def test_gpu_agrees_with_its_emulated_twin(
+    library: emulator.Library, on_gpu: ctypes.CDLL, name: str
+) -> None:
+    data, _, want, n = emulated(library, name)
+    device_data, out = data.cuda(), torch.full_like(want, -1).cuda()
+    on_gpu.ghost_prim_run.restype = ctypes.c_char_p
+    torch.cuda.synchronize()
+    message = on_gpu.ghost_prim_run(
+        name.encode(), ctypes.c_void_p(device_data.data_ptr()), ctypes.c_void_p(out.data_ptr()), n
+    )
+    assert message is None, message
+    torch.cuda.synchronize()
+    got = out.cpu()
+    if name == "to_tf32":  # mma does not look at the lower bits
+        got, want = got & ~0x1FFF, want & ~0x1FFF
+    same_words(name, got, want)
