@@ -12,7 +12,7 @@ import torch
 
 from . import _env, backends
 from ._version import __version__
-from .backends import cuda, native
+from .backends import cuda, native, triton
 
 
 def collect() -> dict[str, Any]:
@@ -36,6 +36,7 @@ def collect() -> dict[str, Any]:
         "libraries": {
             "cpu": {"loaded": cpu_loaded, "reason": native.reason()},
             "cuda": {"loaded": cuda.load(), "reason": cuda.reason()},
+            "triton": {"loaded": triton.load(), "reason": triton.reason()},
         },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "requested_backend": backends.requested(),
@@ -94,7 +95,7 @@ def report(info: dict[str, Any]) -> str:
             ["torch uses", isas["torch"]],
         ]
     )
-    lines += ["", "Native libraries", *table(libraries)]
+    lines += ["", "Libraries of kernels", *table(libraries)]
     lines += ["", f"Backends (request: {info['requested_backend']})"]
     lines += table([["device", "dtypes", "backend", "why"], *backend_rows(info["backends"])])
     lines += ["", "Environment variables", *table(environment)]

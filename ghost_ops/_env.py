@@ -16,7 +16,7 @@ class Variable:
     name: str
     default: str
     choices: tuple[str, ...]
-    read_at: str  # "build" or "import"
+    read_at: str  # "build", "import" or "first use"
     meaning: str
 
     def get(self) -> str:
@@ -33,9 +33,10 @@ class Variable:
 BACKEND = Variable(
     "GHOST_OPS_BACKEND",
     "auto",
-    ("auto", "native", "eager"),
+    ("auto", "native", "triton", "eager"),
     "import",
-    "What runs: native (fused kernels), eager (plain PyTorch), auto the faster one that can.",
+    "What runs: native (compiled kernels), triton (on GPUs), eager (plain PyTorch); auto: the "
+    "first of them that can.",
 )
 CPU_ISA = Variable(
     "GHOST_OPS_CPU_ISA",
@@ -60,10 +61,33 @@ BUILD_CUDA = Variable(
 )
 CUDA_ARCHS = Variable(
     "GHOST_OPS_CUDA_ARCHS",
-    "8.0 9.0a 9.0+PTX",
+    "8.0 9.0+PTX",
     (),
     "build",
     "GPU architectures to compile for, separated by spaces; +PTX adds code for later ones.",
 )
 
-VARIABLES: tuple[Variable, ...] = (BACKEND, CPU_ISA, BUILD_CPU, BUILD_CUDA, CUDA_ARCHS)
+TRITON_AUTOTUNE = Variable(
+    "GHOST_OPS_TRITON_AUTOTUNE",
+    "0",
+    ("0", "1"),
+    "import",
+    "1: each Triton kernel times several tiles on its first call for a shape, and keeps the best.",
+)
+CACHE_DIR = Variable(
+    "GHOST_OPS_CACHE_DIR",
+    "",
+    (),
+    "first use",
+    "Folder of what autotuning found; by default ghost_ops in $XDG_CACHE_HOME or ~/.cache.",
+)
+
+VARIABLES: tuple[Variable, ...] = (
+    BACKEND,
+    CPU_ISA,
+    TRITON_AUTOTUNE,
+    CACHE_DIR,
+    BUILD_CPU,
+    BUILD_CUDA,
+    CUDA_ARCHS,
+)

@@ -24,12 +24,14 @@ from .reference import Norms, Settings, ghost_formula
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-_NATIVE_DW_SIZE = 7
+_LARGEST_DW_SIZE = 7
 _announced: set[str] = set()
 
 
 def ops_named(backend: str) -> Any:
     """The functions ``ghost_*`` of a backend: the operators, or eager ones called directly."""
+    if backend == "triton":
+        return ops.triton
     return ops.native if backend == "native" else eager_ops
 
 
@@ -37,18 +39,18 @@ def backend_for(x: Tensor, dw_size: int) -> str:
     """The backend that computes on x with a depthwise kernel of this size.
 
     Raises:
-        RuntimeError: the native one was requested explicitly and has no such kernel.
+        RuntimeError: a fused one was requested explicitly and has no such kernel.
     """
     backend = backends.select(x.device.type, x.dtype)
-    if backend == "native" and dw_size > _NATIVE_DW_SIZE:
-        return _without_native_kernel(dw_size)
+    if backend != "eager" and dw_size > _LARGEST_DW_SIZE:
+        return _without_kernel(dw_size)
     return backend
 
 
-def _without_native_kernel(dw_size: int) -> str:
-    reason = f"there is no fused kernel for dw_size={dw_size}, only up to {_NATIVE_DW_SIZE}"
-    if backends.requested() == "native":
-        raise RuntimeError(f"backend 'native' was requested and cannot run: {reason}")
+def _without_kernel(dw_size: int) -> str:
+    reason = f"there is no fused kernel for dw_size={dw_size}, only up to {_LARGEST_DW_SIZE}"
+    if (requested := backends.requested()) != "auto":
+        raise RuntimeError(f"backend {requested!r} was requested and cannot run: {reason}")
     _announce(reason)
     return "eager"
 

@@ -4,6 +4,9 @@ A schema is written here and nowhere else. The native library, when it is loaded
 its devices; a device that has none runs ``eager_ops``. None of the operators is differentiable
 itself: ``functional.py`` has the autograd function over them.
 
+``torch.ops.ghost_ops_triton.*`` are the same operators from the Triton backend, under names of
+their own: either can then be asked for where both can run.
+
 Dtypes: x, w1 and w2 are one of float32, float64, bfloat16 and float16; gamma, beta, mean and var
 that dtype or float32 (float64 for float64). Layouts: x and residual dense, NCHW or channels_last;
 weights and vectors contiguous; grad_out any. Activations are the codes of ``activations.py``.
@@ -11,10 +14,15 @@ weights and vectors contiguous; grad_out any. Activations are the codes of ``act
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import eager_ops
+from .backends.triton.layout import packed_numel as triton_packed_numel
 from .eager_ops import compute_dtype, memory_format, packed_offsets
 
 SCHEMAS = (
@@ -42,8 +50,6 @@ SCHEMAS = (
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
-_library = torch.library.Library("ghost_ops", "DEF")
-
 
 def packed_numel(channels: int, m: int, g: int, d: int, has_primary: bool) -> int:
     """Number of elements of a packed tensor, for every backend."""
@@ -68,6 +74,13 @@ def _fake_pack(w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, v
     channels = 0 if w1 is None else w1.size(1)
     numel = packed_numel(channels, m, w2.size(0), w2.size(-1), w1 is not None)
     return w2.new_empty(numel, dtype=compute_dtype(w2.dtype))
+
+
+def _fake_triton_pack(w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2):
+    m = eager_ops.intrinsic_count(w1, gamma1, beta1, mean1, var1)
+    channels = 0 if w1 is None else w1.size(1)
+    numel = triton_packed_numel(channels, m, w2.size(0), w2.size(-1), w2.dtype, w1 is not None)
+    return w2.new_empty(numel, dtype=torch.float32)
 
 
 def _fake_apply(
@@ -119,10 +132,48 @@ _FAKES = (
     _fake_update_running_,
 )
 
-for _schema, _name, _fake in zip(SCHEMAS, NAMES, _FAKES, strict=True):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, torch.no_grad()(getattr(eager_ops, _name)), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ghost_ops::{_name}", _fake, lib=_library)
+
+def _triton(name: str) -> Callable[..., Any]:
+    """An operator of the Triton backend, which is imported at the first call."""
+    module = "backward" if name == "ghost_backward" else "forward"
+
+    def call(*arguments: Any) -> Any:
+        functions = importlib.import_module(f"ghost_ops.backends.triton.{module}")
+        return getattr(functions, name)(*arguments)
+
+    return call
+
+
+def _define(
+    namespace: str, implementation: Callable[[str], Callable[..., Any]], fake_pack: Callable
+) -> torch.library.Library:
+    """The operators under ``torch.ops.<namespace>``, on every device."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema, name, fake in zip(SCHEMAS, NAMES, (fake_pack, *_FAKES[1:]), strict=True):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, torch.no_grad()(implementation(name)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    return library
+
+
+# Kept: a library that is collected takes its operators with it.
+_library = _define("ghost_ops", lambda name: getattr(eager_ops, name), _fake_pack)
+_triton_library = _define("ghost_ops_triton", _triton, _fake_triton_pack)
+
+
+def allow_tf32() -> bool:
+    """Whether float32 convolutions may run in TF32, the switch of torch that is in force."""
+    backends = torch.backends
+    for switch in (getattr(backends.cudnn, "conv", None), backends.cudnn, backends):
+        precision = getattr(switch, "fp32_precision", "none")
+        if precision != "none":
+            return precision == "tf32"
+    return False
+
+
+# The CUDA library asks for it, because the stable ABI does not tell.
+_library.define("_allow_tf32() -> bool")
+_library.impl("_allow_tf32", allow_tf32, "CompositeImplicitAutograd")
 
 
 class native:
@@ -138,3 +189,15 @@ class native:
     ghost_train_forward = torch.ops.ghost_ops.ghost_train_forward.default
     ghost_backward = torch.ops.ghost_ops.ghost_backward.default
     ghost_update_running_ = torch.ops.ghost_ops.ghost_update_running_.default
+
+
+class triton:
+    """The same of the Triton backend."""
+
+    ghost_pack = torch.ops.ghost_ops_triton.ghost_pack.default
+    ghost_apply = torch.ops.ghost_ops_triton.ghost_apply.default
+    ghost_primary_stats = torch.ops.ghost_ops_triton.ghost_primary_stats.default
+    ghost_cheap_stats = torch.ops.ghost_ops_triton.ghost_cheap_stats.default
+    ghost_train_forward = torch.ops.ghost_ops_triton.ghost_train_forward.default
+    ghost_backward = torch.ops.ghost_ops_triton.ghost_backward.default
+    ghost_update_running_ = torch.ops.ghost_ops_triton.ghost_update_running_.default

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+# Triton decides when it is imported whether its kernels are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @functools.cache
@@ -75,6 +80,15 @@ def native() -> Iterator[str]:
     """For promises that only the native kernels make; skips where they are not built."""
     with running("native"):
         yield "native"
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the Triton backend, on the device that it gives."""
+    from triton_cases import running_triton
+
+    with running_triton(request.param) as device:
+        yield device
 
 
 @pytest.fixture(autouse=True)

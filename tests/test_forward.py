@@ -27,14 +27,14 @@ from helpers import (
 )
 
 
-def check(case: Case, rms: bool = False) -> None:
+def check(case: Case, rms: bool = False, device: str = "cpu") -> None:
     module, x = make_module(case).eval(), make_input(case)
     p = Params.of(module)
     with torch.no_grad():
         want = oracle(p.to(torch.float64), x.double(), case, training=False).out
         eager_p = p.to() if case.bn_dtype is None else p.to(case.dtype)
         eager = plain(eager_p, x, case, training=False)
-        got = module(x)
+        got = module.to(device)(x.to(device)).cpu()
     assert got.dtype == x.dtype
     if got.numel():
         nhwc = case.layout == "nhwc" and not x.is_contiguous()

@@ -46,7 +46,9 @@ def gradients(
     return out.detach(), dict(zip(named, got, strict=True))
 
 
-def check(case: Case, training: bool = True, rms: bool = False, slack: float = 1.0) -> None:
+def check(
+    case: Case, training: bool = True, rms: bool = False, slack: float = 1.0, device: str = "cpu"
+) -> None:
     if rms:
         module, x = make_module(case), make_input(case)
     else:
@@ -65,13 +67,14 @@ def check(case: Case, training: bool = True, rms: bool = False, slack: float = 1
     eager_out, eager = gradients(eager_p, x, grad, case, training, plain)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
 
-    x.requires_grad_()
+    module, x = module.to(device), x.to(device).requires_grad_()
     out = module(x)
     assert out.dtype == x.dtype
-    assert_close(out, want_out, eager_out, rms=rms, slack=slack)
-    out.backward(grad)
+    assert_close(out.cpu(), want_out, eager_out, rms=rms, slack=slack)
+    out.backward(grad.to(device))
+    module, p = module.cpu(), Params.of(module.cpu())
 
-    got = {"x": x.grad, **{name: t.grad for name, t in p.tensors().items()}}
+    got = {"x": x.grad.cpu(), **{name: t.grad for name, t in p.tensors().items()}}
     # Batch statistics make the terms of a gradient cancel, for a depthwise weight with d = 1 nearly
     # to nothing; with the same statistics held constant they do not.
     scale = want

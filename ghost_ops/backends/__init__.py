@@ -3,11 +3,13 @@
 A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok, reason)``:
 
 ``native``  fused kernels of the compiled libraries
+``triton``  fused kernels for GPUs that Triton compiles at run time
 ``eager``   plain PyTorch operators
 
-The request is ``"auto"`` (the fastest that can run), ``"native"`` or ``"eager"``; it comes from the
-environment variable GHOST_OPS_BACKEND and is changed with :func:`use_backend`. An explicit request
-that cannot be met raises; ``"auto"`` falls back to eager and says so once.
+The request is ``"auto"`` (the first of them that can run; on a CPU not Triton, which only has an
+interpreter there) or one of the names; it comes from the environment variable GHOST_OPS_BACKEND and
+is changed with :func:`use_backend`. An explicit request that cannot be met raises; ``"auto"`` falls
+back to eager and says so once.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from typing import NamedTuple
 import torch
 
 from .. import _env
-from . import cuda, eager, native
+from . import cuda, eager, native, triton
+from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
-BACKENDS: dict[str, ModuleType] = {native.name: native, eager.name: eager}
+BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
 _requested: str = _env.BACKEND.get()
 _env.CPU_ISA.get()  # a wrong value is an error at import, not at the first call
@@ -32,7 +35,7 @@ _announced: set[str] = set()
 
 
 def requested() -> str:
-    """The request in force: ``"auto"``, ``"native"`` or ``"eager"``."""
+    """The request in force: ``"auto"`` or the name of a backend."""
     return _requested
 
 
@@ -60,9 +63,8 @@ _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _choose(request: str, device_type: str, dtype: torch.dtype) -> str:
     with _lock:
         if request == "auto":
-            ok, reason = native.can_run(device_type, dtype)
-            chosen = native.name if ok else eager.name
-            if not ok:
+            chosen, reason = _automatic(device_type, dtype)
+            if chosen == eager.name:
                 _announce(device_type, reason)
         else:
             ok, reason = BACKENDS[request].can_run(device_type, dtype)
@@ -74,6 +76,18 @@ def _choose(request: str, device_type: str, dtype: torch.dtype) -> str:
             chosen = request
         _cache[request, device_type, dtype] = chosen
         return chosen
+
+
+def _automatic(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that is taken without a request; the reason says why no better one, if eager."""
+    fused = (native, triton) if device_type == "cuda" else (native,)
+    why_not = []
+    for backend in fused:
+        ok, reason = backend.can_run(device_type, dtype)
+        if ok:
+            return backend.name, reason
+        why_not.append(reason)
+    return eager.name, "; ".join(why_not)
 
 
 def _announce(device_type: str, reason: str) -> None:
@@ -94,14 +108,15 @@ class use_backend:
     """Request a backend: as a plain call until further notice, or in a ``with`` block.
 
     Args:
-        name: ``"auto"``, ``"native"`` or ``"eager"``.
+        name: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``.
 
     The request holds for the whole process, so that it also reaches the threads in which autograd
     runs backward passes.
 
     Raises:
         ValueError: ``name`` is none of these.
-        RuntimeError: ``name`` is ``"native"`` and no native library can be loaded.
+        RuntimeError: ``name`` is ``"native"`` and no native library can be loaded, or ``"triton"``
+            and it can run on no device here.
     """
 
     def __init__(self, name: str) -> None:
@@ -111,6 +126,8 @@ class use_backend:
             raise ValueError(f"use_backend: name must be one of {allowed}, got {name!r}")
         if name == native.name and not (native.load() or cuda.load()):
             raise RuntimeError(f"backend 'native' cannot run: {native.reason()}")
+        if name == triton.name and (reason := triton.nowhere()):
+            raise RuntimeError(f"backend 'triton' cannot run: {reason}")
         with _lock:
             self._previous = _requested
             _requested = name
@@ -148,10 +165,9 @@ def status(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
 
 def _row(device: str, dtype: torch.dtype) -> Row:
     dtype_name = str(dtype).removeprefix("torch.")
-    ok, reason = native.can_run(device, dtype)
+    if _requested == "auto":
+        return Row(device, dtype_name, *_automatic(device, dtype))
+    ok, reason = BACKENDS[_requested].can_run(device, dtype)
     if _requested == eager.name:
-        return Row(device, dtype_name, eager.name, "requested")
-    if ok:
-        return Row(device, dtype_name, native.name, reason)
-    backend = eager.name if _requested == "auto" else "none"
-    return Row(device, dtype_name, backend, reason)
+        reason = "requested"
+    return Row(device, dtype_name, _requested if ok else "none", reason)

@@ -1,0 +1,97 @@
+"""What the kernels take for granted of the operators' arguments; a wrong one raises RuntimeError.
+
+The functions above the operators check with better messages; this keeps a direct call of an
+operator from reading memory that is not its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...activations import NAMES
+
+DW_SIZES = (1, 3, 5, 7)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def check_image(name: str, x: Tensor) -> None:
+    """4-D, of a dtype that the kernels have, dense in NCHW or channels_last."""
+    _require(x.dim() == 4, f"{name} must be 4-D [N, C, H, W], got {x.dim()}-D")
+    _require(x.dtype in _DTYPES, f"{name} must be one of {_DTYPES}, got {x.dtype}")
+    _require(
+        x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last),
+        f"{name} must be dense, contiguous or channels_last; its strides are {x.stride()}",
+    )
+
+
+def check_numbers(
+    x: Tensor, m: int, ratio: int, out_channels: int, d: int, stride: int, act1: int, act2: int,
+    has_primary: bool,
+) -> None:  # fmt: skip
+    """The numbers of a problem on x."""
+    check_image("x", x)
+    _require(d in DW_SIZES, f"dw_size must be 1, 3, 5 or 7, got {d}")
+    _require(stride >= 1, f"stride must be positive, got {stride}")
+    _require(ratio >= 1, f"ratio must be positive, got {ratio}")
+    _require(
+        m <= out_channels <= m * ratio,
+        f"out_channels must lie in [{m}, {m * ratio}], got {out_channels}",
+    )
+    _require(
+        has_primary or (x.size(1) == m and stride == 1),
+        f"without a primary convolution x must have {m} channels and stride be 1",
+    )
+    for name, code in (("act1", act1), ("act2", act2)):
+        _require(
+            0 <= code < len(NAMES), f"{name} must be a code from 0 to {len(NAMES) - 1}, got {code}"
+        )
+
+
+def check_primary(w1: Tensor | None, x: Tensor, m: int, channels: int) -> None:
+    """w1 [m, channels, 1, 1], if there is one."""
+    if w1 is not None:
+        shape = (m, channels, 1, 1)
+        _require(w1.shape == shape, f"w1 must be {list(shape)}, got {list(w1.shape)}")
+        _check_tensor("w1", w1, x, (x.dtype,))
+
+
+def check_cheap(w2: Tensor, x: Tensor, m: int) -> tuple[int, int]:
+    """(g, d) of w2 [g, 1, d, d]."""
+    _require(
+        w2.dim() == 4 and w2.size(1) == 1 and w2.size(2) == w2.size(3) and m > 0,
+        f"w2 must be [g, 1, d, d], got {list(w2.shape)}",
+    )
+    g = w2.size(0)
+    _require(g % m == 0, f"w2 must have a multiple of {m} channels, got {g}")
+    _check_tensor("w2", w2, x, (x.dtype,))
+    return g, w2.size(-1)
+
+
+def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
+    """Vectors [size] in the dtype of x or float32."""
+    for name, t in vectors.items():
+        if t is not None:
+            _require(t.shape == (size,), f"{name} must be [{size}], got {list(t.shape)}")
+            _check_tensor(name, t, x, (x.dtype, torch.float32))
+
+
+def check_same_shape(name: str, t: Tensor, like: Tensor) -> None:
+    """Shape, dtype and device of ``like``."""
+    _require(
+        t.shape == like.shape and t.dtype is like.dtype,
+        f"{name} must be {like.dtype} of shape {list(like.shape)}, got {t.dtype} of shape "
+        f"{list(t.shape)}",
+    )
+    _require(t.device == like.device, f"{name} is on {t.device}, but x is on {like.device}")
+
+
+def _check_tensor(name: str, t: Tensor, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _require(t.dtype in dtypes, f"{name} must be one of {dtypes}, got {t.dtype}")
+    _require(t.device == x.device, f"{name} is on {t.device}, but x is on {x.device}")
+    _require(t.is_contiguous(), f"{name} must be contiguous; its strides are {t.stride()}")

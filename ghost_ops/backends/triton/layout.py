@@ -1,0 +1,62 @@
+"""How the Triton backend packs parameters: one float32 tensor, as the operators' schema asks.
+
+Parts, each a multiple of 16 bytes: scale1 [m], shift1 [m], scale2 [g], shift2 [g], w2 [g, d, d] in
+float32, and w1 [m, C] as the bits of its own dtype, as tensor cores take it. Batch norm is not
+folded into w1: rounded to half precision again, it would lose digits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Parts(NamedTuple):
+    """The parts of a packed tensor, as views of it; w1 is None without primary convolution."""
+
+    scale1: Tensor
+    shift1: Tensor
+    scale2: Tensor
+    shift2: Tensor
+    w2: Tensor
+    w1: Tensor | None
+
+
+def offsets(
+    channels: int, m: int, g: int, d: int, itemsize: int, has_primary: bool
+) -> tuple[int, ...]:
+    """Where the six parts begin and where the last one ends, in float32 elements."""
+    w1 = -(-m * channels * itemsize // 4) if has_primary else 0
+    found = [0]
+    for size in (m, m, g, g, g * d * d, w1):
+        found.append(found[-1] + -(-size // 4) * 4)
+    return tuple(found)
+
+
+def packed_numel(
+    channels: int, m: int, g: int, d: int, dtype: torch.dtype, has_primary: bool
+) -> int:
+    """Number of elements of a packed tensor."""
+    return offsets(channels, m, g, d, dtype.itemsize, has_primary)[-1]
+
+
+def split(
+    packed: Tensor, channels: int, m: int, g: int, d: int, dtype: torch.dtype, has_primary: bool
+) -> Parts:
+    """The parts of ``packed``.
+
+    Raises:
+        RuntimeError: packed is not of the size that these numbers give.
+    """
+    at = offsets(channels, m, g, d, dtype.itemsize, has_primary)
+    if packed.numel() != at[-1] or packed.dtype is not torch.float32:
+        raise RuntimeError(
+            f"packed has {packed.numel()} elements of {packed.dtype}; {channels} input channels, "
+            f"{m} intrinsic and {g} ghost maps with a {d}x{d} kernel in {dtype} need {at[-1]} of "
+            "torch.float32"
+        )
+    pieces = [packed[at[i] : at[i + 1]] for i in range(6)]
+    w1 = pieces[5].view(dtype) if has_primary else None
+    return Parts(*pieces[:5], w1)

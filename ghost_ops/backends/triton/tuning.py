@@ -1,0 +1,182 @@
+"""Which tile a kernel runs with: the plan's, or the fastest of several, remembered on disk.
+
+With GHOST_OPS_TRITON_AUTOTUNE=1 the first call of a kernel on a new problem times the plan's
+candidates and writes the winner to a JSON file in GHOST_OPS_CACHE_DIR (by default ghost_ops in
+$XDG_CACHE_HOME or ~/.cache), one file for each device and version of Triton and of ghost_ops.
+Without it, a file that is already there is left alone and the plan's default runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ... import _env
+from ..._version import __version__
+from .plan import Device, Problem, Tile, candidates
+
+Result = TypeVar("Result")
+
+autotune: bool = _env.TRITON_AUTOTUNE.get() == "1"
+
+_lock = threading.RLock()
+_chosen: dict[tuple[Device, str], Tile] = {}
+_loaded: dict[Device, dict[str, Any]] = {}
+_announced: set[str] = set()
+
+
+def cache_file(device: Device) -> Path:
+    """Where the winners for a device are kept."""
+    import triton
+
+    root = _env.CACHE_DIR.get()
+    if not root:
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ghost_ops")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.name} triton {triton.__version__}")
+    return Path(root).expanduser() / f"{name}-ghost_ops-{__version__}.json"
+
+
+def key(kind: str, p: Problem, variant: str = "") -> str:
+    """A problem as the cache names it; the slopes of leaky ReLU change no timing."""
+    fields = {k: v for k, v in vars(p).items() if not k.startswith("slope")}
+    return " ".join((f"{kind} {variant}".strip(), *(f"{k}={v}" for k, v in fields.items())))
+
+
+def forget() -> None:
+    """Forget what was chosen and loaded in this process; the files stay."""
+    with _lock:
+        _chosen.clear()
+        _loaded.clear()
+
+
+def run(
+    kind: str, p: Problem, device: Device, launch: Callable[[Tile], Result], variant: str = ""
+) -> Result:
+    """``launch`` with the tile that is chosen for a (variant of a) kernel on a problem.
+
+    A launch may happen many times, so it must not read what it writes. A tile that needs more
+    shared memory or registers than the device has is passed over; if all do, the first one's error
+    is raised.
+    """
+    name = key(kind, p, variant)
+    tile = _chosen.get((device, name))
+    if tile is not None:
+        return launch(tile)
+    with _lock:
+        if autotune and not device.interpreter and not _capturing():
+            tile = _remembered(device, name) or _fastest(kind, name, p, device, launch)
+            _chosen[device, name] = tile
+            return launch(tile)
+        tile, result = _first_that_fits(kind, p, device, launch)
+        _chosen[device, name] = tile
+        return result
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing can be timed."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError
+
+
+def _first_that_fits(
+    kind: str, p: Problem, device: Device, launch: Callable[[Tile], Result]
+) -> tuple[Tile, Result]:
+    first_error: Exception | None = None
+    for tile in candidates(kind, p, device):
+        try:
+            return tile, launch(tile)
+        except _errors() as error:
+            first_error = first_error or error
+    assert first_error is not None
+    raise first_error
+
+
+def _fastest(
+    kind: str, name: str, p: Problem, device: Device, launch: Callable[[Tile], Any]
+) -> Tile:
+    times: dict[Tile, float] = {}
+    first_error: Exception | None = None
+    for tile in candidates(kind, p, device):
+        try:
+            times[tile] = measure(lambda tile=tile: launch(tile))
+        except _errors() as error:
+            first_error = first_error or error
+    if not times:
+        assert first_error is not None
+        raise first_error
+    best = min(times, key=times.__getitem__)
+    _remember(device, name, best, times[best])
+    return best
+
+
+def measure(call: Callable[[], Any]) -> float:
+    """Milliseconds that a call takes on the device, the median of some."""
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=5, rep=25, return_mode="median")
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _remembered(device: Device, name: str) -> Tile | None:
+    if device not in _loaded:
+        _loaded[device] = _read(cache_file(device))
+    return _as_tile(_loaded[device].get(name))
+
+
+def _as_tile(entry: Any) -> Tile | None:
+    fields = {field.name for field in dataclasses.fields(Tile)}
+    tile = entry.get("tile") if isinstance(entry, dict) else None
+    if not isinstance(tile, dict) or tile.keys() != fields:
+        return None
+    return Tile(**tile) if all(type(v) is int for v in tile.values()) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _announce(f"the autotuning cache {path} cannot be read and is begun anew ({error})")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(device: Device, name: str, tile: Tile, milliseconds: float) -> None:
+    path = cache_file(device)
+    # Read again: another process may have added to it. The last of two that write wins a key.
+    entries = _read(path)
+    entries[name] = {"tile": dataclasses.asdict(tile), "milliseconds": milliseconds}
+    _loaded[device] = entries
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+        ) as file:
+            json.dump(entries, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)  # a reader sees the old file or the new one, nothing between
+    except OSError as error:
+        _announce(f"the autotuning cache {path} cannot be written ({error})")
+
+
+def _announce(message: str) -> None:
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(f"ghost_ops: {message}", UserWarning, stacklevel=4)

@@ -1,0 +1,51 @@
+"""The Triton kernels compile for GPUs that are not here, within their registers and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SCRIPT = pathlib.Path(__file__).with_name("triton_compile.py")
+# What a program may use: half of a multiprocessor's shared memory, so that two are resident.
+SHARED = {"sm_80": 82 * 1024, "sm_90": 114 * 1024, "gfx942": 64 * 1024}
+EVERY_KERNEL = {
+    "pack_kernel", "primary_kernel", "cheap_kernel", "fold_moments_kernel", "fold_sums_kernel",
+    "update_running_kernel", "cheap_sums_kernel", "cheap_gradient_kernel",
+    "intrinsic_gradient_kernel", "input_gradient_kernel", "weight_gradient_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "layout", "d"),
+    [
+        ("sm_80", "float16", "nhwc", 5),
+        ("sm_90", "float16", "nhwc", 3),
+        pytest.param("sm_90", "float32", "nchw", 3, marks=pytest.mark.slow),
+        ("gfx942", "bfloat16", "nhwc", 3),
+    ],
+)
+def test_compiles_without_spills(
+    target: str, dtype: str, layout: str, d: int, tmp_path: pathlib.Path
+) -> None:
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), target, dtype, layout, str(d)],
+        capture_output=True, text=True, timeout=540, check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    kernels = json.loads(result.stdout.splitlines()[-1])
+    names = {kernel["kernel"] for kernel in kernels}
+    assert names >= EVERY_KERNEL
+    assert ("fused_kernel" in names) == target.startswith("sm_"), "one pass, but not on AMD"
+    for kernel in kernels:
+        assert kernel["spilled"] <= 16, kernel  # some bytes of stack are no array of registers
+        assert kernel["shared"] <= SHARED[target], kernel
+        assert 0 < kernel["registers"] <= (512 if target == "gfx942" else 255), kernel
+        assert kernel.get("barrier", True), "y is read back without a barrier"

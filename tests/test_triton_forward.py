@@ -1,0 +1,197 @@
+"""Evaluation mode on the Triton kernels gives the reference's numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import (
+    ACT_CODE,
+    ACTIVATIONS,
+    LAYOUTS,
+    Case,
+    Params,
+    assert_close,
+    covering,
+    make_input,
+    make_module,
+    oracle,
+    plain,
+    product,
+    sound,
+)
+from test_forward import check
+from triton_cases import SMALL_TILE, planned
+
+from ghost_ops import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Every pair of these occurs; a second activation goes with each first one.
+COVERING = [
+    (
+        sound(
+            Case(
+                h=axes["hw"][0],
+                w=axes["hw"][1],
+                k=axes["primary"][0],
+                stride=axes["primary"][1],
+                act1=ACTIVATIONS[axes["act"]],
+                act2=ACTIVATIONS[3 * axes["act"] % 8],
+                **{name: axes[name] for name in ("n", "c", "oup", "ratio", "d", "layout", "dtype")},
+            )
+        ),
+        {"tile": axes["tile"], "one_pass": axes["one_pass"]},
+    )
+    for axes in covering(
+        {
+            "n": (1, 3),
+            "c": (1, 5, 24, 34),
+            "hw": ((1, 1), (1, 9), (9, 1), (3, 5), (7, 7), (6, 17)),
+            "oup": (1, 7, 16, 33),
+            "ratio": (1, 2, 3, 4, 5),
+            "d": (1, 3, 5, 7),
+            "primary": ((1, 1), (1, 2), (3, 1)),
+            "act": range(8),
+            "layout": LAYOUTS,
+            "dtype": DTYPES,
+            "tile": (None, SMALL_TILE),
+            "one_pass": (False, True),
+        }
+    )
+]
+
+
+@pytest.mark.parametrize(("case", "how"), COVERING, ids=str)
+def test_covering(triton_device: str, case: Case, how: dict) -> None:
+    with planned(**how):
+        check(case, device=triton_device)
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two launches"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_64_bit_offsets(triton_device: str, layout: str, one_pass: bool) -> None:
+    with planned(wide=True, one_pass=one_pass, tile=SMALL_TILE):
+        check(Case(ratio=3, stride=2, h=9, w=12, layout=layout), device=triton_device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_float32_batch_norms_around_half_precision(
+    triton_device: str,
+    ratio: int,
+    layout: str,
+) -> None:
+    case = Case(dtype=torch.bfloat16, bn_dtype=torch.float32, ratio=ratio, layout=layout)
+    check(case, device=triton_device)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_rounds_at_the_end(
+    triton_device: str,
+    training: bool,
+    dtype: torch.dtype,
+    layout: str,
+) -> None:
+    """Arithmetic is float32's: y and z are rounded once each, to nearest."""
+    case = Case(2, 9, 9, 10, 22, act1="silu", dtype=dtype, layout=layout)
+    module, x = make_module(case).train(training).to(triton_device), make_input(case)
+    exact = copy.deepcopy(module).float()
+    x = x.to(triton_device)
+    with torch.no_grad():
+        got, want = module(x).float(), exact(x.float())
+    ulp = torch.finfo(dtype).eps * want.abs().clamp_min(torch.finfo(dtype).tiny)
+    y = slice(0, case.m)
+    assert ((got - want).abs() <= 0.51 * ulp + 2e-6)[:, y].double().mean() > 0.999
+
+
+def apply_with(
+    device: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None, slope: float = 0.01
+) -> torch.Tensor:
+    """The module through the raw operators."""
+    p = Params.of(make_module(case))
+    b1, b2 = p.bn1, p.bn2
+
+    def moved(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [t.detach().to(device) for t in tensors]
+
+    packed = ops.triton.ghost_pack(
+        *moved(p.w1, b1.gamma, b1.beta, b1.mean, b1.var), b1.eps,
+        *moved(p.w2, b2.gamma, b2.beta, b2.mean, b2.var), b2.eps,
+    )  # fmt: skip
+    return ops.triton.ghost_apply(
+        x.to(device), packed, None if residual is None else residual.to(device), case.m, case.oup,
+        case.ratio, case.d, case.stride, ACT_CODE[case.act1], slope, ACT_CODE[case.act2], slope,
+        True,
+    ).cpu()  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+def test_residual_is_added_last(
+    triton_device: str,
+    ratio: int,
+    residual_layout: str,
+    layout: str,
+) -> None:
+    case = Case(2, 5, 6, 7, 9, ratio, act1="hardswish", layout=layout)
+    x = make_input(case)
+    residual = make_input(case.replace(c=case.oup, layout=residual_layout), extra_seed=2)
+    before = residual.clone()
+    with torch.no_grad():
+        got = apply_with(triton_device, case, x, residual)
+        p = Params.of(make_module(case))
+        want = oracle(p.to(torch.float64), x.double(), case, False).out + residual.double()
+        assert_close(got, want, plain(p, x, case, False) + residual)
+    assert torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.5, -0.3])
+def test_leaky_relu_slope(triton_device: str, slope: float) -> None:
+    case = Case(act1="leaky_relu", act2="none", ratio=1)
+    x, p = make_input(case), Params.of(make_module(case))
+    with torch.no_grad():
+        got = apply_with(triton_device, case, x, None, slope)
+        a = oracle(p, x, case.replace(act1="none"), False).a
+    torch.testing.assert_close(got, torch.nn.functional.leaky_relu(a, slope), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_of_none(triton_device: str, dtype: torch.dtype, layout: str) -> None:
+    case = Case(n=0, layout=layout, dtype=dtype, stride=2)
+    out = make_module(case).eval().to(triton_device)(make_input(case).to(triton_device))
+    assert out.shape == (0, 8, 3, 4)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_special_values_reach_where_pytorch_has_them(
+    triton_device: str,
+    value: float,
+    act: str,
+) -> None:
+    case = Case(1, 3, 5, 6, 6, act1=act, act2=act)
+    module, x = make_module(case).eval(), make_input(case)
+    x[0, 1, 2, 3] = value
+    if math.isinf(value) and act == "gelu":
+        pytest.skip("PyTorch's CPU kernels make NaN of gelu(inf), its formula does not")
+    with torch.no_grad():
+        want = plain(Params.of(module), x, case, False)
+        got = module.to(triton_device)(x.to(triton_device)).cpu()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("axes", list(product(layout=LAYOUTS, one_pass=(True, False))), ids=str)
+def test_the_same_bits_every_time(triton_device: str, axes: dict) -> None:
+    case = Case(3, 20, 9, 11, 30, 3, act1="silu", layout=axes["layout"])
+    x = make_input(case)
+    with planned(tile=SMALL_TILE, one_pass=axes["one_pass"]):
+        first = apply_with(triton_device, case, x, None)
+        assert torch.equal(first, apply_with(triton_device, case, x, None))
