@@ -2,25 +2,35 @@
 
 ``FusedGhostModule`` takes the place of the reference ``GhostModule``: same arguments, parameters,
 state_dict and numbers, in fewer passes over memory. ``functional.ghost_module`` does the same on
-tensors. ``python -m ghost_ops`` tells which implementation runs where, and why.
+tensors. ``fuse`` does it to a whole model that exists already; ``models`` has GhostNet and other
+networks made of such modules. ``python -m ghost_ops`` tells which implementation runs where, and
+why.
 """
 
-from . import activations, backends, functional, ops, planner, reference
+from . import activations, backends, functional, model_ops, models, ops, planner, reference
 from ._version import __version__
 from .backends import use_backend
+from .bottleneck import FusedGhostBottleneck, SqueezeExcite
+from .convert import fuse, unfuse
 from .functional import ghost_module
 from .nn import FusedGhostModule
 
 __all__ = [
+    "FusedGhostBottleneck",
     "FusedGhostModule",
+    "SqueezeExcite",
     "__version__",
     "activations",
     "backends",
     "functional",
+    "fuse",
     "ghost_module",
+    "model_ops",
+    "models",
     "ops",
     "planner",
     "reference",
+    "unfuse",
     "use_backend",
 ]
 

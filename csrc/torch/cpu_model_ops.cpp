@@ -1,0 +1,238 @@
+// The operators of whole bottlenecks on the CPU: checks, allocation and the parallel loops. No
+// arithmetic here. Schemas stand in ghost_ops/model_ops.py.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+#include "cpu/layers.h"
+#include "torch/tensors.h"
+
+namespace ghost {
+namespace {
+
+int64_t threads() {
+  return int64_t(torch::stable::get_num_threads());
+}
+
+template <class F>
+void parallel(int64_t items, const F& f) {
+  if (items == 1 || threads() == 1)
+    f(0, items);
+  else if (items > 0)
+    torch::stable::parallel_for(0, items, 1, [&](int64_t b, int64_t e) { f(b, e); });
+}
+
+Layout layout_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  STD_TORCH_CHECK(x.dim() == 4, "x must be 4-D [N, C, H, W], got ", x.dim(), "-D");
+  const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
+  if (is_dense(x, Layout::kNCHW) && !one_map_nhwc) return Layout::kNCHW;
+  STD_TORCH_CHECK(is_dense(x, Layout::kNHWC), "x must be dense, contiguous or channels_last");
+  return Layout::kNHWC;
+}
+
+Activation activation(int64_t code, double slope) {
+  STD_TORCH_CHECK(code >= 0 && code < kNumActs, "act must be a code from 0 to ", kNumActs - 1,
+                  ", got ", code);
+  return {Act(code), slope};
+}
+
+Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift,
+                      int64_t kernel_size, int64_t stride, int64_t act, double slope) {
+  const Layout layout = layout_of(x);
+  const DType dtype = dtype_of(x, "x");
+  const int64_t C = x.size(1), k = kernel_size;
+  STD_TORCH_CHECK(k == 1 || k == 3 || k == 5 || k == 7, "kernel_size must be 1, 3, 5 or 7, got ",
+                  k);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
+                      weight.size(2) == k && weight.size(3) == k,
+                  "weight must be [", C, ", 1, ", k, ", ", k, "]");
+  for (const Tensor* t : {&weight, &shift})
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == compute_type(dtype) && t->is_contiguous(),
+                    "weight and shift must be contiguous and in the compute dtype of x");
+  STD_TORCH_CHECK(shift.numel() == C, "shift must have ", C, " elements, got ", shift.numel());
+  DepthwiseArgs a{};
+  a.batch = x.size(0);
+  a.channels = C;
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.out_height = a.height > 0 ? (a.height - 1) / stride + 1 : 0;
+  a.out_width = a.width > 0 ? (a.width - 1) / stride + 1 : 0;
+  a.kernel = k;
+  a.stride = stride;
+  a.act = activation(act, slope);
+  a.layout = layout;
+  Tensor out = empty({a.batch, C, a.out_height, a.out_width}, x.scalar_type(), layout);
+  if (out.numel() == 0) return out;
+  Tensor taps = weight;
+  if (layout == Layout::kNHWC)  // [C, k * k] -> [k * k, C]
+    taps = torch::stable::contiguous(
+        torch::stable::transpose(torch::stable::view(weight, {C, k * k}), 0, 1));
+  a.x = x.const_data_ptr();
+  a.weight = taps.const_data_ptr();
+  a.shift = shift.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  const auto kernel = active_layers().depthwise[int(dtype)];
+  parallel(depthwise_items(a), [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& weight, int64_t kernel_size,
+                                                   int64_t stride, bool need_dx) {
+  const DType dtype = dtype_of(x, "x");
+  const int64_t C = x.dim() == 4 ? x.size(1) : 0, k = kernel_size;
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && is_dense(x, Layout::kNCHW) && grad.dim() == 4 &&
+                      is_dense(grad, Layout::kNCHW) && grad.scalar_type() == x.scalar_type(),
+                  "x and grad must be contiguous, of one dtype and on the CPU");
+  STD_TORCH_CHECK((k == 1 || k == 3 || k == 5 || k == 7) && (stride == 1 || stride == 2),
+                  "kernel_size must be 1, 3, 5 or 7 and stride 1 or 2, got ", k, " and ", stride);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.numel() == C * k * k &&
+                      weight.scalar_type() == compute_type(dtype),
+                  "weight must be [", C, ", 1, ", k, ", ", k, "] in the compute dtype of x");
+  DepthwiseGradArgs a{};
+  a.batch = x.size(0);
+  a.channels = C;
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.out_height = a.height > 0 ? (a.height - 1) / stride + 1 : 0;
+  a.out_width = a.width > 0 ? (a.width - 1) / stride + 1 : 0;
+  a.kernel = k;
+  a.stride = stride;
+  STD_TORCH_CHECK(grad.size(0) == a.batch && grad.size(1) == C && grad.size(2) == a.out_height &&
+                      grad.size(3) == a.out_width,
+                  "grad must be [", a.batch, ", ", C, ", ", a.out_height, ", ", a.out_width, "]");
+  Tensor dx = need_dx ? empty({a.batch, C, a.height, a.width}, x.scalar_type())
+                      : empty({0}, x.scalar_type());
+  Tensor dw = empty({C, 1, k, k}, compute_type(dtype));
+  a.grad = grad.const_data_ptr();
+  a.x = x.const_data_ptr();
+  a.weight = weight.const_data_ptr();
+  a.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  a.dw = dw.mutable_data_ptr();
+  const auto kernel = active_layers().depthwise_grad[int(dtype)];
+  parallel(C, [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  return {dx, dw};
+}
+
+PlaneArgs planes(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && is_dense(x, Layout::kNCHW), name,
+                  " must be a contiguous [N, C, H, W] on the CPU");
+  PlaneArgs a{};
+  a.x = x.const_data_ptr();
+  a.pixels = x.size(2) * x.size(3);
+  return a;
+}
+
+Tensor plane_affine(const Tensor& x, const Tensor& scale, const Tensor& shift) {
+  const DType dtype = dtype_of(x, "x");
+  PlaneArgs a = planes(x, "x");
+  const int64_t count = x.size(0) * x.size(1);
+  for (const Tensor* t : {&scale, &shift})
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == compute_type(dtype) && t->is_contiguous() &&
+                        t->numel() == count,
+                    "scale and shift must be a contiguous [N, C] in the compute dtype of x");
+  Tensor out = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+  a.scale = scale.const_data_ptr();
+  a.shift = shift.const_data_ptr();
+  a.out = out.mutable_data_ptr();
+  const auto kernel = active_layers().plane_affine[int(dtype)];
+  parallel(count, [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  return out;
+}
+
+Tensor plane_dot(const Tensor& x, const Tensor& other) {
+  const DType dtype = dtype_of(x, "x");
+  PlaneArgs a = planes(x, "x");
+  a.other = planes(other, "other").x;
+  STD_TORCH_CHECK(other.numel() == x.numel() && other.scalar_type() == x.scalar_type(),
+                  "x and other must have one shape and dtype");
+  Tensor out = empty({x.size(0), x.size(1)}, compute_type(dtype));
+  a.out = out.mutable_data_ptr();
+  const auto kernel = active_layers().plane_dot[int(dtype)];
+  parallel(x.size(0) * x.size(1), [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  return out;
+}
+
+void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
+                     const Tensor& w_expand, const Tensor& b_expand, int64_t act, double slope,
+                     int64_t gate) {
+  const Layout layout = layout_of(x);
+  const DType dtype = dtype_of(x, "x");
+  const int64_t C = x.size(1), R = b_reduce.numel();
+  STD_TORCH_CHECK(w_reduce.dim() == 2 && w_reduce.size(0) == R && w_reduce.size(1) == C,
+                  "w_reduce must be [", R, ", ", C, "]");
+  STD_TORCH_CHECK(w_expand.dim() == 2 && w_expand.size(0) == R && w_expand.size(1) == C,
+                  "w_expand must be [", R, ", ", C, "]");
+  STD_TORCH_CHECK(b_expand.numel() == C, "b_expand must have ", C, " elements, got ",
+                  b_expand.numel());
+  STD_TORCH_CHECK(gate == 0 || gate == 1, "gate must be 0 (hard sigmoid) or 1 (sigmoid), got ",
+                  gate);
+  for (const Tensor* t : {&w_reduce, &b_reduce, &w_expand, &b_expand})
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == compute_type(dtype) && t->is_contiguous(),
+                    "the gate's parameters must be contiguous and in the compute dtype of x");
+  if (x.numel() == 0) return;
+  const int64_t N = x.size(0);
+  Tensor means = empty({N, C}, compute_type(dtype)), hidden = empty({N, R}, compute_type(dtype));
+  GateArgs a{};
+  a.x = x.mutable_data_ptr();
+  a.w_reduce = w_reduce.const_data_ptr();
+  a.b_reduce = b_reduce.const_data_ptr();
+  a.w_expand = w_expand.const_data_ptr();
+  a.b_expand = b_expand.const_data_ptr();
+  a.means = means.mutable_data_ptr();
+  a.hidden = hidden.mutable_data_ptr();
+  a.batch = N;
+  a.channels = C;
+  a.reduced = R;
+  a.pixels = x.size(2) * x.size(3);
+  a.act = activation(act, slope);
+  a.sigmoid = gate == 1;
+  a.layout = layout;
+  const LayerKernels& k = active_layers();
+  const int d = int(dtype);
+  const auto means_of = k.gate_means[d];
+  const auto values_of = k.gate_values[dtype == DType::kFloat64];
+  const auto scale = k.gate_scale[d];
+  const int64_t blocks = (C + kGateChannels - 1) / kGateChannels;
+  if (N < threads()) {
+    auto by_channels = [&](auto f) {
+      parallel(N * blocks, [&](int64_t b, int64_t e) {
+        for (int64_t i = b; i < e; ++i) {
+          const int64_t n = i / blocks, c = i % blocks * kGateChannels;
+          f(a, n, n + 1, c, std::min(c + kGateChannels, C));
+        }
+      });
+    };
+    by_channels(means_of);
+    values_of(a, 0, N);
+    by_channels(scale);
+    return;
+  }
+  // A few images at a time: as many as stay in half of L2 from the sums to the multiplication.
+  const int64_t image = C * a.pixels * element_size(dtype);
+  const int64_t some =
+      std::clamp<int64_t>(cpu_info(1).l2_bytes / 2 / std::max<int64_t>(image, 1), 1, 4);
+  parallel((N + some - 1) / some, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t n0 = i * some, n1 = std::min(n0 + some, N);
+      means_of(a, n0, n1, 0, C);
+      values_of(a, n0, n1);
+      scale(a, n0, n1, 0, C);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace ghost
+
+STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {
+  m.impl("depthwise_conv", TORCH_BOX(&ghost::depthwise_conv));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&ghost::depthwise_conv_backward));
+  m.impl("plane_affine", TORCH_BOX(&ghost::plane_affine));
+  m.impl("plane_dot", TORCH_BOX(&ghost::plane_dot));
+  m.impl("squeeze_excite_", TORCH_BOX(&ghost::squeeze_excite_));
+}

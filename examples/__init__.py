@@ -1,0 +1,1 @@
+"""Examples of ghost_ops: ``python -m examples.digits``, ``python -m examples.photograph``."""

