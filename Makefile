@@ -66,7 +66,7 @@ endif
 CXX_FILES := find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc'
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all bench lint format clean distclean
+.PHONY: help build demo test test-all bench bench-quick lint format clean distclean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -83,8 +83,11 @@ test: $(STAMPS)/library $(call extra,test)  ## run the tests, without the slow o
 test-all: $(STAMPS)/library $(call extra,test)  ## run all tests
 	$(PY) -m pytest $(XDIST) $(ARGS)
 
-bench: $(STAMPS)/library $(call extra,bench)  ## measure against PyTorch on this machine
-	$(PY) -m benchmarks $(ARGS)
+bench: $(STAMPS)/library $(call extra,bench) $(call extra,demo)  ## measure everything on this machine, write results/REPORT.md
+	$(PY) -m benchmarks all $(BENCH_ARGS) $(ARGS)
+
+bench-quick: BENCH_ARGS = --quick
+bench-quick: bench  ## the same with less of everything, in three minutes
 
 lint: $(call extra,lint)  ## check style: ruff and clang-format
 	$(PY) -m ruff check .

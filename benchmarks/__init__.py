@@ -1,8 +1,6 @@
 """Measurements behind every number in the README.
 
-    python -m benchmarks.module   one Ghost module: time in floors, ratios, saved memory, call
-    overhead python -m benchmarks.plots    pictures from a results file
-    python -m benchmarks.demo     the main job: train on real digits with both modules, every shape
-
-The first two need the extra ``bench``, the last the extra ``demo``.
+``python -m benchmarks`` lists the scripts, one per question; ``python -m benchmarks all`` runs them
+and writes one report. They need the pip extra ``bench``, those that train on digits ``demo``; ONNX
+Runtime and OpenVINO take part where the extra ``engines`` is installed.
 """

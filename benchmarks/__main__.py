@@ -1,42 +1,180 @@
-"""``python -m benchmarks``: run everything; ``python -m benchmarks NAME ...``: run one script."""
+"""``python -m benchmarks``: list the scripts; ``NAME ...``: run one; ``all``: the whole report."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-SCRIPTS = {
-    "module": "one Ghost module: time in floors, ratios to PyTorch, saved memory, call overhead",
-    "plots": "pictures from a results file of `module`",
-    "demo": "train on real digits with the reference and the fused modules, then compare shapes",
+from benchmarks import harness
+
+
+@dataclass(frozen=True)
+class Script:
+    """One script of this package.
+
+    Args:
+        purpose: one line for the list.
+        in_report: ``all`` runs it, writing <name>.json.
+        full, quick: its arguments for ``all`` and ``all --quick``.
+        resumes: it goes on after an interruption, and takes --fresh.
+        malloc: the allocator that it would otherwise restart itself with.
+    """
+
+    purpose: str
+    in_report: bool = False
+    full: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ("--quick",)
+    resumes: bool = True
+    malloc: Mapping[str, str] = field(default_factory=lambda: harness.TUNED_MALLOC)
+
+
+_SMALL_NETWORK = (
+    "--width", "0.5", "--size", "96", "--batch", "1", "--train-batch", "4", "--rounds", "2",
+    "--providers", "eager", "fused",
+)  # fmt: skip
+SCRIPTS: dict[str, Script] = {
+    "module": Script(
+        "one Ghost module: time in floors, ratios to the peers, saved memory, call overhead",
+        True,
+        # Compiling a hundred modules would take half of the twenty minutes.
+        ("--rounds", "9", "--compile-minutes", "6"),
+    ),
+    "network": Script(
+        "whole GhostNets: inference, training step, saved memory", True, (), _SMALL_NETWORK, False
+    ),
+    "scaling": Script("how the cost grows with batch, size, channels, ratio, d, threads", True),
+    "memory": Script(
+        "peak memory of a training step, eager against fused", True, malloc=harness.LEAN_MALLOC
+    ),
+    "plan": Script("time predicted from bytes and FLOPs against time measured", True),
+    "paper": Script("the paper's questions: speed-up by FLOPs and measured; redundancy", True),
+    "page": Script("REPORT.md and pictures from a folder of results"),
+    "plots": Script("pictures from one results file"),
+    "compare": Script("regressions between two results files or folders, beyond noise"),
+    "demo": Script("train on real digits with the reference and the fused modules"),
+    "gpu_report": Script("one GPU: build, tests, sanitizer, times, tables"),
 }
-RESULTS = "results/module.json"
 
 
-def _run(script: str, arguments: Sequence[str]) -> int:
-    # A process of its own: `module` replaces its process to set up the allocator.
-    return subprocess.run([sys.executable, "-m", f"benchmarks.{script}", *arguments]).returncode
+def _run(script: str, arguments: Sequence[str], settings: Mapping[str, str] | None = None) -> int:
+    # A process of its own: the allocator is set up when a process starts.
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"benchmarks.{script}", *arguments],
+        env={**os.environ, **(settings or {})},
+    )
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # it has been interrupted too, and says what it keeps
+
+
+def usage() -> str:
+    """The list of scripts."""
+    lines = [
+        "usage: python -m benchmarks NAME [options]      one script; NAME --help says more",
+        "       python -m benchmarks all [--quick]       every script marked *, then the report",
+        "",
+    ]
+    lines += [
+        f" {'*' if s.in_report else ' '} {name:11} {s.purpose}" for name, s in SCRIPTS.items()
+    ]
+    return "\n".join(lines)
+
+
+def run_all(argv: Sequence[str]) -> int:
+    """Run the scripts of the report one after the other, then write the page.
+
+    Returns:
+        0; 130 if interrupted; otherwise the status of the first script that failed. A script that
+        fails does not keep the others from running.
+    """
+    in_report = [name for name, script in SCRIPTS.items() if script.in_report]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks all", description="Every question, one folder, one page."
+    )
+    parser.add_argument("--quick", action="store_true", help="in three minutes instead of twenty")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder")
+    parser.add_argument("--only", nargs="+", choices=in_report, default=in_report)
+    parser.add_argument("--fresh", action="store_true", help="forget interrupted earlier runs")
+    parser.add_argument("--clock", choices=tuple(harness.CLOCKS), default="wall")
+    arguments = parser.parse_args(argv)
+    folder: Path = arguments.out
+    try:
+        harness.prepare_output(folder / "REPORT.md")
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options = ["--clock", arguments.clock]
+    state = _State(folder, [*options, *(["--quick"] if arguments.quick else [])])
+    done = [] if arguments.fresh else state.load()
+    status = 0
+    for name in arguments.only:
+        script = SCRIPTS[name]
+        if name in done:
+            print(f"\n== {name}: done before the interruption (--fresh does it again)")
+            continue
+        given = ["--out", str(folder / f"{name}.json"), *options]
+        given += script.quick if arguments.quick else script.full
+        if arguments.fresh and script.resumes:
+            given.append("--fresh")
+        print(f"\n== {name}: {script.purpose}", flush=True)
+        result = _run(name, given, script.malloc)
+        if result in (130, -2):  # interrupted, with or without a handler of its own
+            state.save(done)
+            print("interrupted: the same command goes on from here", file=sys.stderr)
+            return 130
+        if result:
+            print(f"{name} ended with status {result}", file=sys.stderr)
+        status = status or result
+        done.append(name)
+        state.save(done)
+    state.clear()
+    return _run("page", [str(folder)]) or status
+
+
+class _State:
+    """What an unfinished report has done already, beside its results."""
+
+    def __init__(self, folder: Path, options: Sequence[str]) -> None:
+        self.path = folder / "unfinished-report.json"
+        self.command = {"options": list(options), "commit": harness.git_commit()}
+
+    def load(self) -> list[str]:
+        """Scripts done by the same command on the same commit."""
+        try:
+            state = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return []
+        return state["done"] if state.get("command") == self.command else []
+
+    def save(self, done: Sequence[str]) -> None:
+        harness.write_json(self.path, {"command": self.command, "done": list(done)})
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script that is named, or the full report: ``module`` with its options, then plots."""
+    """List, run one script, or run them all."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ("-h", "--help", "list"):
-        print("usage: python -m benchmarks [options of module | NAME options]\n")
-        for name, purpose in SCRIPTS.items():
-            print(f"  {name:8} {purpose}")
+    if not argv or argv[0] in ("-h", "--help", "list"):
+        print(usage())
         return 0
-    if argv and not argv[0].startswith("-"):
-        if argv[0] not in SCRIPTS:
-            print(f"error: no script {argv[0]!r}; known: {', '.join(SCRIPTS)}", file=sys.stderr)
-            return 2
-        return _run(argv[0], argv[1:])
-    if "--out" in argv:
-        print("error: --out belongs to one script: python -m benchmarks module", file=sys.stderr)
+    name, arguments = argv[0], argv[1:]
+    if name == "all":
+        return run_all(arguments)
+    if name not in SCRIPTS:
+        known = ", ".join(["all", *SCRIPTS])
+        print(f"error: no script {name!r}; known: {known}", file=sys.stderr)
         return 2
-    status = _run("module", [*argv, "--out", RESULTS])
-    return status or _run("plots", [RESULTS])
+    return _run(name, arguments)
 
 
 if __name__ == "__main__":

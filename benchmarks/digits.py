@@ -128,7 +128,7 @@ class Run:
         network = ghost_network(ghost).to(device)
         if options.get("channels_last"):
             network = network.to(memory_format=torch.channels_last)
-        return cls(name, network, _optimizer(network), **options)
+        return cls(name, network, make_optimizer(network), **options)
 
     def _input(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
@@ -166,7 +166,8 @@ class Run:
         return harness.Timing.from_samples(self.seconds[WARM_UP_STEPS:] or self.seconds, 1)
 
 
-def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that all networks here are trained with."""
     return torch.optim.SGD(network.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=1e-4)
 
 
@@ -202,7 +203,7 @@ def double_deviation(
     for ghost in kinds:
         torch.manual_seed(seed)
         network = ghost_network(ghost).to(digits.train_x.device).double()
-        optimizer = _optimizer(network)
+        optimizer = make_optimizer(network)
         losses = []
         for index, (x, y) in zip(range(steps), digits.batches(batch, epochs, seed), strict=False):
             _set_rate(optimizer, learning_rate(index, planned))

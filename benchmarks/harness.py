@@ -31,12 +31,21 @@ Clock = Callable[[], float]
 # only where this thread does all the work.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
+# Before anything is pinned: set_threads may be called again with more threads.
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
 # One arena that only grows: no mmap per call and no trimming, hence no page faults after warm-up.
 TUNED_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
     "MALLOC_TOP_PAD_": str(1 << 26),
+}
+# Freed memory goes back to the system at once: the high-water mark is that of live memory.
+LEAN_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_TOP_PAD_": "0",
 }
 
 
@@ -198,8 +207,10 @@ def saved_bytes(call: Callable[[], torch.Tensor], module: torch.nn.Module) -> di
     return {"maps": maps, "stats": stats, "total": maps + stats}
 
 
-def use_tuned_malloc(module: str, arguments: Sequence[str]) -> str:
-    """Re-execute ``python -m module`` with an allocator that keeps memory.
+def use_tuned_malloc(
+    module: str, arguments: Sequence[str], settings: Mapping[str, str] = TUNED_MALLOC
+) -> str:
+    """Re-execute ``python -m module`` with an allocator that, by default, keeps memory.
 
     Large tensors allocated per call are otherwise mapped, page-faulted and unmapped each time,
     which costs every provider about the same time and hides the difference between them. Without
@@ -210,27 +221,29 @@ def use_tuned_malloc(module: str, arguments: Sequence[str]) -> str:
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return "default allocator (not glibc: nothing to tune)"
-    if all(os.environ.get(name) == value for name, value in TUNED_MALLOC.items()):
-        return "glibc malloc tuned: " + " ".join(f"{k}={v}" for k, v in TUNED_MALLOC.items())
+    if all(os.environ.get(name) == value for name, value in settings.items()):
+        return "glibc malloc tuned: " + " ".join(f"{k}={v}" for k, v in settings.items())
     sys.stdout.flush()
-    environment = {**os.environ, **TUNED_MALLOC}
+    environment = {**os.environ, **settings}
     os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)
 
 
 def set_threads(threads: int, *, pin: bool = True) -> list[int]:
     """Use ``threads`` intra-op threads, pinned to as many cores where possible; returns the
     cores."""
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if threads < 1 or (available and threads > len(available)):
-        raise ValueError(
-            f"threads: expected 1 to {len(available) or 'the core count'}, got {threads}"
-        )
+    if threads < 1 or (_CORES and threads > len(_CORES)):
+        raise ValueError(f"threads: expected 1 to {len(_CORES) or 'the core count'}, got {threads}")
     torch.set_num_threads(threads)
-    if not pin or not available:
+    if not pin or not _CORES:
         return []
-    cores = available[-threads:]
+    cores = _CORES[-threads:]
     os.sched_setaffinity(0, cores)
     return cores
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(_CORES) or os.cpu_count() or 1
 
 
 def processor_name() -> str:

@@ -1,4 +1,4 @@
-"""Who is measured: eager PyTorch, its best options, and ghost_ops; each in both memory layouts.
+"""Who is measured: eager PyTorch, its best options, other engines, and ghost_ops.
 
 A provider turns one reference Ghost module and one input into a call without arguments. All of them
 hold the same parameters and see the same values, in the layout that their name ends with.
@@ -29,7 +29,8 @@ class Provider:
     """A way to run the module.
 
     Args:
-        family: what runs: eager, folded, compile, compile_frozen or fused.
+        family: what runs: eager, folded, compile, compile_frozen, fused, or an engine outside
+            PyTorch (onnxruntime, openvino).
         layout: memory format of x (and of grad_out): nchw or channels_last.
         trains: whether it can run forward + backward.
     """
@@ -48,11 +49,17 @@ class Provider:
         """Whether this is ghost_ops."""
         return self.family == "fused"
 
+    @property
+    def engine(self) -> bool:
+        """Whether this is neither PyTorch nor ghost_ops, see ``benchmarks.engines``."""
+        return self.family in ENGINE_FAMILIES
+
     def input(self, x: Tensor) -> Tensor:
         """``x`` in this provider's memory format."""
         return x.contiguous(memory_format=_FORMATS[self.layout])
 
 
+ENGINE_FAMILIES = ("onnxruntime", "openvino")
 _FORMATS = {NCHW: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -65,11 +72,22 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("fused", NCHW),
     Provider("fused", CHANNELS_LAST),
 )
+ENGINES: tuple[Provider, ...] = (
+    Provider("onnxruntime", NCHW, trains=False),
+    Provider("openvino", NCHW, trains=False),
+    Provider("openvino", CHANNELS_LAST, trains=False),
+)
 BASELINE = "eager_nchw"
 
 
-def select(patterns: Sequence[str]) -> tuple[Provider, ...]:
+def select(
+    patterns: Sequence[str], candidates: Sequence[Provider] = PROVIDERS
+) -> tuple[Provider, ...]:
     """Providers whose name or family matches; the eager NCHW baseline is always among them.
+
+    Args:
+        patterns: names, families, globs, or ``all`` for PyTorch's and ours.
+        candidates: what to choose from; ``PROVIDERS + ENGINES`` where engines can run.
 
     Raises:
         ValueError: a pattern matches nothing.
@@ -78,14 +96,16 @@ def select(patterns: Sequence[str]) -> tuple[Provider, ...]:
     for pattern in patterns:
         matches = [
             p.name
-            for p in PROVIDERS
-            if pattern == "all" or p.family == pattern or fnmatch.fnmatchcase(p.name, pattern)
+            for p in candidates
+            if (pattern == "all" and not p.engine)
+            or p.family == pattern
+            or fnmatch.fnmatchcase(p.name, pattern)
         ]
         if not matches:
-            known = ", ".join(p.name for p in PROVIDERS)
+            known = ", ".join(p.name for p in candidates)
             raise ValueError(f"providers: {pattern!r} matches none; known are: all, {known}")
         chosen.update(matches)
-    return tuple(p for p in PROVIDERS if p.name in chosen)
+    return tuple(p for p in candidates if p.name in chosen)
 
 
 def compile_unavailable() -> str | None:

@@ -1,4 +1,4 @@
-"""Summaries and tables of result rows: geometric means, worst cases first, losses flagged."""
+"""Summaries and console tables of rows: geometric means, worst cases first, losses flagged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.extras import require
-from benchmarks.providers import BASELINE
+from benchmarks.providers import BASELINE, ENGINE_FAMILIES
 
 Row = Mapping[str, Any]
 FUSED = ("fused_nchw", "fused_cl")
@@ -27,15 +27,16 @@ def by_shape(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     return table
 
 
-def fastest(
-    cell: Mapping[str, Row], *, ours: bool, only: Sequence[str] | None = None
-) -> Row | None:
-    """The fastest row of one shape among ours or among PyTorch's own; None if there is none."""
-    rows = [
-        row
-        for name, row in cell.items()
-        if name.startswith("fused_") == ours and (only is None or name in only)
-    ]
+def family(name: str) -> str:
+    """``ours``, ``engine`` (outside PyTorch) or ``pytorch``, from a provider's name."""
+    if name.startswith("fused_"):
+        return "ours"
+    return "engine" if name.startswith(ENGINE_FAMILIES) else "pytorch"
+
+
+def fastest(cell: Mapping[str, Row], *families: str) -> Row | None:
+    """The fastest row of one shape among the families named; None if there is none."""
+    rows = [row for name, row in cell.items() if family(name) in families]
     return min(rows, key=lambda row: row["median_s"], default=None)
 
 
@@ -44,63 +45,81 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return statistics.geometric_mean(values) if values else None
 
 
+def spread(rows: Iterable[Row]) -> float | None:
+    """Median of (p80 - p20) / median over the timed rows; None without any."""
+    found = [(row["p80_s"] - row["p20_s"]) / row["median_s"] for row in timed(rows)]
+    return statistics.median(found) if found else None
+
+
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Summary of one mode, batch and group.
 
     Returns:
         ``floors``: provider -> geometric mean of time / floor over the shapes it ran,
-        ``best_pytorch`` and ``fused_best`` taken shape by shape;
-        ``speedup``: geometric means of PyTorch's times over ours;
+        ``best_pytorch``, ``best_engine`` and ``fused_best`` taken shape by shape;
+        ``speedup``: geometric means of the others' times over ours;
+        ``range``: the same, from their 20th over our 80th percentile to the reverse: how far the
+        machine's noise could have moved it;
         ``worst``: the three smallest ratios of the best PyTorch time to ours;
         ``slower``: shapes where ours loses to the best PyTorch;
         ``network_ms``: sum over the network's modules, each as often as it occurs.
     """
     cells = by_shape(rows)
     floors: dict[str, list[float]] = {}
-    speedup: dict[str, list[float]] = {}
+    ratios: dict[str, list[tuple[float, float, float]]] = {}
     network: dict[str, float] = {}
-    spread: list[float] = []
     versus: list[tuple[float, str, str, str]] = []
 
     def note(name: str, row: Row) -> None:
         floors.setdefault(name, []).append(row["floors"])
         network[name] = network.get(name, 0.0) + 1e3 * row["count"] * row["median_s"]
 
+    def compare(name: str, other: Row, ours: Row) -> None:
+        low, high = other["p20_s"] / ours["p80_s"], other["p80_s"] / ours["p20_s"]
+        ratios.setdefault(name, []).append((other["median_s"] / ours["median_s"], low, high))
+
     for shape, cell in cells.items():
         for name, row in cell.items():
             note(name, row)
-            spread.append((row["p80_s"] - row["p20_s"]) / row["median_s"])
-        best, ours = fastest(cell, ours=False), fastest(cell, ours=True)
+        best, engine = fastest(cell, "pytorch"), fastest(cell, "engine")
+        ours = fastest(cell, "ours")
         if best is not None:
             note("best_pytorch", best)
+        if engine is not None:
+            note("best_engine", engine)
         if ours is None:
             continue
         note("fused_best", ours)
         for name, other in cell.items():
-            if not name.startswith("fused_"):
-                speedup.setdefault(f"fused_best over {name}", []).append(
-                    other["median_s"] / ours["median_s"]
-                )
+            if family(name) != "ours":
+                compare(f"fused_best over {name}", other, ours)
         for layout in ("nchw", "cl"):
             if f"fused_{layout}" in cell and f"eager_{layout}" in cell:
-                ratio = cell[f"eager_{layout}"]["median_s"] / cell[f"fused_{layout}"]["median_s"]
-                speedup.setdefault(f"fused_{layout} over eager_{layout}", []).append(ratio)
+                pair = cell[f"eager_{layout}"], cell[f"fused_{layout}"]
+                compare(f"fused_{layout} over eager_{layout}", *pair)
+        if engine is not None:
+            compare("fused_best over best_engine", engine, ours)
         if best is not None:
+            compare("fused_best over best_pytorch", best, ours)
             ratio = best["median_s"] / ours["median_s"]
-            speedup.setdefault("fused_best over best_pytorch", []).append(ratio)
             versus.append((ratio, shape, best["provider"], ours["provider"]))
     versus.sort()
     complete = {name for name, values in floors.items() if len(values) == len(cells)}
+    means = {
+        name: [geometric_mean(column) for column in zip(*values, strict=True)]
+        for name, values in ratios.items()
+    }
     return {
         "shapes": len(cells),
         "floors": {name: geometric_mean(v) for name, v in floors.items()},
-        "speedup": {name: geometric_mean(v) for name, v in speedup.items()},
+        "speedup": {name: mean for name, (mean, _, _) in means.items()},
+        "range": {name: [low, high] for name, (_, low, high) in means.items()},
         "network_ms": {name: value for name, value in network.items() if name in complete},
         "worst": [
             dict(zip(("ratio", "shape", "best", "ours"), v, strict=True)) for v in versus[:3]
         ],
         "slower": [v[1] for v in versus if v[0] < 1.0],
-        "spread": statistics.median(spread) if spread else None,
+        "spread": spread(rows),
     }
 
 
@@ -131,7 +150,8 @@ def print_summary(console: Any, title: str, summary: Mapping[str, Any]) -> None:
         table.add_row(name, f"{value:.2f}", "" if total is None else f"{total:.2f}")
     console.print(table)
     for name, value in summary["speedup"].items():
-        console.print(f"  {name}: {value:.2f}x")
+        low, high = summary["range"][name]
+        console.print(f"  {name}: {value:.2f}x ({low:.2f} to {high:.2f})")
     if summary["spread"] is not None:
         console.print(f"  median spread (p80 - p20) / median: {summary['spread']:.1%}")
 
@@ -172,7 +192,7 @@ def print_shapes(console: Any, title: str, rows: Sequence[Row]) -> None:
         return "" if row is None else f"{1e6 * row['median_s']:.0f}"
 
     for shape, cell in by_shape(rows).items():
-        best, ours = fastest(cell, ours=False), fastest(cell, ours=True)
+        best, ours = fastest(cell, "pytorch", "engine"), fastest(cell, "ours")
         eager = cell.get(BASELINE)
         any_row = next(iter(cell.values()))
         ratio_eager = eager["median_s"] / ours["median_s"] if eager and ours else None

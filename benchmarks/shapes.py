@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+GRID = "grid"  # group of shapes that vary one thing at a time, of no network
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -25,7 +27,7 @@ class Shape:
         kernel_size, ratio, dw_size, stride: as in the reference Ghost module.
         eps: epsilon of both batch norms.
         count: how often the module occurs in its network.
-        group: the network family.
+        group: the network family, or ``GRID``.
     """
 
     inp: int
@@ -42,8 +44,10 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Unique, shell-safe name: ``inp-oup@size-activation``."""
+        """Unique, shell-safe name: ``inp-oup@size-activation``; of grids, with k, ratio and d."""
         suffix = "linear" if self.activation == "none" else self.activation
+        if self.group == GRID:
+            suffix += f"-k{self.kernel_size}-s{self.ratio}-d{self.dw_size}"
         return f"{self.inp}-{self.oup}@{self.size}-{suffix}"
 
     @property

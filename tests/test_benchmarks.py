@@ -240,6 +240,7 @@ def rows_by_hand() -> list[dict]:
                 ("eager_nchw", "eager_cl", "fused_nchw"), times, strict=True
             ):
                 rows.append({
+                    "question": "module", "dtype": "float32", "layout": "nchw", "threads": 1,
                     "mode": mode, "batch": 16, "group": "ghostnet", "shape": shape, "count": 1,
                     "provider": provider, "median_s": seconds, "p20_s": seconds, "p80_s": seconds,
                     "floor_s": 1.0, "floors": seconds, "bound": "gemm", "error": 0.0,
@@ -273,7 +274,8 @@ def test_pictures_render(tmp_path: pathlib.Path) -> None:
     results.write_text(json.dumps({"meta": meta, "rows": rows_by_hand()}))
     assert plots.main([str(results), "--out", str(tmp_path / "pictures")]) == 0
     written = sorted(p.name for p in (tmp_path / "pictures").iterdir())
-    assert written == [f"module_{n}{s}" for n in ("floors", "training") for s in (".png", ".svg")]
+    names = ("floors", "ratios", "training")  # no roofline: no limits in the file
+    assert written == [f"module_{n}{s}" for n in names for s in (".png", ".svg")]
     assert (tmp_path / "pictures/module_floors.png").stat().st_size > 10_000
 
 
@@ -332,8 +334,15 @@ def test_demo_bad_arguments(
 
 def test_unknown_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert listing.main(["nothing"]) == 2
-    assert "known: module" in capsys.readouterr().err
-    assert listing.main(["list"]) == 0
+    assert "known: all, module" in capsys.readouterr().err
+    assert listing.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in listing.SCRIPTS)
+
+
+def test_listed_scripts_are_there() -> None:
+    for name in listing.SCRIPTS:
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
 
 
 def test_demo_refuses_an_unwritable_folder(

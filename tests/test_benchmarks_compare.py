@@ -1,0 +1,98 @@
+"""Comparing two results files: what is beyond noise is flagged, what is not is left alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+
+import pytest
+from benchmark_rows import row
+
+from benchmarks import compare
+
+for package in ("numpy", "rich"):
+    pytest.importorskip(package)
+
+
+# ---- comparing
+
+
+def pair(**changes: object) -> list[dict]:
+    """Ours and the baseline, in one run."""
+    ours = row(median_s=1.0, p20_s=0.99, p80_s=1.01)
+    eager = row(provider="eager_nchw", median_s=4.0, p20_s=3.96, p80_s=4.04)
+    return [{**ours, **changes}, eager]
+
+
+def test_equal_runs_do_not_differ() -> None:
+    found, broken, apart = compare.changes(pair(), pair())
+    assert [(c.ratio, c.worse, c.better) for c in found] == [(1.0, False, False)]
+    assert (broken, apart) == ([], 0)
+
+
+def test_slower_beyond_noise_is_a_regression() -> None:
+    slower = pair(median_s=1.2, p20_s=1.19, p80_s=1.21)
+    assert [c.worse for c in compare.changes(pair(), slower)[0]] == [True]
+    assert [c.better for c in compare.changes(slower, pair())[0]] == [True]
+    assert not compare.changes(pair(), slower, tolerance=0.3)[0][0].worse
+
+
+def test_noise_hides_what_it_can_explain() -> None:
+    noisy = pair(median_s=1.2, p20_s=1.0, p80_s=1.5)
+    assert [c.worse for c in compare.changes(pair(), noisy)[0]] == [False]
+
+
+def test_a_slow_spell_of_the_machine_is_no_regression() -> None:
+    spell = copy.deepcopy(pair())
+    for line in spell:
+        for key in ("median_s", "p20_s", "p80_s"):
+            line[key] *= 2
+    assert not compare.changes(pair(), spell)[0][0].worse
+    assert compare.changes(pair(), spell, metric="time")[0][0].worse
+
+
+def test_what_fails_now_is_broken() -> None:
+    failed = pair(median_s=None, note="wrong result: error 1, allowed 0.1")
+    _, broken, _ = compare.changes(pair(), failed)
+    assert len(broken) == 1 and "wrong result" in broken[0]
+
+
+def test_bytes_are_compared() -> None:
+    def saved(nbytes: int) -> list[dict]:
+        return [row(mode="saved", median_s=None, saved_total=nbytes)]
+
+    assert compare.changes(saved(1000), saved(1010))[0][0].worse
+    assert not compare.changes(saved(1000), saved(1000))[0][0].worse
+
+
+def test_other_measurements_are_counted_not_compared() -> None:
+    found, _, apart = compare.changes(pair(), [*pair(batch=2)])
+    assert (found, apart) == ([], 2)
+
+
+def test_compare_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slower = pair(median_s=2.0, p20_s=1.99, p80_s=2.01)
+    for name, rows in (("before", pair()), ("after", slower)):
+        (tmp_path / name).mkdir()
+        document = {"meta": {"cpu": name}, "rows": rows}
+        (tmp_path / name / "module.json").write_text(json.dumps(document))
+    before, after = str(tmp_path / "before"), str(tmp_path / "after")
+    assert compare.main([before, before]) == 0
+    assert compare.main([before, after]) == 1
+    out = capsys.readouterr().out
+    assert "cpu differs: before, after" in out
+    assert "worse  2.00x time" in out
+    assert compare.main([f"{after}/module.json", f"{before}/module.json"]) == 0
+    assert compare.main([before, after, "--tolerance", "1.5"]) == 0
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"meta": {}, "rows": []}'])
+def test_compare_refuses(
+    tmp_path: pathlib.Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    assert compare.main([str(file), str(file)]) == 2
+    assert compare.main([str(file), str(tmp_path)]) == 2
+    assert "error: " in capsys.readouterr().err

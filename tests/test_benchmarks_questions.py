@@ -1,0 +1,218 @@
+"""What the benchmark scripts compute, against numbers by hand, and that they run."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+from benchmark_rows import LIMITS, SCRIPTS, installed, row
+
+from benchmarks import (
+    compare,
+    floor,
+    memory,
+    page,
+    paper,
+    plan,
+    providers,
+    scaling,
+    session,
+    shapes,
+)
+
+for package in ("numpy", "rich"):
+    pytest.importorskip(package)
+
+
+# ---- models by hand
+
+
+def test_theoretical_speedup_by_hand() -> None:
+    # 64 -> 128: 64 k^2 multiply-adds a map against half as many and 9 for each of 64 ghosts.
+    ghost = shapes.Shape(64, 128, 28, ratio=2, dw_size=3)
+    assert paper.theoretical_speedup(ghost) == pytest.approx(64 * 128 / (64 * 64 + 9 * 64))
+    wide = shapes.Shape(64, 128, 28, kernel_size=3, ratio=4, dw_size=5)
+    expected = 9 * 64 * 128 / (9 * 64 * 32 + 25 * 96)
+    assert paper.theoretical_speedup(wide) == pytest.approx(expected)
+
+
+def test_plain_convolution_is_ratio_one() -> None:
+    plain = paper.convolution(3)
+    assert (plain.intrinsic, plain.ghost) == (128, 0)
+    assert floor.forward_flops(plain, 1) == 2 * 28 * 28 * 9 * 64 * 128
+    reference = providers.reference_module(plain).eval()
+    x = torch.randn(1, 64, 5, 5)
+    with torch.inference_mode():
+        branch = reference.primary_conv
+        torch.testing.assert_close(reference(x), branch(x))
+        folded = providers.folded_module(reference)
+        torch.testing.assert_close(folded(x), branch(x), rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_a_grid_are_unique() -> None:
+    grid = [
+        shapes.Shape(64, 128, 28, kernel_size=k, ratio=s, dw_size=d, group=shapes.GRID)
+        for k in (1, 3) for s in (1, 2) for d in (1, 3)
+    ]  # fmt: skip
+    assert len({s.name for s in grid}) == 8
+    assert scaling.CENTRE.name == "40-120@28-relu-k1-s2-d3"
+
+
+def test_prediction_by_hand() -> None:
+    # 1e9 bytes at 20 GB/s take 50 ms, 1e10 FLOPs at 1e11 take 100: the larger, and the call.
+    assert plan.predict(LIMITS, 1e9, 1e10, 0.01, 1e11) == pytest.approx(0.11)
+    assert plan.predict(LIMITS, 1e9, 1e10, 0.0, 1e12) == pytest.approx(0.05)
+
+
+def test_plan_errors_by_hand() -> None:
+    rows = [
+        row(shape=name, predicted_s=predicted, median_s=measured, p20_s=0.0, p80_s=9e9)
+        for name, predicted, measured in (("a", 1.0, 2.0), ("b", 2.0, 4.0), ("c", 4.0, 64.0))
+    ]
+    found = plan.summarize(rows)["fused_nchw, batch 1"]
+    assert found["factor"] == pytest.approx(4.0)  # of 2, 2 and 16
+    assert found["error"] == pytest.approx(0.5)
+    assert (found["worst"], found["worst_shape"]) == (pytest.approx(4.0), "c")
+    assert found["rank"] == pytest.approx(1.0)
+
+
+def test_map_errors_see_a_convolution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source = torch.randn(8, 3, 9, 9, generator=generator, dtype=torch.float64)
+    kernel = torch.randn(1, 1, 3, 3, generator=generator, dtype=torch.float64)
+    target = torch.nn.functional.conv2d(source[:, 1:2], kernel, padding=1)
+    for d, exact in ((1, False), (3, True), (5, True)):
+        errors, power = paper.map_errors(source, target, d)
+        relative = (errors / power)[:, 0]
+        assert relative.argmin() == 1
+        assert (relative[1] < 1e-20) == exact
+        assert relative[0] > 0.5, "noise says nothing about other noise"
+
+
+def test_scaling_varies_one_thing() -> None:
+    for axis in ("batch", "ratio", "d"):
+        for value in scaling.AXES[axis]:
+            shape, batch = scaling.point(axis, value)
+            same = (shape.inp, shape.oup, shape.size) == (40, 120, 28)
+            assert same and (axis == "batch" or batch == scaling.BATCH)
+    assert scaling.point("d", 7)[0].dw_size == 7
+    assert scaling.point("size", 224)[1] == 1
+    assert scaling.AXES["batch"][-1] == 256
+
+
+# ---- memory
+
+
+@pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
+def test_peak_is_that_of_live_memory() -> None:
+    def call() -> None:
+        torch.ones(16 << 20).add_(1)  # 64 MiB, freed
+        torch.ones(24 << 20).add_(1)  # 96 MiB
+
+    torch.ones(64 << 20)  # 256 MiB before it, which is not its peak
+    assert 94 << 20 <= memory.peak_growth(call) <= 112 << 20
+
+
+# ---- the scripts, with limits that are not measured
+
+
+TINY = {
+    "module": ["--shapes", "672-160@7-linear", "--batch", "1", "--mode", "eval", "--providers",
+               "eager", "fused"],
+    "scaling": ["--axis", "ratio", "--providers", "fused"],
+    "plan": ["--shapes", "672-160@7-linear", "160-960@7-relu", "--batch", "1"],
+    "memory": ["--shapes", "160-960@7-relu", "--batch", "2", "--size", "32"],
+    "paper": ["--ratio", "2", "3", "--dw-size", "3", "--kernel-size", "1", "--digits", "200",
+              "--epochs", "1"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with tiny results of every script that can run here."""
+    folder = tmp_path_factory.mktemp("results")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.floor, "measure_roofline", lambda *a, **k: LIMITS)
+        for name, arguments in TINY.items():
+            if name == "memory" and memory.unavailable():
+                continue
+            if name == "paper" and not installed("mlxtend"):
+                arguments = [*arguments, "--part", "speedup"]
+            options = ["--quick", "--rounds", "1", "--malloc", "default", "--no-pin"]
+            out = folder / f"{name}.json"
+            status = SCRIPTS[name].main([*options, *arguments, "--out", str(out)])
+            if name == "plan" and status == 2:
+                continue  # the native library is not there
+            assert status == 0, name
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_scripts_write_the_schema(results: pathlib.Path) -> None:
+    files = sorted(results.glob("*.json"))
+    assert {"module", "scaling", "paper"} <= {f.stem for f in files}
+    for path in files:
+        document = json.loads(path.read_text())
+        session.check_document(document)
+        assert document["complete"] and document["rows"], path.stem
+        assert {r["question"] for r in document["rows"]} == {path.stem}
+        assert not any("note" in r for r in document["rows"])
+
+
+def test_compiling_stops_when_its_time_is_used_up(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session.floor, "measure_roofline", lambda *a, **k: LIMITS)
+    out, threads = tmp_path / "module.json", torch.get_num_threads()
+    arguments = ["--shapes", "672-160@7-linear", "--batch", "1", "--mode", "eval", "--rounds", "1",
+                 "--providers", "eager", "compile", "--compile", "eval", "--compile-minutes", "0",
+                 "--malloc", "default", "--no-pin", "--out", str(out)]  # fmt: skip
+    assert SCRIPTS["module"].main(arguments) == 0
+    torch.set_num_threads(threads)
+    rows = {row["provider"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["eager_cl"]["median_s"] > 0
+    note = rows["compile_cl"]["note"]
+    assert rows["compile_cl"]["median_s"] is None
+    assert "used up" in note or "compiler" in note
+
+
+def test_redundancy_is_real(results: pathlib.Path) -> None:
+    rows = [r for r in compare.load(results / "paper.json")["rows"] if r["mode"] == "redundancy"]
+    if not rows:
+        pytest.skip("needs mlxtend")
+    by = {(r["shape"], r["provider"], r["d"]): r["relative"] for r in rows}
+    for panel in {r["shape"] for r in rows}:
+        same = [by[panel, "same image", d] for d in paper.KERNELS]
+        other = [by[panel, "other images", d] for d in paper.KERNELS]
+        # Maps of the same image tell more than those of another, and larger kernels more still.
+        assert same[-1] < same[0]
+        assert all(s < o for s, o in zip(same, other, strict=True))
+
+
+def test_report_page(results: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = page.write(results)
+    text = target.read_text()
+    documents = {p.stem: json.loads(p.read_text()) for p in results.glob("*.json")}
+    for name, document in documents.items():
+        assert document["meta"]["command"] in text
+        assert page.QUESTIONS[name] in text
+    assert text.index("Worst cases first") < text.index(page.QUESTIONS["module"])
+    pictures = {p.name for p in results.glob("*.png")}
+    assert {"module_floors.png", "module_ratios.png", "module_roofline.png"} <= pictures
+    assert {"scaling_curves.png", "paper_speedup.png"} <= pictures
+    assert {name for name in documents if any(p.startswith(name) for p in pictures)} == {*documents}
+    for picture in pictures:
+        assert f"]({picture})" in text
+        assert (results / picture).stat().st_size > 10_000
+        assert (results / picture).with_suffix(".svg").is_file()
+
+
+def test_report_of_nothing_is_refused(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert page.main([str(tmp_path)]) == 2
+    assert "module.json" in capsys.readouterr().err
