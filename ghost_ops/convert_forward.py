@@ -32,6 +32,7 @@ from .autograd import (
 from .convert_layouts import Branch, Layout, Refusal, read, settings_of
 from .convert_probe import gate_of, ghost, norms_of, uses_batch_stats
 from .functional import check
+from .nn import _count_batch, _momentum
 from .structure import _GLOBAL_HOOKS, _hooks_of
 
 # What the settings of a layer are read from.
@@ -308,19 +309,3 @@ def _from_packed(state: Converted, x: Tensor) -> Tensor | None:
     if x.device != kept.device:
         return None
     return kept.packed(dense(x))
-
-
-def _momentum(bn: nn.BatchNorm2d | None) -> float:
-    """The share of this batch in the running statistics; None is the average of all batches."""
-    if bn is None or bn.momentum is not None:
-        return 0.0 if bn is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        return 1.0 / (float(bn.num_batches_tracked) + 1.0)
-    return 0.0
-
-
-def _count_batch(bn: nn.BatchNorm2d | None) -> None:
-    if bn is None or not (bn.training and bn.track_running_stats):
-        return
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)

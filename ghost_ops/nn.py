@@ -340,8 +340,10 @@ def _norm_tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     return weight, bias, buffers["running_mean"], buffers["running_var"]
 
 
-def _momentum(bn: nn.BatchNorm2d) -> float:
+def _momentum(bn: nn.BatchNorm2d | None) -> float:
     """The share of this batch in the running statistics; None is the average of all batches."""
+    if bn is None:
+        return 0.0
     if bn.momentum is not None:
         return bn.momentum
     if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
@@ -349,8 +351,9 @@ def _momentum(bn: nn.BatchNorm2d) -> float:
     return 0.0
 
 
-def _count_batch(bn: nn.BatchNorm2d) -> None:
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+def _count_batch(bn: nn.BatchNorm2d | None) -> None:
+    counts = bn is not None and bn.training and bn.track_running_stats
+    if counts and bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
 
 

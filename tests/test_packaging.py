@@ -349,7 +349,7 @@ def test_report_names_libraries_backends_and_variables(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(PACKAGE.parent)}
     done = run("-m", "ghost_ops", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    for text in (ghost_ops.__version__, torch.__version__, "bfloat16", "Native libraries"):
+    for text in (ghost_ops.__version__, torch.__version__, "bfloat16", "Libraries of kernels"):
         assert text in done.stdout
     for variable in _env.VARIABLES:
         assert variable.name in done.stdout
@@ -427,7 +427,7 @@ def test_use_backend_is_a_call_and_a_context_manager() -> None:
 def test_use_backend_rejects_an_unknown_name() -> None:
     before = backends.requested()
     with pytest.raises(
-        ValueError, match="name must be one of 'auto', 'native', 'eager', got 'foo'"
+        ValueError, match="name must be one of 'auto', 'native', 'triton', 'eager', got 'foo'"
     ):
         ghost_ops.use_backend("foo")
     assert backends.requested() == before
