@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from . import activations, convert_probe, layers, model_ops
-from .autograd import autocast_dtype, backend_for, dense, in_transform
+from .autograd import backend_for, dense
 from .convert_forward import (
     Converted,
     ConvertedGhost,
     PackedGhost,
+    PackedWhole,
     Values,
     Watch,
     _rebuild,
@@ -334,18 +335,14 @@ class _PackedGate:
         model_ops.squeeze_excite_(x, *self.tensors, *self.arguments)
 
 
-class PackedBottleneck:
+class PackedBottleneck(PackedWhole):
     """A bottleneck in inference: folded, packed, and the values that it was made from."""
 
     def __init__(self, module: nn.Module, parts: Parts, backend: str) -> None:
         modules = parts.modules()
         layout1, out1 = _layout_of(parts.ghost1)
         layout2, out2 = _layout_of(parts.ghost2)
-        weight = layout1.primary.conv.weight
-        self.watch = Watch((module, *modules), module)
-        self.values = Values(modules)
-        self.dtype, self.device = weight.dtype, weight.device
-        self.device_type, self.channels = weight.device.type, layout1.primary.conv.in_channels
+        super().__init__(module, modules, layout1.primary.conv)
         self.short_conv = layout1.gate
         with torch.no_grad():
             self.ghost1 = PackedGhost(
@@ -360,23 +357,6 @@ class PackedBottleneck:
             if parts.shortcut is not None:
                 dw, conv = parts.shortcut
                 self.shortcut = _PackedDepthwise(dw), packed_conv(conv, backend)
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether x can be given to it as it is."""
-        return (
-            type(x) is Tensor
-            and x.dtype is self.dtype
-            and x.dim() == 4
-            and x.size(1) == self.channels
-            and x.numel() > 0
-            and x.device == self.device
-            and autocast_dtype(self.device_type) is None
-            and not in_transform()
-        )
-
-    def is_current(self) -> bool:
-        """Whether packing now would give the same."""
-        return self.values.same() and self.watch.same()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The bottleneck's output for an x that fits."""

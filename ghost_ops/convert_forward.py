@@ -135,6 +135,39 @@ class PackedGhost:
         return self.apply(x, self.packed, residual, *self.arguments)
 
 
+class PackedWhole:
+    """What packed bottlenecks and networks share: which inputs fit, and whether they still hold.
+
+    Args:
+        module: what is packed.
+        modules: all inside it that the packed form computes in the place of.
+        first: the convolution that its input goes to.
+    """
+
+    def __init__(self, module: nn.Module, modules: tuple[nn.Module, ...], first: nn.Conv2d) -> None:
+        self.watch = Watch((module, *modules), module)
+        self.values = Values(modules)
+        self.dtype, self.device = first.weight.dtype, first.weight.device
+        self.device_type, self.channels = first.weight.device.type, first.in_channels
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x can be given to it as it is."""
+        return (
+            type(x) is Tensor
+            and x.dtype is self.dtype
+            and x.dim() == 4
+            and x.size(1) == self.channels
+            and x.numel() > 0
+            and x.device == self.device
+            and autocast_dtype(self.device_type) is None
+            and not in_transform()
+        )
+
+    def is_current(self) -> bool:
+        """Whether packing now would give the same."""
+        return self.values.same() and self.watch.same()
+
+
 class _Kept:
     """Packed weights, and the values that they were made from."""
 

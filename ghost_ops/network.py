@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import activations, convert_probe, model_ops
-from .autograd import autocast_dtype, backend_for, dense, in_transform
+from .autograd import backend_for, dense
 from .bottleneck import packed_conv
-from .convert_forward import PackedGhost, Values, Watch, _rebuild
+from .convert_forward import PackedGhost, PackedWhole, Values, Watch, _rebuild
 from .convert_layouts import Branch, Refusal, check_hooks, read_branch
 
 _NAMES = ("conv_stem", "bn1", "act1", "blocks", "global_pool", "conv_head", "act2", "classifier")
@@ -134,39 +134,18 @@ class _PackedStem:
         )
 
 
-class PackedEnds:
+class PackedEnds(PackedWhole):
     """The ends of a GhostNet in inference, and the values that they were made from."""
 
     def __init__(self, module: nn.Module, ends: Ends, backend: str) -> None:
         modules = ends.modules()
-        weight = ends.stem.conv.weight
-        self.watch = Watch((module, *modules), module)
-        self.values = Values(modules)
-        self.dtype, self.device = weight.dtype, weight.device
-        self.device_type, self.channels = weight.device.type, ends.stem.conv.in_channels
+        super().__init__(module, modules, ends.stem.conv)
         with torch.no_grad():
             self.stem = _PackedStem(ends.stem)
             self.last: PackedGhost = packed_conv(ends.last, backend)
             self.head = ends.head.weight.detach().flatten(1)
         self.head_bias, self.head_act = ends.head.bias, activations.of_module(ends.head_act)
         self.stages, self.classifier = ends.stages, ends.classifier
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether x can be given to it as it is."""
-        return (
-            type(x) is Tensor
-            and x.dtype is self.dtype
-            and x.dim() == 4
-            and x.size(1) == self.channels
-            and x.numel() > 0
-            and x.device == self.device
-            and autocast_dtype(self.device_type) is None
-            and not in_transform()
-        )
-
-    def is_current(self) -> bool:
-        """Whether packing now would give the same."""
-        return self.values.same() and self.watch.same()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits for an x that fits."""

@@ -7,46 +7,36 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/layers.h"
-#include "torch/tensors.h"
+#include "torch/cpu_common.h"
 
 namespace ghost {
 namespace {
 
-int64_t threads() {
-  return int64_t(torch::stable::get_num_threads());
-}
-
-template <class F>
-void parallel(int64_t items, const F& f) {
-  if (items == 1 || threads() == 1)
-    f(0, items);
-  else if (items > 0)
-    torch::stable::parallel_for(0, items, 1, [&](int64_t b, int64_t e) { f(b, e); });
-}
-
-Layout layout_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
-  STD_TORCH_CHECK(x.dim() == 4, "x must be 4-D [N, C, H, W], got ", x.dim(), "-D");
-  const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
-  if (is_dense(x, Layout::kNCHW) && !one_map_nhwc) return Layout::kNCHW;
-  STD_TORCH_CHECK(is_dense(x, Layout::kNHWC), "x must be dense, contiguous or channels_last");
-  return Layout::kNHWC;
-}
-
-Activation activation(int64_t code, double slope) {
-  STD_TORCH_CHECK(code >= 0 && code < kNumActs, "act must be a code from 0 to ", kNumActs - 1,
-                  ", got ", code);
-  return {Act(code), slope};
+// The shapes of a depthwise convolution of x with padding kernel_size / 2.
+template <class Args>
+Args depthwise_shape(const Tensor& x, int64_t kernel_size, int64_t stride) {
+  const int64_t k = kernel_size;
+  STD_TORCH_CHECK(k == 1 || k == 3 || k == 5 || k == 7, "kernel_size must be 1, 3, 5 or 7, got ",
+                  k);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  Args a{};
+  a.batch = x.size(0);
+  a.channels = x.size(1);
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.out_height = a.height > 0 ? (a.height - 1) / stride + 1 : 0;
+  a.out_width = a.width > 0 ? (a.width - 1) / stride + 1 : 0;
+  a.kernel = k;
+  a.stride = stride;
+  return a;
 }
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift,
                       int64_t kernel_size, int64_t stride, int64_t act, double slope) {
-  const Layout layout = layout_of(x);
+  const Layout layout = layout_of(x, "x");
   const DType dtype = dtype_of(x, "x");
   const int64_t C = x.size(1), k = kernel_size;
-  STD_TORCH_CHECK(k == 1 || k == 3 || k == 5 || k == 7, "kernel_size must be 1, 3, 5 or 7, got ",
-                  k);
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  DepthwiseArgs a = depthwise_shape<DepthwiseArgs>(x, k, stride);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
                       weight.size(2) == k && weight.size(3) == k,
                   "weight must be [", C, ", 1, ", k, ", ", k, "]");
@@ -54,16 +44,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift
     STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == compute_type(dtype) && t->is_contiguous(),
                     "weight and shift must be contiguous and in the compute dtype of x");
   STD_TORCH_CHECK(shift.numel() == C, "shift must have ", C, " elements, got ", shift.numel());
-  DepthwiseArgs a{};
-  a.batch = x.size(0);
-  a.channels = C;
-  a.height = x.size(2);
-  a.width = x.size(3);
-  a.out_height = a.height > 0 ? (a.height - 1) / stride + 1 : 0;
-  a.out_width = a.width > 0 ? (a.width - 1) / stride + 1 : 0;
-  a.kernel = k;
-  a.stride = stride;
-  a.act = activation(act, slope);
+  a.act = activation(act, slope, "act");
   a.layout = layout;
   Tensor out = empty({a.batch, C, a.out_height, a.out_width}, x.scalar_type(), layout);
   if (out.numel() == 0) return out;
@@ -88,20 +69,10 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad, const Ten
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && is_dense(x, Layout::kNCHW) && grad.dim() == 4 &&
                       is_dense(grad, Layout::kNCHW) && grad.scalar_type() == x.scalar_type(),
                   "x and grad must be contiguous, of one dtype and on the CPU");
-  STD_TORCH_CHECK((k == 1 || k == 3 || k == 5 || k == 7) && (stride == 1 || stride == 2),
-                  "kernel_size must be 1, 3, 5 or 7 and stride 1 or 2, got ", k, " and ", stride);
+  DepthwiseGradArgs a = depthwise_shape<DepthwiseGradArgs>(x, k, stride);
   STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.numel() == C * k * k &&
                       weight.scalar_type() == compute_type(dtype),
                   "weight must be [", C, ", 1, ", k, ", ", k, "] in the compute dtype of x");
-  DepthwiseGradArgs a{};
-  a.batch = x.size(0);
-  a.channels = C;
-  a.height = x.size(2);
-  a.width = x.size(3);
-  a.out_height = a.height > 0 ? (a.height - 1) / stride + 1 : 0;
-  a.out_width = a.width > 0 ? (a.width - 1) / stride + 1 : 0;
-  a.kernel = k;
-  a.stride = stride;
   STD_TORCH_CHECK(grad.size(0) == a.batch && grad.size(1) == C && grad.size(2) == a.out_height &&
                       grad.size(3) == a.out_width,
                   "grad must be [", a.batch, ", ", C, ", ", a.out_height, ", ", a.out_width, "]");
@@ -160,7 +131,7 @@ Tensor plane_dot(const Tensor& x, const Tensor& other) {
 void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
                      const Tensor& w_expand, const Tensor& b_expand, int64_t act, double slope,
                      int64_t gate) {
-  const Layout layout = layout_of(x);
+  const Layout layout = layout_of(x, "x");
   const DType dtype = dtype_of(x, "x");
   const int64_t C = x.size(1), R = b_reduce.numel();
   STD_TORCH_CHECK(w_reduce.dim() == 2 && w_reduce.size(0) == R && w_reduce.size(1) == C,
@@ -189,7 +160,7 @@ void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
   a.channels = C;
   a.reduced = R;
   a.pixels = x.size(2) * x.size(3);
-  a.act = activation(act, slope);
+  a.act = activation(act, slope, "act");
   a.sigmoid = gate == 1;
   a.layout = layout;
   const LayerKernels& k = active_layers();

@@ -9,24 +9,12 @@
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
-#include "torch/tensors.h"
+#include "torch/cpu_common.h"
 
 namespace ghost {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-int64_t threads() {
-  return int64_t(torch::stable::get_num_threads());
-}
-
-template <class F>
-void parallel(int64_t items, const F& f) {
-  if (items == 1 || threads() == 1)
-    f(0, items);
-  else if (items > 0)
-    torch::stable::parallel_for(0, items, 1, [&](int64_t b, int64_t e) { f(b, e); });
-}
 
 // Calls f with a zero of the compute type of t.
 template <class F>
@@ -39,12 +27,6 @@ auto with_dtype(DType t, F&& f) {
   }
 }
 
-Activation activation(int64_t code, double slope, const char* name) {
-  STD_TORCH_CHECK(code >= 0 && code < kNumActs, name, " must be a code from 0 to ", kNumActs - 1,
-                  ", got ", code);
-  return {Act(code), slope};
-}
-
 struct Image {
   int64_t n, c, h, w;
   Layout layout;
@@ -52,16 +34,8 @@ struct Image {
 };
 
 Image image_of(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(x.dim() == 4, name, " must be 4-D [N, C, H, W], got ", x.dim(), "-D");
-  // A single channel is dense both ways; its stride tells which of them it was made as, as in
-  // PyTorch.
-  const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
-  const bool nchw = is_dense(x, Layout::kNCHW) && !one_map_nhwc;
-  STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name,
-                  " must be dense, contiguous or channels_last");
-  return {x.size(0),        x.size(1), x.size(2), x.size(3), nchw ? Layout::kNCHW : Layout::kNHWC,
-          dtype_of(x, name)};
+  const Layout layout = layout_of(x, name);
+  return {x.size(0), x.size(1), x.size(2), x.size(3), layout, dtype_of(x, name)};
 }
 
 Problem problem_of(const Image& x) {
