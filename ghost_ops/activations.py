@@ -29,6 +29,9 @@ from torch import Tensor, nn
 
 NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, GELU, GELU_TANH = range(8)
 
+# Slopes per channel, kept with the packed parameters; ``ghost_pack`` and ``ghost_apply`` know it.
+PRELU = 8
+
 NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
 CODES = {name: code for code, name in enumerate(NAMES)}
 DEFAULT_SLOPE = 0.01

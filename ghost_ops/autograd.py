@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ def frozen_forward(
     packed = pack(functions, w1, w2, norms, settings)
     m = x.size(1) if w1 is None else w1.size(0)
     arguments = apply_arguments(m, w2, settings, w1 is not None)
-    return functions.ghost_apply(x, packed, None, *arguments)
+    return functions.ghost_apply(x, packed, None, None, *arguments)
 
 
 def pack(functions: Any, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings) -> Tensor:
@@ -170,7 +170,7 @@ def pack(functions: Any, w1: Tensor | None, w2: Tensor, norms: Norms, settings: 
 
 
 def apply_arguments(m: int, w2: Tensor, settings: Settings, has_primary: bool) -> tuple:
-    """What ``ghost_apply`` takes after x, packed and residual, for m intrinsic maps."""
+    """What ``ghost_apply`` takes after x, packed, residual and gate, for m intrinsic maps."""
     s = settings
     return (
         m, s.out_channels, w2.size(0) // m + 1, w2.size(-1), s.stride[0] if has_primary else 1,
@@ -328,6 +328,13 @@ def _without_stats(norms: Norms) -> Norms:
     return Norms(norms.gamma1, norms.beta1, None, None, norms.gamma2, norms.beta2, None, None)
 
 
+class RunningUpdate(NamedTuple):
+    """How a training step changes the running statistics of one batch norm."""
+
+    momentum: float | None = 0.0  # share of this batch; None: the average over all batches
+    batches: Tensor | None = None  # their counter, raised by one; needed where momentum is None
+
+
 def run(
     x: Tensor,
     w1: Tensor | None,
@@ -335,8 +342,8 @@ def run(
     norms: Norms,
     settings: Settings,
     batch_stats: bool,
-    momentum1: float,
-    momentum2: float,
+    update1: RunningUpdate,
+    update2: RunningUpdate,
 ) -> Tensor:
     """The Ghost module on checked arguments, by the path that grad mode and autocast ask for.
 
@@ -347,7 +354,12 @@ def run(
         _announce(
             "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
-        return ghost_formula(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
+        shares = [_share(update) for update in (update1, update2)]
+        out = ghost_formula(x, w1, w2, norms, settings, batch_stats, *shares)
+        for update in (update1, update2):
+            if batch_stats and update.batches is not None:
+                update.batches.add_(1)
+        return out
     device_type = x.device.type
     to = autocast_dtype(device_type)
     if to is not None:
@@ -356,7 +368,7 @@ def run(
             t if t is None or t.dtype in (to, torch.float64) else t.to(to) for t in (x, w1, w2)
         )
         with torch.autocast(device_type, enabled=False):
-            return run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
+            return run(x, w1, w2, norms, settings, batch_stats, update1, update2)
     if needs_grad(x, w1, w2, norms):
         given = _without_stats(norms) if batch_stats else norms
         result = GhostModuleFunction.apply(x, w1, w2, *given, settings, batch_stats)
@@ -370,34 +382,54 @@ def run(
             result = frozen_forward(data, w1, w2, norms, settings)
     if not batch_stats:
         return result
-    out, mean1, var1, mean2, var2 = result[:5]
-    count, functions = out.numel() // out.size(1), ops_for(x, w2)
-    _update_running(functions, n.mean1, n.var1, mean1, var1, momentum1, count)
-    if w2.size(0):
-        _update_running(functions, n.mean2, n.var2, mean2, var2, momentum2, count)
+    out, *stats = result[:5]
+    ghosts = w2.size(0) > 0
+    _update_running(
+        ops_for(x, w2), n if ghosts else n._replace(mean2=None, var2=None), stats,
+        update1, update2 if ghosts else RunningUpdate(), out.numel() // out.size(1),
+    )  # fmt: skip
     return out
+
+
+def _share(update: RunningUpdate) -> float:
+    """The share of this batch in the running statistics, as a number."""
+    if update.momentum is not None:
+        return update.momentum
+    return 0.0 if update.batches is None else 1.0 / (float(update.batches) + 1.0)
 
 
 def _update_running(
     functions: Any,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
+    norms: Norms,
+    stats: list[Tensor],
+    update1: RunningUpdate,
+    update2: RunningUpdate,
     count: int,
 ) -> None:
-    if running_mean is None or running_var is None or count == 0:
+    """Running statistics and counters of both batch norms, in one launch where there is a kernel.
+
+    stats: (mean1, var1, mean2, var2) of the batch, which has count values per channel.
+    """
+    n = norms
+    running = [t for t in (n.mean1, n.var1, n.mean2, n.var2) if t is not None]
+    changed = [*running, *(t for t in (update1.batches, update2.batches) if t is not None)]
+    if not changed:
         return
-    compiling = torch.compiler.is_compiling()
-    contiguous = running_mean.is_contiguous() and running_var.is_contiguous()
+    mean1, var1, mean2, var2 = stats
+    arguments = (
+        n.mean1, n.var1, update1.batches, mean1, var1, update1.momentum,
+        n.mean2, n.var2, update2.batches, mean2, var2, update2.momentum, count,
+    )  # fmt: skip
     # A compiled graph fuses the few operations itself, for any batch size; the operator's count is
-    # an int, which would tie the graph to one.
-    if functions is eager_ops or compiling or not contiguous:
+    # an int, which would tie the graph to one. And the kernels know one dtype, contiguous.
+    if (
+        functions is eager_ops
+        or torch.compiler.is_compiling()
+        or not all(t.is_contiguous() and t.dtype is running[0].dtype for t in running)
+    ):
         with torch.no_grad():
-            eager_ops.ghost_update_running_(running_mean, running_var, mean, var, momentum, count)
+            eager_ops.ghost_update_running_(*arguments)
         return
-    functions.ghost_update_running_(running_mean, running_var, mean, var, momentum, count)
-    if not running_mean.is_inference():
-        # The kernel writes memory that autograd does not watch: tell it, and tell caches.
-        torch.autograd.graph.increment_version((running_mean, running_var))
+    functions.ghost_update_running_(*arguments)
+    # The kernel writes memory that autograd does not watch: tell it, and tell caches.
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])

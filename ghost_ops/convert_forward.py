@@ -32,7 +32,7 @@ from .autograd import (
 from .convert_layouts import Branch, Layout, Refusal, read, settings_of
 from .convert_probe import gate_of, ghost, norms_of, uses_batch_stats
 from .functional import check
-from .nn import _count_batch, _momentum
+from .nn import running_update
 from .structure import _GLOBAL_HOOKS, _hooks_of
 
 # What the settings of a layer are read from.
@@ -132,7 +132,7 @@ class PackedGhost:
         """The module's output for a dense x that fits, plus the residual."""
         if self.library_w1 is not None:
             x = dense(library_conv(x, self.library_w1, self.settings))
-        return self.apply(x, self.packed, residual, *self.arguments)
+        return self.apply(x, self.packed, residual, None, *self.arguments)
 
 
 class PackedWhole:
@@ -268,10 +268,8 @@ class ConvertedGhost(nn.Module):
             norms = norms_of(primary, cheap, True)
             w1, w2 = primary.conv.weight, cheap.conv.weight
             check(x, w1, w2, norms, settings, batch_stats)
-            momentum1, momentum2 = _momentum(primary.bn), _momentum(cheap.bn)
-            out = run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
-            _count_batch(primary.bn)
-            _count_batch(cheap.bn)
+            updates = running_update(primary.bn), running_update(cheap.bn)
+            out = run(x, w1, w2, norms, settings, batch_stats, *updates)
         if layout.gate is None:
             return out
         gate = gate_of(x, layout.gate, (out.size(2), out.size(3)))

@@ -96,23 +96,29 @@ def ghost_pack(
     mean2: Tensor | None,
     var2: Tensor | None,
     eps2: float,
+    prelu1: Tensor | None = None,
+    prelu2: Tensor | None = None,
 ) -> Tensor:
-    """Both batch norms folded into the weights: 1-D, of ``packed_offsets``'s size."""
+    """Both batch norms folded into the weights: 1-D, of ``packed_offsets``'s size.
+
+    Slopes per channel of a PReLU, prelu1 [m] and prelu2 [g], come after it.
+    """
     m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     g, d = w2.size(0), w2.size(-1)
     dtype = compute_dtype(w2.dtype)
     scale1, shift1 = _scale_shift(gamma1, beta1, mean1, var1, eps1, m, w2, dtype)
     scale2, shift2 = _scale_shift(gamma2, beta2, mean2, var2, eps2, g, w2, dtype)
     folded2 = (_cast(w2, dtype) * scale2.view(-1, 1, 1, 1)).reshape(-1)
+    slopes = [t.to(dtype) for t in (prelu1, prelu2) if t is not None]
     if w1 is None:
-        return torch.cat([scale1, shift1, folded2, shift2])
+        return torch.cat([scale1, shift1, folded2, shift2, *slopes])
     channels = w1.size(1)
     first, second, _, _ = packed_offsets(channels, m, g, d, True)
     folded1 = (_cast(w1, dtype).reshape(m, channels) * scale1.view(-1, 1)).reshape(-1)
     if first > m * channels:
         folded1 = F.pad(folded1, (0, first - m * channels))
         shift1 = F.pad(shift1, (0, second - first - m))
-    return torch.cat([folded1, shift1, folded2, shift2])
+    return torch.cat([folded1, shift1, folded2, shift2, *slopes])
 
 
 def intrinsic_count(w1: Tensor | None, *per_channel: Tensor | None) -> int:
@@ -137,6 +143,7 @@ def ghost_apply(
     x: Tensor,
     packed: Tensor,
     residual: Tensor | None,
+    gate: Tensor | None,
     intrinsic: int,
     out_channels: int,
     ratio: int,
@@ -148,50 +155,54 @@ def ghost_apply(
     slope2: float,
     has_primary: bool,
 ) -> Tensor:
-    """The whole module with folded batch norms; plus the residual, if one is given.
+    """The whole module with folded batch norms, times the gate, plus the residual, where given.
 
+    The gate [N, out_channels, Hg, Wg] is brought to the size of the output by nearest neighbours.
     Computes in the dtype of ``packed``: weights with a batch norm folded in would lose digits in
     bfloat16 or float16 that the module without folding keeps.
     """
     g = intrinsic * (ratio - 1)
-    y = _intrinsic_maps(x, packed, intrinsic, g, dw_size, stride, act1, slope1, has_primary)
+    _, second, third, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    slopes1 = packed[end : end + intrinsic] if act1 == activations.PRELU else None
+    slopes2 = packed[packed.numel() - g :] if act2 == activations.PRELU else None
+    expected = end + sum(t.numel() for t in (slopes1, slopes2) if t is not None)
+    if packed.numel() != expected:
+        raise RuntimeError(
+            f"packed has {packed.numel()} elements; {x.size(1)} input channels, {intrinsic} "
+            f"intrinsic and {g} ghost maps with a {dw_size}x{dw_size} kernel need {expected}"
+        )
+    y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
+    y = _activate(y, act1, slope1, slopes1)
     z = None
     if g:
-        _, second, third, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
         w2 = packed[second:third].view(g, 1, dw_size, dw_size)
         z = F.conv2d(y, w2, packed[third:end], 1, dw_size // 2, 1, intrinsic)
-        z = activations.apply(z, act2, slope2, inplace=True)
+        z = _activate(z, act2, slope2, slopes2)
     out = _join(y, z, out_channels, x)
+    if gate is not None:
+        out = out.mul_(F.interpolate(gate, out.shape[2:], mode="nearest"))
     return out if residual is None else out.add_(residual)
 
 
-def _intrinsic_maps(
-    x: Tensor,
-    packed: Tensor,
-    m: int,
-    g: int,
-    d: int,
-    stride: int,
-    act1: int,
-    slope1: float,
-    has_primary: bool,
+def _activate(x: Tensor, act: int, slope: float, slopes: Tensor | None) -> Tensor:
+    """act(x), where x may be overwritten; with slopes it is a PReLU with one a channel."""
+    if slopes is not None:
+        return F.prelu(x, slopes) if slopes.numel() else x
+    return activations.apply(x, act, slope, inplace=True)
+
+
+def _affine_or_conv(
+    x: Tensor, packed: Tensor, m: int, g: int, d: int, stride: int, has_primary: bool
 ) -> Tensor:
-    """y [N, m, Ho, Wo] in the dtype of the packed parameters."""
+    """bn1(u) [N, m, Ho, Wo] in the dtype of the packed parameters."""
     channels = x.size(1)
-    first, second, _, end = packed_offsets(channels, m, g, d, has_primary)
-    if packed.numel() != end:
-        raise RuntimeError(
-            f"packed has {packed.numel()} elements; {channels} input channels, {m} intrinsic and "
-            f"{g} ghost maps with a {d}x{d} kernel need {end}"
-        )
+    first, second, _, _ = packed_offsets(channels, m, g, d, has_primary)
     if has_primary:
         w1 = packed[: m * channels].view(m, channels, 1, 1)
-        y = F.conv2d(x.to(packed.dtype), w1, packed[first : first + m], stride)
-    else:
-        scale, shift = packed[:first], packed[first:second]
-        zero, one = torch.zeros_like(shift), torch.ones_like(scale)
-        y = F.batch_norm(x.to(packed.dtype), zero, one, scale, shift, eps=0.0)
-    return activations.apply(y, act1, slope1, inplace=True)
+        return F.conv2d(x.to(packed.dtype), w1, packed[first : first + m], stride)
+    scale, shift = packed[:first], packed[first:second]
+    zero, one = torch.zeros_like(shift), torch.ones_like(scale)
+    return F.batch_norm(x.to(packed.dtype), zero, one, scale, shift, eps=0.0)
 
 
 def _statistics(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,10 +239,13 @@ def ghost_cheap_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [g] of v; ``packed`` was built without batch norm 2."""
     g = intrinsic * (ratio - 1)
-    y = _intrinsic_maps(x, packed, intrinsic, g, dw_size, stride, act1, slope1, has_primary)
+    _, second, third, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    if packed.numel() != end:
+        raise RuntimeError(f"packed has {packed.numel()} elements, expected {end}")
     if g == 0:
         return packed.new_empty(0), packed.new_empty(0)
-    _, second, third, _ = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
+    y = activations.apply(y, act1, slope1, inplace=True)
     w2 = packed[second:third].view(g, 1, dw_size, dw_size)
     return _statistics(F.conv2d(y, w2, None, 1, dw_size // 2, 1, intrinsic))
 
@@ -395,22 +409,40 @@ def ghost_backward(
 
 
 def ghost_update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
+    running_mean1: Tensor | None,
+    running_var1: Tensor | None,
+    batches1: Tensor | None,
+    mean1: Tensor,
+    var1: Tensor,
+    momentum1: float | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    batches2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    momentum2: float | None,
     count: int,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * stat, the variance made unbiased first.
+    """Running statistics and batch counters of both batch norms, after a batch of count pixels.
 
-    An empty batch (count 0) changes nothing, as in PyTorch.
+    running = (1 - momentum) * running + momentum * stat, the variance made unbiased first; a
+    momentum of None is the average over all batches, 1 / counter. An empty batch (count 0) counts
+    and changes no statistics, as in PyTorch.
     """
-    if count == 0:
-        return
-    unbiased = var * (count / (count - 1)) if count > 1 else var
-    for running, stat in ((running_mean, mean), (running_var, unbiased)):
-        if running.dtype is stat.dtype:
-            running.lerp_(stat, momentum)
-        else:
-            running.copy_(torch.lerp(running.to(stat.dtype), stat, momentum))
+    for running_mean, running_var, batches, mean, var, momentum in (
+        (running_mean1, running_var1, batches1, mean1, var1, momentum1),
+        (running_mean2, running_var2, batches2, mean2, var2, momentum2),
+    ):
+        if batches is not None:
+            batches.add_(1)
+        if running_mean is None or running_var is None or count == 0:
+            continue
+        if momentum is None and batches is None:
+            raise RuntimeError("a momentum of None needs the counter of batches")
+        weight = (1.0 / batches).to(mean.dtype) if momentum is None else momentum
+        unbiased = var * (count / (count - 1)) if count > 1 else var
+        for running, stat in ((running_mean, mean), (running_var, unbiased)):
+            if running.dtype is stat.dtype:
+                running.lerp_(stat, weight)
+            else:
+                running.copy_(torch.lerp(running.to(stat.dtype), stat, weight))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import activations
 from .activations import ActivationSpec
-from .autograd import GhostModuleFunction, autocast_dtype, run
+from .autograd import GhostModuleFunction, RunningUpdate, autocast_dtype, run
 from .eager_ops import compute_dtype
 from .reference import Norms, Settings
 
@@ -144,7 +144,8 @@ def ghost_module(
         cheap_running_var,
     )
     check(x, primary_weight, cheap_weight, norms, settings, training)
-    return run(x, primary_weight, cheap_weight, norms, settings, training, momentum1, momentum2)
+    updates = RunningUpdate(momentum1), RunningUpdate(momentum2)
+    return run(x, primary_weight, cheap_weight, norms, settings, training, *updates)
 
 
 def _check_types(**tensors: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from . import activations, backends, watch
 from .activations import ActivationSpec
 from .autograd import (
     LOW_PRECISION,
+    RunningUpdate,
     apply_arguments,
     autocast_dtype,
     backend_for,
@@ -109,7 +110,7 @@ class _Packed:
         """The module's output for an x that is dense and fits."""
         if self.library_w1 is not None:
             x = dense(library_conv(x, self.library_w1, self.settings))
-        return self.apply(x, self.packed, None, *self.arguments)
+        return self.apply(x, self.packed, None, None, *self.arguments)
 
 
 class FusedGhostModule(nn.Module):
@@ -238,12 +239,9 @@ class FusedGhostModule(nn.Module):
             out = self._infer(x, structure, w1, w2, norms)
             if out is not None:
                 return out
-        momentum1, momentum2 = _momentum(bn1), _momentum(bn2)
-        out = run(x, w1, w2, norms, settings, batch_stats, momentum1, momentum2)
-        _count_batch(bn1)
-        if w2.size(0):
-            _count_batch(bn2)
-        return out
+        return run(
+            x, w1, w2, norms, settings, batch_stats, running_update(bn1), running_update(bn2)
+        )
 
     def _infer(
         self, x: Tensor, structure: Structure, w1: Tensor, w2: Tensor, norms: Norms
@@ -340,21 +338,15 @@ def _norm_tensors(bn: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     return weight, bias, buffers["running_mean"], buffers["running_var"]
 
 
-def _momentum(bn: nn.BatchNorm2d | None) -> float:
-    """The share of this batch in the running statistics; None is the average of all batches."""
+def running_update(bn: nn.BatchNorm2d | None) -> RunningUpdate:
+    """What a forward in bn's mode does to its running statistics."""
     if bn is None:
-        return 0.0
-    if bn.momentum is not None:
-        return bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        return 1.0 / (float(bn.num_batches_tracked) + 1.0)
-    return 0.0
-
-
-def _count_batch(bn: nn.BatchNorm2d | None) -> None:
-    counts = bn is not None and bn.training and bn.track_running_stats
-    if counts and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+        return RunningUpdate()
+    counts = bn.training and bn.track_running_stats
+    batches = bn.num_batches_tracked if counts else None
+    if bn.momentum is None and batches is None:
+        return RunningUpdate()
+    return RunningUpdate(bn.momentum, batches)
 
 
 def _places(structure: Structure) -> tuple[dict, ...]:

@@ -28,10 +28,10 @@ from .eager_ops import compute_dtype, memory_format, packed_offsets
 SCHEMAS = (
     "ghost_pack(Tensor? w1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, Tensor? var1, "
     "float eps1, Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor? mean2, Tensor? var2, "
-    "float eps2) -> Tensor",
-    "ghost_apply(Tensor x, Tensor packed, Tensor? residual, int intrinsic, int out_channels, "
-    "int ratio, int dw_size, int stride, int act1, float slope1, int act2, float slope2, "
-    "bool has_primary) -> Tensor",
+    "float eps2, Tensor? prelu1=None, Tensor? prelu2=None) -> Tensor",
+    "ghost_apply(Tensor x, Tensor packed, Tensor? residual, Tensor? gate, int intrinsic, "
+    "int out_channels, int ratio, int dw_size, int stride, int act1, float slope1, int act2, "
+    "float slope2, bool has_primary) -> Tensor",
     "ghost_primary_stats(Tensor x, Tensor w1, int stride) -> (Tensor mean, Tensor var)",
     "ghost_cheap_stats(Tensor x, Tensor packed, int intrinsic, int ratio, int dw_size, "
     "int stride, int act1, float slope1, bool has_primary) -> (Tensor mean, Tensor var)",
@@ -45,15 +45,21 @@ SCHEMAS = (
     "int act2, float slope2, bool batch_stats, bool need_dx, bool need_dw1) "
     "-> (Tensor dx, Tensor dw1, Tensor dgamma1, Tensor dbeta1, Tensor dw2, Tensor dgamma2, "
     "Tensor dbeta2)",
-    "ghost_update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
-    "Tensor var, float momentum, int count) -> ()",
+    "ghost_update_running_(Tensor(a!)? running_mean1, Tensor(b!)? running_var1, "
+    "Tensor(c!)? batches1, Tensor mean1, Tensor var1, float? momentum1, "
+    "Tensor(d!)? running_mean2, Tensor(e!)? running_var2, Tensor(f!)? batches2, Tensor mean2, "
+    "Tensor var2, float? momentum2, int count) -> ()",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 
 def packed_numel(channels: int, m: int, g: int, d: int, has_primary: bool) -> int:
-    """Number of elements of a packed tensor, for every backend."""
+    """Number of elements of a packed tensor without slopes, for eager and native backends."""
     return packed_offsets(channels, m, g, d, has_primary)[-1]
+
+
+def _numel(*given: Tensor | None) -> int:
+    return sum(t.numel() for t in given if t is not None)
 
 
 def _image(x: Tensor, channels: int, stride: int) -> Tensor:
@@ -69,23 +75,31 @@ def _vectors(like: Tensor, size: int, count: int) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(size, dtype=dtype) for _ in range(count))
 
 
-def _fake_pack(w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2):
+def _fake_pack(
+    w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2, prelu1=None,
+    prelu2=None,
+):  # fmt: skip
     m = eager_ops.intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     numel = packed_numel(channels, m, w2.size(0), w2.size(-1), w1 is not None)
+    numel += _numel(prelu1, prelu2)
     return w2.new_empty(numel, dtype=compute_dtype(w2.dtype))
 
 
-def _fake_triton_pack(w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2):
+def _fake_triton_pack(
+    w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2, prelu1=None,
+    prelu2=None,
+):  # fmt: skip
     m = eager_ops.intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     numel = triton_packed_numel(channels, m, w2.size(0), w2.size(-1), w2.dtype, w1 is not None)
+    numel += _numel(prelu1, prelu2)
     return w2.new_empty(numel, dtype=torch.float32)
 
 
 def _fake_apply(
-    x, packed, residual, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2,
-    slope2, has_primary,
+    x, packed, residual, gate, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1,
+    act2, slope2, has_primary,
 ):  # fmt: skip
     return _image(x, out_channels, stride if has_primary else 1)
 
@@ -118,7 +132,10 @@ def _fake_backward(
     return dx, dw1, *_vectors(x, m, 2), w2.new_empty(w2.shape), *_vectors(x, g, 2)
 
 
-def _fake_update_running_(running_mean, running_var, mean, var, momentum, count):
+def _fake_update_running_(
+    running_mean1, running_var1, batches1, mean1, var1, momentum1,
+    running_mean2, running_var2, batches2, mean2, var2, momentum2, count,
+):  # fmt: skip
     return None
 
 

@@ -67,7 +67,7 @@ def nan_output(world: World, case: Case, x: torch.Tensor) -> torch.Tensor:
     o = operands(case)
     bn1, bn2 = norm_arguments(o)
     packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
-    return world.call("ghost_apply", x, packed, None, *o.shape, *o.acts, True)
+    return world.call("ghost_apply", x, packed, None, None, *o.shape, *o.acts, True)
 
 
 SMALL: dict[str, Check] = {

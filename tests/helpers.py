@@ -442,3 +442,36 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def check_update_running(
+    update: Callable[..., None],
+    dtype: torch.dtype,
+    stat: torch.dtype,
+    count: int,
+    *,
+    missing: str = "",
+    device: str = "cpu",
+) -> None:
+    """``ghost_update_running_`` on two batch norms: momentum 0.25, and the average of 4 batches."""
+    eps = torch.finfo(dtype).eps
+    arguments: list[Any] = []
+    wanted: list[tuple[Tensor, Tensor]] = []
+    for which, channels, momentum in (("1", 300, 0.25), ("2", 5, None)):
+        running = [torch.randn(channels).to(device, dtype), torch.rand(channels).to(device, dtype)]
+        stats = [torch.randn(channels).to(device, stat), torch.rand(channels).to(device, stat)]
+        batches = torch.tensor(3, device=device)
+        if missing == f"batches{which}":
+            momentum = 0.25
+        if missing != f"statistics{which}":
+            factors = (1.0, count / (count - 1) if count > 1 else 1.0)
+            for old, new, factor in zip(running, stats, factors, strict=True):
+                blended = 0.75 * old.double() + 0.25 * factor * new.double()
+                wanted.append((old, blended if count else old.double().clone()))
+        if missing != f"batches{which}":
+            wanted.append((batches, torch.tensor(4, device=device)))
+        arguments += running if missing != f"statistics{which}" else [None, None]
+        arguments += [None if missing == f"batches{which}" else batches, *stats, momentum]
+    update(*arguments, count)
+    for got, want in wanted:
+        torch.testing.assert_close(got.to(want.dtype), want, rtol=2 * eps, atol=2 * eps)

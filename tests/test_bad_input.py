@@ -316,8 +316,8 @@ def test_unknown_argument() -> None:
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, torch.randn(2, 5, 6)), (0, torch.randn(2, 4, 6, 7)), (1, torch.randn(3)), (3, 5), (4, 40),
-     (6, 5), (2, torch.randn(2, 8, 6, 6)), (0, torch.randn(2, 5, 6, 7).double())],
+    [(0, torch.randn(2, 5, 6)), (0, torch.randn(2, 4, 6, 7)), (1, torch.randn(3)), (4, 5), (5, 40),
+     (7, 5), (2, torch.randn(2, 8, 6, 6)), (0, torch.randn(2, 5, 6, 7).double())],
     ids=["rank", "channels", "packed", "intrinsic", "out_channels", "dw_size", "residual", "dtype"],
 )  # fmt: skip
 def test_operator(native: str, position: int, value: Any) -> None:
@@ -328,7 +328,9 @@ def test_operator(native: str, position: int, value: Any) -> None:
         packed = ops.ghost_pack(
             p.w1, a.gamma, a.beta, a.mean, a.var, 1e-5, p.w2, b.gamma, b.beta, b.mean, b.var, 1e-5
         )
-        good: list[Any] = [make_input(CASE), packed, None, 4, 8, 2, 3, 1, 1, 0.01, 1, 0.01, True]
+        good: list[Any] = [
+            make_input(CASE), packed, None, None, 4, 8, 2, 3, 1, 1, 0.01, 1, 0.01, True
+        ]  # fmt: skip
         ops.ghost_apply(*good)
         good[position] = value
         with pytest.raises(RuntimeError):

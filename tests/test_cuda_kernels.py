@@ -29,6 +29,7 @@ from helpers import (
     DTYPES,
     LAYOUTS,
     Case,
+    check_update_running,
     covering,
     make_input,
     same_bits,
@@ -224,7 +225,7 @@ def test_launch_counts(
     w2 = o.p.w2.detach()
     packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
     assert launches(library, lambda: world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)) == 1
-    arguments = (o.x, packed, None, *o.shape, *o.acts, has_primary)
+    arguments = (o.x, packed, None, None, *o.shape, *o.acts, has_primary)
     assert launches(library, lambda: world.call("ghost_apply", *arguments)) == 1
     forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup, o.stride, *o.acts, False)
     assert launches(library, lambda: world.call("ghost_train_forward", *forward)) <= 4
@@ -234,7 +235,9 @@ def test_launch_counts(
         var2, 1e-5, o.stride, *o.acts, True, True, has_primary,
     )  # fmt: skip
     assert launches(library, lambda: world.call("ghost_backward", *backward)) <= 4
-    running = (bn1[2].float().clone(), bn1[3].float().clone(), mean1.float(), var1.float(), 0.1, 9)
+    mean, var, count = bn1[2].float().clone(), bn1[3].float().clone(), torch.tensor(3)
+    one = (mean, var, count, mean1.float(), var1.float(), 0.1)
+    running = (*one, *(None, None, None), *one[3:], 9)
     assert launches(library, lambda: world.call("ghost_update_running_", *running)) == 1
 
 
@@ -269,7 +272,7 @@ def test_empty_batch(world: World, layout: str, ratio: int) -> None:
     bn1, bn2 = norm_arguments(o)
     w2 = o.p.w2.detach()
     packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
-    out = world.call("ghost_apply", o.x, packed, None, *o.shape, *o.acts, True)
+    out = world.call("ghost_apply", o.x, packed, None, None, *o.shape, *o.acts, True)
     assert out.shape == (0, 6, 5, 5)
     forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, 6, 1, *o.acts, False)
     out, *moments, _ = world.call("ghost_train_forward", *forward)
@@ -331,17 +334,13 @@ def test_devices_that_cannot_run_it(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_update_running(world: World, dtype: torch.dtype, count: int) -> None:
     stat = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, var = torch.randn(300).to(dtype), torch.rand(300).to(dtype)
-    batch_mean, batch_var = torch.randn(300, dtype=stat), torch.rand(300, dtype=stat)
-    want_mean, want_var = mean.double(), var.double()
-    if count:
-        unbiased = batch_var.double() * (count / (count - 1) if count > 1 else 1)
-        want_mean = 0.75 * want_mean + 0.25 * batch_mean.double()
-        want_var = 0.75 * want_var + 0.25 * unbiased
-    torch.ops.ghost_emu.ghost_update_running_(mean, var, batch_mean, batch_var, 0.25, count)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(mean.double(), want_mean, rtol=2 * eps, atol=2 * eps)
-    torch.testing.assert_close(var.double(), want_var, rtol=2 * eps, atol=2 * eps)
+    check_update_running(torch.ops.ghost_emu.ghost_update_running_, dtype, stat, count)
+
+
+@pytest.mark.parametrize("missing", ["statistics1", "statistics2", "batches1", "batches2"])
+def test_update_running_of_some(world: World, missing: str) -> None:
+    update = torch.ops.ghost_emu.ghost_update_running_
+    check_update_running(update, torch.float32, torch.float32, 84, missing=missing)
 
 
 # The largest GhostNet shapes would take minutes here; these have its proportions.

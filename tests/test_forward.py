@@ -292,7 +292,7 @@ def packed_op(
         p.w2, b2.gamma, b2.beta, b2.mean, b2.var, b2.eps,
     )  # fmt: skip
     return ops.ghost_apply(
-        x, packed, residual, case.m, case.oup, case.ratio, case.d, case.stride,
+        x, packed, residual, None, case.m, case.oup, case.ratio, case.d, case.stride,
         ACT_CODE[case.act1], 0.01, ACT_CODE[case.act2], 0.01, True,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from helpers import (
     LAYOUTS,
     Case,
     Params,
+    check_update_running,
     make_input,
     make_module,
     ops_of,
@@ -66,7 +67,7 @@ def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[An
     shape = (case.m, case.oup, case.ratio, case.d, stride)
     found = {
         "ghost_pack": pack,
-        "ghost_apply": (x, ops.ghost_pack(*pack), None, *shape, *acts, has_primary),
+        "ghost_apply": (x, ops.ghost_pack(*pack), None, None, *shape, *acts, has_primary),
         "ghost_cheap_stats": (
             x, ops.ghost_pack(*unscaled), case.m, case.ratio, case.d, stride, *acts[:2], has_primary
         ),
@@ -77,7 +78,10 @@ def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[An
             grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, w2, *b2[:2], mean2, var2, 1e-5,
             stride, *acts, True, True, True
         ),
-        "ghost_update_running_": (b1[2].clone(), b1[3].clone(), mean1, var1, 0.1, 84),
+        "ghost_update_running_": (
+            b1[2].clone(), b1[3].clone(), torch.tensor(3), mean1, var1, 0.1,
+            b2[2].clone(), b2[3].clone(), torch.tensor(3), mean2, var2, None, 84
+        ),
     }  # fmt: skip
     if has_primary:
         found["ghost_primary_stats"] = (x, w1, stride)
@@ -266,11 +270,11 @@ def test_pack_without_some_parameters(every_isa: str, has_primary: bool, missing
             bn.mean, bn.var, bn.eps = bn.gamma.new_zeros(4), bn.gamma.new_ones(4), 0.0
     with torch.no_grad():
         packed = ops.ghost_pack(p.w1 if has_primary else None, *args[0], p.w2, *args[1])
-        got = ops.ghost_apply(x, packed, None, 4, 8, 2, 3, 1, 4, 0.01, 4, 0.01, has_primary)
+        got = ops.ghost_apply(x, packed, None, None, 4, 8, 2, 3, 1, 4, 0.01, 4, 0.01, has_primary)
         torch.testing.assert_close(got, oracle(p, x, case, False).out)
 
 
-@pytest.mark.parametrize("count", [2, 84, 10**9])
+@pytest.mark.parametrize("count", [0, 1, 84, 10**9])
 @pytest.mark.parametrize(
     ("dtype", "stat"),
     [(torch.float32, torch.float32), (torch.float64, torch.float64),
@@ -278,14 +282,22 @@ def test_pack_without_some_parameters(every_isa: str, has_primary: bool, missing
     ids=str,
 )  # fmt: skip
 def test_update_running(backend: str, dtype: torch.dtype, stat: torch.dtype, count: int) -> None:
-    mean, var = torch.randn(5).to(dtype), torch.rand(5).to(dtype)
-    batch_mean, batch_var = torch.randn(5, dtype=stat), torch.rand(5, dtype=stat)
-    want_mean = 0.75 * mean.double() + 0.25 * batch_mean.double()
-    want_var = 0.75 * var.double() + 0.25 * batch_var.double() * count / (count - 1)
-    ops_of(backend).ghost_update_running_(mean, var, batch_mean, batch_var, 0.25, count)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(mean.double(), want_mean, rtol=2 * eps, atol=2 * eps)
-    torch.testing.assert_close(var.double(), want_var, rtol=2 * eps, atol=2 * eps)
+    check_update_running(ops_of(backend).ghost_update_running_, dtype, stat, count)
+
+
+@pytest.mark.parametrize("missing", ["statistics1", "statistics2", "batches1", "batches2"])
+def test_update_running_of_some(backend: str, missing: str) -> None:
+    update = ops_of(backend).ghost_update_running_
+    check_update_running(update, torch.float32, torch.float32, 84, missing=missing)
+
+
+def test_update_running_needs_a_counter_for_the_average(backend: str) -> None:
+    running, stats = torch.zeros(2, 3), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="momentum of None needs the counter"):
+        ops_of(backend).ghost_update_running_(
+            *running, None, *stats, None, None, None, None, *stats, 0.0, 4
+        )
+    assert not running.any()
 
 
 @pytest.mark.parametrize("has_primary", [True, False])
@@ -315,10 +327,10 @@ def test_backends_agree(case: Case, has_primary: bool) -> None:
 
 def test_out_of_range_codes_are_refused(native: str) -> None:
     ops = ops_of(native)
-    x, packed, residual, *rest = samples(SAMPLES[0], True, ops)["ghost_apply"]
+    x, packed, residual, gate, *rest = samples(SAMPLES[0], True, ops)["ghost_apply"]
     rest[5] = 8
     with pytest.raises(RuntimeError, match="act1"):
-        ops.ghost_apply(x, packed, residual, *rest)
+        ops.ghost_apply(x, packed, residual, gate, *rest)
 
 
 @pytest.mark.parametrize("op", ["ghost_apply", "ghost_train_forward", "ghost_primary_stats"])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import check_update_running
 
 import ghost_ops
 from ghost_ops import _env, backends
@@ -329,17 +330,12 @@ def test_cuda_library_is_refused_with_a_reason_by_a_cpu_torch() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stat_dtype", [torch.float32, torch.float64])
-def test_cuda_running_statistics_match_the_formula(stat_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_running_statistics_match_the_formula(dtype: torch.dtype) -> None:
     cuda_library()
     assert backends.cuda.load(), backends.cuda.reason()
-    generator = torch.Generator().manual_seed(0)
-    running = torch.rand(2, 300, generator=generator, dtype=stat_dtype)
-    stats = torch.rand(2, 300, generator=generator, dtype=stat_dtype)
-    on_gpu = [t.cuda() for t in (*running, *stats)]
-    torch.ops.ghost_ops.ghost_update_running_(*on_gpu, 0.1, 8)
-    expected = 0.9 * running + 0.1 * stats * torch.tensor([[1.0], [8 / 7]], dtype=stat_dtype)
-    torch.testing.assert_close(torch.stack(on_gpu[:2]).cpu(), expected)
+    update = torch.ops.ghost_ops.ghost_update_running_
+    check_update_running(update, dtype, dtype, 8, device="cuda")
 
 
 # ---------------------------------------------------------------- the report and the variables

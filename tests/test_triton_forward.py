@@ -124,9 +124,9 @@ def apply_with(
         *moved(p.w2, b2.gamma, b2.beta, b2.mean, b2.var), b2.eps,
     )  # fmt: skip
     return ops.triton.ghost_apply(
-        x.to(device), packed, None if residual is None else residual.to(device), case.m, case.oup,
-        case.ratio, case.d, case.stride, ACT_CODE[case.act1], slope, ACT_CODE[case.act2], slope,
-        True,
+        x.to(device), packed, None if residual is None else residual.to(device), None, case.m,
+        case.oup, case.ratio, case.d, case.stride, ACT_CODE[case.act1], slope,
+        ACT_CODE[case.act2], slope, True,
     ).cpu()  # fmt: skip
 
 

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, Case, Params, make_input, make_module, oracle
+from helpers import (
+    LAYOUTS,
+    Case,
+    Params,
+    check_update_running,
+    make_input,
+    make_module,
+    oracle,
+)
 from test_ops import samples, strides
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -87,21 +95,28 @@ def test_statistics(triton_device: str, offset: float, layout: str) -> None:
     torch.testing.assert_close(var.cpu().double(), frozen.var2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.25, 1.0])
+@pytest.mark.parametrize("count", [0, 1, 84])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_update_running(triton_device: str, dtype: torch.dtype, momentum: float) -> None:
-    mean, var = torch.randn(300).to(dtype), torch.rand(300).to(dtype)
-    if momentum == 1.0:
-        mean[0] = float("nan")  # must not count
-    batch_mean, batch_var = torch.randn(300), torch.rand(300)
-    keep = 1 - momentum
-    want_mean = batch_mean if momentum == 1.0 else keep * mean.float() + momentum * batch_mean
-    want_var = keep * var.float() + momentum * batch_var * 84 / 83
-    moved = [t.to(triton_device) for t in (mean, var, batch_mean, batch_var)]
-    OPS.ghost_update_running_(*moved, momentum, 84)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(moved[0].cpu().float(), want_mean, rtol=2 * eps, atol=2 * eps)
-    torch.testing.assert_close(moved[1].cpu().float(), want_var, rtol=2 * eps, atol=2 * eps)
+def test_update_running(triton_device: str, dtype: torch.dtype, count: int) -> None:
+    check_update_running(
+        OPS.ghost_update_running_, dtype, torch.float32, count, device=triton_device
+    )
+
+
+@pytest.mark.parametrize("missing", ["statistics1", "statistics2", "batches1", "batches2"])
+def test_update_running_of_some(triton_device: str, missing: str) -> None:
+    check_update_running(
+        OPS.ghost_update_running_, torch.float32, torch.float32, 84,
+        missing=missing, device=triton_device,
+    )  # fmt: skip
+
+
+def test_with_momentum_one_the_old_value_does_not_count(triton_device: str) -> None:
+    old = torch.full((2, 3), float("nan"), device=triton_device)
+    new = torch.rand(2, 3, device=triton_device)
+    nothing = (None, None, None, new[0], new[1], 0.0)
+    OPS.ghost_update_running_(old[0], old[1], None, new[0], new[1], 1.0, *nothing, 1)
+    torch.testing.assert_close(old, new)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -127,11 +142,11 @@ WRONG = [
     ("ghost_apply", 0, lambda x: x.double(), "float64"),
     ("ghost_apply", 1, lambda packed: packed[:-1], "packed has"),
     ("ghost_apply", 2, lambda _: torch.zeros(1, 2, 3, 4), "residual"),
-    ("ghost_apply", 4, lambda _: 100, "out_channels"),
-    ("ghost_apply", 6, lambda _: 2, "dw_size"),
-    ("ghost_apply", 7, lambda _: 0, "stride"),
-    ("ghost_apply", 8, lambda _: 8, "act1"),
-    ("ghost_apply", 10, lambda _: -1, "act2"),
+    ("ghost_apply", 5, lambda _: 100, "out_channels"),
+    ("ghost_apply", 7, lambda _: 2, "dw_size"),
+    ("ghost_apply", 8, lambda _: 0, "stride"),
+    ("ghost_apply", 9, lambda _: 9, "act1"),
+    ("ghost_apply", 11, lambda _: -1, "act2"),
     ("ghost_train_forward", 1, lambda w1: w1[:, :3], "w1 must be"),
     ("ghost_train_forward", 1, lambda w1: w1.double(), "w1 must be one of"),
     ("ghost_train_forward", 2, lambda gamma: gamma[1:], "gamma1"),

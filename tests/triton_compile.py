@@ -93,11 +93,12 @@ def run_all(n: int, dtype: torch.dtype, nhwc: bool, d: int) -> None:
     v = empty(m)
     acts = (4, 0.0, 4, 0.0)
     packed = forward.ghost_pack(w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5)
-    forward.ghost_apply(x, packed, None, m, oup, 2, d, 1, *acts, True)
+    forward.ghost_apply(x, packed, None, None, m, oup, 2, d, 1, *acts, True)
     out, *_ = forward.ghost_train_forward(
         x, w1, v, v, 1e-5, w2, v, v, 1e-5, oup, 1, *acts, False
     )  # fmt: skip
-    forward.ghost_update_running_(v, v, v, v, 0.1, 10)
+    batches = empty(dtype=torch.int64)
+    forward.ghost_update_running_(v, v, batches, v, v, 0.1, v, v, batches, v, v, None, 10)
     if n > 1:
         backward.ghost_backward(
             out, x, None, w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5, 1, *acts, True, True, True

@@ -1,7 +1,9 @@
-// running = (1 - momentum) * running + momentum * stat, one thread a channel.
+// running = (1 - momentum) * running + momentum * stat, for both batch norms of a module.
 //
-// Bound by launch latency: a layer has at most a few thousand channels. One kernel replaces the
-// four that PyTorch arithmetic on mean, var and the unbiased variance would launch.
+// Tile map: one block a batch norm, one thread a channel in turn. One block, because all of its
+// threads read the counter of batches that one of them raises.
+// Bound by launch latency: a layer has at most a few thousand channels. One launch replaces the
+// ten that PyTorch arithmetic on means, variances and counters would take.
 
 #include "cuda/update_running.h"
 
@@ -13,54 +15,72 @@ namespace {
 constexpr int kThreads = 256;
 
 template <typename Running, typename Stat>
-__global__ void __launch_bounds__(kThreads)
-    update_running_kernel(Running* __restrict__ running_mean,  // [channels]
-                          Running* __restrict__ running_var,   // [channels]
-                          const Stat* __restrict__ mean,       // [channels]
-                          const Stat* __restrict__ var,        // [channels]
-                          int64_t channels, Stat momentum, Stat unbiased_momentum) {
-  const int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (c >= channels) return;
-  const Stat keep = Stat(1) - momentum;
-  running_mean[c] =
-      prim::from_float<Running>(keep * prim::to_float(running_mean[c]) + momentum * mean[c]);
-  running_var[c] =
-      prim::from_float<Running>(keep * prim::to_float(running_var[c]) + unbiased_momentum * var[c]);
+struct Norm {
+  Running* running_mean;  // [channels]
+  Running* running_var;   // [channels]
+  int64_t* batches;
+  const Stat* mean;  // [channels]
+  const Stat* var;   // [channels]
+  int64_t channels;
+  Stat momentum;
+  bool average;
+};
+
+template <typename Running, typename Stat>
+__device__ __forceinline__ void blend(Running& running, Stat share, Stat value) {
+  running = prim::from_float<Running>((Stat(1) - share) * prim::to_float(running) + share * value);
 }
 
 template <typename Running, typename Stat>
-cudaError_t launch(void* running_mean, void* running_var, const void* mean, const void* var,
-                   int64_t channels, double momentum, int64_t count, cudaStream_t stream) {
-  if (channels == 0 || count == 0) return cudaSuccess;
+__global__ void __launch_bounds__(kThreads)
+    update_running_kernel(Norm<Running, Stat> first, Norm<Running, Stat> second, Stat unbias) {
+  const Norm<Running, Stat>& norm = blockIdx.x == 0 ? first : second;
+  Stat share = norm.momentum;
+  if (norm.batches != nullptr) {
+    const int64_t raised = *norm.batches + 1;
+    if (norm.average) share = Stat(1) / static_cast<Stat>(raised);
+    prim::sync_threads();
+    if (threadIdx.x == 0) *norm.batches = raised;
+  }
+  for (int64_t c = threadIdx.x; c < norm.channels; c += kThreads) {
+    blend(norm.running_mean[c], share, norm.mean[c]);
+    blend(norm.running_var[c], share, unbias * norm.var[c]);
+  }
+}
+
+template <typename Running, typename Stat>
+cudaError_t launch(const RunningNorm (&norms)[2], int64_t count, cudaStream_t stream) {
+  const auto typed = [&](const RunningNorm& norm) {
+    const int64_t channels = norm.running_mean && count > 0 ? norm.channels : 0;
+    return Norm<Running, Stat>{static_cast<Running*>(norm.running_mean),
+                               static_cast<Running*>(norm.running_var),
+                               norm.batches,
+                               static_cast<const Stat*>(norm.mean),
+                               static_cast<const Stat*>(norm.var),
+                               channels,
+                               static_cast<Stat>(norm.momentum),
+                               norm.average};
+  };
   const double n = static_cast<double>(count);
-  const double unbiased_momentum = count > 1 ? momentum * (n / (n - 1.0)) : momentum;
-  const auto blocks = static_cast<unsigned>((channels + kThreads - 1) / kThreads);
-  return GHOST_LAUNCH((update_running_kernel<Running, Stat>), blocks, kThreads, 0, stream,
-                      static_cast<Running*>(running_mean), static_cast<Running*>(running_var),
-                      static_cast<const Stat*>(mean), static_cast<const Stat*>(var), channels,
-                      static_cast<Stat>(momentum), static_cast<Stat>(unbiased_momentum));
+  const auto unbias = static_cast<Stat>(count > 1 ? n / (n - 1.0) : 1.0);
+  return GHOST_LAUNCH((update_running_kernel<Running, Stat>), 2, kThreads, 0, stream,
+                      typed(norms[0]), typed(norms[1]), unbias);
 }
 
 }  // namespace
 
-cudaError_t launch_update_running(void* running_mean, void* running_var, const void* mean,
-                                  const void* var, Storage running_storage, bool stat_is_double,
-                                  int64_t channels, double momentum, int64_t count,
-                                  cudaStream_t stream) {
-  const auto run = [&](auto launcher) {
-    return launcher(running_mean, running_var, mean, var, channels, momentum, count, stream);
-  };
-  if (stat_is_double) {
-    if (running_storage != Storage::kFloat64) return cudaErrorInvalidValue;
-    return run(launch<double, double>);
-  }
-  switch (running_storage) {
+cudaError_t launch_update_running(const RunningNorm (&norms)[2], Storage storage, bool is_double,
+                                  int64_t count, cudaStream_t stream) {
+  if (is_double)
+    return storage == Storage::kFloat64 ? launch<double, double>(norms, count, stream)
+                                        : cudaErrorInvalidValue;
+  switch (storage) {
     case Storage::kFloat32:
-      return run(launch<float, float>);
+      return launch<float, float>(norms, count, stream);
     case Storage::kFloat16:
-      return run(launch<prim::half_t, float>);
+      return launch<prim::half_t, float>(norms, count, stream);
     case Storage::kBFloat16:
-      return run(launch<prim::bfloat16_t, float>);
+      return launch<prim::bfloat16_t, float>(norms, count, stream);
     case Storage::kFloat64:
       break;
   }

@@ -67,7 +67,9 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
                   const OptionalTensor& beta1, const OptionalTensor& mean1,
                   const OptionalTensor& var1, double eps1, const Tensor& w2,
                   const OptionalTensor& gamma2, const OptionalTensor& beta2,
-                  const OptionalTensor& mean2, const OptionalTensor& var2, double eps2) {
+                  const OptionalTensor& mean2, const OptionalTensor& var2, double eps2,
+                  const OptionalTensor& prelu1, const OptionalTensor& prelu2) {
+  STD_TORCH_CHECK(!prelu1 && !prelu2, "ghost_pack: slopes per channel are not here yet");
   const DType dtype = dtype_of(w2, "w2");
   STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
   int64_t m = -1;
@@ -113,9 +115,10 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
 // eval
 
 Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
-                   int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
-                   int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2,
-                   bool has_primary) {
+                   const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
+                   int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
+                   int64_t act2, double slope2, bool has_primary) {
+  STD_TORCH_CHECK(!gate, "ghost_apply: a gate is not here yet");
   const Image in = image_of(x, "x");
   check_dw_size(dw_size);
   STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
@@ -526,30 +529,68 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   return {dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2};
 }
 
-void ghost_update_running_(Tensor running_mean, Tensor running_var, const Tensor& mean,
-                           const Tensor& var, double momentum, int64_t count) {
-  const int64_t n = mean.numel();
-  STD_TORCH_CHECK(running_mean.numel() == n && running_var.numel() == n && var.numel() == n,
-                  "running statistics must have ", n, " elements");
-  if (n == 0 || count == 0) return;
-  const double unbias = count > 1 ? double(count) / double(count - 1) : 1.0;
-  const DType storage = dtype_of(running_mean, "running_mean");
-  STD_TORCH_CHECK(running_var.scalar_type() == running_mean.scalar_type() &&
-                      running_mean.is_contiguous() && running_var.is_contiguous(),
-                  "running_mean and running_var must be contiguous and of one dtype");
-  const Param m(mean, storage, n, "mean"), v(var, storage, n, "var");
-  with_dtype(storage, [&](auto zero) {
-    using A = decltype(zero);
-    auto blend = [&](Tensor& running, const A* stat, double factor) {
-      Tensor wide = running.scalar_type() == compute_type(storage)
-                        ? running
-                        : torch::stable::to(running, compute_type(storage));
-      blend_running(static_cast<A*>(wide.mutable_data_ptr()), stat, n, momentum, factor);
-      if (running.scalar_type() != compute_type(storage)) torch::stable::copy_(running, wide);
-    };
-    blend(running_mean, m.as<A>(), 1.0);
-    blend(running_var, v.as<A>(), unbias);
-  });
+// The running statistics of one batch norm and its counter, each of which may be absent. All is
+// checked before the first number changes.
+class RunningStats {
+ public:
+  RunningStats(const OptionalTensor& running_mean, const OptionalTensor& running_var,
+               const OptionalTensor& batches, const Tensor& mean, const Tensor& var,
+               std::optional<double> momentum)
+      : running_mean_(running_mean), running_var_(running_var), momentum_(momentum) {
+    if (batches) counter_ = counter_of(*batches);
+    if (!running_mean || !running_var) return;
+    STD_TORCH_CHECK(momentum || batches, "a momentum of None needs the counter of batches");
+    channels_ = mean.numel();
+    STD_TORCH_CHECK(running_mean->numel() == channels_ && running_var->numel() == channels_,
+                    "running statistics must have ", channels_, " elements");
+    storage_ = dtype_of(*running_mean, "running_mean");
+    STD_TORCH_CHECK(running_var->scalar_type() == running_mean->scalar_type() &&
+                        running_mean->is_contiguous() && running_var->is_contiguous(),
+                    "running_mean and running_var must be contiguous and of one dtype");
+    mean_ = Param(mean, storage_, channels_, "mean");
+    var_ = Param(var, storage_, channels_, "var");
+  }
+
+  void update(int64_t count) {
+    if (counter_) ++*counter_;
+    if (channels_ == 0 || count == 0) return;
+    const double share = momentum_ ? *momentum_ : 1.0 / static_cast<double>(*counter_);
+    const double unbias = count > 1 ? double(count) / double(count - 1) : 1.0;
+    with_dtype(storage_, [&](auto zero) {
+      using A = decltype(zero);
+      blend(*running_mean_, mean_.as<A>(), share, 1.0);
+      blend(*running_var_, var_.as<A>(), share, unbias);
+    });
+  }
+
+ private:
+  template <class A>
+  void blend(Tensor& running, const A* stat, double share, double factor) const {
+    const ScalarType compute = compute_type(storage_);
+    const bool same = running.scalar_type() == compute;
+    Tensor wide = same ? running : torch::stable::to(running, compute);
+    blend_running(static_cast<A*>(wide.mutable_data_ptr()), stat, channels_, share, factor);
+    if (!same) torch::stable::copy_(running, wide);
+  }
+
+  OptionalTensor running_mean_, running_var_;
+  int64_t* counter_ = nullptr;
+  std::optional<double> momentum_;
+  int64_t channels_ = 0;
+  DType storage_ = DType::kFloat32;
+  Param mean_, var_;
+};
+
+void ghost_update_running_(const OptionalTensor& running_mean1, const OptionalTensor& running_var1,
+                           const OptionalTensor& batches1, const Tensor& mean1, const Tensor& var1,
+                           std::optional<double> momentum1, const OptionalTensor& running_mean2,
+                           const OptionalTensor& running_var2, const OptionalTensor& batches2,
+                           const Tensor& mean2, const Tensor& var2, std::optional<double> momentum2,
+                           int64_t count) {
+  RunningStats first(running_mean1, running_var1, batches1, mean1, var1, momentum1);
+  RunningStats second(running_mean2, running_var2, batches2, mean2, var2, momentum2);
+  first.update(count);
+  second.update(count);
 }
 
 }  // namespace

@@ -52,6 +52,13 @@ inline ScalarType compute_type(DType t) {
   return t == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The memory of a batch norm's counter of batches.
+inline int64_t* counter_of(const Tensor& batches) {
+  STD_TORCH_CHECK(batches.numel() == 1 && batches.scalar_type() == ScalarType::Long,
+                  "the counter of batches must be one int64");
+  return static_cast<int64_t*>(Tensor(batches).mutable_data_ptr());
+}
+
 inline MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }

@@ -34,7 +34,9 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
                   const OptionalTensor& beta1, const OptionalTensor& mean1,
                   const OptionalTensor& var1, double eps1, const Tensor& w2,
                   const OptionalTensor& gamma2, const OptionalTensor& beta2,
-                  const OptionalTensor& mean2, const OptionalTensor& var2, double eps2) {
+                  const OptionalTensor& mean2, const OptionalTensor& var2, double eps2,
+                  const OptionalTensor& prelu1, const OptionalTensor& prelu2) {
+  STD_TORCH_CHECK(!prelu1 && !prelu2, "ghost_pack: slopes per channel are not here yet");
   check_device(w2, w2, "w2");
   const DType dtype = dtype_of(w2, "w2");
   STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
@@ -93,9 +95,10 @@ void use_packed(ForwardArgs& args, const Tensor& packed) {
 }
 
 Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
-                   int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
-                   int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2,
-                   bool has_primary) {
+                   const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
+                   int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
+                   int64_t act2, double slope2, bool has_primary) {
+  STD_TORCH_CHECK(!gate, "ghost_apply: a gate is not here yet");
   Problem p = problem_of(x);
   check_dw_size(dw_size);
   STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);

@@ -10,6 +10,7 @@ channel is computed in PyTorch.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,8 +129,12 @@ def ghost_pack(
     mean2: Tensor | None,
     var2: Tensor | None,
     eps2: float,
+    prelu1: Tensor | None = None,
+    prelu2: Tensor | None = None,
 ) -> Tensor:
     """Both batch norms as scale and shift, and the weights: 1-D, as ``layout`` says."""
+    if prelu1 is not None or prelu2 is not None:
+        raise RuntimeError("ghost_pack: slopes per channel are not here yet")
     m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     check_primary(w1, w2, m, channels)
@@ -160,6 +165,7 @@ def ghost_apply(
     x: Tensor,
     packed: Tensor,
     residual: Tensor | None,
+    gate: Tensor | None,
     intrinsic: int,
     out_channels: int,
     ratio: int,
@@ -172,6 +178,8 @@ def ghost_apply(
     has_primary: bool,
 ) -> Tensor:
     """The whole module with batch norms as scale and shift; plus the residual, if one is given."""
+    if gate is not None:
+        raise RuntimeError("ghost_apply: a gate is not here yet")
     p = problem_of(
         x, intrinsic, ratio, out_channels, dw_size, stride, act1, slope1, act2, slope2, has_primary
     )
@@ -302,32 +310,39 @@ def ghost_train_forward(
 
 
 def ghost_update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
+    running_mean1: Tensor | None,
+    running_var1: Tensor | None,
+    batches1: Tensor | None,
+    mean1: Tensor,
+    var1: Tensor,
+    momentum1: float | None,
+    running_mean2: Tensor | None,
+    running_var2: Tensor | None,
+    batches2: Tensor | None,
+    mean2: Tensor,
+    var2: Tensor,
+    momentum2: float | None,
     count: int,
 ) -> None:
-    """running = (1 - momentum) * running + momentum * stat, the variance made unbiased first."""
-    size = mean.numel()
-    check_vectors(running_mean, size, running_mean=running_mean, running_var=running_var)
-    check_vectors(running_mean, size, mean=mean, var=var)
-    if count == 0 or size == 0:
-        return
+    """Running statistics and batch counters of both batch norms, in one launch."""
+    arguments: list[Any] = []
+    for running_mean, running_var, batches, mean, var, momentum in (
+        (running_mean1, running_var1, batches1, mean1, var1, momentum1),
+        (running_mean2, running_var2, batches2, mean2, var2, momentum2),
+    ):
+        size = mean.numel()
+        if running_mean is None or running_var is None or count == 0 or size == 0:
+            running_mean = running_var = None
+            momentum = 0.0
+        else:
+            check_vectors(running_mean, size, running_mean=running_mean, running_var=running_var)
+            check_vectors(running_mean, size, mean=mean, var=var)
+            if momentum is None and batches is None:
+                raise RuntimeError("a momentum of None needs the counter of batches")
+        arguments += [running_mean, running_var, batches, mean, var, momentum, size]
     unbiased = count / (count - 1) if count > 1 else 1.0
-    with on_device(mean):
-        update_running_kernel[(math.ceil(size / _BLOCK),)](
-            running_mean,
-            running_var,
-            mean,
-            var,
-            momentum,
-            unbiased,
-            size,
-            B=_BLOCK,
-            enable_fp_fusion=True,
-        )
+    with on_device(mean1):
+        update_running_kernel[(2,)](*arguments, unbiased, B=_BLOCK, enable_fp_fusion=True)
 
 
 def problem_of(

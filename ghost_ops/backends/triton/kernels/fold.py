@@ -81,22 +81,55 @@ def fold_sums_kernel(
 
 
 @triton.jit
-def update_running_kernel(
-    running_mean_ptr, running_var_ptr, mean_ptr, var_ptr, momentum, unbiased, size,
+def _update_running(
+    running_mean_ptr, running_var_ptr, batches_ptr, mean_ptr, var_ptr, momentum, unbiased, size,
     B: tl.constexpr,
 ):  # fmt: skip
-    """running += momentum * (statistic - running), the variance times ``unbiased`` first."""
-    i = tl.program_id(0) * B + tl.arange(0, B)
-    im = i < size
-    old_mean = tl.load(running_mean_ptr + i, mask=im, other=0.0).to(tl.float32)
-    old_var = tl.load(running_var_ptr + i, mask=im, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + i, mask=im, other=0.0).to(tl.float32)
-    var = tl.load(var_ptr + i, mask=im, other=0.0).to(tl.float32) * unbiased
-    # With momentum 1 the old value must not count, whatever it is.
-    new_mean = tl.where(momentum == 1.0, mean, old_mean + momentum * (mean - old_mean))
-    new_var = tl.where(momentum == 1.0, var, old_var + momentum * (var - old_var))
-    tl.store(running_mean_ptr + i, new_mean.to(running_mean_ptr.dtype.element_ty), mask=im)
-    tl.store(running_var_ptr + i, new_var.to(running_var_ptr.dtype.element_ty), mask=im)
+    """One batch norm, by one program: all of its threads read the counter that one raises."""
+    if batches_ptr is not None:
+        raised = tl.load(batches_ptr) + 1
+        tl.debug_barrier()
+        tl.store(batches_ptr, raised)
+        share = 1.0 / raised.to(tl.float32) if momentum is None else momentum
+    else:
+        share = momentum
+    if running_mean_ptr is not None:
+        start = 0
+        while start < size:
+            i = start + tl.arange(0, B)
+            im = i < size
+            old_mean = tl.load(running_mean_ptr + i, mask=im, other=0.0).to(tl.float32)
+            old_var = tl.load(running_var_ptr + i, mask=im, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + i, mask=im, other=0.0).to(tl.float32)
+            var = tl.load(var_ptr + i, mask=im, other=0.0).to(tl.float32) * unbiased
+            # With momentum 1 the old value must not count, whatever it is.
+            mean = tl.where(share == 1.0, mean, old_mean + share * (mean - old_mean))
+            var = tl.where(share == 1.0, var, old_var + share * (var - old_var))
+            tl.store(running_mean_ptr + i, mean.to(running_mean_ptr.dtype.element_ty), mask=im)
+            tl.store(running_var_ptr + i, var.to(running_var_ptr.dtype.element_ty), mask=im)
+            start += B
+
+
+@triton.jit
+def update_running_kernel(
+    running_mean1_ptr, running_var1_ptr, batches1_ptr, mean1_ptr, var1_ptr, momentum1, size1,
+    running_mean2_ptr, running_var2_ptr, batches2_ptr, mean2_ptr, var2_ptr, momentum2, size2,
+    unbiased, B: tl.constexpr,
+):  # fmt: skip
+    """running += momentum * (statistic - running), the variance times ``unbiased`` first.
+
+    Grid: one program a batch norm. Bound by launch latency.
+    """
+    if tl.program_id(0) == 0:
+        _update_running(
+            running_mean1_ptr, running_var1_ptr, batches1_ptr, mean1_ptr, var1_ptr, momentum1,
+            unbiased, size1, B,
+        )  # fmt: skip
+    else:
+        _update_running(
+            running_mean2_ptr, running_var2_ptr, batches2_ptr, mean2_ptr, var2_ptr, momentum2,
+            unbiased, size2, B,
+        )  # fmt: skip
 
 
 @triton.jit
