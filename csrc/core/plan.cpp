@@ -72,7 +72,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   // as it has rows.
   const int64_t budget =
       plan.pack && p.layout == Layout::kNHWC ? cpu.l2_bytes / 8 : cpu.l2_bytes / 2;
-  const bool z_in_scratch = !native || p.has_residual;  // else ghosts go straight to the output
+  const bool changed = p.has_residual || p.has_gate;  // on the way out
+  const bool z_in_scratch = !native || changed;       // else ghosts go straight to the output
   const int64_t per_channel = a * (1 + (z_in_scratch ? s - 1 : 0));
   const int64_t x_bytes = plan.pack ? p.channels * a : 0;
   plan.group = m;
@@ -129,8 +130,11 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   plan.items = tiles * plan.row_splits * plan.channel_splits;
   const int64_t x_total = p.batch * p.channels * p.height * p.width * element_size(p.dtype);
   const int64_t out_bytes = p.batch * p.out_channels * P * element_size(p.dtype);
-  plan.prefetch = !plan.pack && x_total + out_bytes > 2 * cpu.l2_bytes;
-  plan.stream = native && !p.has_residual && out_bytes > 3 * cpu.l2_bytes;
+  // Costs nothing where x is in cache after all, a few shapes with many input channels excepted.
+  plan.prefetch = !plan.pack && x_total > cpu.l1_bytes;
+  // Stores past the caches write whole lines: planes that begin inside one gain nothing from them.
+  const bool aligned = P * a % (cpu.lanes * 4) == 0;
+  plan.stream = native && !p.has_residual && aligned && out_bytes > 3 * cpu.l2_bytes;
 
   const int64_t tile_px = plan.images * std::min(H, plan.band_rows + 2 * pad) * W + 64;
   const int64_t lanes_slack = 4 * 64;

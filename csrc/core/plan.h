@@ -26,7 +26,7 @@ struct ApplyPlan {
   int64_t group =
       0;  // intrinsic channels computed before their ghosts are (a multiple of kPanel, or all)
   int vecs = 4;               // GEMM block width in vectors
-  bool prefetch = false;      // x comes from beyond L2: ask for the next columns meanwhile
+  bool prefetch = false;      // x may come from beyond L2: fetch what is next meanwhile
   bool stream = false;        // non-temporal stores for the output
   int64_t items = 0;          // tiles * row_splits * channel_splits: the parallel loop's length
   int64_t scratch_bytes = 0;  // per thread

@@ -4,7 +4,8 @@
 // (with W transposed)
 //   Tile map: a block keeps kRows x kVecs accumulators in registers; pixels run along the lanes,
 //   weights are broadcast. Binding resource: the FMA ports. Per k a block issues kRows + kVecs
-//   loads for kRows * kVecs FMAs.
+//   loads for kRows * kVecs FMAs. A last vector that would hold a pixel or four goes the other way
+//   round, channels along the lanes.
 // gemm_nt:  D[i][j] += sum_p A[i][p] B[j][p]             dw1
 //   Both operands are contiguous in p, so products are accumulated lane by lane and summed once per
 //   chunk of pixels.
@@ -150,25 +151,121 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
   }
 }
 
+// The last kPixels pixels, too few for a vector of them: here the channels of a panel lie along the
+// lanes, kPanels panels at a time so that enough sums are under way. Every sum is made in the order
+// of gemm_block's.
+template <class A, int kPixels, int kPanels>
+int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K,
+                    const A* shift, int64_t M, const GemmOut<A>& out, int64_t row) {
+  constexpr int L = kLanes<A>, kParts = (int(kPanel) + L - 1) / L;
+  using V = Vec<A>;
+  const auto mask = lane_range<A>(0, kPanel - (kParts - 1) * L);
+  auto part = [&](const A* p, int v) __attribute__((always_inline)) {
+    return v == kParts - 1 ? load_masked(p + v * L, mask) : load(p + v * L);
+  };
+  for (; row + (kPanels - 1) * kPanel < M; row += kPanels * kPanel) {
+    const A* w = panels + row / kPanel * ldpanel;
+    const int64_t rows = M - row < kPanels * kPanel ? M - row : kPanels * kPanel;
+    V acc[kPanels][kParts][kPixels];
+    A lanes[kPanels][kParts * L];
+    for (int q = 0; q < kPixels; ++q) {
+      for (int64_t i = 0; i < rows; ++i)
+        lanes[i / kPanel][i % kPanel] = out.accumulate ? out.y[(row + i) * out.ldy + q]
+                                        : shift        ? shift[row + i]
+                                                       : A(0);
+      for (int p = 0; p < kPanels; ++p)
+        for (int v = 0; v < kParts; ++v) acc[p][v][q] = part(lanes[p], v);
+    }
+    const A* xk = x;
+    for (int64_t k = 0; k < K; ++k, xk += ldx, w += kPanel) {
+      V xv[kPixels];
+#pragma GCC unroll 4
+      for (int q = 0; q < kPixels; ++q) xv[q] = set1(xk[q]);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kParts; ++v) {
+          const V wv = part(w + p * ldpanel, v);
+#pragma GCC unroll 4
+          for (int q = 0; q < kPixels; ++q) acc[p][v][q] += wv * xv[q];
+        }
+      }
+    }
+    for (int q = 0; q < kPixels; ++q) {
+      for (int p = 0; p < kPanels; ++p)
+        for (int v = 0; v < kParts; ++v)
+          store(lanes[p] + v * L, out.relu ? relu(acc[p][v][q]) : acc[p][v][q]);
+      for (int64_t i = 0; i < rows; ++i) {
+        const A r = lanes[i / kPanel][i % kPanel];
+        out.y[(row + i) * out.ldy + q] = r;
+        if (out.copy) out.copy[(row + i) * out.ldcopy + q] = r;
+      }
+    }
+  }
+  return row;
+}
+
+inline constexpr int kMostPixels = 4;  // of a tail that goes through gemm_pixels
+
+template <class A, int kPixels>
+__attribute__((noinline)) void gemm_tail(const A* x, int64_t ldx, const A* panels, int64_t ldpanel,
+                                         int64_t K, const A* shift, int64_t M,
+                                         const GemmOut<A>& out) {
+  constexpr int kParts = (int(kPanel) + kLanes<A> - 1) / kLanes<A>;
+  constexpr int kMany = 8 / (kPixels * kParts);
+  int64_t row = 0;
+  if constexpr (kMany > 1)
+    row = gemm_pixels<A, kPixels, kMany>(x, ldx, panels, ldpanel, K, shift, M, out, row);
+  gemm_pixels<A, kPixels, 1>(x, ldx, panels, ldpanel, K, shift, M, out, row);
+}
+
 inline constexpr int64_t kDepth = 256;  // of a slice of K
+
+// From beyond L2, planes of kLongPlane pixels and more are read kLongDepth side by side, few enough
+// for the hardware to follow each of them, and kLongRun pixels of each before the next planes'
+// turn. Shorter planes lie several to a page, which is what it follows.
+inline constexpr int64_t kLongPlane = 512, kLongDepth = 36, kLongRun = 1024;
 
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
-//   shift: padded, or null; prefetch: x comes from beyond L2
+//   shift: padded, or null; prefetch: x may come from beyond L2
 template <class A>
 void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift,
              int64_t M, int64_t pixels, int vecs, bool prefetch, const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
+  const int64_t rest = pixels % L;
+  // A last vector with few pixels in it costs as much as a full one.
+  if (rest > 0 && rest <= kMostPixels && rest * 4 < M) {
+    GemmOut<A> o = out;
+    o.y += pixels - rest;
+    if (o.copy) o.copy += pixels - rest;
+    const A* last = x + pixels - rest;
+    switch (int(rest)) {
+      case 1:
+        gemm_tail<A, 1>(last, ldx, panels, ldpanel, K, shift, M, o);
+        break;
+      case 2:
+        gemm_tail<A, 2>(last, ldx, panels, ldpanel, K, shift, M, o);
+        break;
+      case 3:
+        gemm_tail<A, 3>(last, ldx, panels, ldpanel, K, shift, M, o);
+        break;
+      case 4:
+        gemm_tail<A, 4>(last, ldx, panels, ldpanel, K, shift, M, o);
+        break;
+    }
+    pixels -= rest;
+  }
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
-  const int64_t slices = K > kDepth * 3 / 2 ? (K + kDepth - 1) / kDepth : 1;
+  int64_t slices = K > kDepth * 3 / 2 ? (K + kDepth - 1) / kDepth : 1, run = 1;
+  if (prefetch && pixels >= kLongPlane) {
+    slices = K > kLongDepth * 3 / 2 ? (K + kLongDepth - 1) / kLongDepth : 1;
+    run = kLongRun / (vecs * L);
+  }
   const int64_t depth = K > 0 ? (K + slices - 1) / slices : 1;
-  for (int64_t b = 0; b < blocks; ++b) {
-    // Even split: 13 vectors in blocks of 6 run as 4 + 4 + 5, not 6 + 6 + 1.
-    const int64_t v0 = total * b / blocks, v1 = total * (b + 1) / blocks;
-    const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
-    const bool partial = tail < L;
-    const A* xb = x + col;
+  for (int64_t b0 = 0; b0 < blocks; b0 += run) {
+    const int64_t b1 = b0 + run < blocks ? b0 + run : blocks;
     // Deep products go in slices of K whose x columns stay in L1 while all channels pass; the sums
     // wait in y in between, exactly.
     for (int64_t k = 0; k == 0 || k < K; k += depth) {
@@ -179,10 +276,19 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
         o.relu = false;
         o.copy = nullptr;
       }
-      const A* xk = xb + k * ldx;
       const A* pk = panels + k * kPanel;
-      // A block reads a short run of each of K planes: more streams than the hardware follows.
-      const A* next = !prefetch ? nullptr : k + len < K ? xk + len * ldx : x + v1 * L;
+      for (int64_t b = b0; b < b1; ++b) {
+        // Even split: 13 vectors in blocks of 6 run as 4 + 4 + 5, not 6 + 6 + 1.
+        const int64_t v0 = total * b / blocks, v1 = total * (b + 1) / blocks;
+        const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
+        const bool partial = tail < L;
+        const A* xk = x + col + k * ldx;
+        // Still late at the start of every page: what comes next is fetched meanwhile.
+        const A* next = nullptr;
+        if (prefetch)
+          next = b + 1 < b1    ? xk + (v1 - v0) * L
+                 : k + len < K ? x + total * b0 / blocks * L + (k + len) * ldx
+                               : x + v1 * L;
 #define GHOST_COLUMNS(n)                                                                   \
   case n:                                                                                  \
     if constexpr (n <= kMaxVecs) {                                                         \
@@ -192,15 +298,16 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
         gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, next);   \
     }                                                                                      \
     break;
-      switch (int(v1 - v0)) {
-        GHOST_COLUMNS(1)
-        GHOST_COLUMNS(2)
-        GHOST_COLUMNS(3)
-        GHOST_COLUMNS(4)
-        GHOST_COLUMNS(5)
-        GHOST_COLUMNS(6)
-      }
+        switch (int(v1 - v0)) {
+          GHOST_COLUMNS(1)
+          GHOST_COLUMNS(2)
+          GHOST_COLUMNS(3)
+          GHOST_COLUMNS(4)
+          GHOST_COLUMNS(5)
+          GHOST_COLUMNS(6)
+        }
 #undef GHOST_COLUMNS
+      }
     }
   }
 }
