@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,6 @@ class Script:
         purpose: one line for the list.
         in_report: ``all`` runs it, writing <name>.json.
         full, quick: its arguments for ``all`` and ``all --quick``.
-        resumes: it goes on after an interruption, and takes --fresh.
         malloc: the allocator that it would otherwise restart itself with.
     """
 
@@ -30,30 +31,35 @@ class Script:
     in_report: bool = False
     full: tuple[str, ...] = ()
     quick: tuple[str, ...] = ("--quick",)
-    resumes: bool = True
     malloc: Mapping[str, str] = field(default_factory=lambda: harness.TUNED_MALLOC)
 
 
-_SMALL_NETWORK = (
-    "--width", "0.5", "--size", "96", "--batch", "1", "--train-batch", "4", "--rounds", "2",
-    "--providers", "eager", "fused",
-)  # fmt: skip
 SCRIPTS: dict[str, Script] = {
     "module": Script(
         "one Ghost module: time in floors, ratios to the peers, saved memory, call overhead",
         True,
         # Compiling a hundred modules would take half of the twenty minutes.
-        ("--rounds", "9", "--compile-minutes", "6"),
+        ("--rounds", "9", "--compile-minutes", "3"),
     ),
     "network": Script(
-        "whole GhostNets: inference, training step, saved memory", True, (), _SMALL_NETWORK, False
+        "whole networks: inference, training step, saved memory",
+        True,
+        # A network takes torch.compile a minute or two: the first one gets them.
+        ("--rounds", "5", "--compile-minutes", "1"),
+        ("--quick", "--rounds", "3"),
     ),
-    "scaling": Script("how the cost grows with batch, size, channels, ratio, d, threads", True),
+    "scaling": Script(
+        "how the cost grows with batch, size, channels, ratio, d, threads", True, ("--rounds", "9")
+    ),
     "memory": Script(
         "peak memory of a training step, eager against fused", True, malloc=harness.LEAN_MALLOC
     ),
-    "plan": Script("time predicted from bytes and FLOPs against time measured", True),
-    "paper": Script("the paper's questions: speed-up by FLOPs and measured; redundancy", True),
+    "plan": Script(
+        "time predicted from bytes and FLOPs against time measured", True, ("--rounds", "9")
+    ),
+    "paper": Script(
+        "the paper's questions: speed-up by FLOPs and measured; redundancy", True, ("--rounds", "9")
+    ),
     "page": Script("REPORT.md and pictures from a folder of results"),
     "plots": Script("pictures from one results file"),
     "compare": Script("regressions between two results files or folders, beyond noise"),
@@ -112,53 +118,73 @@ def run_all(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     options = ["--clock", arguments.clock]
-    state = _State(folder, [*options, *(["--quick"] if arguments.quick else [])])
-    done = [] if arguments.fresh else state.load()
+    state = RunState(folder / harness.RUN_FILE, ["all", *argv])
+    if not arguments.fresh:
+        state.load()
     status = 0
     for name in arguments.only:
         script = SCRIPTS[name]
-        if name in done:
+        if name in state.done:
             print(f"\n== {name}: done before the interruption (--fresh does it again)")
             continue
         given = ["--out", str(folder / f"{name}.json"), *options]
         given += script.quick if arguments.quick else script.full
-        if arguments.fresh and script.resumes:
+        if arguments.fresh:
             given.append("--fresh")
         print(f"\n== {name}: {script.purpose}", flush=True)
+        started = time.monotonic()
         result = _run(name, given, script.malloc)
+        state.add(name, time.monotonic() - started)
         if result in (130, -2):  # interrupted, with or without a handler of its own
-            state.save(done)
+            state.save()
             print("interrupted: the same command goes on from here", file=sys.stderr)
             return 130
         if result:
             print(f"{name} ended with status {result}", file=sys.stderr)
         status = status or result
-        done.append(name)
-        state.save(done)
-    state.clear()
-    return _run("page", [str(folder)]) or status
+        state.done.append(name)
+        state.save()
+    state.save(complete=True)
+    started = time.monotonic()
+    status = _run("page", [str(folder)]) or status
+    seconds = {**state.seconds, "page": time.monotonic() - started}
+    taken = [f"{name} {took:.0f} s" for name, took in seconds.items()]
+    print(f"{', '.join(taken)}; in all {sum(seconds.values()):.0f} s", flush=True)
+    return status
 
 
-class _State:
-    """What an unfinished report has done already, beside its results."""
+class RunState:
+    """What a report has done so far and how long it took, in a file beside its results.
 
-    def __init__(self, folder: Path, options: Sequence[str]) -> None:
-        self.path = folder / "unfinished-report.json"
-        self.command = {"options": list(options), "commit": harness.git_commit()}
+    Args:
+        path: the file.
+        argv: the command line after ``python -m benchmarks``.
+    """
 
-    def load(self) -> list[str]:
-        """Scripts done by the same command on the same commit."""
+    def __init__(self, path: Path, argv: Sequence[str]) -> None:
+        self.path, self.commit = path, harness.git_commit()
+        self.command = shlex.join(["python", "-m", "benchmarks", *argv])
+        self.done: list[str] = []
+        self.seconds: dict[str, float] = {}
+
+    def load(self) -> None:
+        """Take over what the same command left unfinished on the same commit."""
         try:
             state = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return []
-        return state["done"] if state.get("command") == self.command else []
+            same = (state["command"], state["commit"]) == (self.command, self.commit)
+            if same and not state["complete"]:
+                self.done, self.seconds = list(state["done"]), dict(state["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # nothing there, or nothing that could be gone on with
 
-    def save(self, done: Sequence[str]) -> None:
-        harness.write_json(self.path, {"command": self.command, "done": list(done)})
+    def add(self, name: str, seconds: float) -> None:
+        """Count time spent on a part; what it took before an interruption is kept."""
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 1)
 
-    def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def save(self, *, complete: bool = False) -> None:
+        """Write everything so far."""
+        state = {"command": self.command, "commit": self.commit, "complete": complete}
+        harness.write_json(self.path, {**state, "done": self.done, "seconds": self.seconds})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

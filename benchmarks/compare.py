@@ -6,8 +6,9 @@
 
 By default a time is taken relative to eager PyTorch's in the same rounds, which cancels what other
 users of the machine did to a run. A change counts where it exceeds both ``--tolerance`` and the
-spread (p80 - p20 over the median) of everything it was computed from, added in quadrature. The exit
-status is 1 if ghost_ops regressed, 2 if the files cannot be compared.
+spread (p80 - p20 over the median) of everything it was computed from, added in quadrature. Of the
+geometric means that the report prints, those more than 10% apart are named, with the spread of
+both. The exit status is 1 if ghost_ops regressed, 2 if the files cannot be compared.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import harness, means, report
 from benchmarks.extras import MissingExtra
 from benchmarks.providers import BASELINE
 
@@ -42,7 +43,10 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none. OSError: it cannot be read.
     """
-    document = json.loads(path.read_text())
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a results file ({error})") from error
     if not isinstance(document, dict) or not {"meta", "rows"} <= document.keys():
         raise ValueError(f"{path}: not a results file (no meta and rows in it)")
     return document
@@ -158,15 +162,34 @@ def changes(
     return found, broken, len(old.keys() ^ new.keys())
 
 
-def means(found: Iterable[Change]) -> dict[str, tuple[int, float]]:
-    """Question, mode and provider -> how many changes of ours and their geometric mean."""
-    groups: dict[str, list[float]] = {}
-    for change in found:
-        if change.ours:
-            named = dict(zip(IDENTITY, change.key, strict=True))
-            name = f"{named['question']}, {named['mode']}, {named['provider']}: {change.unit}"
-            groups.setdefault(name, []).append(max(change.ratio, 1e-9))
-    return {name: (len(v), report.geometric_mean(v) or 1.0) for name, v in groups.items()}
+def apart(
+    before: Mapping[str, means.Mean], after: Mapping[str, means.Mean]
+) -> list[tuple[str, means.Mean, means.Mean]]:
+    """Geometric means of both reports, the largest difference first."""
+    both = [(name, mean, after[name]) for name, mean in before.items() if name in after]
+    return sorted(both, key=lambda line: -line[1].apart(line[2]))
+
+
+def print_means(
+    console: Any, lines: Sequence[tuple[str, means.Mean, means.Mean]], *, everything: bool = False
+) -> None:
+    """Which geometric means differ by more than ``means.AGREE``, with the spread of both."""
+    far = [line for line in lines if line[1].apart(line[2]) > means.AGREE]
+    for name, old, new in lines if everything else far:
+        away = old.apart(new)
+        note = ""
+        if away > means.AGREE:
+            note = ", within the spread" if old.overlaps(new) else ", [yellow]beyond the spread[/]"
+        mark = "[yellow]apart[/]" if away > means.AGREE else "agrees"
+        console.print(
+            f"{mark}  {away:.0%}{note}: {report.escape(name)}: {old}, then {new}",
+            soft_wrap=True,
+        )
+    if lines:
+        console.print(
+            f"{len(lines) - len(far)} of {len(lines)} geometric means agree within "
+            f"{means.AGREE:.0%}"
+        )
 
 
 def _pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
@@ -174,7 +197,8 @@ def _pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"expected two files or two folders, got {before} and {after}")
     if not before.is_dir():
         return [(before, after)]
-    names = sorted({p.name for p in before.glob("*.json")} & {p.name for p in after.glob("*.json")})
+    found = ({p.name for p in folder.glob("*.json")} for folder in (before, after))
+    names = sorted(set.intersection(*found) - {harness.RUN_FILE})
     if not names:
         raise ValueError(f"{before} and {after} have no *.json of the same name")
     return [(before / name, after / name) for name in names]
@@ -191,12 +215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance", type=float, default=0.05, help="relative change that never counts"
     )
+    parser.add_argument(
+        "--means", action="store_true", help="print all geometric means, not only those apart"
+    )
     arguments = parser.parse_args(argv)
     if not 0.0 <= arguments.tolerance < math.inf:
         parser.error(f"tolerance: expected a number from 0 up, got {arguments.tolerance}")
     found: list[Change] = []
     broken: list[str] = []
-    apart = 0
+    lonely = 0
+    averages: tuple[dict[str, means.Mean], dict[str, means.Mean]] = ({}, {})
     try:
         console = report.console_for_tables()
         for one, two in _pairs(arguments.before, arguments.after):
@@ -210,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             found += part[0]
             broken += part[1]
-            apart += part[2]
+            lonely += part[2]
+            for target, document in zip(averages, (old, new), strict=True):
+                target.update(means.of_document(document))
     except (OSError, ValueError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -218,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: the files have no measurement in common", file=sys.stderr)
         return 2
     for text in broken:
-        console.print(f"[red]broken[/] {text}")
+        console.print(f"[red]broken[/] {report.escape(text)}")
     ours = sorted((c for c in found if c.ours), key=lambda c: -c.ratio)
     worse = [c for c in ours if c.worse]
     for change in worse:
@@ -231,13 +261,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"[green]better[/] {change.ratio:.2f}x {change.unit}, noise {change.noise:.0%}: "
             f"{label(change.key)}"
         )
-    for name, (count, mean) in means(found).items():
-        console.print(f"{name}: geometric mean {mean:.3f}x over {count}")
+    print_means(console, apart(*averages), everything=arguments.means)
     moved = sum(1 for c in found if not c.ours and (c.worse or c.better))
     console.print(
         f"{len(worse)} of {len(ours)} measurements of ours are worse beyond noise, {len(broken)} "
-        f"broken; {moved} of {len(found) - len(ours)} of the others moved; {apart} rows are in one "
-        "file only"
+        f"broken; {moved} of {len(found) - len(ours)} of the others moved; {lonely} rows are in "
+        "one file only"
     )
     return 1 if worse or broken else 0
 

@@ -228,20 +228,11 @@ def new_row(mode: str, problem: Problem, candidate: Candidate) -> Row:
 def finish_row(
     row: Row, check: harness.Check, timing: harness.Timing, roofline: floor.Roofline
 ) -> None:
-    rate = row["bytes"] / timing.median
     copy_rate = roofline.bandwidth_at(row["bytes"])
     row.update(
-        median_s=timing.median,
-        p20_s=timing.p20,
-        p80_s=timing.p80,
-        rounds=timing.rounds,
-        repeats=timing.repeats,
-        gbytes_per_s=rate / 1e9,
+        harness.timed_fields(timing, check, row["bytes"]),
         copy_gbytes_per_s=copy_rate / 1e9,
-        share_of_copy=rate / copy_rate,
-        error=check.error,
-        eager_error=check.eager_error,
-        allowed=check.allowed,
+        share_of_copy=row["bytes"] / timing.median / copy_rate,
     )
 
 

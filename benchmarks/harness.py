@@ -8,6 +8,7 @@ percentile.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -16,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from benchmarks.extras import require
 
 SCHEMA_VERSION = 1
+RUN_FILE = "run.json"  # of ``python -m benchmarks all``, beside the results
 Clock = Callable[[], float]
 # CPU time leaves out the slices that other processes take of a shared machine; it means something
 # only where this thread does all the work.
@@ -163,6 +165,21 @@ def relative_error(candidate: torch.Tensor, exact: torch.Tensor, *, norm: str) -
     return error / size if size else (0.0 if error == 0.0 else math.inf)
 
 
+def timed_fields(timing: Timing, check: Check, nbytes: int) -> dict[str, Any]:
+    """What a row gets once it is checked and timed: quantiles, bytes/s, errors."""
+    return {
+        "median_s": timing.median,
+        "p20_s": timing.p20,
+        "p80_s": timing.p80,
+        "rounds": timing.rounds,
+        "repeats": timing.repeats,
+        "gbytes_per_s": nbytes / timing.median / 1e9,
+        "error": check.error,
+        "eager_error": check.eager_error,
+        "allowed": check.allowed,
+    }
+
+
 def check_errors(
     candidate: Sequence[float], eager: Sequence[float], floors: Sequence[float]
 ) -> Check:
@@ -239,6 +256,20 @@ def set_threads(threads: int, *, pin: bool = True) -> list[int]:
     cores = _CORES[-threads:]
     os.sched_setaffinity(0, cores)
     return cores
+
+
+@contextlib.contextmanager
+def unpinned() -> Iterator[None]:
+    """All cores for a while: compilers and their worker processes need not share one."""
+    if not _CORES:
+        yield
+        return
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, pinned)
 
 
 def core_count() -> int:

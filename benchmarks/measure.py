@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks import engines, floor, harness, providers
 from benchmarks.providers import Provider
-from benchmarks.session import Session
+from benchmarks.session import Session, compile_modes
 from benchmarks.shapes import Shape
 
 Call = Callable[[], Sequence[Tensor]]
@@ -49,7 +49,7 @@ def step(module: Any, x: Tensor, grad: Tensor, inputs: Sequence[Tensor]) -> Sequ
 
 
 @contextlib.contextmanager
-def _no_compile_leftovers() -> Iterator[None]:
+def no_compile_leftovers() -> Iterator[None]:
     """Forget compiled modules afterwards, so that no shape meets another's recompile limit."""
     try:
         yield
@@ -58,9 +58,11 @@ def _no_compile_leftovers() -> Iterator[None]:
 
 
 @dataclass
-class _Entry:
+class Entry:
+    """A provider that passed its check, and what of it is to be timed."""
+
     row: dict[str, Any]
-    call: Call
+    call: Callable[[], object]
     check: harness.Check
 
 
@@ -90,6 +92,16 @@ class Measurer:
         self.dtype: torch.dtype = session.arguments.dtype
         self.use_limits(session.roofline)
 
+    @classmethod
+    def of(cls, run: Session) -> Measurer:
+        """As the command line of a script with engines and torch.compile asks; says who is
+        missing."""
+        engines.print_missing(run.console)
+        arguments = run.arguments
+        return cls(
+            run, arguments.providers, compile_modes(arguments), 60 * arguments.compile_minutes
+        )
+
     def use_limits(self, roofline: floor.Roofline) -> None:
         """Take the floor from these limits from now on (another number of threads)."""
         self.roofline = roofline
@@ -109,17 +121,28 @@ class Measurer:
     def row(
         self, mode: str, shape: Shape, batch: int, provider: Provider, **fields: Any
     ) -> dict[str, Any]:
-        """A row without time, added to the session."""
+        """A row of one module, without time, added to the session."""
         training = mode == "train"
         count_bytes = floor.training_bytes if training else floor.forward_bytes
         count_flops = floor.training_flops if training else floor.forward_flops
-        nbytes = count_bytes(shape, batch, self.dtype.itemsize)
-        flops = count_flops(shape, batch)
+        return self.blank(
+            mode,
+            provider,
+            count_bytes(shape, batch, self.dtype.itemsize),
+            count_flops(shape, batch),
+            batch,
+            shape=shape.name,
+            group=shape.group,
+            count=shape.count,
+            **fields,
+        )
+
+    def blank(
+        self, mode: str, provider: Provider, nbytes: int, flops: int, batch: int, **fields: Any
+    ) -> dict[str, Any]:
+        """A row of anything that moves so many bytes and computes so many FLOPs at least."""
         row = {
             "mode": mode,
-            "shape": shape.name,
-            "group": shape.group,
-            "count": shape.count,
             "dtype": str(self.dtype).removeprefix("torch."),
             "layout": provider.layout,
             "batch": batch,
@@ -150,39 +173,36 @@ class Measurer:
     def fill(row: dict[str, Any], check: harness.Check, timing: harness.Timing) -> None:
         """Write times, rates and errors into ``row``."""
         row.update(
-            median_s=timing.median,
-            p20_s=timing.p20,
-            p80_s=timing.p80,
-            rounds=timing.rounds,
-            repeats=timing.repeats,
+            harness.timed_fields(timing, check, row["bytes"]),
             floors=timing.median / row["floor_s"],
-            gbytes_per_s=row["bytes"] / timing.median / 1e9,
             gflops=row["flops"] / timing.median / 1e9,
-            error=check.error,
-            eager_error=check.eager_error,
-            allowed=check.allowed,
         )
 
-    def _checked(
+    def checked(
         self,
         mode: str,
-        shape: Shape,
-        batch: int,
-        make: Callable[[Provider], Call],
+        make: Callable[[Provider], Call | tuple[Call, Callable[[], object]]],
         exact: Sequence[Tensor],
-        fields: dict[str, Any],
-    ) -> list[_Entry]:
+        floors: Sequence[float],
+        row_of: Callable[[Provider], dict[str, Any]],
+    ) -> list[Entry]:
         """Build and check every provider; those that failed keep a note in their row.
 
         What is allowed: twice the error of eager NCHW plus a floor for ours; twice the larger error
         of the eager layouts for the others.
+
+        Args:
+            mode: ``eval`` or ``train``, which decides who takes part.
+            make: builds a provider's call; or two, the first to be checked and the other timed.
+            exact: what the calls must return, in float64.
+            floors: relative error allowed on top of eager's, for each.
+            row_of: adds the provider's row.
         """
         entries = []
-        floors = error_floors(shape, self.dtype, len(exact))
         eager: list[float] = []
         peers: list[float] = []
         for provider in self.providers_for(mode):
-            row = self.row(mode, shape, batch, provider, **fields)
+            row = row_of(provider)
             compiles = provider.family.startswith("compile")
             reason = engines.unavailable(provider, self.dtype)
             if compiles and self.compile_seconds <= 0:
@@ -192,9 +212,11 @@ class Measurer:
                 continue
             started = time.monotonic()
             try:
-                call = make(provider)
                 # The first call compiles, the second is checked: caches must not change the result.
-                call()
+                with harness.unpinned() if compiles else contextlib.nullcontext():
+                    made = make(provider)
+                    call, timed = made if isinstance(made, tuple) else (made, made)
+                    call()
                 if compiles:
                     self.compile_seconds -= time.monotonic() - started
                 results = [t.detach() for t in call()]
@@ -214,10 +236,11 @@ class Measurer:
             if not check.ok:
                 row["note"] = f"wrong result: error {check.error:.2e}, allowed {check.allowed:.2e}"
                 continue
-            entries.append(_Entry(row, call, check))
+            entries.append(Entry(row, timed, check))
         return entries
 
-    def _time_entries(self, entries: Sequence[_Entry]) -> None:
+    def time_entries(self, entries: Sequence[Entry]) -> None:
+        """Time what passed its check, in interleaved rounds, and fill in the rows."""
         calls: dict[Any, Callable[[], object]] = {
             (e.row["shape"], e.row["provider"]): e.call for e in entries
         }
@@ -232,10 +255,25 @@ class Measurer:
             row["gemm_peak"] = now.gemm_peak
             self.fill(row, entry.check, timings[row["shape"], row["provider"]])
 
+    @contextlib.contextmanager
+    def on_threads(self, threads: int) -> Iterator[None]:
+        """Another number of threads for a while, with its own peak and bandwidth for the floor."""
+        arguments, limits = self.session.arguments, self.roofline
+        if threads == limits.threads:
+            yield
+            return
+        harness.set_threads(threads, pin=not arguments.no_pin)
+        self.use_limits(floor.measure_roofline(arguments.dtype, **floor.QUICK_LIMITS))
+        try:
+            yield
+        finally:
+            self.use_limits(limits)
+            harness.set_threads(arguments.threads, pin=not arguments.no_pin)
+
     def eval(self, shapes: Shape | Sequence[Shape], batch: int, **fields: Any) -> None:
         """Forward in eval mode under inference_mode; several shapes share their rounds."""
-        entries: list[_Entry] = []
-        with torch.inference_mode(), _no_compile_leftovers():
+        entries: list[Entry] = []
+        with torch.inference_mode(), no_compile_leftovers():
             for shape in [shapes] if isinstance(shapes, Shape) else shapes:
                 reference = providers.reference_module(shape, dtype=self.dtype).eval()
                 x = random_input(shape, batch, self.dtype)
@@ -246,13 +284,15 @@ class Measurer:
                 ) -> Call:
                     own = provider.input(x)
                     if provider.engine:
-                        run = engines.build(provider, reference, own)
-                    else:
-                        run = providers.build(provider, reference, training=False)
+                        compiled = engines.build(provider, providers.folded_module(reference), own)
+                        return lambda: (compiled(),)
+                    run = providers.build(provider, reference, training=False)
                     return lambda: (run(own),)
 
-                entries += self._checked("eval", shape, batch, make, exact, fields)
-            self._time_entries(entries)
+                row_of = functools.partial(self.row, "eval", shape, batch, **fields)
+                floors = error_floors(shape, self.dtype, 1)
+                entries += self.checked("eval", make, exact, floors, row_of)
+            self.time_entries(entries)
 
     def train(self, shape: Shape, batch: int, **fields: Any) -> None:
         """Forward + backward in training mode, and the bytes saved between them."""
@@ -272,8 +312,10 @@ class Measurer:
                 self._saved(shape, batch, provider, module, own, fields)
             return functools.partial(step, module, own, grad, [own, *module.parameters()])
 
-        with _no_compile_leftovers():
-            self._time_entries(self._checked("train", shape, batch, make, exact, fields))
+        row_of = functools.partial(self.row, "train", shape, batch, **fields)
+        floors = error_floors(shape, self.dtype, len(exact))
+        with no_compile_leftovers():
+            self.time_entries(self.checked("train", make, exact, floors, row_of))
 
     def _saved(
         self,
@@ -306,7 +348,7 @@ def failures(rows: Sequence[Any]) -> list[str]:
         if not row["provider"].startswith("fused_"):
             continue
         where = f"{row['mode']} batch {row['batch']} {row['shape']} {row['provider']}"
-        if row["mode"] == "saved" and not row["contract_ok"]:
+        if row["mode"] == "saved" and not row.get("contract_ok", True):
             found.append(f"{where}: saves {row['saved_maps']} bytes, allowed {row['allowed_maps']}")
         elif row["mode"] != "saved" and row.get("note"):
             found.append(f"{where}: {row['note']}")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, measure, providers, report, session, shapes
+from benchmarks import harness, measure, networks, providers, report, session, shapes
 from benchmarks.providers import Provider
 from benchmarks.session import Session, Task
 from benchmarks.shapes import Shape
@@ -103,19 +103,18 @@ class MemoryBenchmark:
 
     def network(self, width: float, size: int, batch: int) -> None:
         """GhostNet, with cross entropy as the loss."""
-        from benchmarks import network
-
-        plain = network.plain_network(width, size).to(self.run.arguments.dtype)
+        network = networks.ghostnet(width)
+        plain = network.plain(size).to(self.run.arguments.dtype)
         x = torch.randn(batch, 3, size, size).to(self.run.arguments.dtype)
         y = torch.arange(batch) % 1000
         for provider in self.run.arguments.providers:
-            module = network.build(provider, plain, training=True)
+            module = networks.build(provider, plain, training=True)
             own = provider.input(x)
             step = functools.partial(_gradients, module, own, y)
             saved = harness.saved_bytes(functools.partial(module, own), module)["total"]
-            subject = f"GhostNet {width}x at {size}"
             peak = peak_growth(step)
-            self._row(subject, provider, batch, peak_bytes=peak, saved_total=saved, group="network")
+            name = network.name(size)
+            self._row(name, provider, batch, peak_bytes=peak, saved_total=saved, group="network")
 
 
 def _gradients(module: nn.Module, x: Tensor, y: Tensor) -> Sequence[Tensor]:

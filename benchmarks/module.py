@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,48 +47,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="names, families or globs; all: PyTorch and ours (default: those and the engines that "
         "are installed)",
     )
-    parser.add_argument(
-        "--compile",
-        choices=("none", "eval", "all"),
-        help="modes in which torch.compile runs too (default: eval, none with --quick)",
-    )
-    parser.add_argument(
-        "--compile-minutes",
-        type=float,
-        default=math.inf,
-        help="leave torch.compile out once compiling has taken as long (its cache makes the next "
-        "run cheaper)",
-    )
+    session.add_compile_options(parser, "eval")
 
     def check(arguments: argparse.Namespace) -> None:
-        if not arguments.compile_minutes >= 0:
-            got = arguments.compile_minutes
-            raise ValueError(f"compile-minutes: expected a number from 0 up, got {got}")
         arguments.shapes = shapes.select(
             arguments.shapes or ["quick" if arguments.quick else "all"]
         )
-        arguments.providers = choose_providers(arguments.providers)
+        arguments.providers = engines.choose(arguments.providers)
         if any(batch < 1 for batch in arguments.batch):
             raise ValueError(f"batch: expected positive integers, got {arguments.batch}")
-        arguments.compile = arguments.compile or ("none" if arguments.quick else "eval")
+        session.check_compile_options(arguments, "eval")
         arguments.batch = sorted(set(arguments.batch))
 
     return session.parse(parser, sys.argv[1:] if argv is None else argv, check)
-
-
-def choose_providers(patterns: Sequence[str] | None) -> tuple[providers.Provider, ...]:
-    """The providers named, engines among them; by default all that can run.
-
-    Raises:
-        ValueError: a pattern matches nothing, or names an engine that is not installed.
-    """
-    if not patterns:
-        return (*providers.PROVIDERS, *engines.installed())
-    chosen = providers.select(patterns, (*providers.PROVIDERS, *providers.ENGINES))
-    for provider in chosen:
-        if provider.engine and (lacking := engines.missing(provider)):
-            raise ValueError(f"providers: {lacking}")
-    return chosen
 
 
 def overhead(measurer: Measurer) -> None:
@@ -172,11 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Session | None = session.start("module", argv, arguments)
     if run is None:
         return 2
-    absent = {str(e) for p in providers.ENGINES if (e := engines.missing(p)) is not None}
-    for reason in sorted(absent):
-        run.console.print(f"[yellow]not measured: {reason}[/]")
-    compiled = {"none": (), "eval": ("eval",), "all": ("eval", "train")}[arguments.compile]
-    measurer = Measurer(run, arguments.providers, compiled, 60 * arguments.compile_minutes)
+    measurer = Measurer.of(run)
     status = run.run(tasks(measurer, arguments))
     summaries = print_report(run.console, run.rows)
     return session.finish(run, status, summaries, failures(run.rows))

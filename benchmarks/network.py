@@ -1,312 +1,310 @@
-"""Whole networks: GhostNet in inference and in training, against PyTorch's own ways to run it.
+"""Whole networks: how fast in inference and in training, and what do they keep for backward?
 
-    python -m benchmarks.network                 GhostNet 1.0x, 224 x 224, about four minutes
-    python -m benchmarks.network --width 0.5 --batch 1 --rounds 5
+    python -m benchmarks.network                      GhostNet 1.0x, 0.5x, 1.3x and a YOLO stack
+    python -m benchmarks.network --networks ghostnet-1.0 --mode eval --batch 1
+    python -m benchmarks.network --quick
 
 Three questions, each answered with ratios inside one run (candidates take turns, medians):
 
-- eval, one thread, batches 1 and 16: time of one call;
-- training, all cores, batch 16: time of one step (forward, cross entropy, backward, SGD);
-- training: bytes that autograd keeps from the forward for the backward.
+- eval, on ``--threads``, batches 1 and 16: time of one call;
+- train, on ``--train-threads`` (all cores by default): time of one step, that is forward, cross
+  entropy, backward and SGD;
+- saved: bytes that autograd keeps from the forward for the backward, parameters aside.
 
-Every candidate is checked first: logits, and in training the loss and all gradients, against the
-plain network in float64, with PyTorch's own float32 error as the measure.
+``ghost_ops`` stands for ``ghost_ops.fuse(network, inference=True)``. Every candidate is checked
+first against the plain network in float64: logits, and in training the loss and all gradients, with
+PyTorch's own float32 error as the measure. The floor of a network counts FLOPs at GEMM peak, and of
+memory traffic images, parameters and logits only.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
+import functools
 import sys
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, providers, report
-from benchmarks.extras import MissingExtra, require
+from benchmarks import engines, harness, networks, report, session
+from benchmarks.measure import Call, Measurer, failures, no_compile_leftovers
+from benchmarks.networks import NETWORKS, Network
 from benchmarks.providers import BASELINE, Provider
+from benchmarks.session import Session, Task
 
-RESULTS = Path("results/network.json")
+MODES = ("eval", "saved", "train")
+PROVIDERS = ("eager", "folded_cl", "compile", "compile_frozen", "fused")
 CHECKED = 4  # images of a batch in eval mode that are compared with float64
 
 
-def plain_network(width: float, size: int) -> nn.Module:
-    """GhostNet of plain PyTorch modules, in training mode, with statistics of random images."""
-    import ghost_ops
-    from ghost_ops import models
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Command line of the script; argparse exits with a message on bad values."""
+    parser = session.make_parser("network", __doc__.partition("\n\n")[0])
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=tuple(NETWORKS),
+        help="(default: all, or ghostnet-0.5 and yolo with --quick)",
+    )
+    parser.add_argument("--size", type=int, help="of the images (224, or 96 with --quick)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="of eval (1 and 16; 1 and 4 with --quick)"
+    )
+    parser.add_argument("--train-batch", type=int, help="of saved and train (16; 4 with --quick)")
+    parser.add_argument("--train-threads", type=int, help="of train (default: all cores)")
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        help="names, families or globs; all: PyTorch and ours (default: eager, folded_cl, compile, "
+        "fused and the engines that are installed)",
+    )
+    session.add_compile_options(parser, "all")
 
-    torch.manual_seed(0)
-    network = models.ghostnet(width, dropout=0.0)
-    ghost_ops.unfuse(network)
-    with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                module.momentum = 1.0
-        network(torch.randn(8, 3, size, size))
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.1
-    return network
+    def check(arguments: argparse.Namespace) -> None:
+        quick = arguments.quick
+        if arguments.networks is None:
+            arguments.networks = ["ghostnet-0.5", "yolo"] if quick else list(NETWORKS)
+        one_thread = arguments.clock == "cpu"  # CPU time says nothing about more
+        defaults = {
+            "size": 96 if quick else 224,
+            "batch": [1, 4] if quick else [1, 16],
+            "train_batch": 4 if quick else 16,
+            "train_threads": 1 if one_thread else harness.core_count(),
+        }
+        for name, value in defaults.items():
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, value)
+        if arguments.size < 32:
+            raise ValueError(f"size: expected at least 32 pixels, got {arguments.size}")
+        if min(arguments.batch) < 1:
+            raise ValueError(f"batch: expected positive integers, got {arguments.batch}")
+        if arguments.train_batch < 2:
+            got = arguments.train_batch
+            raise ValueError(f"train-batch: expected 2 or more (batch norm), got {got}")
+        if not 1 <= arguments.train_threads <= harness.core_count():
+            raise ValueError(
+                f"train-threads: expected 1 to {harness.core_count()}, got "
+                f"{arguments.train_threads}"
+            )
+        if one_thread and arguments.train_threads != 1:
+            raise ValueError("clock: cpu time needs --train-threads 1")
+        arguments.batch = sorted(set(arguments.batch))
+        arguments.providers = engines.choose(arguments.providers, PROVIDERS)
+        session.check_compile_options(arguments, "all")
 
-
-def build(provider: Provider, network: nn.Module, *, training: bool) -> nn.Module | Callable:
-    """The provider's own copy of the network, to be called with images."""
-    import ghost_ops
-
-    network = copy.deepcopy(network).train(training)
-    if provider.family == "fused":
-        ghost_ops.fuse(network, inference=True)
-        return network
-    if provider.family == "folded":
-        from torch.fx.experimental import optimization
-
-        network = optimization.fuse(network)
-    if provider.layout == providers.CHANNELS_LAST:
-        network = network.to(memory_format=torch.channels_last)
-    if provider.family == "compile":
-        return torch.compile(network, dynamic=False)
-    if provider.family == "compile_frozen":
-        return torch.compile(network, dynamic=False, options={"freezing": True})
-    return network
-
-
-def _errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    return [
-        harness.relative_error(g.detach(), e, norm="l2") for g, e in zip(got, exact, strict=True)
-    ]
-
-
-def _candidates(arguments: argparse.Namespace, training: bool) -> list[Provider]:
-    reason = providers.compile_unavailable()
-    return [
-        p
-        for p in providers.select(arguments.providers)
-        if (p.trains or not training) and not (reason and p.family.startswith("compile"))
-    ]
+    return session.parse(parser, argv, check)
 
 
 class NetworkBenchmark:
-    """Runs the parts and collects rows."""
+    """Measures networks and adds their rows to the measurer's session."""
 
-    def __init__(self, arguments: argparse.Namespace, console: Any) -> None:
-        self.arguments, self.console = arguments, console
-        self.rows: list[dict[str, Any]] = []
-        self.network = plain_network(arguments.width, arguments.size)
+    def __init__(self, measurer: Measurer, arguments: argparse.Namespace) -> None:
+        self.measurer, self.arguments = measurer, arguments
+        self._made: dict[str, tuple[nn.Module, int]] = {}
+
+    def _plain(self, network: Network) -> tuple[nn.Module, int]:
+        """The plain network and its FLOPs an image, made once."""
+        if network.key not in self._made:
+            size = self.arguments.size
+            plain = network.plain(size).to(self.measurer.dtype)
+            self._made[network.key] = plain, networks.flops(plain, size)
+        return self._made[network.key]
 
     def _images(self, batch: int) -> Tensor:
-        size = self.arguments.size
-        return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+        size, generator = self.arguments.size, torch.Generator().manual_seed(1)
+        return torch.randn(batch, 3, size, size, generator=generator).to(self.measurer.dtype)
 
-    def _finish(
-        self, mode: str, batch: int, threads: int, calls: dict[str, Callable[[], object]],
-        checks: dict[str, harness.Check],
-    ) -> None:  # fmt: skip
-        clock = harness.CLOCKS[self.arguments.clock if threads == 1 else "wall"]
-        timings = harness.time_interleaved(
-            calls, rounds=self.arguments.rounds, min_sample=0.05, warmup=0.2, clock=clock
+    def _row(
+        self, mode: str, network: Network, batch: int, provider: Provider, **fields: Any
+    ) -> dict[str, Any]:
+        (plain, flops), size = self._plain(network), self.arguments.size
+        training, itemsize = mode != "eval", self.measurer.dtype.itemsize
+        return self.measurer.blank(
+            mode,
+            provider,
+            networks.least_bytes(plain, batch, size, itemsize, training),
+            (3 if training else 1) * batch * flops,
+            batch,
+            shape=network.name(size),
+            group="network",
+            count=1,
+            **fields,
         )
-        base = timings[BASELINE].median
-        for name, t in timings.items():
-            row = {
-                "mode": mode, "batch": batch, "threads": threads, "provider": name,
-                "median_s": t.median, "p20_s": t.p20, "p80_s": t.p80, "rounds": t.rounds,
-                "speedup": base / t.median, "error": checks[name].error,
-                "allowed": checks[name].allowed, "ok": checks[name].ok,
-            }  # fmt: skip
-            self.rows.append(row)
-            self.console.print(
-                f"  {name:20} {t.median * 1e3:8.2f} ms  ({t.p20 * 1e3:.2f} to {t.p80 * 1e3:.2f})  "
-                f"{row['speedup']:.2f}x  error {row['error']:.1e} of {row['allowed']:.1e}"
-                + ("" if row["ok"] else "  [red]WRONG[/]")
-            )
 
-    @torch.no_grad()
-    def eval(self, batch: int) -> None:
-        """One call in eval mode, on one thread."""
-        cores = harness.set_threads(1, pin=not self.arguments.no_pin)
-        self.console.print(f"[bold]eval, batch {batch}, one thread[/] (cores {cores or 'any'})")
-        x = self._images(batch)
-        few = x[:CHECKED]
-        exact = copy.deepcopy(self.network).double().eval()(few.double())
-        calls, checks, eager = {}, {}, 0.0
-        for provider in _candidates(self.arguments, False):
-            with torch.enable_grad():
-                module, own = build(provider, self.network, training=False), provider.input(x)
-            error = _errors([module(own)[:CHECKED]], [exact])
-            eager = error[0] if provider.name == BASELINE else eager
-            floor = 64 * torch.finfo(x.dtype).eps
-            checks[provider.name] = harness.check_errors(error, [eager], [floor])
-            calls[provider.name] = lambda module=module, own=own: module(own)
-        self._finish("eval", batch, 1, calls, checks)
+    def eval(self, network: Network, batch: int) -> None:
+        """One call in eval mode under inference_mode."""
+        (plain, _), x = self._plain(network), self._images(batch)
+        eps = torch.finfo(x.dtype).eps
 
-    def train(self, batch: int, threads: int) -> None:
-        """One step of SGD, on all cores; and what the forward saves."""
-        harness.set_threads(threads, pin=False)
-        self.console.print(f"[bold]training step, batch {batch}, {threads} thread(s)[/]")
-        x, y = self._images(batch), torch.arange(batch) % 1000
+        def make(provider: Provider) -> Call:
+            own = provider.input(x)
+            with torch.inference_mode(False):
+                if provider.engine:
+                    compiled = engines.build(provider, networks.folded(plain), own)
+                    return lambda: (compiled()[:CHECKED],)
+                run = networks.build(provider, plain, training=False)
+            return lambda: (run(own)[:CHECKED],)
 
-        def gradients(module: Any, own: Tensor) -> list[Tensor]:
-            parameters = list(module.parameters())
+        exact_network = copy.deepcopy(plain).double().eval()
+        row_of = functools.partial(self._row, "eval", network, batch)
+        with torch.inference_mode(), no_compile_leftovers():
+            exact = [exact_network(x[:CHECKED].double())]
+            entries = self.measurer.checked("eval", make, exact, [64 * eps], row_of)
+            self.measurer.time_entries(entries)
+
+    def train(self, network: Network, batch: int) -> None:
+        """One step of SGD; checked are the loss and all gradients together."""
+        with self.measurer.on_threads(self.arguments.train_threads), no_compile_leftovers():
+            self._train(network, batch)
+
+    def _train(self, network: Network, batch: int) -> None:
+        (plain, _), x = self._plain(network), self._images(batch)
+        y = torch.arange(batch) % networks.CLASSES
+
+        def gradients(module: Any, own: Tensor) -> Sequence[Tensor]:
             loss = F.cross_entropy(module(own), y)
-            return [loss, *torch.autograd.grad(loss, parameters)]
+            found = torch.autograd.grad(loss, list(module.parameters()))
+            return loss.detach(), torch.cat([g.flatten() for g in found])
 
-        exact = gradients(copy.deepcopy(self.network).double().train(), x.double())
-        whole = torch.cat([g.detach().flatten() for g in exact[1:]])
-        calls, checks, eager = {}, {}, [0.0, 0.0]
-        for provider in _candidates(self.arguments, True):
-            module, own = build(provider, self.network, training=True), provider.input(x)
-            got = gradients(module, own)
-            flat = torch.cat([g.flatten() for g in got[1:]])
-            errors = _errors([got[0], flat], [exact[0].detach(), whole])
-            eager = errors if provider.name == BASELINE else eager
-            # A ReLU's gradient jumps where its input rounds to the other side of 0, in every one of
-            # some fifty layers; eager in the other memory format differs by that much as well.
-            eps = torch.finfo(x.dtype).eps
-            checks[provider.name] = harness.check_errors(
-                errors, eager, [64 * eps, (1024 * eps) ** 0.5]
-            )
-            calls[provider.name] = self._step(module, own, y)
-        self._finish("train", batch, threads, calls, checks)
+        def make(provider: Provider) -> tuple[Call, Callable[[], object]]:
+            module, own = networks.build(provider, plain, training=True), provider.input(x)
+            return functools.partial(gradients, module, own), _step(module, own, y)
 
-    @staticmethod
-    def _step(module: Any, x: Tensor, y: Tensor) -> Callable[[], object]:
-        optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
+        exact = gradients(copy.deepcopy(plain).double().train(), x.double())
+        # A ReLU's gradient jumps where its input rounds to the other side of 0, in every one of
+        # some fifty layers; eager in the other memory format differs by that much as well.
+        eps = torch.finfo(x.dtype).eps
+        floors = [64 * eps, (1024 * eps) ** 0.5]
+        row_of = functools.partial(self._row, "train", network, batch)
+        self.measurer.time_entries(self.measurer.checked("train", make, exact, floors, row_of))
 
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(module(x), y).backward()
-            optimizer.step()
-
-        return step
-
-    def saved(self, batch: int) -> None:
+    def saved(self, network: Network, batch: int) -> None:
         """Bytes kept for backward, parameters aside."""
-        self.console.print(f"[bold]saved for backward, batch {batch}[/]")
-        x = self._images(batch)
-        base = None
-        for provider in _candidates(self.arguments, True):
-            if provider.family not in ("eager", "fused"):
-                continue  # a compiled graph's saved tensors do not pass the hooks
-            module = build(provider, self.network, training=True)
-            nbytes = harness.saved_bytes(lambda m=module, p=provider: m(p.input(x)), module)[
-                "total"
-            ]
-            base = base or nbytes
-            self.rows.append(
-                {"mode": "saved", "batch": batch, "provider": provider.name, "bytes": nbytes,
-                 "share": nbytes / base, "ok": True}
-            )  # fmt: skip
-            self.console.print(
-                f"  {provider.name:20} {nbytes / 1e6:8.1f} MB  {nbytes / base:.0%} of {BASELINE}"
-            )
+        (plain, _), x = self._plain(network), self._images(batch)
+        for provider in self.measurer.chosen:
+            # A compiled graph's saved tensors do not pass the hooks, and folded ones do not train.
+            if provider.family in ("eager", "fused"):
+                module = networks.build(provider, plain, training=True)
+                run = functools.partial(module, provider.input(x))
+                total = harness.saved_bytes(run, module)["total"]
+                self._row("saved", network, batch, provider, saved_total=total)
 
 
-def claims(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, float]]:
-    """(what, measured ratio, goal) of the network's goals that the rows can answer."""
+def _step(module: Any, x: Tensor, y: Tensor) -> Callable[[], object]:
+    # So small a rate that the network stays the one that was checked.
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
 
-    def fastest(mode: str, batch: int, families: tuple[str, ...]) -> float | None:
-        found = [
-            r["median_s"]
-            for r in rows
-            if r["mode"] == mode and r["batch"] == batch and r["provider"].startswith(families)
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def tasks(benchmark: NetworkBenchmark, arguments: argparse.Namespace) -> list[Task]:
+    """The work of all modes asked for; training last, since a larger thread pool stays."""
+    chosen = [NETWORKS[key] for key in NETWORKS if key in arguments.networks]
+    work: list[Task] = []
+    for mode, batches in (
+        ("saved", [arguments.train_batch]),
+        ("eval", arguments.batch),
+        ("train", [arguments.train_batch]),
+    ):
+        run = getattr(benchmark, mode)
+        work += [
+            (f"{mode} b{batch} {network.title}", functools.partial(run, network, batch))
+            for network in (chosen if mode in arguments.mode else ())
+            for batch in batches
         ]
-        return min(found, default=None)
-
-    found = []
-    for batch, goal in ((1, 2.2), (16, 2.5)):
-        ours = fastest("eval", batch, ("fused",))
-        for families, name, least in (
-            (("eager_nchw",), "eager NCHW", goal),
-            (("compile",), "the best of torch.compile", 1.0),
-        ):
-            theirs = fastest("eval", batch, families)
-            if ours and theirs:
-                found.append((f"eval b{batch}: times faster than {name}", theirs / ours, least))
-    ours, theirs = fastest("train", 16, ("fused",)), fastest("train", 16, ("eager_cl",))
-    if ours and theirs:
-        found.append(("training b16: times faster than eager channels_last", theirs / ours, 1.8))
-    shares = [r["share"] for r in rows if r["mode"] == "saved" and "fused" in r["provider"]]
-    if shares:
-        found.append(("saved activations: eager's over ours", 1 / max(shares), 1 / 0.6))
-    return found
+    return work
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        "benchmarks.network", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--width", type=float, default=1.0, help="of GhostNet (default 1.0)")
-    parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="of eval")
-    parser.add_argument("--train-batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=11, help="samples a candidate (default 11)")
-    parser.add_argument("--threads", type=int, default=None, help="of training (default: all)")
-    parser.add_argument(
-        "--mode", nargs="+", default=["eval", "saved", "train"], choices=["eval", "saved", "train"]
-    )
-    parser.add_argument("--providers", nargs="+", default=["all"], help="names or families")
-    parser.add_argument("--clock", choices=list(harness.CLOCKS), default="wall",
-                        help="cpu leaves out what other processes take, on one thread")  # fmt: skip
-    parser.add_argument("--no-pin", action="store_true", help="leave threads on any core")
-    parser.add_argument("--malloc", choices=["tuned", "default"], default="tuned")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    arguments = parser.parse_args(argv)
-    if min(arguments.batch) < 1 or arguments.train_batch < 2 or arguments.rounds < 1:
-        parser.error("batches and rounds must be positive, and training needs a batch of 2 or more")
-    try:
-        providers.select(arguments.providers)
-    except ValueError as error:
-        parser.error(str(error))
-    return arguments
+def summarize(rows: Sequence[report.Row]) -> list[dict[str, Any]]:
+    """One line per mode, batch and network: times of eager, the best peer and ours, ratios, bytes.
+
+    Times in milliseconds, bytes in MiB; of ours and the peers the fastest (smallest) counts.
+    """
+    lines = []
+    for (mode, batch, _), part in report.groups(rows).items():
+        shapes: dict[str, dict[str, report.Row]] = {}
+        for row in part:
+            if mode == "saved" or row["median_s"] is not None:
+                shapes.setdefault(row["shape"], {})[row["provider"]] = row
+        for shape, cell in shapes.items():
+            line: dict[str, Any] = {"mode": mode, "batch": batch, "shape": shape}
+            eager = cell.get(BASELINE)
+            if mode == "saved":
+                ours = [r["saved_total"] for n, r in cell.items() if report.family(n) == "ours"]
+                if eager is None or not ours:
+                    continue
+                line |= {"eager": eager["saved_total"] / 2**20, "ours": min(ours) / 2**20}
+                line["over_eager"] = line["eager"] / line["ours"]
+            else:
+                best = report.fastest(cell, "pytorch", "engine")
+                mine = report.fastest(cell, "ours")
+                if eager is None or best is None or mine is None:
+                    continue
+                line |= {"threads": mine["threads"], "eager": 1e3 * eager["median_s"]}
+                line |= {"best": 1e3 * best["median_s"], "by": best["provider"]}
+                line |= {"ours": 1e3 * mine["median_s"], "with": mine["provider"]}
+                line["over_eager"] = eager["median_s"] / mine["median_s"]
+                line["over_best"] = best["median_s"] / mine["median_s"]
+            lines.append(line)
+    return lines
+
+
+def print_report(console: Any, rows: Sequence[report.Row], lines: Sequence[dict[str, Any]]) -> None:
+    """Every time with its spread, then the lines of :func:`summarize`."""
+    headings = ("network", "what", "provider", "ms", "p20", "p80", "x eager_nchw", "error")
+    table = report.plain_table("Networks", headings, text=("what", "provider"))
+    cells = {(r["mode"], r["batch"], r["shape"], r["provider"]): r for r in report.timed(rows)}
+    for (mode, batch, shape, name), row in cells.items():
+        eager = cells.get((mode, batch, shape, BASELINE))
+        table.add_row(
+            shape,
+            f"{mode} b{batch}, {row['threads']} thread(s)",
+            name,
+            *(f"{1e3 * row[key]:.2f}" for key in ("median_s", "p20_s", "p80_s")),
+            f"{eager['median_s'] / row['median_s']:.2f}" if eager else "",
+            f"{row['error']:.0e}",
+        )
+    console.print(table)
+    for line in lines:
+        what = f"{line['mode']}, batch {line['batch']}, {line['shape']}"
+        if line["mode"] == "saved":
+            console.print(
+                f"{what}: {line['ours']:.0f} MiB, eager {line['eager']:.0f}: "
+                f"{line['over_eager']:.2f}x less"
+            )
+        else:
+            console.print(
+                f"{what}: {report.flag(line['over_eager'])}x eager NCHW, "
+                f"{report.flag(line['over_best'])}x the best peer ({line['by']})"
+            )
+    for row in rows:
+        if row.get("note"):
+            what = f"{row['mode']} {row['shape']} {row['provider']}: {report.escape(row['note'])}"
+            console.print(f"  [yellow]{what}[/]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 1 if a candidate of ours computes something wrong."""
+    """Entry point; returns the exit status: 1 if ghost_ops failed a check, 130 if interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parse_arguments(argv)
-    try:
-        console = report.console_for_tables()
-        require("numpy", "quantiles")
-        out = harness.prepare_output(arguments.out)
-    except (MissingExtra, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    run: Session | None = session.start("network", argv, arguments)
+    if run is None:
         return 2
-    allocation = "default allocator, untouched (--malloc default)"
-    if arguments.malloc == "tuned":
-        allocation = harness.use_tuned_malloc("benchmarks.network", argv)
-    warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
-    everything = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    threads = arguments.threads or len(everything) or os.cpu_count() or 1
-    meta = harness.metadata(threads=threads, cores=[], allocation=allocation)
-    harness.print_header(console, meta)
-    benchmark = NetworkBenchmark(arguments, console)
-    if "saved" in arguments.mode:
-        benchmark.saved(arguments.train_batch)
-    if "train" in arguments.mode:
-        benchmark.train(arguments.train_batch, threads)
-    for batch in arguments.batch if "eval" in arguments.mode else ():
-        benchmark.eval(batch)
-        if everything:
-            os.sched_setaffinity(0, everything)
-    reached = claims(benchmark.rows)
-    for what, ratio, goal in reached:
-        console.print(f"{'[green]yes[/]' if ratio >= goal else '[red]no[/] '} {what}: "
-                      f"{ratio:.2f} (goal {goal:.2f})")  # fmt: skip
-    harness.write_json(
-        out, {"meta": meta, "rows": benchmark.rows, "goals": [list(claim) for claim in reached]}
-    )
-    console.print(f"Rows written to {out}")
-    wrong = [r for r in benchmark.rows if not r["ok"] and r["provider"].startswith("fused")]
-    return 1 if wrong else 0
+    measurer = Measurer.of(run)
+    status = run.run(tasks(NetworkBenchmark(measurer, arguments), arguments))
+    lines = summarize(run.rows)
+    print_report(run.console, run.rows, lines)
+    return session.finish(run, status, lines, failures(run.rows))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def summarize_speedup(rows: Sequence[report.Row]) -> list[dict[str, Any]]:
                     "d": d,
                     "theory": theoretical_speedup(shape),
                     "pytorch": plain["median_s"] / eager["median_s"],
+                    "pytorch_range": report.ratio(plain, eager),
                     "ours": plain["median_s"] / ours["median_s"],
+                    "ours_range": report.ratio(plain, ours),
                 }
             )
     return lines

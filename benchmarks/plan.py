@@ -120,6 +120,15 @@ class PlanBenchmark:
             )
 
 
+def predictions(rows: Sequence[report.Row]) -> dict[str, list[report.Row]]:
+    """``provider, batch`` -> the rows that have a prediction."""
+    groups: dict[str, list[report.Row]] = {}
+    for row in report.timed(rows):
+        if "predicted_s" in row:
+            groups.setdefault(f"{row['provider']}, batch {row['batch']}", []).append(row)
+    return groups
+
+
 def summarize(rows: Sequence[report.Row]) -> dict[str, dict[str, Any]]:
     """(provider, batch) -> how predictions and times agree.
 
@@ -129,12 +138,8 @@ def summarize(rows: Sequence[report.Row]) -> dict[str, dict[str, Any]]:
         ``rank``: Spearman's rank correlation of predicted and measured times.
     """
     numpy = require("numpy", "rank correlation")
-    groups: dict[str, list[report.Row]] = {}
-    for row in report.timed(rows):
-        if "predicted_s" in row:
-            groups.setdefault(f"{row['provider']}, batch {row['batch']}", []).append(row)
     found = {}
-    for name, part in groups.items():
+    for name, part in predictions(rows).items():
         ratios = [row["median_s"] / row["predicted_s"] for row in part]
         factor = statistics.geometric_mean(ratios)
         off = [ratio / factor for ratio in ratios]

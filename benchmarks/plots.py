@@ -22,6 +22,7 @@ PICTURES: dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]] = {
         "roofline": plots_module.draw_roofline,
         "training": plots_module.draw_training,
     },
+    "network": {"bars": plots_questions.draw_networks},
     "scaling": {"curves": plots_questions.draw_scaling},
     "memory": {"bars": plots_questions.draw_memory},
     "plan": {"scatter": plots_questions.draw_plan},

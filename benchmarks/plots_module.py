@@ -32,7 +32,8 @@ def draw_floors(document: Mapping[str, Any], batches: Sequence[int] | None = Non
     )
     engines = [p.name for p in providers.ENGINES if any(r["provider"] == p.name for r in rows)]
     if engines:
-        label = f"best of {', '.join(engines)}" if len(engines) > 1 else engines[0]
+        families = dict.fromkeys(p.family for p in providers.ENGINES if p.name in engines)
+        label = f"{'best of ' if len(engines) > 1 else ''}{', '.join(families)}"
         pick = lambda cell: report.fastest(cell, "engine")  # noqa: E731
         series = (*series[:2], (label, style.ENGINE, "^", pick), series[2])
     with matplotlib.rc_context(style.STYLE):
@@ -179,7 +180,13 @@ def draw_roofline(document: Mapping[str, Any]) -> Any:
                 )  # fmt: skip
             floors = [row["flops"] / row["floor_s"] / 1e9 for row in chosen["ghost_ops"]]
             axes.scatter(
-                at, floors, marker="_", color="black", s=60, zorder=2, label="floor of a shape"
+                at,
+                floors,
+                marker="_",
+                color="black",
+                s=60,
+                zorder=2,
+                label="floor of a shape (peak of its minute)",
             )
             for label, colour, marker, _ in series:
                 rates = [row["gflops"] for row in chosen[label]]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import memory, paper, report, scaling, style
+from benchmarks import memory, network, paper, report, scaling, style
 from benchmarks.providers import BASELINE
 
 _AXES = {
@@ -44,7 +44,8 @@ def draw_scaling(document: Mapping[str, Any]) -> Any:
         rows = -(-len(panels) // columns)
         figure = style.figure(3.1 * columns, 0.7 + 2.6 * rows)
         grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (axis, points) in zip(grid, panels.items(), strict=False):
+        # The panels first: zip would take one of the grid too many before it finds no panel.
+        for (axis, points), axes in zip(panels.items(), grid, strict=False):
             xs = [p["value"] for p in points]
             for label, key, colour, mark in series:
                 axes.plot(xs, [p[key] for p in points], mark, color=colour, markersize=4,
@@ -66,6 +67,46 @@ def draw_scaling(document: Mapping[str, Any]) -> Any:
             axes.set_ylabel("microseconds an image")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4)
+        style.caption(figure, document["meta"])
+    return figure
+
+
+def draw_networks(document: Mapping[str, Any]) -> Any:
+    """Bars: eager's time and the best peer's over ours, of every network.
+
+    Raises:
+        ValueError: no times of ours with a peer.
+    """
+    lines = [p for p in network.summarize(document["rows"]) if p["mode"] != "saved"]
+    if not lines:
+        raise ValueError("no times of ghost_ops with a peer")
+    lines.sort(key=lambda p: (p["mode"], p["batch"], p["over_best"]))
+    series = (
+        ("eager PyTorch (NCHW)", "over_eager", style.OURS, -0.2),
+        ("best peer", "over_best", style.BEST, 0.2),
+    )
+    matplotlib = style.matplotlib_modules()
+    with matplotlib.rc_context(style.STYLE):
+        figure = style.figure(6.8, 1.4 + 0.36 * len(lines))
+        axes = figure.subplots()
+        for label, key, colour, offset in series:
+            ratios = [line[key] for line in lines]
+            places = [place + offset for place in range(len(lines))]
+            mean = report.geometric_mean(ratios)
+            bars = axes.barh(places, ratios, 0.38, color=colour, label=f"over {label}: {mean:.2f}x")
+            texts = [f"{r:.2f}" for r in ratios]
+            if key == "over_best":
+                texts = [f"{line[key]:.2f} ({line['by']})" for line in lines]
+            style.bar_label(axes, bars, texts)
+        axes.axvline(1.0, color="black", linewidth=1.0)
+        axes.set_xlim(right=1.25 * axes.get_xlim()[1])
+        axes.set_xlabel("times faster (right of 1 is better)")
+        axes.set_title("Whole networks (geometric means)", **style.TITLE)
+        threads = "thread" if {line["threads"] for line in lines} == {1} else "threads"
+        style.shape_axis(axes, [
+            f"{p['shape']}, {p['mode']} b{p['batch']}, {p['threads']} {threads}" for p in lines
+        ])  # fmt: skip
+        style.legend_above(axes, columns=1)
         style.caption(figure, document["meta"])
     return figure
 
@@ -95,7 +136,7 @@ def draw_memory(document: Mapping[str, Any]) -> Any:
                 f"{line[f'ours_{key}'] / 2**20:.1f} of {line[f'eager_{key}'] / 2**20:.1f} MiB"
                 for line in lines
             ]
-            axes.bar_label(bars, texts, padding=3, fontsize=7)
+            style.bar_label(axes, bars, texts)
         axes.axvline(1.0, color="black", linewidth=1.0)
         axes.set_xlim(0.0, 1.35 * max(1.0, axes.get_xlim()[1]))
         axes.set_xlabel("ghost_ops over eager PyTorch (left of 1 is better)")

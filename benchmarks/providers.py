@@ -168,6 +168,11 @@ def build(provider: Provider, reference: nn.Module, *, training: bool) -> nn.Mod
         return FusedGhostModule.from_reference(module).train(training)
     if provider.family == "folded":
         module = folded_module(module)
+    return arrange(provider, module)
+
+
+def arrange(provider: Provider, module: nn.Module) -> nn.Module | Forward:
+    """``module`` in the provider's memory format, compiled if it is a provider that compiles."""
     if provider.layout == CHANNELS_LAST:
         module = module.to(memory_format=torch.channels_last)
     if provider.family == "compile":

@@ -45,6 +45,18 @@ def geometric_mean(values: Sequence[float]) -> float | None:
     return statistics.geometric_mean(values) if values else None
 
 
+QUANTILES = ("median_s", "p20_s", "p80_s")
+
+
+def ratio(other: Row, ours: Row) -> tuple[float, float, float]:
+    """other / ours of the medians, then from p20 / p80 to p80 / p20: what noise could make it."""
+    return (
+        other["median_s"] / ours["median_s"],
+        other["p20_s"] / ours["p80_s"],
+        other["p80_s"] / ours["p20_s"],
+    )
+
+
 def spread(rows: Iterable[Row]) -> float | None:
     """Median of (p80 - p20) / median over the timed rows; None without any."""
     found = [(row["p80_s"] - row["p20_s"]) / row["median_s"] for row in timed(rows)]
@@ -58,25 +70,25 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         ``floors``: provider -> geometric mean of time / floor over the shapes it ran,
         ``best_pytorch``, ``best_engine`` and ``fused_best`` taken shape by shape;
         ``speedup``: geometric means of the others' times over ours;
-        ``range``: the same, from their 20th over our 80th percentile to the reverse: how far the
-        machine's noise could have moved it;
+        ``floors_range``, ``speedup_range``: for each of them from where to where the machine's
+        noise could have moved it (see :func:`ratio`), and of how many shapes it is the mean;
         ``worst``: the three smallest ratios of the best PyTorch time to ours;
         ``slower``: shapes where ours loses to the best PyTorch;
         ``network_ms``: sum over the network's modules, each as often as it occurs.
     """
     cells = by_shape(rows)
-    floors: dict[str, list[float]] = {}
+    floors: dict[str, list[tuple[float, float, float]]] = {}
     ratios: dict[str, list[tuple[float, float, float]]] = {}
     network: dict[str, float] = {}
     versus: list[tuple[float, str, str, str]] = []
 
     def note(name: str, row: Row) -> None:
-        floors.setdefault(name, []).append(row["floors"])
+        low, high = (row["floors"] * row[key] / row["median_s"] for key in ("p20_s", "p80_s"))
+        floors.setdefault(name, []).append((row["floors"], low, high))
         network[name] = network.get(name, 0.0) + 1e3 * row["count"] * row["median_s"]
 
     def compare(name: str, other: Row, ours: Row) -> None:
-        low, high = other["p20_s"] / ours["p80_s"], other["p80_s"] / ours["p20_s"]
-        ratios.setdefault(name, []).append((other["median_s"] / ours["median_s"], low, high))
+        ratios.setdefault(name, []).append(ratio(other, ours))
 
     for shape, cell in cells.items():
         for name, row in cell.items():
@@ -101,19 +113,27 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
             compare("fused_best over best_engine", engine, ours)
         if best is not None:
             compare("fused_best over best_pytorch", best, ours)
-            ratio = best["median_s"] / ours["median_s"]
-            versus.append((ratio, shape, best["provider"], ours["provider"]))
+            versus.append((ratio(best, ours)[0], shape, best["provider"], ours["provider"]))
     versus.sort()
     complete = {name for name, values in floors.items() if len(values) == len(cells)}
-    means = {
-        name: [geometric_mean(column) for column in zip(*values, strict=True)]
-        for name, values in ratios.items()
-    }
+
+    def means(
+        found: Mapping[str, Sequence[tuple[float, float, float]]], what: str
+    ) -> dict[str, Any]:
+        ends = {
+            name: [geometric_mean(c) for c in zip(*v, strict=True)] for name, v in found.items()
+        }
+        return {
+            what: {name: mean for name, (mean, _, _) in ends.items()},
+            f"{what}_range": {
+                name: [low, high, len(found[name])] for name, (_, low, high) in ends.items()
+            },
+        }
+
     return {
         "shapes": len(cells),
-        "floors": {name: geometric_mean(v) for name, v in floors.items()},
-        "speedup": {name: mean for name, (mean, _, _) in means.items()},
-        "range": {name: [low, high] for name, (_, low, high) in means.items()},
+        **means(floors, "floors"),
+        **means(ratios, "speedup"),
         "network_ms": {name: value for name, value in network.items() if name in complete},
         "worst": [
             dict(zip(("ratio", "shape", "best", "ours"), v, strict=True)) for v in versus[:3]
@@ -143,14 +163,15 @@ def print_summary(console: Any, title: str, summary: Mapping[str, Any]) -> None:
     if summary["worst"]:
         count = len(summary["slower"])
         console.print(f"  slower than the best PyTorch: {count} of {summary['shapes']} shapes")
-    headings = ("provider", "floors", "all modules, ms")
+    headings = ("provider", "floors", "p20 to p80", "all modules, ms")
     table = plain_table(None, headings)
     for name, value in summary["floors"].items():
         total = summary["network_ms"].get(name)
-        table.add_row(name, f"{value:.2f}", "" if total is None else f"{total:.2f}")
+        ends = "{:.2f} to {:.2f}".format(*summary["floors_range"][name])
+        table.add_row(name, f"{value:.2f}", ends, "" if total is None else f"{total:.2f}")
     console.print(table)
     for name, value in summary["speedup"].items():
-        low, high = summary["range"][name]
+        low, high, _ = summary["speedup_range"][name]
         console.print(f"  {name}: {value:.2f}x ({low:.2f} to {high:.2f})")
     if summary["spread"] is not None:
         console.print(f"  median spread (p80 - p20) / median: {summary['spread']:.1%}")
@@ -213,11 +234,29 @@ def print_shapes(console: Any, title: str, rows: Sequence[Row]) -> None:
     console.print(table)
     for row in rows:
         if row.get("median_s") is None:
-            console.print(f"  [yellow]{row['shape']} {row['provider']}: {row['note']}[/]")
+            note = escape(row["note"])
+            console.print(f"  [yellow]{row['shape']} {row['provider']}: {note}[/]")
+
+
+def escape(text: str) -> str:
+    """``text`` as a console prints it to the letter, though it has brackets."""
+    return require("rich.markup", "console tables").escape(text)
 
 
 def flag(ratio: float) -> str:
+    """A ratio; losses in red."""
     return f"[red]{ratio:.2f}[/]" if ratio < 1.0 else f"{ratio:.2f}"
+
+
+def saved_totals(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+    """Network family -> provider -> bytes that its modules save, each as often as it occurs."""
+    totals: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if row["mode"] == "saved":
+            total = totals.setdefault(row["group"], {})
+            name = row["provider"]
+            total[name] = total.get(name, 0) + row["count"] * row["saved_total"]
+    return totals
 
 
 def print_saved(console: Any, rows: Sequence[Row]) -> None:
@@ -245,13 +284,9 @@ def print_saved(console: Any, rows: Sequence[Row]) -> None:
             ("kept" if kept else "[red]broken[/]") if fused else "",
         )
     console.print(table)
-    total = {
-        name: sum(c[name]["count"] * c[name]["saved_total"] for c in by_key.values() if name in c)
-        for name in (BASELINE, *FUSED)
-    }
-    console.print(
-        "  all modules: " + ", ".join(f"{k} {v / 2**20:.1f} MiB" for k, v in total.items())
-    )
+    for group, total in saved_totals(rows).items():
+        sums = (f"{name} {nbytes / 2**20:.1f} MiB" for name, nbytes in total.items())
+        console.print(f"  all {group} modules, as often as they occur: {', '.join(sums)}")
     console.print(f"  contract broken on {broken} of {len(by_key)} shapes")
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks import floor, harness, providers, report, session
+from benchmarks import harness, providers, report, session
 from benchmarks.measure import Measurer, failures
 from benchmarks.session import Task
 from benchmarks.shapes import GRID, Shape
@@ -78,17 +78,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return session.parse(parser, argv, check)
 
 
-def _on_threads(measurer: Measurer, arguments: argparse.Namespace, threads: int) -> None:
-    harness.set_threads(threads, pin=not arguments.no_pin)
-    limits = measurer.roofline
-    # Peak and bandwidth of that many threads: the floor is theirs.
-    measurer.use_limits(floor.measure_roofline(arguments.dtype, **floor.QUICK_LIMITS))
-    try:
+def _on_threads(measurer: Measurer, threads: int) -> None:
+    with measurer.on_threads(threads):
         shape, batch = point("threads", threads)
         measurer.eval(shape, batch, axis="threads", value=threads)
-    finally:
-        measurer.use_limits(limits)
-        harness.set_threads(arguments.threads, pin=not arguments.no_pin)
 
 
 def tasks(measurer: Measurer, arguments: argparse.Namespace) -> list[Task]:
@@ -99,7 +92,7 @@ def tasks(measurer: Measurer, arguments: argparse.Namespace) -> list[Task]:
             continue  # CPU time of one thread says nothing there
         for value in values(axis, arguments.quick):
             if axis == "threads":
-                run = functools.partial(_on_threads, measurer, arguments, value)
+                run = functools.partial(_on_threads, measurer, value)
             else:
                 shape, batch = point(axis, value)
                 run = functools.partial(measurer.eval, shape, batch, axis=axis, value=value)

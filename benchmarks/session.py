@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import sys
 import time
 import warnings
@@ -116,6 +117,40 @@ def make_parser(question: str, description: str) -> argparse.ArgumentParser:
         "--out", type=Path, default=Path(f"results/{question}.json"), help="JSON rows go here"
     )
     return parser
+
+
+def add_compile_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--compile`` and ``--compile-minutes``, for scripts in which torch.compile takes part.
+
+    Args:
+        parser: gets the options.
+        default: of ``--compile``, without ``--quick``.
+    """
+    parser.add_argument(
+        "--compile",
+        choices=("none", "eval", "all"),
+        help=f"modes in which torch.compile runs too (default: {default}, none with --quick)",
+    )
+    parser.add_argument(
+        "--compile-minutes",
+        type=float,
+        default=math.inf,
+        help="leave torch.compile out once compiling has taken as long (its cache makes the next "
+        "run cheaper)",
+    )
+
+
+def check_compile_options(arguments: argparse.Namespace, default: str) -> None:
+    """Fill in ``--compile``; ValueError for minutes below zero."""
+    if not arguments.compile_minutes >= 0:
+        got = arguments.compile_minutes
+        raise ValueError(f"compile-minutes: expected a number from 0 up, got {got}")
+    arguments.compile = arguments.compile or ("none" if arguments.quick else default)
+
+
+def compile_modes(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The modes that ``--compile`` names."""
+    return {"none": (), "eval": ("eval",), "all": ("eval", "train")}[arguments.compile]
 
 
 def parse(
@@ -245,7 +280,12 @@ class Session:
         """A bar on a terminal, a line a task elsewhere; gives what to call as a task starts."""
         if not self.console.is_terminal:
             count = itertools.count(1)
-            yield lambda name: self.console.print(f"  {next(count)} of {total}: {name}")
+
+            def line(name: str) -> None:
+                seconds = time.monotonic() - self._started
+                self.console.print(f"  {next(count)} of {total}, after {seconds:.0f} s: {name}")
+
+            yield line
             return
         progress = require("rich.progress", "the progress bar")
         columns = (*progress.Progress.get_default_columns(), progress.TimeElapsedColumn())
@@ -324,7 +364,7 @@ def finish(session: Session, status: int, summary: Any, failures: Sequence[str] 
     """Write the final results, print failures; returns the exit status (1 if ours failed)."""
     session.save(complete=status == 0, summary=summary)
     for failure in failures:
-        session.console.print(f"[red]FAILED[/] {failure}")
+        session.console.print(f"[red]FAILED[/] {report.escape(failure)}")
         status = status or 1
     session.console.print(f"Rows written to {session.out}")
     return status

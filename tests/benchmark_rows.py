@@ -10,9 +10,16 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks import floor, memory, module, paper, plan, scaling
+from benchmarks import floor, memory, module, network, paper, plan, scaling
 
-SCRIPTS = {"module": module, "scaling": scaling, "memory": memory, "plan": plan, "paper": paper}
+SCRIPTS = {
+    "module": module,
+    "network": network,
+    "scaling": scaling,
+    "memory": memory,
+    "plan": plan,
+    "paper": paper,
+}
 LIMITS = floor.Roofline(
     1e11, 64, (1 << 16, 1 << 26), (5e10, 2e10), ("torch", "torch"), 1, "float32"
 )

@@ -260,6 +260,18 @@ def test_summary_by_hand() -> None:
     assert summary["network_ms"]["fused_nchw"] == pytest.approx(6000.0)
 
 
+def test_saved_bytes_are_summed_by_network() -> None:
+    rows = [
+        {"mode": "saved", "group": group, "count": count, "provider": "eager_nchw",
+         "saved_total": nbytes}
+        for group, count, nbytes in (("ghostnet", 4, 10), ("ghostnet", 1, 5), ("yolo", 1, 1000))
+    ]  # fmt: skip
+    assert report.saved_totals(rows) == {
+        "ghostnet": {"eager_nchw": 45},
+        "yolo": {"eager_nchw": 1000},
+    }
+
+
 def test_rows_that_failed_their_check_are_not_timed_and_are_reported() -> None:
     rows = rows_by_hand()
     rows[2].update(median_s=None, note="wrong result")

@@ -71,6 +71,44 @@ def test_other_measurements_are_counted_not_compared() -> None:
     assert (found, apart) == ([], 2)
 
 
+def modules(ours: float, spread: float) -> list[dict]:
+    """One module of the report, with its noise as a share of its time."""
+    common = {"question": "module", "group": "ghostnet", "count": 1}
+    times = {"fused_nchw": ours, "eager_nchw": 4.0}
+    return [
+        row(provider=name, median_s=t, p20_s=t * (1 - spread), p80_s=t * (1 + spread), **common)
+        for name, t in times.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "spread", "note"),
+    [
+        (1.05, 0.01, ""),
+        (1.3, 0.01, "apart 30%, beyond the spread"),
+        (1.3, 0.3, "apart 30%, within the spread"),
+    ],
+)
+def test_geometric_means_of_two_runs(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    after: float,
+    spread: float,
+    note: str,
+) -> None:
+    for name, ours in (("a", 1.0), ("b", after)):
+        rows = [{**r, "floors": r["median_s"]} for r in modules(ours, spread)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"meta": {}, "rows": rows}))
+    status = compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--means"])
+    assert status == (1 if note and spread < 0.1 else 0)
+    out = " ".join(capsys.readouterr().out.split())
+    # Three ratios, and the floors of eager, ours, the best peer and the best of ours.
+    assert f"{out.count('agrees ')} of 7 geometric means agree within 10%" in out
+    assert note in out
+    low, high = 4 * (1 - spread) / (1 + spread), 4 * (1 + spread) / (1 - spread)
+    assert f"4.00 ({low:.2f} to {high:.2f}), then {4 / after:.2f}" in out
+
+
 def test_compare_command(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     slower = pair(median_s=2.0, p20_s=1.99, p80_s=2.01)
     for name, rows in (("before", pair()), ("after", slower)):

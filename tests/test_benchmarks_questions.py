@@ -12,7 +12,9 @@ from benchmark_rows import LIMITS, SCRIPTS, installed, row
 from benchmarks import (
     compare,
     floor,
+    means,
     memory,
+    networks,
     page,
     paper,
     plan,
@@ -78,6 +80,82 @@ def test_plan_errors_by_hand() -> None:
     assert found["rank"] == pytest.approx(1.0)
 
 
+# ---- geometric means
+
+
+def cell(question: str, ours: float, **more: object) -> list[dict]:
+    """Eager, a faster peer and ours, each with p20 and p80 10% off."""
+    times = {"eager_nchw": 8.0, "folded_cl": 4.0, "fused_nchw": ours}
+    return [
+        row(question=question, provider=name, median_s=t, p20_s=0.9 * t, p80_s=1.1 * t, **more)
+        for name, t in times.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("question", "places", "name"),
+    [
+        ("network", [{"shape": "a"}, {"shape": "b"}], "networks, eval, batch 1"),
+        ("scaling", [{"axis": "d", "value": 1}, {"axis": "d", "value": 3}], "along d"),
+    ],
+)
+def test_means_by_hand(question: str, places: list[dict], name: str) -> None:
+    rows = [r for place, ours in zip(places, (2.0, 8.0), strict=True)
+            for r in cell(question, ours, **place)]  # fmt: skip
+    found = means.of_document({"rows": rows})
+    assert found.keys() == {f"{name}: times faster than {who}"
+                            for who in ("eager_nchw", "the best peer")}  # fmt: skip
+    eager, best = found.values()
+    assert (eager.value, best.value) == (pytest.approx(2.0), pytest.approx(1.0))
+    assert eager.count == 2
+    assert (eager.low, eager.high) == (pytest.approx(2 * 9 / 11), pytest.approx(2 * 11 / 9))
+
+
+def test_means_of_the_plan_by_hand() -> None:
+    rows = [
+        row(question="plan", predicted_s=1.0, median_s=t, p20_s=t / 2, p80_s=t * 2)
+        for t in (2.0, 8.0)
+    ]
+    (mean,) = means.of_document({"rows": rows}).values()
+    assert (mean.value, mean.low, mean.high) == tuple(map(pytest.approx, (4.0, 2.0, 8.0)))
+
+
+# ---- networks
+
+
+@pytest.mark.parametrize("key", networks.NETWORKS)
+def test_networks_are_there_and_fuse(key: str) -> None:
+    network = networks.NETWORKS[key].plain(64).eval()
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 64, 64)
+        expected = network(x)
+        assert expected.shape == (2, networks.CLASSES)
+        folded = networks.folded(network)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+        torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
+    import ghost_ops
+
+    report = ghost_ops.fuse(network)
+    names = [type(module).__name__ for module in network.modules()]
+    modules = sum(name in ("FusedGhostModule", "FusedGhostConv") for name in names)
+    assert modules == (4 + 2 * 6 if key == "yolo" else 32), report
+
+
+def test_network_model_by_hand() -> None:
+    layers = (torch.nn.Conv2d(3, 4, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+              torch.nn.Linear(4, 1000))  # fmt: skip
+    network = torch.nn.Sequential(*layers)
+    assert networks.flops(network, 8) == 2 * (64 * 3 * 4 + 4 * 1000)
+    parameters, images, logits = 12 + 4 + 4000 + 1000, 2 * 3 * 64, 2 * 1000
+    forward = 4 * (parameters + images + logits)
+    assert networks.least_bytes(network, 2, 8, 4, False) == forward
+    training = 4 * (3 * parameters + 2 * images + logits)
+    assert networks.least_bytes(network, 2, 8, 4, True) == training
+
+
+# ---- paper, scaling
+
+
 def test_map_errors_see_a_convolution() -> None:
     generator = torch.Generator().manual_seed(0)
     source = torch.randn(8, 3, 9, 9, generator=generator, dtype=torch.float64)
@@ -121,6 +199,8 @@ def test_peak_is_that_of_live_memory() -> None:
 TINY = {
     "module": ["--shapes", "672-160@7-linear", "--batch", "1", "--mode", "eval", "--providers",
                "eager", "fused"],
+    "network": ["--networks", "yolo", "--size", "32", "--batch", "2", "--train-batch", "2",
+                "--train-threads", "1", "--providers", "eager", "fused"],
     "scaling": ["--axis", "ratio", "--providers", "fused"],
     "plan": ["--shapes", "672-160@7-linear", "160-960@7-relu", "--batch", "1"],
     "memory": ["--shapes", "160-960@7-relu", "--batch", "2", "--size", "32"],

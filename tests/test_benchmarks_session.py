@@ -145,9 +145,20 @@ def test_interrupted_report_goes_on(
     assert listing.run_all(command) == 130
     assert [name for name, _ in ran] == ["module", "network"]
     assert "--quick" in ran[0][1] and str(tmp_path / "module.json") in ran[0][1]
+    state = json.loads((tmp_path / harness.RUN_FILE).read_text())
+    assert (state["complete"], state["done"]) == (False, ["module"])
+    ran.clear()
+    assert listing.run_all([*command, "--clock", "cpu", "--only", "plan"]) == 0
+    assert [name for name, _ in ran] == ["plan", "page"], "another command starts over"
+    (tmp_path / harness.RUN_FILE).write_text(json.dumps(state))
     ran.clear()
     assert listing.run_all(command) == 0
     assert [name for name, _ in ran] == ["network", "scaling", "memory", "plan", "paper", "page"]
+    out = capsys.readouterr().out
+    assert "module: done before the interruption" in out
+    state = json.loads((tmp_path / harness.RUN_FILE).read_text())
+    assert state["complete"] and [*state["seconds"]] == [*state["done"]]
+    assert "in all" in out and "network 0 s" in out
     ran.clear()
     assert listing.run_all(command) == 0
     assert next(name for name, _ in ran) == "module", "a finished report is made anew"
@@ -182,6 +193,15 @@ def test_unwritable_folder_is_refused(
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"done": 3}'])
+def test_broken_state_of_a_report_is_forgotten(content: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / harness.RUN_FILE
+    path.write_text(content)
+    state = listing.RunState(path, ["all"])
+    state.load()
+    assert (state.done, state.seconds) == ([], {})
+
+
 def test_unwritable_report_folder_is_refused(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +231,16 @@ def test_missing_extra_stops_a_script(
         ("paper", ["--ratio", "1"], "from 2 up"),
         ("paper", ["--digits", "7"], "100 to 5000"),
         ("paper", ["--dw-size", "2"], "invalid choice"),
+        ("network", ["--networks", "resnet"], "invalid choice"),
+        ("network", ["--size", "8"], "at least 32"),
+        ("network", ["--batch", "0"], "positive"),
+        ("network", ["--train-batch", "1"], "2 or more"),
+        ("network", ["--train-threads", "0"], "train-threads: expected 1 to"),
+        ("network", ["--train-threads", "99999"], "train-threads: expected 1 to"),
+        ("network", ["--providers", "tensorflow"], "matches none"),
+        ("network", ["--compile-minutes", "-1"], "from 0 up"),
+        ("network", ["--rounds", "0"], "positive"),
+        ("module", ["--compile-minutes", "nan"], "from 0 up"),
     ],
 )
 def test_bad_arguments(
@@ -233,6 +263,10 @@ def test_missing_engine_is_named(
     for engine in providers.ENGINES:
         reason = engines.unavailable(engine, torch.float32)
         assert reason is not None and 'pip install "ghost_ops[engines]"' in reason
+    from rich.console import Console
+
+    engines.print_missing(Console(width=200))
+    assert 'pip install "ghost_ops[engines]"' in capsys.readouterr().out, "brackets are no markup"
     with pytest.raises(SystemExit):
         module.parse_arguments(["--providers", "openvino"])
     assert "ghost_ops[engines]" in capsys.readouterr().err
@@ -262,6 +296,48 @@ def test_engines_agree(engine: providers.Provider, activation: str) -> None:
     with torch.inference_mode():
         reference = providers.reference_module(shape).eval()
         x = torch.randn(2, 6, 9, 9)
-        own = engine.input(x)
-        got = engines.build(engine, reference, own)(own)
-        torch.testing.assert_close(got, reference(x), rtol=1e-4, atol=1e-5)
+        own = engine.input(x).clone(memory_format=torch.preserve_format)
+        call = engines.build(engine, providers.folded_module(reference), own)
+        torch.testing.assert_close(call(), reference(x), rtol=1e-4, atol=1e-5)
+        own.neg_()  # the input is read anew at every call
+        torch.testing.assert_close(call(), reference(-x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", providers.ENGINES, ids=lambda p: p.name)
+def test_engines_hold_what_they_read(engine: providers.Provider) -> None:
+    """A call must not read memory that was freed with the tensor it was built for."""
+    lacking = engines.missing(engine)
+    if lacking is not None:
+        pytest.skip(str(lacking))
+    with torch.inference_mode():
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten()).eval()
+        x = torch.randn(4, 3, 64, 64)
+        call = engines.build(engine, network, engine.input(x.clone()))
+        junk = [torch.full_like(x, 1e30) for _ in range(8)]
+        torch.testing.assert_close(call(), network(x), rtol=1e-4, atol=1e-4)
+        del junk
+
+
+@pytest.mark.parametrize(("kept", "whole"), [(8, 1), (7, 0)])
+def test_only_slices_that_keep_everything_go(kept: int, whole: int) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx.reference")
+    make, kind = onnx.helper, onnx.TensorProto
+    ends = [make.make_tensor(n, kind.INT64, [1], [v]) for n, v in (("b", 0), ("e", kept), ("a", 1))]
+    nodes = [
+        make.make_node("Relu", ["x"], ["y"]),
+        make.make_node("Slice", ["y", "b", "e", "a"], ["z"]),
+        make.make_node("Neg", ["y"], ["other"]),
+    ]
+    x, z, other = (
+        make.make_tensor_value_info(name, kind.FLOAT, shape)
+        for name, shape in (("x", [2, 8]), ("z", [2, kept]), ("other", [2, 8]))
+    )
+    graph = make.make_graph(nodes, "g", [x], [z, other], initializer=ends)
+    model = onnx.shape_inference.infer_shapes(make.make_model(graph), data_prop=True)
+    assert engines.drop_whole_slices(model) == whole
+    assert sum(node.op_type == "Slice" for node in model.graph.node) == 1 - whole
+    onnx.checker.check_model(model)
+    given = torch.randn(2, 8).numpy()
+    got = onnx.reference.ReferenceEvaluator(model).run(None, {"x": given})
+    assert (got[0] == given.clip(0)[:, :kept]).all() and (got[1] == -given.clip(0)).all()

@@ -198,6 +198,8 @@ LARGE = [
     Case(40, 3, 28, 28, 129, act1="none", act2="none"),
     Case(2, 3, 50, 50, 520, act2="silu"),
     Case(300, 5, 7, 7, 230),
+    Case(1, 20, 66, 66, 64),  # by two threads, each with a few pixels beyond its last vector
+    Case(1, 9, 97, 49, 80),
     Case(2, 3, 40, 50, 520, ratio=3, layout="nhwc"),
     Case(2, 3, 112, 112, 200, ratio=1),
 ]

@@ -108,6 +108,9 @@ def check_buffers(case, module, before, stats, training) -> None:  # type: ignor
     branches = [("primary_conv", stats.mean1, stats.var1)]
     if case.ratio > 1:
         branches.append(("cheap_operation", stats.mean2, stats.var2))
+    else:  # takes no part, and does not count
+        for key, old in module.cheap_operation[1].named_buffers():
+            assert torch.equal(old, before[f"cheap_operation.1.{key}"])
     count = stats.out.shape[0] * stats.out.shape[2] * stats.out.shape[3]
     eps = torch.finfo(case.bn_dtype or case.dtype).eps
     rtol = 8 * torch.finfo(case.dtype).eps if case.dtype in LOW else 1e-5

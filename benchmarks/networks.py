@@ -1,0 +1,188 @@
+"""The networks that ``benchmarks.network`` and ``benchmarks.memory`` run, as plain PyTorch modules.
+
+GhostNet comes from ``ghost_ops.models``, unfused. The YOLO stack is the backbone of Ultralytics'
+Ghost models (YOLOv8s-ghost: GhostConv with SiLU, a 5 x 5 cheap operation and eps 1e-3, C3 blocks of
+Ghost bottlenecks) with a linear classifier in the place of the detection head. Every network maps
+images [N, 3, size, size] to logits [N, 1000].
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import providers
+from benchmarks.providers import Forward, Provider
+
+CLASSES = 1000
+
+
+class Conv(nn.Module):
+    """Convolution, batch norm and SiLU (or none): the unit of all Ultralytics blocks."""
+
+    def __init__(
+        self, inp: int, oup: int, k: int = 1, s: int = 1, groups: int = 1, act: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inp, oup, k, s, k // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(oup, eps=1e-3, momentum=0.03)
+        self.act = nn.SiLU(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.conv(x)))
+
+
+class GhostConv(nn.Module):
+    """[N, inp, H, W] -> [N, oup, H / s, W / s]: half of the maps, and a 5 x 5 map of each."""
+
+    def __init__(self, inp: int, oup: int, k: int = 1, s: int = 1, act: bool = True) -> None:
+        super().__init__()
+        self.cv1 = Conv(inp, oup // 2, k, s, act=act)
+        self.cv2 = Conv(oup // 2, oup // 2, 5, groups=oup // 2, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cv1(x)
+        return torch.cat((y, self.cv2(y)), 1)
+
+
+class GhostBottleneck(nn.Module):
+    """Two Ghost modules, the second linear, and a shortcut around them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            GhostConv(channels, channels // 2),
+            nn.Identity(),
+            GhostConv(channels // 2, channels, act=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x
+
+
+class C3Ghost(nn.Module):
+    """A cross-stage block: ``depth`` bottlenecks on one half of the channels."""
+
+    def __init__(self, channels: int, depth: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.cv1, self.cv2 = Conv(channels, half), Conv(channels, half)
+        self.cv3 = Conv(channels, channels)
+        self.m = nn.Sequential(*(GhostBottleneck(half) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+
+
+def yolo_stack(width: float = 0.5) -> nn.Sequential:
+    """Stem, four stages of a strided GhostConv and a C3Ghost, pooling and classifier."""
+    channels = [int(width * c) for c in (64, 128, 256, 512, 1024)]
+    layers: list[nn.Module] = [Conv(3, channels[0], 3, 2)]
+    for inp, oup, depth in zip(channels, channels[1:], (1, 2, 2, 1), strict=False):
+        layers += [GhostConv(inp, oup, 3, 2), C3Ghost(oup, depth)]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], CLASSES))
+    return nn.Sequential(*layers, *head)
+
+
+def _ghostnet(width: float) -> nn.Module:
+    import ghost_ops
+    from ghost_ops import models
+
+    network = models.ghostnet(width, CLASSES, dropout=0.0)
+    ghost_ops.unfuse(network)
+    return network
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by name.
+
+    Args:
+        key: how command lines name it.
+        title: how tables name it.
+        make: gives the plain network.
+    """
+
+    key: str
+    title: str
+    make: Callable[[], nn.Module]
+
+    def name(self, size: int) -> str:
+        """Title and size of the images: the ``shape`` of its rows."""
+        return f"{self.title} at {size}"
+
+    def plain(self, size: int) -> nn.Module:
+        """The network in training mode, with the batch-norm statistics of random images."""
+        torch.manual_seed(0)
+        network = self.make()
+        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        with torch.no_grad():
+            for norm in norms:
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.2)
+                norm.momentum = 1.0
+            network(torch.randn(8, 3, size, size))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        return network
+
+
+def ghostnet(width: float) -> Network:
+    """GhostNet of some width."""
+    return Network(f"ghostnet-{width}", f"GhostNet {width}x", functools.partial(_ghostnet, width))
+
+
+NETWORKS: dict[str, Network] = {
+    network.key: network
+    for network in (
+        ghostnet(1.0),
+        Network("yolo", "Ghost YOLO stack", yolo_stack),
+        ghostnet(0.5),
+        ghostnet(1.3),
+    )
+}
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy in eval mode with each batch norm folded into its convolution."""
+    from torch.fx.experimental import optimization
+
+    return optimization.fuse(copy.deepcopy(network).eval())
+
+
+def build(provider: Provider, network: nn.Module, *, training: bool) -> nn.Module | Forward:
+    """The provider's own copy of the plain network, to be called with images."""
+    import ghost_ops
+
+    network = copy.deepcopy(network).train(training)
+    if provider.family == "fused":
+        ghost_ops.fuse(network, inference=True)
+        return network
+    if provider.family == "folded":
+        network = folded(network)
+    return providers.arrange(provider, network)
+
+
+def least_bytes(network: nn.Module, batch: int, size: int, itemsize: int, training: bool) -> int:
+    """Traffic that no implementation avoids: images and parameters read, logits written.
+
+    In training both are read twice, forward and backward, and a gradient of each parameter is
+    written; maps between layers count as if they stayed in caches.
+    """
+    images, logits = 3 * batch * size * size, batch * CLASSES
+    parameters = sum(p.numel() for p in network.parameters())
+    count = 2 * images + logits + 3 * parameters if training else images + logits + parameters
+    return count * itemsize
+
+
+def flops(network: nn.Module, size: int) -> int:
+    """FLOPs for one image of all convolutions and linear layers (a multiply-add counts two)."""
+    from ghost_ops.models import count_macs
+
+    return 2 * count_macs(network, (1, 3, size, size))
