@@ -14,7 +14,12 @@ code  name          formula                                        module
 5     hardswish     x * relu6(x + 3) / 6                           Hardswish
 6     gelu          x * Phi(x)                                     GELU
 7     gelu_tanh     GELU's tanh approximation                      GELU(approximate="tanh")
+8     prelu         x if x > 0 else slope[channel] * x             PReLU
 ====  ============  =============================================  ==========================
+
+A PReLU learns its slopes, one a channel or one for all: they are a parameter of its module, packed
+with the weights in inference. Only Ghost modules know it, and they train it as the layer that it
+is; ``resolve``, for functions of tensors, does not.
 
 NaN goes through every one of them, as it does in PyTorch.
 """
@@ -22,15 +27,13 @@ NaN goes through every one of them, as it does in PyTorch.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, GELU, GELU_TANH = range(8)
-
-# Slopes per channel, kept with the packed parameters; ``ghost_pack`` and ``ghost_apply`` know it.
-PRELU = 8
+NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, GELU, GELU_TANH, PRELU = range(9)
 
 NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
 CODES = {name: code for code, name in enumerate(NAMES)}
@@ -41,12 +44,15 @@ ActivationSpec = str | nn.Module
 _aten = torch.ops.aten
 
 
-def resolve(activation: ActivationSpec, name: str = "activation") -> tuple[int, float]:
+def resolve(
+    activation: ActivationSpec, name: str = "activation", names: tuple[str, ...] = NAMES
+) -> tuple[int, float]:
     """The code and slope of an activation given by name or as a module.
 
     Args:
         activation: one of ``NAMES``, or a module of one of the types in the table above.
         name: the argument's name, for the error message.
+        names: those that the message allows.
 
     Returns:
         ``(code, slope)``; the slope is ``DEFAULT_SLOPE`` except for a ``LeakyReLU`` module, which
@@ -59,7 +65,7 @@ def resolve(activation: ActivationSpec, name: str = "activation") -> tuple[int, 
     if isinstance(activation, str):
         code = CODES.get(activation)
         if code is None:
-            raise ValueError(f"{name} must be one of {', '.join(NAMES)}, got {activation!r}")
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {activation!r}")
         return code, DEFAULT_SLOPE
     if not isinstance(activation, nn.Module):
         raise TypeError(
@@ -97,13 +103,51 @@ def of_module(module: nn.Module) -> tuple[int, float] | None:
     return None
 
 
-def make_module(activation: ActivationSpec, name: str = "activation") -> nn.Module:
+def of_ghost_branch(module: nn.Module) -> tuple[int, float] | None:
+    """As ``of_module``, and PReLU, which behind the convolutions of a Ghost module is known too."""
+    return (PRELU, DEFAULT_SLOPE) if type(module) is nn.PReLU else of_module(module)
+
+
+def slopes_of(module: nn.Module | None, channels: int) -> Tensor | None:
+    """The slopes [channels] of a PReLU, a view of its parameter; None for any other module.
+
+    Raises:
+        RuntimeError: the PReLU has neither one slope nor one a channel.
+    """
+    if type(module) is not nn.PReLU:
+        return None
+    weight = module.weight
+    if weight.dim() != 1 or weight.numel() not in (1, channels):
+        raise RuntimeError(
+            f"a PReLU behind {channels} channels must have a weight of shape [1] or [{channels}], "
+            f"got {list(weight.shape)}"
+        )
+    return weight.expand(channels)
+
+
+def make_module(
+    activation: ActivationSpec,
+    name: str = "activation",
+    channels: int = 1,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """A new module for an activation (a module is copied, so that no two branches share one).
+
+    Args:
+        activation: a name of the table above, or a module of one of its types.
+        name: the argument's name, for error messages.
+        channels: slopes of a new ``"prelu"``, each 0.25 as PyTorch has it.
+        device, dtype: of a new PReLU's slopes; of a copy's only if given.
 
     Raises:
         ValueError, TypeError: as ``resolve``.
     """
-    code, _ = resolve(activation, name)
+    if activation == "prelu":
+        return nn.PReLU(channels, device=device, dtype=dtype)
+    if type(activation) is nn.PReLU:
+        return copy.deepcopy(activation).to(device=device, dtype=dtype)
+    code, _ = resolve(activation, name, (*NAMES, "prelu"))
     if isinstance(activation, nn.Module):
         return copy.deepcopy(activation)
     if code == RELU:
@@ -121,10 +165,19 @@ def make_module(activation: ActivationSpec, name: str = "activation") -> nn.Modu
     return nn.Sequential()
 
 
-def apply(x: Tensor, code: int, slope: float, inplace: bool = False) -> Tensor:
-    """act(x), differentiable twice. ``inplace`` may overwrite x (of any shape) and saves a pass."""
+def apply(
+    x: Tensor, code: int, slope: float, inplace: bool = False, slopes: Tensor | None = None
+) -> Tensor:
+    """act(x), differentiable twice. ``inplace`` may overwrite x (of any shape) and saves a pass.
+
+    slopes: [x.size(1)], of a PReLU.
+    """
     if code == NONE:
         return x
+    if code == PRELU:
+        if slopes is None:
+            raise RuntimeError("a PReLU needs its slopes, which only ghost_apply has")
+        return F.prelu(x, slopes.to(x.dtype)) if slopes.numel() else x
     if code == RELU:
         return F.relu(x, inplace)
     if code == RELU6:
@@ -139,7 +192,7 @@ def apply(x: Tensor, code: int, slope: float, inplace: bool = False) -> Tensor:
 
 
 def backward(grad: Tensor, x: Tensor, code: int, slope: float) -> Tensor:
-    """grad * act'(x), with x the input of the activation; both of one shape."""
+    """grad * act'(x), with x the input of the activation; both of one shape. No PReLU."""
     if code == NONE:
         return grad
     if code == RELU:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, eager_ops, ops
-from .reference import Norms, Settings, ghost_formula
+from .reference import NO_SLOPES, Norms, Settings, Slopes, ghost_formula
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -90,14 +90,22 @@ def ops_for(x: Tensor, w2: Tensor) -> Any:
     return ops_named(backend_for(x, w2.size(-1)))
 
 
-def needs_grad(x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms) -> bool:
+def needs_grad(
+    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, slopes: Slopes = NO_SLOPES
+) -> bool:
     """Whether autograd records this call."""
     if not torch.is_grad_enabled():
         return False
     n = norms
-    return any(
-        t is not None and t.requires_grad for t in (x, w1, w2, n.gamma1, n.beta1, n.gamma2, n.beta2)
-    )
+    inputs = (x, w1, w2, n.gamma1, n.beta1, n.gamma2, n.beta2, *slopes)
+    return any(t is not None and t.requires_grad for t in inputs)
+
+
+def slopes_need_layers(batch_stats: bool, grad: bool) -> str:
+    """Why a module with a PReLU has to run its layers one by one; empty if it has not."""
+    if batch_stats or grad:
+        return "its PReLU learns slopes, and is fused in eval mode without gradients only"
+    return ""
 
 
 def is_fused_primary(w1: Tensor, settings: Settings) -> bool:
@@ -146,26 +154,38 @@ def library_conv(x: Tensor, w1: Tensor, settings: Settings) -> Tensor:
 
 
 def frozen_forward(
-    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
     """The module with constant statistics, outside autograd. x dense; w1 None: x is u."""
     functions = ops_for(x, w2)
     if functions is eager_ops and x.dtype in LOW_PRECISION:
         # Folding in low precision would lose digits, and in float32 it would be slow.
-        out = ghost_formula(x, w1, w2, norms, settings, False)
+        out = ghost_formula(x, w1, w2, norms, settings, False, slopes=slopes)
         return out.contiguous(memory_format=eager_ops.memory_format(x))
-    packed = pack(functions, w1, w2, norms, settings)
+    packed = pack(functions, w1, w2, norms, settings, slopes)
     m = x.size(1) if w1 is None else w1.size(0)
     arguments = apply_arguments(m, w2, settings, w1 is not None)
     return functions.ghost_apply(x, packed, None, None, *arguments)
 
 
-def pack(functions: Any, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings) -> Tensor:
+def pack(
+    functions: Any,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    slopes: Slopes = NO_SLOPES,
+) -> Tensor:
     """Packed parameters for ``apply_arguments``. w1 None: without primary convolution."""
     gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2 = map(_packable, norms)
     return functions.ghost_pack(
         _packable(w1), gamma1, beta1, mean1, var1, settings.eps1,
-        _packable(w2), gamma2, beta2, mean2, var2, settings.eps2,
+        _packable(w2), gamma2, beta2, mean2, var2, settings.eps2, *map(_packable, slopes),
     )  # fmt: skip
 
 
@@ -344,10 +364,12 @@ def run(
     batch_stats: bool,
     update1: RunningUpdate,
     update2: RunningUpdate,
+    slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
     """The Ghost module on checked arguments, by the path that grad mode and autocast ask for.
 
     With batch_stats, the mean and var of norms are the running statistics to update, or None.
+    Slopes only where ``slopes_need_layers`` has nothing against them.
     """
     n = norms
     if in_transform():
@@ -355,7 +377,7 @@ def run(
             "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
         shares = [_share(update) for update in (update1, update2)]
-        out = ghost_formula(x, w1, w2, norms, settings, batch_stats, *shares)
+        out = ghost_formula(x, w1, w2, norms, settings, batch_stats, *shares, slopes)
         for update in (update1, update2):
             if batch_stats and update.batches is not None:
                 update.batches.add_(1)
@@ -368,8 +390,10 @@ def run(
             t if t is None or t.dtype in (to, torch.float64) else t.to(to) for t in (x, w1, w2)
         )
         with torch.autocast(device_type, enabled=False):
-            return run(x, w1, w2, norms, settings, batch_stats, update1, update2)
+            return run(x, w1, w2, norms, settings, batch_stats, update1, update2, slopes)
     if needs_grad(x, w1, w2, norms):
+        if torch.compiler.is_compiling():
+            settings = _with_constants(settings)
         given = _without_stats(norms) if batch_stats else norms
         result = GhostModuleFunction.apply(x, w1, w2, *given, settings, batch_stats)
     else:
@@ -379,7 +403,7 @@ def run(
         if batch_stats:
             result = train_forward(data, w1, w2, norms, settings, False)
         else:
-            result = frozen_forward(data, w1, w2, norms, settings)
+            result = frozen_forward(data, w1, w2, norms, settings, slopes)
     if not batch_stats:
         return result
     out, *stats = result[:5]
@@ -389,6 +413,20 @@ def run(
         update1, update2 if ghosts else RunningUpdate(), out.numel() // out.size(1),
     )  # fmt: skip
     return out
+
+
+def _with_constants(settings: Settings) -> Settings:
+    """The same, with floats that are constants of the graph that is being compiled.
+
+    Where everything is dynamic they are symbols, made inside the first autograd function that needs
+    one and then unknown to the next ("lift_tracked_freevar_to_input"). As the key of a set a
+    symbol becomes the number that it is, guarded.
+    """
+    names = ("eps1", "eps2", "slope1", "slope2")
+    numbers = {}
+    for name in names:
+        (numbers[name],) = {getattr(settings, name) + 0.0}
+    return settings._replace(**numbers)
 
 
 def _share(update: RunningUpdate) -> float:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import convert_probe
-from .bottleneck import ConvertedBottleneck, FusedGhostBottleneck, read_bottleneck
+from .bottleneck import BottleneckState, ConvertedBottleneck, FusedGhostBottleneck
+from .bottleneck_parts import read_bottleneck
 from .convert_forward import Converted, ConvertedGhost, fused_class
 from .convert_layouts import KNOWN_NAMES, Refusal, candidate, read
 from .models import FusedGhostNet, GhostNet
@@ -201,6 +202,9 @@ def _description(module: nn.Module) -> str:
     text += f", cheap {d}x{d}"
     if state.layout.primary.bn is None and state.layout.cheap.bn is None:
         text += ", no batch norm"
+    acts = (branch.act for branch in (state.layout.primary, state.layout.cheap))
+    if any(isinstance(act, nn.PReLU) for act in acts):
+        text += ", PReLU (fused in inference only)"
     return text + (", attention gate" if state.layout.gate is not None else "")
 
 
@@ -223,7 +227,7 @@ def _fuse_bottleneck(name: str, module: nn.Module) -> Entry | None:
         module.__class__ = _PAIRS[kind]
         module.reset_cache()
     else:
-        parts.attach(module)
+        module.__dict__["_ghost_ops"] = BottleneckState()
         module.__class__ = fused_class(ConvertedBottleneck, kind)
     return Entry(name, kind.__name__, "swapped", f"bottleneck: {parts.description()}")
 

@@ -25,12 +25,14 @@ from .autograd import (
     in_transform,
     is_fused_primary,
     library_conv,
+    needs_grad,
     ops_named,
     pack,
     run,
+    slopes_need_layers,
 )
-from .convert_layouts import Branch, Layout, Refusal, read, settings_of
-from .convert_probe import gate_of, ghost, norms_of, uses_batch_stats
+from .convert_layouts import Branch, Layout, Refusal, read, settings_of, slopes_of
+from .convert_probe import gate_of, ghost, norms_of, small_gate, uses_batch_stats
 from .functional import check
 from .nn import running_update
 from .structure import _GLOBAL_HOOKS, _hooks_of
@@ -101,7 +103,7 @@ class Values:
         """Whether no change of a parameter can go unnoticed: no inference tensors or subclasses,
         and none that a parametrisation or a hook computes."""
         tensors = [t for m in modules for t in (*m.parameters(False), *m.buffers(False))]
-        layers = [m for m in modules if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+        layers = [m for m in modules if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.PReLU))]
         return all("weight" in m._parameters for m in layers) and all(
             type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors
         )
@@ -123,16 +125,18 @@ class PackedGhost:
         self.settings = settings
         self.library_w1 = None if fused else w1
         with torch.no_grad():
-            norms = norms_of(primary, cheap, False)
-            self.packed = pack(functions, w1 if fused else None, w2, norms, settings)
+            norms, slopes = norms_of(primary, cheap, False), slopes_of(primary, cheap)
+            self.packed = pack(functions, w1 if fused else None, w2, norms, settings, slopes)
         self.apply = functions.ghost_apply
         self.arguments = apply_arguments(w1.size(0), w2, settings, fused)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The module's output for a dense x that fits, plus the residual."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """The module's output for a dense x that fits, times the gate, plus the residual."""
         if self.library_w1 is not None:
             x = dense(library_conv(x, self.library_w1, self.settings))
-        return self.apply(x, self.packed, residual, None, *self.arguments)
+        return self.apply(x, self.packed, residual, gate, *self.arguments)
 
 
 class PackedWhole:
@@ -255,25 +259,27 @@ class ConvertedGhost(nn.Module):
                 return super().forward(x)
         layout, settings = state.layout, state.settings
         primary, cheap = layout.primary, layout.cheap
-        out = None
         if not compiling and not torch.is_grad_enabled():
             out = _from_packed(state, x)
-        if out is None:
-            batch_stats = uses_batch_stats(primary)
-            if uses_batch_stats(cheap) != batch_stats:
-                if not compiling:
-                    reason = "only one of its branches uses the batch's statistics"
-                    _announce(self._ghost_ops_base, reason)
-                return super().forward(x)
-            norms = norms_of(primary, cheap, True)
-            w1, w2 = primary.conv.weight, cheap.conv.weight
-            check(x, w1, w2, norms, settings, batch_stats)
-            updates = running_update(primary.bn), running_update(cheap.bn)
-            out = run(x, w1, w2, norms, settings, batch_stats, *updates)
+            if out is not None:
+                return out
+        norms, slopes = norms_of(primary, cheap, True), slopes_of(primary, cheap)
+        w1, w2 = primary.conv.weight, cheap.conv.weight
+        batch_stats, reason = uses_batch_stats(primary), ""
+        if uses_batch_stats(cheap) != batch_stats:
+            reason = "only one of its branches uses the batch's statistics"
+        elif any(t is not None for t in slopes):
+            reason = slopes_need_layers(batch_stats, needs_grad(x, w1, w2, norms, slopes))
+        if reason:
+            if not compiling:
+                _announce(self._ghost_ops_base, reason)
+            return super().forward(x)
+        check(x, w1, w2, norms, settings, batch_stats)
+        updates = running_update(primary.bn), running_update(cheap.bn)
+        out = run(x, w1, w2, norms, settings, batch_stats, *updates, slopes)
         if layout.gate is None:
             return out
-        gate = gate_of(x, layout.gate, (out.size(2), out.size(3)))
-        return out * gate if compiling or torch.is_grad_enabled() else out.mul_(gate)
+        return out * gate_of(x, layout.gate, (out.size(2), out.size(3)))
 
     def extra_repr(self) -> str:
         parts = (super().extra_repr(), "fused by ghost_ops")
@@ -312,7 +318,7 @@ def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _from_packed(state: Converted, x: Tensor) -> Tensor | None:
-    """The fused output from packed weights, kept or new; None where they cannot be kept."""
+    """The fused output, gated too, from packed weights, kept or new; None where these cannot be."""
     layout, settings = state.layout, state.settings
     assert layout is not None
     weight = layout.primary.conv._parameters.get("weight")
@@ -339,4 +345,4 @@ def _from_packed(state: Converted, x: Tensor) -> Tensor | None:
         return None
     if x.device != kept.device:
         return None
-    return kept.packed(dense(x))
+    return kept.packed(dense(x), None, None if layout.gate is None else small_gate(x, layout.gate))

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from torch import nn
 
 from . import activations
-from .reference import Settings
+from .reference import Settings, Slopes
 from .structure import _GLOBAL_HOOKS, _computes_as, _hooks_of
 
 # Names of (primary, cheap) that mark a Ghost module even where its structure is not one.
@@ -42,7 +42,7 @@ class Branch(NamedTuple):
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d | None
-    act: nn.Module | None  # None: nothing
+    act: nn.Module | None  # None: nothing; a PReLU only Ghost modules compute
     modules: tuple[nn.Module, ...]  # all of them, containers included
 
 
@@ -103,14 +103,10 @@ def read_branch(module: nn.Module, name: str) -> Branch:
             if bn is not None or act is not None:
                 raise Refusal(f"{name} has a second batch norm, or one after its activation")
             bn = leaf
-        elif activations.of_module(leaf) is not None:
+        elif activations.of_ghost_branch(leaf) is not None:
             if act is not None:
                 raise Refusal(f"{name} has a second activation, {kind.__name__}")
             act = leaf
-        elif kind is nn.PReLU:
-            raise Refusal(
-                f"{name} has a PReLU, whose slopes are learnt: the fused ops have one fixed slope"
-            )
         elif isinstance(leaf, _NORMS):
             raise Refusal(f"{name} has a {kind.__name__} in the place of a BatchNorm2d")
         else:
@@ -123,6 +119,10 @@ def read_branch(module: nn.Module, name: str) -> Branch:
         raise Refusal(
             f"{name} has a batch norm of {bn.num_features} channels behind a convolution of "
             f"{conv.out_channels}"
+        )
+    if type(act) is nn.PReLU and act.num_parameters not in (1, conv.out_channels):
+        raise Refusal(
+            f"{name} has a PReLU of {act.num_parameters} slopes behind {conv.out_channels} channels"
         )
     return Branch(conv, bn, act, tuple(module.modules()))
 
@@ -215,12 +215,25 @@ def read(module: nn.Module, names: tuple[str, str]) -> Layout:
 def settings_of(layout: Layout, out_channels: int) -> Settings:
     """``reference.Settings`` of a layout. A branch without batch norm has eps 0."""
     conv = layout.primary.conv
-    act1 = activations.of_module(layout.primary.act) if layout.primary.act is not None else None
-    act2 = activations.of_module(layout.cheap.act) if layout.cheap.act is not None else None
     nothing = (activations.NONE, activations.DEFAULT_SLOPE)
+    act1, act2 = (
+        nothing if branch.act is None else activations.of_ghost_branch(branch.act)
+        for branch in (layout.primary, layout.cheap)
+    )
+    assert act1 is not None and act2 is not None
     return Settings(
         out_channels, conv.stride, conv.padding, conv.dilation, conv.groups,
         layout.primary.bn.eps if layout.primary.bn is not None else 0.0,
         layout.cheap.bn.eps if layout.cheap.bn is not None else 0.0,
-        *(act1 or nothing), *(act2 or nothing),
+        *act1, *act2,
     )  # fmt: skip
+
+
+def slopes_of(primary: Branch, cheap: Branch) -> Slopes:
+    """The slopes of the branches' PReLUs."""
+    return Slopes(
+        *(
+            activations.slopes_of(branch.act, branch.conv.weight.size(0))
+            for branch in (primary, cheap)
+        )
+    )

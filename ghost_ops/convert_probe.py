@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import activations
-from .convert_layouts import Branch, Layout, Refusal, first_conv, read, settings_of
+from .convert_layouts import (
+    Branch,
+    Layout,
+    Refusal,
+    first_conv,
+    read,
+    settings_of,
+    slopes_of,
+)
 from .reference import Norms
 
 _TOLERANCE = 1e-9
@@ -101,36 +109,41 @@ def uses_batch_stats(branch: Branch) -> bool:
     return bn is not None and (bn.training or (bn.running_mean is None and bn.running_var is None))
 
 
-def gate_of(x: Tensor, short_conv: nn.Module, size: tuple[int, int]) -> Tensor:
-    """GhostModuleV2's gate, [N, oup, *size], from x halved by average pooling.
+def small_gate(x: Tensor, short_conv: nn.Module) -> Tensor:
+    """GhostModuleV2's gate, [N, oup, H // 2, W // 2], from x halved by average pooling.
 
     Source: GhostNetV2, NeurIPS 2022 (arXiv:2211.12905), section 4.1, decoupled fully connected
     attention.
     """
-    gate = torch.sigmoid(short_conv(F.avg_pool2d(x, kernel_size=2, stride=2)))
-    return F.interpolate(gate, size=size, mode="nearest")
+    return torch.sigmoid(short_conv(F.avg_pool2d(x, kernel_size=2, stride=2)))
+
+
+def gate_of(x: Tensor, short_conv: nn.Module, size: tuple[int, int]) -> Tensor:
+    """The gate brought to the size of the module's output."""
+    return F.interpolate(small_gate(x, short_conv), size=size, mode="nearest")
 
 
 def formula(layout: Layout, x: Tensor, out_channels: int) -> Tensor:
     """What the layout's children stand for, in plain PyTorch."""
     primary, cheap = layout.primary, layout.cheap
     settings = settings_of(layout, out_channels)
-    first = _branch(primary, x, settings.act1, settings.slope1)
-    second = _branch(cheap, first, settings.act2, settings.slope2)
+    slopes = slopes_of(primary, cheap)
+    first = _branch(primary, x, settings.act1, settings.slope1, slopes.slopes1)
+    second = _branch(cheap, first, settings.act2, settings.slope2, slopes.slopes2)
     out = torch.cat([first, second], 1)[:, :out_channels]
     if layout.gate is None:
         return out
     return out * gate_of(x, layout.gate, (out.size(2), out.size(3)))
 
 
-def _branch(branch: Branch, x: Tensor, act: int, slope: float) -> Tensor:
+def _branch(branch: Branch, x: Tensor, act: int, slope: float, slopes: Tensor | None) -> Tensor:
     bn, conv = branch.bn, branch.conv
     u = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if bn is not None:
         batch = uses_batch_stats(branch)
         mean, var = (None, None) if batch else (bn.running_mean, bn.running_var)
         u = F.batch_norm(u, mean, var, bn.weight, bn.bias, batch, 0.0, bn.eps)
-    return activations.apply(u, act, slope)
+    return activations.apply(u, act, slope, slopes=slopes)
 
 
 def _input(conv: nn.Conv2d, generator: torch.Generator) -> Tensor:

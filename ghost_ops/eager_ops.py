@@ -109,7 +109,11 @@ def ghost_pack(
     scale1, shift1 = _scale_shift(gamma1, beta1, mean1, var1, eps1, m, w2, dtype)
     scale2, shift2 = _scale_shift(gamma2, beta2, mean2, var2, eps2, g, w2, dtype)
     folded2 = (_cast(w2, dtype) * scale2.view(-1, 1, 1, 1)).reshape(-1)
-    slopes = [t.to(dtype) for t in (prelu1, prelu2) if t is not None]
+    slopes = []
+    for name, t, size in (("prelu1", prelu1, m), ("prelu2", prelu2, g)):
+        if t is not None and t.numel() != size:
+            raise RuntimeError(f"{name} must have {size} elements, got {t.numel()}")
+        slopes += [] if t is None else [t.to(dtype).reshape(-1)]
     if w1 is None:
         return torch.cat([scale1, shift1, folded2, shift2, *slopes])
     channels = w1.size(1)
@@ -172,23 +176,21 @@ def ghost_apply(
             f"intrinsic and {g} ghost maps with a {dw_size}x{dw_size} kernel need {expected}"
         )
     y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
-    y = _activate(y, act1, slope1, slopes1)
+    y = activations.apply(y, act1, slope1, True, slopes1)
     z = None
     if g:
         w2 = packed[second:third].view(g, 1, dw_size, dw_size)
         z = F.conv2d(y, w2, packed[third:end], 1, dw_size // 2, 1, intrinsic)
-        z = _activate(z, act2, slope2, slopes2)
+        z = activations.apply(z, act2, slope2, True, slopes2)
     out = _join(y, z, out_channels, x)
     if gate is not None:
+        if gate.dim() != 4 or gate.shape[:2] != out.shape[:2] or gate.dtype is not x.dtype:
+            raise RuntimeError(
+                f"gate must be [{out.size(0)}, {out.size(1)}, Hg, Wg] of the dtype of x, got "
+                f"{list(gate.shape)} of {gate.dtype}"
+            )
         out = out.mul_(F.interpolate(gate, out.shape[2:], mode="nearest"))
     return out if residual is None else out.add_(residual)
-
-
-def _activate(x: Tensor, act: int, slope: float, slopes: Tensor | None) -> Tensor:
-    """act(x), where x may be overwritten; with slopes it is a PReLU with one a channel."""
-    if slopes is not None:
-        return F.prelu(x, slopes) if slopes.numel() else x
-    return activations.apply(x, act, slope, inplace=True)
 
 
 def _affine_or_conv(
@@ -202,7 +204,15 @@ def _affine_or_conv(
         return F.conv2d(x.to(packed.dtype), w1, packed[first : first + m], stride)
     scale, shift = packed[:first], packed[first:second]
     zero, one = torch.zeros_like(shift), torch.ones_like(scale)
-    return F.batch_norm(x.to(packed.dtype), zero, one, scale, shift, eps=0.0)
+    return _batch_norm(x.to(packed.dtype), zero, one, scale, shift, 0.0)
+
+
+def _batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """Batch norm with given statistics. ``F.batch_norm`` of PyTorch 2.10 refuses an eps of 0."""
+    cudnn = torch.backends.cudnn.enabled
+    return torch.batch_norm(x, gamma, beta, mean, var, False, 0.0, eps, cudnn)
 
 
 def _statistics(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +266,7 @@ def _norm(
     """Batch norm of u with given statistics; parameters in the compute dtype, result as u."""
     dtype = compute_dtype(u.dtype)
     mean, var = _cast(mean, dtype), _cast(var, dtype)
-    return F.batch_norm(u, mean, var, _cast(gamma, dtype), _cast(beta, dtype), False, 0.0, eps)
+    return _batch_norm(u, mean, var, _cast(gamma, dtype), _cast(beta, dtype), eps)
 
 
 def ghost_train_forward(

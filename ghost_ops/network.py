@@ -84,6 +84,8 @@ def read_ends(module: nn.Module) -> Ends | None:
     last = _read_last(stages[-1])
     if stem.bn is None or stem.act is None:
         raise Refusal("its stem has no batch norm or activation")
+    if type(stem.act) is nn.PReLU:
+        raise Refusal("its stem has a PReLU, which only Ghost modules compute")
     conv = last.conv
     if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != ((1, 1), (1, 1), (0, 0), 1):
         raise Refusal("its last stage is not a plain 1x1 convolution")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -24,6 +25,7 @@ from .autograd import (
     ops_named,
     pack,
     run,
+    slopes_need_layers,
 )
 from .functional import check
 from .reference import Norms, _build_children, _checked_arguments, composed_forward
@@ -94,7 +96,7 @@ class _Packed:
         self.library_w1 = None if fused else w1
         with torch.no_grad():
             weight = w1 if fused else None
-            self.packed = pack(functions, weight, w2, norms, self.settings)
+            self.packed = pack(functions, weight, w2, norms, self.settings, structure.slopes())
         self.apply = functions.ghost_apply
         self.arguments = apply_arguments(w1.size(0), w2, self.settings, fused)
 
@@ -121,6 +123,9 @@ class FusedGhostModule(nn.Module):
     values from a given seed and batch norm behaviour are the reference's; everything is read from
     the children at each call, so they can be changed as those of the reference can.
 
+    A PReLU (one slope, or one a channel) is fused in eval mode without gradients; where gradients
+    are recorded, its module runs its children one after the other.
+
     Children that the fused ops cannot stand for (hooks, another layer type, a bias) are run one
     after the other, and a warning says so once. Hooks of weight norm, spectral norm and pruning
     are known and stay fused.
@@ -132,7 +137,8 @@ class FusedGhostModule(nn.Module):
 
     Args:
         inp, oup, kernel_size, ratio, dw_size, stride, relu: as ``reference.GhostModule``.
-        activation: a name of ``ghost_ops.activations`` or a module (copied), in place of relu.
+        activation: a name of ``ghost_ops.activations`` or a module (copied), in place of relu;
+            ``"prelu"`` has a slope for every channel, as ``nn.PReLU(channels)``.
         cheap_activation: that of the cheap branch; as the primary one if None.
         device, dtype: of the parameters and buffers.
 
@@ -169,8 +175,10 @@ class FusedGhostModule(nn.Module):
         numbers = _checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
         first = ("relu" if relu else "none") if activation is None else activation
         second = first if cheap_activation is None else cheap_activation
-        act1 = activations.make_module(first)
-        act2 = activations.make_module(second, "cheap_activation")
+        m = math.ceil(numbers[1] / numbers[3])
+        g = m * (numbers[3] - 1)
+        act1 = activations.make_module(first, "activation", m, device, dtype)
+        act2 = activations.make_module(second, "cheap_activation", g, device, dtype)
         _build_children(self, *numbers, act1, act2, device, dtype)
 
     @classmethod
@@ -235,13 +243,17 @@ class FusedGhostModule(nn.Module):
         norms = Norms(*_norm_tensors(bn1), *_norm_tensors(bn2))
         settings = structure.settings
         check(x, w1, w2, norms, settings, batch_stats)
+        slopes = structure.slopes()
+        if structure.has_slopes:
+            grad = needs_grad(x, w1, w2, norms, slopes)
+            if reason := slopes_need_layers(batch_stats, grad):
+                return self._unfused(x, reason)
         if not batch_stats and not torch.compiler.is_compiling():
             out = self._infer(x, structure, w1, w2, norms)
             if out is not None:
                 return out
-        return run(
-            x, w1, w2, norms, settings, batch_stats, running_update(bn1), running_update(bn2)
-        )
+        updates = running_update(bn1), running_update(bn2)
+        return run(x, w1, w2, norms, settings, batch_stats, *updates, slopes)
 
     def _infer(
         self, x: Tensor, structure: Structure, w1: Tensor, w2: Tensor, norms: Norms
@@ -359,6 +371,7 @@ def _places(structure: Structure) -> tuple[dict, ...]:
         bn2._parameters,
         bn1._buffers,
         bn2._buffers,
+        *(act._parameters for act in structure.prelus),
     )
 
 
@@ -369,7 +382,10 @@ def _watchable(structure: Structure, tensors: tuple[Tensor, ...]) -> bool:
     subclasses may have no address.
     """
     return (
-        all("weight" in conv._parameters for conv in (structure.conv1, structure.conv2))
+        all(
+            "weight" in layer._parameters
+            for layer in (structure.conv1, structure.conv2, *structure.prelus)
+        )
         and all(
             {"weight", "bias"} <= bn._parameters.keys() for bn in (structure.bn1, structure.bn2)
         )

@@ -62,6 +62,16 @@ class Norms(NamedTuple):
     var2: Tensor | None
 
 
+class Slopes(NamedTuple):
+    """Slopes per channel of a PReLU in the place of act1, [m], and of act2, [g]; or None."""
+
+    slopes1: Tensor | None = None
+    slopes2: Tensor | None = None
+
+
+NO_SLOPES = Slopes()
+
+
 def ghost_formula(
     x: Tensor,
     w1: Tensor | None,
@@ -71,6 +81,7 @@ def ghost_formula(
     batch_stats: bool,
     momentum1: float = 0.0,
     momentum2: float = 0.0,
+    slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
     """The Ghost module of this file's docstring as a function, differentiable any number of times.
 
@@ -81,6 +92,7 @@ def ghost_formula(
         norms, settings: the rest.
         batch_stats: normalise with the batch's statistics, and move the running ones, where given,
             by momentum1 and momentum2; otherwise with the running ones.
+        slopes: where settings name a PReLU.
 
     Returns:
         [N, out_channels, Ho, Wo].
@@ -89,12 +101,12 @@ def ghost_formula(
     inplace = not torch.is_grad_enabled()
     u = x if w1 is None else F.conv2d(x, w1, None, s.stride, s.padding, s.dilation, s.groups)
     y = F.batch_norm(u, n.mean1, n.var1, n.gamma1, n.beta1, batch_stats, momentum1, s.eps1)
-    y = activations.apply(y, s.act1, s.slope1, inplace)
+    y = activations.apply(y, s.act1, s.slope1, inplace, slopes.slopes1)
     if w2.size(0) == 0:
         return y[:, : s.out_channels]
     v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
     z = F.batch_norm(v, n.mean2, n.var2, n.gamma2, n.beta2, batch_stats, momentum2, s.eps2)
-    z = activations.apply(z, s.act2, s.slope2, inplace)
+    z = activations.apply(z, s.act2, s.slope2, inplace, slopes.slopes2)
     return torch.cat([y, z], 1)[:, : s.out_channels]
 
 

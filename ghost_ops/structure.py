@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from . import activations, watch
-from .reference import Settings
+from .reference import NO_SLOPES, Settings, Slopes
 
 # Forward pre-hooks that only compute a parameter from others: they can be run without the module.
 _PARAMETER_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
@@ -32,7 +32,7 @@ _GLOBAL_HOOKS = (
 )
 
 _CONV_STATE = ("stride", "padding", "dilation", "groups", "padding_mode")
-# The activations that have a parameter, and its name.
+# The activations that have a setting, and its name.
 _ACT_STATE = {nn.LeakyReLU: "negative_slope", nn.GELU: "approximate"}
 
 
@@ -51,6 +51,7 @@ class Structure:
         "dicts",
         "hooks",
         "parameter_hooks",
+        "prelus",
         "primary",
         "settings",
         "unchanged",
@@ -61,6 +62,7 @@ class Structure:
         self.conv1, self.bn1, self.act1 = primary
         self.conv2, self.bn2, self.act2 = cheap
         self.children = (*primary, *cheap)
+        self.prelus = tuple(act for act in (self.act1, self.act2) if type(act) is nn.PReLU)
         everyone = (primary, cheap, *self.children)
         self.dicts = tuple(module.__dict__ for module in everyone)
         self.hooks = tuple(hooks for module in everyone for hooks in _hooks_of(module))
@@ -88,6 +90,24 @@ class Structure:
     def is_current(self, module: nn.Module) -> bool:
         """Whether the module still is as it was inspected: children, attributes and no hooks."""
         return module.oup == self.settings.out_channels and self.unchanged()
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether a branch ends in a PReLU."""
+        return bool(self.prelus)
+
+    def slopes(self) -> Slopes:
+        """The slopes per channel of the branches' PReLUs.
+
+        Raises:
+            RuntimeError: a PReLU has neither one slope nor one a channel.
+        """
+        if not self.prelus:
+            return NO_SLOPES
+        return Slopes(
+            activations.slopes_of(self.act1, self.conv1.weight.size(0)),
+            activations.slopes_of(self.act2, self.conv2.weight.size(0)),
+        )
 
     def run_parameter_hooks(self) -> None:
         """Let weight norm, spectral norm and pruning compute their parameters."""
@@ -117,7 +137,7 @@ def inspect(module: nn.Module) -> Structure | str:
         for child, base in ((branch[0], nn.Conv2d), (branch[1], nn.BatchNorm2d)):
             if not isinstance(child, base) or not _computes_as(type(child), base):
                 return f"{name} has a {type(child).__name__} in the place of a {base.__name__}"
-        if activations.of_module(branch[2]) is None:
+        if activations.of_ghost_branch(branch[2]) is None:
             return f"{name} has the activation {type(branch[2]).__name__}"
     found = Structure(primary, cheap)
     for attributes in found.dicts:
@@ -127,7 +147,8 @@ def inspect(module: nn.Module) -> Structure | str:
     if reason:
         return reason
     conv = found.conv1
-    act1, act2 = activations.of_module(found.act1), activations.of_module(found.act2)
+    act1, act2 = map(activations.of_ghost_branch, (found.act1, found.act2))
+    assert act1 is not None and act2 is not None
     found.settings = Settings(
         module.oup, conv.stride, conv.padding, conv.dilation, conv.groups,
         found.bn1.eps, found.bn2.eps, *act1, *act2,

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from helpers import (
     ACT_CODE,
     KINKS,
     Case,
+    Norm,
     Params,
+    activation_module,
     assert_close,
     make_input,
     make_module,
@@ -193,6 +196,71 @@ def check_eval(
             packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
             arguments = (o.x, packed, extra, None, *o.shape, *o.acts, o.w1 is not None)
             got = world.call("ghost_apply", *arguments)
+    assert got.dtype == o.x.dtype
+    same_format(got, o.x)
+    assert_close(got, want, eager, dtype=tolerance_dtype(case, use_tf32))
+    return got
+
+
+PRELU = 8
+
+
+def check_extras(
+    world: World,
+    case: Case,
+    *,
+    prelu: tuple[bool, bool] = (False, False),
+    gate: tuple[int, int] | None = None,
+    gate_layout: str | None = None,
+    residual: bool = False,
+    has_primary: bool = True,
+    use_tf32: bool = False,
+) -> Tensor:
+    """``ghost_apply`` with slopes per channel in place of the activations and with a gate [Hg, Wg],
+    against PyTorch's layers in float64."""
+    o = operands(case, has_primary)
+    case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
+    g = torch.Generator().manual_seed(11)
+    slopes = [
+        torch.randn(n, generator=g).to(case.dtype) if wanted else None
+        for n, wanted in zip((case.m, w2.size(0)), prelu, strict=True)
+    ]
+    codes = [PRELU if s is not None else ACT_CODE[name]
+             for s, name in zip(slopes, (case.act1, case.act2), strict=True)]  # fmt: skip
+
+    def activate(t: Tensor, name: str, slope: Tensor | None) -> Tensor:
+        return activation_module(name)(t) if slope is None else F.prelu(t, slope.to(t.dtype))
+
+    def module(p: Params, x: Tensor, factor: Tensor | None, extra: Tensor | None) -> Tensor:
+        def bn(t: Tensor, n: Norm) -> Tensor:
+            return F.batch_norm(t, n.mean, n.var, n.gamma, n.beta, False, 0.0, n.eps)
+
+        y = activate(bn(F.conv2d(x, p.w1, None, o.stride), p.bn1), case.act1, slopes[0])
+        out = y
+        if case.ratio > 1:
+            v = F.conv2d(y, p.w2, None, 1, case.d // 2, 1, case.m)
+            out = torch.cat([y, activate(bn(v, p.bn2), case.act2, slopes[1])], 1)[:, : case.oup]
+        if factor is not None:
+            out = out * F.interpolate(factor, out.shape[2:], mode="nearest")
+        return out if extra is None else out + extra
+
+    size = [-(-n // o.stride) for n in (case.h, case.w)]
+    maps = case.replace(c=case.oup)
+    extra = make_input(maps.replace(h=size[0], w=size[1]), 5) if residual else None
+    factor = None
+    if gate is not None:
+        layout = gate_layout or case.layout
+        factor = make_input(maps.replace(h=gate[0], w=gate[1], layout=layout), 7)
+    wide = [None if t is None else t.double() for t in (factor, extra)]
+    with torch.no_grad(), tf32(use_tf32):
+        want = module(o.p.to(torch.float64), o.x.double(), *wide)
+        peer_p, peer_x = as_tensor_cores_see_it(o, use_tf32)
+        eager = module(peer_p, peer_x, factor, extra)
+        packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5, *slopes)
+        got = world.call(
+            "ghost_apply", o.x, packed, extra, factor, *o.shape, codes[0], SLOPE, codes[1], SLOPE,
+            o.w1 is not None,
+        )  # fmt: skip
     assert got.dtype == o.x.dtype
     same_format(got, o.x)
     assert_close(got, want, eager, dtype=tolerance_dtype(case, use_tf32))

@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from cuda_cases import (  # noqa: E402
     World,
     check_eval,
+    check_extras,
     check_statistics,
     check_train,
     norm_arguments,
@@ -43,6 +44,8 @@ MANY = Case(30, 16, 14, 14, 24, layout="nhwc", dtype=HALF, act1="silu", act2="si
 BANDS = Case(4, 16, 44, 60, 16, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 RATIO = Case(2, 16, 7, 7, 33, ratio=3, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 SINGLE = Case(2, 9, 8, 10, 14, layout="nhwc", act1="silu", act2="gelu")
+CHANNELS = Case(2, 12, 3, 3, 800, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+GHOSTS = Case(4, 3, 5, 5, 50, ratio=17, d=7, dtype=FP64, act1="silu", act2="gelu")
 DOUBLE = Case(2, 6, 9, 7, 10, dtype=FP64, act1="silu", act2="gelu", stride=2)
 
 Check = Callable[[World], object]
@@ -83,6 +86,9 @@ SMALL: dict[str, Check] = {
     "eval tf32": lambda w: check_eval(w, SINGLE, use_tf32=True),
     "eval double": lambda w: check_eval(w, DOUBLE),
     "eval u": lambda w: check_eval(w, NHWC, has_primary=False),
+    "eval prelu": lambda w: check_extras(w, NHWC, prelu=(True, True)),
+    "eval gate": lambda w: check_extras(w, WIDE, gate=(7, 12), residual=True),
+    "eval gate nchw": lambda w: check_extras(w, NCHW, gate=(4, 5), prelu=(True, False)),
     "nan": with_nan,
     "statistics": lambda w: check_statistics(w, NCHW),
     "train nhwc": lambda w: check_train(w, NHWC, keep_u=True),
@@ -100,6 +106,14 @@ SMALL: dict[str, Check] = {
 }
 
 
+# What needs emulator.SMALL_BLOCKS to be of interest.
+SHORT_OF_MEMORY: dict[str, Check] = {
+    "many channels": lambda w: check_train(w, CHANNELS),
+    "many channels, u": lambda w: check_train(w, CHANNELS, has_primary=False),
+    "many ghosts": lambda w: check_train(w, GHOSTS),
+}
+
+
 def run(world: World, library: Any, names: Sequence[str], schedules: dict[str, int]) -> int:
     """How many checks fail; each failure is printed."""
     failed = 0
@@ -109,7 +123,7 @@ def run(world: World, library: Any, names: Sequence[str], schedules: dict[str, i
         for name in names:
             try:
                 torch.manual_seed(0)
-                SMALL[name](world)
+                (SMALL | SHORT_OF_MEMORY)[name](world)
             except (AssertionError, RuntimeError) as error:
                 failed += 1
                 print(f"{name} ({schedule}): {str(error).strip().splitlines()[0]}", flush=True)
@@ -122,7 +136,7 @@ def run_library(path: Path, names: Sequence[str], schedules: Sequence[str], devi
     import emulator
 
     library = emulator.load_ops(path)
-    library.set_device(emulator.DEVICES[device])
+    library.set_device({**emulator.DEVICES, **emulator.SMALL_BLOCKS}[device])
     chosen = list(emulator.SCHEDULES) if list(schedules) == ["all"] else schedules
     bits = {name: emulator.SCHEDULES[name] for name in chosen}
     return run(World(torch.ops.ghost_emu, "cpu"), library, names, bits)

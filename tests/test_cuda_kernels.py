@@ -17,6 +17,7 @@ import torch
 from cuda_cases import (
     World,
     check_eval,
+    check_extras,
     check_statistics,
     check_train,
     norm_arguments,
@@ -130,6 +131,112 @@ def test_frozen_batch_norms(
     row = {**row, "keep_u": False}
     with taking_turns(library, turn):
         check_train(world, batch_stats=False, **row)
+
+
+# Sizes of the gate that divide the output's, that do not, that are larger, and one number a map.
+EXTRAS = grid(
+    {
+        "n": (1, 2, 5),
+        "c": (1, 8, 17, 40),
+        "hw": ((1, 1), (3, 5), (7, 7), (9, 14), (5, 33), (28, 12)),
+        "oup": (1, 7, 16, 35, 70),
+        "ratio": (1, 2, 3),
+        "d": (1, 3, 5),
+        "stride": (1, 2),
+        "act1": ("none", "relu"),
+        "act2": ("none", "silu"),
+        "layout": LAYOUTS,
+        "dtype": DTYPES,
+        "has_primary": (True, True, False),
+        "residual": (False, True),
+        "prelu": ((False, False), (True, False), (False, True), (True, True)),
+        "gate": (None, (1, 1), (2, 3), (7, 7), (4, 11), (31, 40)),
+        "gate_layout": (None, "nchw", "nhwc"),
+        "use_tf32": (False, True),
+    }
+)
+
+
+@pytest.mark.parametrize(("turn", "row"), list(enumerate(EXTRAS)), ids=map(identity, EXTRAS))
+def test_gate_and_slopes_per_channel(
+    world: World, library: emulator.Library, turn: int, row: dict[str, Any]
+) -> None:
+    with taking_turns(library, turn):
+        check_extras(world, **row)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gate_takes_the_nearest_pixel(world: World, layout: str) -> None:
+    """Bit for bit the pixel that F.interpolate takes, at every size."""
+    module = Case(1, 1, 23, 29, 1, ratio=1, layout=layout)
+    o = operands(module)
+    bn1 = [torch.tensor([v]) for v in (0.0, 1.0, 0.0, 1.0)]  # y = 1 everywhere
+    packed = world.pack(o.w1, *bn1, 0.0, o.p.w2.detach(), None, None, None, None, 0.0)
+    for size in [(h, w) for h in (1, 2, 5, 10, 23, 24, 46, 47) for w in (1, 3, 7, 14, 29, 30, 58)]:
+        gate = torch.arange(float(size[0] * size[1])).view(1, 1, *size)
+        got = world.call("ghost_apply", o.x, packed, None, gate, *o.shape, 0, 0.0, 0, 0.0, True)
+        assert torch.equal(got, torch.nn.functional.interpolate(gate, (23, 29), mode="nearest"))
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (torch.ones(2, 12, 3), "gate must be"),
+        (torch.ones(2, 11, 3, 3), "gate must be"),
+        (torch.ones(1, 12, 3, 3), "gate must be"),
+        (torch.ones(2, 12, 0, 3), "at least 1"),
+        (torch.ones(2, 12, 3, 3, dtype=torch.float64), "of the dtype of x"),
+    ],
+    ids=["3-D", "channels", "batch", "empty", "dtype"],
+)
+def test_gate_of_the_wrong_kind(world: World, gate: Tensor, message: str) -> None:
+    o = operands(Case(2, 8, 6, 6, 12))
+    bn1, bn2 = norm_arguments(o)
+    packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
+    with pytest.raises(RuntimeError, match=message):
+        world.call("ghost_apply", o.x, packed, None, gate, *o.shape, *o.acts, True)
+
+
+def test_slopes_per_channel_belong_to_the_packed_parameters(world: World) -> None:
+    o = operands(Case(2, 8, 6, 6, 12))
+    bn1, bn2 = norm_arguments(o)
+    arguments = (o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
+    packed = world.pack(*arguments)
+    with pytest.raises(RuntimeError, match="packed does not belong to this module"):
+        world.call("ghost_apply", o.x, packed, None, None, *o.shape, 8, 0.0, 0, 0.0, True)
+    with pytest.raises(RuntimeError, match="prelu1 must have 6 elements, got 1"):
+        world.pack(*arguments, torch.ones(1), None)
+    forward = (o.x, o.w1, *bn1[:2], 1e-5, o.p.w2.detach(), *bn2[:2], 1e-5, 12, 1)
+    with pytest.raises(RuntimeError, match="act1 must be a code from 0 to 7, got 8"):
+        world.call("ghost_train_forward", *forward, 8, 0.0, 0, 0.0, False)
+
+
+# The coefficients of all channels, or the parameters of all ghosts, do not fit beside the rest of a
+# block: it loads them tile by tile.
+SHORT_OF_MEMORY = [
+    ("58 KiB", True, Case(2, 12, 3, 3, 800, dtype=torch.float16, layout="nhwc", act1="silu")),
+    ("72 KiB", True, Case(2, 12, 5, 4, 790, act1="silu", act2="silu", stride=2)),
+    ("40 KiB", False, Case(2, 1, 3, 3, 800, dtype=torch.bfloat16, layout="nhwc", act2="silu")),
+    ("58 KiB", True, Case(3, 5, 9, 9, 150, ratio=30, d=7, act1="silu", act2="silu")),
+    ("58 KiB", True, Case(4, 3, 5, 5, 50, ratio=17, d=7, dtype=torch.float64, act2="gelu")),
+]
+
+
+@pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize(("device", "has_primary", "case"), SHORT_OF_MEMORY, ids=str)
+def test_backward_short_of_shared_memory(
+    world: World,
+    library: emulator.Library,
+    device: str,
+    has_primary: bool,
+    case: Case,
+    batch_stats: bool,
+) -> None:
+    library.set_device(emulator.SMALL_BLOCKS[device])
+    try:
+        check_train(world, case, has_primary=has_primary, batch_stats=batch_stats)
+    finally:
+        library.set_device(DEVICES[0])
 
 
 # A training case is a dozen eval cases long: the schedules that find the most.

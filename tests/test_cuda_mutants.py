@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant("padding not cleared", FORWARD, "clear_padding(y, t, tile);", "", NHWC, EVAL),
     Mutant(
         "no barrier before the tables", FORWARD,
-        f"const A* shift = scale + t.channels;\n  {SYNC}", "const A* shift = scale + t.channels;",
+        f"const A* slope = shift + t.channels;\n  {SYNC}", "const A* slope = shift + t.channels;",
         NHWC, ("eval bands",), device="tiny sm_86",
     ),
     Mutant(
@@ -103,8 +103,48 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier before the stores", APPLY,
-        f"make_z_tile(params, index, shared);\n      {SYNC}",
-        "make_z_tile(params, index, shared);", NHWC, EVAL,
+        f"    if (t.ghosts > 0 || params.output.gate != nullptr) {SYNC}\n", "", NHWC, EVAL,
+    ),
+    Mutant(
+        "gate of another pixel", TILE, "int(float(w) * o.gate_cols)",
+        "int(float(w + 1) * o.gate_cols)", NHWC, ("eval gate",), schedules=("plain",),
+    ),
+    Mutant(
+        "slope of another channel", "cuda/epilogue.cuh", "act.slopes[first + int64_t(i) * step]",
+        "act.slopes[first]", NHWC, ("eval prelu",), schedules=("plain",),
+    ),
+    Mutant(
+        "scale left out of the taps", APPLY, "t.channels, taps_count, affine + j * 3 * t.channels",
+        "t.channels, taps_count, static_cast<const A*>(nullptr)", NHWC, ("train nhwc",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "second row of a window one off", "cuda/depthwise.cuh",
+        "add_row<kD, 1>(row, taps + 2 * (i - 1) * kD, acc[1])",
+        "add_row<kD, 1>(row, taps + 2 * i * kD, acc[1])", NCHW, ("eval nchw",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "coefficients of other channels", "cuda/backward_primary.cuh",
+        "reload_coefficients(p, k0,", "reload_coefficients(p, 0,", PRIMARY, ("many channels",),
+        schedules=("plain",), device="58 KiB",
+    ),
+    Mutant(
+        "coefficients of other channels, u", "cuda/backward_primary.cuh",
+        "reload_coefficients(p, c0,", "reload_coefficients(p, 0,", PRIMARY, ("many channels, u",),
+        schedules=("plain",), device="40 KiB",
+    ),
+    Mutant(
+        "parameters of another ghost", "cuda/backward_grads.cuh",
+        "if (!all_kept) begin_ghosts<T>(p, me, j,", "if (!all_kept) begin_ghosts<T>(p, me, 0,",
+        ("cuda/instances/backward_float64.cu",), ("many ghosts",), schedules=("plain",),
+        device="58 KiB",
+    ),
+    Mutant(
+        "weight gradient of the last tile only", "cuda/backward_grads.cuh",
+        "out = more ? out + total : total;", "out = total;",
+        ("cuda/instances/backward_float64.cu",), ("many ghosts",), schedules=("plain",),
+        device="58 KiB",
     ),
     Mutant(
         "tail of K not zeroed", TILE, "const int k_end = ceil_div(p.c, P::kStep) * P::kStep;",
@@ -115,16 +155,16 @@ MUTANTS = [
         "source[q].position", NHWC, EVAL,
     ),
     Mutant(
-        "ReLU swallows NaN", "cuda/epilogue.cuh", "v[i] = prim::max_nan(v[i], A(0));",
-        "v[i] = v[i] > A(0) ? v[i] : A(0);", NHWC, ("nan",),
+        "ReLU swallows NaN", "cuda/epilogue.cuh", "prim::pack_pair_relu<T>(v[2 * i], v[2 * i + 1])",
+        "prim::pack_pair<T>(v[2 * i] > 0 ? v[2 * i] : 0, v[2 * i + 1])", NHWC, ("nan",),
     ),
     Mutant(
         "shared memory too small", "core/cuda_plan.cpp", "t.smem_bytes = int32_t(at);",
-        "t.smem_bytes = int32_t(at) - 1024;", PLAN, EVAL,
+        "t.smem_bytes = int32_t(at / 2);", PLAN, EVAL,
     ),
     Mutant(
-        "matrix not transposed", "cuda/gemm.cuh", "prim::ldmatrix_x4_trans(r, a +",
-        "prim::ldmatrix_x4(r, a +", NCHW, ("eval nchw",),
+        "matrix not transposed", "cuda/gemm.cuh", "prim::ldmatrix_x4_trans(r, p);",
+        "prim::ldmatrix_x4(r, p);", NCHW, ("eval nchw",), count=2,
     ),
     Mutant(
         "statistics without the spread of means", "cuda/stats.cuh", " + n[s] * d * d;", ";", NCHW,

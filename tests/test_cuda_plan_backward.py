@@ -97,6 +97,26 @@ def test_settings(ratio: int, dw_size: int) -> None:
     assert str(b).startswith(f"backward, {b.launches} launches")
 
 
+@pytest.mark.parametrize("device", SMEM)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_whatever_has_a_forward_has_a_backward(device: str, dtype: torch.dtype) -> None:
+    """Thousands of channels on either side, and more ghosts a channel than a block has room for."""
+    cases: list[tuple[int, int, dict[str, int]]] = [
+        *((64, 2 * m, {}) for m in (1024, 4096, 8192, 16384)),
+        *((c, 64, {}) for c in (4096, 8192, 16384)),
+        (8192, 16384, {}),
+        (64, 8192 * 5, {"ratio": 5, "dw_size": 7}),
+        *((8, 24 * ratio, {"ratio": ratio, "dw_size": 7}) for ratio in (17, 65, 257)),
+    ]
+    for channels, oup, settings in cases:
+        for channels_last in (False, True):
+            shape = (2, channels, 7, 7)
+            b = backward(device, shape, oup, dtype, channels_last, **settings)
+            m = math.ceil(oup / settings.get("ratio", 2))
+            assert b.launches <= 4
+            assert b.channels * b.channel_blocks >= m
+
+
 def test_eval_has_no_backward() -> None:
     plan = planner.explain((1, 16, 8, 8), 32, dtype=torch.float16, device="sm_90")
     assert isinstance(plan, planner.CudaPlan) and plan.backward is None

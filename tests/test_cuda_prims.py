@@ -73,13 +73,39 @@ def expect_to_float(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     return every, words(from_bits16(every, dtype).float()), every.numel()
 
 
-def expect_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    x = numbers(1000).nan_to_num(nan=0.0)
-    x = x[: x.numel() // 2 * 2].view(-1, 2)
+def packed(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """[n, 2] numbers as words [n] of two 16-bit ones."""
     low = rounded(dtype, x)
-    back = from_bits16(low, dtype).float()
-    out = torch.stack([low[:, 0] | low[:, 1] << 16, *back.view(torch.int32).unbind(1)], 1)
-    return words(x), out.flatten(), x.size(0)
+    return low[:, 0] | low[:, 1] << 16
+
+
+def expect_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    x = numbers(1000)
+    x = x[: x.numel() // 2 * 2].view(-1, 2)
+    back = from_bits16(rounded(dtype, x), dtype).float()
+    out = [packed(dtype, x), *words(back).view(-1, 2).unbind(1), packed(dtype, x.relu() + 0.0)]
+    return words(x), torch.stack(out, 1).flatten(), x.size(0)
+
+
+def expect_pair_arithmetic(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+    """Operands so near one another that float32 has room for every exact result, and, for the sums
+    and products alone, of any size: rounding twice cannot show there."""
+    g = generator()
+    near = 1 + torch.rand(600, 2, 3, generator=g)
+    wide = numbers(1200)[: 1200 // 6 * 6].view(-1, 2, 3).clone()
+    special = torch.tensor([0.0, 1.0, -2.0, float("nan"), float("inf"), 0.25])
+    few = torch.cartesian_prod(special, special)[:, None, :].expand(-1, 2, -1)
+    few = torch.cat([few, torch.ones(len(few), 2, 1)], 2)
+    signs = torch.randint(0, 2, near.shape, generator=g) * 2 - 1
+    x = torch.cat([near * signs, few, wide]).to(dtype).float() + 0.0  # no -0: min may take either
+    a, b, c = x.unbind(2)
+    c[-len(wide) :] = 0.0
+    in_reach = (a * b).isnan() | (a * b).isinf() | ((a * b).abs() > 1e-30) | (a * b == 0)
+    a[~in_reach] = 1.0
+    data = torch.stack([packed(dtype, t) for t in (a, b, c)], 1)
+    out = [a + b, a * b, a * b + c, torch.minimum(a, b)]
+    out = torch.stack([packed(dtype, t) for t in out], 1)
+    return data.flatten(), out.flatten(), len(data)
 
 
 def expect_to_tf32() -> tuple[Tensor, Tensor, int]:
@@ -183,6 +209,8 @@ EXPECTED: dict[str, Callable[[], tuple[Tensor, Tensor, int]]] = {
     "bfloat16_to_float": lambda: expect_to_float(BFLOAT16),
     "half_pair": lambda: expect_pair(HALF),
     "bfloat16_pair": lambda: expect_pair(BFLOAT16),
+    "half_pair_arithmetic": lambda: expect_pair_arithmetic(HALF),
+    "bfloat16_pair_arithmetic": lambda: expect_pair_arithmetic(BFLOAT16),
     "to_tf32": expect_to_tf32,
     "rsqrt": expect_rsqrt,
     "arithmetic": expect_arithmetic,

@@ -27,6 +27,7 @@ from helpers import (
     same_bits,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 
 import ghost_ops
@@ -85,6 +86,47 @@ def test_compile_with_other_sizes(backend: str) -> None:
     for h, w in ((6, 7), (9, 4), (12, 12)):
         x = torch.randn(3, 5, h, w)
         close(compiled(x), make_like(module)(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("kind", ["modules", "library primary", "bottlenecks"])
+def test_compile_training_for_every_batch_size(backend: str, kind: str) -> None:
+    """Several modules in one graph, which share floats such as eps; one graph for all batches."""
+    torch.manual_seed(0)
+    net = {
+        "modules": lambda: [FusedGhostModule(3, 8), FusedGhostModule(8, 6, activation="silu")],
+        "library primary": lambda: [
+            FusedGhostModule(3, 8, kernel_size=3, stride=2), FusedGhostModule(8, 6, relu=False)
+        ],
+        "bottlenecks": lambda: [
+            ghost_ops.FusedGhostBottleneck(3, 8, 6, stride=2, se_ratio=0.25),
+            ghost_ops.FusedGhostBottleneck(6, 8, 6),
+        ],
+    }[kind]()  # fmt: skip
+    net = nn.Sequential(*net).double()
+    other = copy.deepcopy(net)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=True)
+    compilations = set()
+    for n in (4, 7, 2):
+        results = []
+        for model, f in ((net, compiled), (other, other)):
+            x = make_input(Case(n, 3, 8, 9, dtype=torch.float64)).requires_grad_()
+            out = f(x)
+            model.zero_grad()
+            out.square().sum().backward()
+            results.append([out, x.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1  # all of it at the first batch
+    # A changed setting is noticed.
+    changed = []
+    for model, f in ((net, compiled), (other, other)):
+        ghost = next(m for m in model.modules() if isinstance(m, FusedGhostModule))
+        ghost.primary_conv[1].eps = 0.5
+        changed.append(f(x.detach()))
+    torch.testing.assert_close(*changed, rtol=1e-9, atol=1e-10)
 
 
 def make_like(module: nn.Module) -> nn.Module:

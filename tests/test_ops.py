@@ -328,7 +328,7 @@ def test_backends_agree(case: Case, has_primary: bool) -> None:
 def test_out_of_range_codes_are_refused(native: str) -> None:
     ops = ops_of(native)
     x, packed, residual, gate, *rest = samples(SAMPLES[0], True, ops)["ghost_apply"]
-    rest[5] = 8
+    rest[5] = 9
     with pytest.raises(RuntimeError, match="act1"):
         ops.ghost_apply(x, packed, residual, gate, *rest)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import (
     ACT_CODE,
     ACTIVATIONS,
@@ -26,6 +28,7 @@ from test_forward import check
 from triton_cases import SMALL_TILE, planned
 
 from ghost_ops import ops
+from ghost_ops.activations import PRELU
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,23 +113,27 @@ def test_rounds_at_the_end(
 
 
 def apply_with(
-    device: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None, slope: float = 0.01
-) -> torch.Tensor:
-    """The module through the raw operators."""
+    device: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None, slope: float = 0.01,
+    *, gate: torch.Tensor | None = None, prelu1: torch.Tensor | None = None,
+    prelu2: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The module through the raw operators; with slopes, a PReLU is its activation."""
     p = Params.of(make_module(case))
     b1, b2 = p.bn1, p.bn2
 
-    def moved(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        return [t.detach().to(device) for t in tensors]
+    def moved(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+        return [None if t is None else t.detach().to(device) for t in tensors]
 
     packed = ops.triton.ghost_pack(
         *moved(p.w1, b1.gamma, b1.beta, b1.mean, b1.var), b1.eps,
-        *moved(p.w2, b2.gamma, b2.beta, b2.mean, b2.var), b2.eps,
+        *moved(p.w2, b2.gamma, b2.beta, b2.mean, b2.var), b2.eps, *moved(prelu1, prelu2),
     )  # fmt: skip
+    act1 = ACT_CODE[case.act1] if prelu1 is None else PRELU
+    act2 = ACT_CODE[case.act2] if prelu2 is None else PRELU
+    x, residual, gate = moved(x, residual, gate)
     return ops.triton.ghost_apply(
-        x.to(device), packed, None if residual is None else residual.to(device), None, case.m,
-        case.oup, case.ratio, case.d, case.stride, ACT_CODE[case.act1], slope,
-        ACT_CODE[case.act2], slope, True,
+        x, packed, residual, gate, case.m, case.oup, case.ratio, case.d, case.stride, act1, slope,
+        act2, slope, True,
     ).cpu()  # fmt: skip
 
 
@@ -151,6 +158,73 @@ def test_residual_is_added_last(
     assert torch.equal(residual, before)
 
 
+GATES = {"pooled": (1, 1), "half": (4, 3), "odd": (2, 5), "same": (7, 5), "larger": (9, 13)}
+
+
+@pytest.mark.parametrize(("height", "width"), list(GATES.values()), ids=list(GATES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gate_of_any_size(triton_device: str, layout: str, height: int, width: int) -> None:
+    """out * nearest(gate) + residual; the gate's memory format need not be that of x."""
+    ratio = 1 if height == 4 else 3
+    dtype = torch.bfloat16 if height == 2 else torch.float32
+    case = Case(2, 3, 7, 5, 7, ratio, layout=layout, dtype=dtype, act2="silu")
+    wide = height == 9
+    gate = make_input(
+        case.replace(c=case.oup, h=height, w=width, layout="nhwc" if height == 7 else layout), 3
+    ).abs()
+    residual = None if height == 1 else make_input(case.replace(c=case.oup), extra_seed=2)
+    p, x = Params.of(make_module(case)), make_input(case)
+
+    def finished(out: torch.Tensor) -> torch.Tensor:
+        out = out * F.interpolate(gate.to(out.dtype), (7, 5), mode="nearest")
+        return out if residual is None else out + residual.to(out.dtype)
+
+    with torch.no_grad(), planned(wide=wide, tile=SMALL_TILE if wide else None):
+        got = apply_with(triton_device, case, x, residual, gate=gate)
+        want = finished(oracle(p.to(torch.float64), x.double(), case, False).out)
+        assert_close(got, want, finished(plain(p, x, case, False)))
+
+
+@pytest.mark.parametrize("size", [3, 11, 49, 97])
+def test_nearest_as_pytorch_rounds_it(triton_device: str, size: int) -> None:
+    """Sizes for which float32 and exact arithmetic disagree about the source pixel."""
+    case = Case(1, 1, 1, 128, 1, ratio=1, act1="none")
+    gate = torch.arange(float(size)).view(1, 1, 1, size)
+    x = make_input(case)
+    with torch.no_grad():
+        plain_out = apply_with(triton_device, case, x, None)
+        got = apply_with(triton_device, case, x, None, gate=gate)
+    want = plain_out * F.interpolate(gate, (1, 128), mode="nearest")
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two launches"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("which", ["both", "first", "second"])
+def test_prelu(triton_device: str, which: str, layout: str, one_pass: bool) -> None:
+    """A slope for each channel, of either branch."""
+    dtype = torch.float16 if which == "both" else torch.float32
+    case = Case(2, 5, 4, 6, 13, 3, layout=layout, act1="none", act2="none", dtype=dtype)
+    slopes = [torch.randn(count).to(dtype) for count in (case.m, case.g)]
+    prelu1 = None if which == "second" else slopes[0]
+    prelu2 = None if which == "first" else slopes[1]
+    p, x = Params.of(make_module(case)), make_input(case)
+
+    def computed(p: Params, x: torch.Tensor) -> torch.Tensor:
+        def norm(t: torch.Tensor, bn: Any, slopes: torch.Tensor | None) -> torch.Tensor:
+            t = F.batch_norm(t, bn.mean, bn.var, bn.gamma, bn.beta, False, 0.0, bn.eps)
+            return t if slopes is None else F.prelu(t, slopes.to(t.dtype))
+
+        y = norm(F.conv2d(x, p.w1), p.bn1, prelu1)
+        z = norm(F.conv2d(y, p.w2, None, 1, 1, 1, case.m), p.bn2, prelu2)
+        return torch.cat([y, z], 1)[:, : case.oup]
+
+    with torch.no_grad(), planned(one_pass=one_pass, tile=SMALL_TILE):
+        got = apply_with(triton_device, case, x, None, prelu1=prelu1, prelu2=prelu2)
+        want = computed(p.to(torch.float64), x.double())
+        assert_close(got, want, computed(p, x))
+
+
 @pytest.mark.parametrize("slope", [0.0, 1.5, -0.3])
 def test_leaky_relu_slope(triton_device: str, slope: float) -> None:
     case = Case(act1="leaky_relu", act2="none", ratio=1)
@@ -158,7 +232,7 @@ def test_leaky_relu_slope(triton_device: str, slope: float) -> None:
     with torch.no_grad():
         got = apply_with(triton_device, case, x, None, slope)
         a = oracle(p, x, case.replace(act1="none"), False).a
-    torch.testing.assert_close(got, torch.nn.functional.leaky_relu(a, slope), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, F.leaky_relu(a, slope), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -142,12 +142,17 @@ WRONG = [
     ("ghost_apply", 0, lambda x: x.double(), "float64"),
     ("ghost_apply", 1, lambda packed: packed[:-1], "packed has"),
     ("ghost_apply", 2, lambda _: torch.zeros(1, 2, 3, 4), "residual"),
+    ("ghost_apply", 3, lambda _: torch.zeros(2, 7, 3, 4), "gate"),
+    ("ghost_apply", 3, lambda _: torch.zeros(2, 8, 0, 4), "gate"),
+    ("ghost_apply", 3, lambda _: torch.zeros(2, 8, 1, 1).double(), "gate"),
+    ("ghost_apply", 9, lambda _: 8, "packed has"),
     ("ghost_apply", 5, lambda _: 100, "out_channels"),
     ("ghost_apply", 7, lambda _: 2, "dw_size"),
     ("ghost_apply", 8, lambda _: 0, "stride"),
     ("ghost_apply", 9, lambda _: 9, "act1"),
     ("ghost_apply", 11, lambda _: -1, "act2"),
     ("ghost_train_forward", 1, lambda w1: w1[:, :3], "w1 must be"),
+    ("ghost_train_forward", 11, lambda _: 8, "act1"),
     ("ghost_train_forward", 1, lambda w1: w1.double(), "w1 must be one of"),
     ("ghost_train_forward", 2, lambda gamma: gamma[1:], "gamma1"),
     ("ghost_train_forward", 5, lambda w2: w2[1:], "multiple"),
@@ -169,3 +174,10 @@ def test_wrong_arguments_are_refused(
     args[position] = change(args[position])
     with pytest.raises(RuntimeError, match=message):
         getattr(OPS, name)(*args)
+
+
+@pytest.mark.parametrize("name", ["prelu1", "prelu2"])
+def test_wrong_slopes_are_refused(triton_device: str, name: str) -> None:
+    args = arguments(SAMPLES[0], True, "ghost_pack", triton_device)
+    with pytest.raises(RuntimeError, match=name):
+        OPS.ghost_pack(*args, **{name: torch.zeros(3, device=triton_device)})

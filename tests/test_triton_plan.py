@@ -47,7 +47,7 @@ def test_y_that_stays_in_the_cache_costs_nothing_to_read_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "device", "residual", "word"),
+    ("p", "device", "epilogue", "word"),
     [
         (problem(ratio=1), H100, False, "ratio 1"),
         (problem(), H100, True, "residual"),
@@ -55,8 +55,8 @@ def test_y_that_stays_in_the_cache_costs_nothing_to_read_again() -> None:
     ],
     ids=["ratio 1", "residual", "AMD"],
 )
-def test_never_one_pass(p: plan.Problem, device: plan.Device, residual: bool, word: str) -> None:
-    found = plan.passes(p, device, stores_z=True, residual=residual)
+def test_never_one_pass(p: plan.Problem, device: plan.Device, epilogue: bool, word: str) -> None:
+    found = plan.passes(p, device, stores_z=True, epilogue=epilogue)
     assert not found.one_pass
     assert word in found.reason
 
@@ -106,7 +106,7 @@ def test_programs_share_the_pixels_out() -> None:
             assert each >= 1
             assert groups * each * tile.pixels >= pixels
             blocks = -(-plan.channel_axis(kind, p) // tile.channels)
-            if kind not in ("fused", "weight_gradient"):
+            if kind not in ("fused", "fused_gradient", "weight_gradient"):
                 assert groups * blocks <= 20 * H100.multiprocessors
                 assert groups * blocks >= min(H100.multiprocessors, pixels // tile.pixels)
 

@@ -2,7 +2,7 @@
 
 ``python triton_compile.py TARGET DTYPE LAYOUT DW_SIZE`` runs every operator on meta tensors, with
 launches that compile and stop there: the kernels, tiles and specialisations are those of a real run
-on a large batch, and (for the split passes) on a single image.
+on a large batch, which takes one pass, and on a large image, which does not.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def usage(name: str, kernel: Any) -> dict[str, Any]:
         ).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
     found |= {"registers": int(registers), "spilled": int(stack) + int(local)}
-    if name == "fused_kernel":
+    if name in ("fused_kernel", "fused_sums_kernel"):
         found["barrier"] = barrier_between_walks(kernel.asm["ptx"])
     return found
 
@@ -79,10 +79,10 @@ def barrier_between_walks(ptx: str) -> bool:
     return any("bar" in event for event in events[first_store : loads[0]])
 
 
-def run_all(n: int, dtype: torch.dtype, nhwc: bool, d: int) -> None:
-    """Every operator on a 80 -> 184 module at 14 x 14."""
+def run_all(n: int, size: int, dtype: torch.dtype, nhwc: bool, d: int) -> None:
+    """Every operator on a 80 -> 184 module."""
     c, m, oup = 80, 92, 184
-    x = torch.empty(n, c, 14, 14, dtype=dtype, device="meta")
+    x = torch.empty(n, c, size, size, dtype=dtype, device="meta")
     if nhwc:
         x = x.contiguous(memory_format=torch.channels_last)
 
@@ -94,15 +94,19 @@ def run_all(n: int, dtype: torch.dtype, nhwc: bool, d: int) -> None:
     acts = (4, 0.0, 4, 0.0)
     packed = forward.ghost_pack(w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5)
     forward.ghost_apply(x, packed, None, None, m, oup, 2, d, 1, *acts, True)
+    if n == 1:
+        packed = forward.ghost_pack(w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5, v, v)
+        residual, slopes = x.new_empty(n, oup, size, size), (8, 0.0, 8, 0.0)
+        gate = empty(n, oup, size // 2, size // 2, dtype=dtype)
+        forward.ghost_apply(x, packed, residual, gate, m, oup, 2, d, 1, *slopes, True)
     out, *_ = forward.ghost_train_forward(
         x, w1, v, v, 1e-5, w2, v, v, 1e-5, oup, 1, *acts, False
     )  # fmt: skip
     batches = empty(dtype=torch.int64)
     forward.ghost_update_running_(v, v, batches, v, v, 0.1, v, v, batches, v, v, None, 10)
-    if n > 1:
-        backward.ghost_backward(
-            out, x, None, w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5, 1, *acts, True, True, True
-        )
+    backward.ghost_backward(
+        out, x, None, w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5, 1, *acts, True, True, True
+    )
 
 
 def main(name: str, dtype: str, layout: str, d: str) -> None:
@@ -122,8 +126,8 @@ def main(name: str, dtype: str, layout: str, d: str) -> None:
     JITFunction.run = compile_only
     device = plan.Device(name, 132, 50 * 2**20, hip=name.startswith("gfx"))
     forward.device_of = backward.device_of = lambda _: device
-    for n in (256, 1):
-        run_all(n, getattr(torch, dtype), layout == "nhwc", int(d))
+    for n, size in ((256, 14), (1, 56)):
+        run_all(n, size, getattr(torch, dtype), layout == "nhwc", int(d))
     print(json.dumps(compiled))
 
 

@@ -104,6 +104,11 @@ class Planner {
   }
   bool backward() const { return kernel_ == CudaKernel::kBackwardSums; }
   bool keeps() const { return kernel_ == CudaKernel::kPrimaryStatsKeep; }
+  // Whether the registers of an instance are bounded so that a multiprocessor holds three blocks of
+  // it, not two: min_blocks in gemm.cuh.
+  bool three_blocks(int64_t instance) const {
+    return tensor_ && instance <= 32 && p_.layout == Layout::kNHWC;
+  }
 
   template <class F>
   void tile_shapes(Choice c, const F& consider) {
@@ -111,7 +116,8 @@ class Planner {
     for (int64_t images = 1; images <= p_.batch && images * H_ * W_ <= kMost; ++images) {
       if (images > 8 && images % 4 != 0) continue;
       const int64_t in = p_.channels * p_.height * p_.width, out = p_.out_channels * H_ * W_;
-      if (images > 1 && images * std::max(in, out) >= int64_t(1) << 31) break;
+      const int64_t gate = p_.out_channels * p_.gate_height * p_.gate_width;
+      if (images > 1 && images * std::max({in, out, gate}) >= int64_t(1) << 31) break;
       c.images = images;
       consider(c);
     }
@@ -161,7 +167,10 @@ class Planner {
     const int64_t source =
         c.images * std::min(H_, c.rows + 2 * halo_) * std::min(W_, c.cols + 2 * halo_);
     const int64_t inner = c.images * c.rows * c.cols;
+    t.window_rows = kernel_ == CudaKernel::kApply && e == 2 && !three_blocks(c.instance) ? 2 : 1;
     t.slice = int32_t(c.slice);
+    t.slice_log2 = 0;
+    while (1 << t.slice_log2 < t.slice) ++t.slice_log2;
     t.resident = c.resident;
     const int64_t rows16 = round_up(channels, 16), pad = 16 / e;
     const int64_t padded_c = round_up(p_.channels, c.slice);
@@ -189,7 +198,8 @@ class Planner {
     t.positions = int32_t(positions);
     t.source_at = place(8 * source);
     t.inner_at = place(stores ? 8 * inner : 0);
-    t.affine_at = place(kernel_primary() ? 0 : (2 + 2 * ghosts) * channels * a);
+    t.gate_at = place(p_.gate_height > 0 ? 4 * inner : 0);
+    t.affine_at = place(kernel_primary() ? 0 : (3 + 3 * ghosts) * channels * a);
     t.taps_at = place(ghosts * taps * channels * a);
     const bool sums = kernel_ == CudaKernel::kCheapStats || backward();
     t.moments_at = place(sums ? (ghosts * 4 + 1) * kCudaThreads * a : 0);
@@ -210,10 +220,8 @@ class Planner {
     CudaTile& t = plan.tile;
     const double e = double(element_), parts = double(t.channel_blocks) * t.ghost_blocks;
     const int64_t by_smem = arch_.smem_per_sm / (t.smem_bytes + 1024);
-    const bool narrow = tensor_ && t.instance <= 32 && p_.layout == Layout::kNHWC;
-    const int64_t by_registers = compute_ == 8                                  ? 1
-                                 : narrow && kernel_ != CudaKernel::kCheapStats ? 3
-                                                                                : 2;
+    const bool three = three_blocks(t.instance) && kernel_ != CudaKernel::kCheapStats;
+    const int64_t by_registers = compute_ == 8 ? 1 : three ? 3 : 2;
     plan.blocks_per_sm = std::max<int64_t>(1, std::min(by_smem, by_registers));
     const int64_t room = arch_.multiprocessors * plan.blocks_per_sm;
     int64_t slots = std::max<int64_t>(1, room / int64_t(parts));
@@ -246,32 +254,48 @@ class Planner {
       const double rate = !tensor_ ? (p_.dtype == DType::kFloat64 ? 32 : 64)
                                    : double(arch_.tensor_flops_clock) / 2 / (e / 2) * 0.5;
       product_cycles = mac / rate;
-      cycles += source * c * e / x_width * 9 / 128;
+      cycles += source * c * e / x_width * 16 / 128;
       tile_l2 += source * c * e;
       if (!t.resident) {
         const double chunks = std::ceil(source / double(chunk_rows(t.instance)));
         tile_l2 += chunks * channels * c * e;
-        cycles += chunks * channels * c * e / 16 * 10 / 128;
+        cycles += chunks * channels * c * e / 16 * 23 / 128;
       }
-      const double barriers = std::ceil(source / double(chunk_rows(t.instance))) *
-                              double(ceil_div(p_.channels, t.slice));
-      cycles += barriers * 40;
+      // Per slice: the copies' and the operands' addresses, the barrier. Per chunk: scale, shift,
+      // activation, rounding and stores of a lane's results.
+      const double chunks = std::ceil(source / double(chunk_rows(t.instance)));
+      const double results = double(t.instance * chunk_rows(t.instance)) / kCudaThreads;
+      cycles += chunks * (double(ceil_div(p_.channels, t.slice)) * 125 + 60 + 4 * results) * 2;
     } else {
       tile_l2 += source * channels * e;
-      cycles += source * channels * e / x_width * 20 / 128;
+      cycles += source * channels * e / x_width * 20 / 128 + source * channels * 6 / 128;
     }
-    cycles += source * channels * 6 / 128 + source * 12 / 128 + 300;
-    const double strips = double(t.images) * t.rows * double(ceil_div(t.cols, kCudaStrip));
-    const double strip_instructions =
-        d * ((kCudaStrip + d - 1) * 3 + d * (1 + 2 * kCudaStrip)) + 6 * kCudaStrip + 40;
-    const double pairs = double(std::min<int64_t>(t.channels, p_.intrinsic)) / 2;
-    if (!kernel_primary()) cycles += strips * pairs * t.ghosts * strip_instructions / 128;
+    cycles += source * 12 / 128 + 300;
+    double serial = 0;  // instructions of one thread, where few threads have work
+    if (!kernel_primary()) {
+      // Windows are dealt out to groups of threads in rounds; a warp costs the same whether all of
+      // its lanes have one. Per row of y: the strip with its halo (read, converted, addressed), and
+      // its products; then what a window costs besides.
+      const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
+      const int64_t groups = kCudaThreads / pairs;
+      const int64_t windows =
+          t.images * ceil_div(t.rows, t.window_rows) * ceil_div(t.cols, kCudaStrip);
+      const int64_t rounds = windows / groups, rest = windows % groups;
+      const int64_t warps = rounds * ceil_div(groups * pairs, 32) + ceil_div(rest * pairs, 32);
+      const double rows = d + t.window_rows - 1, each = element_ == 2 ? 4 : 2;
+      const double window = rows * (kCudaStrip + d - 1) * each +
+                            t.window_rows * d * d * 2 * kCudaStrip + d * d + 64 +
+                            36 * t.window_rows;
+      cycles += double(warps) * t.ghosts * window / 4;
+      serial = double(rounds + (rest > 0)) * t.ghosts * window;
+    }
     double out_bytes = 0;
     if (kernel_ == CudaKernel::kApply)
-      out_bytes = inner * channels * (1 + t.ghosts) * e * (p_.has_residual ? 2 : 1);
+      out_bytes =
+          inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + (p_.gate_height > 0));
     if (keeps()) out_bytes = inner * channels * e;
     if (backward()) out_bytes = inner * channels * (1 + t.ghosts) * e;
-    cycles += out_bytes / out_width * 12 / 128;
+    cycles += out_bytes / out_width * 18 / 128;
     tile_l2 += out_bytes;
 
     const double weights = t.resident && p_.has_primary ? channels * c * e : 0;
@@ -280,16 +304,17 @@ class Planner {
     const double px = double(p_.batch) * double(H_ * W_);
     const double x_bytes = double(p_.batch) * c * double(p_.height * p_.width) * e;
     // The neighbours' halo and the other channel blocks find x in L2; a little is evicted.
-    plan.dram_bytes =
-        int64_t(x_bytes + (kernel_ == CudaKernel::kApply ? px * p_.out_channels * e : 0) +
-                (keeps() ? px * p_.intrinsic * e : 0) +
-                (p_.has_residual ? px * p_.out_channels * e : 0) + double(p_.intrinsic) * c * e);
+    plan.dram_bytes = int64_t(
+        x_bytes + (kernel_ == CudaKernel::kApply ? px * p_.out_channels * e : 0) +
+        (keeps() ? px * p_.intrinsic * e : 0) + (p_.has_residual ? px * p_.out_channels * e : 0) +
+        double(p_.batch * p_.out_channels * p_.gate_height * p_.gate_width) * e +
+        double(p_.intrinsic) * c * e);
     const double clock = arch_.clock_ghz * 1e9;
     const double here = std::ceil(double(plan.blocks) / double(arch_.multiprocessors));
     const double side_by_side = std::min(here, double(plan.blocks_per_sm));
     const double issue = cycles / 0.7;
     // A block alone cannot overlap its phases; several can.
-    const double alone = 2500 + issue * 2 + product_cycles;
+    const double alone = 2500 + std::max(issue * 2, serial * 2) + product_cycles;
     const double shared = side_by_side * std::max(issue, product_cycles) +
                           0.3 * side_by_side * std::min(issue, product_cycles);
     const double waves = std::ceil(here / double(plan.blocks_per_sm));
@@ -311,8 +336,9 @@ class Planner {
   int64_t halo_, ghosts_, H_, W_;
 };
 
-using Key = std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                       int64_t, int64_t, int64_t, int, int, bool, bool, int64_t, int64_t>;
+using Key =
+    std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+               int64_t, int64_t, int, int, bool, bool, int64_t, int64_t, int64_t, int64_t>;
 
 Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
   return {int(kernel),
@@ -331,6 +357,8 @@ Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow
           int(p.layout),
           p.has_primary,
           p.has_residual,
+          p.gate_height,
+          p.gate_width,
           arch.multiprocessors,
           arch.smem_per_block};
 }
@@ -402,14 +430,16 @@ CudaTraining cuda_training(const Problem& p, bool keep_u) {
 }
 
 CudaPackedLayout::CudaPackedLayout(DType dtype, int64_t channels, int64_t intrinsic, int64_t ghosts,
-                                   int64_t dw_size, bool has_primary) {
+                                   int64_t dw_size, bool has_primary, bool prelu1, bool prelu2) {
   const int64_t e = element_size(dtype), a = compute_size(dtype);
   folded = has_primary && (e == a || channels == 1);
   scale1 = has_primary ? round_up(intrinsic * channels * e, a) : 0;
   shift1 = scale1 + (folded ? 0 : intrinsic * a);
   w2 = shift1 + intrinsic * a;
   shift2 = w2 + ghosts * dw_size * dw_size * a;
-  bytes = shift2 + ghosts * a;
+  slopes1 = shift2 + ghosts * a;
+  slopes2 = slopes1 + (prelu1 ? intrinsic * a : 0);
+  bytes = slopes2 + (prelu2 ? ghosts * a : 0);
 }
 
 }  // namespace ghost

@@ -47,7 +47,8 @@ struct CudaTile {
   int32_t tiles_h = 1, tiles_w = 1;        // of an image
   int64_t tiles = 0;
   int32_t slots = 1;                   // blocks that share the tiles of one channel block, in turn
-  int32_t slice = 32;                  // channels of x in one stage of the pipeline
+  int32_t window_rows = 1;             // of a thread's depthwise window, 1 or 2
+  int32_t slice = 32, slice_log2 = 5;  // channels of x in one stage of the pipeline
   int32_t resident = 1;                // the block's w1 stays in shared memory
   int32_t pitch = 0;                   // y positions from one row of the tile to the next
   int32_t image_rows = 0;              // rows of y positions from one image to the next
@@ -55,8 +56,8 @@ struct CudaTile {
   int32_t y_stride = 0, z_stride = 0;  // elements from one position (pixel) to the next
   int32_t a_stride = 0, b_stride = 0;  // of the operands in shared memory
   int32_t max_source = 0, max_inner = 0;  // pixels of y computed, of output stored, a tile
-  int32_t source_at = 0, inner_at = 0, affine_at = 0, taps_at = 0, moments_at = 0, b_at = 0,
-          y_at = 0, stage_at = 0, norm2_at = 0, grad_at = 0;
+  int32_t source_at = 0, inner_at = 0, gate_at = 0, affine_at = 0, taps_at = 0, moments_at = 0,
+          b_at = 0, y_at = 0, stage_at = 0, norm2_at = 0, grad_at = 0;
   int32_t a_stage = 0, b_stage = 0;  // bytes of one pipeline stage
   int32_t smem_bytes = 0;
 };
@@ -94,9 +95,9 @@ CudaTraining cuda_training(const Problem& p, bool keep_u);
 // of half types have scale1 folded in, and no scale1 vector.
 struct CudaPackedLayout {
   bool folded = false;
-  int64_t w1 = 0, scale1 = 0, shift1 = 0, w2 = 0, shift2 = 0, bytes = 0;
+  int64_t w1 = 0, scale1 = 0, shift1 = 0, w2 = 0, shift2 = 0, slopes1 = 0, slopes2 = 0, bytes = 0;
   CudaPackedLayout(DType dtype, int64_t channels, int64_t intrinsic, int64_t ghosts,
-                   int64_t dw_size, bool has_primary);
+                   int64_t dw_size, bool has_primary, bool prelu1, bool prelu2);
 };
 
 }  // namespace ghost

@@ -58,6 +58,16 @@ class GradsPlanner {
         r_(p.pad()) {}
 
   CheapTile best() {
+    search(std::max<int64_t>(per_, 1));
+    if (!any_ && per_ > 1) search(1);
+    if (!any_) fail_for_memory(arch_);
+    return best_;
+  }
+
+ private:
+  // All tiles that keep the parameters of so many ghosts of a channel.
+  void search(int64_t ghosts) {
+    ghosts_ = ghosts;
     const int64_t most_channels = std::min<int64_t>(round_up(p_.intrinsic, 8), 64);
     int64_t last = 0;
     for (int64_t blocks = 1; blocks <= ceil_div(p_.intrinsic, 8); ++blocks) {
@@ -77,11 +87,8 @@ class GradsPlanner {
         }
       }
     }
-    if (!any_) fail_for_memory(arch_);
-    return best_;
   }
 
- private:
   void consider(int64_t channels, int64_t images, int64_t rows, int64_t cols) {
     constexpr int64_t kMost = 2048;  // pixels of a tile
     if (images * rows * cols > kMost) return;
@@ -97,6 +104,7 @@ class GradsPlanner {
     t.tiles_h = int32_t(ceil_div(H_, rows));
     t.tiles_w = int32_t(ceil_div(W_, cols));
     t.tiles = int64_t{t.tiles_n} * t.tiles_h * t.tiles_w;
+    t.ghosts = int32_t(ghosts_);
     // Every row of taps needs a thread.
     if (kCudaThreads / (channels / 2) < p_.dw_size || !lay_out(t)) return;
     const double seconds = estimate(t);
@@ -109,6 +117,7 @@ class GradsPlanner {
   bool lay_out(CheapTile& t) const {
     const int64_t channels = t.channels, ld = channels + 2, d = p_.dw_size;
     const int64_t groups = kCudaThreads / (channels / 2);
+    const int64_t ghosts = per_ > 0 ? ghosts_ : 0;  // whose parameters are kept
     const int64_t y =
         t.images * (t.rows + 2 * (t.halo_rows + r_)) * (t.cols + 2 * (t.halo_cols + r_));
     const int64_t dv = t.images * (t.rows + 2 * r_) * (t.cols + 2 * r_);
@@ -118,11 +127,11 @@ class GradsPlanner {
     t.grad_at = int32_t(memory.place(per_ > 0 ? (dv + kCudaStrip) * ld * e_ : 0));
     t.dy_at = int32_t(memory.place(int64_t{t.images} * t.rows * t.cols * ld * e_));
     t.norm1_at = int32_t(memory.place(4 * channels * a_));
-    t.norm2_at = int32_t(memory.place(per_ * 6 * channels * a_));
-    t.taps_at = int32_t(memory.place(per_ * d * d * channels * a_));
+    t.norm2_at = int32_t(memory.place(ghosts * 6 * channels * a_));
+    t.taps_at = int32_t(memory.place(ghosts * d * d * channels * a_));
     // More threads sum a weight gradient faster, but each has a slot of its own for every tap.
     constexpr int64_t kSlots = 24 << 10;
-    const auto slot_bytes = [&] { return per_ * d * d * t.tap_splits * channels * a_; };
+    const auto slot_bytes = [&] { return ghosts * d * d * t.tap_splits * channels * a_; };
     t.tap_splits = int32_t(groups / d);
     while (t.tap_splits > 1 && slot_bytes() > kSlots) --t.tap_splits;
     t.slots_at = int32_t(memory.place(std::max<int64_t>(slot_bytes(), 2 * groups * channels * a_)));
@@ -184,6 +193,7 @@ class GradsPlanner {
   const Problem& p_;
   const CudaArch& arch_;
   int64_t H_, W_, e_, a_, per_, r_;
+  int64_t ghosts_ = 1;
   CheapTile best_;
   double seconds_ = 0;
   bool any_ = false;
@@ -219,13 +229,23 @@ PrimaryGradPlan plan_primary(const Problem& p, const CudaArch& arch, bool need_d
     left = std::max(left, du_bytes(plan.dw1_pixels));
     right = std::max(right, x_bytes(plan.dw1_pixels));
   }
-  Sections memory(kAlign);
-  memory.place(4 * padded_m * a);
-  plan.left_at = int32_t(memory.place(left));
-  plan.right_at = int32_t(memory.place(right));
-  plan.combine_at = int32_t(memory.place(kCudaThreads * a));
-  plan.smem_bytes = int32_t(memory.end());
-  if (memory.end() > arch.smem_per_block) fail_for_memory(arch);
+  const auto lay_out = [&](int64_t coefficients) {
+    Sections memory(kAlign);
+    memory.place(4 * std::max(coefficients, need_dw1 ? tile_m : 0) * a);
+    plan.dx_coefficients = int32_t(coefficients);
+    plan.left_at = int32_t(memory.place(left));
+    plan.right_at = int32_t(memory.place(right));
+    plan.combine_at = int32_t(memory.place(kCudaThreads * a));
+    plan.smem_bytes = int32_t(memory.end());
+    return memory.end();
+  };
+  // All coefficients, unless they would take the place of a second block.
+  const int64_t least = lay_out(need_dx ? plan.dx_depth : 0);
+  if (least > arch.smem_per_block) fail_for_memory(arch);
+  const int64_t blocks = blocks_per_sm(arch, least);
+  if (need_dx &&
+      (lay_out(padded_m) > arch.smem_per_block || blocks_per_sm(arch, plan.smem_bytes) < blocks))
+    lay_out(plan.dx_depth);
 
   const int64_t room = arch.multiprocessors * blocks_per_sm(arch, plan.smem_bytes);
   if (need_dx) {

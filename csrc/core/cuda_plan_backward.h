@@ -21,6 +21,9 @@ struct CheapTile {
   int32_t tiles_n = 0, tiles_h = 0, tiles_w = 0;
   int64_t tiles = 0;
   int32_t workers = 0, channel_blocks = 0;
+  // Ghosts of a channel whose parameters and sums stay in shared memory: all, or where that is too
+  // much one at a time, loaded and added up anew in every tile.
+  int32_t ghosts = 1;
   int32_t tap_splits = 1;  // threads that share a row of taps of a channel pair's weight gradient
   // Bytes in shared memory.
   int32_t y_at = 0, grad_at = 0, dy_at = 0, norm1_at = 0, norm2_at = 0, taps_at = 0, slots_at = 0,
@@ -31,7 +34,10 @@ struct CheapTile {
 // dw1_splits for dw1. A block makes kProductRows x kProductCols results at a time.
 struct PrimaryGradPlan {
   int32_t dx_blocks = 0;
-  int32_t dx_depth = 0;    // intrinsic channels of a tile of du that stay in shared memory
+  int32_t dx_depth = 0;  // intrinsic channels of a tile of du that stay in shared memory
+  // Intrinsic channels whose coefficients stay in shared memory: all, or where there are too many
+  // those of a tile of du, loaded with each.
+  int32_t dx_coefficients = 0;
   int32_t dx_groups = 1;   // independent parts of the channels of x
   int64_t dx_items = 0;    // tiles of kProductRows pixels, times dx_groups
   int32_t dw1_pixels = 0;  // summed at a time, a power of two

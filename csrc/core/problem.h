@@ -18,8 +18,9 @@ enum class Act : int {
   kHardswish = 5,
   kGELU = 6,
   kGELUTanh = 7,
+  kPReLU = 8,  // LeakyReLU with a slope per channel; in eval only
 };
-inline constexpr int kNumActs = 8;
+inline constexpr int kNumActs = 8;  // those of training
 
 struct Activation {
   Act act = Act::kNone;
@@ -42,6 +43,8 @@ struct Problem {
   Layout layout = Layout::kNCHW;
   bool has_primary = true;  // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
+  bool has_gate = false;
+  int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
   bool joined = false;  // x is [C, N, H, W]: the images of a channel are adjacent
 
   int64_t out_height() const { return height > 0 ? (height - 1) / stride + 1 : 0; }

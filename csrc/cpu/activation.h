@@ -134,11 +134,12 @@ GHOST_INLINE void with_activation(Act act, F&& f) {
     GHOST_ACT(Act::kNone)
     GHOST_ACT(Act::kReLU)
     GHOST_ACT(Act::kReLU6)
-    GHOST_ACT(Act::kLeakyReLU)
     GHOST_ACT(Act::kSiLU)
     GHOST_ACT(Act::kHardswish)
     GHOST_ACT(Act::kGELU)
     GHOST_ACT(Act::kGELUTanh)
+    case Act::kPReLU:  // the caller gives every channel its slope
+      GHOST_ACT(Act::kLeakyReLU)
   }
 #undef GHOST_ACT
 }

@@ -1,5 +1,5 @@
-// ghost_apply: x and packed parameters in, concat(act(u), act(v))[:, :oup] (+ residual) out, in one
-// pass.
+// ghost_apply: x and packed parameters in, concat(act(u), act(v))[:, :oup] (* gate) (+ residual)
+// out, in one pass.
 //
 //   y = act1(W1' x + shift1)           W1' carries bn1's scale; y lives in a tile of scratch and
 //   nowhere else z = act2(w2' (*) y + shift2)       w2' carries bn2's scale
@@ -13,6 +13,7 @@
 #include "core/plan.h"
 #include "cpu/activation.h"
 #include "cpu/depthwise.h"
+#include "cpu/gate.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/scratch.h"
@@ -92,6 +93,7 @@ class ApplyTile {
   Source<T> source;
   O* const out;
   const O* const residual;
+  const Gate<O> gate;
 
  public:
   explicit ApplyTile(const ApplyArgs& args_)
@@ -109,7 +111,8 @@ class ApplyTile {
         pad(p.pad()),
         out_channel(args.out_channel),
         nchw(args.out_layout == Layout::kNCHW),
-        direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && args.scatter == 1),
+        direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && !p.has_gate &&
+               args.scatter == 1),
         y_direct(direct && (linear_or_relu(p.act1) || !plan.stream)),
         z_direct(direct && (linear_or_relu(p.act2) || !plan.stream)),
         source{static_cast<const T*>(args.x),
@@ -122,7 +125,8 @@ class ApplyTile {
                p.layout,
                W},
         out(static_cast<O*>(args.out)),
-        residual(static_cast<const O*>(args.residual)) {}
+        residual(static_cast<const O*>(args.residual)),
+        gate(args, H, W, plan.band_rows >= H) {}
 
   void run(int64_t item) const {
     const int64_t channel_part = item % plan.channel_splits,
@@ -158,11 +162,11 @@ class ApplyTile {
   // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat
   // starts, or null.
   void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy,
-               A* copy) const {
+               A* copy, const A* following = nullptr) const {
     GemmOut<A> o{y, ldy, copy, out_channel, p.act1.act == Act::kReLU, plan.stream, false};
     gemm_nn<A>(x, ldx, packed + at.w1 + c0 * p.channels, kPanel * p.channels, p.channels,
-               packed + at.shift1 + c0, c1 - c0, pixels, plan.vecs, plan.prefetch, o);
-    if (!linear_or_relu(p.act1)) activate_rows(p.act1, y, ldy, c1 - c0, pixels);
+               packed + at.shift1 + c0, c1 - c0, pixels, plan.vecs, plan.prefetch, following, o);
+    if (!linear_or_relu(p.act1)) activate_rows(first_act(c0), y, ldy, c1 - c0, pixels);
   }
 
   // Without a primary convolution x is u: y = act(scale1 * u + shift1).
@@ -176,21 +180,38 @@ class ApplyTile {
       for (int64_t i = 0; i < pixels; i += L)
         store_n(y + c * ldy + i, load_n(u + c * ldu + i, pixels - i) * s + b, pixels - i);
     }
-    activate_rows(p.act1, y, ldy, c1 - c0, pixels);
+    activate_rows(first_act(c0), y, ldy, c1 - c0, pixels);
   }
 
-  static void activate_rows(const Activation& a, A* y, int64_t ld, int64_t rows, int64_t pixels) {
+  // An activation for rows of channels, the slopes of a PReLU `step` apart.
+  struct RowActivation {
+    const Activation& act;
+    const A* slopes;  // null: act's own
+    int64_t step;
+    A slope(int64_t row) const { return slopes ? slopes[row * step] : A(act.slope); }
+  };
+  RowActivation first_act(int64_t channel) const {
+    const A* slopes = static_cast<const A*>(args.slopes1);
+    return {p.act1, slopes ? slopes + channel : nullptr, 1};
+  }
+  RowActivation second_act(int64_t ghost, int64_t step) const {
+    const A* slopes = static_cast<const A*>(args.slopes2);
+    return {p.act2, slopes ? slopes + ghost : nullptr, step};
+  }
+
+  static void activate_rows(const RowActivation& a, A* y, int64_t ld, int64_t rows,
+                            int64_t pixels) {
     constexpr int L = kLanes<A>;
-    with_activation(a.act, [&](auto act) {
+    with_activation(a.act.act, [&](auto act) {
       constexpr Act kAct = decltype(act)::value;
       if constexpr (kAct == Act::kNone) return;
       for (int64_t c = 0; c < rows; ++c) {
         A* row = y + c * ld;
+        const A slope = a.slope(c);
         int64_t i = 0;
-        for (; i + L <= pixels; i += L)
-          store(row + i, activate<kAct, A>(load(row + i), A(a.slope)));
+        for (; i + L <= pixels; i += L) store(row + i, activate<kAct, A>(load(row + i), slope));
         if (i < pixels)
-          store_n(row + i, activate<kAct, A>(load_n(row + i, pixels - i), A(a.slope)), pixels - i);
+          store_n(row + i, activate<kAct, A>(load_n(row + i, pixels - i), slope), pixels - i);
       }
     });
   }
@@ -203,6 +224,7 @@ class ApplyTile {
     if (count <= 0) return;
     const int64_t px = rows * W;
     if (args.scatter > 1) return scatter(src, ld, n, row, rows, ch, count);
+    if (gate) return write_gated(src, ld, n, row, rows, ch, count);
     if (!nchw) {
       const int64_t o = n * args.out_image + row * W * p.out_channels + ch;
       write_transposed(src, ld, out + o, p.out_channels, px, count,
@@ -223,6 +245,27 @@ class ApplyTile {
       } else {
         write_row(src + c * ld, out + o, px);
       }
+    }
+  }
+
+  void write_gated(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch,
+                   int64_t count) const {
+    const int64_t px = rows * W, line = gate.line_pixels();
+    if (!nchw) {
+      for (int64_t i = 0; i < px; i += line) {
+        const int64_t o = n * args.out_image + (row * W + i) * p.out_channels + ch;
+        write_transposed(src + i, ld, out + o, p.out_channels, line, count,
+                         residual ? residual + o : nullptr,
+                         GateAt<O>{gate.line(n, ch, row + i / W), gate.at()});
+      }
+      return;
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t o = n * args.out_image + (ch + c) * out_channel + row * W;
+      const bool stream = plan.stream && streamable(out + o, line);
+      for (int64_t i = 0; i < px; i += line)
+        gate.write_line(src + c * ld + i, gate.line(n, ch + c, row + i / W),
+                        residual ? residual + o + i : nullptr, out + o + i, stream);
     }
   }
 
@@ -278,11 +321,12 @@ class ApplyTile {
       s.v_step = ghosts_per * (in_place ? out_channel : ldz);
       stencil<A>(d, s);
       if (in_place && !linear_or_relu(p.act2))
-        activate_rows(p.act2, s.v, s.v_step, s.channels, (r1 - r0) * W);
+        activate_rows(second_act(g, ghosts_per), s.v, s.v_step, s.channels, (r1 - r0) * W);
     }
     if (in_place) return;
     const int64_t count = (c1 - c0) * ghosts_per;
-    if (!linear_or_relu(p.act2)) activate_rows(p.act2, z, ldz, count, (r1 - r0) * W);
+    if (!linear_or_relu(p.act2))
+      activate_rows(second_act(c0 * ghosts_per, 1), z, ldz, count, (r1 - r0) * W);
     if (with_y)
       write(y + (r0 - y_row0) * W, ldy, n, r0, r1 - r0, 0, m + count);
     else
@@ -302,7 +346,10 @@ class ApplyTile {
       x = panel;
       ldx = ld;
     }
+    // Short planes of one image lie side by side.
+    const bool whole = pixels < kLongPlane && ldx == P && n0 + images < p.batch;
     for (int64_t g0 = c0; g0 < c1; g0 += plan.group) {
+      const A* following = whole && g0 == c0 ? x + args.x_image : nullptr;
       const int64_t g1 = g0 + plan.group < c1 ? g0 + plan.group : c1;
       A* planes =
           y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
@@ -310,13 +357,13 @@ class ApplyTile {
               : nullptr;
       if (p.has_primary && planes && !plan.stream) {
         // The output's own planes serve as y: written once, read back through the cache.
-        primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr);
+        primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr, following);
         for (int64_t j = 0; j < images; ++j)
           cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
         continue;
       }
       if (p.has_primary) {
-        primary(x, ldx, pixels, g0, g1, y, ld, planes);
+        primary(x, ldx, pixels, g0, g1, y, ld, planes, following);
       } else {
         read_given(n0, 0, H, g0, g1, y, ld);
         given(y, ld, pixels, g0, g1, y, ld);

@@ -31,12 +31,12 @@ struct GemmOut {
 };
 
 // One register block. w points at the first of kRows channels inside a panel (stride kPanel per k).
-// next (kPrefetch): two vectors of each of K rows that a later block reads, fetched between the
-// products. All at once they would stop the products: a core keeps few lines in flight.
+// next (kPrefetch): two vectors every `step` elements, fetched between the products, a pair for
+// each k. All at once they would stop the products: a core keeps few lines in flight.
 template <class A, int kRows, int kVecs, bool kTail, bool kPrefetch>
 GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift,
                              const GemmOut<A>& out, int64_t col, int rows, int64_t tail,
-                             const A* next) {
+                             const A* next, int64_t step) {
   constexpr int L = kLanes<A>;
   using V = Vec<A>;
   V acc[kRows][kVecs];
@@ -60,7 +60,7 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
     if constexpr (kPrefetch) {
       __builtin_prefetch(next, 0, 2);
       __builtin_prefetch(next + L, 0, 2);
-      next += ldx;
+      next += step;
     }
     V xv[kVecs];
 #pragma GCC unroll 8
@@ -111,13 +111,21 @@ inline constexpr int kMaxVecs = 3;
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
 #endif
 
-// All channels [0, M) of one block of pixels, kVecs wide. next: kVecs vectors of each of K rows
-// that come after, to be fetched meanwhile, or null.
+// What is fetched during a block: from `next` (null: nothing), two vectors every `step` elements
+// for each k, while the first channels pass; while the following ones pass, from `apart` further
+// on; in all as many vectors for each k as the block is wide.
+template <class A>
+struct Ahead {
+  const A* next;
+  int64_t step, apart;
+};
+
+// All channels [0, M) of one block of pixels, kVecs wide.
 template <class A, int kVecs, bool kTail>
 __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels,
                                             int64_t ldpanel, int64_t K, const A* shift, int64_t M,
                                             const GemmOut<A>& out, int64_t col, int64_t tail,
-                                            const A* next) {
+                                            const Ahead<A>& ahead) {
   constexpr int R = kRowsFor[kVecs], L = kLanes<A>;
   GemmOut<A> o = out;
   for (int64_t i = 0; i < M; i += R) {
@@ -126,15 +134,16 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
     o.y = out.y + i * out.ldy;
     o.copy = out.copy ? out.copy + i * out.ldcopy : nullptr;
     const int rows = M - i < R ? int(M - i) : R;
-    if (!kTail && rows == R && next && i / R * 2 < kVecs) {
+    if (!kTail && rows == R && ahead.next && i / R * 2 < kVecs) {
       gemm_block<A, R, kVecs, false, true>(x, ldx, w, K, s, o, col, rows, tail,
-                                           next + i / R * 2 * L);
+                                           ahead.next + i / R * ahead.apart, ahead.step);
       continue;
     }
     // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels,
     // so a block may compute idle rows; it never stores them.
-#define GHOST_ROWS(n) \
-  gemm_block<A, (n <= R ? n : R), kVecs, kTail, false>(x, ldx, w, K, s, o, col, rows, tail, nullptr)
+#define GHOST_ROWS(n)                                                                       \
+  gemm_block<A, (n <= R ? n : R), kVecs, kTail, false>(x, ldx, w, K, s, o, col, rows, tail, \
+                                                       nullptr, 0)
     if (rows > 8)
       GHOST_ROWS(12);
     else if (rows > 6)
@@ -228,10 +237,12 @@ inline constexpr int64_t kLongPlane = 512, kLongDepth = 36, kLongRun = 1024;
 
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
-//   shift: padded, or null; prefetch: x may come from beyond L2
+//   shift: padded, or null; prefetch: x may come from beyond L2; then `following`, if not null, is
+//   what is read after x, in that order
 template <class A>
 void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift,
-             int64_t M, int64_t pixels, int vecs, bool prefetch, const GemmOut<A>& out) {
+             int64_t M, int64_t pixels, int vecs, bool prefetch, const A* following,
+             const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
   const int64_t rest = pixels % L;
   // A last vector with few pixels in it costs as much as a full one.
@@ -283,20 +294,24 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
         const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
         const bool partial = tail < L;
         const A* xk = x + col + k * ldx;
-        // Still late at the start of every page: what comes next is fetched meanwhile.
-        const A* next = nullptr;
-        if (prefetch)
-          next = b + 1 < b1    ? xk + (v1 - v0) * L
-                 : k + len < K ? x + total * b0 / blocks * L + (k + len) * ldx
-                               : x + v1 * L;
-#define GHOST_COLUMNS(n)                                                                   \
-  case n:                                                                                  \
-    if constexpr (n <= kMaxVecs) {                                                         \
-      if (partial)                                                                         \
-        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, next); \
-      else                                                                                 \
-        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, next);   \
-    }                                                                                      \
+        // Late at the start of every page, even where the hardware follows: what comes next is
+        // fetched meanwhile. That is the next columns of long planes. Short ones would be a few
+        // lines here and there; of them the following image is fetched in order.
+        Ahead<A> ahead{nullptr, ldx, 2 * L};
+        if (prefetch && following)
+          ahead = {following + (b * K + k) * (v1 - v0) * L, 2 * L, 2 * L * len};
+        else if (prefetch)
+          ahead.next = b + 1 < b1    ? xk + (v1 - v0) * L
+                       : k + len < K ? x + total * b0 / blocks * L + (k + len) * ldx
+                                     : x + v1 * L;
+#define GHOST_COLUMNS(n)                                                                    \
+  case n:                                                                                   \
+    if constexpr (n <= kMaxVecs) {                                                          \
+      if (partial)                                                                          \
+        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, ahead); \
+      else                                                                                  \
+        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, ahead);   \
+    }                                                                                       \
     break;
         switch (int(v1 - v0)) {
           GHOST_COLUMNS(1)

@@ -20,7 +20,10 @@ struct ApplyArgs {
   int64_t x_channel = 0;  // and from channel to channel, if NCHW
   const void* packed;     // PackedLayout, compute type
   const void* residual;   // like out, or null
-  void* out;              // [N, oup, Ho, Wo] in out_layout
+  const void* slopes1 = nullptr;  // of a PReLU, [m] and [m * (ratio - 1)], compute type
+  const void* slopes2 = nullptr;
+  const void* gate = nullptr;  // [N, oup, Hg, Wg] in out_layout, or null
+  void* out;                   // [N, oup, Ho, Wo] in out_layout
   Layout out_layout = Layout::kNCHW;
   int64_t out_image = 0;  // as for x
   int64_t out_channel = 0;

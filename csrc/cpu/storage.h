@@ -168,6 +168,18 @@ GHOST_INLINE void exchange_lanes(Vec<A>& a, Vec<A>& b, int s) {
 #endif
 }
 
+// v[lanes[0]], v[lanes[1]], ...
+template <class A>
+GHOST_INLINE Vec<A> permute(Vec<A> v, typename Simd<A>::I lanes) {
+#if defined(__clang__)
+  Vec<A> r;
+  for (int l = 0; l < kLanes<A>; ++l) r[l] = v[lanes[l]];
+  return r;
+#else
+  return __builtin_shuffle(v, lanes);
+#endif
+}
+
 // In-register transpose of an L x L block by log2(L) butterfly steps.
 template <class A>
 GHOST_INLINE void transpose_registers(Vec<A>* r) {
@@ -236,24 +248,35 @@ void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld
   });
 }
 
-// The reverse, dst[p][c] = src[c][p] (+ add[p][c]).
+// A gate for transposed output: pixel p is multiplied with the channels at gate + at[p].
+template <class T>
+struct GateAt {
+  const T* gate;  // null: none
+  const int64_t* at;
+};
+
+// The reverse, dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c]).
 template <class T>
 GHOST_INLINE void write_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add,
-                              int64_t ld_dst) {
+                              GateAt<T> gate, int64_t ld_dst) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
   Vec<A> r[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) r[i] = load(src + i * ld_src);
   transpose_registers<A>(r);
+  if (gate.gate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) r[i] *= Storage<T>::load(gate.gate + gate.at[i]);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i)
     Storage<T>::store(dst + i * ld_dst, add ? r[i] + Storage<T>::load(add + i * ld_dst) : r[i]);
 }
 template <class T>
 __attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int64_t ld_src, T* dst,
-                                                   const T* add, int64_t ld_dst, int64_t rows,
-                                                   int64_t cols) {
+                                                   const T* add, GateAt<T> gate, int64_t ld_dst,
+                                                   int64_t rows, int64_t cols) {
   using A = ComputeOf<T>;
   constexpr int L = kLanes<A>;
   Vec<A> r[L];
@@ -263,24 +286,26 @@ __attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int6
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
     if (i >= rows) continue;
+    if (gate.gate) r[i] *= Storage<T>::load_n(gate.gate + gate.at[i], cols);
     if (add) r[i] += Storage<T>::load_n(add + i * ld_dst, cols);
     Storage<T>::store_n(dst + i * ld_dst, r[i], cols);
   }
 }
 
-// dst[p][c] = src[c][p] (+ add[p][c]): channel-major scratch into an NHWC tile.
+// dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c]): channel-major scratch into an NHWC tile.
 template <class T>
 void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows,
-                      int64_t cols, const T* add = nullptr) {
+                      int64_t cols, const T* add = nullptr, GateAt<T> gate = {}) {
   constexpr int L = kLanes<ComputeOf<T>>;
   for_blocks<L>(rows, cols, [&](int64_t p, int64_t c) {
     const ComputeOf<T>* s = src + c * ld_src + p;
     T* d = dst + p * ld_dst + c;
     const T* a = add ? add + p * ld_dst + c : nullptr;
+    const GateAt<T> g = gate.gate ? GateAt<T>{gate.gate + c, gate.at + p} : gate;
     if (rows >= L && cols >= L)
-      write_block<T>(s, ld_src, d, a, ld_dst);
+      write_block<T>(s, ld_src, d, a, g, ld_dst);
     else
-      write_partial_block<T>(s, ld_src, d, a, ld_dst, rows - p < L ? rows - p : L,
+      write_partial_block<T>(s, ld_src, d, a, g, ld_dst, rows - p < L ? rows - p : L,
                              cols - c < L ? cols - c : L);
   });
 }

@@ -154,7 +154,7 @@ class TransposedGrad {
         write_transposed(du + (row0 + i) * N * P + q, N * P, panel, kPanel, px, count);
       }
       const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, !fresh};
-      gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, false, out);
+      gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, false, nullptr, out);
       fresh = false;
       // A float32 sum over all pixels would lose digits: it is moved to double from time to time.
       since += px;

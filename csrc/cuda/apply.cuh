@@ -1,4 +1,4 @@
-// out = concat(y, z)[:, :oup] (+ residual) in one pass over x:
+// out = concat(y, z)[:, :oup] (* gate) (+ residual) in one pass over x:
 //   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y))
 //
 // Block: 256 threads; one block of intrinsic channels with their ghosts; tile after tile of pixels.
@@ -17,15 +17,16 @@ template <class T>
 struct ApplyParams {
   CudaTile tile;
   Maps maps;
+  WindowGrid windows;
   Intrinsic<T> intrinsic;
   ParamRef w2;  // [m * (ratio - 1), d, d]
   Norm<Accumulator<T>> norm2;
-  Act act2 = Act::kNone;
-  Accumulator<T> slope2 = 0;
+  Activated<Accumulator<T>> act2;
   Output<T> output;
 };
 
-// Scales, shifts and taps of the block's channels into shared memory.
+// Scales, shifts, slopes and taps of the block's channels into shared memory. The second batch
+// norm's scale goes into the taps, its shift is where the sums begin.
 template <class T>
 __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& params,
                                                       unsigned char* shared) {
@@ -35,22 +36,26 @@ __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& para
   const Place place(t, p);
   const int step = p.ratio - 1, taps_count = p.d * p.d;
   const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
-  A* affine = reinterpret_cast<A*>(shared + t.affine_at);  // scale1, shift1, then of each ghost
-  A* taps = reinterpret_cast<A*>(shared + t.taps_at);
-  load_norm(params.intrinsic.norm, place.c0, 1, place.valid, t.channels,
-            place.slot == 0 && place.writes_y, affine, affine + t.channels);
+  // [3][channels] of the intrinsic maps, then of each ghost.
+  A* const affine = reinterpret_cast<A*>(shared + t.affine_at) + 3 * t.channels;
+  A* const taps = reinterpret_cast<A*>(shared + t.taps_at);
+  load_intrinsic(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
-    affine += 2 * t.channels;
-    load_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, place.slot == 0, affine,
-              affine + t.channels);
-    load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
-              t.channels, taps_count);
+    A* const own = affine + j * 3 * t.channels;
+    load_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, place.slot == 0, own,
+              own + t.channels);
+    load_slopes(params.act2, first_ghost + j, step, place.valid, t.channels, own + 2 * t.channels);
   }
+  prim::sync_threads();
+#pragma unroll 1
+  for (int j = 0; j < place.ghosts; ++j)
+    load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
+              t.channels, taps_count, affine + j * 3 * t.channels);
 }
 
-// z of a tile from its y, into shared memory.
-template <class T>
+// z of a tile from its y, into shared memory; a thread makes strips of kRows rows.
+template <int kRows, class T>
 __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int index,
                                             unsigned char* shared) {
   using A = Accumulator<T>;
@@ -60,33 +65,39 @@ __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int in
   const Tile tile = locate_tile(t, p, prim::opaque(index));
   const StripOwner own(place.valid);
   const T* y = reinterpret_cast<const T*>(shared + t.y_at);
-  const A* affine = reinterpret_cast<const A*>(shared + t.affine_at) + 2 * own.pair;
+  const A* affine = reinterpret_cast<const A*>(shared + t.affine_at);
   const A* taps = reinterpret_cast<const A*>(shared + t.taps_at);
   T* z = reinterpret_cast<T*>(shared + t.stage_at) + 2 * own.pair * place.ghosts;
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
-    affine += 2 * t.channels;
-    depthwise_tile(y, t, p, tile, own, taps + j * p.d * p.d * t.channels,
-                   [&](A(&v)[kStrip][2], int count, int first) {
-                     A a[2], b[2], f[2 * kStrip];
-                     load_pair(affine, a);
-                     load_pair(affine + t.channels, b);
+    affine += 3 * t.channels;
+    depthwise_tile<kRows>(
+        y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels, affine + t.channels,
+        [&](Strip<A>(&v)[kRows], int count, int first, int rows) {
+          constexpr int kValues = kRows * kStripValues;
+          PairOf<T> pairs[kValues / 2];
+          activate_pairs<T>(
+              params.act2.act, [&](int i) { return affine[2 * (t.channels + own.pair) + (i & 1)]; },
+              reinterpret_cast<A(&)[kValues]>(v), pairs);
+          const int stride = t.z_stride;
+          T* to = z + first * stride + j;
 #pragma unroll
-                     for (int i = 0; i < 2 * kStrip; ++i)
-                       f[i] = prim::fma(v[i / 2][i & 1], a[i & 1], b[i & 1]);
-                     activate(params.act2, params.slope2, f);
-                     T* to = z + first * t.z_stride + j;
+          for (int r = 0; r < kRows; ++r) {
+            if (r >= rows) break;
+            if (place.ghosts == 1 && count == kStrip) {  // the common case, unmasked
 #pragma unroll
-                     for (int s = 0; s < kStrip; ++s) {
-                       if (s >= count) continue;
-                       if (place.ghosts == 1) {
-                         store_pair(to + s * t.z_stride, f[2 * s], f[2 * s + 1]);
-                       } else {
-                         to[s * t.z_stride] = prim::from_float<T>(f[2 * s]);
-                         to[s * t.z_stride + place.ghosts] = prim::from_float<T>(f[2 * s + 1]);
-                       }
-                     }
-                   });
+              for (int s = 0; s < kStrip; ++s) store_pair(to + s * stride, pairs[r * kStrip + s]);
+            } else {
+#pragma unroll
+              for (int s = 0; s < kStrip; ++s)
+                if (s < count) {
+                  store_one(to + s * stride, pairs[r * kStrip + s], 0);
+                  store_one(to + s * stride + place.ghosts, pairs[r * kStrip + s], 1);
+                }
+            }
+            to += tile.cols * stride;
+          }
+        });
   }
 }
 
@@ -120,7 +131,8 @@ __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, i
                        place.ghosts,
                        step};
   store_tile<kLayout>(params.output, p, tile,
-                      reinterpret_cast<const PixelEntry*>(shared + t.inner_at), y, z);
+                      reinterpret_cast<const PixelEntry*>(shared + t.inner_at),
+                      reinterpret_cast<const int32_t*>(shared + t.gate_at), y, z);
 }
 
 template <class P, Layout kLayout, int kChannels>
@@ -134,10 +146,11 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
     make_y_tile<P, kLayout, kChannels>(t, p, params.intrinsic, index, params.output.channels,
                                        shared);
-    if (t.ghosts > 0) {
-      make_z_tile(params, index, shared);
-      prim::sync_threads();
-    }
+    if (params.output.gate != nullptr)
+      build_gate_table<kLayout>(reinterpret_cast<int32_t*>(shared + t.gate_at),
+                                locate_tile(t, p, prim::opaque(index)), params.output);
+    if (t.ghosts > 0) make_z_tile<kWindowRows<P, kLayout, kChannels>>(params, index, shared);
+    if (t.ghosts > 0 || params.output.gate != nullptr) prim::sync_threads();
     store_apply_tile<kLayout>(params, index, shared);
   }
 }

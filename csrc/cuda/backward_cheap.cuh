@@ -241,7 +241,7 @@ __device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, co
 #pragma unroll
       for (int e = 0; e < kVector<T>; ++e)
         v[e] = prim::fma(v[e], norm1[c + e], norm1[me.channels + c + e]);
-      activate(p.act1, static_cast<A>(p.slope1), v);
+      activate(p.act1, [&](int) { return static_cast<A>(p.slope1); }, v);
       prim::store<uint4>(y + (out[k] >> 1), (out[k] & 1) ? pack<T>(v) : uint4{0, 0, 0, 0});
     }
   }
@@ -254,7 +254,7 @@ enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kMeanGrad = 4, kMea
 inline constexpr int kNorm2Rows = 6;
 
 // Batch norm 2 and taps of the block's ghosts j0 .. j0 + count to shared memory: [count][rows of
-// norm2][channels] and [count][taps][channels]. Zeros for masked channels.
+// norm2][channels] and [count][taps of all channels] (tap_at). Zeros for masked channels.
 template <class T>
 __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& me, int j0,
                                             int count, int taps, Accumulator<T>* norm2,
@@ -276,11 +276,10 @@ __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& m
   const int owned = min_of(p.intrinsic - me.first, me.channels);
   for (int j = 0; j < count; ++j)
     load_taps(w2 + j * taps * me.channels, p.w2, int64_t{me.first} * p.per + j0 + j, p.per, owned,
-              me.channels, taps);
+              me.channels, taps, static_cast<const A*>(nullptr));
 }
 
-// A strip of this thread's two channels, as a flat array: values 2 * i and 2 * i + 1 of pixel i.
-inline constexpr int kStripValues = 2 * kStrip;
+// A strip of this thread's two channels is a flat array: values 2 * i and 2 * i + 1 of pixel i.
 
 // For every strip of the v window of ghost j, whose parameters are at norm2 and w2: v by the
 // stencil, then da2 = dz * act2'(bn2(v)). use(offset in `grads` of the first pixel, pixels of the
@@ -301,9 +300,9 @@ __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner
   for (int item = me.group; item < p.v_strips.count; item += me.groups) {
     Position at = locate(p.v_strips, prim::opaque(item));
     at.col *= kStrip;
-    A rows[kStrip][2];
+    Strip<A> rows = {};
     depthwise_window(p.d, y + p.y_at.offset(at.image, at.row, at.col) + me.pair, p.y_at.ld,
-                     p.y_at.pitch * p.y_at.ld, w2 + me.pair, me.channels, rows);
+                     p.y_at.pitch * p.y_at.ld, w2 + tap_at(me.pair, 0, p.d * p.d), rows);
     at = locate(p.v_strips, prim::opaque(item));  // again: the stencil needs the registers
     at.col *= kStrip;
     const int offset = p.grad_at.offset(at.image, at.row + grads_row, at.col + grads_col) + me.pair;

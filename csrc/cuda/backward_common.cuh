@@ -123,12 +123,18 @@ __device__ __forceinline__ Affine<A> load_affine(const NormParams& n, int64_t c)
 
 // -------------------------------------------------------------------------------- sums
 
-// store(i, sum over r < rows of part[r * pitch + i]) for i < count, by the whole block and in a
-// fixed order: each thread adds up every groups-th row, then one adds up the groups. `shared` has
-// kThreads numbers. Ends with a barrier.
-template <class A, class Store>
+// Column i is the i-th number of a row.
+struct NextColumn {
+  __device__ __forceinline__ int operator()(int i) const { return i; }
+};
+
+// store(i, sum over r < rows of part[r * pitch + column(i)]) for i < count, by the whole block and
+// in a fixed order: each thread adds up every groups-th row, then one adds up the groups. `shared`
+// has kThreads numbers. Ends with a barrier.
+template <class A, class Store, class Column = NextColumn>
 __device__ __forceinline__ void sum_rows(const A* part, int rows, int64_t pitch, int count,
-                                         A* shared, const Store& store) {
+                                         A* shared, const Store& store,
+                                         const Column& columns = Column()) {
   int lanes = 8;  // columns at a time
   while (lanes < count && lanes < kThreads) lanes *= 2;
   const int tid = static_cast<int>(threadIdx.x), groups = kThreads / lanes;
@@ -137,8 +143,9 @@ __device__ __forceinline__ void sum_rows(const A* part, int rows, int64_t pitch,
     const int i = first + column;
     A sum = 0;
     if (i < count) {
+      const A* const own = part + columns(i);
 #pragma unroll 4
-      for (int r = group; r < rows; r += groups) sum += part[r * pitch + i];
+      for (int r = group; r < rows; r += groups) sum += own[r * pitch];
     }
     shared[tid] = sum;
     prim::sync_threads();

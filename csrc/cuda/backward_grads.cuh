@@ -76,6 +76,55 @@ __device__ __forceinline__ void add_weight_gradient(int d, const CheapParams& p,
   }
 }
 
+// Batch norm 2, taps, and sums still zero, of ghosts j0 .. j0 + count, to shared memory. Ends with
+// a barrier.
+template <class T>
+__device__ __forceinline__ void begin_ghosts(const CheapParams& p, const Owner& me, int j0,
+                                             int count, unsigned char* shared) {
+  using A = Accumulator<T>;
+  const int taps = p.d * p.d;
+  A* const norm2 = reinterpret_cast<A*>(shared + p.tile.norm2_at);
+  A* const slots = reinterpret_cast<A*>(shared + p.tile.slots_at);
+  load_ghosts<T>(p, me, j0, count, taps, norm2, reinterpret_cast<A*>(shared + p.tile.taps_at));
+  for (int i = me.tid; i < count * taps * p.tile.tap_splits * me.channels; i += kThreads)
+    slots[i] = 0;
+  prim::sync_threads();
+  if (!p.batch_stats) return;
+  const A pixels = static_cast<A>(static_cast<double>(p.batch) * p.height * p.width);
+  const int64_t ghosts = int64_t{p.intrinsic} * p.per;
+  const int owned = min_of(p.intrinsic - me.first, me.channels);
+  for (int kind = 0; kind < 2; ++kind)
+    sum_rows(
+        static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.per + j0,
+        p.sums2_rows, 2 * ghosts, owned * count, reinterpret_cast<A*>(shared + p.tile.combine_at),
+        [&](int i, A sum) {
+          const int c = i / count, j = i - c * count;
+          norm2[(j * kNorm2Rows + kMeanGrad + kind) * me.channels + c] = sum / pixels;
+        },
+        [&](int i) { return i / count * p.per + i % count; });
+}
+
+// dw2 of ghosts j0 .. j0 + count: a tap's row and its pixel rows' owners are added up in their
+// order, to what is there already where `more`.
+template <class T>
+__device__ __forceinline__ void end_ghosts(const CheapParams& p, const Owner& me, int j0, int count,
+                                           int worker, bool more, const Accumulator<T>* slots) {
+  using A = Accumulator<T>;
+  const int taps = p.d * p.d, tap_slots = taps * p.tile.tap_splits * me.channels;
+  const int64_t all_taps = int64_t{p.intrinsic} * p.per * taps;
+  for (int i = me.tid; i < count * taps * me.channels; i += kThreads) {
+    const int jt = i / me.channels, c = i - jt * me.channels;
+    const int j = jt / taps, tap = jt - j * taps, a = tap / p.d, b = tap - a * p.d;
+    if (c >= p.intrinsic - me.first) continue;
+    const A* const slot = slots + j * tap_slots + b * p.d * p.tile.tap_splits * me.channels + c;
+    A total = 0;
+    for (int q = 0; q < p.tile.tap_splits; ++q) total += slot[(q * p.d + a) * me.channels];
+    A& out = static_cast<A*>(
+        p.dw2_sums)[worker * all_taps + (int64_t{me.first + c} * p.per + j0 + j) * taps + tap];
+    out = more ? out + total : total;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     ghost_backward_grads_kernel(CheapParams p) {
@@ -89,7 +138,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   A* const norm2 = reinterpret_cast<A*>(shared + p.tile.norm2_at);
   A* const w2 = reinterpret_cast<A*>(shared + p.tile.taps_at);
   A* const slots = reinterpret_cast<A*>(shared + p.tile.slots_at);
-  A* const combine = reinterpret_cast<A*>(shared + p.tile.combine_at);
   const Owner me(p, static_cast<int>(blockIdx.y) * p.tile.channels);
   const int worker = static_cast<int>(blockIdx.x);
 
@@ -101,26 +149,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     norm1[kMean * me.channels + c] = f.mean;
     norm1[kInvStd * me.channels + c] = f.inv_std;
   }
-  load_ghosts<T>(p, me, 0, p.per, taps, norm2, w2);
   const int tap_slots = taps * p.tile.tap_splits * me.channels;  // of a ghost
-  for (int i = me.tid; i < p.per * tap_slots; i += kThreads) slots[i] = 0;
   // The ring of dv outside the window of v stays zero: there is no pixel.
   for (int i = me.tid * 2;
        p.per > 0 && i < p.tile.images * p.grad_at.image_rows * p.grad_at.pitch * p.grad_at.ld;
        i += 2 * kThreads)
     store_pair(grads + i, A(0), A(0));
+  const bool all_kept = p.tile.ghosts >= p.per;
+  if (p.per > 0 && all_kept) begin_ghosts<T>(p, me, 0, p.per, shared);
   prim::sync_threads();
-  if (p.batch_stats && p.per > 0) {
-    const A pixels = static_cast<A>(static_cast<double>(p.batch) * p.height * p.width);
-    const int64_t ghosts = int64_t{p.intrinsic} * p.per;
-    const int owned = p.intrinsic - me.first < me.channels ? p.intrinsic - me.first : me.channels;
-    for (int kind = 0; kind < 2; ++kind)
-      sum_rows(static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.per,
-               p.sums2_rows, 2 * ghosts, owned * p.per, combine, [&](int i, A sum) {
-                 const int c = i / p.per, j = i - c * p.per;
-                 norm2[(j * kNorm2Rows + kMeanGrad + kind) * me.channels + c] = sum / pixels;
-               });
-  }
 
   A scale1[2], shift1[2], mean1[2], inv_std1[2];
   load_pair(norm1 + kScale * me.channels + me.pair, scale1);
@@ -155,35 +192,38 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
           prim::cp_async_wait<0>();
           prim::sync_threads();
         }
-        const A* const norm = norm2 + j * kNorm2Rows * me.channels;
-        cheap_gradient<T>(
-            p, me, j, v_origin, y, grads, grads_row, grads_col, norm, w2 + j * taps * me.channels,
-            [&](int offset, int pixels, const A(&v)[kStripValues], const A(&da2)[kStripValues],
-                unsigned exists) {
-              A scale[2], mean[2], inv_std[2], mean_grad[2], mean_grad_hat[2];
-              load_pair(norm + kScale * me.channels + me.pair, scale);
-              load_pair(norm + kMean * me.channels + me.pair, mean);
-              load_pair(norm + kInvStd * me.channels + me.pair, inv_std);
-              load_pair(norm + kMeanGrad * me.channels + me.pair, mean_grad);
-              load_pair(norm + kMeanGradHat * me.channels + me.pair, mean_grad_hat);
+        if (!all_kept) begin_ghosts<T>(p, me, j, 1, shared);
+        const int kept = all_kept ? j : 0;  // the ghost's place in shared memory
+        const A* const norm = norm2 + kept * kNorm2Rows * me.channels;
+        cheap_gradient<T>(p, me, j, v_origin, y, grads, grads_row, grads_col, norm,
+                          w2 + kept * taps * me.channels,
+                          [&](int offset, int pixels, const A(&v)[kStripValues],
+                              const A(&da2)[kStripValues], unsigned exists) {
+                            A scale[2], mean[2], inv_std[2], mean_grad[2], mean_grad_hat[2];
+                            load_pair(norm + kScale * me.channels + me.pair, scale);
+                            load_pair(norm + kMean * me.channels + me.pair, mean);
+                            load_pair(norm + kInvStd * me.channels + me.pair, inv_std);
+                            load_pair(norm + kMeanGrad * me.channels + me.pair, mean_grad);
+                            load_pair(norm + kMeanGradHat * me.channels + me.pair, mean_grad_hat);
 #pragma unroll
-              for (int i = 0; i < kStrip; ++i) {
-                if (i >= pixels) break;
-                A dv[2];
+                            for (int i = 0; i < kStrip; ++i) {
+                              if (i >= pixels) break;
+                              A dv[2];
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                  const int k = 2 * i + e;
-                  const A hat = (v[k] - mean[e]) * inv_std[e];
-                  // With frozen statistics v does not count, not even if it is Inf.
-                  const A g =
-                      p.batch_stats ? da2[k] - mean_grad[e] - hat * mean_grad_hat[e] : da2[k];
-                  dv[e] = (exists >> k & 1u) ? scale[e] * g : A(0);
-                }
-                store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
-              }
-            });
+                              for (int e = 0; e < 2; ++e) {
+                                const int k = 2 * i + e;
+                                const A hat = (v[k] - mean[e]) * inv_std[e];
+                                // With frozen statistics v does not count, not even if it is Inf.
+                                const A g = p.batch_stats
+                                                ? da2[k] - mean_grad[e] - hat * mean_grad_hat[e]
+                                                : da2[k];
+                                dv[e] = (exists >> k & 1u) ? scale[e] * g : A(0);
+                              }
+                              store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
+                            }
+                          });
         prim::sync_threads();
-        add_weight_gradient<T>(p.d, p, me, y, grads, slots + j * tap_slots);
+        add_weight_gradient<T>(p.d, p, me, y, grads, slots + kept * tap_slots);
       }
 
       const bool last = j + 1 >= p.per;
@@ -196,10 +236,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         unsigned exists = 0;  // bit i: pixel i of the strip is in the tile and in the image
         A u[kStripValues], g[kStripValues];
         if (p.per > 0) {
-          A back[kStrip][2];  // the stencil with its taps in reverse
-          depthwise_window(p.d, grads + p.grad_at.offset(at.image, at.row, at.col) + me.pair,
-                           p.grad_at.ld, p.grad_at.pitch * p.grad_at.ld,
-                           w2 + ((j + 1) * taps - 1) * me.channels + me.pair, -me.channels, back);
+          Strip<A> back = {};
+          depthwise_window<true>(
+              p.d, grads + p.grad_at.offset(at.image, at.row, at.col) + me.pair, p.grad_at.ld,
+              p.grad_at.pitch * p.grad_at.ld,
+              w2 + (all_kept ? j : 0) * taps * me.channels + tap_at(me.pair, 0, taps), back);
 #pragma unroll
           for (int i = 0; i < kStripValues; ++i) g[i] = back[i / 2][i & 1];
         } else {
@@ -249,21 +290,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         }
       }
       prim::sync_threads();
+      if (!all_kept) {
+        end_ghosts<T>(p, me, j, 1, worker, index > worker, slots);
+        prim::sync_threads();
+      }
     } while (++j < p.per);
   }
 
-  // dw2: a tap's row and its pixel rows' owners are added up in their order.
-  const int64_t all_taps = int64_t{p.intrinsic} * p.per * taps;
-  for (int i = me.tid; i < p.per * taps * me.channels; i += kThreads) {
-    const int jt = i / me.channels, c = i - jt * me.channels;
-    const int j = jt / taps, tap = jt - j * taps, a = tap / p.d, b = tap - a * p.d;
-    if (c >= valid) continue;
-    const A* const slot = slots + j * tap_slots + b * p.d * p.tile.tap_splits * me.channels + c;
-    A total = 0;
-    for (int q = 0; q < p.tile.tap_splits; ++q) total += slot[(q * p.d + a) * me.channels];
-    static_cast<A*>(
-        p.dw2_sums)[worker * all_taps + (int64_t{me.first + c} * p.per + j) * taps + tap] = total;
-  }
+  if (all_kept) end_ghosts<T>(p, me, 0, p.per, worker, false, slots);
   // da1's sums, over the threads that share a pair of channels.
   prim::sync_threads();
   A* const own = slots + me.group * me.channels + me.pair;

@@ -39,7 +39,8 @@ struct PrimaryParams {
 // Rows of the coefficients [4][channels] in shared memory.
 enum : int { kDuScale = 0, kDuMean = 1, kDuHat = 2, kDuMeanGrad = 3 };
 
-// Coefficients of du for channels [first, first + count), zeros up to `padded`.
+// Coefficients of du for channels [first, first + count), zeros up to `padded`. All threads call
+// it; it ends with a barrier.
 template <class A>
 __device__ __forceinline__ void load_coefficients(const PrimaryParams& p, int first, int count,
                                                   int padded, A* coefficients, A* combine) {
@@ -60,6 +61,33 @@ __device__ __forceinline__ void load_coefficients(const PrimaryParams& p, int fi
            [&](int i, A sum) { coefficients[kDuMeanGrad * padded + i] = sum / pixels; });
   sum_rows(sums + p.intrinsic, p.sums1_rows, 2 * int64_t{p.intrinsic}, count, combine,
            [&](int i, A sum) { coefficients[kDuHat * padded + i] *= -(sum / pixels); });
+}
+
+// The same where there are so many channels that there are few rows of partial sums (the plan sees
+// to it): a thread adds up a channel's, in as few registers as a product leaves.
+template <class A>
+__device__ __forceinline__ void reload_coefficients(const PrimaryParams& p, int first, int count,
+                                                    int padded, A* coefficients) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < padded; i += kThreads) {
+    Affine<A> f;
+    A grad = 0, grad_hat = 0;
+    if (i < count) {
+      f = load_affine<A>(p.norm1, first + i);
+      const A* sums = static_cast<const A*>(p.sums1) + first + i;
+#pragma unroll 1
+      for (int r = 0; p.batch_stats && r < p.sums1_rows; ++r, sums += 2 * int64_t{p.intrinsic}) {
+        grad += sums[0];
+        grad_hat += sums[p.intrinsic];
+      }
+    }
+    const A pixels = static_cast<A>(p.pixels);
+    coefficients[kDuScale * padded + i] = f.scale;
+    coefficients[kDuMean * padded + i] = f.mean;
+    coefficients[kDuHat * padded + i] = f.inv_std * -(grad_hat / pixels);
+    coefficients[kDuMeanGrad * padded + i] = grad / pixels;
+  }
+  prim::sync_threads();
 }
 
 // du of pixels [first, first + rows) and channels [k0, k0 + depth) to shared memory [row][ld],
@@ -228,9 +256,12 @@ __device__ __forceinline__ void dx_role(const PrimaryParams& p, unsigned char* s
   A* const coefficients = reinterpret_cast<A*>(shared);
   T* const du = reinterpret_cast<T*>(shared + p.plan.left_at);
   T* const right = reinterpret_cast<T*>(shared + p.plan.right_at);  // w1, then the results
-  const int padded_m = (p.intrinsic + 15) & ~15;
-  load_coefficients(p, 0, p.intrinsic, padded_m, coefficients,
-                    reinterpret_cast<A*>(shared + p.plan.combine_at));
+  // Coefficients of all channels stay in shared memory, or those of a tile of du come with it.
+  const int kept = p.plan.dx_coefficients;
+  const bool all_kept = kept >= p.intrinsic;
+  if (all_kept)
+    load_coefficients(p, 0, p.intrinsic, kept, coefficients,
+                      reinterpret_cast<A*>(shared + p.plan.combine_at));
 
   const int most_depth = p.plan.dx_depth, du_ld = most_depth + kVector<T>;
   const int stage_ld = p.nhwc ? kCols + kVector<T> : kCols + 2;
@@ -248,8 +279,9 @@ __device__ __forceinline__ void dx_role(const PrimaryParams& p, unsigned char* s
       if (!p.has_primary) {
         const int left = p.intrinsic - c0;
         prim::sync_threads();
+        if (!all_kept) reload_coefficients(p, c0, min_of(left, most_depth), kept, coefficients);
         build_du<T>(p, first, rows, c0, left < most_depth ? (left + 15) & ~15 : most_depth,
-                    coefficients + c0, padded_m, du, du_ld);
+                    coefficients + (all_kept ? c0 : 0), kept, du, du_ld);
         prim::sync_threads();
         store_dx<T>(p, first, rows, c0, left < most_depth ? left : most_depth, du, du_ld);
         continue;
@@ -263,13 +295,15 @@ __device__ __forceinline__ void dx_role(const PrimaryParams& p, unsigned char* s
         prim::sync_threads();
         copy_w1<T>(p, k0, depth, c0, (cols + 15) & ~15, right, kW1Ld);
         prim::cp_async_commit();
+        if (!all_kept) reload_coefficients(p, k0, min_of(left, most_depth), kept, coefficients);
         if (p.intrinsic > most_depth || ct == begin)  // else the tile's du is still there
-          build_du<T>(p, first, kProductRows, k0, depth, coefficients + k0, padded_m, du, du_ld);
+          build_du<T>(p, first, kProductRows, k0, depth, coefficients + (all_kept ? k0 : 0), kept,
+                      du, du_ld);
         prim::cp_async_wait<0>();
         prim::sync_threads();
         for (int k = 0; k < depth; k += P::kStep)
-          MmaStep<P, Grid, false, true>::run(acc, du + k, du_ld, right + k * kW1Ld, kW1Ld, active_m,
-                                             active_n);
+          MmaStep<P, Grid, false, true>(du + k, du_ld, right + k * kW1Ld, kW1Ld)
+              .run(acc, active_m, active_n);
       }
       prim::sync_threads();
 #pragma unroll
@@ -374,12 +408,12 @@ __device__ __forceinline__ void dw1_role(const PrimaryParams& p, int block, unsi
     prim::sync_threads();
     if (p.nhwc) {
       for (int k = 0; k < pixels; k += P::kStep)
-        MmaStep<P, Grid, true, true>::run(acc, du + k * du_ld, du_ld, x + k * x_ld, x_ld, active_m,
-                                          active_n);
+        MmaStep<P, Grid, true, true>(du + k * du_ld, du_ld, x + k * x_ld, x_ld)
+            .run(acc, active_m, active_n);
     } else {
       for (int k = 0; k < pixels; k += P::kStep)
-        MmaStep<P, Grid, true, false>::run(acc, du + k * du_ld, du_ld, x + k, x_ld, active_m,
-                                           active_n);
+        MmaStep<P, Grid, true, false>(du + k * du_ld, du_ld, x + k, x_ld)
+            .run(acc, active_m, active_n);
     }
   }
   A* const out = static_cast<A*>(p.dw1_sums) + int64_t{split} * p.intrinsic * p.channels;

@@ -151,9 +151,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   {
     const Place place(t, params.maps);
     const Owner me(p, place.c0);
-    A* const affine = reinterpret_cast<A*>(shared + t.affine_at);
-    load_norm(params.intrinsic.norm, place.c0, 1, place.valid, t.channels, false, affine,
-              affine + t.channels);
+    load_intrinsic(t, place, params.intrinsic, false, shared);
     load_ghosts<T>(p, me, place.ghost0, place.ghosts, p.d * p.d,
                    reinterpret_cast<A*>(shared + params.tile.norm2_at),
                    reinterpret_cast<A*>(shared + t.taps_at));

@@ -14,6 +14,7 @@ template <class T>
 struct CheapStatsParams {
   CudaTile tile;
   Maps maps;
+  WindowGrid windows;
   Intrinsic<T> intrinsic;
   ParamRef w2;                        // [m * (ratio - 1), d, d]
   Partials<Accumulator<T>> partials;  // splits = tile.slots
@@ -53,18 +54,18 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
     const int mine = 2 * (j * kThreads + prim::opaque(int(threadIdx.x)));
     load_pair(moments.mean + mine, mean);
     load_pair(moments.m2 + mine, m2);
-    depthwise_tile(y, t, p, tile, own, taps + j * p.d * p.d * t.channels,
-                   [&](A(&v)[kStrip][2], int count, int) {
-                     const A share = A(count) / A(n + count);
+    depthwise_tile<1>(y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels,
+                      nullptr, [&](Strip<A>(&v)[1], int count, int, int) {
+                        const A share = A(count) / A(n + count);
 #pragma unroll
-                     for (int e = 0; e < 2; ++e) {
-                       A values[kStrip];
+                        for (int e = 0; e < 2; ++e) {
+                          A values[kStrip];
 #pragma unroll
-                       for (int s = 0; s < kStrip; ++s) values[s] = v[s][e];
-                       add_values(values, count, A(n), share, mean[e], m2[e]);
-                     }
-                     n += count;
-                   });
+                          for (int s = 0; s < kStrip; ++s) values[s] = v[0][s][e];
+                          add_values(values, count, A(n), share, mean[e], m2[e]);
+                        }
+                        n += count;
+                      });
     store_pair(moments.mean + mine, mean[0], mean[1]);
     store_pair(moments.m2 + mine, m2[0], m2[1]);
   }
@@ -84,13 +85,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     const Place place(t, p);
     const int step = p.ratio - 1, taps_count = p.d * p.d;
     const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
-    A* scale = reinterpret_cast<A*>(shared + t.affine_at);
     A* taps = reinterpret_cast<A*>(shared + t.taps_at);
-    load_norm(params.intrinsic.norm, place.c0, 1, place.valid, t.channels,
-              place.slot == 0 && place.writes_y, scale, scale + t.channels);
+    load_intrinsic(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
     for (int j = 0; j < place.ghosts; ++j) {
       load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
-                t.channels, taps_count);
+                t.channels, taps_count, static_cast<const A*>(nullptr));
       const int mine = 2 * (j * kThreads + int(threadIdx.x));
       store_pair(moments.mean + mine, A(0), A(0));
       store_pair(moments.m2 + mine, A(0), A(0));

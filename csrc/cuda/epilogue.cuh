@@ -44,11 +44,12 @@ __device__ __forceinline__ A activate_costly(Act act, A x) {
   }
 }
 
-// v = act(v). The cheap ones are written out for every value. The others go round in a loop, which
-// takes the first value and puts its result at the end: written out they would be most of the
-// kernel's code, and an index known only at run time would force v out of the registers.
-template <class A, int N>
-__device__ __forceinline__ void activate(Act act, A slope, A (&v)[N]) {
+// v = act(v), where slope(i) is that of v[i]. The cheap ones are written out for every value. The
+// others go round in a loop, which takes the first value and puts its result at the end: written
+// out they would be most of the kernel's code, and an index known only at run time would force v
+// out of the registers.
+template <class A, int N, class Slope>
+__device__ __forceinline__ void activate(Act act, const Slope& slope, A (&v)[N]) {
   switch (act) {
     case Act::kNone:
       return;
@@ -61,8 +62,9 @@ __device__ __forceinline__ void activate(Act act, A slope, A (&v)[N]) {
       for (int i = 0; i < N; ++i) v[i] = clamp6(v[i]);
       return;
     case Act::kLeakyReLU:
+    case Act::kPReLU:
 #pragma unroll
-      for (int i = 0; i < N; ++i) v[i] = v[i] > A(0) ? v[i] : v[i] * slope;
+      for (int i = 0; i < N; ++i) v[i] = v[i] > A(0) ? v[i] : v[i] * slope(i);
       return;
     default:
       break;
@@ -176,6 +178,62 @@ __device__ __forceinline__ void store_pair(float* p, float x, float y) {
 __device__ __forceinline__ void store_pair(double* p, double x, double y) {
   p[0] = x;
   p[1] = y;
+}
+
+// Two neighbouring elements of T, rounded, as they are stored: a register for 16-bit types.
+template <class T>
+struct PairOf {
+  Accumulator<T> v[2];
+};
+template <>
+struct PairOf<prim::half_t> {
+  uint32_t bits;
+};
+template <>
+struct PairOf<prim::bfloat16_t> {
+  uint32_t bits;
+};
+template <class T>
+__device__ __forceinline__ void store_pair(T* p, const PairOf<T>& pair) {
+  if constexpr (sizeof(T) == 2)
+    prim::store<uint32_t>(p, pair.bits);
+  else
+    store_pair(p, pair.v[0], pair.v[1]);
+}
+template <class T>
+__device__ __forceinline__ void store_one(T* p, const PairOf<T>& pair, int which) {
+  if constexpr (sizeof(T) == 2)
+    prim::store<uint16_t>(p, uint16_t(pair.bits >> (16 * which)));
+  else
+    *p = pair.v[which];
+}
+
+// pairs = act(v), rounded. ReLU comes with the rounding of 16-bit types, ReLU6 after it with two
+// numbers at a time: rounding is monotonous and leaves 0 and 6 alone, the result is the same. v is
+// used up.
+template <class T, class A, int N, class Slope>
+__device__ __forceinline__ void activate_pairs(Act act, const Slope& slope, A (&v)[N],
+                                               PairOf<T> (&pairs)[N / 2]) {
+  if constexpr (sizeof(T) == 2) {
+    if (act == Act::kReLU || act == Act::kReLU6) {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        pairs[i].bits = prim::pack_pair_relu<T>(v[2 * i], v[2 * i + 1]);
+      if (act == Act::kReLU) return;
+      const uint32_t six = prim::pack_pair<T>(6.0f, 6.0f);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) pairs[i].bits = prim::min_pair<T>(pairs[i].bits, six);
+      return;
+    }
+  }
+  activate(act, slope, v);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    if constexpr (sizeof(T) == 2)
+      pairs[i].bits = prim::pack_pair<T>(v[2 * i], v[2 * i + 1]);
+    else
+      pairs[i] = {v[2 * i], v[2 * i + 1]};
+  }
 }
 
 // ------------------------------------------------------------------- per-channel parameters
@@ -337,6 +395,27 @@ __device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, in
     }
     scale[i] = a;
     shift[i] = b;
+  }
+}
+
+// An activation with its slope: one for all channels, or of a PReLU one for each.
+template <class A>
+struct Activated {
+  Act act = Act::kNone;
+  A slope = A(0);
+  const A* slopes = nullptr;
+};
+
+// slope[i] of channel first + i * step for i < count in shared memory; zeros past `valid`.
+template <class A>
+__device__ __forceinline__ void load_slopes(const Activated<A>& act, int64_t first, int step,
+                                            int valid, int count, A* slope) {
+  if (act.act != Act::kLeakyReLU && act.act != Act::kPReLU) return;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    A v = act.slope;
+    if (act.slopes != nullptr) v = i < valid ? act.slopes[first + int64_t(i) * step] : A(0);
+    slope[i] = v;
   }
 }
 

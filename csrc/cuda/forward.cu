@@ -19,7 +19,12 @@ Output<T> output_of(const ForwardArgs& args, int64_t channels) {
   Output<T> r;
   r.out = static_cast<T*>(args.out);
   r.residual = static_cast<const T*>(args.residual);
+  r.gate = static_cast<const T*>(args.gate);
   r.channels = int32_t(channels);
+  r.gate_h = int32_t(p.gate_height);
+  r.gate_w = int32_t(p.gate_width);
+  r.gate_rows = float(p.gate_height) / float(p.out_height());
+  r.gate_cols = float(p.gate_width) / float(p.out_width());
   int64_t run;
   if (p.layout == Layout::kNHWC)
     run = t.ghost_blocks > 1 ? 1 : std::gcd(p.intrinsic, channels);
@@ -28,6 +33,8 @@ Output<T> output_of(const ForwardArgs& args, int64_t channels) {
                    p.out_height() * p.out_width());
   r.bytes = copy_bytes<T>(args.out, run);
   if (args.residual) r.bytes = std::min(r.bytes, copy_bytes<T>(args.residual, run));
+  if (args.gate && p.layout == Layout::kNHWC)
+    r.bytes = std::min(r.bytes, copy_bytes<T>(args.gate, run));
   return r;
 }
 
@@ -60,11 +67,11 @@ cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream) {
     ApplyParams<T> params;
     params.tile = args.plan.tile;
     params.maps = maps_of(args.problem);
+    params.windows = WindowGrid(args.plan.tile);
     params.intrinsic = intrinsic_of<T>(args);
     params.w2 = args.w2;
     params.norm2 = typed<T>(args.norm2);
-    params.act2 = args.problem.act2.act;
-    params.slope2 = Accumulator<T>(args.problem.act2.slope);
+    params.act2 = typed<T>(args.problem.act2, args.slopes2);
     params.output = output_of<T>(args, args.problem.out_channels);
     return decltype(kernels)::apply(params, unsigned(args.plan.blocks), stream);
   });
@@ -76,6 +83,7 @@ cudaError_t launch_ghost_cheap_stats(const ForwardArgs& args, cudaStream_t strea
     CheapStatsParams<T> params;
     params.tile = args.plan.tile;
     params.maps = maps_of(args.problem);
+    params.windows = WindowGrid(args.plan.tile);
     params.intrinsic = intrinsic_of<T>(args);
     params.w2 = args.w2;
     params.partials = typed<T>(args.partials);
@@ -115,7 +123,8 @@ template <class T>
 cudaError_t pack(const PackArgs& args, cudaStream_t stream) {
   using A = Accumulator<T>;
   const CudaPackedLayout at(args.dtype, args.channels, args.intrinsic, args.ghosts, args.dw_size,
-                            args.w1 != nullptr);
+                            args.w1 != nullptr, args.prelu1.data != nullptr,
+                            args.prelu2.data != nullptr);
   unsigned char* base = static_cast<unsigned char*>(args.packed);
   PackParams<T> p;
   p.w1 = static_cast<const T*>(args.w1);
@@ -133,6 +142,10 @@ cudaError_t pack(const PackArgs& args, cudaStream_t stream) {
   p.shift1 = reinterpret_cast<A*>(base + at.shift1);
   p.w2_out = reinterpret_cast<A*>(base + at.w2);
   p.shift2 = reinterpret_cast<A*>(base + at.shift2);
+  p.slopes1 = args.prelu1;
+  p.slopes2 = args.prelu2;
+  p.slopes1_out = reinterpret_cast<A*>(base + at.slopes1);
+  p.slopes2_out = reinterpret_cast<A*>(base + at.slopes2);
   p.rest = base + at.bytes;
   p.rest_bytes = args.packed_bytes - at.bytes;
   const int64_t most = std::max({p.w1_count, p.g * p.taps, p.rest_bytes, p.m, int64_t(1)});

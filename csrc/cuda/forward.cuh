@@ -11,8 +11,7 @@ template <class T>
 struct Intrinsic {
   Primary<T> in;  // w1 null: x is u
   Norm<Accumulator<T>> norm;
-  Act act = Act::kNone;
-  Accumulator<T> slope = 0;
+  Activated<Accumulator<T>> act;
 };
 
 // The block's channels and the first of its tiles. Blocks that differ only in their channels are
@@ -38,6 +37,17 @@ struct Place {
   }
 };
 
+// Scale, shift and slope of the block's intrinsic channels to shared memory, where make_y_tile
+// looks for them. All threads call it; a sync_threads must follow. `leader`: see load_norm.
+template <class T>
+__device__ __forceinline__ void load_intrinsic(const CudaTile& t, const Place& place,
+                                               const Intrinsic<T>& in, bool leader,
+                                               unsigned char* shared) {
+  Accumulator<T>* affine = reinterpret_cast<Accumulator<T>*>(shared + t.affine_at);
+  load_norm(in.norm, place.c0, 1, place.valid, t.channels, leader, affine, affine + t.channels);
+  load_slopes(in.act, place.c0, 1, place.valid, t.channels, affine + 2 * t.channels);
+}
+
 // What make_y_tile does with u besides: nothing.
 struct DropU {
   template <class A>
@@ -59,6 +69,7 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
   T* y = reinterpret_cast<T*>(shared + t.y_at);
   const A* scale = reinterpret_cast<const A*>(shared + t.affine_at);
   const A* shift = scale + t.channels;
+  const A* slope = shift + t.channels;
   prim::sync_threads();
   build_source_table<kLayout>(source, t, tile, p);
   if (out_channels > 0)
@@ -74,7 +85,7 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
 #pragma unroll
                          for (int e = 0; e < kVec; ++e)
                            v[e] = prim::fma(v[e], scale[n + e * step], shift[n + e * step]);
-                         activate(in.act, in.slope, v);
+                         activate(in.act.act, [&](int e) { return slope[n + e * step]; }, v);
                        });
   } else {
     primary_product<P, kLayout, Grid>(
@@ -102,8 +113,11 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
               v[i % 2 * 2 + 1] = prim::fma(v[i % 2 * 2 + 1], a[1], b[1]);
             }
           }
-          activate(in.act, in.slope,
-                   reinterpret_cast<A(&)[Grid::kTilesM * Grid::kTilesN * 4]>(acc));
+          constexpr int kValues = Grid::kTilesM * Grid::kTilesN * 4;
+          PairOf<T> pairs[kValues / 2];
+          activate_pairs<T>(
+              in.act.act, [&](int i) { return slope[Grid::col(i / 4 % Grid::kTilesN) + (i & 1)]; },
+              reinterpret_cast<A(&)[kValues]>(acc), pairs);
 #pragma unroll
           for (int i = 0; i < Grid::kTilesM * 2; ++i) {
             if (position[i / 2][i % 2] < 0) continue;
@@ -111,8 +125,7 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
 #pragma unroll
             for (int nt = 0; nt < Grid::kTilesN; ++nt)
               if (Grid::col(nt) < t.channels)
-                store_pair(to + Grid::col(nt), acc[i / 2][nt][i % 2 * 2],
-                           acc[i / 2][nt][i % 2 * 2 + 1]);
+                store_pair(to + Grid::col(nt), pairs[(i / 2 * Grid::kTilesN + nt) * 2 + i % 2]);
           }
         });
   }

@@ -32,12 +32,15 @@ struct NormArgs {
 
 struct ForwardArgs {
   Problem problem;
-  CudaPlan plan;                   // of the kernel that is launched
-  const void* x = nullptr;         // [N, C, H, W] dense in problem.layout; u if w1 is null
-  const void* w1 = nullptr;        // [m, C]
-  NormArgs norm1, norm2;           // of m and of m * (ratio - 1) channels
-  ParamRef w2;                     // [m * (ratio - 1), d, d]
+  CudaPlan plan;                  // of the kernel that is launched
+  const void* x = nullptr;        // [N, C, H, W] dense in problem.layout; u if w1 is null
+  const void* w1 = nullptr;       // [m, C]
+  NormArgs norm1, norm2;          // of m and of m * (ratio - 1) channels
+  ParamRef w2;                    // [m * (ratio - 1), d, d]
+  const void* slopes1 = nullptr;  // of a PReLU, [m] and [m * (ratio - 1)], compute type
+  const void* slopes2 = nullptr;
   const void* residual = nullptr;  // like out
+  const void* gate = nullptr;      // [N, oup, problem.gate_height, problem.gate_width], or null
   void* out = nullptr;             // apply: [N, oup, Ho, Wo]; primary statistics: u or null
   PartialsRef partials;            // statistics: splits = plan.tile.slots
 };
@@ -56,6 +59,7 @@ struct PackArgs {
   const void* w1 = nullptr;  // [m, C] of dtype, or null
   NormArgs norm1, norm2;     // kGiven
   ParamRef w2;
+  ParamRef prelu1, prelu2;  // slopes [m] and [g] behind the rest, or none
   void* packed = nullptr;
   int64_t packed_bytes = 0;  // what CudaPackedLayout leaves over is cleared
 };

@@ -75,38 +75,76 @@ struct WarpGrid {
   }
 };
 
-// acc += a b over one step of K.
-//   a, not kATrans: a[row * lda + k], points at row 0 of the chunk and the step's first k
+// acc += a b over one step of K after another.
+//   a, not kATrans: a[row * lda + k], points at row 0 of the chunk and the first k
 //      kATrans:     a[k * lda + row]
 //   b, not kBTrans: b[n * ldb + k];  kBTrans: b[k * ldb + n]
 // lda, ldb: multiples of 16 bytes. Rows, columns past the active tiles are neither read nor
 // written; those inside must be readable, whatever they hold (each only spoils its own results).
 // Warp-uniform: m_active, n_active (WarpGrid::active_m, active_n).
+//
+// What of an address depends on the lane is computed once: a step moves the two pointers on.
 template <class P, class Grid, bool kATrans, bool kBTrans>
-struct MmaStep {
+class MmaStep {
   using T = typename P::T;
   using A = typename P::A;
   static constexpr int kM = Grid::kTilesM, kN = Grid::kTilesN;
 
-  static __device__ __forceinline__ void run(A (&acc)[kM][kN][4], const T* a, int lda, const T* b,
-                                             int ldb, int m_active, int n_active) {
-    a += Grid::warp_m() * 16 * (kATrans ? 1 : lda);
-    b += Grid::warp_n() * 16 * (kBTrans ? 1 : ldb);
+ public:
+  __device__ __forceinline__ MmaStep(const T* a, int lda, const T* b, int ldb)
+      : a_(a + Grid::warp_m() * 16 * (kATrans ? 1 : lda) + a_offset(lda)),
+        b_(b + Grid::warp_n() * 16 * (kBTrans ? 1 : ldb) + b_offset(ldb)),
+        lda_(lda),
+        ldb_(ldb) {}
+
+  // Elements from one step to the next.
+  __device__ __forceinline__ void advance(int a_step, int b_step) {
+    a_ += a_step;
+    b_ += b_step;
+  }
+
+  __device__ __forceinline__ void run(A (&acc)[kM][kN][4], int m_active, int n_active) const {
     if constexpr (!P::kTensor)
-      multiply_add(acc, a, lda, b, ldb, m_active, n_active);
+      multiply_add(acc, m_active, n_active);
     else
-      tensor(acc, a, lda, b, ldb, m_active, n_active);
+      tensor(acc, m_active, n_active);
   }
 
  private:
-  static __device__ __forceinline__ void tensor(A (&acc)[kM][kN][4], const T* a, int lda,
-                                                const T* b, int ldb, int m_active, int n_active) {
+  const T *a_, *b_;
+  int lda_, ldb_;
+
+  // The element of the operand's first tile that this lane begins with.
+  static __device__ __forceinline__ int a_offset(int lda) {
+    const int lane = int(prim::lane());
+    if constexpr (!P::kTensor)
+      return (lane >> 2) * (kATrans ? 1 : lda);
+    else if constexpr (!kATrans)
+      return (lane & 15) * lda + (lane >> 4) * (16 / int(sizeof(T)));
+    else if constexpr (sizeof(T) == 2)
+      return ((lane >> 4) * 8 + (lane & 7)) * lda + ((lane >> 3) & 1) * 8;
+    else
+      return (lane & 3) * lda + (lane >> 2);
+  }
+  static __device__ __forceinline__ int b_offset(int ldb) {
+    const int lane = int(prim::lane());
+    if constexpr (!P::kTensor)
+      return (lane & 3) * 2 * (kBTrans ? 1 : ldb);
+    else if constexpr (!kBTrans)
+      return ((lane & 7) + (lane >> 4) * 8) * ldb + ((lane >> 3) & 1) * (16 / int(sizeof(T)));
+    else if constexpr (sizeof(T) == 2)
+      return (lane & 15) * ldb + (lane >> 4) * 8;
+    else
+      return (lane & 3) * ldb + (lane >> 2);
+  }
+
+  __device__ __forceinline__ void tensor(A (&acc)[kM][kN][4], int m_active, int n_active) const {
     uint32_t bf[kN][2];
 #pragma unroll
     for (int p = 0; p < kN / 2; ++p)
       if (p < n_active) {
         uint32_t r[4];
-        load_b(r, b + p * Grid::kWarpsN * 16 * (kBTrans ? 1 : ldb), ldb);
+        load_b(r, b_ + p * Grid::kWarpsN * 16 * (kBTrans ? 1 : ldb_));
         bf[2 * p][0] = r[0];
         bf[2 * p][1] = r[1];
         bf[2 * p + 1][0] = r[2];
@@ -116,7 +154,7 @@ struct MmaStep {
     for (int mt = 0; mt < kM; ++mt)
       if (mt < m_active) {
         uint32_t af[4];
-        load_a(af, a + mt * Grid::kWarpsM * 16 * (kATrans ? 1 : lda), lda);
+        load_a(af, a_ + mt * Grid::kWarpsM * 16 * (kATrans ? 1 : lda_));
 #pragma unroll
         for (int nt = 0; nt < kN; ++nt)
           if (nt / 2 < n_active) {
@@ -130,36 +168,30 @@ struct MmaStep {
 
   // Fragments of a 16 x kStep tile: ldmatrix moves 16-byte rows, so that 4 floats of a row pass for
   // 8 halves; only the transposed float tile must be picked element by element.
-  static __device__ __forceinline__ void load_a(uint32_t (&r)[4], const T* a, int lda) {
-    const int lane = int(prim::lane());
-    constexpr int kHalf = 16 / int(sizeof(T));
+  __device__ __forceinline__ void load_a(uint32_t (&r)[4], const T* p) const {
     if constexpr (!kATrans) {
-      prim::ldmatrix_x4(r, a + (lane & 15) * lda + (lane >> 4) * kHalf);
+      prim::ldmatrix_x4(r, p);
     } else if constexpr (sizeof(T) == 2) {
-      prim::ldmatrix_x4_trans(r, a + ((lane >> 4) * 8 + (lane & 7)) * lda + ((lane >> 3) & 1) * 8);
+      prim::ldmatrix_x4_trans(r, p);
     } else {
-      const T* p = a + (lane & 3) * lda + (lane >> 2);
       r[0] = prim::as_uint(p[0]);
       r[1] = prim::as_uint(p[8]);
-      r[2] = prim::as_uint(p[4 * lda]);
-      r[3] = prim::as_uint(p[4 * lda + 8]);
+      r[2] = prim::as_uint(p[4 * lda_]);
+      r[3] = prim::as_uint(p[4 * lda_ + 8]);
     }
     round_operand(r);
   }
   // Fragments of two neighbouring kStep x 8 tiles: r[0], r[1] of the first.
-  static __device__ __forceinline__ void load_b(uint32_t (&r)[4], const T* b, int ldb) {
-    const int lane = int(prim::lane());
-    constexpr int kHalf = 16 / int(sizeof(T));
+  __device__ __forceinline__ void load_b(uint32_t (&r)[4], const T* p) const {
     if constexpr (!kBTrans) {
-      prim::ldmatrix_x4(r, b + ((lane & 7) + (lane >> 4) * 8) * ldb + ((lane >> 3) & 1) * kHalf);
+      prim::ldmatrix_x4(r, p);
     } else if constexpr (sizeof(T) == 2) {
-      prim::ldmatrix_x4_trans(r, b + (lane & 15) * ldb + (lane >> 4) * 8);
+      prim::ldmatrix_x4_trans(r, p);
     } else {
-      const T* p = b + (lane & 3) * ldb + (lane >> 2);
       r[0] = prim::as_uint(p[0]);
-      r[1] = prim::as_uint(p[4 * ldb]);
+      r[1] = prim::as_uint(p[4 * ldb_]);
       r[2] = prim::as_uint(p[8]);
-      r[3] = prim::as_uint(p[4 * ldb + 8]);
+      r[3] = prim::as_uint(p[4 * ldb_ + 8]);
     }
     round_operand(r);
   }
@@ -170,24 +202,22 @@ struct MmaStep {
     }
   }
 
-  static __device__ __forceinline__ void multiply_add(A (&acc)[kM][kN][4], const T* a, int lda,
-                                                      const T* b, int ldb, int m_active,
-                                                      int n_active) {
-    const int g = int(prim::lane() >> 2), t = int(prim::lane() & 3) * 2;
+  __device__ __forceinline__ void multiply_add(A (&acc)[kM][kN][4], int m_active,
+                                               int n_active) const {
     A bv[kN][2];
 #pragma unroll
     for (int nt = 0; nt < kN; ++nt)
       if (nt / 2 < n_active) {
-        const int n = (nt >> 1) * Grid::kWarpsN * 16 + (nt & 1) * 8 + t;
-        bv[nt][0] = kBTrans ? b[n] : b[n * ldb];
-        bv[nt][1] = kBTrans ? b[n + 1] : b[(n + 1) * ldb];
+        const int n = (nt >> 1) * Grid::kWarpsN * 16 + (nt & 1) * 8;
+        bv[nt][0] = kBTrans ? b_[n] : b_[n * ldb_];
+        bv[nt][1] = kBTrans ? b_[n + 1] : b_[(n + 1) * ldb_];
       }
 #pragma unroll
     for (int mt = 0; mt < kM; ++mt)
       if (mt < m_active) {
-        const int row = mt * Grid::kWarpsM * 16 + g;
-        const A a0 = kATrans ? a[row] : a[row * lda];
-        const A a1 = kATrans ? a[row + 8] : a[(row + 8) * lda];
+        const int row = mt * Grid::kWarpsM * 16;
+        const A a0 = kATrans ? a_[row] : a_[row * lda_];
+        const A a1 = kATrans ? a_[row + 8] : a_[(row + 8) * lda_];
 #pragma unroll
         for (int nt = 0; nt < kN; ++nt)
           if (nt / 2 < n_active) {

@@ -15,6 +15,8 @@ struct PackParams {
   bool folded = false;
   T* w1_out = nullptr;
   Accumulator<T>*scale1 = nullptr, *shift1 = nullptr, *w2_out = nullptr, *shift2 = nullptr;
+  ParamRef slopes1, slopes2;  // of a PReLU [m], [g], or none
+  Accumulator<T>*slopes1_out = nullptr, *slopes2_out = nullptr;
   unsigned char* rest = nullptr;  // cleared
   int64_t rest_bytes = 0;
 };
@@ -46,6 +48,10 @@ __global__ void __launch_bounds__(256) ghost_pack_kernel(const PackParams<T> p) 
   for (int64_t i = first; i < p.g * p.taps; i += step)
     p.w2_out[i] = load_param<A>(p.w2, i) * norm_scale(p.norm2, i / p.taps);
   for (int64_t i = first; i < p.g; i += step) p.shift2[i] = norm_shift(p.norm2, i);
+  if (p.slopes1.data != nullptr)
+    for (int64_t i = first; i < p.m; i += step) p.slopes1_out[i] = load_param<A>(p.slopes1, i);
+  if (p.slopes2.data != nullptr)
+    for (int64_t i = first; i < p.g; i += step) p.slopes2_out[i] = load_param<A>(p.slopes2, i);
   for (int64_t i = first; i < p.rest_bytes; i += step) p.rest[i] = 0;
 }
 

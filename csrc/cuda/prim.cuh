@@ -105,6 +105,77 @@ __device__ __forceinline__ uint32_t pack_pair<bfloat16_t>(float x, float y) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// pack_pair of max(x, 0), max(y, 0); NaN stays NaN.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair_relu(float x, float y);
+template <>
+__device__ __forceinline__ uint32_t pack_pair_relu<half_t>(float x, float y) {
+  uint32_t r;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_pair_relu<bfloat16_t>(float x, float y) {
+  uint32_t r;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
+  return r;
+}
+
+// Arithmetic on two neighbouring 16-bit numbers at once. One rounding each, to nearest even; the
+// minimum is NaN if either is. (bfloat16 sums and products are fused ones: sm_80 has no others.)
+template <class T>
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t min_pair<half_t>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t min_pair<bfloat16_t>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c);
+template <>
+__device__ __forceinline__ uint32_t fma_pair<half_t>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t fma_pair<bfloat16_t>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <class T>
+__device__ __forceinline__ uint32_t add_pair(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t add_pair<half_t>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t add_pair<bfloat16_t>(uint32_t a, uint32_t b) {
+  return fma_pair<bfloat16_t>(a, 0x3f803f80u, b);
+}
+template <class T>
+__device__ __forceinline__ uint32_t mul_pair(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t mul_pair<half_t>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t mul_pair<bfloat16_t>(uint32_t a, uint32_t b) {
+  return fma_pair<bfloat16_t>(a, b, 0x80008000u);
+}
+
 // v, of which the compiler is told nothing: what is computed from it can neither be moved out of
 // the loop around nor be kept in registers from one phase of a kernel to the next.
 __device__ __forceinline__ int opaque(int v) {

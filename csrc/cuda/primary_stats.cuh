@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     if (keeps) {
       const BlockMaps<T> maps{u, t.y_stride, place.valid, true, place.c0, 1, 1};
       const BlockMaps<T> none{u, t.y_stride, 0, true, 0, 1, 1};
-      store_tile<kLayout>(params.u, p, tile, inner, maps, none);
+      store_tile<kLayout>(params.u, p, tile, inner, nullptr, maps, none);
     }
   }
 

@@ -52,18 +52,18 @@ __device__ __forceinline__ int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
-__device__ __forceinline__ int log2_of(int power_of_two) {
-  int shift = 0;
-  while ((1 << shift) < power_of_two) ++shift;
-  return shift;
-}
+template <int kPowerOfTwo>
+inline constexpr int kLog2 = 1 + kLog2<kPowerOfTwo / 2>;
+template <>
+inline constexpr int kLog2<1> = 0;
 
 // Quotients by a number that is only known at run time: one division, then multiplications. Exact
 // for dividends below 2^32 / divisor.
 struct FastDiv {
-  uint32_t magic;
+  uint32_t magic = 0;
 
-  __device__ __forceinline__ explicit FastDiv(int divisor)
+  FastDiv() = default;
+  __host__ __device__ __forceinline__ explicit FastDiv(int divisor)
       : magic(divisor <= 1 ? 0 : 0xffffffffu / uint32_t(divisor) + 1) {}
   __device__ __forceinline__ int operator()(int n) const {
     return magic == 0 ? n : int((uint64_t(uint32_t(n)) * magic) >> 32);
@@ -102,7 +102,7 @@ __device__ __forceinline__ int y_position(const CudaTile& t, const Tile& tile, i
 
 // Offset of a source pixel in x, or of an inner pixel in the output, relative to the tile's first
 // image: in pixels for NHWC, in elements of channel 0 for NCHW. And its position in the y tile.
-struct PixelEntry {
+struct alignas(8) PixelEntry {
   int32_t offset;
   int32_t position;
 };
@@ -211,16 +211,17 @@ __device__ __forceinline__ void load_pixels(typename P::T* stage, const CudaTile
     constexpr int kBytes = decltype(bytes)::value, kVec = kBytes / int(sizeof(T));
     if constexpr (kLayout == Layout::kNHWC) {
       // A thread stays with its channels: only rows change.
-      const int per_row = t.slice / kVec, shift = log2_of(per_row);
+      const int shift = t.slice_log2 - kLog2<kVec>, per_row = 1 << shift;
       const int kk = (int(threadIdx.x) & (per_row - 1)) * kVec, k = k0 + kk;
       if (k >= k_end) return;
       const bool wanted = k < p.c;
       const T* from = wanted ? x + k : x;
+      const uint32_t pitch = wanted ? p.c : 0;
       const int last = min_of(kRows, sources - q0), step = kThreads >> shift;
 #pragma unroll 1
       for (int row = int(threadIdx.x) >> shift; row < last; row += step)
         copy_async<kBytes>(stage + row * t.a_stride + kk,
-                           from + (wanted ? int64_t(source[q0 + row].offset) * p.c : 0), wanted);
+                           from + uint64_t(uint32_t(source[q0 + row].offset)) * pitch, wanted);
     } else {
       constexpr int kPerRow = kRows / kVec;
       const int row = int(threadIdx.x) % kPerRow * kVec, last = min_of(t.slice, k_end - k0);
@@ -245,7 +246,7 @@ __device__ __forceinline__ void load_weights(T* shared, const CudaTile& t, const
                                              const T* w1, int w1_bytes, int c0, int rows, int k0) {
   with_bytes<T>(w1_bytes, [&](auto bytes) {
     constexpr int kBytes = decltype(bytes)::value, kVec = kBytes / int(sizeof(T));
-    const int per_row = t.slice / kVec, shift = log2_of(per_row);
+    const int shift = t.slice_log2 - kLog2<kVec>, per_row = 1 << shift;
     const int kk = (int(threadIdx.x) & (per_row - 1)) * kVec, k = k0 + kk;
 #pragma unroll 1
     for (int row = int(threadIdx.x) >> shift; row < rows; row += kThreads >> shift) {
@@ -305,6 +306,12 @@ __device__ __forceinline__ void primary_product(const CudaTile& t, const Maps& p
   };
 
   A acc[Grid::kTilesM][Grid::kTilesN][4];
+  const auto clear = [&] {
+#pragma unroll
+    for (int i = 0; i < Grid::kTilesM * Grid::kTilesN * 4; ++i)
+      acc[i / (Grid::kTilesN * 4)][i / 4 % Grid::kTilesN][i % 4] = A(0);
+  };
+  clear();
   int chunk = 0, slice = 0, stage_index = 0;
 #pragma unroll 1
   for (int it = 1 - kCudaStages; it < total; ++it) {
@@ -314,29 +321,25 @@ __device__ __forceinline__ void primary_product(const CudaTile& t, const Maps& p
     }
     load_next();
     if (it < 0) continue;
-    if (slice == 0) {
-#pragma unroll
-      for (int i = 0; i < Grid::kTilesM; ++i)
-#pragma unroll
-        for (int j = 0; j < Grid::kTilesN; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][j][e] = A(0);
-    }
     const unsigned char* stage = stages + stage_index * (t.a_stage + t.b_stage);
     const T* a = reinterpret_cast<const T*>(stage);
     const T* b =
         t.resident ? resident + slice * t.slice : reinterpret_cast<const T*>(stage + t.a_stage);
     const int m_active = Grid::active_m(sources - chunk * Grid::kRows);
     const int steps = ceil_div(min_of(t.slice, p.c - slice * t.slice), P::kStep);
-    const int a_step = P::kStep * (kLayout == Layout::kNCHW ? t.a_stride : 1);
-    if (m_active > 0 && n_active > 0)
+    if (m_active > 0 && n_active > 0) {
+      const int a_step = P::kStep * (kLayout == Layout::kNCHW ? t.a_stride : 1);
+      Step step(a, t.a_stride, b, t.b_stride);
 #pragma unroll 1
-      for (int s = 0; s < steps; ++s)
-        Step::run(acc, a + s * a_step, t.a_stride, b + s * P::kStep, t.b_stride, m_active,
-                  n_active);
+      for (int s = 0; s < steps; ++s) {
+        step.run(acc, m_active, n_active);
+        step.advance(a_step, P::kStep);
+      }
+    }
     if (++stage_index == kCudaStages) stage_index = 0;
     if (++slice == slices) {
       emit(acc, chunk * Grid::kRows);
+      clear();
       slice = 0;
       ++chunk;
     }
@@ -430,22 +433,87 @@ __device__ __forceinline__ void read_maps(T* y, const CudaTile& t, const Maps& p
 // ------------------------------------------------------------------------------------- stores
 
 // Where a block's maps go: out [n, out_channels, h, w], dense in the kernel's layout, at the tile's
-// first image. residual (may be null) has the same shape and layout.
+// first image. residual (may be null) has the same shape and layout; gate (may be null) is
+// [n, out_channels, gate_h, gate_w] in the same layout: out = maps * nearest(gate) + residual.
 template <class T>
 struct Output {
   T* out = nullptr;
   const T* residual = nullptr;
+  const T* gate = nullptr;
   int32_t channels = 0;
   int32_t bytes = 0;  // widest aligned store
+  int32_t gate_h = 0, gate_w = 0;
+  float gate_rows = 0, gate_cols = 0;  // gate_h / h and gate_w / w
 };
 
-template <class T, int kVec>
-__device__ __forceinline__ void store_out(const Output<T>& o, int64_t at, Vec<T, kVec> v) {
-  if (o.residual) {
-    const Vec<T, kVec> r = load_vec<T, kVec>(o.residual + at);
+// Offset of the gate's pixel over each inner pixel, in pixels for NHWC and in elements of channel 0
+// for NCHW, as the offsets of build_table: F.interpolate(mode="nearest").
+template <Layout kLayout, class T>
+__device__ __forceinline__ void build_gate_table(int32_t* table, const Tile& tile,
+                                                 const Output<T>& o) {
+  const int plane = o.gate_h * o.gate_w;
+  const int image = (kLayout == Layout::kNHWC ? 1 : o.channels) * plane;
+  const FastDiv by_cols(tile.cols), by_rows(tile.rows);
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < tile.inners(); i += kThreads) {
+    const int row = by_cols(i), n = by_rows(row);
+    const int h = tile.h0 + row - n * tile.rows, w = tile.w0 + i - row * tile.cols;
+    table[i] = n * image + min_of(int(float(h) * o.gate_rows), o.gate_h - 1) * o.gate_w +
+               min_of(int(float(w) * o.gate_cols), o.gate_w - 1);
+  }
+}
+
+// f(word) for each pair of numbers of a vector of a 16-bit type; a lone number is the lower of its
+// pair.
+template <class T, int kVec, class F>
+__device__ __forceinline__ void change_pairs(Vec<T, kVec>& v, const Vec<T, kVec>& a,
+                                             const Vec<T, kVec>& b, const F& f) {
+  constexpr int kPair = kVec > 1 ? 2 : 1;
 #pragma unroll
-    for (int e = 0; e < kVec; ++e)
-      v.v[e] = prim::from_float<T>(prim::to_float(v.v[e]) + prim::to_float(r.v[e]));
+  for (int e = 0; e < kVec; e += kPair) {
+    uint32_t words[3] = {0, 0, 0};
+    memcpy(&words[0], v.v + e, kPair * sizeof(T));
+    memcpy(&words[1], a.v + e, kPair * sizeof(T));
+    memcpy(&words[2], b.v + e, kPair * sizeof(T));
+    const uint32_t result = f(words[0], words[1], words[2]);
+    memcpy(v.v + e, &result, kPair * sizeof(T));
+  }
+}
+
+// v * gate + residual in one rounding, without gate or residual where they do not count.
+template <class T, int kVec>
+__device__ __forceinline__ void scale_and_add(Vec<T, kVec>& v, bool gated, const Vec<T, kVec>& gate,
+                                              bool added, const Vec<T, kVec>& residual) {
+  if constexpr (sizeof(T) == 2) {
+    using Word = uint32_t;
+    if (gated && added)
+      change_pairs(v, gate, residual,
+                   [](Word a, Word g, Word r) { return prim::fma_pair<T>(a, g, r); });
+    else if (gated)
+      change_pairs(v, gate, gate, [](Word a, Word g, Word) { return prim::mul_pair<T>(a, g); });
+    else
+      change_pairs(v, residual, residual,
+                   [](Word a, Word r, Word) { return prim::add_pair<T>(a, r); });
+  } else {
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      if (gated && added)
+        v.v[e] = prim::fma(v.v[e], gate.v[e], residual.v[e]);
+      else
+        v.v[e] = gated ? v.v[e] * gate.v[e] : v.v[e] + residual.v[e];
+    }
+  }
+}
+
+// One vector to the output, by way of load_gate(gate): its gates.
+template <class T, int kVec, class LoadGate>
+__device__ __forceinline__ void store_out(const Output<T>& o, int64_t at, Vec<T, kVec> v,
+                                          const LoadGate& load_gate) {
+  if (o.residual != nullptr || o.gate != nullptr) {
+    Vec<T, kVec> gate{}, residual{};
+    if (o.gate != nullptr) load_gate(gate);
+    if (o.residual != nullptr) residual = load_vec<T, kVec>(o.residual + at);
+    scale_and_add(v, o.gate != nullptr, gate, o.residual != nullptr, residual);
   }
   store_vec<T, kVec>(o.out + at, v);
 }
@@ -480,16 +548,19 @@ __device__ __forceinline__ BlockMaps<T> choose(bool second, const BlockMaps<T>& 
 // The inner pixels of a tile from shared memory to the output: y, then z.
 // NHWC: neighbouring lanes write neighbouring addresses, through y and z of a pixel and on to the
 // next pixel. NCHW: a warp takes 32 pixels of as many channel pairs as a store has elements.
-// Every pixel of a vector must be inside the tile and, in NCHW, neighbours in memory.
+// Every pixel of a vector must be inside the tile and, in NCHW, neighbours in memory. gates: of
+// build_gate_table, if there is a gate.
 template <Layout kLayout, class T>
 __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, const Tile& tile,
-                                           const PixelEntry* inner, const BlockMaps<T>& y,
-                                           const BlockMaps<T>& z) {
+                                           const PixelEntry* inner, const int32_t* gates,
+                                           const BlockMaps<T>& y, const BlockMaps<T>& z) {
   const int inners = tile.inners();
   Output<T> at = o;
   const int64_t image = int64_t(o.channels) * p.h * p.w;
   at.out += tile.n0 * image;
   if (at.residual) at.residual += tile.n0 * image;
+  const int64_t gate_plane = int64_t(o.gate_h) * o.gate_w;
+  if (at.gate) at.gate += tile.n0 * o.channels * gate_plane;
   with_bytes<T>(o.bytes, [&](auto width) {
     constexpr int kVec = decltype(width)::value / int(sizeof(T));
     if constexpr (kLayout == Layout::kNHWC) {
@@ -508,8 +579,11 @@ __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, co
 #pragma unroll 2
         for (int i = slot; i < inners; i += slots) {
           const PixelEntry entry = inner[i];
-          store_out<T, kVec>(at, int64_t(entry.offset) * o.channels + channel,
-                             load_vec<T, kVec>(from.pixel(entry, i) + k));
+          const auto offset = [&](int32_t pixel) {
+            return int64_t(uint64_t(uint32_t(pixel)) * uint32_t(o.channels)) + channel;
+          };
+          store_out(at, offset(entry.offset), load_vec<T, kVec>(from.pixel(entry, i) + k),
+                    [&](Vec<T, kVec>& v) { v = load_vec<T, kVec>(at.gate + offset(gates[i])); });
         }
       }
     } else {
@@ -531,9 +605,15 @@ __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, co
             low.v[e] = pair.v[0];
             high.v[e] = pair.v[1];
           }
-          store_out<T, kVec>(at, inner[i].offset + from.channel(c) * plane, low);
-          if (c + 1 < from.count)
-            store_out<T, kVec>(at, inner[i].offset + from.channel(c + 1) * plane, high);
+          const auto put = [&](int channel, const Vec<T, kVec>& v) {
+            store_out(at, inner[i].offset + channel * plane, v, [&](Vec<T, kVec>& gate) {
+#pragma unroll
+              for (int e = 0; e < kVec; ++e)
+                gate.v[e] = at.gate[gates[i + e] + channel * gate_plane];
+            });
+          };
+          put(from.channel(c), low);
+          if (c + 1 < from.count) put(from.channel(c + 1), high);
         }
       }
     }

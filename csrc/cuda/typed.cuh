@@ -49,6 +49,12 @@ Norm<Accumulator<T>> typed(const NormArgs& n) {
   return r;
 }
 
+template <class T>
+Activated<Accumulator<T>> typed(const Activation& act, const void* slopes) {
+  using A = Accumulator<T>;
+  return {act.act, A(act.slope), static_cast<const A*>(slopes)};
+}
+
 inline Maps maps_of(const Problem& p) {
   Maps m;
   m.n = p.batch;
@@ -89,8 +95,7 @@ Intrinsic<T> intrinsic_of(const ForwardArgs& args) {
   Intrinsic<T> r;
   r.in = primary_of<T>(args);
   r.norm = typed<T>(args.norm1);
-  r.act = args.problem.act1.act;
-  r.slope = Accumulator<T>(args.problem.act1.slope);
+  r.act = typed<T>(args.problem.act1, args.slopes1);
   return r;
 }
 

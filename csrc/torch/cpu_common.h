@@ -23,6 +23,12 @@ inline Activation activation(int64_t code, double slope, const char* name) {
   return {Act(code), slope};
 }
 
+// That of ghost_apply, which also knows slopes per channel.
+inline Activation apply_activation(int64_t code, double slope, const char* name) {
+  return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
+                                      : activation(code, slope, name);
+}
+
 // The layout of a dense [N, C, H, W] on the CPU.
 inline Layout layout_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");

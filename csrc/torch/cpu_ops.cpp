@@ -69,7 +69,6 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
                   const OptionalTensor& gamma2, const OptionalTensor& beta2,
                   const OptionalTensor& mean2, const OptionalTensor& var2, double eps2,
                   const OptionalTensor& prelu1, const OptionalTensor& prelu2) {
-  STD_TORCH_CHECK(!prelu1 && !prelu2, "ghost_pack: slopes per channel are not here yet");
   const DType dtype = dtype_of(w2, "w2");
   STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
   int64_t m = -1;
@@ -88,7 +87,9 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
       b2(beta2, dtype, g, "beta2"), m2(mean2, dtype, g, "mean2"), v2(var2, dtype, g, "var2"),
       cheap(w2, dtype, g * d * d, "w2");
   const Param primary = w1.has_value() ? Param(*w1, dtype, m * C, "w1") : Param();
-  Tensor packed = empty({at.numel}, compute_type(dtype));
+  const Param slopes1(prelu1, dtype, m, "prelu1"), slopes2(prelu2, dtype, g, "prelu2");
+  const int64_t slopes = (prelu1 ? m : 0) + (prelu2 ? g : 0);
+  Tensor packed = empty({at.numel + slopes}, compute_type(dtype));
   with_dtype(dtype, [&](auto zero) {
     using A = decltype(zero);
     A* p = static_cast<A*>(packed.mutable_data_ptr());
@@ -106,7 +107,9 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
     }
     std::copy(shift1.begin(), shift1.end(), p + at.shift1);
     scale_taps(cheap.as<A>(), g, d * d, scale2.data(), p + at.w2);
-    std::copy(shift2.begin(), shift2.end(), p + at.shift2);
+    A* end = std::copy(shift2.begin(), shift2.end(), p + at.shift2);
+    if (prelu1) end = std::copy_n(slopes1.as<A>(), m, end);
+    if (prelu2) std::copy_n(slopes2.as<A>(), g, end);
   });
   return packed;
 }
@@ -118,7 +121,6 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                    const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
                    int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
                    int64_t act2, double slope2, bool has_primary) {
-  STD_TORCH_CHECK(!gate, "ghost_apply: a gate is not here yet");
   const Image in = image_of(x, "x");
   check_dw_size(dw_size);
   STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
@@ -135,15 +137,17 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   p.out_channels = out_channels;
   p.ratio = ratio;
   p.dw_size = dw_size;
-  p.act1 = activation(act1, slope1, "act1");
-  p.act2 = activation(act2, slope2, "act2");
+  p.act1 = apply_activation(act1, slope1, "act1");
+  p.act2 = apply_activation(act2, slope2, "act2");
   p.has_primary = has_primary;
   p.has_residual = residual.has_value();
   const PackedLayout at(in.c, intrinsic, p.ghosts(), dw_size, has_primary);
+  const int64_t slopes1 = p.act1.act == Act::kPReLU ? intrinsic : 0,
+                slopes2 = p.act2.act == Act::kPReLU ? p.ghosts() : 0;
   STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) &&
-                      packed.numel() == at.numel,
-                  "packed does not belong to this module: expected ", at.numel, " elements, got ",
-                  packed.numel());
+                      packed.numel() == at.numel + slopes1 + slopes2,
+                  "packed does not belong to this module: expected ", at.numel + slopes1 + slopes2,
+                  " elements, got ", packed.numel());
   const int64_t H = p.out_height(), W = p.out_width();
   Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
   Tensor res = residual.value_or(out);
@@ -154,6 +158,19 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                     "residual must have the shape and dtype of the output");
     if (!is_dense(res, in.layout)) res = torch::stable::contiguous(res, memory_format(in.layout));
   }
+  Tensor factor = gate.value_or(out);
+  if (gate.has_value()) {
+    STD_TORCH_CHECK(factor.is_cpu() && factor.dim() == 4 && factor.size(0) == in.n &&
+                        factor.size(1) == out_channels && factor.size(2) >= 1 &&
+                        factor.size(3) >= 1 && factor.scalar_type() == x.scalar_type(),
+                    "gate must be [", in.n, ", ", out_channels,
+                    ", Hg, Wg] with Hg and Wg at least 1, on the device and of the dtype of x");
+    if (!is_dense(factor, in.layout))
+      factor = torch::stable::contiguous(factor, memory_format(in.layout));
+    p.has_gate = true;
+    p.gate_height = factor.size(2);
+    p.gate_width = factor.size(3);
+  }
   ApplyArgs args;
   args.problem = p;
   args.plan = plan_apply(p, cpu_info(threads()));
@@ -161,7 +178,11 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   args.x_image = in.c * in.h * in.w;
   args.x_channel = in.h * in.w;
   args.packed = packed.const_data_ptr();
+  const char* slopes = static_cast<const char*>(args.packed) + at.numel * compute_size(in.dtype);
+  if (slopes1 > 0) args.slopes1 = slopes;
+  if (slopes2 > 0) args.slopes2 = slopes + slopes1 * compute_size(in.dtype);
   args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
+  args.gate = gate.has_value() ? factor.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.out_layout = in.layout;
   args.out_image = out_channels * H * W;

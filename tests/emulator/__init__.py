@@ -169,6 +169,13 @@ DEVICES = {
     # As small as they come: blocks take several tiles in turn, and tiles are small.
     "tiny sm_86": Device(8, 6, 2, 99 << 10, 100 << 10, 1 << 20),
 }
+# With less shared memory than any GPU has: where a block runs short of it there, at thousands of
+# channels, it does so here at hundreds.
+SMALL_BLOCKS = {
+    "40 KiB": Device(8, 6, 2, 40 << 10, 41 << 10, 1 << 20),
+    "58 KiB": Device(8, 6, 2, 58 << 10, 59 << 10, 1 << 20),
+    "72 KiB": Device(8, 6, 2, 72 << 10, 73 << 10, 1 << 20),
+}
 
 
 class Library:

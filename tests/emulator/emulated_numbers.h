@@ -21,6 +21,16 @@ inline float as_float(uint32_t v) {
   return bits_as<float>(v);
 }
 
+// To float with the last bit set where anything is lost: rounded once more to fewer bits the result
+// is that of the double.
+inline float round_to_odd(double v) {
+  const float f = float(v);
+  if (double(f) == v || v != v) return f;
+  const uint32_t bits = as_uint(f);
+  const bool away = f > 0 ? double(f) > v : double(f) < v;
+  return as_float((away ? bits - 1 : bits) | 1u);
+}
+
 // Storage only: arithmetic happens in float.
 struct half_t {
   uint16_t bits;

@@ -84,6 +84,39 @@ inline uint32_t pack_pair(float x, float y) {
   return from_float<T>(x).bits | uint32_t(from_float<T>(y).bits) << 16;
 }
 
+// f of both numbers of each operand. In double, where sums and products of them are exact or as
+// good as that, and rounded once.
+template <class T, class F, class... Words>
+inline uint32_t map_pairs(F&& f, Words... words) {
+  uint32_t r = 0;
+  for (int shift : {0, 16}) {
+    const double v = f(double(to_float(T{uint16_t(words >> shift)}))...);
+    r |= uint32_t(from_float<T>(round_to_odd(v)).bits) << shift;
+  }
+  return r;
+}
+template <class T>
+inline uint32_t pack_pair_relu(float x, float y) {
+  const auto relu = [](float v) { return v > 0 || v != v ? v : 0.0f; };
+  return pack_pair<T>(relu(x), relu(y));
+}
+template <class T>
+inline uint32_t min_pair(uint32_t a, uint32_t b) {
+  return map_pairs<T>([](double x, double y) { return x < y || x != x ? x : y; }, a, b);
+}
+template <class T>
+inline uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  return map_pairs<T>([](double x, double y, double z) { return x * y + z; }, a, b, c);
+}
+template <class T>
+inline uint32_t add_pair(uint32_t a, uint32_t b) {
+  return map_pairs<T>([](double x, double y) { return x + y; }, a, b);
+}
+template <class T>
+inline uint32_t mul_pair(uint32_t a, uint32_t b) {
+  return map_pairs<T>([](double x, double y) { return x * y; }, a, b);
+}
+
 inline int opaque(int v) {
   return v;
 }

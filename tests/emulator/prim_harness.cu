@@ -47,16 +47,29 @@ __global__ void to_float_kernel(Words in, Out out, int n) {
     out[i] = prim::as_uint(prim::to_float(from_bits<T>(uint16_t(in[i]))));
   }
 }
-// in [n, 2] floats -> out [n, 3]: the packed pair, and both halves of it unpacked again.
+// in [n, 2] floats -> out [n, 4]: the packed pair, both halves of it unpacked again, the packed
+// pair of what ReLU leaves.
 template <class T>
 __global__ void pair_kernel(Words in, Out out, int n) {
   for (int i = threadIdx.x; i < n; i += kBlock) {
-    const uint32_t pair =
-        prim::pack_pair<T>(prim::as_float(in[2 * i]), prim::as_float(in[2 * i + 1]));
+    const float x = prim::as_float(in[2 * i]), y = prim::as_float(in[2 * i + 1]);
+    const uint32_t pair = prim::pack_pair<T>(x, y);
     const float2 back = prim::unpack_pair<T>(pair);
-    out[3 * i] = pair;
-    out[3 * i + 1] = prim::as_uint(back.x);
-    out[3 * i + 2] = prim::as_uint(back.y);
+    out[4 * i] = pair;
+    out[4 * i + 1] = prim::as_uint(back.x);
+    out[4 * i + 2] = prim::as_uint(back.y);
+    out[4 * i + 3] = prim::pack_pair_relu<T>(x, y);
+  }
+}
+// in [n, 3] packed pairs a, b, c -> out [n, 4]: a + b, a b, a b + c, min(a, b).
+template <class T>
+__global__ void pair_arithmetic_kernel(Words in, Out out, int n) {
+  for (int i = threadIdx.x; i < n; i += kBlock) {
+    const uint32_t a = in[3 * i], b = in[3 * i + 1];
+    out[4 * i] = prim::add_pair<T>(a, b);
+    out[4 * i + 1] = prim::mul_pair<T>(a, b);
+    out[4 * i + 2] = prim::fma_pair<T>(a, b, in[3 * i + 2]);
+    out[4 * i + 3] = prim::min_pair<T>(a, b);
   }
 }
 __global__ void to_tf32_kernel(Words in, Out out, int n) {
@@ -228,6 +241,8 @@ const Entry kEntries[] = {
     {"bfloat16_to_float", to_float_kernel<bfloat16_t>, kBlock},
     {"half_pair", pair_kernel<half_t>, kBlock},
     {"bfloat16_pair", pair_kernel<bfloat16_t>, kBlock},
+    {"half_pair_arithmetic", pair_arithmetic_kernel<half_t>, kBlock},
+    {"bfloat16_pair_arithmetic", pair_arithmetic_kernel<bfloat16_t>, kBlock},
     {"to_tf32", to_tf32_kernel, kBlock},
     {"rsqrt", rsqrt_kernel, kBlock},
     {"arithmetic", arithmetic_kernel, kBlock},

@@ -141,6 +141,12 @@ inline Activation activation(int64_t code, double slope, const char* name) {
   return {Act(code), slope};
 }
 
+// That of ghost_apply, which also knows slopes per channel.
+inline Activation apply_activation(int64_t code, double slope, const char* name) {
+  return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
+                                      : activation(code, slope, name);
+}
+
 // Primary weights [m, C, 1, 1] of x's dtype.
 inline void check_primary(const Tensor& w1, const Tensor& x, const Problem& p) {
   check_device(w1, x, "w1");

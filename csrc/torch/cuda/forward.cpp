@@ -36,7 +36,6 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
                   const OptionalTensor& gamma2, const OptionalTensor& beta2,
                   const OptionalTensor& mean2, const OptionalTensor& var2, double eps2,
                   const OptionalTensor& prelu1, const OptionalTensor& prelu2) {
-  STD_TORCH_CHECK(!prelu1 && !prelu2, "ghost_pack: slopes per channel are not here yet");
   check_device(w2, w2, "w2");
   const DType dtype = dtype_of(w2, "w2");
   STD_TORCH_CHECK(w2.dim() == 4, "w2 must be [g, 1, d, d], got ", w2.dim(), "-D");
@@ -63,15 +62,18 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
   args.ghosts = w2.size(0);
   args.dw_size = w2.size(3);
   const PackedLayout at(args.channels, m, args.ghosts, args.dw_size, w1.has_value());
-  Tensor packed = empty_like_device(w2, {at.numel}, compute_type(dtype));
-  if (at.numel == 0) return packed;
+  const int64_t numel = at.numel + (prelu1 ? m : 0) + (prelu2 ? args.ghosts : 0);
+  Tensor packed = empty_like_device(w2, {numel}, compute_type(dtype));
+  if (numel == 0) return packed;
   args.w1 = w1.has_value() ? primary.const_data_ptr() : nullptr;
   args.w2 = {cheap.const_data_ptr(), dtype};
   args.norm1 = given(gamma1, beta1, mean1, var1, eps1, m, w2, {"gamma1", "beta1", "mean1", "var1"});
   args.norm2 = given(gamma2, beta2, mean2, var2, eps2, args.ghosts, w2,
                      {"gamma2", "beta2", "mean2", "var2"});
+  args.prelu1 = param(prelu1, m, w2, "prelu1");
+  args.prelu2 = param(prelu2, args.ghosts, w2, "prelu2");
   args.packed = packed.mutable_data_ptr();
-  args.packed_bytes = at.numel * compute_size(dtype);
+  args.packed_bytes = numel * compute_size(dtype);
   check_launch(launch_ghost_pack(args, scope.stream()), "ghost_pack");
   return packed;
 }
@@ -80,25 +82,29 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
 void use_packed(ForwardArgs& args, const Tensor& packed) {
   const Problem& p = args.problem;
   const PackedLayout whole(p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary);
+  const bool prelu1 = p.act1.act == Act::kPReLU, prelu2 = p.act2.act == Act::kPReLU;
+  const int64_t numel = whole.numel + (prelu1 ? p.intrinsic : 0) + (prelu2 ? p.ghosts() : 0);
   check_device(packed, packed, "packed");
-  STD_TORCH_CHECK(packed.scalar_type() == compute_type(p.dtype) && packed.numel() == whole.numel &&
+  STD_TORCH_CHECK(packed.scalar_type() == compute_type(p.dtype) && packed.numel() == numel &&
                       packed.is_contiguous(),
-                  "packed does not belong to this module: expected ", whole.numel,
-                  " elements, got ", packed.numel());
-  const CudaPackedLayout at(p.dtype, p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary);
+                  "packed does not belong to this module: expected ", numel, " elements, got ",
+                  packed.numel());
+  const CudaPackedLayout at(p.dtype, p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary,
+                            prelu1, prelu2);
   const char* base = static_cast<const char*>(packed.const_data_ptr());
   args.w1 = p.has_primary ? base + at.w1 : nullptr;
   args.norm1.scale = at.folded ? nullptr : base + at.scale1;
   args.norm1.shift = base + at.shift1;
   args.w2 = {base + at.w2, p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32};
   args.norm2.shift = base + at.shift2;
+  if (prelu1) args.slopes1 = base + at.slopes1;
+  if (prelu2) args.slopes2 = base + at.slopes2;
 }
 
 Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
                    const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
                    int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
                    int64_t act2, double slope2, bool has_primary) {
-  STD_TORCH_CHECK(!gate, "ghost_apply: a gate is not here yet");
   Problem p = problem_of(x);
   check_dw_size(dw_size);
   STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
@@ -114,8 +120,8 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   p.out_channels = out_channels;
   p.ratio = ratio;
   p.dw_size = dw_size;
-  p.act1 = activation(act1, slope1, "act1");
-  p.act2 = activation(act2, slope2, "act2");
+  p.act1 = apply_activation(act1, slope1, "act1");
+  p.act2 = apply_activation(act2, slope2, "act2");
   p.has_primary = has_primary;
   p.has_residual = residual.has_value();
   check_sizes(p);
@@ -131,6 +137,23 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                     "residual must have the shape and dtype of the output");
     if (!is_dense(res, p.layout)) res = torch::stable::contiguous(res, memory_format(p.layout));
   }
+  Tensor factor = gate.value_or(out);
+  if (gate.has_value()) {
+    check_device(factor, x, "gate");
+    STD_TORCH_CHECK(factor.dim() == 4 && factor.size(0) == p.batch &&
+                        factor.size(1) == out_channels && factor.size(2) >= 1 &&
+                        factor.size(3) >= 1 && factor.scalar_type() == x.scalar_type(),
+                    "gate must be [", p.batch, ", ", out_channels,
+                    ", Hg, Wg] with Hg and Wg at least 1, of the dtype of x");
+    constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max() / 8;
+    STD_TORCH_CHECK(factor.size(2) * factor.size(3) <= kMostPixels, "gate may have ", kMostPixels,
+                    " pixels, got ", factor.size(2) * factor.size(3));
+    if (!is_dense(factor, p.layout))
+      factor = torch::stable::contiguous(factor, memory_format(p.layout));
+    p.has_gate = true;
+    p.gate_height = factor.size(2);
+    p.gate_width = factor.size(3);
+  }
   ForwardArgs args;
   args.problem = p;
   check_device(packed, x, "packed");
@@ -139,6 +162,7 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
   args.x = x.const_data_ptr();
   args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
+  args.gate = gate.has_value() ? factor.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_apply");
   return out;

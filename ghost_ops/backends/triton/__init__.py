@@ -1,10 +1,10 @@
 """The Triton backend: the fused module on any GPU that Triton compiles for, without nvcc.
 
-``plan``       what is launched with which tiles, from the shape; no Triton in it
-``tuning``     the choice of tiles on the device, kept on disk
-``layout``     packed parameters
-``kernels``    the kernels, one concern a file
-``operators``  the operators' implementations: checks, allocation, launches
+``plan``               what is launched with which tiles, from the shape; no Triton in it
+``tuning``             the choice of tiles on the device, kept on disk
+``layout``             packed parameters
+``kernels``            the kernels, one concern a file
+``forward, backward``  the operators' implementations: checks, allocation, launches
 
 Triton itself is imported when this backend is first asked for. Where TRITON_INTERPRET=1 was set
 before that, the kernels run in Triton's interpreter on CPU tensors: slowly, for tests.

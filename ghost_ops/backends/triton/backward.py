@@ -1,9 +1,11 @@
 """The backward operator in Triton.
 
 u is computed anew (unless it was saved) and y from it, both into scratch memory that dies with the
-call, and so do dv and da, the gradients at the two batch norms. Launches, with ghost maps and batch
-statistics: u and y; sums of batch norm 2 and their fold; dv and dw2, and its fold; da and the sums
-of batch norm 1, and their fold; dx; dw1 and its fold.
+call, and so do dv and da, the gradients at the two batch norms. Launches, with ghost maps:
+
+1. u and y;  2. the sums of batch norm 2;  3. dv and dw2;  4. da and the sums of batch norm 1;
+5. dx and dw1. Where a program can own an image (``plan.passes``), 1 and 2 are one launch, and so
+are 3 and 4: three in all.
 """
 
 from __future__ import annotations
@@ -16,26 +18,28 @@ from torch import Tensor
 from ...eager_ops import memory_format
 from . import tuning
 from .checks import check_cheap, check_image, check_primary, check_vectors
-from .forward import launch_primary, problem_of
+from .forward import problem_of
+from .forward_launches import launch_primary
 from .kernels.cheap_backward import (
     cheap_gradient_kernel,
     cheap_sums_kernel,
     intrinsic_gradient_kernel,
 )
-from .kernels.primary_backward import input_gradient_kernel, weight_gradient_kernel
+from .kernels.fused_backward import fused_gradient_kernel, fused_sums_kernel
+from .kernels.primary_backward import primary_gradient_kernel
 from .launch import (
+    NO_PARTIAL,
     Cut,
     Norm,
     Partial,
     device_of,
-    fold_sums,
     maps,
     on_device,
     options,
     precision,
     vectors,
 )
-from .plan import Device, Problem, Tile, power_of_two
+from .plan import Device, Problem, Tile, passes, power_of_two, rounded_up, weight_tile
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -91,21 +95,31 @@ def ghost_backward(
     norm2 = Norm(gamma2, beta2, mean2, var2, eps2)
     with on_device(x):
         # Expanded, sliced and transposed gradients exist; a copy is dearer than a read.
-        grad_out = grad_out.contiguous(memory_format=memory_format(x))
-        u, y = _recompute(x, u, w1, norm1, p, device)
-        if g:
-            _cheap_sums(y, w2, grad_out, norm2, p, device, dbeta2, dgamma2)
-            dv = _cheap_gradient(
-                y, w2, grad_out, norm2, p, device, dbeta2, dgamma2, batch_stats, dw2
+        grad = grad_out.contiguous(memory_format=memory_format(x))
+        source, weight, q = _source(x, u, w1, p)
+        u = maps(x, p, m) if u is None and w1 is not None else source
+        kept = u if u is not source else None
+        if g and passes(p, device, stores_z=False).one_pass:
+            both = (w2, grad, norm1, norm2)
+            y = _fused_sums(source, weight, *both, q, device, kept, dbeta2, dgamma2)
+            da = _fused_gradient(
+                y, u, *both, p, device, batch_stats, dbeta1, dgamma1, dbeta2, dgamma2, dw2
             )
+        elif g:
+            y = maps(x, p, m)
+            launch_primary(source, weight, q, device, norm=norm1, u=kept, y=y)
+            _cheap_sums(y, w2, grad, norm2, p, device, dbeta2, dgamma2)
+            dv = _cheap_gradient(y, w2, grad, norm2, p, device, dbeta2, dgamma2, batch_stats, dw2)
+            da = _intrinsic_gradient(dv, w2, grad, u, norm1, p, device, dbeta1, dgamma1)
         else:
-            dv = None
-        da = _intrinsic_gradient(dv, w2, grad_out, u, norm1, p, device, dbeta1, dgamma1)
-        after = (norm1, p, device, dbeta1, dgamma1, batch_stats)
-        if need_dx:
-            _input_gradient(da, u, w1, *after, dx)
-        if need_dw1:
-            _weight_gradient(da, u, x, *after, dw1)
+            if kept is not None:
+                launch_primary(source, weight, q, device, u=kept)
+            da = _intrinsic_gradient(None, w2, grad, u, norm1, p, device, dbeta1, dgamma1)
+        if need_dx or need_dw1:
+            _primary_gradient(
+                da, u, x, w1, norm1, p, device, dbeta1, dgamma1, batch_stats,
+                dx if need_dx else None, dw1 if need_dw1 else None,
+            )  # fmt: skip
     return dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2
 
 
@@ -118,63 +132,106 @@ def _check_gradient(grad_out: Tensor, x: Tensor, p: Problem) -> None:
         )
 
 
-def _recompute(
-    x: Tensor, u: Tensor | None, w1: Tensor | None, norm1: Norm, p: Problem, device: Device
-) -> tuple[Tensor, Tensor | None]:
-    """(u, y); y is None where no ghost map reads it."""
-    y = maps(x, p, p.m) if p.g else None
-    if u is None and w1 is None:
-        u = x
-    if u is None:
-        u = maps(x, p, p.m)
-        launch_primary(x, w1, p, device, norm=norm1, u=u, y=y)
-    else:
+def _source(
+    x: Tensor, u: Tensor | None, w1: Tensor | None, p: Problem
+) -> tuple[Tensor, Tensor | None, Problem]:
+    """What u is made from: x and w1, or u itself where it was saved or is x."""
+    if u is not None:
         check_image("u", u)
-        u = u.contiguous(memory_format=memory_format(x))
-        if y is not None:
-            launch_primary(u, None, p.given_u(), device, norm=norm1, y=y)
-    return u, y
+        return u.contiguous(memory_format=memory_format(x)), None, p.given_u()
+    return x, w1, p
+
+
+def _fused_sums(
+    x: Tensor, w1: Tensor | None, w2: Tensor, grad: Tensor, norm1: Norm, norm2: Norm, p: Problem,
+    device: Device, u: Tensor | None, dbeta: Tensor, dgamma: Tensor,
+) -> Tensor:  # fmt: skip
+    """y; u, dbeta2 and dgamma2 are written."""
+    y = maps(x, p, p.m)
+
+    def launch(tile: Tile) -> None:
+        blocks = math.ceil(p.m / tile.channels)
+        (part,) = Partial.room(x, p.n, (blocks, 2 * p.g))
+        fused_sums_kernel[(p.n * blocks,)](
+            x, w1, *norm1, p.slope1, w2, *norm2, p.slope2, grad, u, y, part.data, part.counters,
+            dbeta, dgamma, part.parts, p.h * p.w, p.w, p.out_pixels, p.ho, p.wo,
+            C=p.c, M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size, S=p.stride, ACT1=p.act1,
+            ACT2=p.act2, NHWC=p.nhwc, WIDE=p.wide, PREC=precision(x.dtype, device),
+            BP=tile.pixels, BM=tile.channels, BK=tile.depth,
+            TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)), FAN=part.fan,
+            **options(tile),
+        )  # fmt: skip
+
+    tuning.run("fused", p, device, launch, "sums")
+    return y
+
+
+def _fused_gradient(
+    y: Tensor, u: Tensor, w2: Tensor, grad: Tensor, norm1: Norm, norm2: Norm, p: Problem,
+    device: Device, batch_stats: bool, dbeta1: Tensor, dgamma1: Tensor, dbeta2: Tensor,
+    dgamma2: Tensor, dw2: Tensor,
+) -> Tensor:  # fmt: skip
+    """da; dw2, dbeta1 and dgamma1 are written."""
+    dv, da = maps(grad, p, p.g), maps(grad, p, p.m)
+
+    def launch(tile: Tile) -> None:
+        blocks = math.ceil(p.m / tile.channels)
+        sums, taps = Partial.room(grad, p.n, (blocks, 2 * p.m), (blocks * p.r, w2.numel()))
+        fused_gradient_kernel[(p.n * blocks,)](
+            y, u, w2, grad, *norm1, p.slope1, *norm2, p.slope2, dbeta2, dgamma2, _per_value(p),
+            dv, da, sums.data, sums.counters, dbeta1, dgamma1, taps.data, taps.counters, dw2,
+            sums.parts, p.out_pixels, p.ho, p.wo,
+            M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size,
+            TAPS=power_of_two(p.dw_size * p.dw_size), ACT1=p.act1, ACT2=p.act2, BATCH=batch_stats,
+            NHWC=p.nhwc, WIDE=p.wide, BP=tile.pixels, BM=tile.channels,
+            TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)), FAN=sums.fan,
+            **options(tile),
+        )  # fmt: skip
+
+    tuning.run("fused_gradient", p, device, launch)
+    return da
 
 
 def _cheap_sums(
-    y: Tensor | None, w2: Tensor, grad: Tensor, norm2: Norm, p: Problem, device: Device,
+    y: Tensor, w2: Tensor, grad: Tensor, norm2: Norm, p: Problem, device: Device,
     dbeta: Tensor, dgamma: Tensor,
 ) -> None:  # fmt: skip
-    def launch(tile: Tile) -> Partial:
+    def launch(tile: Tile) -> None:
         cut = Cut.of("cheap_sums", p, tile, device)
-        (part,) = vectors(grad, 2 * cut.groups * p.g, 1)
-        cheap_sums_kernel[(cut.groups * math.ceil(p.g / tile.channels),)](
-            y, w2, grad, *norm2, p.slope2, part, cut.groups, cut.pixels, p.out_pixels, p.ho, p.wo,
+        blocks = math.ceil(p.g / tile.channels)
+        (part,) = Partial.room(grad, cut.groups, (blocks, 2 * p.g))
+        cheap_sums_kernel[(cut.groups * blocks,)](
+            y, w2, grad, *norm2, p.slope2, part.data, part.counters, dbeta, dgamma,
+            part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
             M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size, ACT=p.act2, NHWC=p.nhwc,
-            WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles,
+            WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles, FAN=part.fan,
             **options(tile),
         )  # fmt: skip
-        return Partial(part, cut.groups)
 
-    fold_sums(tuning.run("cheap_sums", p, device, launch), dbeta, dgamma)
+    tuning.run("cheap_sums", p, device, launch)
 
 
 def _cheap_gradient(
-    y: Tensor | None, w2: Tensor, grad: Tensor, norm2: Norm, p: Problem, device: Device,
+    y: Tensor, w2: Tensor, grad: Tensor, norm2: Norm, p: Problem, device: Device,
     dbeta: Tensor, dgamma: Tensor, batch_stats: bool, dw2: Tensor,
 ) -> Tensor:  # fmt: skip
     """dv; dw2 is written."""
     dv = maps(grad, p, p.g)
 
-    def launch(tile: Tile) -> Partial:
+    def launch(tile: Tile) -> None:
         cut = Cut.of("cheap_gradient", p, tile, device)
-        (part,) = vectors(grad, cut.groups * w2.numel(), 1)
-        cheap_gradient_kernel[(cut.groups * math.ceil(p.g / tile.channels),)](
-            y, w2, grad, *norm2, p.slope2, dbeta, dgamma, dv, part, _per_value(p),
-            cut.pixels, p.out_pixels, p.ho, p.wo,
+        blocks = math.ceil(p.g / tile.channels)
+        (part,) = Partial.room(grad, cut.groups, (blocks, w2.numel()))
+        cheap_gradient_kernel[(cut.groups * blocks,)](
+            y, w2, grad, *norm2, p.slope2, dbeta, dgamma, dv, part.data, part.counters, dw2,
+            _per_value(p), part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
             M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size,
             TAPS=power_of_two(p.dw_size * p.dw_size), ACT=p.act2, BATCH=batch_stats, NHWC=p.nhwc,
-            WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles,
+            WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles, FAN=part.fan,
             **options(tile),
         )  # fmt: skip
-        return Partial(part, cut.groups)
 
-    fold_sums(tuning.run("cheap_gradient", p, device, launch), dw2)
+    tuning.run("cheap_gradient", p, device, launch)
     return dv
 
 
@@ -182,62 +239,55 @@ def _intrinsic_gradient(
     dv: Tensor | None, w2: Tensor, grad: Tensor, u: Tensor, norm1: Norm, p: Problem,
     device: Device, dbeta: Tensor, dgamma: Tensor,
 ) -> Tensor:  # fmt: skip
-    """da; dbeta and dgamma are written."""
+    """da; dbeta1 and dgamma1 are written."""
     da = maps(grad, p, p.m)
 
-    def launch(tile: Tile) -> Partial:
+    def launch(tile: Tile) -> None:
         cut = Cut.of("intrinsic_gradient", p, tile, device)
-        (part,) = vectors(grad, 2 * cut.groups * p.m, 1)
-        intrinsic_gradient_kernel[(cut.groups * math.ceil(p.m / tile.channels),)](
-            dv, w2, grad, u, *norm1, p.slope1, da, part,
-            cut.groups, cut.pixels, p.out_pixels, p.ho, p.wo,
+        blocks = math.ceil(p.m / tile.channels)
+        (part,) = Partial.room(grad, cut.groups, (blocks, 2 * p.m))
+        intrinsic_gradient_kernel[(cut.groups * blocks,)](
+            dv, w2, grad, u, *norm1, p.slope1, da, part.data, part.counters, dbeta, dgamma,
+            part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
             M=p.m, OUP=p.out_channels, R=p.r, D=p.dw_size, ACT=p.act1, NHWC=p.nhwc, WIDE=p.wide,
-            BP=tile.pixels, BM=tile.channels, TILES=cut.tiles,
+            BP=tile.pixels, BM=tile.channels, TILES=cut.tiles, FAN=part.fan,
             **options(tile),
         )  # fmt: skip
-        return Partial(part, cut.groups)
 
-    fold_sums(tuning.run("intrinsic_gradient", p, device, launch), dbeta, dgamma)
+    tuning.run("intrinsic_gradient", p, device, launch)
     return da
 
 
-def _input_gradient(
-    da: Tensor, u: Tensor, w1: Tensor | None, norm1: Norm, p: Problem, device: Device,
-    dbeta: Tensor, dgamma: Tensor, batch_stats: bool, dx: Tensor,
+def _primary_gradient(
+    da: Tensor, u: Tensor, x: Tensor, w1: Tensor | None, norm1: Norm, p: Problem, device: Device,
+    dbeta: Tensor, dgamma: Tensor, batch_stats: bool, dx: Tensor | None, dw1: Tensor | None,
 ) -> None:  # fmt: skip
+    """Write dx and dw1, or one of them."""
+    kind = "input_gradient" if dx is not None else "weight_gradient"
+
     def launch(tile: Tile) -> None:
+        of_weight = weight_tile(p, tile, device) if dx is not None else tile
         cut = Cut.of("input_gradient", p, tile, device, map_pixels=p.h * p.w)
-        input_gradient_kernel[(cut.groups * math.ceil(p.c / tile.channels),)](
-            da, u, w1, norm1.gamma, norm1.mean, norm1.var, norm1.eps, dbeta, dgamma, _per_value(p),
-            dx, cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
-            C=p.c, M=p.m, S=p.stride, BATCH=batch_stats, NHWC=p.nhwc, WIDE=p.wide,
-            PREC=precision(dx.dtype, device),
-            BP=tile.pixels, BC=tile.channels, BK=tile.depth, TILES=cut.tiles,
-            **options(tile),
-        )  # fmt: skip
-
-    tuning.run("input_gradient", p, device, launch)
-
-
-def _weight_gradient(
-    da: Tensor, u: Tensor, x: Tensor, norm1: Norm, p: Problem, device: Device,
-    dbeta: Tensor, dgamma: Tensor, batch_stats: bool, dw1: Tensor,
-) -> None:  # fmt: skip
-    def launch(tile: Tile) -> Partial:
-        cut = Cut.of("weight_gradient", p, tile, device)
-        (part,) = vectors(x, cut.groups * dw1.numel(), 1)
-        blocks = math.ceil(p.m / tile.channels) * math.ceil(p.c / tile.depth)
-        weight_gradient_kernel[(cut.groups * blocks,)](
-            da, u, x, norm1.gamma, norm1.mean, norm1.var, norm1.eps, dbeta, dgamma, _per_value(p),
-            part, cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
+        weight_cut = Cut.of("weight_gradient", p, of_weight, device)
+        blocks = math.ceil(p.m / of_weight.channels) * math.ceil(p.c / of_weight.depth)
+        weight_programs, part = 0, NO_PARTIAL
+        if dw1 is not None:
+            weight_programs = weight_cut.groups * blocks
+            (part,) = Partial.room(x, weight_cut.groups, (blocks, dw1.numel()))
+        programs = 0 if dx is None else cut.groups * math.ceil(p.c / tile.channels)
+        primary_gradient_kernel[(weight_programs + programs,)](
+            da, u, x, w1, norm1.gamma, norm1.mean, norm1.var, norm1.eps, dbeta, dgamma,
+            _per_value(p), dx, part.data, part.counters, dw1, weight_programs, part.parts,
+            cut.pixels, weight_cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
             C=p.c, M=p.m, S=p.stride, BATCH=batch_stats, NHWC=p.nhwc, WIDE=p.wide,
             PREC=precision(x.dtype, device),
-            BP=tile.pixels, BM=tile.channels, BC=tile.depth, TILES=cut.tiles,
+            BP=tile.pixels, BC=tile.channels, BK=tile.depth, TILES=cut.tiles,
+            W_BP=of_weight.pixels, W_BM=of_weight.channels, W_BC=of_weight.depth,
+            W_TILES=weight_cut.tiles, FAN=part.fan,
             **options(tile),
         )  # fmt: skip
-        return Partial(part, cut.groups)
 
-    fold_sums(tuning.run("weight_gradient", p, device, launch), dw1)
+    tuning.run(kind, p, device, launch, "both" if dx is not None and dw1 is not None else "")
 
 
 def _per_value(p: Problem) -> float:

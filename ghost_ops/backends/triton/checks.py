@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...activations import NAMES
+from ...activations import NAMES, PRELU
 
 DW_SIZES = (1, 3, 5, 7)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,9 +32,9 @@ def check_image(name: str, x: Tensor) -> None:
 
 def check_numbers(
     x: Tensor, m: int, ratio: int, out_channels: int, d: int, stride: int, act1: int, act2: int,
-    has_primary: bool,
+    has_primary: bool, prelu: bool = False,
 ) -> None:  # fmt: skip
-    """The numbers of a problem on x."""
+    """The numbers of a problem on x; ``prelu``: whether slopes per channel are known."""
     check_image("x", x)
     _require(d in DW_SIZES, f"dw_size must be 1, 3, 5 or 7, got {d}")
     _require(stride >= 1, f"stride must be positive, got {stride}")
@@ -47,10 +47,9 @@ def check_numbers(
         has_primary or (x.size(1) == m and stride == 1),
         f"without a primary convolution x must have {m} channels and stride be 1",
     )
+    last = PRELU if prelu else len(NAMES) - 1
     for name, code in (("act1", act1), ("act2", act2)):
-        _require(
-            0 <= code < len(NAMES), f"{name} must be a code from 0 to {len(NAMES) - 1}, got {code}"
-        )
+        _require(0 <= code <= last, f"{name} must be a code from 0 to {last}, got {code}")
 
 
 def check_primary(w1: Tensor | None, x: Tensor, m: int, channels: int) -> None:
@@ -79,6 +78,17 @@ def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
         if t is not None:
             _require(t.shape == (size,), f"{name} must be [{size}], got {list(t.shape)}")
             _check_tensor(name, t, x, (x.dtype, torch.float32))
+
+
+def check_gate(gate: Tensor, out: Tensor) -> None:
+    """[N, out_channels, Hg, Wg] in the dtype of out."""
+    _require(
+        gate.dim() == 4 and gate.shape[:2] == out.shape[:2] and min(gate.shape[2:]) >= 1
+        and gate.dtype is out.dtype,
+        f"gate must be {out.dtype} of shape [{out.size(0)}, {out.size(1)}, height, width], got "
+        f"{gate.dtype} of shape {list(gate.shape)}",
+    )  # fmt: skip
+    _require(gate.device == out.device, f"gate is on {gate.device}, but x is on {out.device}")
 
 
 def check_same_shape(name: str, t: Tensor, like: Tensor) -> None:

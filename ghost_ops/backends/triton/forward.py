@@ -1,7 +1,7 @@
 """The operators of the forward in Triton: ``eager_ops``, function for function.
 
-Launches: pack 2; apply 1 or 2; a training forward 5 or 6 (a pass that ends in statistics leaves
-partial ones, which one small kernel adds up in their order).
+Launches: pack 1; apply 1 or 2; a training forward 3 or 4 (a pass that ends in statistics folds them
+itself, see ``kernels.partial``).
 
 What no kernel computes is decided here: who allocates what, and how many programs run. Nothing per
 channel is computed in PyTorch.
@@ -15,105 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...activations import PRELU
 from ...eager_ops import intrinsic_count, memory_format
-from . import layout, tuning
-from .checks import check_cheap, check_numbers, check_primary, check_same_shape, check_vectors
-from .kernels.cheap import cheap_kernel
+from . import layout
+from .checks import (
+    check_cheap,
+    check_gate,
+    check_numbers,
+    check_primary,
+    check_same_shape,
+    check_vectors,
+)
+from .forward_launches import Moments, launch_cheap, launch_fused, launch_primary
 from .kernels.fold import pack_kernel, update_running_kernel
-from .kernels.fused import fused_kernel
-from .kernels.primary import primary_kernel
 from .launch import (
-    NO_NORM,
-    Cut,
+    Epilogue,
     Norm,
-    Partial,
     device_of,
-    fold_moments,
     maps,
     on_device,
-    options,
-    partial_moments,
-    precision,
     vectors,
     zeros,
 )
-from .plan import Device, Problem, Tile, passes, rounded_up, stashes_u
+from .plan import Device, Problem, passes, stashes_u
 
 _BLOCK = 256  # elements a program of the elementwise kernels takes
-
-
-# ---------------------------------------------------------------- launches of single kernels
-
-
-def launch_primary(
-    x: Tensor, w1: Tensor | None, p: Problem, device: Device, *, norm: Norm = NO_NORM,
-    u: Tensor | None = None, y: Tensor | None = None, out: Tensor | None = None,
-    residual: Tensor | None = None, moments: bool = False,
-) -> Partial | None:  # fmt: skip
-    """Launch primary_kernel; the partial moments and their number, if asked for."""
-
-    def launch(tile: Tile) -> Partial | None:
-        cut = Cut.of("primary", p, tile, device)
-        part = partial_moments(x, cut.groups, p.m) if moments else None
-        primary_kernel[(cut.groups * math.ceil(p.m / tile.channels),)](
-            x, w1, *norm, p.slope1, u, y, out, residual, part,
-            cut.groups, cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
-            C=p.c, M=p.m, Y_CH=p.m if y is None else y.size(1), OUP=p.out_channels, S=p.stride,
-            ACT=p.act1, NHWC=p.nhwc, WIDE=p.wide, PREC=precision(x.dtype, device),
-            BP=tile.pixels, BM=tile.channels, BK=tile.depth, TILES=cut.tiles,
-            **options(tile),
-        )  # fmt: skip
-        return None if part is None else Partial(part, cut.groups)
-
-    return tuning.run("primary", p, device, launch, "moments" if moments else "")
-
-
-def launch_cheap(
-    y: Tensor, w2: Tensor, p: Problem, device: Device, *, norm: Norm = NO_NORM,
-    out: Tensor | None = None, residual: Tensor | None = None, moments: bool = False,
-) -> Partial | None:  # fmt: skip
-    """Launch cheap_kernel; the partial moments and their number, if asked for."""
-
-    def launch(tile: Tile) -> Partial | None:
-        cut = Cut.of("cheap", p, tile, device)
-        part = partial_moments(y, cut.groups, p.g) if moments else None
-        cheap_kernel[(cut.groups * math.ceil(p.g / tile.channels),)](
-            y, w2, *norm, p.slope2, out, residual, part,
-            cut.groups, cut.pixels, p.out_pixels, p.ho, p.wo,
-            M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size, ACT=p.act2,
-            NHWC=p.nhwc, WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles,
-            **options(tile),
-        )  # fmt: skip
-        return None if part is None else Partial(part, cut.groups)
-
-    return tuning.run("cheap", p, device, launch, "moments" if moments else "")
-
-
-def launch_fused(
-    x: Tensor, w1: Tensor | None, w2: Tensor, p: Problem, device: Device, *,
-    norm1: Norm, norm2: Norm = NO_NORM, y: Tensor,
-    out: Tensor | None = None, moments: bool = False,
-) -> Partial | None:  # fmt: skip
-    """Launch fused_kernel; the partial moments and their number, if asked for."""
-
-    def launch(tile: Tile) -> Partial | None:
-        part = partial_moments(x, p.n, p.g) if moments else None
-        fused_kernel[(p.n * math.ceil(p.m / tile.channels),)](
-            x, w1, *norm1, p.slope1, w2, *norm2, p.slope2, y, out, part,
-            p.n, p.h * p.w, p.w, p.out_pixels, p.ho, p.wo,
-            C=p.c, M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size,
-            S=p.stride, ACT1=p.act1, ACT2=p.act2, NHWC=p.nhwc, WIDE=p.wide,
-            PREC=precision(x.dtype, device),
-            BP=tile.pixels, BM=tile.channels, BK=tile.depth,
-            TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)),
-            **options(tile),
-        )  # fmt: skip
-        return None if part is None else Partial(part, p.n)
-
-    return tuning.run("fused", p, device, launch, "moments" if moments else "")
-
-
-# ---------------------------------------------------------------- the operators
 
 
 def ghost_pack(
@@ -133,32 +59,26 @@ def ghost_pack(
     prelu2: Tensor | None = None,
 ) -> Tensor:
     """Both batch norms as scale and shift, and the weights: 1-D, as ``layout`` says."""
-    if prelu1 is not None or prelu2 is not None:
-        raise RuntimeError("ghost_pack: slopes per channel are not here yet")
     m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     check_primary(w1, w2, m, channels)
     g, d = check_cheap(w2, w2, m)
-    check_vectors(w2, m, gamma1=gamma1, beta1=beta1, mean1=mean1, var1=var1)
-    check_vectors(w2, g, gamma2=gamma2, beta2=beta2, mean2=mean2, var2=var2)
+    check_vectors(w2, m, gamma1=gamma1, beta1=beta1, mean1=mean1, var1=var1, prelu1=prelu1)
+    check_vectors(w2, g, gamma2=gamma2, beta2=beta2, mean2=mean2, var2=var2, prelu2=prelu2)
+    has_prelu = prelu1 is not None, prelu2 is not None
     numel = layout.packed_numel(channels, m, g, d, w2.dtype, w1 is not None)
+    numel += m * has_prelu[0] + g * has_prelu[1]
     packed = w2.new_empty(numel, dtype=torch.float32)
-    to = layout.split(packed, channels, m, g, d, w2.dtype, w1 is not None)
-    norm1 = Norm(gamma1, beta1, mean1, var1, eps1)
-    norm2 = Norm(gamma2, beta2, mean2, var2, eps2)
+    to = layout.split(packed, channels, m, g, d, w2.dtype, w1 is not None, has_prelu)
+    size1, size2 = m * channels, g * d * d
     with on_device(w2):
-        _pack(w1, to.w1, norm1, to.scale1, to.shift1, m)
-        if g:
-            _pack(w2, to.w2, norm2, to.scale2, to.shift2, g)
+        pack_kernel[(math.ceil(max(size1, size2, m, g) / _BLOCK),)](
+            w1, to.w1, gamma1, beta1, mean1, var1, eps1, to.scale1, to.shift1, prelu1, to.prelu1,
+            size1, m,
+            w2, to.w2, gamma2, beta2, mean2, var2, eps2, to.scale2, to.shift2, prelu2, to.prelu2,
+            size2, g, B=_BLOCK, enable_fp_fusion=True,
+        )  # fmt: skip
     return packed
-
-
-def _pack(
-    w: Tensor | None, into: Tensor | None, norm: Norm, scale: Tensor, shift: Tensor, count: int
-) -> None:
-    size = 0 if w is None else w.numel()
-    grid = (math.ceil(max(size, count) / _BLOCK),)
-    pack_kernel[grid](w, into, *norm, scale, shift, size, count, B=_BLOCK, enable_fp_fusion=True)
 
 
 def ghost_apply(
@@ -177,31 +97,44 @@ def ghost_apply(
     slope2: float,
     has_primary: bool,
 ) -> Tensor:
-    """The whole module with batch norms as scale and shift; plus the residual, if one is given."""
-    if gate is not None:
-        raise RuntimeError("ghost_apply: a gate is not here yet")
+    """The whole module with batch norms as scale and shift, times gate, plus residual, if given."""
     p = problem_of(
-        x, intrinsic, ratio, out_channels, dw_size, stride, act1, slope1, act2, slope2, has_primary
-    )
-    parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary)
-    norm1 = Norm(parts.scale1, parts.shift1, None, None, 0.0)
-    norm2 = Norm(parts.scale2, parts.shift2, None, None, 0.0)
+        x, intrinsic, ratio, out_channels, dw_size, stride, act1, slope1, act2, slope2, has_primary,
+        prelu=True,
+    )  # fmt: skip
+    has_prelu = act1 == PRELU, act2 == PRELU
+    parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary, has_prelu)
+    norm1 = Norm(parts.scale1, parts.shift1)
+    norm2 = Norm(parts.scale2, parts.shift2)
     out = maps(x, p, p.out_channels)
     if residual is not None:
         check_same_shape("residual", residual, out)
-        residual = residual.contiguous(memory_format=memory_format(out))
+    if gate is not None:
+        check_gate(gate, out)
     if out.numel() == 0:
         return out
     device = device_of(x)
     with on_device(x):
-        if passes(p, device, stores_z=True, residual=residual is not None).one_pass:
-            launch_fused(x, parts.w1, parts.w2, p, device, norm1=norm1, norm2=norm2, y=out, out=out)
+        epilogue = Epilogue.of(gate, residual, out)
+        plain = gate is None and residual is None
+        if passes(p, device, stores_z=True, epilogue=not plain).one_pass:
+            launch_fused(
+                x, parts.w1, parts.w2, p, device, norm1=norm1, norm2=norm2, y=out, out=out,
+                prelu1=parts.prelu1, prelu2=parts.prelu2,
+            )  # fmt: skip
             return out
-        # y + residual goes into out, so y itself, which the ghosts are made from, does not.
-        y = out if residual is None else maps(x, p, p.m)
-        launch_primary(x, parts.w1, p, device, norm=norm1, y=y, out=out, residual=residual)
-        if p.g:
-            launch_cheap(y, parts.w2, p, device, norm=norm2, out=out, residual=residual)
+        # The ghosts are made from y, before gate and residual: then y is no part of out.
+        y = out
+        if not plain:
+            y = maps(x, p, p.m) if p.g else None
+        launch_primary(
+            x, parts.w1, p, device, norm=norm1, y=y, out=None if plain else out,
+            prelu=parts.prelu1, epilogue=epilogue,
+        )  # fmt: skip
+        if y is not None and p.g:
+            launch_cheap(
+                y, parts.w2, p, device, norm=norm2, out=out, prelu=parts.prelu2, epilogue=epilogue
+            )
     return out
 
 
@@ -213,7 +146,9 @@ def ghost_primary_stats(x: Tensor, w1: Tensor, stride: int) -> tuple[Tensor, Ten
     if x.numel() == 0:
         return zeros(x, m)
     with on_device(x):
-        return fold_moments(launch_primary(x, w1, p, device_of(x), moments=True), m)
+        moments = launch_primary(x, w1, p, device_of(x), moments=True)
+    assert moments is not None
+    return moments
 
 
 def ghost_cheap_stats(
@@ -234,7 +169,7 @@ def ghost_cheap_stats(
     parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary)
     if x.numel() == 0 or p.g == 0:
         return zeros(x, p.g)
-    norm1 = Norm(parts.scale1, parts.shift1, None, None, 0.0)
+    norm1 = Norm(parts.scale1, parts.shift1)
     with on_device(x):
         y = maps(x, p, p.m)
         return _second_pass(x, parts.w1, parts.w2, p, device_of(x), norm1, y)
@@ -248,14 +183,15 @@ def _second_pass(
     device: Device,
     norm1: Norm,
     y: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Moments:
     """Write y, and return the statistics of v."""
     if passes(p, device, stores_z=False).one_pass:
-        partial = launch_fused(x, w1, w2, p, device, norm1=norm1, y=y, moments=True)
+        moments = launch_fused(x, w1, w2, p, device, norm1=norm1, y=y, moments=True)
     else:
         launch_primary(x, w1, p, device, norm=norm1, y=y)
-        partial = launch_cheap(y, w2, p, device, moments=True)
-    return fold_moments(partial, p.g)
+        moments = launch_cheap(y, w2, p, device, moments=True)
+    assert moments is not None
+    return moments
 
 
 def ghost_train_forward(
@@ -295,7 +231,9 @@ def ghost_train_forward(
     device = device_of(x)
     stash = maps(x, p, m) if keep_u or stashes_u(p) else None
     with on_device(x):
-        mean1, var1 = fold_moments(launch_primary(x, w1, p, device, u=stash, moments=True), m)
+        moments = launch_primary(x, w1, p, device, u=stash, moments=True)
+        assert moments is not None
+        mean1, var1 = moments
         norm1 = Norm(gamma1, beta1, mean1, var1, eps1)
         source, weight, q = (x, w1, p) if stash is None else (stash, None, p.given_u())
         if g:
@@ -347,10 +285,10 @@ def ghost_update_running_(
 
 def problem_of(
     x: Tensor, m: int, ratio: int, out_channels: int, d: int, stride: int, act1: int,
-    slope1: float, act2: int, slope2: float, has_primary: bool,
+    slope1: float, act2: int, slope2: float, has_primary: bool, *, prelu: bool = False,
 ) -> Problem:  # fmt: skip
     """The problem that x and the numbers are, checked."""
-    check_numbers(x, m, ratio, out_channels, d, stride, act1, act2, has_primary)
+    check_numbers(x, m, ratio, out_channels, d, stride, act1, act2, has_primary, prelu)
     n, c, h, w = x.shape
     nhwc = memory_format(x) is torch.channels_last
     return Problem(

@@ -1,4 +1,4 @@
-"""What every launch shares: the device, the share of the pixels a program takes, scratch, folds."""
+"""What every launch shares: the device, the share of the pixels a program takes, scratch memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...eager_ops import memory_format
 from .kernels.common import INTERPRET
-from .kernels.fold import fold_moments_kernel, fold_sums_kernel
-from .plan import INTERPRETER, Device, Problem, Tile, power_of_two, tiles_per_program
+from .plan import (
+    INTERPRETER,
+    Device,
+    Problem,
+    Tile,
+    needs_64_bits,
+    power_of_two,
+    tiles_per_program,
+)
 
 
 class Norm(NamedTuple):
@@ -30,11 +38,81 @@ class Norm(NamedTuple):
 NO_NORM = Norm()
 
 
-class Partial(NamedTuple):
-    """Partial results, one row a group of tiles."""
+class Epilogue(NamedTuple):
+    """What a pass does with its values before it stores them in out: times gate, plus residual."""
 
-    data: Tensor
-    parts: int
+    gate: Tensor | None = None
+    height: int = 1
+    width: int = 1
+    row_scale: float = 1.0
+    column_scale: float = 1.0
+    residual: Tensor | None = None
+
+    @classmethod
+    def of(cls, gate: Tensor | None, residual: Tensor | None, out: Tensor) -> Epilogue:
+        """Of a gate [N, out_channels, any height, any width], made dense in the layout of out."""
+        layout = memory_format(out)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=layout)
+        if gate is None:
+            return cls(residual=residual)
+        (height, width), (ho, wo) = gate.shape[2:], out.shape[2:]
+        gate = gate.contiguous(memory_format=layout)
+        return cls(gate, height, width, height / ho, width / wo, residual)
+
+    @property
+    def wide(self) -> bool:
+        """Whether an offset in the gate may need 64 bits."""
+        return self.gate is not None and needs_64_bits(self.gate.numel())
+
+
+NO_EPILOGUE = Epilogue()
+
+
+class Partial(NamedTuple):
+    """Room for partial results, a row a group, and what ``kernels.partial`` folds them with.
+
+    Attributes:
+        data, counters: float32 rows, and int32 zeros that the kernel leaves zero.
+        parts: groups, each with a row.
+        fan: rows that are folded into one more row.
+    """
+
+    data: Tensor | None = None
+    counters: Tensor | None = None
+    parts: int = 0
+    fan: int = 1
+
+    @classmethod
+    def room(cls, like: Tensor, parts: int, *needs: tuple[int, int]) -> tuple[Partial, ...]:
+        """One for each (blocks that fold for themselves, values of a row in all) of a kernel."""
+        fan = min(max(power_of_two(math.isqrt(parts)), 8), 64)
+        clusters = math.ceil(parts / fan)
+        sizes = [blocks * (clusters + 1) for blocks, _ in needs]
+        counters = _counters(like, sum(sizes))[: sum(sizes)].split(sizes)
+        rows = [like.new_empty((parts + clusters) * row, dtype=torch.float32) for _, row in needs]
+        return tuple(cls(*room, parts, fan) for room in zip(rows, counters, strict=True))
+
+
+NO_PARTIAL = Partial()
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(like: Tensor, size: int) -> Tensor:
+    """At least ``size`` zeros that no kernel at work counts with.
+
+    Kernels of one stream run one after the other and leave zeros, so that a stream needs one vector
+    and no launch clears it. A CUDA graph may be replayed on any stream: it has its own.
+    """
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return like.new_zeros(size, dtype=torch.int32)
+    key = (like.device, torch.cuda.current_stream(like.device).cuda_stream)
+    found = _zeros.get(key)
+    if found is None or found.numel() < size:
+        found = like.new_zeros(max(power_of_two(size), 4096), dtype=torch.int32)
+        _zeros[key] = found
+    return found
 
 
 @functools.cache
@@ -108,28 +186,3 @@ def vectors(x: Tensor, size: int, count: int = 2) -> tuple[Tensor, ...]:
 def zeros(x: Tensor, size: int, count: int = 2) -> tuple[Tensor, ...]:
     """The same, of zeros."""
     return tuple(x.new_zeros(size, dtype=torch.float32) for _ in range(count))
-
-
-def partial_moments(like: Tensor, parts: int, channels: int) -> Tensor:
-    """Room for mean [parts, channels], M2 [parts, channels] and count [parts]."""
-    return like.new_empty((2 * channels + 1) * parts, dtype=torch.float32)
-
-
-def fold_moments(partial: Partial | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [channels] of everything."""
-    assert partial is not None
-    mean, var = vectors(partial.data, channels)
-    fold_moments_kernel[(math.ceil(channels / 16),)](
-        partial.data, mean, var, partial.parts,
-        CH=channels, BP=min(power_of_two(partial.parts), 64), BC=16, enable_fp_fusion=True,
-    )  # fmt: skip
-    return mean, var
-
-
-def fold_sums(partial: Partial, *into: Tensor) -> None:
-    """Sums over the parts of data [len(into), parts, size] into one or two tensors of that size."""
-    size = into[0].numel()
-    fold_sums_kernel[(math.ceil(size / 64), len(into))](
-        partial.data, into[0], into[1] if len(into) > 1 else None, partial.parts, size,
-        BP=min(power_of_two(partial.parts), 64), BS=64, enable_fp_fusion=True,
-    )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Parts, each a multiple of 16 bytes: scale1 [m], shift1 [m], scale2 [g], shift2 [g], w2 [g, d, d] in
 float32, and w1 [m, C] as the bits of its own dtype, as tensor cores take it. Batch norm is not
-folded into w1: rounded to half precision again, it would lose digits.
+folded into w1: rounded to half precision again, it would lose digits. The slopes of PReLUs, [m] and
+[g], come last and are not padded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class Parts(NamedTuple):
-    """The parts of a packed tensor, as views of it; w1 is None without primary convolution."""
+    """The parts of a packed tensor, as views of it; None: no primary convolution, no PReLU."""
 
     scale1: Tensor
     shift1: Tensor
@@ -22,6 +23,8 @@ class Parts(NamedTuple):
     shift2: Tensor
     w2: Tensor
     w1: Tensor | None
+    prelu1: Tensor | None
+    prelu2: Tensor | None
 
 
 def offsets(
@@ -38,25 +41,30 @@ def offsets(
 def packed_numel(
     channels: int, m: int, g: int, d: int, dtype: torch.dtype, has_primary: bool
 ) -> int:
-    """Number of elements of a packed tensor."""
+    """Number of elements of a packed tensor, without slopes."""
     return offsets(channels, m, g, d, dtype.itemsize, has_primary)[-1]
 
 
 def split(
-    packed: Tensor, channels: int, m: int, g: int, d: int, dtype: torch.dtype, has_primary: bool
-) -> Parts:
+    packed: Tensor, channels: int, m: int, g: int, d: int, dtype: torch.dtype, has_primary: bool,
+    has_prelu: tuple[bool, bool] = (False, False),
+) -> Parts:  # fmt: skip
     """The parts of ``packed``.
 
     Raises:
         RuntimeError: packed is not of the size that these numbers give.
     """
     at = offsets(channels, m, g, d, dtype.itemsize, has_primary)
-    if packed.numel() != at[-1] or packed.dtype is not torch.float32:
+    slopes = [size if has else 0 for size, has in zip((m, g), has_prelu, strict=True)]
+    numel = at[-1] + sum(slopes)
+    if packed.numel() != numel or packed.dtype is not torch.float32:
         raise RuntimeError(
             f"packed has {packed.numel()} elements of {packed.dtype}; {channels} input channels, "
-            f"{m} intrinsic and {g} ghost maps with a {d}x{d} kernel in {dtype} need {at[-1]} of "
+            f"{m} intrinsic and {g} ghost maps with a {d}x{d} kernel in {dtype} need {numel} of "
             "torch.float32"
         )
     pieces = [packed[at[i] : at[i + 1]] for i in range(6)]
     w1 = pieces[5].view(dtype) if has_primary else None
-    return Parts(*pieces[:5], w1)
+    both = packed[at[-1] :].split(slopes)
+    prelu1, prelu2 = (t if has else None for t, has in zip(both, has_prelu, strict=True))
+    return Parts(*pieces[:5], w1, prelu1, prelu2)

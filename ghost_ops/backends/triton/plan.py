@@ -24,6 +24,7 @@ KINDS = (
     "cheap_sums",
     "cheap_gradient",
     "intrinsic_gradient",
+    "fused_gradient",
     "input_gradient",
     "weight_gradient",
 )
@@ -102,10 +103,10 @@ class Problem:
 
     @property
     def wide(self) -> bool:
-        """Whether some offset may need 64 bits: the largest tensor, and a tile beyond its end."""
+        """Whether some offset may need 64 bits."""
         pixels = max(self.h * self.w, self.out_pixels)
         channels = max(self.c, self.m, self.g, self.out_channels)
-        return self.n * pixels * channels >= 2**31 - 2**24
+        return needs_64_bits(self.n * pixels * channels)
 
     def map_bytes(self, channels: int) -> int:
         """Bytes of that many output maps of the whole batch."""
@@ -169,6 +170,11 @@ class Passes:
         )
 
 
+def needs_64_bits(numel: int) -> bool:
+    """Whether offsets into a tensor, and those of a tile beyond its end, pass 31 bits."""
+    return numel >= 2**31 - 2**24
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
@@ -180,11 +186,12 @@ def rounded_up(n: int) -> int:
     return -(-n // step) * step
 
 
-def passes(p: Problem, device: Device, *, stores_z: bool, residual: bool = False) -> Passes:
+def passes(p: Problem, device: Device, *, stores_z: bool, epilogue: bool = False) -> Passes:
     """One pass or two launches, for evaluation (stores_z) or the second pass of a training forward.
 
     See the module's docstring for what is weighed. A block barrier orders the stores and loads of
     its threads in CUDA; what Triton emits for AMD is an s_barrier that no s_waitcnt vmcnt precedes.
+    The backward joins its launches by the same choice.
     """
     tile = default_tile("fused", p, device)
     programs = p.n * math.ceil(p.m / tile.channels)
@@ -199,8 +206,8 @@ def passes(p: Problem, device: Device, *, stores_z: bool, residual: bool = False
     elif device.hip:
         choice = False
         reason = "on AMD, Triton's block barrier does not wait for stores to memory"
-    elif residual:
-        choice, reason = False, "the residual is added where y is stored, so y needs its own place"
+    elif epilogue:
+        choice, reason = False, "gate and residual change what is stored, so y needs its own place"
     elif cost_one <= cost_two:
         choice, reason = True, "enough programs, and y is not read from memory again"
     else:
@@ -262,6 +269,12 @@ def default_tile(kind: str, p: Problem, device: Device) -> Tile:
         pixels = 64 if p.dtype is not torch.float32 else 32
     step = min(step, power_of_two(max(depth, 16)))
     return Tile(pixels, block, step, 4, 2 if device.hip else 3)
+
+
+def weight_tile(p: Problem, other: Tile, device: Device) -> Tile:
+    """The tile of dw1 in the launch that makes dx with tile ``other``."""
+    tile = default_tile("weight_gradient", p, device)
+    return replace(tile, warps=other.warps, stages=other.stages)
 
 
 def _stencil_tile(p: Problem, channels: int) -> Tile:

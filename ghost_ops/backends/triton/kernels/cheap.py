@@ -11,27 +11,30 @@ from .common import (
     address,
     block_channels,
     depthwise_tile,
+    finish,
     locate,
     scale_shift,
+    slopes,
     store,
-    store_moments,
 )
+from .partial import fold_moments, store_moments
 
 
 @triton.jit
 def cheap_kernel(
     y_ptr,  # [N, Y_CH, Ho, Wo], its first m channels read
     w2_ptr,  # [g, D, D]
-    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [g] each, or None
+    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [g] each, or None; slope: see slopes
     out_ptr,  # [N, OUP, Ho, Wo], channels m .. OUP written, or None
-    residual_ptr,  # [N, OUP, Ho, Wo], or None
-    part_ptr,  # partial moments of v, written, or None
+    gate_ptr, gate_height, gate_width, row_scale, column_scale, residual_ptr,  # see finish
+    part_ptr, counter_ptr,  # partial moments of v, or None
+    mean_out_ptr, var_out_ptr,  # [g], moments of v, written, or None
     parts, pixels, out_pixels, height, width,
     M: tl.constexpr, G: tl.constexpr, Y_CH: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, ACT: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr,
-    BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
+    BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """v, its moments, z = act2(bn2(v)) next to y in out: whatever pointers are given for.
+    """v, its moments, z = act2(bn2(v)) * gate + residual next to y in out: whatever has a pointer.
 
     y_ptr may be out_ptr: what is read and what is written are different channels.
     Tile map: a program owns BG ghost channels and TILES tiles of BP consecutive pixels. Consecutive
@@ -39,13 +42,14 @@ def cheap_kernel(
     Binding resource: memory bandwidth (y in once, z out); for D >= 5 the D * D loads a value from
     the L1 cache.
     """
-    block, group, image, first = locate(pixels, tl.cdiv(G, BG), BP, TILES, WIDE)
+    block, group, image, first = locate(tl.program_id(0), pixels, tl.cdiv(G, BG), BP, TILES, WIDE)
     c = block_channels(block, BG, WIDE)
     cm = c < G
     count = 0.0
     mean = tl.zeros((BG,), tl.float32)
     m2 = tl.zeros((BG,), tl.float32)
     scale, shift = scale_shift(c, cm, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps)
+    slope = slopes(slope, c, cm, ACT)
     for t in range(TILES):
         p = (first + t) * BP + tl.arange(0, BP)
         pm = p < pixels
@@ -58,8 +62,14 @@ def cheap_kernel(
             z = activate(v * scale[None, :] + shift[None, :], slope, ACT)
             at = address(image, p, c + M, out_pixels, OUP, NHWC)
             mask = pm[:, None] & (c + M < OUP)[None, :]
-            if residual_ptr is not None:
-                z += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            z = finish(
+                z, gate_ptr, gate_height, gate_width, row_scale, column_scale, residual_ptr,
+                image, p, c + M, at, mask, out_pixels, width, OUP, NHWC,
+            )  # fmt: skip
             store(out_ptr, at, z, mask)
     if part_ptr is not None:
-        store_moments(part_ptr, parts, group, block, count, mean, m2, c, cm, G)
+        store_moments(part_ptr, parts, group, block, count, mean, m2, c, cm, G, FAN)
+        fold_moments(
+            part_ptr, counter_ptr, mean_out_ptr, var_out_ptr, parts, group, block,
+            G, BG, 1, FAN, WIDE,
+        )  # fmt: skip

@@ -8,6 +8,8 @@ With b = bn2(v), a = bn1(u) and sums over all pixels::
     da = act1'(a) * dy                  dbeta1 = sum da    dgamma1 = sum da * uhat
 
 v is computed anew from y in each pass: y is read from the caches, v would come from memory.
+
+The walks are what one program does with its tiles; ``fused_backward`` joins them in pairs.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from .common import (
     scale_shift,
     store,
 )
+from .partial import fold_matrix, fold_sums, store_matrix, store_sums
 
 
 @triton.jit
@@ -47,25 +50,17 @@ def _ghost_gradient(
     return dz, (v - mean[None, :]) * inverse[None, :]
 
 
-@triton.jit
-def cheap_sums_kernel(
-    y_ptr,  # [N, m, Ho, Wo]
-    w2_ptr,  # [g, D, D]
-    grad_ptr,  # [N, OUP, Ho, Wo]
-    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [g] each; gamma and beta may be None
-    part_ptr,  # [2, parts, g], written: sums of dz and of dz * vhat
-    parts, pixels, out_pixels, height, width,
-    M: tl.constexpr, G: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    ACT: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr,
-    BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """dbeta2 and dgamma2, as one partial sum a program.
+# ---------------------------------------------------------------- walks
 
-    Tile map: as cheap_kernel. Binding resource: memory bandwidth (y and grad_out in).
-    """
-    block, group, image, first = locate(pixels, tl.cdiv(G, BG), BP, TILES, WIDE)
-    c = block_channels(block, BG, WIDE)
-    cm = c < G
+
+@triton.jit
+def walk_sums(
+    y_ptr, w2_ptr, grad_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,
+    image, first, pixels, c, cm, out_pixels, height, width,
+    M: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
+    NHWC: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Sums of dz and of dz * vhat over TILES tiles, of ghost channels c."""
     scale, shift = scale_shift(c, cm, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps)
     mean = per_channel(mean_ptr, c, cm)
     inverse = inverse_deviation(var_ptr, c, cm, eps)
@@ -80,42 +75,25 @@ def cheap_sums_kernel(
         )  # fmt: skip
         sum_dz += tl.sum(dz, 0)
         sum_dz_hat += tl.sum(dz * hat, 0)
-    row = group.to(tl.int64) * G
-    plane = tl.cast(parts, tl.int64) * G
-    tl.store(part_ptr + row + c, sum_dz, mask=cm)
-    tl.store(part_ptr + plane + row + c, sum_dz_hat, mask=cm)
+    return sum_dz, sum_dz_hat
 
 
 @triton.jit
-def cheap_gradient_kernel(
-    y_ptr,  # [N, m, Ho, Wo]
-    w2_ptr,  # [g, D, D]
-    grad_ptr,  # [N, OUP, Ho, Wo]
-    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [g] each; gamma and beta may be None
-    dbeta_ptr, dgamma_ptr,  # [g], of the sums kernel
-    dv_ptr,  # [N, g, Ho, Wo], written
-    part_ptr,  # [parts, g, D, D], written: dw2
-    per_value, pixels, out_pixels, height, width,
+def walk_ghosts(
+    y_ptr, w2_ptr, grad_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,
+    dbeta_ptr, dgamma_ptr, dv_ptr, per_value,
+    image, first, pixels, c, cm, tap, out_pixels, height, width,
     M: tl.constexpr, G: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     TAPS: tl.constexpr, ACT: tl.constexpr, BATCH: tl.constexpr, NHWC: tl.constexpr,
-    WIDE: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
+    BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """dv, and dw2 as one partial sum a program.
-
-    Tile map: as cheap_kernel; TAPS is D * D rounded up to a power of two, the rows of the register
-    tile that dw2 is added up in. Binding resource: memory bandwidth (y and grad_out in, dv out);
-    for D >= 5 loads from the L1 cache.
-    """
-    block, group, image, first = locate(pixels, tl.cdiv(G, BG), BP, TILES, WIDE)
-    c = block_channels(block, BG, WIDE)
-    cm = c < G
+    """Store dv of TILES tiles, of ghost channels c; their part of dw2 [TAPS, BG]."""
     scale, shift = scale_shift(c, cm, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps)
     mean = per_channel(mean_ptr, c, cm)
     inverse = inverse_deviation(var_ptr, c, cm, eps)
     sum_dz = per_channel(dbeta_ptr, c, cm)
     sum_dz_hat = per_channel(dgamma_ptr, c, cm)
     Y_STEP: tl.constexpr = M if NHWC else 1
-    tap = tl.arange(0, TAPS)
     dw2 = tl.zeros((TAPS, BG), tl.float32)
     for t in range(TILES):
         p = (first + t) * BP + tl.arange(0, BP)
@@ -144,33 +122,17 @@ def cheap_gradient_kernel(
                 y = tl.load(centre + (down * width + right) * Y_STEP, mask=mask, other=0.0)
                 total = tl.sum(dv * y.to(tl.float32), 0)
                 dw2 += tl.where((tap == i * D + j)[:, None], total[None, :], 0.0)
-    at = group.to(tl.int64) * (G * D * D) + c[None, :] * (D * D) + tap[:, None]
-    tl.store(part_ptr + at, dw2, mask=(tap < D * D)[:, None] & cm[None, :])
+    return dw2
 
 
 @triton.jit
-def intrinsic_gradient_kernel(
-    dv_ptr,  # [N, g, Ho, Wo]; not read if R is 0
-    w2_ptr,  # [g, D, D]
-    grad_ptr,  # [N, OUP, Ho, Wo]
-    u_ptr,  # [N, m, Ho, Wo]
-    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [m] each; gamma and beta may be None
-    da_ptr,  # [N, m, Ho, Wo], written
-    part_ptr,  # [2, parts, m], written: sums of da and of da * uhat
-    parts, pixels, out_pixels, height, width,
+def walk_intrinsic_gradient(
+    dv_ptr, w2_ptr, grad_ptr, u_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope, da_ptr,
+    image, first, pixels, c, cm, out_pixels, height, width,
     M: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
-    NHWC: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr,
-    TILES: tl.constexpr,
+    NHWC: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """da, and dbeta1 and dgamma1 as one partial sum a program.
-
-    Tile map: a program owns BM intrinsic channels and TILES tiles of BP consecutive pixels; it
-    gathers the gradients of the R ghosts of its channels.
-    Binding resource: memory bandwidth (dv, grad_out and u in, da out); as above for D >= 5.
-    """
-    block, group, image, first = locate(pixels, tl.cdiv(M, BM), BP, TILES, WIDE)
-    c = block_channels(block, BM, WIDE)
-    cm = c < M
+    """Store da of TILES tiles, of intrinsic channels c; the sums of da and of da * uhat."""
     scale, shift = scale_shift(c, cm, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps)
     mean = per_channel(mean_ptr, c, cm)
     inverse = inverse_deviation(var_ptr, c, cm, eps)
@@ -206,7 +168,111 @@ def intrinsic_gradient_kernel(
         store(da_ptr, at, da, mask)
         sum_da += tl.sum(da, 0)
         sum_da_hat += tl.sum(da * (u - mean[None, :]) * inverse[None, :], 0)
-    row_at = group.to(tl.int64) * M
-    plane = tl.cast(parts, tl.int64) * M
-    tl.store(part_ptr + row_at + c, sum_da, mask=cm)
-    tl.store(part_ptr + plane + row_at + c, sum_da_hat, mask=cm)
+    return sum_da, sum_da_hat
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def cheap_sums_kernel(
+    y_ptr,  # [N, m, Ho, Wo]
+    w2_ptr,  # [g, D, D]
+    grad_ptr,  # [N, OUP, Ho, Wo]
+    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [g] each; gamma and beta may be None
+    part_ptr, counter_ptr,  # partial sums of dz and of dz * vhat
+    dbeta_ptr, dgamma_ptr,  # [g], written
+    parts, pixels, out_pixels, height, width,
+    M: tl.constexpr, G: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    ACT: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr,
+    BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr,
+):  # fmt: skip
+    """dbeta2 and dgamma2.
+
+    Tile map: as cheap_kernel. Binding resource: memory bandwidth (y and grad_out in).
+    """
+    block, group, image, first = locate(tl.program_id(0), pixels, tl.cdiv(G, BG), BP, TILES, WIDE)
+    c = block_channels(block, BG, WIDE)
+    cm = c < G
+    sum_dz, sum_dz_hat = walk_sums(
+        y_ptr, w2_ptr, grad_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,
+        image, first, pixels, c, cm, out_pixels, height, width,
+        M, OUP, R, D, ACT, NHWC, BP, BG, TILES,
+    )  # fmt: skip
+    store_sums(part_ptr, parts, group, sum_dz, sum_dz_hat, c, cm, G, FAN)
+    fold_sums(
+        part_ptr, counter_ptr, dbeta_ptr, dgamma_ptr, parts, group, block, G, BG, 1, FAN, WIDE
+    )
+
+
+@triton.jit
+def cheap_gradient_kernel(
+    y_ptr,  # [N, m, Ho, Wo]
+    w2_ptr,  # [g, D, D]
+    grad_ptr,  # [N, OUP, Ho, Wo]
+    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [g] each; gamma and beta may be None
+    dbeta_ptr, dgamma_ptr,  # [g], of the sums kernel
+    dv_ptr,  # [N, g, Ho, Wo], written
+    part_ptr, counter_ptr,  # partial sums of dw2
+    dw2_ptr,  # [g, D, D], written
+    per_value, parts, pixels, out_pixels, height, width,
+    M: tl.constexpr, G: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    TAPS: tl.constexpr, ACT: tl.constexpr, BATCH: tl.constexpr, NHWC: tl.constexpr,
+    WIDE: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
+    FAN: tl.constexpr,
+):  # fmt: skip
+    """dv and dw2.
+
+    Tile map: as cheap_kernel; TAPS is D * D rounded up to a power of two, the rows of the register
+    tile that dw2 is added up in. Binding resource: memory bandwidth (y and grad_out in, dv out);
+    for D >= 5 loads from the L1 cache.
+    """
+    block, group, image, first = locate(tl.program_id(0), pixels, tl.cdiv(G, BG), BP, TILES, WIDE)
+    c = block_channels(block, BG, WIDE)
+    cm = c < G
+    tap = tl.arange(0, TAPS)
+    dw2 = walk_ghosts(
+        y_ptr, w2_ptr, grad_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,
+        dbeta_ptr, dgamma_ptr, dv_ptr, per_value,
+        image, first, pixels, c, cm, tap, out_pixels, height, width,
+        M, G, OUP, R, D, TAPS, ACT, BATCH, NHWC, BP, BG, TILES,
+    )  # fmt: skip
+    at = c[None, :] * (D * D) + tap[:, None]
+    mask = (tap < D * D)[:, None] & cm[None, :]
+    store_matrix(part_ptr, group, dw2, at, mask, G * D * D)
+    fold_matrix(part_ptr, counter_ptr, dw2_ptr, parts, group, block, at, mask, G * D * D, FAN)
+
+
+@triton.jit
+def intrinsic_gradient_kernel(
+    dv_ptr,  # [N, g, Ho, Wo]; not read if R is 0
+    w2_ptr,  # [g, D, D]
+    grad_ptr,  # [N, OUP, Ho, Wo]
+    u_ptr,  # [N, m, Ho, Wo]
+    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,  # [m] each; gamma and beta may be None
+    da_ptr,  # [N, m, Ho, Wo], written
+    part_ptr, counter_ptr,  # partial sums of da and of da * uhat
+    dbeta_ptr, dgamma_ptr,  # [m], written
+    parts, pixels, out_pixels, height, width,
+    M: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
+    NHWC: tl.constexpr, WIDE: tl.constexpr, BP: tl.constexpr, BM: tl.constexpr,
+    TILES: tl.constexpr, FAN: tl.constexpr,
+):  # fmt: skip
+    """da, dbeta1 and dgamma1.
+
+    Tile map: a program owns BM intrinsic channels and TILES tiles of BP consecutive pixels; it
+    gathers the gradients of the R ghosts of its channels.
+    Binding resource: memory bandwidth (dv, grad_out and u in, da out); as above for D >= 5.
+    """
+    block, group, image, first = locate(tl.program_id(0), pixels, tl.cdiv(M, BM), BP, TILES, WIDE)
+    c = block_channels(block, BM, WIDE)
+    cm = c < M
+    sum_da, sum_da_hat = walk_intrinsic_gradient(
+        dv_ptr, w2_ptr, grad_ptr, u_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps, slope,
+        da_ptr, image, first, pixels, c, cm, out_pixels, height, width,
+        M, OUP, R, D, ACT, NHWC, BP, BM, TILES,
+    )  # fmt: skip
+    store_sums(part_ptr, parts, group, sum_da, sum_da_hat, c, cm, M, FAN)
+    fold_sums(
+        part_ptr, counter_ptr, dbeta_ptr, dgamma_ptr, parts, group, block, M, BM, 1, FAN, WIDE
+    )

@@ -18,13 +18,14 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def locate(pixels, BLOCKS: tl.constexpr, BP: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr):
-    """(channel block, group, image, first tile) of this program.
+def locate(
+    pid, pixels, BLOCKS: tl.constexpr, BP: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr
+):
+    """(channel block, group, image, first tile) of a program.
 
     A group is TILES consecutive pixel tiles of one image. Neighbouring programs have the same group
     and differ in the channel block: what they share stays in the L2 cache.
     """
-    pid = tl.program_id(0)
     block = pid % BLOCKS
     group = pid // BLOCKS
     per_image = tl.cdiv(tl.cdiv(pixels, BP), TILES)
@@ -123,13 +124,22 @@ def _tanh(x):
 
 
 @triton.jit
+def slopes(slope, c, mask, ACT: tl.constexpr):
+    """What ``activate`` takes for channels c: slope, or those that it points to of a PReLU."""
+    found = slope
+    if ACT == 8:
+        found = per_channel(slope, c, mask)[None, :]
+    return found
+
+
+@triton.jit
 def activate(x, slope, ACT: tl.constexpr):
     """act(x), by the codes of ghost_ops.activations. Comparisons are such that NaN goes through."""
     if ACT == 1:
         x = tl.where(x < 0.0, 0.0, x)
     elif ACT == 2:
         x = tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
-    elif ACT == 3:
+    elif ACT == 3 or ACT == 8:
         x = tl.where(x > 0.0, x, x * slope)
     elif ACT == 4:
         x = x / (1.0 + tl.exp(-x))
@@ -177,7 +187,7 @@ def rounded(x, dtype: tl.constexpr):
     if INTERPRET and dtype == tl.bfloat16:
         # The interpreter would cut the digits off.
         bits = x.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
 
@@ -258,6 +268,31 @@ def depthwise_tile(
     return v
 
 
+@triton.jit
+def finish(
+    x, gate_ptr, gate_height, gate_width, row_scale, column_scale, residual_ptr,
+    image, p, c, at, mask, out_pixels, width, OUP: tl.constexpr, NHWC: tl.constexpr,
+):  # fmt: skip
+    """x * gate + residual, of whichever pointers are given, at offsets ``at`` of the output.
+
+    The gate [N, OUP, gate_height, gate_width] is read at the nearest pixel, by PyTorch's rule:
+    floor(row * row_scale), in float32, where row_scale is gate_height / height.
+    """
+    if gate_ptr is not None:
+        inner = p % out_pixels
+        row = ((inner // width).to(tl.float32) * row_scale).to(tl.int32)
+        row = tl.minimum(row, gate_height - 1)
+        column = ((inner % width).to(tl.float32) * column_scale).to(tl.int32)
+        column = tl.minimum(column, gate_width - 1)
+        pixels = gate_height * gate_width
+        q = (p // out_pixels) * pixels + row * gate_width + column
+        gate_at = address(image, q, c, pixels, OUP, NHWC)
+        x *= tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -276,17 +311,3 @@ def add_moments(count, mean, m2, u, pm):
     m2 += tl.sum(off * off, 0) + delta * delta * count * share
     mean += delta * share
     return total, mean, m2
-
-
-@triton.jit
-def store_moments(part_ptr, parts, group, block, count, mean, m2, c, cm, CH: tl.constexpr):
-    """One row of partial moments: mean [parts, CH], M2 [parts, CH], count [parts], in that order.
-
-    ``fold_moments_kernel`` adds the rows up in their order: no atomics, the same bits every time.
-    """
-    row = group.to(tl.int64) * CH
-    plane = tl.cast(parts, tl.int64) * CH
-    tl.store(part_ptr + row + c, mean, mask=cm)
-    tl.store(part_ptr + plane + row + c, m2, mask=cm)
-    if block == 0:
-        tl.store(part_ptr + 2 * plane + group, count)

@@ -1,4 +1,4 @@
-"""Small kernels between the passes: partial results into whole ones, running statistics, packing.
+"""Small kernels around the passes: running statistics, packing.
 
 All of them are bound by the latency of a launch.
 """
@@ -9,75 +9,6 @@ import triton
 import triton.language as tl
 
 from .common import scale_shift
-
-
-@triton.jit
-def fold_moments_kernel(
-    part_ptr,  # mean [parts, CH], M2 [parts, CH], count [parts]
-    mean_ptr, var_ptr,  # [CH], written
-    parts, CH: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Mean and biased variance of everything from partial moments, by Chan's formula.
-
-    Tile map: a program owns BC channels and takes the rows BP at a time, in their order.
-    """
-    c = tl.program_id(0) * BC + tl.arange(0, BC)
-    cm = c < CH
-    plane = tl.cast(parts, tl.int64) * CH
-    count = 0.0
-    mean = tl.zeros((BC,), tl.float32)
-    m2 = tl.zeros((BC,), tl.float32)
-    start = 0
-    while start < parts:
-        row = start + tl.arange(0, BP)
-        rm = row < parts
-        at = row.to(tl.int64)[:, None] * CH + c[None, :]
-        mask = rm[:, None] & cm[None, :]
-        counts = tl.load(part_ptr + 2 * plane + row, mask=rm, other=0.0)
-        means = tl.load(part_ptr + at, mask=mask, other=0.0)
-        m2s = tl.load(part_ptr + plane + at, mask=mask, other=0.0)
-        added = tl.sum(counts, 0)
-        # A part without values has mean 0 and weight 0.
-        chunk_mean = tl.sum(means * counts[:, None], 0) / tl.where(added > 0.0, added, 1.0)
-        off = means - chunk_mean[None, :]
-        chunk_m2 = tl.sum(m2s + off * off * counts[:, None], 0)
-        total = count + added
-        share = added / tl.where(total > 0.0, total, 1.0)
-        delta = chunk_mean - mean
-        m2 += chunk_m2 + delta * delta * count * share
-        mean += delta * share
-        count = total
-        start += BP
-    tl.store(mean_ptr + c, mean, mask=cm)
-    tl.store(var_ptr + c, m2 / tl.where(count > 0.0, count, 1.0), mask=cm)
-
-
-@triton.jit
-def fold_sums_kernel(
-    part_ptr,  # [planes, parts, size]
-    first_ptr, second_ptr,  # [size], written; second None if there is one plane
-    parts, size, BP: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """Sums over the parts, in their order. Grid: size / BS x planes."""
-    plane = tl.program_id(1)
-    at = tl.program_id(0) * BS + tl.arange(0, BS)
-    am = at < size
-    base = part_ptr + plane * tl.cast(parts, tl.int64) * size
-    total = tl.zeros((BS,), tl.float32)
-    start = 0
-    while start < parts:
-        row = start + tl.arange(0, BP)
-        mask = (row < parts)[:, None] & am[None, :]
-        part = tl.load(base + row.to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
-        total += tl.sum(part, 0)
-        start += BP
-    if second_ptr is not None:
-        if plane == 1:
-            tl.store(second_ptr + at, total.to(second_ptr.dtype.element_ty), mask=am)
-        else:
-            tl.store(first_ptr + at, total.to(first_ptr.dtype.element_ty), mask=am)
-    else:
-        tl.store(first_ptr + at, total.to(first_ptr.dtype.element_ty), mask=am)
 
 
 @triton.jit
@@ -133,18 +64,37 @@ def update_running_kernel(
 
 
 @triton.jit
+def _copy(from_ptr, to_ptr, i, size):
+    if to_ptr is not None:
+        value = tl.load(from_ptr + i, mask=i < size, other=0.0)
+        tl.store(to_ptr + i, value.to(to_ptr.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
 def pack_kernel(
-    w_ptr, packed_ptr,  # [size] weights, copied in the dtype of packed; both None: no weights
-    gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps,  # [channels] each, or None
-    scale_ptr, shift_ptr,  # [channels], written
-    size, channels, B: tl.constexpr,
+    w1_ptr, w1_out_ptr,  # [size1], or None; written in the dtype of the second
+    gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1,  # [channels1] each, or None
+    scale1_ptr, shift1_ptr,  # [channels1], written
+    prelu1_ptr, prelu1_out_ptr,  # [channels1], or None
+    size1, channels1,
+    w2_ptr, w2_out_ptr, gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2, scale2_ptr, shift2_ptr,
+    prelu2_ptr, prelu2_out_ptr, size2, channels2,  # the same of the cheap operation
+    B: tl.constexpr,
 ):  # fmt: skip
-    """Batch norm as scale and shift, and the weights next to them."""
+    """Both batch norms as scale and shift, the weights next to them, and slopes.
+
+    Grid: as many programs as the longest of the vectors has blocks of B.
+    """
     i = tl.program_id(0) * B + tl.arange(0, B)
-    if packed_ptr is not None:
-        w = tl.load(w_ptr + i, mask=i < size, other=0.0)
-        tl.store(packed_ptr + i, w.to(packed_ptr.dtype.element_ty), mask=i < size)
-    cm = i < channels
-    scale, shift = scale_shift(i, cm, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps)
-    tl.store(scale_ptr + i, scale, mask=cm)
-    tl.store(shift_ptr + i, shift, mask=cm)
+    _copy(w1_ptr, w1_out_ptr, i, size1)
+    _copy(w2_ptr, w2_out_ptr, i, size2)
+    _copy(prelu1_ptr, prelu1_out_ptr, i, channels1)
+    _copy(prelu2_ptr, prelu2_out_ptr, i, channels2)
+    cm = i < channels1
+    scale, shift = scale_shift(i, cm, gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1)
+    tl.store(scale1_ptr + i, scale, mask=cm)
+    tl.store(shift1_ptr + i, shift, mask=cm)
+    cm = i < channels2
+    scale, shift = scale_shift(i, cm, gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2)
+    tl.store(scale2_ptr + i, scale, mask=cm)
+    tl.store(shift2_ptr + i, shift, mask=cm)

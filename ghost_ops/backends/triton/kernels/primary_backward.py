@@ -17,6 +17,7 @@ from .common import (
     sampled,
     store,
 )
+from .partial import fold_matrix, store_matrix
 
 
 @triton.jit
@@ -45,23 +46,15 @@ def _du_tile(
 
 
 @triton.jit
-def input_gradient_kernel(
-    da_ptr, u_ptr,  # [N, m, Ho, Wo]
-    w1_ptr,  # [m, C], or None: x is u
-    gamma_ptr, mean_ptr, var_ptr, eps,  # [m]; gamma may be None
-    dbeta_ptr, dgamma_ptr, per_value,  # [m]
-    dx_ptr,  # [N, C, H, W], written
-    pixels, in_pixels, in_width, out_pixels, out_width,
+def _input_gradient(
+    pid, da_ptr, u_ptr, w1_ptr, gamma_ptr, mean_ptr, var_ptr, eps, dbeta_ptr, dgamma_ptr, per_value,
+    dx_ptr, pixels, in_pixels, in_width, out_pixels, out_width,
     C: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BATCH: tl.constexpr, NHWC: tl.constexpr,
     WIDE: tl.constexpr, PREC: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """dx = du @ w1, du computed on the way in; zero where a strided convolution does not read.
-
-    Tile map: a program owns BC input channels and TILES tiles of BP consecutive *input* pixels; the
-    product runs over m in steps of BK. Binding resource: memory bandwidth (da and u in, dx out).
-    """
-    block, _, image, first = locate(pixels, tl.cdiv(C, BC), BP, TILES, WIDE)
+    """dx of BC input channels and TILES tiles of BP consecutive *input* pixels."""
+    block, _, image, first = locate(pid, pixels, tl.cdiv(C, BC), BP, TILES, WIDE)
     c = block_channels(block, BC, WIDE)
     cm = c < C
     for t in range(TILES):
@@ -101,25 +94,17 @@ def input_gradient_kernel(
 
 
 @triton.jit
-def weight_gradient_kernel(
-    da_ptr, u_ptr,  # [N, m, Ho, Wo]
-    x_ptr,  # [N, C, H, W]
-    gamma_ptr, mean_ptr, var_ptr, eps,  # [m]; gamma may be None
-    dbeta_ptr, dgamma_ptr, per_value,  # [m]
-    part_ptr,  # [parts, m, C], written
-    pixels, in_pixels, in_width, out_pixels, out_width,
+def _weight_gradient(
+    pid, da_ptr, u_ptr, x_ptr, gamma_ptr, mean_ptr, var_ptr, eps, dbeta_ptr, dgamma_ptr, per_value,
+    part_ptr, counter_ptr, dw1_ptr, parts, pixels, in_pixels, in_width, out_pixels, out_width,
     C: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BATCH: tl.constexpr, NHWC: tl.constexpr,
     WIDE: tl.constexpr, PREC: tl.constexpr,
-    BP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr,
+    BP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr,
 ):  # fmt: skip
-    """dw1 = du^T @ x, as one partial product a program.
-
-    Tile map: a program owns BM x BC entries of dw1 and adds them up over TILES tiles of BP output
-    pixels. Binding resource: memory bandwidth (da, u and x in); the product for large m and C.
-    """
+    """BM x BC entries of dw1, from TILES tiles of BP output pixels."""
     BLOCKS_C: tl.constexpr = (C + BC - 1) // BC
     BLOCKS_M: tl.constexpr = (M + BM - 1) // BM
-    block, group, image, first = locate(pixels, BLOCKS_M * BLOCKS_C, BP, TILES, WIDE)
+    block, group, image, first = locate(pid, pixels, BLOCKS_M * BLOCKS_C, BP, TILES, WIDE)
     k = block_channels(block // BLOCKS_C, BM, WIDE)
     km = k < M
     c = block_channels(block % BLOCKS_C, BC, WIDE)
@@ -136,5 +121,51 @@ def weight_gradient_kernel(
         at = address(image, q, c, in_pixels, C, NHWC)
         x = tl.load(x_ptr + at, mask=pm[:, None] & cm[None, :], other=0.0)
         dw1 = dot(tl.trans(rounded(du, x.dtype)), x, dw1, PREC)
-    at = (group.to(tl.int64) * M + k)[:, None] * C + c[None, :]
-    tl.store(part_ptr + at, dw1, mask=km[:, None] & cm[None, :])
+    at = k[:, None] * C + c[None, :]
+    mask = km[:, None] & cm[None, :]
+    store_matrix(part_ptr, group, dw1, at, mask, M * C)
+    fold_matrix(part_ptr, counter_ptr, dw1_ptr, parts, group, block, at, mask, M * C, FAN)
+
+
+@triton.jit
+def primary_gradient_kernel(
+    da_ptr, u_ptr,  # [N, m, Ho, Wo]
+    x_ptr,  # [N, C, H, W]
+    w1_ptr,  # [m, C], or None: x is u
+    gamma_ptr, mean_ptr, var_ptr, eps,  # [m]; gamma may be None
+    dbeta_ptr, dgamma_ptr, per_value,  # [m]
+    dx_ptr,  # [N, C, H, W], written, or None
+    part_ptr, counter_ptr,  # partial sums of dw1, or None
+    dw1_ptr,  # [m, C], written, or None
+    weight_programs, parts, x_pixels, pixels, in_pixels, in_width, out_pixels, out_width,
+    C: tl.constexpr, M: tl.constexpr, S: tl.constexpr, BATCH: tl.constexpr, NHWC: tl.constexpr,
+    WIDE: tl.constexpr, PREC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+    W_BP: tl.constexpr, W_BM: tl.constexpr, W_BC: tl.constexpr, W_TILES: tl.constexpr,
+    FAN: tl.constexpr,
+):  # fmt: skip
+    """dw1 = du^T @ x and dx = du @ w1, du computed on the way in from da and u.
+
+    Tile map: the first weight_programs programs make dw1, each a partial W_BM x W_BC block over
+    W_TILES tiles of W_BP output pixels; their work is the longer one. The others make dx, each BC
+    input channels of TILES tiles of BP input pixels, the product over m in steps of BK; dx is zero
+    where a strided convolution does not read.
+    Binding resource: memory bandwidth (da, u and x in, dx out); the products for large m and C.
+    """
+    pid = tl.program_id(0)
+    if pid < weight_programs:
+        if dw1_ptr is not None:
+            _weight_gradient(
+                pid, da_ptr, u_ptr, x_ptr, gamma_ptr, mean_ptr, var_ptr, eps, dbeta_ptr,
+                dgamma_ptr, per_value, part_ptr, counter_ptr, dw1_ptr, parts, pixels,
+                in_pixels, in_width, out_pixels, out_width,
+                C, M, S, BATCH, NHWC, WIDE, PREC, W_BP, W_BM, W_BC, W_TILES, FAN,
+            )  # fmt: skip
+    else:
+        if dx_ptr is not None:
+            _input_gradient(
+                pid - weight_programs, da_ptr, u_ptr, w1_ptr, gamma_ptr, mean_ptr, var_ptr, eps,
+                dbeta_ptr, dgamma_ptr, per_value, dx_ptr, x_pixels,
+                in_pixels, in_width, out_pixels, out_width,
+                C, M, S, BATCH, NHWC, WIDE, PREC, BP, BC, BK, TILES,
+            )  # fmt: skip

@@ -1,0 +1,370 @@
+"""PReLU behind a Ghost module's convolutions: fused in inference, layer by layer in training.
+
+One slope a channel, as cavaface's GhostNets have it, or one for all.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ghost_forms import Sliced, randomize
+from helpers import (
+    ACT_CODE,
+    DTYPES,
+    LAYOUTS,
+    Case,
+    Params,
+    assert_close,
+    close,
+    make_input,
+    make_module,
+    ops_of,
+)
+from torch import Tensor, nn
+
+import ghost_ops
+from ghost_ops import FusedGhostModule
+from ghost_ops.activations import PRELU
+
+# The act of each branch, in cases whose tiles are cut in every way.
+CASES = [
+    Case(2, 5, 6, 7, 8, act1="prelu", act2="prelu"),
+    Case(3, 40, 7, 7, 30, act1="prelu", act2="none"),
+    Case(2, 9, 9, 17, 23, ratio=3, d=5, act1="relu", act2="prelu"),
+    Case(1, 6, 30, 56, 12, stride=2, act1="silu", act2="prelu"),
+    Case(2, 4, 5, 6, 6, ratio=1, act1="prelu", act2="none"),
+    Case(1, 3, 66, 66, 130, act1="prelu", act2="prelu"),
+]
+
+
+def slopes_for(case: Case) -> list[Tensor | None]:
+    """Of both branches; negative ones and ones above 1 among them."""
+    gen = torch.Generator().manual_seed(5)
+    return [
+        torch.randn(size, generator=gen).to(case.dtype) if act == "prelu" else None
+        for act, size in ((case.act1, case.m), (case.act2, case.g))
+    ]
+
+
+def formula(p: Params, x: Tensor, case: Case, slopes: list[Tensor | None]) -> Tensor:
+    """The module in the dtype of its arguments, with constant statistics."""
+
+    def act(t: Tensor, name: str, slope: Tensor | None) -> Tensor:
+        if slope is not None:
+            return torch.where(t > 0, t, slope[:, None, None] * t)
+        return {"none": lambda v: v, "relu": F.relu, "silu": F.silu}[name](t)
+
+    def norm(t: Tensor, n: object) -> Tensor:
+        return F.batch_norm(t, n.mean, n.var, n.gamma, n.beta, False, 0.0, n.eps)
+
+    y = act(norm(F.conv2d(x, p.w1, None, case.stride), p.bn1), case.act1, slopes[0])
+    if case.ratio == 1:
+        return y
+    v = F.conv2d(y, p.w2, None, 1, case.d // 2, 1, case.m)
+    return torch.cat([y, act(norm(v, p.bn2), case.act2, slopes[1])], 1)[:, : case.oup]
+
+
+def run_ops(backend: str, p: Params, x: Tensor, case: Case, slopes: list[Tensor | None]) -> Tensor:
+    ops, b1, b2 = ops_of(backend), p.bn1, p.bn2
+    packed = ops.ghost_pack(
+        p.w1, b1.gamma, b1.beta, b1.mean, b1.var, b1.eps,
+        p.w2, b2.gamma, b2.beta, b2.mean, b2.var, b2.eps, *slopes,
+    )  # fmt: skip
+    codes = {**ACT_CODE, "prelu": PRELU}
+    return ops.ghost_apply(
+        x, packed, None, None, case.m, case.oup, case.ratio, case.d, case.stride,
+        codes[case.act1], 0.01, codes[case.act2], 0.01, True,
+    )  # fmt: skip
+
+
+def params(case: Case) -> Params:
+    return Params.of(make_module(case.replace(act1="none", act2="none")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator(every_isa: str, case: Case, layout: str, dtype: torch.dtype) -> None:
+    case = case.replace(layout=layout, dtype=dtype)
+    p, x, slopes = params(case), make_input(case), slopes_for(case)
+    wide = [None if t is None else t.double() for t in slopes]
+    with torch.no_grad():
+        got = run_ops(every_isa, p, x, case, slopes)
+        want = formula(p.to(torch.float64), x.double(), case, wide)
+        assert_close(got, want, formula(p, x, case, slopes))
+    fmt = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    assert got.is_contiguous(memory_format=fmt)
+
+
+def test_nan_and_signed_infinity(every_isa: str) -> None:
+    case = Case(1, 4, 5, 6, 4, ratio=1, act1="prelu", act2="none")
+    p, slopes = params(case), [torch.tensor([0.5, -0.5, 0.0, 2.0]), None]
+    p.w1 = torch.eye(4)[:, :, None, None]
+    p.bn1.gamma = p.bn1.beta = p.bn1.mean = p.bn1.var = None
+    x = make_input(case)
+    x[0, :, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    # Through an identity alone: the other products of a convolution would spread NaN.
+    ops, b2 = ops_of(every_isa), p.bn2
+    one, zero = torch.ones(4), torch.zeros(4)
+    packed = ops.ghost_pack(
+        None, one, zero, None, None, 0.0,
+        p.w2.detach(), b2.gamma, b2.beta, b2.mean, b2.var, b2.eps, *slopes,
+    )  # fmt: skip
+    got = ops.ghost_apply(x, packed, None, None, 4, 4, 1, 3, 1, PRELU, 0.0, 0, 0.0, False)
+    torch.testing.assert_close(got, F.prelu(x, slopes[0]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_slopes_of_the_wrong_size(backend: str, which: int) -> None:
+    case = CASES[0]
+    slopes = slopes_for(case)
+    slopes[which] = torch.ones(case.m + 1)
+    with pytest.raises(RuntimeError, match=f"prelu{which + 1} must have {case.m} elements, got 5"):
+        run_ops(backend, params(case), make_input(case), case, slopes)
+
+
+def test_slopes_that_are_missing(backend: str) -> None:
+    case = CASES[0]
+    with pytest.raises(RuntimeError, match="packed"):
+        run_ops(backend, params(case), make_input(case), case, [slopes_for(case)[0], None])
+
+
+def test_training_operators_refuse_it(backend: str) -> None:
+    case = CASES[0]
+    p, x, ops = params(case), make_input(case), ops_of(backend)
+    b1, b2 = p.bn1, p.bn2
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"act1|slopes"):
+        ops.ghost_train_forward(
+            x, p.w1, b1.gamma, b1.beta, b1.eps, p.w2, b2.gamma, b2.beta, b2.eps,
+            case.oup, 1, PRELU, 0.0, 0, 0.0, False,
+        )  # fmt: skip
+
+
+# --- modules ----------------------------------------------------------------------------------
+
+
+def spread(module: nn.Module) -> nn.Module:
+    """Every PReLU's slopes made different."""
+    gen = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for child in module.modules():
+            if isinstance(child, nn.PReLU):
+                child.weight.copy_(torch.randn(child.weight.shape, generator=gen) * 0.5)
+    return module
+
+
+def own(oup: int = 7) -> nn.Module:
+    return spread(randomize(FusedGhostModule(6, oup, activation="prelu")))
+
+
+def one_slope() -> nn.Module:
+    return spread(randomize(FusedGhostModule(6, 8, activation=nn.PReLU())))
+
+
+def one_branch() -> nn.Module:
+    return spread(randomize(FusedGhostModule(6, 8, cheap_activation="prelu")))
+
+
+def library_primary() -> nn.Module:
+    return spread(randomize(FusedGhostModule(6, 8, kernel_size=3, stride=2, activation="prelu")))
+
+
+def cavaface() -> nn.Module:
+    module = randomize(Sliced(6, 8, act1=nn.PReLU(4), act2=nn.PReLU(4)))
+    ghost_ops.fuse(spread(module))
+    return module
+
+
+MODULES = [own, one_slope, one_branch, library_primary, cavaface]
+EACH_MODULE = pytest.mark.parametrize("make", MODULES, ids=lambda f: f.__name__)
+
+
+def plain_of(module: nn.Module) -> nn.Module:
+    """The same module, as its children one after the other."""
+    plain = copy.deepcopy(module)
+    ghost_ops.unfuse(plain)
+    return plain
+
+
+def image(dtype: torch.dtype = torch.float32, layout: str = "nchw") -> Tensor:
+    return make_input(Case(3, 6, 8, 7, dtype=dtype, layout=layout))
+
+
+@pytest.fixture
+def nothing_unfused() -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.usefixtures("nothing_unfused")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@EACH_MODULE
+def test_inference(backend: str, make: Callable, layout: str) -> None:
+    module = make().eval().double()
+    plain, x = plain_of(module), image(torch.float64, layout)
+    with torch.no_grad():
+        for _ in range(2):  # packing, then from packed weights
+            torch.testing.assert_close(module(x), plain(x), rtol=1e-9, atol=1e-10)
+        for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+            for t in (p, q):
+                t.mul_(1.25).add_(0.1)
+            torch.testing.assert_close(module(x), plain(x), rtol=1e-9, atol=1e-10)
+    frozen, other = module.requires_grad_(False), plain.requires_grad_(False)
+    torch.testing.assert_close(frozen(x), other(x), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.usefixtures("nothing_unfused")
+@EACH_MODULE
+def test_slopes_replaced(backend: str, make: Callable) -> None:
+    module, x = make().eval(), image()
+    with torch.no_grad():
+        before = module(x)
+        act = next(m for m in module.modules() if isinstance(m, nn.PReLU))
+        act.weight = nn.Parameter(act.weight + 1.0)
+        after = module(x)
+        close(after, plain_of(module)(x))
+        assert not torch.equal(before, after)
+        act.weight.data = act.weight.data * 2  # another memory
+        close(module(x), plain_of(module)(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@EACH_MODULE
+def test_gradients(backend: str, make: Callable, mode: str) -> None:
+    module = make().double().train(mode == "train")
+    plain, results = plain_of(module), []
+    for model in (module, plain):
+        x = image(torch.float64).requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model(x)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in model.parameters()), *model.buffers()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("make", [own, cavaface], ids=lambda f: f.__name__)
+def test_training_says_once_that_it_is_unfused(make: Callable) -> None:
+    from ghost_ops import convert_forward
+    from ghost_ops import nn as ours
+
+    announced = (ours._announced, convert_forward._announced)
+    before = [set(reasons) for reasons in announced]
+    for reasons in announced:
+        reasons.clear()
+    try:
+        module = make().train()
+        with pytest.warns(UserWarning, match="PReLU learns slopes.*eval mode without gradients"):
+            module(image())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            module(image())
+    finally:
+        for reasons, old in zip(announced, before, strict=True):
+            reasons.clear()
+            reasons.update(old)
+
+
+@pytest.mark.usefixtures("nothing_unfused")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@EACH_MODULE
+def test_low_precision_and_autocast(backend: str, make: Callable, dtype: torch.dtype) -> None:
+    module = make().eval()
+    want = plain_of(module).double()(image(torch.float64)).detach()
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype):
+            got = module(image())
+        assert got.dtype is dtype
+        torch.testing.assert_close(got.double(), want, rtol=0.06, atol=0.06)
+        got = module.to(dtype)(image(dtype))
+        torch.testing.assert_close(got.double(), want, rtol=0.06, atol=0.06)
+
+
+def test_constructor() -> None:
+    module = FusedGhostModule(6, 7, ratio=3, activation="prelu", dtype=torch.float64)
+    first, second = module.primary_conv[2], module.cheap_operation[2]
+    assert (first.num_parameters, second.num_parameters) == (3, 6)
+    assert first.weight.dtype is torch.float64
+    given = nn.PReLU(4, init=0.1)
+    module = FusedGhostModule(6, 8, activation=given, dtype=torch.float64)
+    assert module.primary_conv[2].weight is not given.weight
+    assert module.primary_conv[2].weight.dtype is torch.float64
+    assert given.weight.dtype is torch.float32
+    with pytest.raises(ValueError, match="prelu"):
+        FusedGhostModule(6, 8, activation="tanh")
+    for activation in ("prelu", nn.PReLU()):
+        with pytest.raises(ValueError, match="activation"):
+            ghost_ops.ghost_module(
+                torch.randn(1, 4, 3, 3), None, torch.randn(4, 1, 3, 3), activation=activation
+            )
+
+
+def test_a_module_with_slopes_of_the_wrong_size(backend: str) -> None:
+    module = FusedGhostModule(6, 8, activation=nn.PReLU(3)).eval()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"PReLU behind 4 channels.*\[3\]"):
+        module(image())
+
+
+def test_report_says_what_is_fused() -> None:
+    model = nn.Sequential(Sliced(6, 8, act1=nn.PReLU(4), act2=nn.PReLU()))
+    (entry,) = ghost_ops.fuse(model).entries
+    assert entry.action == "swapped"
+    assert "PReLU (fused in inference only)" in entry.detail
+
+
+class Bottleneck(nn.Module):
+    """Two Ghost modules and a shortcut, with PReLUs where cavaface has its activations."""
+
+    def __init__(self, act_after_dw: bool) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            Sliced(6, 12, act1=nn.PReLU(6), act2=nn.PReLU(6)),
+            nn.Sequential(
+                nn.Conv2d(12, 12, 3, 2, 1, groups=12, bias=False),
+                nn.BatchNorm2d(12),
+                nn.PReLU(12) if act_after_dw else nn.Sequential(),
+            ),
+            Sliced(12, 8, act1=nn.Sequential(), act2=nn.Sequential()),
+        )
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False), nn.BatchNorm2d(6),
+            nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+@pytest.mark.usefixtures("nothing_unfused")
+@pytest.mark.parametrize("act_after_dw", [False, True])
+def test_bottlenecks(backend: str, act_after_dw: bool) -> None:
+    """Packed as a whole where only Ghost modules have one; else its Ghost modules alone."""
+    plain = spread(randomize(Bottleneck(act_after_dw))).eval()
+    fused, x = copy.deepcopy(plain), image()
+    report = ghost_ops.fuse(fused)
+    assert [e.action for e in report.entries if e.kind == "Sliced"] == ["swapped", "swapped"]
+    whole = next(e for e in report.entries if e.kind == "Bottleneck")
+    assert whole.action == ("left" if act_after_dw else "swapped")
+    assert ("only Ghost modules compute" in whole.detail) == act_after_dw
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+        for model in (fused, plain):
+            model.conv[0].primary_conv[2].weight.mul_(-3)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_inference(backend: str) -> None:
+    torch.compiler.reset()
+    for make in (own, cavaface):
+        module = make().eval()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            close(compiled(image()), plain_of(module)(image()))
