@@ -166,7 +166,7 @@ def frozen_forward(
     if functions is eager_ops and x.dtype in LOW_PRECISION:
         # Folding in low precision would lose digits, and in float32 it would be slow.
         out = ghost_formula(x, w1, w2, norms, settings, False, slopes=slopes)
-        return out.contiguous(memory_format=eager_ops.memory_format(x))
+        return eager_ops.in_format(out, eager_ops.memory_format(x))
     packed = pack(functions, w1, w2, norms, settings, slopes)
     m = x.size(1) if w1 is None else w1.size(0)
     arguments = apply_arguments(m, w2, settings, w1 is not None)

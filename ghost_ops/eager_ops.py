@@ -140,7 +140,21 @@ def _join(y: Tensor, z: Tensor | None, out_channels: int, x: Tensor) -> Tensor:
         out = y if out_channels == m else y[:, :out_channels]
     else:
         out = torch.cat([y, z if out_channels == m + z.size(1) else z[:, : out_channels - m]], 1)
-    return out.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return in_format(out if out.dtype is x.dtype else out.to(x.dtype), memory_format(x))
+
+
+def in_format(t: Tensor, fmt: torch.memory_format) -> Tensor:
+    """t in a memory format: itself where it is.
+
+    Not by ``contiguous`` alone: dynamo of PyTorch 2.11 drops the gradient of a result that the last
+    operation gave back as it got it.
+    """
+    return t if t.is_contiguous(memory_format=fmt) else t.contiguous(memory_format=fmt)
+
+
+def _overwrites() -> bool:
+    """Whether activations may work in place: a graph that is compiled is spared it, see above."""
+    return not torch.compiler.is_compiling()
 
 
 def ghost_apply(
@@ -255,7 +269,7 @@ def ghost_cheap_stats(
     if g == 0:
         return packed.new_empty(0), packed.new_empty(0)
     y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
-    y = activations.apply(y, act1, slope1, inplace=True)
+    y = activations.apply(y, act1, slope1, inplace=_overwrites())
     w2 = packed[second:third].view(g, 1, dw_size, dw_size)
     return _statistics(F.conv2d(y, w2, None, 1, dw_size // 2, 1, intrinsic))
 
@@ -291,14 +305,14 @@ def ghost_train_forward(
     u = x if w1 is None else F.conv2d(x, w1, None, stride)
     mean1, var1 = _statistics(u)
     y = _norm(u, mean1, var1, gamma1, beta1, eps1)
-    y = activations.apply(y, act1, slope1, inplace=True)
+    y = activations.apply(y, act1, slope1, inplace=_overwrites())
     if w2.size(0) == 0:
         z, mean2, var2 = None, mean1.new_empty(0), var1.new_empty(0)
     else:
         v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
         mean2, var2 = _statistics(v)
         z = _norm(v, mean2, var2, gamma2, beta2, eps2)
-        z = activations.apply(z, act2, slope2, inplace=True)
+        z = activations.apply(z, act2, slope2, inplace=_overwrites())
     out = _join(y, z, out_channels, x)
     if not keep_u:
         return out, mean1, var1, mean2, var2, x.new_empty(0)
