@@ -198,7 +198,7 @@ class Planner {
     t.positions = int32_t(positions);
     t.source_at = place(8 * source);
     t.inner_at = place(stores ? 8 * inner : 0);
-    t.gate_at = place(p_.gate_height > 0 ? 4 * inner : 0);
+    t.gate_at = place(p_.has_gate() ? 4 * inner : 0);
     t.affine_at = place(kernel_primary() ? 0 : (3 + 3 * ghosts) * channels * a);
     t.taps_at = place(ghosts * taps * channels * a);
     const bool sums = kernel_ == CudaKernel::kCheapStats || backward();
@@ -291,8 +291,7 @@ class Planner {
     }
     double out_bytes = 0;
     if (kernel_ == CudaKernel::kApply)
-      out_bytes =
-          inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + (p_.gate_height > 0));
+      out_bytes = inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + p_.has_gate());
     if (keeps()) out_bytes = inner * channels * e;
     if (backward()) out_bytes = inner * channels * (1 + t.ghosts) * e;
     cycles += out_bytes / out_width * 18 / 128;

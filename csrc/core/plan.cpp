@@ -72,8 +72,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   // as it has rows.
   const int64_t budget =
       plan.pack && p.layout == Layout::kNHWC ? cpu.l2_bytes / 8 : cpu.l2_bytes / 2;
-  const bool changed = p.has_residual || p.has_gate;  // on the way out
-  const bool z_in_scratch = !native || changed;       // else ghosts go straight to the output
+  const bool changed = p.has_residual || p.has_gate();  // on the way out
+  const bool z_in_scratch = !native || changed;         // else ghosts go straight to the output
   const int64_t per_channel = a * (1 + (z_in_scratch ? s - 1 : 0));
   const int64_t x_bytes = plan.pack ? p.channels * a : 0;
   plan.group = m;

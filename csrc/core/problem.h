@@ -43,7 +43,6 @@ struct Problem {
   Layout layout = Layout::kNCHW;
   bool has_primary = true;  // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
-  bool has_gate = false;
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
   bool joined = false;  // x is [C, N, H, W]: the images of a channel are adjacent
 
@@ -52,6 +51,7 @@ struct Problem {
   int64_t out_pixels() const { return out_height() * out_width(); }
   int64_t ghosts() const { return intrinsic * (ratio - 1); }
   int64_t pad() const { return dw_size / 2; }
+  bool has_gate() const { return gate_height > 0; }
 };
 
 inline int64_t element_size(DType t) {

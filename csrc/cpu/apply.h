@@ -111,7 +111,7 @@ class ApplyTile {
         pad(p.pad()),
         out_channel(args.out_channel),
         nchw(args.out_layout == Layout::kNCHW),
-        direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && !p.has_gate &&
+        direct(nchw && sizeof(O) == sizeof(A) && !p.has_residual && !p.has_gate() &&
                args.scatter == 1),
         y_direct(direct && (linear_or_relu(p.act1) || !plan.stream)),
         z_direct(direct && (linear_or_relu(p.act2) || !plan.stream)),

@@ -32,9 +32,7 @@ __device__ __forceinline__ void blend(Running& running, Stat share, Stat value) 
 }
 
 template <typename Running, typename Stat>
-__global__ void __launch_bounds__(kThreads)
-    update_running_kernel(Norm<Running, Stat> first, Norm<Running, Stat> second, Stat unbias) {
-  const Norm<Running, Stat>& norm = blockIdx.x == 0 ? first : second;
+__device__ __forceinline__ void update(const Norm<Running, Stat>& norm, Stat unbias) {
   Stat share = norm.momentum;
   if (norm.batches != nullptr) {
     const int64_t raised = *norm.batches + 1;
@@ -46,6 +44,16 @@ __global__ void __launch_bounds__(kThreads)
     blend(norm.running_mean[c], share, norm.mean[c]);
     blend(norm.running_var[c], share, unbias * norm.var[c]);
   }
+}
+
+// Two calls and not one of a chosen norm, which would be copied to the stack to be chosen from.
+template <typename Running, typename Stat>
+__global__ void __launch_bounds__(kThreads)
+    update_running_kernel(Norm<Running, Stat> first, Norm<Running, Stat> second, Stat unbias) {
+  if (blockIdx.x == 0)
+    update(first, unbias);
+  else
+    update(second, unbias);
 }
 
 template <typename Running, typename Stat>

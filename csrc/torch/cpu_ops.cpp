@@ -167,7 +167,6 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                     ", Hg, Wg] with Hg and Wg at least 1, on the device and of the dtype of x");
     if (!is_dense(factor, in.layout))
       factor = torch::stable::contiguous(factor, memory_format(in.layout));
-    p.has_gate = true;
     p.gate_height = factor.size(2);
     p.gate_width = factor.size(3);
   }

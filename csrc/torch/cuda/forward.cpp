@@ -150,7 +150,6 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                     " pixels, got ", factor.size(2) * factor.size(3));
     if (!is_dense(factor, p.layout))
       factor = torch::stable::contiguous(factor, memory_format(p.layout));
-    p.has_gate = true;
     p.gate_height = factor.size(2);
     p.gate_width = factor.size(3);
   }
