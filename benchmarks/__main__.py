@@ -45,7 +45,7 @@ SCRIPTS: dict[str, Script] = {
         "whole networks: inference, training step, saved memory",
         True,
         # A network takes torch.compile a minute or two: the first one gets them.
-        ("--rounds", "5", "--compile-minutes", "1"),
+        ("--rounds", "3", "--compile-minutes", "1"),
         ("--quick", "--rounds", "3"),
     ),
     "scaling": Script(
