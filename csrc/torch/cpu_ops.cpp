@@ -14,8 +14,6 @@
 namespace ghost {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // Calls f with a zero of the compute type of t.
 template <class F>
 auto with_dtype(DType t, F&& f) {
@@ -47,10 +45,6 @@ Problem problem_of(const Image& x) {
   p.layout = x.layout;
   p.dtype = x.dtype;
   return p;
-}
-
-void check_dw_size(int64_t d) {
-  STD_TORCH_CHECK(d == 1 || d == 3 || d == 5 || d == 7, "dw_size must be 1, 3, 5 or 7, got ", d);
 }
 
 // Primary weights [m, C, 1, 1] of x's dtype.
@@ -122,25 +116,9 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                    int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
                    int64_t act2, double slope2, bool has_primary) {
   const Image in = image_of(x, "x");
-  check_dw_size(dw_size);
-  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
-  STD_TORCH_CHECK(ratio >= 1, "ratio must be positive, got ", ratio);
-  STD_TORCH_CHECK(intrinsic <= out_channels && out_channels <= intrinsic * ratio,
-                  "out_channels must lie in [", intrinsic, ", ", intrinsic * ratio, "], got ",
-                  out_channels);
-  STD_TORCH_CHECK(has_primary || (in.c == intrinsic && stride == 1),
-                  "without a primary convolution x must have ", intrinsic,
-                  " channels and stride be 1");
   Problem p = problem_of(in);
-  p.stride = stride;
-  p.intrinsic = intrinsic;
-  p.out_channels = out_channels;
-  p.ratio = ratio;
-  p.dw_size = dw_size;
-  p.act1 = apply_activation(act1, slope1, "act1");
-  p.act2 = apply_activation(act2, slope2, "act2");
-  p.has_primary = has_primary;
-  p.has_residual = residual.has_value();
+  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
+            has_primary);
   const PackedLayout at(in.c, intrinsic, p.ghosts(), dw_size, has_primary);
   const int64_t slopes1 = p.act1.act == Act::kPReLU ? intrinsic : 0,
                 slopes2 = p.act2.act == Act::kPReLU ? p.ghosts() : 0;
@@ -150,25 +128,11 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                   " elements, got ", packed.numel());
   const int64_t H = p.out_height(), W = p.out_width();
   Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
-  Tensor res = residual.value_or(out);
-  if (residual.has_value()) {
-    STD_TORCH_CHECK(res.dim() == 4 && res.size(0) == in.n && res.size(1) == out_channels &&
-                        res.size(2) == H && res.size(3) == W &&
-                        res.scalar_type() == x.scalar_type(),
-                    "residual must have the shape and dtype of the output");
-    if (!is_dense(res, in.layout)) res = torch::stable::contiguous(res, memory_format(in.layout));
-  }
-  Tensor factor = gate.value_or(out);
-  if (gate.has_value()) {
-    STD_TORCH_CHECK(factor.is_cpu() && factor.dim() == 4 && factor.size(0) == in.n &&
-                        factor.size(1) == out_channels && factor.size(2) >= 1 &&
-                        factor.size(3) >= 1 && factor.scalar_type() == x.scalar_type(),
-                    "gate must be [", in.n, ", ", out_channels,
-                    ", Hg, Wg] with Hg and Wg at least 1, on the device and of the dtype of x");
-    if (!is_dense(factor, in.layout))
-      factor = torch::stable::contiguous(factor, memory_format(in.layout));
-    p.gate_height = factor.size(2);
-    p.gate_width = factor.size(3);
+  Tensor res, factor;
+  if (residual) res = set_residual(p, *residual, x.scalar_type());
+  if (gate) {
+    STD_TORCH_CHECK(gate->is_cpu(), "gate must be on the CPU, as x is");
+    factor = set_gate(p, *gate, x.scalar_type());
   }
   ApplyArgs args;
   args.problem = p;
@@ -180,8 +144,8 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   const char* slopes = static_cast<const char*>(args.packed) + at.numel * compute_size(in.dtype);
   if (slopes1 > 0) args.slopes1 = slopes;
   if (slopes2 > 0) args.slopes2 = slopes + slopes1 * compute_size(in.dtype);
-  args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
-  args.gate = gate.has_value() ? factor.const_data_ptr() : nullptr;
+  args.residual = residual ? res.const_data_ptr() : nullptr;
+  args.gate = gate ? factor.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   args.out_layout = in.layout;
   args.out_image = out_channels * H * W;

@@ -18,7 +18,7 @@
 #include "core/cuda_plan.h"
 #include "cuda/forward.h"
 #include "cuda/params.h"
-#include "torch/tensors.h"
+#include "torch/checks.h"
 
 #ifdef GHOST_OPS_EMULATOR
 #define GHOST_REGISTER_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(ghost_emu, CPU, m)
@@ -27,8 +27,6 @@
 #endif
 
 namespace ghost {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // `t` must be where `like` is, and that must be a CUDA device.
 inline void check_device(const Tensor& t, const Tensor& like, const char* name) {
@@ -105,19 +103,13 @@ inline Tensor empty_like_device(const Tensor& like, std::vector<int64_t> sizes, 
 // Batch, channels, sizes, layout and dtype of x.
 inline Problem problem_of(const Tensor& x) {
   check_device(x, x, "x");
-  STD_TORCH_CHECK(x.dim() == 4, "x must be 4-D [N, C, H, W], got ", x.dim(), "-D");
-  // A single channel is dense both ways; its stride tells which of them it was made as, as in
-  // PyTorch.
-  const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
-  const bool nchw = is_dense(x, Layout::kNCHW) && !one_map_nhwc;
-  STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC),
-                  "x must be dense, contiguous or channels_last");
+  const Layout layout = dense_layout(x, "x");
   Problem p;
   p.batch = x.size(0);
   p.channels = x.size(1);
   p.height = x.size(2);
   p.width = x.size(3);
-  p.layout = nchw ? Layout::kNCHW : Layout::kNHWC;
+  p.layout = layout;
   p.dtype = dtype_of(x, "x");
   return p;
 }
@@ -129,22 +121,6 @@ inline void check_sizes(const Problem& p) {
   STD_TORCH_CHECK(
       p.height * p.width <= kMost && p.channels <= kMost && p.intrinsic * p.ratio <= kMost,
       "x is too large: a map may have ", kMost, " pixels, and the module as many ", "channels");
-}
-
-inline void check_dw_size(int64_t d) {
-  STD_TORCH_CHECK(d == 1 || d == 3 || d == 5 || d == 7, "dw_size must be 1, 3, 5 or 7, got ", d);
-}
-
-inline Activation activation(int64_t code, double slope, const char* name) {
-  STD_TORCH_CHECK(code >= 0 && code < kNumActs, name, " must be a code from 0 to ", kNumActs - 1,
-                  ", got ", code);
-  return {Act(code), slope};
-}
-
-// That of ghost_apply, which also knows slopes per channel.
-inline Activation apply_activation(int64_t code, double slope, const char* name) {
-  return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
-                                      : activation(code, slope, name);
 }
 
 // Primary weights [m, C, 1, 1] of x's dtype.

@@ -106,52 +106,23 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                    int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
                    int64_t act2, double slope2, bool has_primary) {
   Problem p = problem_of(x);
-  check_dw_size(dw_size);
-  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
-  STD_TORCH_CHECK(ratio >= 1, "ratio must be positive, got ", ratio);
-  STD_TORCH_CHECK(intrinsic >= 1 && intrinsic <= out_channels && out_channels <= intrinsic * ratio,
-                  "out_channels must lie in [", intrinsic, ", ", intrinsic * ratio, "], got ",
-                  out_channels);
-  STD_TORCH_CHECK(has_primary || (p.channels == intrinsic && stride == 1),
-                  "without a primary convolution x must have ", intrinsic,
-                  " channels and stride be 1");
-  p.stride = stride;
-  p.intrinsic = intrinsic;
-  p.out_channels = out_channels;
-  p.ratio = ratio;
-  p.dw_size = dw_size;
-  p.act1 = apply_activation(act1, slope1, "act1");
-  p.act2 = apply_activation(act2, slope2, "act2");
-  p.has_primary = has_primary;
-  p.has_residual = residual.has_value();
+  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
+            has_primary);
   check_sizes(p);
   const DeviceScope scope(x);
   const int64_t H = p.out_height(), W = p.out_width();
   Tensor out = empty_like_device(x, {p.batch, out_channels, H, W}, x.scalar_type(), p.layout);
-  Tensor res = residual.value_or(out);
-  if (residual.has_value()) {
-    check_device(res, x, "residual");
-    STD_TORCH_CHECK(res.dim() == 4 && res.size(0) == p.batch && res.size(1) == out_channels &&
-                        res.size(2) == H && res.size(3) == W &&
-                        res.scalar_type() == x.scalar_type(),
-                    "residual must have the shape and dtype of the output");
-    if (!is_dense(res, p.layout)) res = torch::stable::contiguous(res, memory_format(p.layout));
+  Tensor res, factor;
+  if (residual) {
+    check_device(*residual, x, "residual");
+    res = set_residual(p, *residual, x.scalar_type());
   }
-  Tensor factor = gate.value_or(out);
-  if (gate.has_value()) {
-    check_device(factor, x, "gate");
-    STD_TORCH_CHECK(factor.dim() == 4 && factor.size(0) == p.batch &&
-                        factor.size(1) == out_channels && factor.size(2) >= 1 &&
-                        factor.size(3) >= 1 && factor.scalar_type() == x.scalar_type(),
-                    "gate must be [", p.batch, ", ", out_channels,
-                    ", Hg, Wg] with Hg and Wg at least 1, of the dtype of x");
+  if (gate) {
+    check_device(*gate, x, "gate");
+    factor = set_gate(p, *gate, x.scalar_type());
     constexpr int64_t kMostPixels = std::numeric_limits<int32_t>::max() / 8;
-    STD_TORCH_CHECK(factor.size(2) * factor.size(3) <= kMostPixels, "gate may have ", kMostPixels,
-                    " pixels, got ", factor.size(2) * factor.size(3));
-    if (!is_dense(factor, p.layout))
-      factor = torch::stable::contiguous(factor, memory_format(p.layout));
-    p.gate_height = factor.size(2);
-    p.gate_width = factor.size(3);
+    STD_TORCH_CHECK(p.gate_height * p.gate_width <= kMostPixels, "gate may have ", kMostPixels,
+                    " pixels, got ", p.gate_height * p.gate_width);
   }
   ForwardArgs args;
   args.problem = p;
@@ -160,8 +131,8 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   if (p.batch * H * W == 0) return out;
   args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
   args.x = x.const_data_ptr();
-  args.residual = residual.has_value() ? res.const_data_ptr() : nullptr;
-  args.gate = gate.has_value() ? factor.const_data_ptr() : nullptr;
+  args.residual = residual ? res.const_data_ptr() : nullptr;
+  args.gate = gate ? factor.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_apply");
   return out;

@@ -1,0 +1,86 @@
+// Checks of arguments that the operators of every device make.
+#pragma once
+
+#include <optional>
+
+#include "torch/tensors.h"
+
+namespace ghost {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The layout of a dense [N, C, H, W].
+inline Layout dense_layout(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 4, name, " must be 4-D [N, C, H, W], got ", x.dim(), "-D");
+  // A single channel is dense both ways; its stride tells which of them it was made as, as in
+  // PyTorch.
+  const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
+  const bool nchw = is_dense(x, Layout::kNCHW) && !one_map_nhwc;
+  STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name,
+                  " must be dense, contiguous or channels_last");
+  return nchw ? Layout::kNCHW : Layout::kNHWC;
+}
+
+inline void check_dw_size(int64_t d) {
+  STD_TORCH_CHECK(d == 1 || d == 3 || d == 5 || d == 7, "dw_size must be 1, 3, 5 or 7, got ", d);
+}
+
+inline Activation activation(int64_t code, double slope, const char* name) {
+  STD_TORCH_CHECK(code >= 0 && code < kNumActs, name, " must be a code from 0 to ", kNumActs - 1,
+                  ", got ", code);
+  return {Act(code), slope};
+}
+
+// The arguments of ghost_apply that are numbers; act1 and act2 may be slopes per channel.
+inline void set_apply(Problem& p, int64_t intrinsic, int64_t out_channels, int64_t ratio,
+                      int64_t dw_size, int64_t stride, int64_t act1, double slope1, int64_t act2,
+                      double slope2, bool has_primary) {
+  check_dw_size(dw_size);
+  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
+  STD_TORCH_CHECK(ratio >= 1, "ratio must be positive, got ", ratio);
+  STD_TORCH_CHECK(intrinsic >= 1 && intrinsic <= out_channels && out_channels <= intrinsic * ratio,
+                  "out_channels must lie in [", intrinsic, ", ", intrinsic * ratio, "], got ",
+                  out_channels);
+  STD_TORCH_CHECK(has_primary || (p.channels == intrinsic && stride == 1),
+                  "without a primary convolution x must have ", intrinsic,
+                  " channels and stride be 1");
+  const auto with_prelu = [](int64_t code, double slope, const char* name) {
+    return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
+                                        : activation(code, slope, name);
+  };
+  p.stride = stride;
+  p.intrinsic = intrinsic;
+  p.out_channels = out_channels;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.act1 = with_prelu(act1, slope1, "act1");
+  p.act2 = with_prelu(act2, slope2, "act2");
+  p.has_primary = has_primary;
+}
+
+inline Tensor in_layout(const Tensor& t, Layout layout) {
+  return is_dense(t, layout) ? t : torch::stable::contiguous(t, memory_format(layout));
+}
+
+// The residual in the layout of p; told to p.
+inline Tensor set_residual(Problem& p, const Tensor& residual, ScalarType type) {
+  STD_TORCH_CHECK(residual.dim() == 4 && residual.size(0) == p.batch &&
+                      residual.size(1) == p.out_channels && residual.size(2) == p.out_height() &&
+                      residual.size(3) == p.out_width() && residual.scalar_type() == type,
+                  "residual must have the shape and dtype of the output");
+  p.has_residual = true;
+  return in_layout(residual, p.layout);
+}
+
+// The gate [N, out_channels, Hg, Wg] in the layout of p; its size told to p.
+inline Tensor set_gate(Problem& p, const Tensor& gate, ScalarType type) {
+  STD_TORCH_CHECK(gate.dim() == 4 && gate.size(0) == p.batch && gate.size(1) == p.out_channels &&
+                      gate.size(2) >= 1 && gate.size(3) >= 1 && gate.scalar_type() == type,
+                  "gate must be [", p.batch, ", ", p.out_channels,
+                  ", Hg, Wg] with Hg and Wg at least 1, of the dtype of x");
+  p.gate_height = gate.size(2);
+  p.gate_width = gate.size(3);
+  return in_layout(gate, p.layout);
+}
+
+}  // namespace ghost
