@@ -39,6 +39,10 @@ class Plan:
         channel_splits: independent ranges of intrinsic channels for threads.
         group: intrinsic channels whose maps stay in scratch until their ghosts are done.
         vecs: width of the matrix product's register block, in vectors of pixels.
+        fetch: what the matrix product has fetched from beyond L2 meanwhile: ``"columns"``, the next
+            ones of x; ``"images"``, the next ones of x and the place of the results, evenly; or
+            ``"nothing"``.
+        fetch_results: it also has the place of the next columns' results fetched.
         stream: the output is written with non-temporal stores.
         items: length of the parallel loop.
         scratch_bytes: scratch memory a thread.
@@ -56,6 +60,8 @@ class Plan:
     channel_splits: int
     group: int
     vecs: int
+    fetch: str
+    fetch_results: bool
     stream: bool
     items: int
     scratch_bytes: int
@@ -76,6 +82,8 @@ class Plan:
                 f"parallel     {self.items} items (rows / {self.row_splits}, "
                 f"channels / {self.channel_splits}), "
                 f"{self.scratch_bytes / 1024:.0f} KiB scratch a thread",
+                f"fetched      {self.fetch} ahead"
+                f"{', results ahead' if self.fetch_results else ''}",
                 f"stores       {'non-temporal' if self.stream else 'ordinary'}",
                 f"bytes        {self.bytes_fused:,} fused, {self.bytes_eager:,} eager "
                 f"({self.bytes_eager / max(self.bytes_fused, 1):.1f}x)",

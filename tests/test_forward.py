@@ -202,6 +202,9 @@ LARGE = [
     Case(1, 9, 97, 49, 80),
     Case(2, 3, 40, 50, 520, ratio=3, layout="nhwc"),
     Case(2, 3, 112, 112, 200, ratio=1),
+    Case(34, 24, 56, 56, 16),
+    Case(2, 3, 56, 56, 300, act1="none"),
+    Case(3, 3, 56, 56, 200, d=5, act1="silu"),
 ]
 
 
@@ -238,6 +241,10 @@ def test_the_cases_take_every_path(native: str) -> None:
             ("grouped", plan.group < case.m),
             ("rows split", plan.row_splits > 1),
             ("channels split", plan.channel_splits > 1),
+            ("columns fetched", plan.fetch == "columns"),
+            ("images fetched", plan.fetch == "images" and plan.images == 1),
+            ("joined images fetched", plan.fetch == "images" and plan.images > 1),
+            ("results fetched", plan.fetch_results),
             ("streamed", plan.stream),
             ("streamed in bands", plan.stream and plan.band_rows < rows),
             ("streamed as images", plan.stream and plan.band_rows >= rows),

@@ -9,6 +9,13 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Maps up to this size are taken as whole images where the caches allow it.
+constexpr int64_t kWholeImage = 64 * 64;
+
+// Images up to this size are fetched one ahead. In larger ones the planes are long enough for the
+// hardware to follow, and few at a time, see gemm_nn.
+constexpr int64_t kSmallImage = 1024;
+
 // GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C *
 // vecs vectors) must stay in L1 while the channels go by; past that, two vectors by twelve channels
 // ask the least of L2.
@@ -78,10 +85,17 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   const int64_t x_bytes = plan.pack ? p.channels * a : 0;
   plan.group = m;
 
+  // Fetching one tile ahead: its images, the next one's, the results and half of the next results
+  // share L2 with the weights.
+  const int64_t e = element_size(p.dtype), x_image = p.channels * p.height * p.width * e,
+                out_image = p.out_channels * P * e, image = 2 * x_image + out_image * 3 / 2,
+                room = cpu.l2_bytes * 3 / 4;
+  const bool ahead = native && !p.joined && p.has_primary;
+
   // Whole images where a useful number of channels of one fits; otherwise bands of rows with a
   // carried halo.
   const int64_t min_group = std::min<int64_t>(m, 4 * kPanel);
-  if (P * (x_bytes + min_group * per_channel) <= budget && P <= 64 * 64) {
+  if (P * (x_bytes + min_group * per_channel) <= budget && P <= kWholeImage) {
     plan.band_rows = H;
     // A map that leaves the last vector mostly idle is joined with its neighbours.
     const int64_t vectors = ceil_div(P, cpu.lanes);
@@ -89,12 +103,17 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
     // Joined images leave through scratch. Where the sums are short that costs more than idle
     // lanes, and here the images lie side by side already.
     const bool side_by_side = p.joined && p.channels < 256;
-    if (ragged && p.batch > 1 && p.has_primary && !side_by_side) {
+    // A few pixels more than whole vectors are no idle lanes; yet where more is read than written,
+    // what counts is how often the weights are read.
+    const bool by_channels =
+        ahead && s > 1 && P % (cpu.lanes * 4 / a) <= kMostPixels && p.out_channels > p.channels;
+    if (ragged && p.batch > 1 && p.has_primary && !side_by_side && !by_channels) {
       const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.threads);
       const int64_t copied = p.joined ? 0 : p.channels * a;
       plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));
       while (plan.images > 1 && plan.images * P * (copied + min_group * per_channel) > budget)
         --plan.images;
+      if (ahead && s > 1) plan.images = std::max<int64_t>(1, std::min(plan.images, room / image));
       // Equal shares: 16 images in tiles of 5 would leave a tile of 1.
       plan.images = ceil_div(p.batch, ceil_div(p.batch, plan.images));
       if (plan.images > 1) plan.pack = !p.joined;
@@ -128,13 +147,20 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
           std::min<int64_t>(plan.pack ? std::min(split, cpu.threads) : split, panels);
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
-  const int64_t x_total = p.batch * p.channels * p.height * p.width * element_size(p.dtype);
-  const int64_t out_bytes = p.batch * p.out_channels * P * element_size(p.dtype);
+  const bool whole = plan.band_rows == H && P <= kWholeImage, large = P > kSmallImage;
   // Costs nothing where x is in cache after all, a few shapes with many input channels excepted.
-  plan.prefetch = !plan.pack && x_total > cpu.l1_bytes;
+  if (!plan.pack && p.batch * x_image > cpu.l1_bytes) plan.fetch = Fetch::kColumns;
+  if (ahead && whole && !large && plan.group == m && plan.channel_splits == 1 &&
+      p.batch * x_image > cpu.l1_bytes && plan.images * image <= room)
+    plan.fetch = Fetch::kImages;
   // Stores past the caches write whole lines: planes that begin inside one gain nothing from them.
+  // They take their time, too: where the place of the results can be fetched ahead, and where more
+  // is written than read, ordinary stores are faster.
   const bool aligned = P * a % (cpu.lanes * 4) == 0;
-  plan.stream = native && !p.has_residual && aligned && out_bytes > 3 * cpu.l2_bytes;
+  const bool past = native && !p.has_residual && aligned && p.batch * out_image > 3 * cpu.l2_bytes;
+  const bool in_place = s > 1 && !p.has_gate();
+  plan.fetch_results = past && in_place && whole && large && p.out_channels > p.channels;
+  plan.stream = past && !plan.fetch_results && !(in_place && plan.fetch == Fetch::kImages);
 
   const int64_t tile_px = plan.images * std::min(H, plan.band_rows + 2 * pad) * W + 64;
   const int64_t lanes_slack = 4 * 64;

@@ -17,6 +17,16 @@ struct CpuInfo {
   int64_t threads = 1;
 };
 
+// What a product fetches from beyond L2 meanwhile.
+enum class Fetch : int {
+  kNothing,
+  kColumns,  // the next columns of x
+  kImages,   // evenly over the product: the next image of x and the results' place
+};
+
+// Pixels past the last whole vector that the GEMM takes by channels: cheaper than idle lanes.
+inline constexpr int64_t kMostPixels = 4;
+
 struct ApplyPlan {
   bool pack = false;   // x tile converted / transposed / gathered into channel-major scratch first
   int64_t images = 1;  // whole images joined in one tile (small maps)
@@ -25,11 +35,12 @@ struct ApplyPlan {
   int64_t channel_splits = 1;  // independent parts of the intrinsic channels
   int64_t group =
       0;  // intrinsic channels computed before their ghosts are (a multiple of kPanel, or all)
-  int vecs = 4;               // GEMM block width in vectors
-  bool prefetch = false;      // x may come from beyond L2: fetch what is next meanwhile
-  bool stream = false;        // non-temporal stores for the output
-  int64_t items = 0;          // tiles * row_splits * channel_splits: the parallel loop's length
-  int64_t scratch_bytes = 0;  // per thread
+  int vecs = 4;  // GEMM block width in vectors
+  Fetch fetch = Fetch::kNothing;
+  bool fetch_results = false;  // in the GEMM, the place of the next columns' results
+  bool stream = false;         // non-temporal stores for the output
+  int64_t items = 0;           // tiles * row_splits * channel_splits: the parallel loop's length
+  int64_t scratch_bytes = 0;   // per thread
 };
 
 struct Traffic {

@@ -162,11 +162,40 @@ class ApplyTile {
   // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat
   // starts, or null.
   void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy,
-               A* copy, const A* following = nullptr) const {
-    GemmOut<A> o{y, ldy, copy, out_channel, p.act1.act == Act::kReLU, plan.stream, false};
+               A* copy, const Meanwhile<A>& meanwhile) const {
+    const GemmOut<A> o{y,
+                       ldy,
+                       copy,
+                       out_channel,
+                       p.act1.act == Act::kReLU,
+                       plan.stream,
+                       false,
+                       plan.fetch_results};
     gemm_nn<A>(x, ldx, packed + at.w1 + c0 * p.channels, kPanel * p.channels, p.channels,
-               packed + at.shift1 + c0, c1 - c0, pixels, plan.vecs, plan.prefetch, following, o);
+               packed + at.shift1 + c0, c1 - c0, pixels, plan.vecs, meanwhile, o);
     if (!linear_or_relu(p.act1)) activate_rows(first_act(c0), y, ldy, c1 - c0, pixels);
+  }
+
+  // What the product of images [n, n + images) fetches: the next ones, and the place of what is
+  // written until their product is through, where these are runs of memory.
+  Meanwhile<A> meanwhile(int64_t n, int64_t images) const {
+    const int64_t left = p.batch - n - images, more = left < images ? left : images;
+    if (plan.fetch != Fetch::kImages || more <= 0 || args.x_channel != P) return columns();
+    Meanwhile<A> next;
+    next.read = {reinterpret_cast<const A*>(source.x) + (n + images) * args.x_image,
+                 more * args.x_image};
+    if (out_channel == P && !plan.stream) {
+      // Made in place, y is written while it is made.
+      const int64_t first = direct && images == 1 ? m : 0;
+      next.write = {reinterpret_cast<const A*>(out) + n * args.out_image + first * P,
+                    images * args.out_image};
+    }
+    return next;
+  }
+  Meanwhile<A> columns() const {
+    Meanwhile<A> next;
+    next.columns = plan.fetch != Fetch::kNothing && !plan.pack;
+    return next;
   }
 
   // Without a primary convolution x is u: y = act(scale1 * u + shift1).
@@ -346,10 +375,8 @@ class ApplyTile {
       x = panel;
       ldx = ld;
     }
-    // Short planes of one image lie side by side.
-    const bool whole = pixels < kLongPlane && ldx == P && n0 + images < p.batch;
+    const Meanwhile<A> fetch = meanwhile(n0, images);
     for (int64_t g0 = c0; g0 < c1; g0 += plan.group) {
-      const A* following = whole && g0 == c0 ? x + args.x_image : nullptr;
       const int64_t g1 = g0 + plan.group < c1 ? g0 + plan.group : c1;
       A* planes =
           y_direct && (images == 1 || args.out_image == P) && (!plan.stream || streamable(out, P))
@@ -357,13 +384,13 @@ class ApplyTile {
               : nullptr;
       if (p.has_primary && planes && !plan.stream) {
         // The output's own planes serve as y: written once, read back through the cache.
-        primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr, following);
+        primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr, fetch);
         for (int64_t j = 0; j < images; ++j)
           cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
         continue;
       }
       if (p.has_primary) {
-        primary(x, ldx, pixels, g0, g1, y, ld, planes, following);
+        primary(x, ldx, pixels, g0, g1, y, ld, planes, fetch);
       } else {
         read_given(n0, 0, H, g0, g1, y, ld);
         given(y, ld, pixels, g0, g1, y, ld);
@@ -443,7 +470,7 @@ class ApplyTile {
         source.pack(n, r, until - r, panel, ldx);
         x = panel;
       }
-      primary(x, ldx, px, c0, c1, y + r * W, out_channel, nullptr);
+      primary(x, ldx, px, c0, c1, y + r * W, out_channel, nullptr, columns());
       const int64_t ready = until == H ? H : until - pad;
       if (ready <= done) continue;
       cheap(y, out_channel, 0, n, done, ready, c0, c1, z);
@@ -466,10 +493,10 @@ class ApplyTile {
     } else if (plan.pack) {
       const int64_t ldx = round_up(px, 16) + 16;
       source.pack(n, r0, r1 - r0, panel, ldx);
-      primary(panel, ldx, px, c0, c1, y, ld, planes);
+      primary(panel, ldx, px, c0, c1, y, ld, planes, columns());
     } else {
       primary(reinterpret_cast<const A*>(source.x) + n * args.x_image + r0 * W, args.x_channel, px,
-              c0, c1, y, ld, planes);
+              c0, c1, y, ld, planes, columns());
     }
     if (owned && !planes && !writes_with_ghosts(c0, c1)) write(y, ld, n, r0, r1 - r0, c0, c1 - c0);
   }

@@ -11,7 +11,7 @@
 //   chunk of pixels.
 #pragma once
 
-#include "core/problem.h"
+#include "core/plan.h"
 #include "cpu/simd.h"
 
 namespace ghost {
@@ -28,15 +28,40 @@ struct GemmOut {
   bool
       stream;  // non-temporal stores to `copy`: its rows must then be vector-aligned at every block
   bool accumulate;  // start from y instead of from shift
+  bool ahead;       // fetch the place of the next columns' results
+};
+
+// Memory that a product fetches meanwhile: evenly, in the order of addresses.
+template <class A>
+struct Run {
+  const A* at = nullptr;
+  int64_t count = 0;  // 0: nothing
+};
+
+// What a product fetches from beyond L2.
+template <class A>
+struct Meanwhile {
+  bool columns = false;  // the next columns of x
+  Run<A> read, write;    // instead: what is read, and written, after this product
+};
+
+// Where a run has got to, and how far it goes for each k.
+struct Walk {
+  const char* at = nullptr;
+  int64_t step = 0;
+};
+struct Walks {
+  bool any = false;
+  Walk read, write;
 };
 
 // One register block. w points at the first of kRows channels inside a panel (stride kPanel per k).
-// next (kPrefetch): two vectors every `step` elements, fetched between the products, a pair for
-// each k. All at once they would stop the products: a core keeps few lines in flight.
-template <class A, int kRows, int kVecs, bool kTail, bool kPrefetch>
+// What is fetched goes between the products, two lines for each k. All at once it would stop them:
+// a core keeps few lines in flight. kColumns: two vectors of every row of x from `next` on.
+template <class A, int kRows, int kVecs, bool kTail, Fetch kFetch>
 GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift,
                              const GemmOut<A>& out, int64_t col, int rows, int64_t tail,
-                             const A* next, int64_t step) {
+                             const A* next, const Walks& walks) {
   constexpr int L = kLanes<A>;
   using V = Vec<A>;
   V acc[kRows][kVecs];
@@ -56,11 +81,18 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
       for (int v = 0; v < kVecs; ++v) acc[i][v] = s;
     }
   }
+  const char *read = walks.read.at, *write = walks.write.at;
+  const int64_t read_step = walks.read.step, write_step = walks.write.step;
   for (int64_t k = 0; k < K; ++k) {
-    if constexpr (kPrefetch) {
+    if constexpr (kFetch == Fetch::kColumns) {
       __builtin_prefetch(next, 0, 2);
       __builtin_prefetch(next + L, 0, 2);
-      next += step;
+      next += ldx;
+    } else if constexpr (kFetch == Fetch::kImages) {
+      __builtin_prefetch(read, 0, 2);
+      __builtin_prefetch(write, 0, 2);
+      read += read_step;
+      write += write_step;
     }
     V xv[kVecs];
 #pragma GCC unroll 8
@@ -89,6 +121,7 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
         if (c) store_masked(c + v * L, r, mask);
       } else {
         store(y + v * L, r);
+        if (out.ahead) __builtin_prefetch(y + (kVecs + v) * L, 1, 2);
         if (c) {
           if (out.stream)
             store_stream(c + v * L, r);
@@ -111,21 +144,12 @@ inline constexpr int kMaxVecs = 3;
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
 #endif
 
-// What is fetched during a block: from `next` (null: nothing), two vectors every `step` elements
-// for each k, while the first channels pass; while the following ones pass, from `apart` further
-// on; in all as many vectors for each k as the block is wide.
-template <class A>
-struct Ahead {
-  const A* next;
-  int64_t step, apart;
-};
-
 // All channels [0, M) of one block of pixels, kVecs wide.
 template <class A, int kVecs, bool kTail>
 __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels,
                                             int64_t ldpanel, int64_t K, const A* shift, int64_t M,
                                             const GemmOut<A>& out, int64_t col, int64_t tail,
-                                            const Ahead<A>& ahead) {
+                                            const A* next, Walks& walks) {
   constexpr int R = kRowsFor[kVecs], L = kLanes<A>;
   GemmOut<A> o = out;
   for (int64_t i = 0; i < M; i += R) {
@@ -134,16 +158,25 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
     o.y = out.y + i * out.ldy;
     o.copy = out.copy ? out.copy + i * out.ldcopy : nullptr;
     const int rows = M - i < R ? int(M - i) : R;
-    if (!kTail && rows == R && ahead.next && i / R * 2 < kVecs) {
-      gemm_block<A, R, kVecs, false, true>(x, ldx, w, K, s, o, col, rows, tail,
-                                           ahead.next + i / R * ahead.apart, ahead.step);
+    if (!kTail && rows == R && walks.any) {
+      gemm_block<A, R, kVecs, false, Fetch::kImages>(x, ldx, w, K, s, o, col, rows, tail, nullptr,
+                                                     walks);
+      walks.read.at += walks.read.step * K;
+      walks.write.at += walks.write.step * K;
+      continue;
+    }
+    // Two vectors of the next columns while the first channels pass, two while the following do.
+    const int64_t pair = i / R * 2;
+    if (!kTail && rows == R && next && pair < kVecs) {
+      gemm_block<A, R, kVecs, false, Fetch::kColumns>(x, ldx, w, K, s, o, col, rows, tail,
+                                                      next + pair * L, walks);
       continue;
     }
     // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels,
     // so a block may compute idle rows; it never stores them.
-#define GHOST_ROWS(n)                                                                       \
-  gemm_block<A, (n <= R ? n : R), kVecs, kTail, false>(x, ldx, w, K, s, o, col, rows, tail, \
-                                                       nullptr, 0)
+#define GHOST_ROWS(n)                                                                           \
+  gemm_block<A, (n <= R ? n : R), kVecs, kTail, Fetch::kNothing>(x, ldx, w, K, s, o, col, rows, \
+                                                                 tail, nullptr, walks)
     if (rows > 8)
       GHOST_ROWS(12);
     else if (rows > 6)
@@ -214,8 +247,6 @@ int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, i
   return row;
 }
 
-inline constexpr int kMostPixels = 4;  // of a tail that goes through gemm_pixels
-
 template <class A, int kPixels>
 __attribute__((noinline)) void gemm_tail(const A* x, int64_t ldx, const A* panels, int64_t ldpanel,
                                          int64_t K, const A* shift, int64_t M,
@@ -237,11 +268,10 @@ inline constexpr int64_t kLongPlane = 512, kLongDepth = 36, kLongRun = 1024;
 
 // Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
-//   shift: padded, or null; prefetch: x may come from beyond L2; then `following`, if not null, is
-//   what is read after x, in that order
+//   shift: padded, or null
 template <class A>
 void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift,
-             int64_t M, int64_t pixels, int vecs, bool prefetch, const A* following,
+             int64_t M, int64_t pixels, int vecs, const Meanwhile<A>& meanwhile,
              const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
   const int64_t rest = pixels % L;
@@ -266,15 +296,27 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
         break;
     }
     pixels -= rest;
+    if (pixels == 0) return;
   }
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
   int64_t slices = K > kDepth * 3 / 2 ? (K + kDepth - 1) / kDepth : 1, run = 1;
-  if (prefetch && pixels >= kLongPlane) {
+  if (meanwhile.columns && pixels >= kLongPlane) {
     slices = K > kLongDepth * 3 / 2 ? (K + kLongDepth - 1) / kLongDepth : 1;
     run = kLongRun / (vecs * L);
   }
   const int64_t depth = K > 0 ? (K + slices - 1) / slices : 1;
+  Walks walks;
+  const int64_t rounds = blocks * (M / kRowsFor[(total + blocks - 1) / blocks]) * K;
+  const auto walk = [&](const Run<A>& what) {
+    // An idle one stays where there is memory for certain.
+    if (what.count == 0 || rounds == 0) return Walk{reinterpret_cast<const char*>(x), 0};
+    walks.any = true;
+    return Walk{reinterpret_cast<const char*>(what.at),
+                (what.count * int64_t(sizeof(A)) + rounds - 1) / rounds};
+  };
+  walks.read = walk(meanwhile.read);
+  walks.write = walk(meanwhile.write);
   for (int64_t b0 = 0; b0 < blocks; b0 += run) {
     const int64_t b1 = b0 + run < blocks ? b0 + run : blocks;
     // Deep products go in slices of K whose x columns stay in L1 while all channels pass; the sums
@@ -295,23 +337,20 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
         const bool partial = tail < L;
         const A* xk = x + col + k * ldx;
         // Late at the start of every page, even where the hardware follows: what comes next is
-        // fetched meanwhile. That is the next columns of long planes. Short ones would be a few
-        // lines here and there; of them the following image is fetched in order.
-        Ahead<A> ahead{nullptr, ldx, 2 * L};
-        if (prefetch && following)
-          ahead = {following + (b * K + k) * (v1 - v0) * L, 2 * L, 2 * L * len};
-        else if (prefetch)
-          ahead.next = b + 1 < b1    ? xk + (v1 - v0) * L
-                       : k + len < K ? x + total * b0 / blocks * L + (k + len) * ldx
-                                     : x + v1 * L;
-#define GHOST_COLUMNS(n)                                                                    \
-  case n:                                                                                   \
-    if constexpr (n <= kMaxVecs) {                                                          \
-      if (partial)                                                                          \
-        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, ahead); \
-      else                                                                                  \
-        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, ahead);   \
-    }                                                                                       \
+        // fetched meanwhile.
+        const A* next = nullptr;
+        if (meanwhile.columns)
+          next = b + 1 < b1    ? xk + (v1 - v0) * L
+                 : k + len < K ? x + total * b0 / blocks * L + (k + len) * ldx
+                               : x + v1 * L;
+#define GHOST_COLUMNS(n)                                                                          \
+  case n:                                                                                         \
+    if constexpr (n <= kMaxVecs) {                                                                \
+      if (partial)                                                                                \
+        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, next, walks); \
+      else                                                                                        \
+        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, next, walks);   \
+    }                                                                                             \
     break;
         switch (int(v1 - v0)) {
           GHOST_COLUMNS(1)

@@ -153,8 +153,8 @@ class TransposedGrad {
         if (count < kPanel) std::memset(panel, 0, size_t(px * kPanel) * sizeof(A));
         write_transposed(du + (row0 + i) * N * P + q, N * P, panel, kPanel, px, count);
       }
-      const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, !fresh};
-      gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, false, nullptr, out);
+      const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, !fresh, false};
+      gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, {}, out);
       fresh = false;
       // A float32 sum over all pixels would lose digits: it is moved to double from time to time.
       since += px;

@@ -41,9 +41,11 @@ ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int
 py::dict describe(const ghost::Problem& p, const ghost::CpuInfo& cpu) {
   const ghost::ApplyPlan plan = ghost::plan_apply(p, cpu);
   const ghost::Traffic t = ghost::traffic(p);
+  static constexpr const char* kFetch[] = {"nothing", "columns", "images"};
   return py::dict("pack"_a = plan.pack, "images"_a = plan.images, "band_rows"_a = plan.band_rows,
                   "row_splits"_a = plan.row_splits, "channel_splits"_a = plan.channel_splits,
-                  "group"_a = plan.group, "vecs"_a = plan.vecs, "stream"_a = plan.stream,
+                  "group"_a = plan.group, "vecs"_a = plan.vecs, "fetch"_a = kFetch[int(plan.fetch)],
+                  "fetch_results"_a = plan.fetch_results, "stream"_a = plan.stream,
                   "items"_a = plan.items, "scratch_bytes"_a = plan.scratch_bytes,
                   "bytes_fused"_a = t.bytes_fused, "bytes_eager"_a = t.bytes_eager,
                   "flops"_a = t.flops, "keep_primary"_a = ghost::keep_primary(p));
