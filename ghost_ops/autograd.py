@@ -35,6 +35,11 @@ def ops_named(backend: str) -> Any:
     return ops.native if backend == "native" else eager_ops
 
 
+def direct(function: Any) -> Any:
+    """What an operator's overload calls, so that it can be called without it; else the same."""
+    return getattr(function, "_op", function)
+
+
 def backend_for(x: Tensor, dw_size: int) -> str:
     """The backend that computes on x with a depthwise kernel of this size.
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from . import activations, backends, watch
+from . import activations, backends, kept_call, watch
 from .activations import ActivationSpec
 from .autograd import (
     LOW_PRECISION,
@@ -18,6 +19,7 @@ from .autograd import (
     autocast_dtype,
     backend_for,
     dense,
+    direct,
     in_transform,
     is_fused_primary,
     library_conv,
@@ -45,6 +47,15 @@ def _announce_unfused(reason: str) -> None:
         )
 
 
+# What else has to be as it was, and what has to be answered with no, for a module to run at once.
+_STATE = ((forward_ad.__dict__, "_current_level"), (backends.__dict__, "_requested"))
+_QUESTIONS = (
+    (torch.is_grad_enabled, ()),
+    (torch._C._are_functorch_transforms_active, ()),
+    (torch._C._is_tracing, ()),
+)
+
+
 class _Packed:
     """Packed weights of a module in eval mode, and the watch over all that they were made from.
 
@@ -52,22 +63,8 @@ class _Packed:
     count of batches is among the tensors because it tells.
     """
 
-    __slots__ = (
-        "alive",
-        "apply",
-        "arguments",
-        "backend",
-        "channels",
-        "device",
-        "device_type",
-        "dtype",
-        "library_w1",
-        "out_channels",
-        "packed",
-        "request",
-        "settings",
-        "unchanged",
-    )
+    __slots__ = ("alive", "arguments", "backend", "library_w1", "operator", "packed", "run",
+                 "settings", "unchanged")  # fmt: skip
 
     def __init__(
         self,
@@ -80,39 +77,50 @@ class _Packed:
         conv1, conv2 = structure.conv1, structure.conv2
         w1, w2 = conv1.weight.detach(), conv2.weight.detach()
         self.settings = structure.settings
-        self.out_channels = self.settings.out_channels
         fused = is_fused_primary(w1, self.settings)
         norms = Norms(*_norm_tensors(structure.bn1), *_norm_tensors(structure.bn2))
         functions = ops_named(backend)
-        self.backend, self.request = backend, backends.requested()
+        self.backend = backend
         # Keeps the memory, so that nothing else comes to a watched address.
         self.alive = [t.detach() for t in tensors]
         # Before packing: a change in the meantime, by another thread, is then noticed.
         dicts, items, absent = structure.watched(module)
         modes = tuple((bn.__dict__, "training") for bn in (structure.bn1, structure.bn2))
-        self.unchanged = watch.make((*dicts, *places), (*items, *modes), absent, tensors).unchanged
-        self.dtype, self.device, self.device_type = w1.dtype, w1.device, w1.device.type
-        self.channels = w1.size(1) * self.settings.groups
+        watched = watch.make((*dicts, *places), (*items, *modes, *_STATE), absent, tensors)
+        self.unchanged = watched.unchanged
         self.library_w1 = None if fused else w1
         with torch.no_grad():
             weight = w1 if fused else None
             self.packed = pack(functions, weight, w2, norms, self.settings, structure.slopes())
-        self.apply = functions.ghost_apply
+        self.operator = direct(functions.ghost_apply)
         self.arguments = apply_arguments(w1.size(0), w2, self.settings, fused)
+        rest = (self.packed, None, None, *self.arguments)
+        self.run = kept_call.make(
+            watch=watched,
+            questions=(*_QUESTIONS, (torch.is_autocast_enabled, (w1.device.type,))),
+            tensor_type=Tensor,
+            dtype=w1.dtype,
+            device=w1.device,
+            channels_last=torch.channels_last,
+            channels=w1.size(1) * self.settings.groups,
+            out_channels=self.settings.out_channels,
+            operator=self.operator if fused else self._after_library,
+            arguments=rest if fused else (),
+        ).run
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether packing now would give the same. Runs at every call."""
-        return (
-            module.oup == self.out_channels
-            and self.unchanged()
-            and backends.requested() == self.request
-        )
+        """Whether packing now would give the same."""
+        return module.oup == self.settings.out_channels and self.unchanged()
 
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output for an x that is dense and fits."""
         if self.library_w1 is not None:
-            x = dense(library_conv(x, self.library_w1, self.settings))
-        return self.apply(x, self.packed, None, None, *self.arguments)
+            return self._after_library(x)
+        return self.operator(x, self.packed, None, None, *self.arguments)
+
+    def _after_library(self, x: Tensor) -> Tensor:
+        u = dense(library_conv(x, self.library_w1, self.settings))
+        return self.operator(u, self.packed, None, None, *self.arguments)
 
 
 class FusedGhostModule(nn.Module):
@@ -211,22 +219,10 @@ class FusedGhostModule(nn.Module):
         if torch.compiler.is_compiling():
             return self._read_and_run(x)
         kept = self._packed
-        if (
-            kept is not None
-            and not torch.is_grad_enabled()
-            and type(x) is Tensor
-            and x.dtype is kept.dtype
-            and x.dim() == 4
-            and x.size(1) == kept.channels
-            and x.numel()
-            and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
-            and x.device == kept.device
-            and not in_transform()
-            and not torch.jit.is_tracing()
-            and autocast_dtype(kept.device_type) is None
-            and kept.is_current(self)
-        ):
-            return kept(x)
+        if kept is not None:
+            out = kept.run(x, self.oup)
+            if out is not None:
+                return out
         return self._read_and_run(x)
 
     def _read_and_run(self, x: Tensor) -> Tensor:

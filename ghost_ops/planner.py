@@ -82,8 +82,7 @@ class Plan:
                 f"parallel     {self.items} items (rows / {self.row_splits}, "
                 f"channels / {self.channel_splits}), "
                 f"{self.scratch_bytes / 1024:.0f} KiB scratch a thread",
-                f"fetched      {self.fetch} ahead"
-                f"{', results ahead' if self.fetch_results else ''}",
+                f"fetched      {self.fetch} ahead{', results ahead' if self.fetch_results else ''}",
                 f"stores       {'non-temporal' if self.stream else 'ordinary'}",
                 f"bytes        {self.bytes_fused:,} fused, {self.bytes_eager:,} eager "
                 f"({self.bytes_eager / max(self.bytes_fused, 1):.1f}x)",

@@ -5,6 +5,7 @@
 
 #include "core/plan.h"
 #include "cpu/dispatch.h"
+#include "python/kept_call.h"
 #include "python/watch.h"
 
 namespace py = pybind11;
@@ -55,7 +56,8 @@ py::dict describe(const ghost::Problem& p, const ghost::CpuInfo& cpu) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native side of ghost_ops: build information, instruction sets and the tile plan.";
-  if (add_watch_type(m.ptr()) != 0) throw py::error_already_set();
+  if (add_watch_type(m.ptr()) != 0 || add_kept_call_type(m.ptr()) != 0)
+    throw py::error_already_set();
   m.def("build_info", [] {
     return py::dict("compiler"_a = __VERSION__, "cxx_standard"_a = int64_t(__cplusplus),
                     "stable_abi"_a = "2.10");

@@ -50,8 +50,28 @@ struct Watch {
   PyObject_HEAD Contents* contents;
 };
 
-PyObject* g_version = nullptr;  // interned attribute names
+PyTypeObject* g_type = nullptr;  // Watch
+PyObject* g_version = nullptr;   // interned attribute names
 PyObject* g_data_ptr = nullptr;
+
+// What these names are on torch's tensors; called directly, they cost a third of a lookup and call.
+// Null where they are not what they have always been.
+PyGetSetDescrObject* g_version_of = nullptr;
+PyMethodDescrObject* g_data_ptr_of = nullptr;
+
+void find_descriptors(PyTypeObject* tensor_type) {
+  PyObject* version = PyObject_GetAttr(reinterpret_cast<PyObject*>(tensor_type), g_version);
+  if (version != nullptr && Py_IS_TYPE(version, &PyGetSetDescr_Type) && g_version_of == nullptr)
+    g_version_of = reinterpret_cast<PyGetSetDescrObject*>(Py_NewRef(version));
+  PyObject* data_ptr = PyObject_GetAttr(reinterpret_cast<PyObject*>(tensor_type), g_data_ptr);
+  if (data_ptr != nullptr && Py_IS_TYPE(data_ptr, &PyMethodDescr_Type) &&
+      reinterpret_cast<PyMethodDescrObject*>(data_ptr)->d_method->ml_flags == METH_NOARGS &&
+      g_data_ptr_of == nullptr)
+    g_data_ptr_of = reinterpret_cast<PyMethodDescrObject*>(Py_NewRef(data_ptr));
+  Py_XDECREF(version);
+  Py_XDECREF(data_ptr);
+  PyErr_Clear();
+}
 
 // The integer that a new reference holds; false with a Python exception set where there is none.
 bool take_integer(PyObject* number, long long* out) {
@@ -63,8 +83,16 @@ bool take_integer(PyObject* number, long long* out) {
 }
 
 bool read_tensor(PyObject* tensor, long long* version, long long* address) {
-  return take_integer(PyObject_GetAttr(tensor, g_version), version) &&
-         take_integer(PyObject_CallMethodNoArgs(tensor, g_data_ptr), address);
+  const auto* v = g_version_of;
+  const auto* a = g_data_ptr_of;
+  PyObject* number = v != nullptr && PyObject_TypeCheck(tensor, PyDescr_TYPE(v))
+                         ? v->d_getset->get(tensor, v->d_getset->closure)
+                         : PyObject_GetAttr(tensor, g_version);
+  if (!take_integer(number, version)) return false;
+  number = a != nullptr && PyObject_TypeCheck(tensor, PyDescr_TYPE(a))
+               ? a->d_method->ml_meth(tensor, nullptr)
+               : PyObject_CallMethodNoArgs(tensor, g_data_ptr);
+  return take_integer(number, address);
 }
 
 bool is_dict(PyObject* object, const char* what) {
@@ -111,6 +139,7 @@ bool add_items(Contents& to, PyObject* items, bool absent) {
 bool add_tensors(Contents& to, PyObject* tensors) {
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(tensors); ++k) {
     PyObject* tensor = PyTuple_GET_ITEM(tensors, k);
+    if (g_version_of == nullptr || g_data_ptr_of == nullptr) find_descriptors(Py_TYPE(tensor));
     long long version, address;
     if (!read_tensor(tensor, &version, &address)) return false;
     to.tensors.push_back({Py_NewRef(tensor), version, address});
@@ -193,7 +222,7 @@ bool holds(const WatchedTensor& entry) {
          address == entry.address;
 }
 
-PyObject* watch_unchanged(Watch* self, PyObject*) {
+bool all_hold(Watch* self) {
   const auto all = [](const auto& entries) {
     for (const auto& entry : entries)
       if (!holds(entry)) return false;
@@ -206,7 +235,11 @@ PyObject* watch_unchanged(Watch* self, PyObject*) {
   Py_DECREF(self);
   // What cannot be read any more has changed.
   if (!same) PyErr_Clear();
-  return PyBool_FromLong(same);
+  return same;
+}
+
+PyObject* watch_unchanged(Watch* self, PyObject*) {
+  return PyBool_FromLong(all_hold(self));
 }
 
 PyMethodDef g_methods[] = {
@@ -236,7 +269,14 @@ int add_watch_type(PyObject* module) {
   if (g_version == nullptr || g_data_ptr == nullptr) return -1;
   PyObject* type = PyType_FromSpec(&g_spec);
   if (type == nullptr) return -1;
-  const int failed = PyModule_AddObjectRef(module, "Watch", type);
-  Py_DECREF(type);
-  return failed;
+  g_type = reinterpret_cast<PyTypeObject*>(type);  // kept for good
+  return PyModule_AddObjectRef(module, "Watch", type);
+}
+
+bool is_watch(PyObject* object) {
+  return PyObject_TypeCheck(object, g_type);
+}
+
+bool unchanged(PyObject* watch) {
+  return all_hold(reinterpret_cast<Watch*>(watch));
 }

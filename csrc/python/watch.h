@@ -5,3 +5,6 @@
 
 // Adds the type to the module. Returns 0, or -1 with a Python exception set.
 int add_watch_type(PyObject* module);
+
+bool is_watch(PyObject* object);
+bool unchanged(PyObject* watch);

@@ -1,0 +1,95 @@
+"""One call of an operator with kept arguments, if everything still is as when they were made.
+
+What a module in eval mode has to ask before it may run its operator takes as long as a small
+module's arithmetic. The compiled library has the same class in C; ``make`` takes that where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .backends import native
+from .watch import Watch
+
+Question = tuple[Callable[..., bool], tuple]
+
+
+class KeptCall(Protocol):
+    """What ``make`` returns."""
+
+    def run(self, x: Tensor, out_channels: int) -> Tensor | None:
+        """The operator's result, or None: then the long way has to be taken, and says why."""
+        ...
+
+
+class PythonKeptCall:
+    """``operator(x, *arguments)`` where nothing speaks against it.
+
+    Args:
+        watch: over what the arguments were made from; of the compiled library for its class.
+        questions: pairs (function, arguments); each has to answer False, such as
+            ``(torch.is_grad_enabled, ())``.
+        tensor_type: the type of x, no subclass.
+        dtype, device: of x.
+        channels_last: ``torch.channels_last``: x is dense in this memory format or contiguous.
+        channels: x is [N, channels, H, W], and not empty.
+        out_channels: what ``run`` has to be given, an attribute of the module that no watch can
+            look at without keeping the module alive.
+        operator: called with x and the arguments, at most 31.
+
+    Raises:
+        TypeError, ValueError: the compiled class, for arguments of another kind.
+    """
+
+    __slots__ = (
+        "_arguments", "_channels", "_channels_last", "_device", "_dtype", "_operator",
+        "_out_channels", "_questions", "_tensor_type", "_unchanged",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        watch: Watch,
+        questions: tuple[Question, ...],
+        tensor_type: type[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        channels_last: torch.memory_format,
+        channels: int,
+        out_channels: int,
+        operator: Callable[..., Tensor],
+        arguments: tuple,
+    ) -> None:
+        self._unchanged = watch.unchanged
+        self._questions = questions
+        self._tensor_type = tensor_type
+        self._dtype, self._device = dtype, device
+        self._channels_last = channels_last
+        self._channels, self._out_channels = channels, out_channels
+        self._operator, self._arguments = operator, arguments
+
+    def run(self, x: Tensor, out_channels: int) -> Tensor | None:
+        if (
+            type(x) is not self._tensor_type
+            or type(out_channels) is not int
+            or out_channels != self._out_channels
+            or x.dtype is not self._dtype
+            or x.device != self._device
+            or x.dim() != 4
+            or x.size(1) != self._channels
+            or not x.numel()
+            or not (x.is_contiguous() or x.is_contiguous(memory_format=self._channels_last))
+            or any(function(*given) for function, given in self._questions)
+            or not self._unchanged()
+        ):
+            return None
+        return self._operator(x, *self._arguments)
+
+
+def make(**arguments: Any) -> KeptCall:
+    """A ``PythonKeptCall``, or the compiled library's equal of it."""
+    kind: Any = native.library().KeptCall if native.load() else PythonKeptCall
+    return kind(**arguments)
