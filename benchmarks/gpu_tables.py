@@ -10,6 +10,8 @@ from benchmarks.report import by_shape, geometric_mean
 Row = Mapping[str, Any]
 Key = tuple[str, str, int, str]  # mode, dtype, batch, group
 EAGER = ("eager_nchw", "eager_cl")
+WHAT = "Microseconds of the device"
+SHARES = ("share_of_copy", "share_of_largest_copy")
 
 
 def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
@@ -20,51 +22,60 @@ def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     return groups
 
 
+def is_ours(name: str) -> bool:
+    return name.startswith(("native", "triton"))
+
+
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     """Geometric means over the shapes that both sides of a ratio ran.
 
     Returns:
-        ``over_eager``: our backend and layout -> time of the faster eager layout over ours;
+        ``shapes``: how many shapes were timed; each of the others has our backends and layouts as
+        keys.
+        ``over_eager``: device time of the faster eager layout over ours;
+        ``called_over_eager``: the same of calls from Python;
         ``over_compile``: the same over torch.compile, where it was timed;
-        ``share_of_copy``: bytes per second (x and out once) over those of a device copy;
-        ``slower``: shapes where the faster of eager and torch.compile beats our fastest;
-        ``shapes``: how many shapes were timed.
+        ``share_of_copy``: bytes per second (x and out once) over those of a copy as large;
+        ``share_of_largest_copy``: over those of the largest copy;
+        ``slower``: shapes where the faster of eager and torch.compile wins.
     """
     cells = by_shape(rows)
-    names = {name for cell in cells.values() for name in cell}
-    ours = sorted(name for name in names if name.startswith(("native", "triton")))
-    over_eager: dict[str, list[float]] = {}
-    over_compile: dict[str, list[float]] = {}
-    share: dict[str, list[float]] = {}
-    slower = []
+    ours = sorted({name for cell in cells.values() for name in cell if is_ours(name)})
+    kinds = ("over_eager", "called_over_eager", "over_compile", *SHARES)
+    found: dict[str, dict[str, list[float]]] = {kind: {} for kind in kinds}
+    slower: dict[str, list[str]] = {name: [] for name in ours}
     for shape, cell in cells.items():
-        times = {name: row["median_s"] for name, row in cell.items()}
-        eager = min((times[name] for name in EAGER if name in times), default=None)
-        compiled = times.get("compile_cl")
-        for name in ours:
-            if name not in times:
-                continue
-            if eager is not None:
-                over_eager.setdefault(name, []).append(eager / times[name])
-            if compiled is not None:
-                over_compile.setdefault(name, []).append(compiled / times[name])
-            share.setdefault(name, []).append(cell[name]["share_of_copy"])
-        peers = [t for t in (eager, compiled) if t is not None]
-        mine = [times[name] for name in ours if name in times]
-        if peers and mine and min(peers) < min(mine):
-            slower.append(shape)
-    return {
-        "shapes": len(cells),
-        "over_eager": {k: geometric_mean(v) for k, v in over_eager.items()},
-        "over_compile": {k: geometric_mean(v) for k, v in over_compile.items()},
-        "share_of_copy": {k: geometric_mean(v) for k, v in share.items()},
-        "slower": slower,
+        for name in (name for name in ours if name in cell):
+            mine = cell[name]
+            values = {
+                "over_eager": over(cell, EAGER, mine, "median_s"),
+                "called_over_eager": over(cell, EAGER, mine, "call_s"),
+                "over_compile": over(cell, ("compile_cl",), mine, "median_s"),
+                **{share: mine[share] for share in SHARES},
+            }
+            for kind, value in values.items():
+                if value is not None:
+                    found[kind].setdefault(name, []).append(value)
+            best = over(cell, (*EAGER, "compile_cl"), mine, "median_s")
+            if best is not None and best < 1:
+                slower[name].append(shape)
+    means = {
+        kind: {name: geometric_mean(values) for name, values in by_name.items()}
+        for kind, by_name in found.items()
     }
+    return {"shapes": len(cells), "slower": slower, **means}
+
+
+def over(cell: Mapping[str, Row], names: Iterable[str], mine: Row, key: str) -> float | None:
+    """The best of some providers' times over ours; None if none of them was timed."""
+    best = min((cell[name][key] for name in names if name in cell), default=None)
+    return None if best is None else best / mine[key]
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
-    rows = [list(headings), ["---"] * len(headings), *([str(c) for c in line] for line in lines)]
+    cells = ([str(cell).replace("|", "/") for cell in line] for line in lines)
+    rows = [list(headings), ["---"] * len(headings), *cells]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -74,19 +85,15 @@ def time_table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row["provider"] for row in rows))
     lines = []
     for shape, cell in cells.items():
-        times = {name: cell[name]["median_s"] for name in names if name in cell}
-        mine = {n: t for n, t in times.items() if n.startswith(("native", "triton"))}
-        best = min(mine, key=mine.__getitem__) if mine else None
-        eager = min((times[n] for n in EAGER if n in times), default=None)
         line: list[object] = [shape]
-        line += [f"{1e6 * times[name]:.1f}" if name in times else "" for name in names]
-        if best is None:
-            line += ["", "", ""]
-        else:
-            line.append("" if eager is None else f"{eager / mine[best]:.2f}")
-            compiled = times.get("compile_cl")
-            line.append("" if compiled is None else f"{compiled / mine[best]:.2f}")
-            line.append(f"{cell[best]['share_of_copy']:.0%}")
+        line += [f"{1e6 * cell[n]['median_s']:.1f}" if n in cell else "" for n in names]
+        ours = [row for name, row in cell.items() if is_ours(name)]
+        mine = min(ours, key=lambda row: row["median_s"], default=None)
+        ratios = [None, None]
+        if mine is not None:
+            ratios = [over(cell, n, mine, "median_s") for n in (EAGER, ("compile_cl",))]
+        line += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        line.append("" if mine is None else f"{mine['share_of_copy']:.0%}")
         lines.append(line)
     return table(["shape", *names, "x eager", "x compile", "of copy"], lines)
 
@@ -109,16 +116,44 @@ def memory_table(rows: Sequence[Row]) -> str:
     return table(["shape", *headings], lines)
 
 
+def memory_means(rows: Sequence[Row]) -> str:
+    """What ours keep for backward, as a share of what eager keeps."""
+    kept: dict[str, dict[str, int]] = {}
+    for row in rows:
+        if "kept" in row:
+            kept.setdefault(row["provider"], {})[row["shape"]] = row["kept"]
+    eager, lines = kept.get("eager_cl", {}), []
+    for name in filter(is_ours, kept):
+        shares = [v / eager[s] for s, v in kept[name].items() if eager.get(s, 0) > 0]
+        if shares:
+            mean = sum(shares) / len(shares)
+            lines.append(
+                f"- {name} keeps {mean:.0%} of what eager_cl keeps for backward (mean over "
+                f"{len(shares)} shapes), {max(shares):.0%} at most"
+            )
+    return "\n".join(lines)
+
+
 def means(summary: Mapping[str, Any]) -> str:
     """The geometric means, one line each."""
     lines = [f"Geometric means over {summary['shapes']} shapes:", ""]
-    for name, value in summary["over_eager"].items():
-        text = f"- {name}: {value:.2f}x the faster eager layout"
-        if (compiled := summary["over_compile"].get(name)) is not None:
-            text += f", {compiled:.2f}x torch.compile"
-        lines.append(text + f"; {summary['share_of_copy'][name]:.0%} of a device copy")
-    slower = ", ".join(summary["slower"]) or "none"
-    return "\n".join([*lines, f"- slower than PyTorch at its best: {slower}"])
+    for name, share in summary["share_of_copy"].items():
+        parts = []
+        if name in summary["over_eager"]:
+            called = summary["called_over_eager"][name]
+            parts.append(
+                f"{summary['over_eager'][name]:.2f}x the faster eager layout (calls from Python "
+                f"{called:.2f}x)"
+            )
+        if name in summary["over_compile"]:
+            parts.append(f"{summary['over_compile'][name]:.2f}x torch.compile")
+        parts.append(
+            f"{share:.0%} of a device copy as large, {summary['share_of_largest_copy'][name]:.0%} "
+            "of the largest"
+        )
+        slower = ", ".join(summary["slower"][name]) or "none"
+        lines.append(f"- {name}: {', '.join(parts)}; slower than PyTorch at its best: {slower}")
+    return "\n".join(lines if len(lines) > 2 else [])
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
@@ -149,9 +184,11 @@ def render(document: Mapping[str, Any]) -> str:
         lines += ["", f"## {mode}, {dtype}, batch {batch}, {group}", ""]
         if mode == "memory":
             lines.append("MiB of device memory in training, x and parameters aside.")
-            lines += ["", memory_table(part)]
+            lines += ["", memory_table(part), "", memory_means(part)]
             continue
-        lines += ["Microseconds, medians.", "", time_table(part), "", means(summarize(part))]
+        lines += [f"{WHAT}, medians.", "", time_table(part), "", means(summarize(part))]
+        if late := sum(row.get("queued_ahead") is False for row in part):
+            lines.append(f"- of {late} rows the device time holds some of the host's")
     if left := notes(rows):
         lines += ["", "## Not timed", "", *(f"- {note}" for note in left)]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,6 @@
-"""What ``gpu_report`` measures on a GPU: module times, CUDA graphs, memory, and the copy they are
-held against.
+"""What ``gpu_report`` measures on a GPU: times of modules, CUDA graphs, memory.
 
-Times are wall-clock with the device synchronised before and after a sample of back-to-back calls:
-what a caller sees, kernel launches included. Every output is checked against the reference in
-float64 first; a candidate that fails its check is not timed.
+Every output is checked against the reference in float64 first; what fails its check is not timed.
 """
 
 from __future__ import annotations
@@ -11,24 +8,36 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import floor, harness, providers
-from benchmarks.module import error_floors
+from benchmarks.gpu_clock import (
+    DEVICE,
+    ROUNDS,
+    Call,
+    Rotation,
+    Timed,
+    copy_rate,
+    no_collection,
+    set_count,
+    time_calls,
+)
+from benchmarks.measure import error_floors
 from benchmarks.shapes import Shape
 
 Row = dict[str, Any]
-DEVICE = "cuda"
-COPY_SIZES = tuple(1 << k for k in range(20, 33))  # bytes read and written together
-GEMM_SIZE = 8192
 # float64 copies of the largest batches would take longer to check than everything else.
 TRAIN_CHECK_BATCH = 32
+GRAPH_CALLS = 20  # in one CUDA graph, which is launched once
+
+
+class DeviceLost(RuntimeError):
+    """The device answers nothing any more: only a new process can use it."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +66,14 @@ class Candidate:
         return providers.Provider("fused" if self.ours else self.family, self.layout)
 
 
-EAGER_CL = Candidate("eager", providers.CHANNELS_LAST)
 EAGER_NCHW = Candidate("eager", providers.NCHW)
+EAGER_CL = Candidate("eager", providers.CHANNELS_LAST)
+NATIVE_NCHW = Candidate("native", providers.NCHW)
+NATIVE_CL = Candidate("native", providers.CHANNELS_LAST)
+TRITON = Candidate("triton", providers.CHANNELS_LAST)
 COMPILE = Candidate("compile", providers.CHANNELS_LAST)
-CANDIDATES = (
-    EAGER_NCHW,
-    EAGER_CL,
-    Candidate("native", providers.NCHW),
-    Candidate("native", providers.CHANNELS_LAST),
-    Candidate("triton", providers.CHANNELS_LAST),
-)
+CANDIDATES = (EAGER_NCHW, EAGER_CL, NATIVE_NCHW, NATIVE_CL)
+NAMED = {c.name: c for c in (*CANDIDATES, TRITON, COMPILE)}
 
 
 def backend_missing(candidate: Candidate, dtype: torch.dtype) -> str | None:
@@ -75,118 +82,102 @@ def backend_missing(candidate: Candidate, dtype: torch.dtype) -> str | None:
         return None
     from ghost_ops import backends
 
-    backend = backends.BACKENDS.get(candidate.family)
-    if backend is None:
-        return f"ghost_ops has no backend {candidate.family!r}"
-    ok, reason = backend.can_run(DEVICE, dtype)
+    ok, reason = backends.BACKENDS[candidate.family].can_run(DEVICE, dtype)
     return None if ok else reason
 
 
-def measure_roofline() -> floor.Roofline:
-    """Device-to-device copy bandwidth by size, and the float16 matrix product's FLOP/s."""
-    rates = []
-    for nbytes in COPY_SIZES:
-        source = torch.empty(nbytes // 2, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-        rates.append(nbytes / device_time(functools.partial(target.copy_, source)))
-    left, right = torch.randn(2, GEMM_SIZE, GEMM_SIZE, dtype=torch.float16, device=DEVICE)
-    product = device_time(functools.partial(torch.mm, left, right))
-    return floor.Roofline(
-        gemm_peak=2 * GEMM_SIZE**3 / product,
-        gemm_size=GEMM_SIZE,
-        copy_bytes=COPY_SIZES,
-        bandwidth=tuple(rates),
-        methods=("torch copy_",) * len(rates),
-        threads=0,
-        dtype="float16",
-    )
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def clock() -> float:
-    """Seconds, read when the device has done all its work: also between warm-up calls, so that they
-    do not pile up."""
-    synchronize()
-    return time.perf_counter()
-
-
-def device_time(call: Callable[[], object], samples: int = 7, seconds: float = 5e-3) -> float:
-    """Median seconds of one of many back-to-back calls."""
-    timing = harness.time_interleaved(
-        {"call": call}, rounds=samples, min_sample=seconds, clock=clock
-    )
-    return timing["call"].median
+# ---------------------------------------------------------------- one shape
 
 
 @dataclass
 class Problem:
-    """One shape in one dtype and batch, with the reference's results in float64."""
+    """One shape in one dtype, batch and mode (eval or train): its operands on the device."""
 
     shape: Shape
     batch: int
     dtype: torch.dtype
+    mode: str
+    _sets: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reference = providers.reference_module(self.shape, dtype=self.dtype).to(DEVICE)
-        generator = torch.Generator().manual_seed(1)
-        size = (self.batch, self.shape.inp, self.shape.size, self.shape.size)
-        self.x = torch.randn(size, generator=generator).to(DEVICE).to(self.dtype)
+        nbytes = floor.training_bytes if self.training else floor.forward_bytes
+        self.bytes = nbytes(self.shape, self.batch, self.dtype.itemsize)
+        self.sets = set_count(self.bytes)
+        self.x = self.random(self.shape.inp, self.shape.size, 1)
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "train"
+
+    def random(self, channels: int, size: int, seed: int) -> Tensor:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        shape = (self.batch, channels, size, size)
+        return torch.randn(shape, generator=generator, device=DEVICE).to(self.dtype)
 
     @functools.cached_property
     def grad_out(self) -> Tensor:
-        size = (self.batch, self.shape.oup, self.shape.out_size, self.shape.out_size)
-        return (
-            torch.randn(size, generator=torch.Generator().manual_seed(2)).to(DEVICE).to(self.dtype)
-        )
+        return self.random(self.shape.oup, self.shape.out_size, 2)
 
-    def run(self, candidate: Candidate, mode: str, compile_mode: str) -> Callable[[], Any]:
+    def copies(self, which: str, layout: str) -> list[Tensor]:
+        """``x`` or ``grad_out`` in a layout, as often as there are sets; all candidates share
+        them."""
+        if (found := self._sets.get((which, layout))) is None:
+            dense = providers.Provider("eager", layout).input(getattr(self, which))
+            copied = (torch.empty_like(dense).copy_(dense) for _ in range(self.sets))
+            found = [t.requires_grad_(self.training and which == "x") for t in copied]
+            self._sets[which, layout] = found
+        return found
+
+    def run(self, candidate: Candidate, compile_mode: str = "default") -> Rotation:
         """A call that gives (output,) in eval mode, (output, gradients ...) in training."""
-        training = mode == "train"
-        module = build(candidate, self.reference, training, compile_mode)
-        provider = candidate.provider
-        x = provider.input(self.x)
-        if not training:
-            return as_backend(candidate, torch.inference_mode()(lambda: (module(x),)))
-        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        inputs, grad = [x, *module.parameters()], provider.input(self.grad_out)
+        module = build(candidate, self.reference, self.training, compile_mode)
+        xs = self.copies("x", candidate.layout)
+        if not self.training:
+            calls = [functools.partial(forward, module, x) for x in xs]
+        else:
+            grads, parameters = self.copies("grad_out", candidate.layout), [*module.parameters()]
+            calls = [
+                functools.partial(step, module, x, grad, [x, *parameters])
+                for x, grad in zip(xs, grads, strict=True)
+            ]
+        return Rotation([as_backend(candidate, call) for call in calls])
 
-        def step() -> tuple[Tensor, ...]:
-            out = module(x)
-            return (out, *torch.autograd.grad(out, inputs, grad))
-
-        return as_backend(candidate, step)
-
-    def exact(self, mode: str) -> list[Tensor]:
+    def exact(self) -> list[Tensor]:
         """The reference's results in float64."""
-        module = copy.deepcopy(self.reference).double().train(mode == "train")
+        module = copy.deepcopy(self.reference).double().train(self.training)
         x = self.x.double()
-        if mode != "train":
-            with torch.inference_mode():
-                return [module(x)]
-        if self.batch > TRAIN_CHECK_BATCH:
+        if not self.training or self.batch > TRAIN_CHECK_BATCH:
             with torch.no_grad():
                 return [module(x)]
         x.requires_grad_()
-        out = module(x)
-        grads = torch.autograd.grad(out, [x, *module.parameters()], self.grad_out.double())
-        return [out.detach(), *grads]
+        return list(step(module, x, self.grad_out.double(), [x, *module.parameters()]))
+
+
+@torch.inference_mode()
+def forward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return (module(x),)
+
+
+def step(module: nn.Module, x: Tensor, grad: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    out = module(x)
+    return (out.detach(), *torch.autograd.grad(out, inputs, grad))
 
 
 def build(
     candidate: Candidate, reference: nn.Module, training: bool, compile_mode: str
 ) -> nn.Module:
+    """The candidate's own copy. torch.compile gets batch norms folded in eval mode: its best."""
     if candidate.family != "compile":
         return providers.build(candidate.provider, reference, training=training)
-    module = copy.deepcopy(reference).train(training).to(memory_format=torch.channels_last)
+    folded = providers.folded_module(reference)
+    module = copy.deepcopy(reference).train() if training else folded
+    module = module.to(memory_format=torch.channels_last)
     mode = None if compile_mode == "default" else compile_mode
     return torch.compile(module, dynamic=False, mode=mode)
 
 
-def as_backend(candidate: Candidate, call: Callable[[], Any]) -> Callable[[], Any]:
+def as_backend(candidate: Candidate, call: Call) -> Call:
     """The call under the request for one of our backends."""
     if not candidate.ours:
         return call
@@ -209,7 +200,6 @@ def errors_of(results: Iterable[Tensor], exact: Sequence[Tensor]) -> list[float]
 
 def new_row(mode: str, problem: Problem, candidate: Candidate) -> Row:
     shape = problem.shape
-    nbytes = floor.training_bytes if mode == "train" else floor.forward_bytes
     return {
         "question": "gpu",
         "mode": mode,
@@ -220,26 +210,60 @@ def new_row(mode: str, problem: Problem, candidate: Candidate) -> Row:
         "layout": candidate.layout,
         "batch": problem.batch,
         "provider": candidate.name,
-        "bytes": nbytes(shape, problem.batch, problem.dtype.itemsize),
+        "bytes": problem.bytes,
         "median_s": None,
     }
 
 
-def finish_row(
-    row: Row, check: harness.Check, timing: harness.Timing, roofline: floor.Roofline
-) -> None:
-    copy_rate = roofline.bandwidth_at(row["bytes"])
+def finish_row(row: Row, check: harness.Check, timed: Timed, known: Mapping[str, Any]) -> None:
+    rate = row["bytes"] / timed.device.median
     row.update(
-        harness.timed_fields(timing, check, row["bytes"]),
-        copy_gbytes_per_s=copy_rate / 1e9,
-        share_of_copy=row["bytes"] / timing.median / copy_rate,
+        harness.timed_fields(timed.device, check, row["bytes"]),
+        call_s=timed.call,
+        queued_ahead=timed.queued_ahead,
+        share_of_copy=rate / copy_rate(known, row["bytes"]),
+        share_of_largest_copy=rate / known["bytes_per_s"][-1],
     )
 
 
-def clean() -> None:
-    """Gives back what the last shape held."""
-    gc.collect()
-    torch.cuda.empty_cache()
+def failure(error: Exception) -> str:
+    """What a candidate's row says of its failure.
+
+    Raises:
+        DeviceLost: the failure has made the device unusable for this process.
+    """
+    text = f"{type(error).__name__}: {str(error).strip()[:300]}"
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # whatever it is, it comes again with every call
+        raise DeviceLost(text) from error
+    return f"failed: {text}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How shapes are measured.
+
+    Args:
+        copy: what ``measure_copy`` gave.
+        compile_mode: of torch.compile.
+        avoid: candidate -> why it is not to be run (it has brought a process down).
+        tell: called with the name of the candidate that is at work, or "timing".
+    """
+
+    copy: Mapping[str, Any] = field(default_factory=dict)
+    compile_mode: str = "default"
+    avoid: Mapping[str, str] = field(default_factory=dict)
+    tell: Callable[[str], None] = lambda name: None
+
+
+def excused(candidate: Candidate, dtype: torch.dtype, options: Options) -> str | None:
+    """Why a candidate is not run, as its row says it."""
+    if reason := options.avoid.get(candidate.name):
+        return f"failed: {reason}"
+    if missing := backend_missing(candidate, dtype):
+        return f"skipped: {missing}"
+    return None
 
 
 def time_shape(
@@ -248,41 +272,41 @@ def time_shape(
     batch: int,
     dtype: torch.dtype,
     candidates: Sequence[Candidate],
-    roofline: floor.Roofline,
+    options: Options,
     *,
-    rounds: int = 7,
-    compile_mode: str = "default",
-    wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
+    rounds: int = ROUNDS,
 ) -> list[Row]:
     """Rows of one shape: checked, then timed in interleaved rounds.
 
     Args:
         mode: eval, train, or graph (eval, replayed from a CUDA graph).
-        wrap: turns a checked call into what is timed.
     """
-    problem = Problem(shape, batch, dtype)
-    compute = "train" if mode == "train" else "eval"
-    exact = problem.exact(compute)
+    problem = Problem(shape, batch, dtype, "train" if mode == "train" else "eval")
+    exact = problem.exact()
     floors = error_floors(shape, dtype, len(exact))
     rows: dict[str, tuple[Row, harness.Check]] = {}
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Call] = {}
     found: list[Row] = []
     eager: list[float] = []
+    if EAGER_CL not in candidates:  # the others' errors are held against eager's
+        eager = errors_of(problem.run(EAGER_CL)(), exact)
     for candidate in candidates:
         row = new_row(mode, problem, candidate)
         found.append(row)
         if candidate.family == "compile":
-            row["compile_mode"] = compile_mode
-        if missing := backend_missing(candidate, dtype):
-            row["note"] = f"skipped: {missing}"
+            row["compile_mode"] = options.compile_mode
+        if note := excused(candidate, dtype, options):
+            row["note"] = note
             continue
+        options.tell(candidate.name)
         try:
-            call = problem.run(candidate, compute, compile_mode)
+            call: Call = problem.run(candidate, options.compile_mode)
             call()  # compiles, packs
             errors = errors_of(call(), exact)
-            timed = wrap(call) if wrap else call
+            if mode == "graph":
+                call = in_graph(call)
         except Exception as error:  # a candidate that cannot run this shape is a finding
-            row["note"] = f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
+            row["note"] = failure(error)
             continue
         # The larger error of eager's two layouts is what all are held against.
         if candidate.family == "eager":
@@ -291,29 +315,57 @@ def time_shape(
         if not check.ok:
             row["note"] = f"wrong result: error {check.error:.2e}, allowed {check.allowed:.2e}"
             continue
-        rows[candidate.name], calls[candidate.name] = (row, check), timed
+        rows[candidate.name], calls[candidate.name] = (row, check), call
     del exact
-    timings = harness.time_interleaved(
-        calls, rounds=rounds, min_sample=2e-3, warmup=3e-3, clock=clock
-    )
-    for name, timing in timings.items():
-        finish_row(*rows[name], timing, roofline)
-    calls.clear()
-    clean()
+    options.tell("timing")
+    graph = mode == "graph"
+    try:
+        timings = time_calls(
+            calls, rounds=rounds, each=GRAPH_CALLS if graph else 1,
+            warmup=2 if graph else problem.sets + 1,
+        )  # fmt: skip
+    except Exception as error:
+        note = failure(error)
+        for row, _ in rows.values():
+            row["note"] = note
+        return found
+    for name, timed in timings.items():
+        finish_row(*rows[name], timed, options.copy)
     return found
 
 
-def in_graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call captured into a CUDA graph: its replay."""
+def warm_shape(
+    mode: str,
+    shape: Shape,
+    batch: int,
+    dtype: torch.dtype,
+    candidates: Sequence[Candidate],
+    options: Options,
+) -> list[Row]:
+    """Has the compilers do their work, which they keep on disk. No rows."""
+    problem = Problem(shape, batch, dtype, "train" if mode in ("train", "memory") else "eval")
+    problem.sets = 1
+    for candidate in candidates:
+        if excused(candidate, dtype, options) is None:
+            options.tell(candidate.name)
+            problem.run(candidate, options.compile_mode)()
+    return []
+
+
+def in_graph(call: Call) -> Call:
+    """``GRAPH_CALLS`` calls, captured into a CUDA graph: its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    # A capture that fails leaves its own stream current: the outer block does not.
+    here = torch.cuda.stream(torch.cuda.current_stream())
+    with no_collection(), here, torch.cuda.graph(graph):
+        results = [call() for _ in range(GRAPH_CALLS)]
 
     def replay() -> Any:
         graph.replay()
@@ -323,44 +375,51 @@ def in_graph(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def memory_shape(
-    shape: Shape, batch: int, dtype: torch.dtype, candidates: Sequence[Candidate]
+    mode: str,
+    shape: Shape,
+    batch: int,
+    dtype: torch.dtype,
+    candidates: Sequence[Candidate],
+    options: Options,
 ) -> list[Row]:
     """Bytes of device memory in training, x and parameters aside.
 
     ``kept``: still allocated after the forward, the output excepted: what waits for the backward.
     ``peak``: the most over forward and backward, outputs and gradients included.
     """
-    problem = Problem(shape, batch, dtype)
+    problem = Problem(shape, batch, dtype, "train")
+    gc.collect()
     found = []
     for candidate in candidates:
-        row = new_row("memory", problem, candidate)
+        row = new_row(mode, problem, candidate)
         found.append(row)
-        if missing := backend_missing(candidate, dtype):
-            row["note"] = f"skipped: {missing}"
+        if note := excused(candidate, dtype, options):
+            row["note"] = note
             continue
+        options.tell(candidate.name)
         try:
-            row.update(training_memory(problem, candidate))
+            with no_collection():
+                row.update(training_memory(problem, candidate))
         except Exception as error:
-            row["note"] = f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
-        clean()
+            row["note"] = failure(error)
     return found
 
 
 def training_memory(problem: Problem, candidate: Candidate) -> dict[str, int]:
     """The numbers of one row. A function of its own: what it allocates goes with it."""
     module = build(candidate, problem.reference, True, "default")
-    x = candidate.provider.input(problem.x).clone(memory_format=torch.preserve_format)
-    x.requires_grad_()
-    grad = candidate.provider.input(problem.grad_out)
-    forward = as_backend(candidate, functools.partial(module, x))
+    x = problem.copies("x", candidate.layout)[0]
+    grad = problem.copies("grad_out", candidate.layout)[0]
+    run = as_backend(candidate, functools.partial(module, x))
     inputs = [x, *module.parameters()]
     for _ in range(2):  # workspaces and caches are there afterwards
-        torch.autograd.grad(forward(), inputs, grad)
-    synchronize()
+        torch.autograd.grad(run(), inputs, grad)
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = forward()
+    out = run()
     kept = torch.cuda.memory_allocated() - before - out.numel() * out.itemsize
-    torch.autograd.grad(out, inputs, grad)
+    grads = torch.autograd.grad(out, inputs, grad)
     peak = torch.cuda.max_memory_allocated() - before
+    del grads
     return {"kept": kept, "peak": peak, "x_bytes": x.numel() * x.itemsize}

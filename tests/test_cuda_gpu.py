@@ -191,5 +191,5 @@ def test_offsets_beyond_32_bits(world: World) -> None:
     many = x.expand(images, -1, -1, -1).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         want, got = module(x), module(many)
-        assert torch.equal(got[-1], want[0])
-        assert torch.equal(got[images // 2], want[0])
+        for image in (0, images // 2, images - 1):  # the plan of a large batch is another one
+            torch.testing.assert_close(got[image], want[0])

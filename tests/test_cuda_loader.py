@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,23 @@ def junk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(cuda, "PATH", path)
 
 
+def fat_binary(*code: tuple[int, int]) -> bytes:
+    """(kind, architecture) as nvcc writes them; kind 1 is PTX, 2 machine code."""
+    entries = b""
+    for kind, arch in code:
+        payload = bytes(24)
+        head = struct.pack("<HHIQ", kind, 0x101, 64, len(payload))
+        entries += head + struct.pack("<12xI", arch) + bytes(64 - 32) + payload
+    return struct.pack("<IHHQ", cuda.FATBIN_MAGIC, 1, 16, len(entries)) + entries
+
+
+def library(monkeypatch: pytest.MonkeyPatch, folder: Path, *binaries: bytes) -> None:
+    """A file where the library should be, with GPU code in it."""
+    path = folder / "_cuda.so"
+    path.write_bytes(b"\x7fELF and more " + b" rest ".join(binaries))
+    monkeypatch.setattr(cuda, "PATH", path)
+
+
 def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not cuda.load()
@@ -56,6 +74,81 @@ def test_gpu_too_old(
         f"cuda:{number} (GPU number {number}) has compute capability 7.5, the CUDA kernels need "
         "8.0 or newer"
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "code", "names"),
+    [
+        ((8, 6), [(2, 90)], "9.0"),
+        ((9, 0), [(2, 80), (2, 86), (1, 100)], "8.0, 8.6, 10.0+PTX"),
+        ((8, 0), [(2, 86)], "8.6"),
+        ((12, 0), [(2, 80), (2, 90)], "8.0, 9.0"),
+    ],
+)
+def test_library_of_another_architecture(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capability: tuple[int, int],
+    code: list[tuple[int, int]],
+    names: str,
+) -> None:
+    library(monkeypatch, tmp_path, fat_binary(*code), fat_binary(*code))
+    with_gpus(monkeypatch, capability)
+    assert not cuda.load()
+    have = "{}.{}".format(*capability)
+    assert cuda.reason() == (
+        f"cuda:0 (GPU number 0) has compute capability {have}, _cuda.so was built for {names}; "
+        f"install ghost_ops again with GHOST_OPS_CUDA_ARCHS={have}"
+    )
+
+
+# Machine code of the generation, of an older version of it, PTX; and what is not understood.
+FITTING = [
+    ((9, 0), fat_binary((2, 80), (2, 90))),
+    ((8, 9), fat_binary((2, 80))),
+    ((12, 1), fat_binary((2, 80), (1, 90))),
+    ((9, 0), fat_binary((7, 90))),
+    ((9, 0), fat_binary((2, 90))[:40]),
+    ((9, 0), struct.pack("<I", cuda.FATBIN_MAGIC)),
+    ((9, 0), b""),
+]
+
+
+@pytest.mark.parametrize(("capability", "binary"), FITTING)
+def test_library_that_fits_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], binary: bytes
+) -> None:
+    library(monkeypatch, tmp_path, binary)
+    with_gpus(monkeypatch, capability)
+    loaded: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert cuda.load()
+    assert loaded == [str(cuda.PATH)]
+    assert cuda.reason() == f"loaded _cuda.so into torch {torch.__version__} with CUDA 13.0"
+
+
+def test_no_gpu_and_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library of a wheel is loaded all the same; what is missing is said."""
+    library(monkeypatch, tmp_path, fat_binary((2, 90)))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    assert cuda.load()
+    assert "; torch finds no GPU here (nvidia-smi tells" in cuda.reason()
+
+
+def test_what_nvcc_writes_is_understood() -> None:
+    path = Path(cuda.__file__).resolve().parent.parent / "_cuda.so"
+    if not path.exists():
+        pytest.skip("the CUDA library is not built in this checkout")
+    found = set(cuda._built_for(path))
+    assert found and all(8 <= major <= 12 for major, _, _ in found)
+
+
+def test_empty_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library(monkeypatch, tmp_path)
+    cuda.PATH.write_bytes(b"")
+    with_gpus(monkeypatch, (9, 0))
+    assert not cuda.load()
+    assert "does not load into torch" in cuda.reason()
 
 
 @pytest.mark.parametrize("capabilities", [(), ((8, 0),), ((9, 0), (12, 1))])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from .. import _env
 
 LEAST_CAPABILITY = (8, 0)  # cp.async, bfloat16 and TF32 on tensor cores
 PATH = Path(__file__).resolve().parent.parent / "_cuda.so"
@@ -27,17 +32,64 @@ def reason() -> str:
     return _state[1]
 
 
-def _too_old_gpu() -> str | None:
+def _gpu_without_kernels() -> str | None:
     """Why the kernels cannot run on a GPU of this machine; None if they can or there is none."""
     if not torch.cuda.is_available():
         return None
+    built = set(_built_for(PATH))
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
+        have, need = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        gpu = f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {have}"
         if capability < LEAST_CAPABILITY:
-            have, need = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
-            gpu = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-            return f"{gpu} has compute capability {have}, the CUDA kernels need {need} or newer"
+            return f"{gpu}, the CUDA kernels need {need} or newer"
+        if built and not any(_runs_on(capability, *code) for code in built):
+            names = ", ".join(
+                f"{major}.{minor}{'+PTX' if is_ptx else ''}"
+                for major, minor, is_ptx in sorted(built)
+            )
+            return (
+                f"{gpu}, {PATH.name} was built for {names}; install ghost_ops again with "
+                f"{_env.CUDA_ARCHS.name}={have}"
+            )
     return None
+
+
+def _runs_on(capability: tuple[int, int], major: int, minor: int, is_ptx: bool) -> bool:
+    """Machine code runs on its own generation from its version on, PTX on all that follow."""
+    if is_ptx:
+        return (major, minor) <= capability
+    return major == capability[0] and minor <= capability[1]
+
+
+FATBIN_MAGIC = 0xBA55ED50
+PTX, MACHINE_CODE = 1, 2
+
+
+def _built_for(path: Path) -> Iterator[tuple[int, int, bool]]:
+    """(major, minor, whether it is PTX) of all GPU code in a library; nothing if there is none that
+    this function can read.
+
+    nvcc leaves a "fat binary" for each source: a header (magic, version, its size, size of what
+    follows) and entries (kind, version, size of the entry's header, size of its code, ..., and at
+    byte 28 the architecture).
+    """
+    if path.stat().st_size == 0:
+        return  # cannot be mapped
+    magic = struct.pack("<I", FATBIN_MAGIC)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(magic)
+        while 0 <= start <= len(data) - 16:
+            header, size = struct.unpack_from("<6xHQ", data, start)
+            at, end = start + header, min(start + header + size, len(data))
+            while at + 32 <= end:
+                kind, entry, code = struct.unpack_from("<H2xIQ", data, at)
+                (arch,) = struct.unpack_from("<I", data, at + 28)
+                if kind not in (PTX, MACHINE_CODE) or entry < 32:
+                    break  # not a fat binary, or one of another kind
+                yield arch // 10, arch % 10, kind == PTX
+                at += entry + code
+            start = data.find(magic, start + 4)
 
 
 def _try_load() -> tuple[bool, str]:
@@ -51,8 +103,8 @@ def _try_load() -> tuple[bool, str]:
             "the native CUDA library was not built; put nvcc on the PATH (or set CUDA_HOME) and "
             "install ghost_ops again with pip's --no-build-isolation"
         )
-    if (too_old := _too_old_gpu()) is not None:
-        return False, too_old
+    if (wrong_gpu := _gpu_without_kernels()) is not None:
+        return False, wrong_gpu
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:  # wrong CUDA major version, missing symbol
@@ -60,4 +112,7 @@ def _try_load() -> tuple[bool, str]:
             f"{PATH.name} does not load into torch {torch.__version__} with CUDA "
             f"{torch.version.cuda}: {error}; install ghost_ops again with the nvcc of that CUDA"
         )
-    return True, f"loaded {PATH.name} into torch {torch.__version__} with CUDA {torch.version.cuda}"
+    loaded = f"loaded {PATH.name} into torch {torch.__version__} with CUDA {torch.version.cuda}"
+    if not torch.cuda.is_available():
+        loaded += "; torch finds no GPU here (nvidia-smi tells whether there is a driver)"
+    return True, loaded
