@@ -40,6 +40,7 @@ NCHW = Case(2, 20, 11, 13, 26, layout="nchw", dtype=HALF, d=5, act1="silu", act2
 ODD = Case(2, 13, 7, 7, 21, layout="nhwc", dtype=BF16, ratio=3, act1="hardswish", act2="silu")
 WIDE = Case(1, 40, 30, 34, 32, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 DEEP = Case(2, 150, 7, 7, 60, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+HUGE = Case(1, 7300, 3, 3, 20, layout="nhwc", dtype=HALF)  # w1 does not fit into shared memory
 MANY = Case(30, 16, 14, 14, 24, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 BANDS = Case(4, 16, 44, 60, 16, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 RATIO = Case(2, 16, 7, 7, 33, ratio=3, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
@@ -79,11 +80,14 @@ SMALL: dict[str, Check] = {
     "eval odd": lambda w: check_eval(w, ODD),
     "eval wide": lambda w: check_eval(w, WIDE),
     "eval deep": lambda w: check_eval(w, DEEP),
+    "eval huge": lambda w: check_eval(w, HUGE),
     "eval many": lambda w: check_eval(w, MANY),
     "eval bands": lambda w: check_eval(w, BANDS),
     "eval ratio": lambda w: check_eval(w, RATIO),
     "eval single": lambda w: check_eval(w, SINGLE),
     "eval tf32": lambda w: check_eval(w, SINGLE, use_tf32=True),
+    "eval staged": lambda w: check_eval(w, WIDE.replace(dtype=FP32), use_tf32=True),
+    "eval staged deep": lambda w: check_eval(w, DEEP.replace(dtype=FP32), use_tf32=True),
     "eval double": lambda w: check_eval(w, DOUBLE),
     "eval u": lambda w: check_eval(w, NHWC, has_primary=False),
     "eval prelu": lambda w: check_extras(w, NHWC, prelu=(True, True)),

@@ -125,7 +125,9 @@ def test_architectures() -> None:
     for entry in _env.CUDA_ARCHS.get().replace(";", " ").replace(",", " ").split():
         name = "sm_" + entry.removesuffix("+PTX").replace(".", "")
         assert name in elf, f"{entry}: only {sorted(elf)}"
-        assert not entry.endswith("+PTX") or name in ptx, f"{entry}: PTX only for {sorted(ptx)}"
+        # Intermediate code serves its own architecture and all later ones.
+        served = [code for code in ptx if int(code.strip("sm_af")) <= int(name.strip("sm_af"))]
+        assert not entry.endswith("+PTX") or served, f"{entry}: PTX only for {sorted(ptx)}"
 
 
 def test_every_architecture_has_every_kernel() -> None:
@@ -204,9 +206,12 @@ def test_tf32_kernels_use_tensor_cores(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kernel", PRODUCTS)
 def test_memory_instructions_are_wide(kernel: str, dtype: str) -> None:
-    """x arrives in 16-byte asynchronous copies; what writes maps stores 16 bytes at once."""
+    """x arrives in 16-byte asynchronous copies, in NHWC in 16-byte loads where it goes straight to
+    registers; what writes maps stores 16 bytes at once."""
     found = instructions()[kernel, dtype]
     assert any(n.startswith("LDGSTS.E.") and n.endswith(".128") for n in found), found
+    if kernel in FORWARD:
+        assert found["LDG.E.128.CONSTANT"] > 0, found
     if kernel in ("ghost_apply_kernel", "ghost_backward_primary_kernel"):
         assert any(n.startswith("STG.E") and n.endswith(".128") for n in found), found
     assert any(n.startswith(("LDSM.16.M88.4", "LDSM.16.MT88.4")) for n in found)

@@ -22,6 +22,7 @@ import emulator
 import pytest
 
 NHWC = ("cuda/instances/forward_half_nhwc.cu",)
+STAGED = ("cuda/instances/forward_tf32_nhwc.cu",)
 NCHW = ("cuda/instances/forward_half_nchw.cu",)
 GRADS = ("cuda/instances/backward_half.cu",)
 PRIMARY = ("cuda/instances/backward_half.cu",)
@@ -61,28 +62,46 @@ class Mutant:
 
 SYNC = "prim::sync_threads();"
 TILE, FORWARD, APPLY = "cuda/tile.cuh", "cuda/forward.cuh", "cuda/apply.cuh"
+PRODUCT, STORES = "cuda/product.cuh", "cuda/stores.cuh"
 EVAL = ("eval nhwc", "eval deep", "eval wide")
+EVAL_STAGED = ("eval staged", "eval staged deep")
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
 QUICK = (
-    "no barrier after the copies", "one wait too few", "halo off by one", "mask of pixels dropped",
+    "no barrier after the copies", "one wait too few", "halo off by one",
+    "pixels too many overwrite others", "weights read before they are there",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
 )  # fmt: skip
 MUTANTS = [
     Mutant(
-        "no barrier after the copies", TILE,
+        "no barrier after the copies", PRODUCT,
         f"prim::cp_async_wait<kCudaStages - 2>();\n      {SYNC}",
-        "prim::cp_async_wait<kCudaStages - 2>();", NHWC, EVAL,
+        "prim::cp_async_wait<kCudaStages - 2>();", STAGED, EVAL_STAGED,
     ),
     Mutant(
-        "one wait too few", TILE, "cp_async_wait<kCudaStages - 2>",
-        "cp_async_wait<kCudaStages - 1>", NHWC, EVAL,
+        "one wait too few", PRODUCT, "cp_async_wait<kCudaStages - 2>",
+        "cp_async_wait<kCudaStages - 1>", STAGED, EVAL_STAGED,
     ),
     Mutant(
-        "barrier for some warps", TILE, f"{SYNC}\n    }}\n    load_next();",
-        f"if (prim::warp() < 7) {SYNC}\n    }}\n    load_next();", NHWC, EVAL,
+        "barrier for some warps", PRODUCT, f"{SYNC}\n    }}\n    load_next();",
+        f"if (prim::warp() < 7) {SYNC}\n    }}\n    load_next();", STAGED, EVAL_STAGED,
     ),
     Mutant(
-        "one stage too few", TILE, "== kCudaStages)", "== kCudaStages - 1)", NHWC, EVAL, count=2
+        "one stage too few", PRODUCT, "== kCudaStages)", "== kCudaStages - 1)", STAGED,
+        EVAL_STAGED, count=2,
+    ),
+    Mutant(
+        "weights read before they are there", PRODUCT,
+        f"load_weight_blocks(weights, t, p, in, c0);\n      {SYNC}",
+        "load_weight_blocks(weights, t, p, in, c0);", NHWC, EVAL,
+    ),
+    Mutant(
+        "pixels of the chunk before", PRODUCT, "begin_chunk(q0 + Grid::kRows)",
+        "begin_chunk(begun ? q0 : 0)", NHWC, ("eval many", "eval bands"), schedules=("plain",),
+        device="tiny sm_86",
+    ),
+    Mutant(
+        "columns of another lane", PRODUCT, "{{{even.x, odd.x, even.y, odd.y}",
+        "{{{even.x, odd.x, even.z, odd.y}", NHWC, ("eval huge",), schedules=("plain",),
     ),
     Mutant(
         "halo off by one", TILE, "tile.src_h = max_of(tile.h0 - t.halo, 0);",
@@ -106,7 +125,7 @@ MUTANTS = [
         f"    if (t.ghosts > 0 || params.output.gate != nullptr) {SYNC}\n", "", NHWC, EVAL,
     ),
     Mutant(
-        "gate of another pixel", TILE, "int(float(w) * o.gate_cols)",
+        "gate of another pixel", STORES, "int(float(w) * o.gate_cols)",
         "int(float(w + 1) * o.gate_cols)", NHWC, ("eval gate",), schedules=("plain",),
     ),
     Mutant(
@@ -147,12 +166,12 @@ MUTANTS = [
         device="58 KiB",
     ),
     Mutant(
-        "tail of K not zeroed", TILE, "const int k_end = ceil_div(p.c, P::kStep) * P::kStep;",
-        "const int k_end = p.c;", NHWC, EVAL,
+        "tail of K not zeroed", PRODUCT, "const int k_end = ceil_div(p.c, P::kStep) * P::kStep;",
+        "const int k_end = p.c;", STAGED, ("eval tf32",),
     ),
     Mutant(
-        "mask of pixels dropped", FORWARD, "q < sources ? source[q].position : -1",
-        "source[q].position", NHWC, EVAL,
+        "pixels too many overwrite others", TILE, "PixelEntry{0, t.positions - 1}",
+        "PixelEntry{0, t.positions / 2}", NHWC, EVAL,
     ),
     Mutant(
         "ReLU swallows NaN", "cuda/epilogue.cuh", "prim::pack_pair_relu<T>(v[2 * i], v[2 * i + 1])",
@@ -171,7 +190,7 @@ MUTANTS = [
         ("statistics",),
     ),
     Mutant(
-        "odd last channel not masked", TILE, "if (c + 1 < from.count)", "", NCHW, ("eval nchw",)
+        "odd last channel not masked", STORES, "if (c + 1 < from.count)", "", NCHW, ("eval nchw",)
     ),
     Mutant(
         "no barrier between dv and its use", "cuda/backward_grads.cuh",

@@ -35,92 +35,92 @@ def lines(plan: planner.CudaPlan) -> tuple[str, ...]:
 
 GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
     ("sm_90", (256, 16, 112, 112), 16, "float16", "NHWC", ()): (
-        "apply: 1x38x28 px, 8x1 of 32, slice 16 resident, 384 blocks, 57344 B",
+        "apply: 1x16x112 px, 8x1 of 16, slice 32 resident, 256 blocks, 94592 B",
     ),
     ("sm_90", (1, 16, 112, 112), 16, "float16", "NHWC", ()): (
-        "apply: 1x5x7 px, 8x1 of 32, slice 16 resident, 368 blocks, 21888 B",
+        "apply: 1x4x14 px, 8x1 of 16, slice 32 resident, 224 blocks, 6528 B",
     ),
     ("sm_90", (256, 16, 112, 112), 48, "float16", "NHWC", ()): (
-        "apply: 1x19x28 px, 24x1 of 32, slice 16 resident, 384 blocks, 68864 B",
+        "apply: 1x16x56 px, 24x1 of 32, slice 32 resident, 256 blocks, 113792 B",
     ),
     ("sm_90", (1, 16, 112, 112), 48, "float16", "NHWC", ()): (
-        "apply: 1x5x7 px, 24x1 of 32, slice 16 resident, 368 blocks, 25856 B",
+        "apply: 1x7x7 px, 24x1 of 32, slice 32 resident, 256 blocks, 12672 B",
     ),
     ("sm_90", (256, 24, 56, 56), 72, "float16", "NHWC", ()): (
-        "apply: 1x19x28 px, 40x1 of 64, slice 32 resident, 256 blocks, 109568 B",
+        "apply: 1x14x28 px, 40x1 of 64, slice 32 resident, 256 blocks, 84096 B",
     ),
     ("sm_90", (1, 24, 56, 56), 72, "float16", "NHWC", ()): (
-        "apply: 1x4x7 px, 16x3 of 32, slice 32 resident, 336 blocks, 36864 B",
+        "apply: 1x2x14 px, 24x2 of 32, slice 32 resident, 224 blocks, 10240 B",
     ),
     ("sm_90", (256, 40, 28, 28), 240, "float16", "NHWC", ()): (
-        "apply: 1x10x14 px, 120x1 of 128, slice 64 resident, 256 blocks, 110080 B",
+        "apply: 1x10x28 px, 64x2 of 64, slice 32 resident, 256 blocks, 109696 B",
     ),
     ("sm_90", (1, 40, 28, 28), 240, "float16", "NHWC", ()): (
-        "apply: 1x3x7 px, 16x8 of 32, slice 64 resident, 320 blocks, 61824 B",
+        "apply: 1x4x7 px, 16x8 of 32, slice 32 resident, 224 blocks, 9344 B",
     ),
     ("sm_90", (256, 80, 14, 14), 480, "float16", "NHWC", ()): (
-        "apply: 1x14x7 px, 120x2 of 128, slice 64 resident, 256 blocks, 108160 B",
+        "apply: 1x14x14 px, 64x4 of 64, slice 32 resident, 256 blocks, 84480 B",
     ),
     ("sm_90", (1, 80, 14, 14), 480, "float16", "NHWC", ()): (
-        "apply: 1x2x7 px, 16x15 of 32, slice 64 resident, 210 blocks, 63360 B",
+        "apply: 1x3x7 px, 16x15 of 32, slice 32 resident, 150 blocks, 9344 B",
     ),
     ("sm_90", (256, 672, 14, 14), 112, "float16", "NHWC", ()): (
-        "apply: 1x7x14 px, 56x1 of 64, slice 64, 256 blocks, 104448 B",
+        "apply: 1x14x14 px, 56x1 of 64, slice 32, 256 blocks, 57600 B",
     ),
     ("sm_90", (1, 672, 14, 14), 112, "float16", "NHWC", ()): (
-        "apply: 1x2x7 px, 8x7 of 32, slice 64 resident, 98 blocks, 80000 B",
+        "apply: 1x2x7 px, 8x7 of 32, slice 32 resident, 98 blocks, 24704 B",
     ),
     ("sm_90", (256, 160, 7, 7), 960, "float16", "NHWC", ()): (
-        "apply: 2x7x7 px, 120x4 of 128, slice 32 resident, 256 blocks, 110208 B",
+        "apply: 4x7x7 px, 64x8 of 64, slice 32 resident, 256 blocks, 96128 B",
     ),
     ("sm_90", (1, 160, 7, 7), 960, "float16", "NHWC", ()): (
-        "apply: 1x1x7 px, 16x30 of 32, slice 64 resident, 210 blocks, 64640 B",
+        "apply: 1x2x7 px, 8x60 of 32, slice 32 resident, 240 blocks, 8064 B",
     ),
     ("sm_90", (256, 960, 7, 7), 160, "float16", "NHWC", ()): (
-        "apply: 1x7x7 px, 80x1 of 128, slice 64, 256 blocks, 82176 B",
+        "apply: 1x7x7 px, 80x1 of 128, slice 32, 256 blocks, 29696 B",
     ),
     ("sm_90", (1, 960, 7, 7), 160, "float16", "NHWC", ()): (
-        "apply: 1x1x7 px, 8x10 of 32, slice 64 resident, 70 blocks, 87808 B",
+        "apply: 1x1x7 px, 8x10 of 32, slice 32 resident, 70 blocks, 33408 B",
     ),
     ("sm_80", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
-        "apply: 1x14x14 px, 64x1 of 64, slice 16 resident, 205 blocks, 81024 B",
+        "apply: 1x14x28 px, 32x2 of 32, slice 32 resident, 206 blocks, 82944 B",
     ),
     ("sm_86", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
-        "apply: 1x7x28 px, 32x2 of 32, slice 16 resident, 138 blocks, 49280 B",
+        "apply: 1x4x28 px, 64x1 of 64, slice 32, 138 blocks, 49536 B",
     ),
     ("sm_100", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
-        "apply: 1x14x14 px, 64x1 of 64, slice 64 resident, 256 blocks, 110080 B",
+        "apply: 1x10x28 px, 64x1 of 64, slice 32 resident, 256 blocks, 109696 B",
     ),
     ("sm_90", (256, 40, 28, 28), 120, "float16", "NCHW", ()): (
-        "apply: 1x7x28 px, 64x1 of 64, slice 64 resident, 256 blocks, 104576 B",
+        "apply: 1x7x28 px, 64x1 of 64, slice 64 resident, 256 blocks, 105600 B",
     ),
     ("sm_90", (256, 160, 7, 7), 960, "float16", "NCHW", ()): (
-        "apply: 2x7x7 px, 120x4 of 128, slice 32 resident, 256 blocks, 111232 B",
+        "apply: 1x7x7 px, 120x4 of 128, slice 64 resident, 256 blocks, 107776 B",
     ),
     ("sm_90", (256, 40, 28, 28), 120, "float32", "NHWC", ()): (
-        "apply: 1x7x28 px, 32x2 of 32, slice 32 resident, 256 blocks, 112768 B",
+        "apply: 1x7x28 px, 32x2 of 32, slice 32 resident, 256 blocks, 113792 B",
     ),
     ("sm_90", (2, 40, 28, 28), 120, "float64", "NCHW", ()): (
-        "apply: 1x2x28 px, 16x4 of 32, slice 16 resident, 112 blocks, 79872 B",
+        "apply: 1x7x7 px, 16x4 of 32, slice 16, 128 blocks, 76288 B",
     ),
     ("sm_90", (256, 72, 28, 28), 40, "bfloat16", "NHWC", (("training", True),)): (
-        "primary_stats: 1x28x28 px, 24x1 of 32, slice 64 resident, 256 blocks, 114560 B",
-        "cheap_stats: 1x28x28 px, 24x1 of 32, slice 16 resident, 256 blocks, 55168 B",
-        "apply: 1x28x28 px, 24x1 of 64, slice 16 resident, 256 blocks, 93952 B",
+        "primary_stats: 1x28x28 px, 24x1 of 32, slice 32 resident, 256 blocks, 75136 B",
+        "cheap_stats: 1x28x28 px, 24x1 of 32, slice 16 resident, 256 blocks, 56192 B",
+        "apply: 1x28x28 px, 24x1 of 32, slice 16 resident, 256 blocks, 94976 B",
     ),
     ("sm_90", (32, 960, 7, 7), 160, "float16", "NHWC", (("training", True),)): (
-        "primary_stats: 1x7x7 px, 16x5 of 32, slice 64 resident, 160 blocks, 89984 B",
-        "cheap_stats: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 10496 B",
-        "apply: 1x7x7 px, 8x10 of 32, slice 16 resident, 320 blocks, 3840 B",
+        "primary_stats: 1x4x7 px, 32x3 of 32, slice 32 resident, 192 blocks, 83200 B",
+        "cheap_stats: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 11520 B",
+        "apply: 1x7x7 px, 16x5 of 16, slice 16 resident, 160 blocks, 9344 B",
     ),
     ("sm_90", (32, 64, 80, 80), 128, "float16", "NHWC", (("dw_size", 5),)): (
-        "apply: 1x10x14 px, 64x1 of 64, slice 64 resident, 256 blocks, 113280 B",
+        "apply: 1x10x21 px, 64x1 of 64, slice 32 resident, 256 blocks, 103808 B",
     ),
     ("sm_90", (8, 32, 20, 20), 160, "float16", "NHWC", (("dw_size", 7), ("ratio", 5))): (
-        "apply: 1x2x20 px, 8x4 of 32, slice 32 resident, 320 blocks, 43648 B",
+        "apply: 1x2x20 px, 16x2 of 16, slice 32 resident, 160 blocks, 32384 B",
     ),
     ("sm_90", (32, 16, 112, 112), 48, "float16", "NHWC", (("residual", True),)): (
-        "apply: 1x19x28 px, 24x1 of 32, slice 16 resident, 384 blocks, 68864 B",
+        "apply: 1x14x56 px, 24x1 of 32, slice 32 resident, 256 blocks, 100864 B",
     ),
 }
 

@@ -26,10 +26,20 @@ constexpr CudaArch kArchs[] = {
     {100, 148, 228 << 10, 227 << 10, 126 << 20, 8000, 9000, 1.85, 4096},
 };
 
-// Rows of a chunk of the product, by kernel instance; gemm.cuh's WarpGrid has the same numbers.
-int64_t chunk_rows(int64_t instance) {
-  return instance >= 128 ? 64 : 128;
-}
+// How a warp's results of the direct product are cut into tiles of 8 pixels x 16 channels:
+// DirectGrid in product.cuh, with the widths of ghost_apply and of the other kernels.
+struct DirectTiles {
+  int64_t warps_n, n, m;
+  DirectTiles(int64_t instance, CudaKernel kernel)
+      : warps_n(instance >= 128 ? 2 : 1),
+        n(instance / 16 / warps_n),
+        m(tiles(instance, kernel) / n) {}
+  static int64_t tiles(int64_t instance, CudaKernel kernel) {
+    if (kernel == CudaKernel::kApply) return instance == 64 ? 16 : 8;
+    return kernel == CudaKernel::kCheapStats ? 8 : 4;
+  }
+  int64_t rows() const { return 8 * m * (kCudaThreads / 32 / warps_n); }
+};
 
 // Elements between rows of a map tile in shared memory. NHWC: rows aligned to 16 bytes and an odd
 // number of 16-byte (32-byte for float32) groups apart, so that the lanes of an mma fragment hit
@@ -38,6 +48,8 @@ int64_t padded_stride(int64_t channels, Layout layout, int64_t element) {
   if (layout == Layout::kNCHW) return channels + 2;
   return element < 8 && channels / 8 % 2 == 0 ? channels + 8 : channels;
 }
+
+constexpr int64_t kDirectSlice = 64;  // bytes of a pixel that the direct product takes at a time
 
 struct Choice {
   int64_t instance, channel_blocks, ghost_blocks, images, rows, cols, slice;
@@ -53,6 +65,7 @@ class Planner {
         element_(element_size(p.dtype)),
         compute_(compute_size(p.dtype)),
         tensor_(element_ == 2 || (p.dtype == DType::kFloat32 && allow_tf32)),
+        direct_(element_ == 2 && p.layout == Layout::kNHWC),
         halo_(kernel_primary() ? 0 : p.pad()),
         ghosts_(kernel_primary() ? 0 : p.ratio - 1),
         H_(p.out_height()),
@@ -71,6 +84,7 @@ class Planner {
     };
     std::vector<int64_t> instances = {32};
     if (tensor_) instances = {32, 64, 128};
+    if (direct_ && kernel_ == CudaKernel::kApply) instances.insert(instances.begin(), 16);
     if (backward()) instances.resize(element_ == 2 ? 2 : 1);
     for (int64_t instance : instances) {
       const int64_t least = ceil_div(p_.intrinsic, instance);
@@ -78,10 +92,12 @@ class Planner {
            ++ghost_blocks) {
         for (int64_t slice_bytes : {32, 64, 128}) {
           const int64_t slice = slice_bytes / element_;
-          if (slice_bytes > 32 && slice / 2 >= p_.channels) continue;
+          if (!direct_ && slice_bytes > 32 && slice / 2 >= p_.channels) continue;
           if (!p_.has_primary && slice_bytes > 32) continue;
+          if (direct_ && p_.has_primary && slice_bytes != kDirectSlice) continue;
           for (bool resident : {true, false}) {
             if (!p_.has_primary && !resident) continue;
+            if (direct_ && !resident && instance <= 32) continue;  // no such kernel
             // Narrower blocks than the instance has room for: more of them for a small batch.
             for (int64_t blocks : {least, 2 * least, 4 * least})
               if (blocks == least || p_.intrinsic > 8 * (blocks / 2))
@@ -104,10 +120,15 @@ class Planner {
   }
   bool backward() const { return kernel_ == CudaKernel::kBackwardSums; }
   bool keeps() const { return kernel_ == CudaKernel::kPrimaryStatsKeep; }
+  // Pixels of a chunk of the product, by kernel instance: as in WarpGrid of gemm.cuh where staged.
+  int64_t chunk_rows(int64_t instance) const {
+    if (direct_) return DirectTiles(instance, kernel_).rows();
+    return instance >= 128 ? 64 : 128;
+  }
   // Whether the registers of an instance are bounded so that a multiprocessor holds three blocks of
   // it, not two: min_blocks in gemm.cuh.
   bool three_blocks(int64_t instance) const {
-    return tensor_ && instance <= 32 && p_.layout == Layout::kNHWC;
+    return tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
   }
 
   template <class F>
@@ -144,6 +165,7 @@ class Planner {
     const int64_t channels = round_up(ceil_div(p_.intrinsic, c.channel_blocks), 8);
     const int64_t ghosts = ceil_div(ghosts_, c.ghost_blocks), taps = p_.dw_size * p_.dw_size;
     if (channels > c.instance) return false;
+    if (direct_ && c.resident && c.instance > 32 && 2 * channels < c.instance) return false;
     t.instance = int32_t(c.instance);
     t.channels = int32_t(channels);
     t.channel_blocks = int32_t(ceil_div(p_.intrinsic, channels));
@@ -167,18 +189,20 @@ class Planner {
     const int64_t source =
         c.images * std::min(H_, c.rows + 2 * halo_) * std::min(W_, c.cols + 2 * halo_);
     const int64_t inner = c.images * c.rows * c.cols;
-    t.window_rows = kernel_ == CudaKernel::kApply && e == 2 && !three_blocks(c.instance) ? 2 : 1;
+    t.window_rows = kernel_ == CudaKernel::kApply && e == 2 ? 2 : 1;
     t.slice = int32_t(c.slice);
     t.slice_log2 = 0;
     while (1 << t.slice_log2 < t.slice) ++t.slice_log2;
     t.resident = c.resident;
-    const int64_t rows16 = round_up(channels, 16), pad = 16 / e;
-    const int64_t padded_c = round_up(p_.channels, c.slice);
+    const int64_t rows16 = round_up(channels, 16), padded_c = round_up(p_.channels, c.slice);
+    const int64_t pad = direct_ ? 0 : 16 / e, rows = chunk_rows(c.instance);
     t.b_stride = int32_t((c.resident ? padded_c : c.slice) + pad);
-    t.a_stride = int32_t(p_.layout == Layout::kNHWC ? c.slice + pad : chunk_rows(c.instance) + 8);
-    const int64_t a_rows = p_.layout == Layout::kNHWC ? chunk_rows(c.instance) : c.slice;
-    t.a_stage = int32_t(p_.has_primary ? round_up(a_rows * t.a_stride * e, 128) : 0);
-    t.b_stage = int32_t(p_.has_primary && !c.resident ? round_up(rows16 * t.b_stride * e, 128) : 0);
+    if (p_.has_primary && !direct_) {
+      t.a_stride = int32_t(p_.layout == Layout::kNHWC ? c.slice + pad : rows + 8);
+      t.a_stage =
+          int32_t(round_up((p_.layout == Layout::kNHWC ? rows : c.slice) * t.a_stride * e, 128));
+      if (!c.resident) t.b_stage = int32_t(round_up(rows16 * t.b_stride * e, 128));
+    }
 
     const bool stores = kernel_ == CudaKernel::kApply || keeps();
     const bool has_y = !kernel_primary() || keeps() || !p_.has_primary;
@@ -196,7 +220,7 @@ class Planner {
     t.max_source = int32_t(source);
     t.max_inner = int32_t(inner);
     t.positions = int32_t(positions);
-    t.source_at = place(8 * source);
+    t.source_at = place(8 * (source + kCudaSpareRows));
     t.inner_at = place(stores ? 8 * inner : 0);
     t.gate_at = place(p_.has_gate() ? 4 * inner : 0);
     t.affine_at = place(kernel_primary() ? 0 : (3 + 3 * ghosts) * channels * a);
@@ -248,24 +272,21 @@ class Planner {
     const double out_width = nhwc             ? width(std::gcd(p_.intrinsic, p_.out_channels))
                              : t.tiles_w == 1 ? width(run)
                                               : width(t.cols);
+    // Cycles that a warp waits for x; those of the pipe to shared memory and L1, where counted.
+    double latency = 0, pipe = 0;
     if (p_.has_primary) {
       const double mac = double(round_up(int64_t(source), 16)) * double(round_up(t.channels, 16)) *
                          std::ceil(c * e / 32) * 32 / e;
       const double rate = !tensor_ ? (p_.dtype == DType::kFloat64 ? 32 : 64)
                                    : double(arch_.tensor_flops_clock) / 2 / (e / 2) * 0.5;
-      product_cycles = mac / rate;
-      cycles += source * c * e / x_width * 16 / 128;
-      tile_l2 += source * c * e;
-      if (!t.resident) {
-        const double chunks = std::ceil(source / double(chunk_rows(t.instance)));
-        tile_l2 += chunks * channels * c * e;
-        cycles += chunks * channels * c * e / 16 * 23 / 128;
-      }
-      // Per slice: the copies' and the operands' addresses, the barrier. Per chunk: scale, shift,
-      // activation, rounding and stores of a lane's results.
       const double chunks = std::ceil(source / double(chunk_rows(t.instance)));
-      const double results = double(t.instance * chunk_rows(t.instance)) / kCudaThreads;
-      cycles += chunks * (double(ceil_div(p_.channels, t.slice)) * 125 + 60 + 4 * results) * 2;
+      product_cycles = mac / rate;
+      tile_l2 += source * c * e;
+      if (!t.resident) tile_l2 += chunks * channels * c * e;
+      if (direct_)
+        cycles += direct_product(t, x_width, chunks, latency, pipe);
+      else
+        cycles += staged_product(t, x_width, chunks);
     } else {
       tile_l2 += source * channels * e;
       cycles += source * channels * e / x_width * 20 / 128 + source * channels * 6 / 128;
@@ -286,6 +307,8 @@ class Planner {
       const double window = rows * (kCudaStrip + d - 1) * each +
                             t.window_rows * d * d * 2 * kCudaStrip + d * d + 64 +
                             36 * t.window_rows;
+      pipe += double(warps) * t.ghosts *
+              (rows * (kCudaStrip + d - 1) + 2 * d * d + t.window_rows * kCudaStrip);
       cycles += double(warps) * t.ghosts * window / 4;
       serial = double(rounds + (rest > 0)) * t.ghosts * window;
     }
@@ -294,8 +317,9 @@ class Planner {
       out_bytes = inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + p_.has_gate());
     if (keeps()) out_bytes = inner * channels * e;
     if (backward()) out_bytes = inner * channels * (1 + t.ghosts) * e;
-    cycles += out_bytes / out_width * 18 / 128;
+    cycles += out_bytes / out_width * (nhwc ? 13 : 18) / 128;
     tile_l2 += out_bytes;
+    pipe += out_bytes / 128 * 3;
 
     const double weights = t.resident && p_.has_primary ? channels * c * e : 0;
     const double total_tiles = double(t.tiles) * parts;
@@ -312,10 +336,13 @@ class Planner {
     const double here = std::ceil(double(plan.blocks) / double(arch_.multiprocessors));
     const double side_by_side = std::min(here, double(plan.blocks_per_sm));
     const double issue = cycles / 0.7;
-    // A block alone cannot overlap its phases; several can.
-    const double alone = 2500 + std::max(issue * 2, serial * 2) + product_cycles;
-    const double shared = side_by_side * std::max(issue, product_cycles) +
-                          0.3 * side_by_side * std::min(issue, product_cycles);
+    // A block alone cannot overlap its phases; several can. With its two warps a scheduler it
+    // issues half an instruction a cycle: in-order simulations of the machine code say 0.55 for the
+    // product and 0.9 for the windows.
+    const double alone =
+        2500 + std::max(cycles, serial) * 2 + std::max(product_cycles + pipe * 0.5, latency);
+    const double widest = std::max({issue, product_cycles, pipe});
+    const double shared = side_by_side * (widest + 0.15 * (issue + product_cycles + pipe - widest));
     const double waves = std::ceil(here / double(plan.blocks_per_sm));
     const double busy = double(turns) * waves * std::max(alone, shared) / clock;
     // Too few bytes in flight do not fill the memory pipes.
@@ -327,11 +354,45 @@ class Planner {
     plan.seconds = most + 0.15 * (busy + dram + l2 - most) + prologue + 2e-6;
   }
 
+  // Cycles in which a scheduler issues the product of a tile. Staged: per slice the copies' and the
+  // operands' addresses, the barrier; per chunk scale, shift, activation, rounding and stores of a
+  // lane's results.
+  double staged_product(const CudaTile& t, double x_width, double chunks) const {
+    const double c = double(p_.channels), e = double(element_);
+    const double results = double(t.instance * chunk_rows(t.instance)) / kCudaThreads;
+    const double slices = double(ceil_div(p_.channels, t.slice));
+    double cycles = t.max_source * c * e / x_width * 16 / 128;
+    if (!t.resident) cycles += chunks * t.channels * c * e / 16 * 23 / 128;
+    return cycles + chunks * (slices * 125 + 60 + 4 * results) * 2;
+  }
+  // Direct: a warp has m tiles of 8 pixels times n of 16 channels. Instructions per block of 32
+  // channels of x: a row's address and load (2), per 16 channels two reads of w1 with their branch
+  // (5) and two products a tile, and what the loop costs (38). Per chunk: 32 x m x n / 8 results
+  // cleared, rounded and stored, also where there is no channel (6 a tile); scaled where there is
+  // one (4 a tile, 4 for scale and shift); positions (6 a tile of pixels); what the loop costs
+  // (54). A read of w1 or of x takes the memory pipe four cycles, as 32 lanes times 16 bytes. 700
+  // and 300 cycles from memory and from L2.
+  double direct_product(const CudaTile& t, double x_width, double chunks, double& latency,
+                        double& pipe) const {
+    const DirectTiles tiles(t.instance, kernel_);
+    const double m = double(tiles.m), n = double(tiles.n);
+    const double active = double(ceil_div(t.channels, 16)) / double(tiles.warps_n);
+    const double blocks = double(ceil_div(p_.channels, 32));
+    const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
+    const double row = x_width == 16 ? 2 : x_width == 8 ? 6 : x_width == 4 ? 36 : 60;
+    const double block = 38 + m * row + active * ((t.resident ? 5 : 24) + 2 * m);
+    const double chunk = 54 + m * (6 + 6 * n) + active * (4 + 4 * m);
+    const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
+    latency = chunks * (std::ceil(blocks / ahead) * 700 + (t.resident ? 0 : blocks * 300));
+    pipe = warp_chunks * (blocks * (4 * m + 8 * active) + 2 * m + active * (4 + 2 * m));
+    return warp_chunks * (blocks * block + chunk) / 4;
+  }
+
   const Problem& p_;
   CudaKernel kernel_;
   const CudaArch& arch_;
   int64_t element_, compute_;
-  bool tensor_;
+  bool tensor_, direct_;  // direct: x goes to registers, not through shared memory (product.cuh)
   int64_t halo_, ghosts_, H_, W_;
 };
 

@@ -37,7 +37,7 @@ enum class CudaKernel : int {
 // A tile is a set of output pixels (several whole images, or a band of rows and columns of one)
 // times a block of intrinsic channels with their ghosts. Strides in elements, offsets in bytes.
 struct CudaTile {
-  int32_t instance = 64;  // channels that the kernel instance has room for: 32, 64, 128
+  int32_t instance = 64;  // channels that the kernel instance has room for: 16 ... 128
   int32_t channels = 64;  // intrinsic channels a block owns: a multiple of 8
   int32_t channel_blocks = 1;
   int32_t ghosts = 1;  // ghost maps per intrinsic map a block computes
@@ -64,7 +64,8 @@ struct CudaTile {
 
 inline constexpr int kCudaThreads = 256;
 inline constexpr int kCudaStages = 3;
-inline constexpr int kCudaStrip = 7;  // pixels of a depthwise register window
+inline constexpr int kCudaStrip = 7;        // pixels of a depthwise register window
+inline constexpr int kCudaSpareRows = 128;  // source pixels that a last chunk may have too many
 
 struct CudaPlan {
   CudaTile tile;

@@ -2,14 +2,16 @@
 //   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y))
 //
 // Block: 256 threads; one block of intrinsic channels with their ghosts; tile after tile of pixels.
-// Warps share the product as 16 x 8 tiles of mma; for the depthwise part a thread owns a pair of
-// channels and strips of 7 pixels; stores run through shared memory so that a warp writes whole
-// neighbouring vectors of both halves of the concatenation.
-// Binding resource: DRAM bandwidth (x once, out once; the halo of y is recomputed, x's comes from
-// L2). Phases of one block follow each other, several blocks a multiprocessor overlap.
+// Warps share the product as tiles of mma, 16-bit NHWC maps straight from global memory to
+// registers (product.cuh); for the depthwise part a thread owns a pair of channels and strips of 7
+// pixels, two rows of them for 16-bit types; stores run through shared memory so that a warp writes
+// whole neighbouring vectors of both halves of the concatenation. Binding resource: DRAM bandwidth
+// (x once, out once; the halo of y is recomputed, x's comes from L2). Phases of one block follow
+// each other, several blocks a multiprocessor overlap.
 #pragma once
 
 #include "cuda/forward.cuh"
+#include "cuda/stores.cuh"
 
 namespace ghost::cuda {
 
@@ -65,12 +67,12 @@ __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int in
   const Tile tile = locate_tile(t, p, prim::opaque(index));
   const StripOwner own(place.valid);
   const T* y = reinterpret_cast<const T*>(shared + t.y_at);
-  const A* affine = reinterpret_cast<const A*>(shared + t.affine_at);
-  const A* taps = reinterpret_cast<const A*>(shared + t.taps_at);
+  const A* const shared_affine = reinterpret_cast<const A*>(shared + t.affine_at);
+  const A* const taps = reinterpret_cast<const A*>(shared + t.taps_at);
   T* z = reinterpret_cast<T*>(shared + t.stage_at) + 2 * own.pair * place.ghosts;
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
-    affine += 3 * t.channels;
+    const A* const affine = shared_affine + (j + 1) * 3 * t.channels;
     depthwise_tile<kRows>(
         y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels, affine + t.channels,
         [&](Strip<A>(&v)[kRows], int count, int first, int rows) {
@@ -144,12 +146,12 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
   load_apply_parameters(params, shared);
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
-    make_y_tile<P, kLayout, kChannels>(t, p, params.intrinsic, index, params.output.channels,
-                                       shared);
+    make_y_tile<P, kLayout, kChannels, kChannels == 64 ? 16 : 8>(t, p, params.intrinsic, index,
+                                                                 params.output.channels, shared);
     if (params.output.gate != nullptr)
       build_gate_table<kLayout>(reinterpret_cast<int32_t*>(shared + t.gate_at),
                                 locate_tile(t, p, prim::opaque(index)), params.output);
-    if (t.ghosts > 0) make_z_tile<kWindowRows<P, kLayout, kChannels>>(params, index, shared);
+    if (t.ghosts > 0) make_z_tile<kWindowRows<typename P::T>>(params, index, shared);
     if (t.ghosts > 0 || params.output.gate != nullptr) prim::sync_threads();
     store_apply_tile<kLayout>(params, index, shared);
   }

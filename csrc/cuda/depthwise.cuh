@@ -17,9 +17,8 @@ inline constexpr int kStrip = kCudaStrip;
 inline constexpr int kStripValues = 2 * kStrip;  // of a pair of channels
 
 // Rows of a thread's windows: two where the registers that it may have are enough.
-template <class P, Layout kLayout, int kChannels>
-inline constexpr int kWindowRows =
-    sizeof(typename P::T) == 2 && min_blocks<P>(kLayout, kChannels) == 2 ? 2 : 1;
+template <class T>
+inline constexpr int kWindowRows = sizeof(T) == 2 ? 2 : 1;
 
 // A strip of v for a pair of channels.
 template <class A>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/depthwise.cuh"
-#include "cuda/tile.cuh"
+#include "cuda/product.cuh"
 
 namespace ghost::cuda {
 
@@ -57,14 +57,14 @@ struct DropU {
 // Tables, zero padding and the y tile of one tile. Begins and ends with a sync_threads.
 // keep_u(position, n, u0, u1) gets the products of channels c0 + n and c0 + n + 1 (not with u
 // given). out_channels: of the tensor that the inner table is for; 0 makes none.
-template <class P, Layout kLayout, int kChannels, class KeepU = DropU>
+template <class P, Layout kLayout, int kChannels, int kTiles = 8, class KeepU = DropU>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             const Intrinsic<typename P::T>& in, const Tile& tile,
                                             const Place& place, bool first_tile, int out_channels,
                                             unsigned char* shared, KeepU keep_u = KeepU()) {
   using T = typename P::T;
   using A = typename P::A;
-  using Grid = WarpGrid<kChannels>;
+  using Grid = ProductGrid<P, kLayout, kChannels, kTiles>;
   PixelEntry* source = reinterpret_cast<PixelEntry*>(shared + t.source_at);
   T* y = reinterpret_cast<T*>(shared + t.y_at);
   const A* scale = reinterpret_cast<const A*>(shared + t.affine_at);
@@ -91,12 +91,6 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
     primary_product<P, kLayout, Grid>(
         t, p, in.in, tile, place.c0, first_tile, shared,
         [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
-          int position[Grid::kTilesM][2];
-#pragma unroll
-          for (int i = 0; i < 2 * Grid::kTilesM; ++i) {
-            const int q = q0 + Grid::row(i / 2, i % 2);
-            position[i / 2][i % 2] = q < sources ? source[q].position : -1;
-          }
 #pragma unroll
           for (int nt = 0; nt < Grid::kTilesN; ++nt) {
             const int n = Grid::col(nt);
@@ -107,8 +101,10 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
 #pragma unroll
             for (int i = 0; i < Grid::kTilesM * 2; ++i) {
               A(&v)[4] = acc[i / 2][nt];
-              if (position[i / 2][i % 2] >= 0)
-                keep_u(position[i / 2][i % 2], n, v[i % 2 * 2], v[i % 2 * 2 + 1]);
+              if constexpr (!std::is_same_v<KeepU, DropU>) {
+                const int q = q0 + Grid::row(i / 2, i % 2);
+                if (q < sources) keep_u(source[q].position, n, v[i % 2 * 2], v[i % 2 * 2 + 1]);
+              }
               v[i % 2 * 2] = prim::fma(v[i % 2 * 2], a[0], b[0]);
               v[i % 2 * 2 + 1] = prim::fma(v[i % 2 * 2 + 1], a[1], b[1]);
             }
@@ -118,10 +114,13 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
           activate_pairs<T>(
               in.act.act, [&](int i) { return slope[Grid::col(i / 4 % Grid::kTilesN) + (i & 1)]; },
               reinterpret_cast<A(&)[kValues]>(acc), pairs);
+          int position[Grid::kTilesM * 2];
+#pragma unroll
+          for (int i = 0; i < Grid::kTilesM * 2; ++i)
+            position[i] = source[q0 + Grid::row(i / 2, i % 2)].position;
 #pragma unroll
           for (int i = 0; i < Grid::kTilesM * 2; ++i) {
-            if (position[i / 2][i % 2] < 0) continue;
-            T* to = y + position[i / 2][i % 2] * t.y_stride;
+            T* to = y + position[i] * t.y_stride;
 #pragma unroll
             for (int nt = 0; nt < Grid::kTilesN; ++nt)
               if (Grid::col(nt) < t.channels)
@@ -132,13 +131,13 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
   prim::sync_threads();
 }
 
-template <class P, Layout kLayout, int kChannels>
+template <class P, Layout kLayout, int kChannels, int kTiles = 8>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             const Intrinsic<typename P::T>& in, int index,
                                             int out_channels, unsigned char* shared) {
   const Place place(t, p);
-  make_y_tile<P, kLayout, kChannels>(t, p, in, locate_tile(t, p, prim::opaque(index)), place,
-                                     index < t.slots, out_channels, shared);
+  make_y_tile<P, kLayout, kChannels, kTiles>(t, p, in, locate_tile(t, p, prim::opaque(index)),
+                                             place, index < t.slots, out_channels, shared);
 }
 
 }  // namespace ghost::cuda

@@ -47,6 +47,8 @@ GHOST_DECLARE_FORWARD_LAYOUTS(DoublePolicy)
 #define GHOST_TENSOR_CASES(kernel, P, L) \
   GHOST_LAUNCH_CASE(kernel, P, L, 32)    \
   GHOST_LAUNCH_CASE(kernel, P, L, 64) GHOST_LAUNCH_CASE(kernel, P, L, 128)
+#define GHOST_DIRECT_CASES(kernel, P, L) \
+  GHOST_LAUNCH_CASE(kernel, P, L, 16) GHOST_TENSOR_CASES(kernel, P, L)
 #define GHOST_PLAIN_CASES(kernel, P, L) GHOST_LAUNCH_CASE(kernel, P, L, 32)
 
 #define GHOST_FORWARD_LAUNCHER(name, Params, kernel, P, L, CASES)                     \
@@ -60,10 +62,11 @@ GHOST_DECLARE_FORWARD_LAYOUTS(DoublePolicy)
     }                                                                                 \
   }
 
-// CASES: GHOST_TENSOR_CASES or GHOST_PLAIN_CASES, the widths that the plan may choose.
-#define GHOST_FORWARD_INSTANCES(P, L, CASES)                                                   \
+// The widths that the plan may choose for ghost_apply and for the others: GHOST_DIRECT_CASES,
+// GHOST_TENSOR_CASES or GHOST_PLAIN_CASES.
+#define GHOST_FORWARD_INSTANCES(P, L, APPLY_CASES, CASES)                                      \
   namespace ghost::cuda {                                                                      \
-  GHOST_FORWARD_LAUNCHER(apply, ApplyParams, ghost_apply_kernel, P, L, CASES)                  \
+  GHOST_FORWARD_LAUNCHER(apply, ApplyParams, ghost_apply_kernel, P, L, APPLY_CASES)            \
   GHOST_FORWARD_LAUNCHER(cheap_stats, CheapStatsParams, ghost_cheap_stats_kernel, P, L, CASES) \
   GHOST_FORWARD_LAUNCHER(primary_stats, PrimaryStatsParams, ghost_primary_stats_kernel, P, L,  \
                          CASES)                                                                \

@@ -31,11 +31,12 @@ using FloatPolicy = Policy<float, false>;
 using DoublePolicy = Policy<double, false>;
 
 // Blocks that a multiprocessor should hold, which bounds the registers. cuda_plan.cpp counts on it.
-// Three where that spills nothing: narrow blocks in NHWC. One for double.
+// Three where that spills nothing: narrow blocks of TF32 in NHWC. One for double.
 template <class P>
 constexpr int min_blocks(Layout layout, int channels) {
   if (sizeof(typename P::A) == 8) return 1;
-  return P::kTensor && layout == Layout::kNHWC && channels <= 32 ? 3 : 2;
+  const bool tf32 = P::kTensor && sizeof(typename P::T) == 4;
+  return tf32 && layout == Layout::kNHWC && channels <= 32 ? 3 : 2;
 }
 
 inline constexpr int kThreads = 256;
@@ -51,12 +52,14 @@ struct WarpGrid {
   static constexpr int kWarpsM = kWarps / kWarpsN;
   static constexpr int kTilesM = kRows / 16 / kWarpsM;  // of 16 rows, a warp
   static constexpr int kTilesN = kCols / 8 / kWarpsN;   // of 8 columns, a warp; even
+  static constexpr int kLaneRows = 8;                   // lanes that share a column
 
   static __device__ __forceinline__ int warp_m() { return int(prim::warp()) / kWarpsN; }
   static __device__ __forceinline__ int warp_n() { return int(prim::warp()) % kWarpsN; }
+  static __device__ __forceinline__ int lane_row() { return int(prim::lane() >> 2); }
   // Row of the chunk of this lane's results c[0], c[1] (half = 0) or c[2], c[3] (half = 1).
   static __device__ __forceinline__ int row(int mt, int half) {
-    return (mt * kWarpsM + warp_m()) * 16 + int(prim::lane() >> 2) + half * 8;
+    return (mt * kWarpsM + warp_m()) * 16 + lane_row() + half * 8;
   }
   // Column of c[0] and c[2]; c[1] and c[3] have the next one.
   static __device__ __forceinline__ int col(int nt) {

@@ -285,6 +285,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// 16 bytes of zeros in global memory.
+static __device__ const uint4 kZeros = {0, 0, 0, 0};
+__device__ __forceinline__ const void* zeros() {
+  return &kZeros;
+}
+
 // Copies Bytes from global to shared memory in the background, or writes that many zeros if not
 // wanted; global is not read then, but aligned all the same.
 template <int Bytes>

@@ -8,6 +8,7 @@
 
 #include "cuda/forward.cuh"
 #include "cuda/stats.cuh"
+#include "cuda/stores.cuh"
 
 namespace ghost::cuda {
 
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     ghost_primary_stats_kernel(const PrimaryStatsParams<typename P::T> params) {
   using T = typename P::T;
   using A = typename P::A;
-  using Grid = WarpGrid<kChannels>;
+  using Grid = ProductGrid<P, kLayout, kChannels, 4>;
   GHOST_DYN_SHARED(unsigned char, shared);
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
   prim::sync_threads();
   const Place place(t, p);
   const StripOwner own(place.valid);
-  const int slots = given ? own.slots : Grid::kWarpsM * 8;
+  const int slots = given ? own.slots : Grid::kWarpsM * Grid::kLaneRows;
   const int stride = given ? 2 * own.pairs : kChannels;
   A* counts = reinterpret_cast<A*>(shared + t.stage_at);
   A* means = counts + kThreads;
@@ -164,8 +165,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
       store_pair(squares + own.slot * stride + 2 * own.pair, moments.m2[0][0], moments.m2[0][1]);
     }
   } else {
-    const int row = Grid::warp_m() * 8 + int(prim::lane() >> 2);
-    if (Grid::warp_n() == 0 && (prim::lane() & 3) == 0) counts[row] = A(moments.seen);
+    const int row = Grid::warp_m() * Grid::kLaneRows + Grid::lane_row();
+    if (Grid::col(0) == 0) counts[row] = A(moments.seen);
 #pragma unroll
     for (int nt = 0; nt < Grid::kTilesN; ++nt) {
       const int at = row * stride + Grid::col(nt);

@@ -218,6 +218,10 @@ inline Vector load(const void* p, GHOST_EMU_SITE) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+inline const void* zeros() {
+  static const uint4 words = {0, 0, 0, 0};
+  return &words;
+}
 template <class Vector>
 inline Vector load_readonly(const void* p, GHOST_EMU_SITE) {
   return load<Vector>(p, file, line);

@@ -1,0 +1,399 @@
+// u = w1 * x of a tile's source pixels, in the registers of the warps, chunk by chunk of rows.
+//
+// Two ways to get at x. Staged: it passes through shared memory, slice by slice of its channels,
+// the block in step. Direct, for 16-bit types in NHWC: a warp takes its own pixels from global
+// memory into registers, as operands of the product, and runs on without any barrier.
+#pragma once
+
+#include "cuda/tile.cuh"
+
+namespace ghost::cuda {
+
+// Which way a kernel takes.
+template <class P, Layout kLayout>
+inline constexpr bool kDirect = sizeof(typename P::T) == 2 && kLayout == Layout::kNHWC;
+
+// How the eight warps of a block share kRows pixels x kCols channels where x comes directly: tiles
+// of 8 pixels x 16 channels. With g = lane / 4 and t = lane % 4 a lane holds c[0], c[1] = (pixel
+// 2t, channels 2g, 2g + 1) and c[2], c[3] the same of pixel 2t + 1. Members as those of WarpGrid.
+// kTiles of them for each warp, as there are registers: 4, 8 or 16 (DirectTiles in cuda_plan.cpp).
+template <int kCols_, int kTiles>
+struct DirectGrid {
+  static constexpr int kCols = kCols_;  // 16, 32, 64 or 128
+  static constexpr int kWarpsN = kCols >= 128 ? 2 : 1, kWarpsM = kWarps / kWarpsN;
+  static constexpr int kTilesN = kCols / 16 / kWarpsN;  // of 16 channels, a warp
+  static constexpr int kTilesM = kTiles / kTilesN;      // of 8 pixels, a warp
+  static constexpr int kRows = 8 * kTilesM * kWarpsM;
+  static constexpr int kLaneRows = 4;  // lanes that share a channel
+
+  static __device__ __forceinline__ int warp_m() { return int(prim::warp()) / kWarpsN; }
+  static __device__ __forceinline__ int warp_n() { return int(prim::warp()) % kWarpsN; }
+  static __device__ __forceinline__ int lane_row() { return int(prim::lane() & 3); }
+  static __device__ __forceinline__ int first_row() { return warp_m() * kTilesM * 8; }
+  static __device__ __forceinline__ int row(int mt, int half) {
+    return first_row() + mt * 8 + lane_row() * 2 + half;
+  }
+  static __device__ __forceinline__ int first_col(int nt) { return (nt * kWarpsN + warp_n()) * 16; }
+  static __device__ __forceinline__ int col(int nt) {
+    return first_col(nt) + int(prim::lane() >> 2) * 2;
+  }
+};
+template <class P, Layout kLayout, int kChannels, int kTiles = 8>
+using ProductGrid =
+    std::conditional_t<kDirect<P, kLayout>, DirectGrid<kChannels, kTiles>, WarpGrid<kChannels>>;
+
+// Operands of u = w1 * x.
+template <class T>
+struct Primary {
+  const T* x = nullptr;   // [n, c, in_h, in_w], dense in the kernel's layout
+  const T* w1 = nullptr;  // [m, c]
+  int32_t x_bytes = 0;    // widest aligned copy of x and of w1: 16, 8, 4 or one element
+  int32_t w1_bytes = 0;
+};
+
+// One copy of Bytes bytes to shared memory; below 4 bytes an ordinary load and store.
+template <int Bytes, class T>
+__device__ __forceinline__ void copy_async(T* shared, const T* global, bool wanted) {
+  if constexpr (Bytes >= 4)
+    prim::cp_async<Bytes>(shared, global, wanted);
+  else
+    *shared = wanted ? *global : prim::from_float<T>(Accumulator<T>(0));
+}
+
+// Channels [k0, k0 + t.slice) of the source pixels [q0, q0 + kRows) into one stage: [pixel][k] for
+// NHWC, [k][pixel] for NCHW. Zeros from channel c up to the next whole step of the product, nothing
+// beyond; pixels past the last are left as they are.
+template <class P, Layout kLayout, int kRows>
+__device__ __forceinline__ void load_pixels(typename P::T* stage, const CudaTile& t, const Maps& p,
+                                            const typename P::T* x, int x_bytes,
+                                            const PixelEntry* source, int sources, int q0, int k0) {
+  using T = typename P::T;
+  const int k_end = ceil_div(p.c, P::kStep) * P::kStep;
+  with_bytes<T>(x_bytes, [&](auto bytes) {
+    constexpr int kBytes = decltype(bytes)::value, kVec = kBytes / int(sizeof(T));
+    if constexpr (kLayout == Layout::kNHWC) {
+      // A thread stays with its channels: only rows change.
+      const int shift = t.slice_log2 - kLog2<kVec>, per_row = 1 << shift;
+      const int kk = (int(threadIdx.x) & (per_row - 1)) * kVec, k = k0 + kk;
+      if (k >= k_end) return;
+      const bool wanted = k < p.c;
+      const T* from = wanted ? x + k : x;
+      const uint32_t pitch = wanted ? p.c : 0;
+      const int last = min_of(kRows, sources - q0), step = kThreads >> shift;
+#pragma unroll 1
+      for (int row = int(threadIdx.x) >> shift; row < last; row += step)
+        copy_async<kBytes>(stage + row * t.a_stride + kk,
+                           from + uint64_t(uint32_t(source[q0 + row].offset)) * pitch, wanted);
+    } else {
+      constexpr int kPerRow = kRows / kVec;
+      const int row = int(threadIdx.x) % kPerRow * kVec, last = min_of(t.slice, k_end - k0);
+      if (q0 + row >= sources) return;
+      const int first = int(threadIdx.x) / kPerRow;
+      const int64_t plane = int64_t(p.in_h) * p.in_w;
+      const T* from = x + source[q0 + row].offset + (k0 + first) * plane;
+#pragma unroll 1
+      for (int kk = first; kk < last; kk += kThreads / kPerRow) {
+        const bool wanted = k0 + kk < p.c;
+        copy_async<kBytes>(stage + kk * t.a_stride + row, wanted ? from : x, wanted);
+        from += kThreads / kPerRow * plane;
+      }
+    }
+  });
+}
+
+// w1 rows [c0, c0 + rows), columns [k0, k0 + t.slice) to shared[row * t.b_stride + column].
+// Zeros past row m and column c. rows: a multiple of 16.
+template <class T>
+__device__ __forceinline__ void load_weights(T* shared, const CudaTile& t, const Maps& p,
+                                             const T* w1, int w1_bytes, int c0, int rows, int k0) {
+  with_bytes<T>(w1_bytes, [&](auto bytes) {
+    constexpr int kBytes = decltype(bytes)::value, kVec = kBytes / int(sizeof(T));
+    const int shift = t.slice_log2 - kLog2<kVec>, per_row = 1 << shift;
+    const int kk = (int(threadIdx.x) & (per_row - 1)) * kVec, k = k0 + kk;
+#pragma unroll 1
+    for (int row = int(threadIdx.x) >> shift; row < rows; row += kThreads >> shift) {
+      const bool wanted = c0 + row < p.m && k < p.c;
+      const T* from = w1 + int64_t(c0 + row) * p.c + k;
+      copy_async<kBytes>(shared + row * t.b_stride + kk, wanted ? from : w1, wanted);
+    }
+  });
+}
+
+// primary_product by way of shared memory. The loads run kCudaStages - 1 stages ahead through
+// chunks and slices alike, so that an epilogue never waits for memory. One barrier a stage: it
+// tells that the stage's copies have landed and that the stage before is free.
+template <class P, Layout kLayout, class Grid, class Emit>
+__device__ __forceinline__ void staged_product(const CudaTile& t, const Maps& p,
+                                               const Primary<typename P::T>& in, const Tile& tile,
+                                               int c0, bool first_tile, unsigned char* shared,
+                                               Emit&& emit) {
+  using T = typename P::T;
+  using A = typename P::A;
+  using Step = MmaStep<P, Grid, kLayout == Layout::kNCHW, false>;
+  const PixelEntry* source = reinterpret_cast<const PixelEntry*>(shared + t.source_at);
+  T* resident = reinterpret_cast<T*>(shared + t.b_at);
+  unsigned char* stages = shared + t.stage_at;
+  const int64_t image = int64_t(p.c) * p.in_h * p.in_w;
+  const T* x = in.x + tile.n0 * image;
+  const int sources = tile.sources(), slices = ceil_div(p.c, t.slice);
+  const int chunks = ceil_div(sources, Grid::kRows), total = chunks * slices;
+  const int weight_rows = ceil_div(t.channels, 16) * 16;
+  const int n_active = Grid::active_n(t.channels);
+
+  int load_chunk = 0, load_slice = 0, load_stage = 0;
+  const auto load_next = [&] {
+    if (load_chunk < chunks) {
+      T* stage = reinterpret_cast<T*>(stages + load_stage * (t.a_stage + t.b_stage));
+      load_pixels<P, kLayout, Grid::kRows>(stage, t, p, x, in.x_bytes, source, sources,
+                                           load_chunk * Grid::kRows, load_slice * t.slice);
+      if (!t.resident || (first_tile && load_chunk == 0))
+        load_weights(
+            t.resident ? resident + load_slice * t.slice
+                       : reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(stage) + t.a_stage),
+            t, p, in.w1, in.w1_bytes, c0, weight_rows, load_slice * t.slice);
+      if (++load_slice == slices) {
+        load_slice = 0;
+        ++load_chunk;
+      }
+      if (++load_stage == kCudaStages) load_stage = 0;
+    }
+    prim::cp_async_commit();
+  };
+
+  A acc[Grid::kTilesM][Grid::kTilesN][4];
+  const auto clear = [&] {
+#pragma unroll
+    for (int i = 0; i < Grid::kTilesM * Grid::kTilesN * 4; ++i)
+      acc[i / (Grid::kTilesN * 4)][i / 4 % Grid::kTilesN][i % 4] = A(0);
+  };
+  clear();
+  int chunk = 0, slice = 0, stage_index = 0;
+#pragma unroll 1
+  for (int it = 1 - kCudaStages; it < total; ++it) {
+    if (it >= 0) {
+      prim::cp_async_wait<kCudaStages - 2>();
+      prim::sync_threads();
+    }
+    load_next();
+    if (it < 0) continue;
+    const unsigned char* stage = stages + stage_index * (t.a_stage + t.b_stage);
+    const T* a = reinterpret_cast<const T*>(stage);
+    const T* b =
+        t.resident ? resident + slice * t.slice : reinterpret_cast<const T*>(stage + t.a_stage);
+    const int m_active = Grid::active_m(sources - chunk * Grid::kRows);
+    const int steps = ceil_div(min_of(t.slice, p.c - slice * t.slice), P::kStep);
+    if (m_active > 0 && n_active > 0) {
+      const int a_step = P::kStep * (kLayout == Layout::kNCHW ? t.a_stride : 1);
+      Step step(a, t.a_stride, b, t.b_stride);
+#pragma unroll 1
+      for (int s = 0; s < steps; ++s) {
+        step.run(acc, m_active, n_active);
+        step.advance(a_step, P::kStep);
+      }
+    }
+    if (++stage_index == kCudaStages) stage_index = 0;
+    if (++slice == slices) {
+      emit(acc, chunk * Grid::kRows);
+      clear();
+      slice = 0;
+      ++chunk;
+    }
+  }
+}
+
+// Eight columns of rows of a 16-bit type that are `pitch` apart, the first row's at `first`; `left`
+// of the columns exist, the others are zeros. If there are none, all rows are the same zeros: that
+// costs less than a choice for each. bytes: to which the rows are aligned.
+template <class T>
+struct RowColumns {
+  const T* first;
+  uint32_t pitch;  // bytes
+  int left, bytes;
+
+  __device__ __forceinline__ RowColumns(const T* first_, int pitch_, int left_, int bytes_)
+      : first(left_ > 0 ? first_ : static_cast<const T*>(prim::zeros())),
+        pitch(left_ > 0 ? uint32_t(pitch_) * uint32_t(sizeof(T)) : 0),
+        left(left_ > 0 ? left_ : 8),
+        bytes(bytes_) {}
+
+  __device__ __forceinline__ uint4 load(uint32_t row) const {
+    const T* const from = byte_offset(first, row * uint64_t(pitch));
+    if (bytes == 16) return prim::load_readonly<uint4>(from);
+    uint4 r{0, 0, 0, 0};
+    if (bytes == 8) {
+      const uint2 low = prim::load_readonly<uint2>(from);
+      r.x = low.x;
+      r.y = low.y;
+      if (left > 4) {
+        const uint2 high = prim::load_readonly<uint2>(from + 4);
+        r.z = high.x;
+        r.w = high.y;
+      }
+      return r;
+    }
+#pragma unroll 1
+    for (int e = 0; e < 8; e += 2) {  // few registers rather than few instructions
+      uint32_t word = 0;
+      if (bytes == 4) {
+        if (e < left) word = prim::load_readonly<uint32_t>(from + e);
+      } else {
+        if (e < left) word = prim::load_readonly<uint16_t>(from + e);
+        if (e + 1 < left) word |= uint32_t(prim::load_readonly<uint16_t>(from + e + 1)) << 16;
+      }
+      r = {r.y, r.z, r.w, word};
+    }
+    return r;
+  }
+};
+
+// w1 as operand of the direct product. A sum over channels has no order: where mma numbers those of
+// two steps so that lane t of four has 2t, 2t + 1, 2t + 8, ..., it gets 8t ... 8t + 7 here, 16
+// bytes of a pixel, and 16 of each of two rows of w1. Rows g and g + 8 of mma are channels 2g and
+// 2g + 1.
+struct WeightBlock {  // 16 rows x 32 columns, of one lane
+  uint4 step[2];
+};
+constexpr int kBlockColumns = 32, kBlockBytes = 32 * int(sizeof(WeightBlock));
+
+__device__ __forceinline__ WeightBlock weight_block(const uint4& even, const uint4& odd) {
+  return {{{even.x, odd.x, even.y, odd.y}, {even.z, odd.z, even.w, odd.w}}};
+}
+
+// w1 rows [c0, c0 + t.channels) in shared memory, block by block of columns, in each the blocks of
+// rows; of a block the first steps of all lanes come before the second ones. Zeros past row m and
+// column c. A warp takes 8 rows x 32 columns at a time.
+template <class T>
+__device__ __forceinline__ void load_weight_blocks(unsigned char* shared, const CudaTile& t,
+                                                   const Maps& p, const Primary<T>& in, int c0) {
+  const int row_blocks = ceil_div(t.channels, 16), lane = int(prim::lane());
+  const int tasks = ceil_div(p.c, kBlockColumns) * row_blocks * 2, odd = lane & 1;
+#pragma unroll 4
+  for (int task = int(prim::warp()); task < tasks; task += kWarps) {
+    const int block = task >> 1, k0 = block / row_blocks * kBlockColumns;
+    const int pair = (task & 1) * 4 + (lane >> 3), kk = (lane >> 1 & 3) * 8;
+    const int c = c0 + block % row_blocks * 16 + pair * 2 + odd;
+    const uint4 w =
+        RowColumns<T>(in.w1 + k0 + kk, p.c, c < p.m ? p.c - k0 - kk : 0, in.w1_bytes).load(c);
+    unsigned char* to = shared + block * kBlockBytes + (pair * 4 + kk / 8) * 16 + odd * 4;
+    prim::store<uint32_t>(to, w.x);
+    prim::store<uint32_t>(to + 8, w.y);
+    prim::store<uint32_t>(to + 512, w.z);
+    prim::store<uint32_t>(to + 520, w.w);
+  }
+}
+
+// primary_product by way of registers. The next blocks of x are on their way while the results
+// before are being worked on.
+template <class P, class Grid, class Emit>
+__device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
+                                               const Primary<typename P::T>& in, const Tile& tile,
+                                               int c0, bool first_tile, unsigned char* shared,
+                                               Emit&& emit) {
+  using T = typename P::T;
+  constexpr int kM = Grid::kTilesM, kN = Grid::kTilesN;
+  constexpr int kBlocks = kM * kN > 8 ? 1 : kM >= 2 ? 8 / kM : 4;  // of x, under way
+  constexpr int kStep = kBlocks * kBlockColumns;
+  constexpr bool kAlwaysResident = Grid::kCols <= 32;
+  const int lane = int(prim::lane()), first_k = (lane & 3) * 8;
+  const int row_blocks = ceil_div(t.channels, 16), sources = tile.sources() - Grid::first_row();
+
+  // Of this lane: its channels of x, how many there are, its row of a warp's first pixels, and its
+  // operands of w1.
+  const T* const x = in.x + tile.n0 * (int64_t(p.c) * p.in_h * p.in_w) + first_k;
+  const int channels = prim::opaque(p.c - first_k);
+  const PixelEntry* const own = reinterpret_cast<const PixelEntry*>(shared + t.source_at) +
+                                prim::opaque(Grid::first_row() + (lane >> 2));
+  unsigned char* const weights = shared + t.b_at;
+  const int weights_at = prim::opaque(Grid::first_col(0) / 16 * kBlockBytes + lane * 16);
+
+  uint32_t pixel[kM];
+  uint4 b[kBlocks][kM];
+  const auto begin_chunk = [&](int q0) {
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt) pixel[mt] = uint32_t(own[q0 + mt * 8].offset);
+  };
+  const auto fetch = [&](uint4(&to)[kM], int k) {
+    const RowColumns<T> from(x + k, p.c, channels - k, in.x_bytes);
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt) to[mt] = from.load(pixel[mt]);
+  };
+  float acc[kM][kN][4];
+  const auto multiply = [&](const uint4(&from)[kM], int k, int block) {
+#pragma unroll
+    for (int nt = 0; nt < kN; ++nt) {
+      if (Grid::first_col(nt) >= t.channels) continue;
+      WeightBlock w;
+      if (kAlwaysResident || t.resident) {
+        const unsigned char* at =
+            weights + weights_at + block * kBlockBytes + nt * (Grid::kWarpsN * kBlockBytes);
+        w = {{prim::load<uint4>(at), prim::load<uint4>(at + kBlockBytes / 2)}};
+      } else {
+        const int c = c0 + Grid::col(nt), left = channels - k;
+        const T* const first = in.w1 + k + first_k;
+        w = weight_block(
+            RowColumns<T>(first, p.c, c < p.m ? left : 0, in.w1_bytes).load(c),
+            RowColumns<T>(first, p.c, c + 1 < p.m ? left : 0, in.w1_bytes).load(c + 1));
+      }
+#pragma unroll
+      for (int mt = 0; mt < kM; ++mt) {
+        float (&c)[4] = acc[mt][nt];
+        float d[4] = {c[0], c[2], c[1], c[3]};
+        const uint4 &w0 = w.step[0], &w1 = w.step[1];
+        prim::mma_m16n8k16<T>(d, {w0.x, w0.y, w0.z, w0.w}, {from[mt].x, from[mt].y});
+        prim::mma_m16n8k16<T>(d, {w1.x, w1.y, w1.z, w1.w}, {from[mt].z, from[mt].w});
+        c[0] = d[0];
+        c[1] = d[2];
+        c[2] = d[1];
+        c[3] = d[3];
+      }
+    }
+  };
+
+  // Before the first chunk there is one in which only x is fetched.
+#pragma unroll 1
+  for (int q0 = -Grid::kRows; q0 < sources; q0 += Grid::kRows) {
+    const bool begun = q0 >= 0, more = q0 + Grid::kRows < sources;
+#pragma unroll
+    for (int i = 0; i < kM * kN * 4; ++i) acc[i / (kN * 4)][i / 4 % kN][i % 4] = 0;
+    int block = 0;
+#pragma unroll 1
+    for (int k = begun ? 0 : p.c - 1; k < p.c; k += kStep) {
+      const bool last = k + kStep >= p.c;
+      const int next = !last ? k + kStep : more ? 0 : p.c;
+      if (last && more) begin_chunk(q0 + Grid::kRows);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int ahead = i * kBlockColumns;
+        if (begun && k + ahead < p.c) multiply(b[i], k + ahead, block + i * row_blocks);
+        if (next + ahead < p.c) fetch(b[i], next + ahead);
+      }
+      block += kBlocks * row_blocks;
+    }
+    if (begun) {
+      emit(acc, q0);
+    } else if (first_tile && t.resident) {
+      load_weight_blocks(weights, t, p, in, c0);
+      prim::sync_threads();
+    }
+  }
+}
+
+// u = w1 * x for all source pixels of a tile and the channels [c0, c0 + t.channels), in chunks of
+// Grid::kRows pixels; emit(acc, q0) gets the accumulators of the chunk that begins with source
+// pixel q0 (rows and columns: Grid::row, Grid::col; rows past the last pixel hold anything).
+//
+// Before: the source table is visible to all threads and the stages are free. After: this thread's
+// copies have landed; a sync_threads must come before the stages are used otherwise.
+template <class P, Layout kLayout, class Grid, class Emit>
+__device__ __forceinline__ void primary_product(const CudaTile& t, const Maps& p,
+                                                const Primary<typename P::T>& in, const Tile& tile,
+                                                int c0, bool first_tile, unsigned char* shared,
+                                                Emit&& emit) {
+  if constexpr (kDirect<P, kLayout>)
+    direct_product<P, Grid>(t, p, in, tile, c0, first_tile, shared, emit);
+  else
+    staged_product<P, kLayout, Grid>(t, p, in, tile, c0, first_tile, shared, emit);
+  prim::cp_async_wait<0>();
+}
+
+}  // namespace ghost::cuda
