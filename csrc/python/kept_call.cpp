@@ -158,7 +158,8 @@ PyObject* kept_run(KeptCall* self, PyObject* const* args, Py_ssize_t count) {
     PyErr_Format(PyExc_TypeError, "run takes x and out_channels, got %zd arguments", count);
     return nullptr;
   }
-  if (self->op == nullptr) Py_RETURN_NONE;  // cleared by the garbage collector
+  // Cleared by the garbage collector, which begins with the watch.
+  if (self->watch == nullptr) Py_RETURN_NONE;
   // The questions and the operator may run Python that drops the last reference to this object.
   Py_INCREF(self);
   PyObject* result;
