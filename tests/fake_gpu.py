@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# Before whatever PYTHONPATH has first: a test's own checkout may stand there.
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
