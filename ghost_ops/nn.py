@@ -49,7 +49,7 @@ def _announce_unfused(reason: str) -> None:
 
 # What else has to be as it was, and what has to be answered with no, for a module to run at once.
 _STATE = ((forward_ad.__dict__, "_current_level"), (backends.__dict__, "_requested"))
-_QUESTIONS = (
+_QUESTIONS: tuple[kept_call.Question, ...] = (
     (torch.is_grad_enabled, ()),
     (torch._C._are_functorch_transforms_active, ()),
     (torch._C._is_tracing, ()),
@@ -63,8 +63,8 @@ class _Packed:
     count of batches is among the tensors because it tells.
     """
 
-    __slots__ = ("alive", "arguments", "backend", "library_w1", "operator", "packed", "run",
-                 "settings", "unchanged")  # fmt: skip
+    __slots__ = ("alive", "arguments", "backend", "library_w1", "operator", "run", "settings",
+                 "unchanged")  # fmt: skip
 
     def __init__(
         self,
@@ -91,21 +91,24 @@ class _Packed:
         self.library_w1 = None if fused else w1
         with torch.no_grad():
             weight = w1 if fused else None
-            self.packed = pack(functions, weight, w2, norms, self.settings, structure.slopes())
+            packed = pack(functions, weight, w2, norms, self.settings, structure.slopes())
         self.operator = direct(functions.ghost_apply)
-        self.arguments = apply_arguments(w1.size(0), w2, self.settings, fused)
-        rest = (self.packed, None, None, *self.arguments)
+        numbers = apply_arguments(w1.size(0), w2, self.settings, fused)
+        self.arguments = (packed, None, None, *numbers)
+        questions = _QUESTIONS
+        if w1.device.type != "meta":  # which autocast does not know, and raises
+            questions += ((torch.is_autocast_enabled, (w1.device.type,)),)
         self.run = kept_call.make(
             watch=watched,
-            questions=(*_QUESTIONS, (torch.is_autocast_enabled, (w1.device.type,))),
+            questions=questions,
             tensor_type=Tensor,
             dtype=w1.dtype,
             device=w1.device,
             channels_last=torch.channels_last,
             channels=w1.size(1) * self.settings.groups,
             out_channels=self.settings.out_channels,
-            operator=self.operator if fused else self._after_library,
-            arguments=rest if fused else (),
+            operator=self.operator if fused else self,
+            arguments=self.arguments if fused else (),
         ).run
 
     def is_current(self, module: nn.Module) -> bool:
@@ -115,12 +118,8 @@ class _Packed:
     def __call__(self, x: Tensor) -> Tensor:
         """The module's output for an x that is dense and fits."""
         if self.library_w1 is not None:
-            return self._after_library(x)
-        return self.operator(x, self.packed, None, None, *self.arguments)
-
-    def _after_library(self, x: Tensor) -> Tensor:
-        u = dense(library_conv(x, self.library_w1, self.settings))
-        return self.operator(u, self.packed, None, None, *self.arguments)
+            x = dense(library_conv(x, self.library_w1, self.settings))
+        return self.operator(x, *self.arguments)
 
 
 class FusedGhostModule(nn.Module):

@@ -203,6 +203,26 @@ def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
     assert kept.run(X, 8) is None  # gradients are recorded
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_every_device_and_primary_is_called_again(
+    kind: Any, device: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call is the one that the kept call answers, or leaves to the long way."""
+    monkeypatch.setattr(kept_call, "make", kind[0])
+    monkeypatch.setattr(watch, "make", lambda *given: kind[1](*given, *((),) * (4 - len(given))))
+    torch.manual_seed(0)
+    module = ghost_ops.FusedGhostModule(3, 8, kernel_size, device=device).eval()
+    with torch.no_grad():
+        first, again = (module(X.to(device)) for _ in range(2))
+        assert module._packed is not None
+        assert type(module._packed.run.__self__) is kind[0]
+        answer = module._packed.run(X.to(device), 8)
+    assert first.shape == again.shape == answer.shape == (2, 8, 4, 5)
+    if device == "cpu":
+        assert first.equal(again) and first.equal(answer)
+
+
 def test_dispatch_modes_see_the_operator(module: ghost_ops.FusedGhostModule) -> None:
     names = []
 

@@ -336,9 +336,9 @@ class Planner {
     const double here = std::ceil(double(plan.blocks) / double(arch_.multiprocessors));
     const double side_by_side = std::min(here, double(plan.blocks_per_sm));
     const double issue = cycles / 0.7;
-    // A block alone cannot overlap its phases; several can. With its two warps a scheduler it
-    // issues half an instruction a cycle: in-order simulations of the machine code say 0.55 for the
-    // product and 0.9 for the windows.
+    // A block alone cannot overlap its phases; several can. With its two warps a scheduler it is
+    // taken to issue half an instruction a cycle: an estimate from the dependences in the machine
+    // code, never measured.
     const double alone =
         2500 + std::max(cycles, serial) * 2 + std::max(product_cycles + pipe * 0.5, latency);
     const double widest = std::max({issue, product_cycles, pipe});

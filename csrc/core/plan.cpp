@@ -19,7 +19,7 @@ constexpr int64_t kSmallImage = 1024;
 // GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C *
 // vecs vectors) must stay in L1 while the channels go by; past that, two vectors by twelve channels
 // ask the least of L2. In large images, whose lines come one by one, six channels by four vectors
-// are 2-5% ahead of four by five, if the channels fill them.
+// are a little ahead of four by five, if the channels fill them.
 int choose_vecs(const Problem& p, const CpuInfo& cpu) {
   const int64_t vector_bytes = cpu.lanes * 4;
   if (cpu.max_vecs < 4) return p.channels * 3 * vector_bytes <= cpu.l1_bytes * 3 / 4 ? 3 : 2;
