@@ -414,3 +414,51 @@ def check_statistics(world: World, case: Case, has_primary: bool = True) -> None
         )  # fmt: skip
         near(mean, frozen.mean2, case.dtype, "mean2", frozen.var2.sqrt())
         near(var, frozen.var2, case.dtype, "var2")
+
+
+def check_empty(world: World, case: Case, has_primary: bool = True) -> None:
+    """All operators on a batch of no images, as PyTorch: outputs are empty, statistics and
+    gradients of parameters are zero, running statistics stay as they are."""
+    o = operands(case, has_primary)
+    case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
+    assert o.x.numel() == 0
+    size = (case.n, case.oup, *(-(-n // o.stride) for n in (case.h, case.w)))
+
+    def zero(tensors: Any) -> None:
+        for t in tensors:
+            assert torch.equal(t, torch.zeros_like(t))
+
+    packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
+    maps = make_input(case.replace(c=case.oup, h=size[2], w=size[3]))
+    gate = make_input(case.replace(c=case.oup, h=1, w=1))
+    for extras in ((None, None), (maps, gate)):
+        out = world.call("ghost_apply", o.x, packed, *extras, *o.shape, *o.acts, has_primary)
+        assert out.shape == size
+    if has_primary:
+        zero(world.call("ghost_primary_stats", o.x, o.w1, o.stride))
+    shape = (case.m, case.ratio, case.d, o.stride)
+    zero(world.call("ghost_cheap_stats", o.x, packed, *shape, *o.acts[:2], has_primary))
+    for keep_u in (False, True):
+        out, *moments, u = world.call(
+            "ghost_train_forward", o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup,
+            o.stride, *o.acts, keep_u,
+        )  # fmt: skip
+        assert out.shape == size
+        zero(moments)
+        for batch_stats in (True, False):
+            dx, *grads = world.call(
+                "ghost_backward", out, o.x, u, o.w1, *bn1[:2], *moments[:2], 1e-5, w2, *bn2[:2],
+                *moments[2:], 1e-5, o.stride, *o.acts, batch_stats, True, has_primary,
+            )  # fmt: skip
+            assert dx.shape == o.x.shape
+            zero(grads)
+    # On the operator itself: it changes its arguments.
+    running = [world.move(t.to(moments[0].dtype).clone()) for t in (*bn1[2:], *bn2[2:])]
+    before, counts = [t.cpu() for t in running], [world.move(torch.tensor(3)) for _ in range(2)]
+    moments = [world.move(t) for t in moments]
+    world.ops.ghost_update_running_(
+        *running[:2], counts[0], *moments[:2], 0.1, *running[2:], counts[1], *moments[2:], None, 0
+    )
+    for old, new in zip(before, running, strict=True):
+        assert torch.equal(old, new.cpu())
+    assert [int(t) for t in counts] == [4, 4]

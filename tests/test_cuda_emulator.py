@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import emulator
 import pytest
@@ -89,6 +93,94 @@ def test_races_show_in_these_schedules(
 def test_too_much_shared_memory_is_refused(library: emulator.Library) -> None:
     with pytest.raises(RuntimeError, match="invalid argument"):
         run(library, "nothing wrong", 228 * 1024)
+
+
+# Devices that no other test poses as: no kernel's limit is set on them yet.
+FRESH = [emulator.Device(9, 0, n, 200 << 10, 201 << 10, 50 << 20) for n in (7, 11)]
+
+
+@contextlib.contextmanager
+def posing_as(library: emulator.Library, device: emulator.Device) -> Iterator[None]:
+    library.set_device(device)
+    try:
+        yield
+    finally:
+        library.set_device(emulator.DEVICES["sm_90"])
+
+
+def test_the_shared_memory_limit_is_set_once(library: emulator.Library) -> None:
+    """Once for each kernel and device, to all that a block may have."""
+    before = library.limits_set()
+    for device in FRESH:
+        with posing_as(library, device):
+            run(library, "nothing wrong", 48 << 10)
+            assert library.limits_set() == before
+            for kib in (64, 200, 49, 64):
+                run(library, "nothing wrong", kib << 10)
+                assert library.limits_set() == before + 1
+            run(library, "between blocks", 64 << 10)
+            assert library.limits_set() == before + 2
+            with pytest.raises(RuntimeError, match="invalid argument"):
+                run(library, "nothing wrong", (200 << 10) + 1)
+        before += 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "kib", "message"),
+    [
+        ("never", (48, 64), "invalid argument"),
+        ("each launch", (100, 64), "lowered from 102400 to 65536 bytes"),
+    ],
+)
+def test_wrong_shared_memory_limits(
+    library: emulator.Library, limit: str, kib: tuple[int, int], message: str
+) -> None:
+    """Launchers that set no limit, or the bytes of each launch: the second launch fails."""
+    with posing_as(library, emulator.Device(9, 0, 3, 150 << 10, 151 << 10, 50 << 20)):
+        library.call("ghost_faulty_limit", limit, 0, 0, kib[0] << 10)
+        with pytest.raises(RuntimeError, match=message):
+            library.call("ghost_faulty_limit", limit, 0, 0, kib[1] << 10)
+
+
+@pytest.mark.parametrize(
+    ("grid", "runs"),
+    [
+        ("1 65535 1", True),
+        ("1 1 65535", True),
+        ("70000 1 1", True),
+        ("0 1 1", False),
+        ("1 0 1", False),
+        ("1 1 0", False),
+        ("1 65536 1", False),
+        ("1 1 65536", False),
+        ("2147483648 1 1", False),
+    ],
+)
+def test_grids_that_the_driver_refuses(library: emulator.Library, grid: str, runs: bool) -> None:
+    if runs:
+        library.call("ghost_faulty_grid", grid, 0, 0, 0)
+    else:
+        with pytest.raises(RuntimeError, match="invalid configuration"):
+            library.call("ghost_faulty_grid", grid, 0, 0, 0)
+
+
+def test_host_threads_launch_the_same_kernel(library: emulator.Library) -> None:
+    """With more and with less shared memory, at the same time."""
+    names = ("nothing wrong", "no barrier")
+    with posing_as(library, emulator.Device(9, 0, 5, 100 << 10, 101 << 10, 50 << 20)):
+        ready, before = threading.Barrier(8), library.limits_set()
+
+        def launch(turn: int) -> None:
+            ready.wait()
+            for i in range(60):
+                kib = (1, 49, 64, 100)[(turn + i) % 4]
+                run(library, names[i % 2], kib << 10)
+
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(launch, turn) for turn in range(8)]:
+                done.result()
+        # Threads that come first may each set the limit, to the same value.
+        assert 2 <= library.limits_set() - before <= 16
 
 
 def test_threads_share_the_blocks(library: emulator.Library) -> None:

@@ -5,15 +5,26 @@ Skips itself with a reason where there is no CUDA device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from cuda_cases import World, check_eval, check_statistics, check_train
+from cuda_cases import World, check_empty, check_eval, check_statistics, check_train
 from cuda_driver import SMALL
 from helpers import GHOSTNET, LAYOUTS, Case, make_input, make_module, same_bits
-from test_cuda_kernels import EVAL, FROZEN, STATISTICS, TRAIN, assert_same, identity
+from test_cuda_kernels import (
+    EMPTY,
+    EVAL,
+    FROZEN,
+    MANY_IMAGES,
+    STATISTICS,
+    TRAIN,
+    assert_same,
+    identity,
+)
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -146,6 +157,133 @@ def test_streams(world: World) -> None:
         for a, b in zip(want, got, strict=True):
             for first, second in zip(a, b, strict=True):
                 assert same_bits(first.detach().cpu(), second.detach().cpu())
+
+
+def steps_on(
+    stream: torch.cuda.Stream, step: Callable[[int], list[torch.Tensor]], count: int
+) -> list[torch.Tensor]:
+    """The results of step(0), step(1), ..., queued on a stream without waiting for any."""
+    with torch.cuda.stream(stream):
+        return [t.detach() for i in range(count) for t in step(i)]
+
+
+@pytest.mark.parametrize("host_threads", [1, 2])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_streams_at_the_same_time(
+    world: World, layout: str, training: bool, host_threads: int
+) -> None:
+    """The same module on two streams gives the bits that it gives on one after the other.
+
+    Sizes alternate, so that the launches of a kernel differ in shared memory: its limit must not
+    fall between the launches of two host threads.
+    """
+    count, act = 24, "silu"
+    sizes = [(56, 56), (7, 7), (28, 20), (14, 14)]
+    case = Case(16, 40, 56, 56, 80, layout=layout, dtype=torch.float16, act1=act, act2=act)
+    inputs = [make_input(case.replace(h=h, w=w)).cuda() for h, w in sizes]
+    grads = [make_input(case.replace(c=case.oup, h=h, w=w), 3).cuda() for h, w in sizes]
+    first = make_module(case).cuda().train(training)
+    modules = [first, copy.deepcopy(first)]  # running statistics of their own
+
+    def stepping(turn: int) -> Callable[[int], list[torch.Tensor]]:
+        def step(i: int) -> list[torch.Tensor]:
+            which = (i + turn) % len(sizes)
+            module, x = modules[turn], inputs[which]
+            with torch.set_grad_enabled(training):  # a setting of each host thread
+                if not training:
+                    return [module(x)]
+                x = x.detach().requires_grad_()
+                out = module(x)
+                return [out, *torch.autograd.grad(out, [x, *module.parameters()], grads[which])]
+
+        return step
+
+    steps = [stepping(turn) for turn in range(2)]
+    default = torch.cuda.current_stream()
+    want = [steps_on(default, step, count) for step in steps]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in steps]
+    if host_threads == 2:
+        with ThreadPoolExecutor(2) as pool:
+            got = list(pool.map(steps_on, streams, steps, [count] * 2))
+    else:
+        got = [[], []]
+        for i in range(count):  # in turns: neither stream is ever far ahead
+            for turn, (stream, step) in enumerate(zip(streams, steps, strict=True)):
+                got[turn] += steps_on(stream, lambda _, step=step, i=i: step(i), 1)
+    torch.cuda.synchronize()
+    for a, b in zip(want, got, strict=True):
+        for before, at_once in zip(a, b, strict=True):
+            assert same_bits(before.cpu(), at_once.cpu())
+
+
+@pytest.mark.parametrize("has_primary", [True, False])
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_empty_batch(world: World, case: Case, has_primary: bool) -> None:
+    check_empty(world, case, has_primary)
+    torch.cuda.synchronize()  # a launch that failed is reported here at the latest
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_module_on_an_empty_batch(world: World, layout: str, dtype: torch.dtype) -> None:
+    case = Case(0, 4, 5, 7, 6, layout=layout, dtype=dtype)
+    module, x = on_gpu(case)
+    with torch.inference_mode():
+        assert module(x).shape == (0, 6, 5, 7)
+    before = {name: b.clone() for name, b in module.named_buffers()}
+    module.train()
+    x.requires_grad_()
+    out = module(x)
+    assert out.shape == (0, 6, 5, 7)
+    out.sum().backward()
+    torch.cuda.synchronize()
+    assert x.grad.shape == x.shape
+    for p in module.parameters():
+        assert p.grad is None or not p.grad.any()
+    for name, b in module.named_buffers():
+        assert torch.equal(b, before[name] + 1 if "num_batches" in name else before[name]), name
+
+
+@pytest.mark.parametrize("case", MANY_IMAGES, ids=str)
+def test_more_images_than_a_grid_has_rows(world: World, case: Case) -> None:
+    """A grid has at most 65,535 blocks along y and z."""
+    for size in (1, 2):
+        many = case.replace(h=size, w=size)
+        check_eval(world, many)
+        check_train(world, many, keep_u=size == 2)
+
+
+def test_another_device_than_the_current_one(world: World) -> None:
+    """Tensors on cuda:1 while cuda:0 is current: launches, scratch and the limits of shared memory
+    belong to the device of the tensors."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices, there is {torch.cuda.device_count()}")
+    second = World(world.ops, "cuda:1")
+    case = Case(8, 40, 28, 28, 80, layout="nhwc", dtype=torch.float16, act1="silu", act2="silu")
+    with torch.cuda.device(0):
+        for name in SMALL:
+            SMALL[name](world)  # raises the limits of cuda:0 first
+            SMALL[name](second)
+        check_empty(second, EMPTY[0])
+        results = []
+        for device in ("cuda:1", "cuda:0"):
+            module, x = make_module(case).to(device), make_input(case).to(device)
+            with torch.inference_mode():
+                out = module.eval()(x)
+            x.requires_grad_()
+            trained = module.train()(x)
+            grads = torch.autograd.grad(trained.sum(), [x, *module.parameters()])
+            results.append([out, trained.detach(), *grads, *module.buffers()])
+            assert all(t.device == torch.device(device) for t in results[-1])
+        assert torch.cuda.current_device() == 0
+    if torch.cuda.get_device_properties(0).name == torch.cuda.get_device_properties(1).name:
+        for a, b in zip(*results, strict=True):
+            assert same_bits(a.cpu(), b.cpu())
+    else:
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a.cpu(), b.cpu(), rtol=2e-2, atol=2e-2)
 
 
 def kernels_of(call: Any) -> list[str]:

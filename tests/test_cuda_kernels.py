@@ -16,6 +16,7 @@ import pytest
 import torch
 from cuda_cases import (
     World,
+    check_empty,
     check_eval,
     check_extras,
     check_statistics,
@@ -239,6 +240,16 @@ def test_backward_short_of_shared_memory(
         library.set_device(DEVICES[0])
 
 
+EMPTY = [
+    *(Case(0, 4, 5, 5, 6, ratio=r, layout=layout) for r in (1, 2) for layout in LAYOUTS),
+    Case(0, 40, 7, 6, 24, stride=2, layout="nhwc", dtype=torch.float16),
+]
+MANY_IMAGES = [
+    Case(70_000, 16, 2, 2, 24, layout="nhwc", dtype=torch.float16, act1="silu", act2="silu"),
+    Case(70_000, 7, 2, 2, 10, layout="nchw", dtype=torch.float32, act1="silu", act2="silu"),
+]
+
+
 # A training case is a dozen eval cases long: the schedules that find the most.
 @pytest.mark.parametrize(
     ("name", "schedule"),
@@ -370,27 +381,37 @@ def test_gradients_that_are_not_wanted(world: World, needs: tuple[bool, bool]) -
             assert same_bits(a, b)
 
 
-@pytest.mark.parametrize("ratio", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_empty_batch(world: World, layout: str, ratio: int) -> None:
-    """As PyTorch: nothing comes out, gradients of parameters are zero."""
-    case = Case(0, 4, 5, 5, 6, ratio=ratio, layout=layout)
-    o = operands(case)
-    bn1, bn2 = norm_arguments(o)
-    w2 = o.p.w2.detach()
-    packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
-    out = world.call("ghost_apply", o.x, packed, None, None, *o.shape, *o.acts, True)
-    assert out.shape == (0, 6, 5, 5)
-    forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, 6, 1, *o.acts, False)
-    out, *moments, _ = world.call("ghost_train_forward", *forward)
-    assert out.shape == (0, 6, 5, 5)
-    assert all(torch.equal(t, torch.zeros_like(t)) for t in moments)
-    grads = world.call(
-        "ghost_backward", out, o.x, None, o.w1, *bn1[:2], *moments[:2], 1e-5, w2, *bn2[:2],
-        *moments[2:], 1e-5, 1, *o.acts, True, True, True,
-    )  # fmt: skip
-    assert grads[0].shape == o.x.shape
-    assert all(torch.equal(t, torch.zeros_like(t)) for t in grads[1:])
+@pytest.mark.parametrize("has_primary", [True, False])
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_empty_batch(world: World, case: Case, has_primary: bool) -> None:
+    check_empty(world, case, has_primary)
+
+
+@pytest.mark.parametrize("case", MANY_IMAGES, ids=str)
+def test_more_images_than_a_grid_has_rows(world: World, case: Case) -> None:
+    """A grid has at most 65,535 blocks along y and z."""
+    small = case.replace(c=3, h=1, w=1, oup=4)
+    check_eval(world, small)
+    check_train(world, small)
+
+
+@pytest.mark.slow
+def test_more_channel_blocks_than_a_grid_has_rows(world: World, library: emulator.Library) -> None:
+    """65,537 blocks of channels in backward: blocks of 8, for want of shared memory."""
+    m = 65_537 * 8
+    x = torch.randn(2, m, 1, 1).half().as_strided((2, m, 1, 1), (m, 1, m, m))
+    w2, none = torch.zeros(0, 1, 1, 1, dtype=x.dtype), torch.zeros(0)
+    library.set_device(emulator.Device(9, 0, 2, 5504, 5504 + 1024, 50 << 20))
+    try:
+        grads = world.call(
+            "ghost_backward", torch.ones_like(x), x, None, None, None, None, torch.zeros(m),
+            torch.ones(m), 0.0, w2, None, None, none, none, 0.0, 1, 0, 0.0, 0, 0.0, False, False,
+            False,
+        )  # fmt: skip
+    finally:
+        library.set_device(DEVICES[0])
+    assert torch.equal(grads[2], x.float().sum((0, 2, 3)))
+    assert torch.equal(grads[3], torch.full((m,), 2.0))
 
 
 @pytest.mark.parametrize("shift", [1, 2, 4])

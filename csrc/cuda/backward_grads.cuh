@@ -138,8 +138,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   A* const norm2 = reinterpret_cast<A*>(shared + p.tile.norm2_at);
   A* const w2 = reinterpret_cast<A*>(shared + p.tile.taps_at);
   A* const slots = reinterpret_cast<A*>(shared + p.tile.slots_at);
-  const Owner me(p, static_cast<int>(blockIdx.y) * p.tile.channels);
-  const int worker = static_cast<int>(blockIdx.x);
+  // Workers go first. One dimension: y has room for 65,535 blocks, and channels may need more.
+  const int block = static_cast<int>(blockIdx.x);
+  const int worker = block % p.tile.workers;
+  const Owner me(p, block / p.tile.workers * p.tile.channels);
 
   for (int c = me.tid; c < me.channels; c += kThreads) {
     Affine<A> f;

@@ -28,20 +28,20 @@ struct BackwardSums {
 
 }  // namespace ghost::cuda
 
-#define GHOST_BACKWARD_TYPE_INSTANCES(T)                                                       \
-  namespace ghost::cuda {                                                                      \
-  template <>                                                                                  \
-  cudaError_t BackwardKernels<T>::grads(const CheapParams& params, cudaStream_t stream) {      \
-    const CheapTile& t = params.tile;                                                          \
-    return GHOST_LAUNCH((ghost_backward_grads_kernel<T>),                                      \
-                        dim3(unsigned(t.workers), unsigned(t.channel_blocks)), dim3(kThreads), \
-                        size_t(t.smem_bytes), stream, params);                                 \
-  }                                                                                            \
-  template <>                                                                                  \
-  cudaError_t BackwardKernels<T>::finish(const FinishParams& params, cudaStream_t stream) {    \
-    return GHOST_LAUNCH((ghost_backward_finish_kernel<T>), dim3(unsigned(params.blocks)),      \
-                        dim3(kThreads), sizeof(Accumulator<T>) * kThreads, stream, params);    \
-  }                                                                                            \
+#define GHOST_BACKWARD_TYPE_INSTANCES(T)                                                    \
+  namespace ghost::cuda {                                                                   \
+  template <>                                                                               \
+  cudaError_t BackwardKernels<T>::grads(const CheapParams& params, cudaStream_t stream) {   \
+    const CheapTile& t = params.tile;                                                       \
+    const unsigned blocks = unsigned(t.workers) * unsigned(t.channel_blocks);               \
+    return GHOST_LAUNCH((ghost_backward_grads_kernel<T>), dim3(blocks), dim3(kThreads),     \
+                        size_t(t.smem_bytes), stream, params);                              \
+  }                                                                                         \
+  template <>                                                                               \
+  cudaError_t BackwardKernels<T>::finish(const FinishParams& params, cudaStream_t stream) { \
+    return GHOST_LAUNCH((ghost_backward_finish_kernel<T>), dim3(unsigned(params.blocks)),   \
+                        dim3(kThreads), sizeof(Accumulator<T>) * kThreads, stream, params); \
+  }                                                                                         \
   }
 
 #define GHOST_BACKWARD_PRODUCT_INSTANCES(P)                                                    \

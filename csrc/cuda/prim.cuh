@@ -25,6 +25,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/smem_limit.h"
+
 // T* name: the block's dynamic shared memory, aligned to 128 bytes.
 #define GHOST_DYN_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char ghost_shared_raw[]; \
@@ -391,21 +393,12 @@ struct Unchanged {
   using type = T;
 };
 
-// Lets a kernel have more than 48 KiB of dynamic shared memory, on the current device.
-template <class... Params>
-inline cudaError_t set_max_dynamic_smem(void (*kernel)(Params...), size_t bytes) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
 template <class... Params>
 inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                           cudaStream_t stream, typename Unchanged<Params>::type... args) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    const cudaError_t status = set_max_dynamic_smem(kernel, shared_bytes);
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status =
+      allow_dynamic_smem(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (status != cudaSuccess) return status;
   kernel<<<grid, block, shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }

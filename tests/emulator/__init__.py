@@ -185,6 +185,7 @@ class Library:
         self.path = path
         self.c = ctypes.CDLL(str(path))
         self.c.ghost_emu_launches.restype = ctypes.c_int64
+        self.c.ghost_emu_limits_set.restype = ctypes.c_int64
 
     def configure(self, schedule: int = 0, seed: int = 0, threads: int = 1) -> None:
         self.c.ghost_emu_configure(schedule, seed, threads)
@@ -205,6 +206,10 @@ class Library:
     def launches(self) -> int:
         """Kernels launched in this process so far."""
         return self.c.ghost_emu_launches()
+
+    def limits_set(self) -> int:
+        """How often a kernel's limit of shared memory was set in this process so far."""
+        return self.c.ghost_emu_limits_set()
 
     def call(self, function: str, name: str, data: int, out: int, number: int) -> None:
         """Calls one of the harness functions. Raises RuntimeError with what it reports."""

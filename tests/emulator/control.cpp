@@ -26,3 +26,8 @@ GHOST_EXPORT void ghost_emu_set_device(int major, int minor, int multiprocessors
 GHOST_EXPORT int64_t ghost_emu_launches() {
   return ghost::emu::counters().launches;
 }
+
+// Calls in this process that set a kernel's limit of dynamic shared memory.
+GHOST_EXPORT int64_t ghost_emu_limits_set() {
+  return ghost::emu::counters().limits_set;
+}

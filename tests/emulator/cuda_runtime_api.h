@@ -27,9 +27,20 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
-// The emulated device: one of the architectures that the plan knows (emulator.h).
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // static shared memory
+  int maxDynamicSharedSizeBytes;
+};
+
+// The emulated device. Each description that ghost_emu_set_device was given has its own number.
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+// The limit of a kernel's dynamic shared memory on the current device. Setting it lower than before
+// is a fault here: a launch by another host thread may need it.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 // An emulated launch reports its faults as C++ exceptions, so there is never a last error.
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "cuda/smem_limit.h"
 #include "emulated_numbers.h"
 #include "emulator.h"
 
@@ -326,21 +327,18 @@ struct Unchanged {
 };
 
 template <class... Params>
-inline cudaError_t set_max_dynamic_smem(void (*)(Params...), size_t bytes) {
-  return bytes <= size_t(emu::settings().device.shared_per_block) ? cudaSuccess
-                                                                  : cudaErrorInvalidValue;
-}
-
-template <class... Params>
 inline cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
                           size_t shared_bytes, cudaStream_t,
                           typename Unchanged<Params>::type... args) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t status = allow_dynamic_smem(function, shared_bytes);
+  if (status != cudaSuccess) return status;
   const auto call = std::make_tuple(kernel, args...);
   const auto body = [](const void* context) {
     const auto run = [](auto function, const auto&... arguments) { function(arguments...); };
     std::apply(run, *static_cast<const decltype(call)*>(context));
   };
-  return emu::run_grid(name, grid, block, shared_bytes, body, &call);
+  return emu::run_grid(name, function, grid, block, shared_bytes, body, &call);
 }
 
 }  // namespace ghost::prim

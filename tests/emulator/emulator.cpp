@@ -7,12 +7,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <sstream>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "cuda/smem_limit.h"
 #include "fiber.h"
 
 #if GHOST_EMU_FAST_SWITCH
@@ -294,6 +298,66 @@ void run_block(Block& block) {
   }
 }
 
+// The devices that this process posed as. A device's number is its place here.
+class Devices {
+  std::mutex mutex_;
+  std::vector<Device> known_;
+
+  static auto fields(const Device& d) {
+    return std::tie(d.major, d.minor, d.multiprocessors, d.shared_per_block,
+                    d.shared_per_multiprocessor, d.l2_bytes);
+  }
+
+ public:
+  int number_of(const Device& device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t i = 0;
+    while (i < known_.size() && fields(known_[i]) != fields(device)) ++i;
+    if (i == known_.size()) known_.push_back(device);
+    return int(i);
+  }
+  bool find(int number, Device& device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (number < 0 || size_t(number) >= known_.size()) return false;
+    device = known_[size_t(number)];
+    return true;
+  }
+};
+Devices& devices() {
+  static Devices instance;
+  return instance;
+}
+
+// Limits of dynamic shared memory, of kernels on devices.
+class SmemLimits {
+  std::mutex mutex_;
+  std::map<std::pair<const void*, int>, size_t> set_;
+
+  size_t& limit(const void* kernel) {
+    const int device = devices().number_of(settings().device);
+    return set_.emplace(std::pair(kernel, device), prim::kDefaultSmemLimit).first->second;
+  }
+
+ public:
+  size_t get(const void* kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return limit(kernel);
+  }
+  void set(const void* kernel, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    size_t& now = limit(kernel);
+    if (bytes < now && now != prim::kDefaultSmemLimit) {
+      throw Fault("the shared memory limit of a kernel is lowered from " + std::to_string(now) +
+                  " to " + std::to_string(bytes) + " bytes: another host thread may need it");
+    }
+    now = bytes;
+  }
+};
+SmemLimits& smem_limits() {
+  static SmemLimits instance;
+  return instance;
+}
+
 }  // namespace
 
 Settings& settings() {
@@ -406,8 +470,8 @@ void copy_wait(size_t pending) {
   for (size_t& end : self.group_ends) end -= count;
 }
 
-cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                     void (*body)(const void*), const void* context) {
+cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
+                     size_t shared_bytes, void (*body)(const void*), const void* context) {
   const Settings chosen = settings();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -416,7 +480,10 @@ cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
       grid.z > 65535 || block.z > 64) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > size_t(chosen.device.shared_per_block)) return cudaErrorInvalidValue;
+  if (shared_bytes > size_t(chosen.device.shared_per_block) ||
+      shared_bytes > smem_limits().get(function)) {
+    return cudaErrorInvalidValue;
+  }
   counters().launches += 1;
   counters().blocks += int64_t(blocks);
 
@@ -455,13 +522,13 @@ cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_by
 }  // namespace ghost::emu
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = ghost::emu::devices().number_of(ghost::emu::settings().device);
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidValue;
-  const ghost::emu::Device& emulated = ghost::emu::settings().device;
+  ghost::emu::Device emulated;
+  if (!ghost::emu::devices().find(device, emulated)) return cudaErrorInvalidValue;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = emulated.multiprocessors;
@@ -483,6 +550,21 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  *attributes = {0, int(ghost::emu::smem_limits().get(kernel))};
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const int most = ghost::emu::settings().device.shared_per_block;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > most) {
+    return cudaErrorInvalidValue;
+  }
+  ghost::emu::smem_limits().set(kernel, size_t(value));
+  ghost::emu::counters().limits_set += 1;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetLastError() {

@@ -11,6 +11,7 @@
 // Not seen: bank conflicts, speed, the PTX text and the hardware's register layouts.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -50,9 +51,10 @@ struct Settings {
 };
 Settings& settings();
 
-// How many kernels were launched in this process, and how many blocks they had.
+// How many kernels were launched in this process, how many blocks they had, and how often a
+// kernel's shared memory limit was set. Several host threads may launch at the same time.
 struct Counters {
-  int64_t launches = 0, blocks = 0;
+  std::atomic<int64_t> launches{0}, blocks{0}, limits_set{0};
 };
 Counters& counters();
 
@@ -92,8 +94,9 @@ void check_shared(const void* p, size_t bytes, const Site& site);
 
 // ------------------------------------------------------------------------------- launches
 
-// Runs body(context) once for each thread of the grid; returns when all have.
-cudaError_t run_grid(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                     void (*body)(const void*), const void* context);
+// Runs body(context) once for each thread of the grid; returns when all have. function: the kernel,
+// as cudaFuncSetAttribute names it.
+cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
+                     size_t shared_bytes, void (*body)(const void*), const void* context);
 
 }  // namespace ghost::emu

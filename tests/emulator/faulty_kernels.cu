@@ -1,5 +1,6 @@
 // Kernels with one mistake each, to see that the emulator reports it. Never run on a GPU.
 
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -130,6 +131,8 @@ __global__ void between_blocks_kernel(Words in, Out out) {
   if (blockIdx.x == 1) out[kBlock + threadIdx.x] = out[threadIdx.x];
 }
 
+__global__ void nothing_kernel(int) {}
+
 struct Entry {
   const char* name;
   void (*kernel)(Words, Out);
@@ -160,7 +163,7 @@ extern "C" __attribute__((visibility("default"))) const char* ghost_faulty_run(c
                                                                                const void* in,
                                                                                void* out,
                                                                                int shared_bytes) {
-  static std::string message;
+  static thread_local std::string message;
   try {
     for (const Entry& entry : kEntries) {
       if (std::strcmp(entry.name, name) != 0) continue;
@@ -174,4 +177,37 @@ extern "C" __attribute__((visibility("default"))) const char* ghost_faulty_run(c
     message = error.what();
   }
   return message.c_str();
+}
+
+// Launches a kernel after setting its limit of shared memory "never" or, to the bytes of this
+// launch, at "each launch".
+extern "C" __attribute__((visibility("default"))) const char* ghost_faulty_limit(const char* when,
+                                                                                 const void*, void*,
+                                                                                 int shared_bytes) {
+  static thread_local std::string message;
+  const auto function = reinterpret_cast<const void*>(&nothing_kernel);
+  try {
+    cudaError_t status = cudaSuccess;
+    if (std::strcmp(when, "each launch") == 0)
+      status =
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const auto body = [](const void*) { nothing_kernel(0); };
+    if (status == cudaSuccess)
+      status = ghost::emu::run_grid("nothing_kernel", function, dim3(1), dim3(1),
+                                    size_t(shared_bytes), body, nullptr);
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+// Launches a grid of "x y z" blocks of one thread.
+extern "C" __attribute__((visibility("default"))) const char* ghost_faulty_grid(const char* size,
+                                                                                const void*, void*,
+                                                                                int) {
+  dim3 grid;
+  if (std::sscanf(size, "%u %u %u", &grid.x, &grid.y, &grid.z) != 3) return "no grid";
+  const cudaError_t status = GHOST_LAUNCH(nothing_kernel, grid, dim3(1), 0, nullptr, 0);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

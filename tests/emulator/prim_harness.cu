@@ -269,7 +269,7 @@ const Entry kEntries[] = {
 extern "C" __attribute__((visibility("default"))) const char* ghost_prim_run(const char* name,
                                                                              const void* in,
                                                                              void* out, int n) {
-  static std::string message;
+  static thread_local std::string message;
   try {
     for (const Entry& entry : kEntries) {
       if (std::strcmp(entry.name, name) != 0) continue;

@@ -51,7 +51,11 @@ class DeviceScope {
 #ifdef GHOST_OPS_EMULATOR
   explicit DeviceScope(const Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
-  CudaArch arch() const { return query(0); }
+  CudaArch arch() const {
+    int device = 0;
+    check_launch(cudaGetDevice(&device), "cudaGetDevice");
+    return query(device);
+  }
 #else
   explicit DeviceScope(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
   cudaStream_t stream() const {
