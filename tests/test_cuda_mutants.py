@@ -65,10 +65,12 @@ TILE, FORWARD, APPLY = "cuda/tile.cuh", "cuda/forward.cuh", "cuda/apply.cuh"
 PRODUCT, STORES = "cuda/product.cuh", "cuda/stores.cuh"
 EVAL = ("eval nhwc", "eval deep", "eval wide")
 EVAL_STAGED = ("eval staged", "eval staged deep")
+RING = ("eval huge",)  # w1 does not fit into shared memory
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
 QUICK = (
     "no barrier after the copies", "one wait too few", "halo off by one",
     "pixels too many overwrite others", "weights read before they are there",
+    "ring read before its stage has landed",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
 )  # fmt: skip
 MUTANTS = [
@@ -91,8 +93,20 @@ MUTANTS = [
     ),
     Mutant(
         "weights read before they are there", PRODUCT,
-        f"load_weight_blocks(weights, t, p, in, c0);\n      {SYNC}",
-        "load_weight_blocks(weights, t, p, in, c0);", NHWC, EVAL,
+        f"prim::cp_async_commit();\n      prim::cp_async_wait<0>();\n      {SYNC}",
+        "prim::cp_async_commit();\n      prim::cp_async_wait<0>();", NHWC, EVAL,
+    ),
+    Mutant(
+        "ring read before its stage has landed", PRODUCT,
+        f"prim::cp_async_wait<0>();\n        {SYNC}", SYNC, NHWC, RING,
+    ),
+    Mutant(
+        "ring filled while it is read", PRODUCT, f"prim::cp_async_wait<0>();\n        {SYNC}",
+        "prim::cp_async_wait<0>();", NHWC, RING,
+    ),
+    Mutant(
+        "the other stage of the ring", PRODUCT, "block = (filling ^ 1) * stage_blocks",
+        "block = filling * stage_blocks", NHWC, RING, schedules=("plain",),
     ),
     Mutant(
         "pixels of the chunk before", PRODUCT, "begin_chunk(q0 + Grid::kRows)",
@@ -100,8 +114,8 @@ MUTANTS = [
         device="tiny sm_86",
     ),
     Mutant(
-        "columns of another lane", PRODUCT, "{{{even.x, odd.x, even.y, odd.y}",
-        "{{{even.x, odd.x, even.z, odd.y}", NHWC, ("eval huge",), schedules=("plain",),
+        "columns of another lane", PRODUCT, "kPlace[] = {0, 8, 512, 520}",
+        "kPlace[] = {0, 512, 8, 520}", NHWC, RING, schedules=("plain",),
     ),
     Mutant(
         "halo off by one", TILE, "tile.src_h = max_of(tile.h0 - t.halo, 0);",

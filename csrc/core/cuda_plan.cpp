@@ -97,7 +97,8 @@ class Planner {
           if (direct_ && p_.has_primary && slice_bytes != kDirectSlice) continue;
           for (bool resident : {true, false}) {
             if (!p_.has_primary && !resident) continue;
-            if (direct_ && !resident && instance <= 32) continue;  // no such kernel
+            // No such kernel; or the two stages of a ring hold as much.
+            if (direct_ && !resident && (instance <= 32 || p_.channels <= 2 * kCudaRing)) continue;
             // Narrower blocks than the instance has room for: more of them for a small batch.
             for (int64_t blocks : {least, 2 * least, 4 * least})
               if (blocks == least || p_.intrinsic > 8 * (blocks / 2))
@@ -231,7 +232,8 @@ class Planner {
     // The gradient of z, with a strip's unused pixels behind it.
     const int64_t grads = backward() && ghosts > 0 ? inner + kCudaStrip : 0;
     t.grad_at = place(grads * (channels + 2) * e);
-    t.b_at = place(p_.has_primary && c.resident ? rows16 * t.b_stride * e : 0);
+    const int64_t ring = direct_ ? 2 * kCudaRing : 0;
+    t.b_at = place(p_.has_primary ? rows16 * (c.resident ? t.b_stride : ring) * e : 0);
     t.y_at = place(has_y ? positions * t.y_stride * e : 0);
     t.stage_at = place(stage);
     t.smem_bytes = int32_t(at);
@@ -366,8 +368,8 @@ class Planner {
     return cycles + chunks * (slices * 125 + 60 + 4 * results) * 2;
   }
   // Direct: a warp has m tiles of 8 pixels times n of 16 channels. Instructions per block of 32
-  // channels of x: a row's address and load (2), per 16 channels two reads of w1 with their branch
-  // (5) and two products a tile, and what the loop costs (38). Per chunk: 32 x m x n / 8 results
+  // channels of x: a row's address and load (2), per 16 channels two reads of w1 (3) and two products
+  // a tile, and what the loop costs (38). Per stage of a ring: 20 for 16 bytes of w1, and the barrier. Per chunk: 32 x m x n / 8 results
   // cleared, rounded and stored, also where there is no channel (6 a tile); scaled where there is
   // one (4 a tile, 4 for scale and shift); positions (6 a tile of pixels); what the loop costs
   // (54). A read of w1 or of x takes the memory pipe four cycles, as 32 lanes times 16 bytes. 700
@@ -380,12 +382,19 @@ class Planner {
     const double blocks = double(ceil_div(p_.channels, 32));
     const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
     const double row = x_width == 16 ? 2 : x_width == 8 ? 6 : x_width == 4 ? 36 : 60;
-    const double block = 38 + m * row + active * ((t.resident ? 5 : 24) + 2 * m);
+    const double block = 38 + m * row + active * (3 + 2 * m);
     const double chunk = 54 + m * (6 + 6 * n) + active * (4 + 4 * m);
     const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
-    latency = chunks * (std::ceil(blocks / ahead) * 700 + (t.resident ? 0 : blocks * 300));
+    latency = chunks * std::ceil(blocks / ahead) * 700;
     pipe = warp_chunks * (blocks * (4 * m + 8 * active) + 2 * m + active * (4 + 2 * m));
-    return warp_chunks * (blocks * block + chunk) / 4;
+    double ring = 0;
+    if (!t.resident) {
+      const double bytes = double(t.channels) * double(p_.channels) * double(element_);
+      const double stages = double(ceil_div(p_.channels, kCudaRing));
+      ring = chunks * (bytes / 16 * 20 / 128 + stages * 100);
+      latency += chunks * stages * 200;
+    }
+    return warp_chunks * (blocks * block + chunk) / 4 + ring;
   }
 
   const Problem& p_;

@@ -216,9 +216,15 @@ struct RowColumns {
         left(left_ > 0 ? left_ : 8),
         bytes(bytes_) {}
 
-  __device__ __forceinline__ uint4 load(uint32_t row) const {
-    const T* const from = byte_offset(first, row * uint64_t(pitch));
-    if (bytes == 16) return prim::load_readonly<uint4>(from);
+  __device__ __forceinline__ const T* at(uint32_t row) const {
+    return byte_offset(first, row * uint64_t(pitch));
+  }
+  // Where `bytes` is 16.
+  __device__ __forceinline__ uint4 load_wide(uint32_t row) const {
+    return prim::load_readonly<uint4>(at(row));
+  }
+  __device__ __forceinline__ uint4 load_narrow(uint32_t row) const {
+    const T* const from = at(row);
     uint4 r{0, 0, 0, 0};
     if (bytes == 8) {
       const uint2 low = prim::load_readonly<uint2>(from);
@@ -250,40 +256,43 @@ struct RowColumns {
 // two steps so that lane t of four has 2t, 2t + 1, 2t + 8, ..., it gets 8t ... 8t + 7 here, 16
 // bytes of a pixel, and 16 of each of two rows of w1. Rows g and g + 8 of mma are channels 2g and
 // 2g + 1.
-struct WeightBlock {  // 16 rows x 32 columns, of one lane
-  uint4 step[2];
-};
-constexpr int kBlockColumns = 32, kBlockBytes = 32 * int(sizeof(WeightBlock));
+constexpr int kBlockColumns = 32, kBlockBytes = 1024;  // a block: 16 rows x 32 columns
 
-__device__ __forceinline__ WeightBlock weight_block(const uint4& even, const uint4& odd) {
-  return {{{even.x, odd.x, even.y, odd.y}, {even.z, odd.z, even.w, odd.w}}};
-}
-
-// w1 rows [c0, c0 + t.channels) in shared memory, block by block of columns, in each the blocks of
-// rows; of a block the first steps of all lanes come before the second ones. Zeros past row m and
-// column c. A warp takes 8 rows x 32 columns at a time.
+// Copies columns [k0, k1) of w1 rows [c0, c0 + t.channels) to shared memory, block by block of
+// columns, in each the blocks of rows; of a block the first steps of all lanes come before the
+// second ones. Zeros past row m and column c. A warp takes 8 rows x 32 columns at a time. The caller
+// commits the copies. k0: a multiple of kBlockColumns.
 template <class T>
-__device__ __forceinline__ void load_weight_blocks(unsigned char* shared, const CudaTile& t,
-                                                   const Maps& p, const Primary<T>& in, int c0) {
+__device__ __forceinline__ void copy_weight_blocks(unsigned char* shared, const CudaTile& t,
+                                                   const Maps& p, const Primary<T>& in, int c0,
+                                                   int k0, int k1) {
   const int row_blocks = ceil_div(t.channels, 16), lane = int(prim::lane());
-  const int tasks = ceil_div(p.c, kBlockColumns) * row_blocks * 2, odd = lane & 1;
-#pragma unroll 4
+  const int tasks = ceil_div(k1 - k0, kBlockColumns) * row_blocks * 2, odd = lane & 1;
+#pragma unroll 1
   for (int task = int(prim::warp()); task < tasks; task += kWarps) {
-    const int block = task >> 1, k0 = block / row_blocks * kBlockColumns;
-    const int pair = (task & 1) * 4 + (lane >> 3), kk = (lane >> 1 & 3) * 8;
+    const int block = task >> 1, kk = (lane >> 1 & 3) * 8;
+    const int pair = (task & 1) * 4 + (lane >> 3), k = k0 + block / row_blocks * kBlockColumns + kk;
     const int c = c0 + block % row_blocks * 16 + pair * 2 + odd;
-    const uint4 w =
-        RowColumns<T>(in.w1 + k0 + kk, p.c, c < p.m ? p.c - k0 - kk : 0, in.w1_bytes).load(c);
+    const int left = c < p.m ? p.c - k : 0;
+    const T* const from = left > 0 ? in.w1 + (int64_t(c) * p.c + k) : in.w1;
     unsigned char* to = shared + block * kBlockBytes + (pair * 4 + kk / 8) * 16 + odd * 4;
-    prim::store<uint32_t>(to, w.x);
-    prim::store<uint32_t>(to + 8, w.y);
-    prim::store<uint32_t>(to + 512, w.z);
-    prim::store<uint32_t>(to + 520, w.w);
+    constexpr int kPlace[] = {0, 8, 512, 520};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      T* const pair_to = reinterpret_cast<T*>(to + kPlace[e]);
+      if (in.w1_bytes >= 4) {
+        copy_async<4>(pair_to, 2 * e < left ? from + 2 * e : in.w1, 2 * e < left);
+      } else {
+        copy_async<2>(pair_to, from + 2 * e, 2 * e < left);
+        copy_async<2>(pair_to + 1, from + 2 * e + 1, 2 * e + 1 < left);
+      }
+    }
   }
 }
 
 // primary_product by way of registers. The next blocks of x are on their way while the results
-// before are being worked on.
+// before are being worked on. w1 stays in shared memory, or passes through a ring of two stages of
+// kCudaRing columns there: the copies of a stage run while the stage before is multiplied.
 template <class P, class Grid, class Emit>
 __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
                                                const Primary<typename P::T>& in, const Tile& tile,
@@ -293,9 +302,12 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
   constexpr int kM = Grid::kTilesM, kN = Grid::kTilesN;
   constexpr int kBlocks = kM * kN > 8 ? 1 : kM >= 2 ? 8 / kM : 4;  // of x, under way
   constexpr int kStep = kBlocks * kBlockColumns;
-  constexpr bool kAlwaysResident = Grid::kCols <= 32;
+  static_assert(kCudaRing % kStep == 0, "a step of the product lies in one stage of the ring");
   const int lane = int(prim::lane()), first_k = (lane & 3) * 8;
   const int row_blocks = ceil_div(t.channels, 16), sources = tile.sources() - Grid::first_row();
+  // A ring is filled by the whole block: all warps take part in all chunks then.
+  const bool ring = Grid::kCols > 32 && !t.resident;
+  const int end = ring ? tile.sources() : sources;
 
   // Of this lane: its channels of x, how many there are, its row of a warp's first pixels, and its
   // operands of w1.
@@ -303,42 +315,46 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
   const int channels = prim::opaque(p.c - first_k);
   const PixelEntry* const own = reinterpret_cast<const PixelEntry*>(shared + t.source_at) +
                                 prim::opaque(Grid::first_row() + (lane >> 2));
+  const int last_own = sources - (lane >> 2);  // the spare entry behind the last source pixel
   unsigned char* const weights = shared + t.b_at;
   const int weights_at = prim::opaque(Grid::first_col(0) / 16 * kBlockBytes + lane * 16);
+  const int stage_blocks = kCudaRing / kBlockColumns * row_blocks;
+  int filling = 0;  // stage of the ring that the next copies go to
+  const auto fill = [&](int k) {
+    copy_weight_blocks(weights + filling * stage_blocks * kBlockBytes, t, p, in, c0, k,
+                       min_of(k + kCudaRing, p.c));
+    prim::cp_async_commit();
+    filling ^= 1;
+  };
 
   uint32_t pixel[kM];
   uint4 b[kBlocks][kM];
   const auto begin_chunk = [&](int q0) {
 #pragma unroll
-    for (int mt = 0; mt < kM; ++mt) pixel[mt] = uint32_t(own[q0 + mt * 8].offset);
+    for (int mt = 0; mt < kM; ++mt) pixel[mt] = uint32_t(own[min_of(q0 + mt * 8, last_own)].offset);
   };
   const auto fetch = [&](uint4(&to)[kM], int k) {
     const RowColumns<T> from(x + k, p.c, channels - k, in.x_bytes);
+    if (in.x_bytes == 16) {  // one branch for all rows: loads under way pass no join of branches
 #pragma unroll
-    for (int mt = 0; mt < kM; ++mt) to[mt] = from.load(pixel[mt]);
+      for (int mt = 0; mt < kM; ++mt) to[mt] = from.load_wide(pixel[mt]);
+    } else {
+#pragma unroll
+      for (int mt = 0; mt < kM; ++mt) to[mt] = from.load_narrow(pixel[mt]);
+    }
   };
   float acc[kM][kN][4];
-  const auto multiply = [&](const uint4(&from)[kM], int k, int block) {
+  const auto multiply = [&](const uint4(&from)[kM], int block) {
 #pragma unroll
     for (int nt = 0; nt < kN; ++nt) {
       if (Grid::first_col(nt) >= t.channels) continue;
-      WeightBlock w;
-      if (kAlwaysResident || t.resident) {
-        const unsigned char* at =
-            weights + weights_at + block * kBlockBytes + nt * (Grid::kWarpsN * kBlockBytes);
-        w = {{prim::load<uint4>(at), prim::load<uint4>(at + kBlockBytes / 2)}};
-      } else {
-        const int c = c0 + Grid::col(nt), left = channels - k;
-        const T* const first = in.w1 + k + first_k;
-        w = weight_block(
-            RowColumns<T>(first, p.c, c < p.m ? left : 0, in.w1_bytes).load(c),
-            RowColumns<T>(first, p.c, c + 1 < p.m ? left : 0, in.w1_bytes).load(c + 1));
-      }
+      const unsigned char* at =
+          weights + weights_at + block * kBlockBytes + nt * (Grid::kWarpsN * kBlockBytes);
+      const uint4 w0 = prim::load<uint4>(at), w1 = prim::load<uint4>(at + kBlockBytes / 2);
 #pragma unroll
       for (int mt = 0; mt < kM; ++mt) {
         float (&c)[4] = acc[mt][nt];
         float d[4] = {c[0], c[2], c[1], c[3]};
-        const uint4 &w0 = w.step[0], &w1 = w.step[1];
         prim::mma_m16n8k16<T>(d, {w0.x, w0.y, w0.z, w0.w}, {from[mt].x, from[mt].y});
         prim::mma_m16n8k16<T>(d, {w1.x, w1.y, w1.z, w1.w}, {from[mt].z, from[mt].w});
         c[0] = d[0];
@@ -351,8 +367,8 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
 
   // Before the first chunk there is one in which only x is fetched.
 #pragma unroll 1
-  for (int q0 = -Grid::kRows; q0 < sources; q0 += Grid::kRows) {
-    const bool begun = q0 >= 0, more = q0 + Grid::kRows < sources;
+  for (int q0 = -Grid::kRows; q0 < end; q0 += Grid::kRows) {
+    const bool begun = q0 >= 0, more = q0 + Grid::kRows < end, mine = begun && q0 < sources;
 #pragma unroll
     for (int i = 0; i < kM * kN * 4; ++i) acc[i / (kN * 4)][i / 4 % kN][i % 4] = 0;
     int block = 0;
@@ -360,19 +376,29 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
     for (int k = begun ? 0 : p.c - 1; k < p.c; k += kStep) {
       const bool last = k + kStep >= p.c;
       const int next = !last ? k + kStep : more ? 0 : p.c;
+      if (ring && begun && k % kCudaRing == 0) {
+        prim::cp_async_wait<0>();
+        prim::sync_threads();  // the stage has landed, and the other one is free
+        block = (filling ^ 1) * stage_blocks;
+        if (k + kCudaRing < p.c || more) fill(k + kCudaRing < p.c ? k + kCudaRing : 0);
+      }
       if (last && more) begin_chunk(q0 + Grid::kRows);
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         const int ahead = i * kBlockColumns;
-        if (begun && k + ahead < p.c) multiply(b[i], k + ahead, block + i * row_blocks);
+        if (mine && k + ahead < p.c) multiply(b[i], block + i * row_blocks);
         if (next + ahead < p.c) fetch(b[i], next + ahead);
       }
       block += kBlocks * row_blocks;
     }
-    if (begun) {
+    if (mine) {
       emit(acc, q0);
-    } else if (first_tile && t.resident) {
-      load_weight_blocks(weights, t, p, in, c0);
+    } else if (!begun && ring) {
+      fill(0);
+    } else if (!begun && first_tile) {
+      copy_weight_blocks(weights, t, p, in, c0, 0, p.c);
+      prim::cp_async_commit();
+      prim::cp_async_wait<0>();
       prim::sync_threads();
     }
   }
