@@ -50,7 +50,9 @@ def fold(
     var: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and shift of a convolution with its batch norm folded in, in the compute dtype.
+    """Weight and shift of a convolution with its batch norm folded in.
+
+    Computed in float64; the results are in the compute dtype, on CUDA in that of ``weight``.
 
     Args:
         weight: [M, C / groups, k, k].
@@ -71,7 +73,9 @@ def fold(
     shift = shift * scale
     if beta is not None:
         shift = shift + beta.to(wide)
-    dtype = compute_dtype(weight.dtype)
+    # On CUDA the library's convolution runs in the dtype of its input and accumulates in float32:
+    # float32 operands would double the bytes, and conversions of x double them again.
+    dtype = weight.dtype if weight.is_cuda else compute_dtype(weight.dtype)
     folded = weight.detach().to(wide) * scale.view(-1, 1, 1, 1)
     return folded.to(dtype).contiguous(), shift.to(dtype)
 
@@ -142,7 +146,7 @@ def _eager_squeeze_excite_(
     s = activations.apply(torch.addmm(b_reduce, s, w_reduce.t()), act, slope)
     s = torch.addmm(b_expand, s, w_expand)
     s = hard_sigmoid(s) if gate == HARD_SIGMOID else torch.sigmoid(s)
-    x.copy_(x.to(s.dtype) * s[:, :, None, None])
+    x.mul_(s.to(x.dtype)[:, :, None, None])
 
 
 def _fake_depthwise_conv(x, weight, shift, kernel_size, stride, act, slope):
@@ -206,8 +210,8 @@ def depthwise_conv(
 
     Args:
         x: [N, C, H, W], dense, NCHW or channels_last.
-        weight: [C, 1, k, k] in the compute dtype, k in 1, 3, 5, 7.
-        shift: [C] in the compute dtype.
+        weight: [C, 1, k, k] as ``fold`` gives it, k in 1, 3, 5, 7.
+        shift: [C], likewise.
         stride: 1 or 2.
         act, slope: a code of ``activations``.
 
