@@ -66,7 +66,7 @@ endif
 CXX_FILES := find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc'
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all bench bench-quick lint format clean distclean
+.PHONY: help build demo test test-all bench bench-quick gpu-kit lint format clean distclean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,6 +88,9 @@ bench: $(STAMPS)/library $(call extra,bench) $(call extra,demo)  ## measure ever
 
 bench-quick: BENCH_ARGS = --quick
 bench-quick: bench  ## the same with less of everything, in three minutes
+
+gpu-kit: $(STAMPS)/library  ## prepare what benchmarks/gpu.py needs on a GPU machine, in build/gpu-kit
+	$(PY) benchmarks/gpu.py --kit $(ARGS)
 
 lint: $(call extra,lint)  ## check style: ruff and clang-format
 	$(PY) -m ruff check .

@@ -266,7 +266,10 @@ class NinjaBuildExt(build_ext):
         self.cuda_root = cuda_root(find_nvcc()) if ext.name.endswith("_cuda") else None
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / "build" / "ninja" / sys.implementation.cache_tag / ext.name
+        # One folder for each set of architectures: building for another keeps the objects of this.
+        variant = "-".join([ext.name, *re.findall(r"\S+", env.CUDA_ARCHS.get())])
+        folder = variant if self.cuda_root else ext.name
+        build_dir = ROOT / "build" / "ninja" / sys.implementation.cache_tag / folder
         build_dir.mkdir(parents=True, exist_ok=True)
         library = build_dir / output.name
         text = self.ninja_file(ext, build_dir, library)

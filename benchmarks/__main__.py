@@ -64,7 +64,7 @@ SCRIPTS: dict[str, Script] = {
     "plots": Script("pictures from one results file"),
     "compare": Script("regressions between two results files or folders, beyond noise"),
     "demo": Script("train on real digits with the reference and the fused modules"),
-    "gpu_report": Script("one GPU: build, tests, sanitizer, times, tables"),
+    "gpu": Script("one GPU: correctness, times, networks, counters, tests"),
 }
 
 

@@ -1,46 +1,36 @@
-"""The clock of ``gpu_report``: what a call takes on a GPU, and what a copy does.
+"""Times of calls on a GPU.
 
-Device time: CUDA events around calls that were queued while the device was kept waiting, so that it
-runs them back to back and the host's share does not count. The calls take turns over sets of
-tensors that together exceed the L2 cache, and a result lives until its set's next turn: x comes
-from memory and out goes there, as in a network. Candidates run in interleaved rounds; the median
-counts. Beside it stands the wall time of a call as Python sees it, launches included.
+Device time: CUDA events around calls that were queued while the device waited, so that it runs them
+back to back and the host's share does not count. Wall time: what a caller in Python waits for one
+call. Candidates run in interleaved rounds; the median counts.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import functools
 import gc
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import harness
-
 Call = Callable[[], Any]
 DEVICE = "cuda"
-COPY_SIZES = tuple(1 << k for k in range(20, 32))  # bytes read and written together
-GEMM_SIZE = 8192
 ROUNDS = 7
-SAMPLE_SECONDS = 1e-3  # of device time in a sample
-QUEUE_SECONDS = 6e-3  # for queuing a sample, at most
-MOST_CALLS = 20  # in a sample: the queue of the device holds about 1000 launches
-MOST_SETS = 32  # small batches fit into the cache anyway, in a network too
-L2_BYTES = 50 << 20  # where torch does not tell
-LONGEST_WAIT = 0.05  # seconds that the device is kept waiting, at most
+SAMPLE_SECONDS = 1e-3  # device time of a sample, at least
+QUEUE_SECONDS = 6e-3  # host time to queue a sample, at most
+MOST_CALLS = 20  # in a sample: the launch queue of a device holds about 1000
+LONGEST_WAIT = 0.05  # seconds that the device waits for a sample to be queued
 CYCLES_PER_SECOND = 2e9  # of torch.cuda._sleep; no GPU's clock is much faster
 
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Without Python's garbage collector, which takes time, and frees memory of other calls."""
+    """Disable Python's garbage collector: it takes time and frees device memory of other calls."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -50,45 +40,64 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Rotation:
-    """Calls on several sets of tensors, in turn. A result is kept until its set's next turn."""
+def rotation(calls: Sequence[Call]) -> Call:
+    """A call that runs ``calls`` in turn and keeps each result until the next turn of its call.
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self.calls = calls
-        self.results: list[Any] = [None] * len(calls)
-        self.turn = 0
+    Over tensors that together exceed the L2 cache, x comes from memory and the output goes there.
+    """
+    turns, results = itertools.cycle(range(len(calls))), [None] * len(calls)
 
-    def __call__(self) -> Any:
-        index, self.turn = self.turn, (self.turn + 1) % len(self.calls)
-        self.results[index] = result = self.calls[index]()
+    def call() -> Any:
+        turn = next(turns)
+        results[turn] = None
+        results[turn] = result = calls[turn]()
         return result
 
-
-def set_count(nbytes: int) -> int:
-    """Sets of tensors, ``nbytes`` of traffic each, that exceed the L2 cache four times."""
-    cache = getattr(torch.cuda.get_device_properties(DEVICE), "L2_cache_size", 0) or L2_BYTES
-    return max(1, min(MOST_SETS, math.ceil(4 * cache / nbytes)))
+    return call
 
 
-class Sampler:
-    """Times one call: on the device alone, and as its caller sees it."""
+def set_count(nbytes: int, most: int = 32) -> int:
+    """How many sets of tensors, ``nbytes`` each, exceed the L2 cache four times."""
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size or 50 << 20
+    return max(1, min(most, math.ceil(4 * cache / nbytes)))
+
+
+def in_graph(call: Call, times: int = 1) -> Call:
+    """Capture ``times`` calls into one CUDA graph and return its replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # A capture that fails leaves its own stream current; the outer block restores this one.
+    with no_collection(), torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+        results = [call() for _ in range(times)]
+
+    def replay() -> Any:
+        graph.replay()
+        return results[0]
+
+    return replay
+
+
+class _Sampler:
+    """Samples of one call."""
 
     def __init__(self, call: Call, warmup: int) -> None:
-        self.call = call
-        self.on_device: list[float] = []
-        self.as_called: list[float] = []
-        self.queued_ahead = True
-        for _ in range(warmup):  # allocates what later calls take from torch's cache
+        self.call, self.count, self.ahead = call, 1, True
+        self.device: list[float] = []
+        self.wall: list[float] = []
+        for _ in range(warmup):
             call()
-        self.count = 3
-        self.queue_and_wait()  # the first is slower
-        self.host, _ = self.queue_and_wait()
-        device = self.device_seconds()
-        fit = math.ceil(SAMPLE_SECONDS / max(device, 1e-9))
-        self.count = max(2, min(MOST_CALLS, fit, int(QUEUE_SECONDS / max(self.host, 1e-9))))
+        self.host = min(self.waited()[0] for _ in range(2))
+        fit = math.ceil(SAMPLE_SECONDS / max(self.on_device(), 1e-9))
+        self.count = max(1, min(MOST_CALLS, fit, int(QUEUE_SECONDS / max(self.host, 1e-9))))
 
-    def queue_and_wait(self) -> tuple[float, float]:
-        """Seconds a call: until it is queued, and until it is done."""
+    def waited(self) -> tuple[float, float]:
+        """Seconds a call until it is queued, and until it is done."""
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(self.count):
@@ -97,9 +106,9 @@ class Sampler:
         torch.cuda.synchronize()
         return (queued - start) / self.count, (time.perf_counter() - start) / self.count
 
-    def device_seconds(self) -> float:
+    def on_device(self) -> float:
         """Seconds a call on a device that finds all calls queued."""
-        wait = 1.5 * self.host * self.count + 2e-4
+        wait = min(1.5 * self.host * self.count + 2e-4, LONGEST_WAIT)
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -107,89 +116,56 @@ class Sampler:
             start.record()
             for _ in range(self.count):
                 self.call()
-            ahead = not start.query()  # still waiting
+            ahead = not start.query()  # the device still waits
             end.record()
             end.synchronize()
-            if ahead or not self.queued_ahead:
-                break
-            self.queued_ahead = wait < LONGEST_WAIT
+            if ahead or not self.ahead:
+                return start.elapsed_time(end) * 1e-3 / self.count
+            self.ahead = wait < LONGEST_WAIT
             wait *= 2
-        return start.elapsed_time(end) * 1e-3 / self.count
-
-    def sample(self) -> None:
-        self.on_device.append(self.device_seconds())
-        if len(self.as_called) < 3:
-            self.as_called.append(self.queue_and_wait()[1])
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Device time in seconds, and the median wall time of a call.
-
-    Args:
-        queued_ahead: whether the device always had the next call waiting; if not, the device time
-            holds some of the host's.
-    """
-
-    device: harness.Timing
-    call: float
-    queued_ahead: bool
 
 
 def time_calls(
     calls: Mapping[str, Call], *, rounds: int = ROUNDS, each: int = 1, warmup: int = 2
-) -> dict[str, Timed]:
-    """Times calls in interleaved rounds, so that a change of clocks hits all of them.
+) -> dict[str, dict[str, Any]]:
+    """Time calls in interleaved rounds, so that a change of clocks hits all of them.
 
     Args:
-        each: what one call does that often; times are given for one.
+        each: how often one call does what is timed.
         warmup: calls before anything is timed.
+
+    Returns:
+        By name the fields of a row: ``us``, ``p20_us``, ``p80_us`` (device time of one call),
+        ``wall_us``, and ``queued_ahead``, False if the device time holds some host time.
     """
+    found = {}
     with no_collection():
-        samplers = {name: Sampler(call, warmup) for name, call in calls.items()}
-        for _ in range(rounds):
+        samplers = {name: _Sampler(call, warmup) for name, call in calls.items()}
+        for number in range(rounds):
             for sampler in samplers.values():
-                sampler.sample()
-    return {name: result(sampler, each) for name, sampler in samplers.items()}
+                sampler.device.append(sampler.on_device())
+                if number < 3:
+                    sampler.wall.append(sampler.waited()[1])
+    for name, sampler in samplers.items():
+        samples = torch.tensor(sampler.device, dtype=torch.float64) * 1e6 / each
+        us, p20, p80 = samples.quantile(torch.tensor([0.5, 0.2, 0.8]).double()).tolist()
+        wall = statistics.median(sampler.wall) * 1e6 / each
+        found[name] = {"us": us, "p20_us": p20, "p80_us": p80, "wall_us": wall}
+        found[name]["queued_ahead"] = sampler.ahead
+    return found
 
 
-def result(sampler: Sampler, each: int) -> Timed:
-    samples = torch.tensor(sampler.on_device, dtype=torch.float64) / each
-    wanted = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, median, p80 = samples.quantile(wanted).tolist()
-    timing = harness.Timing(median, p20, p80, len(samples), sampler.count * each)
-    return Timed(timing, statistics.median(sampler.as_called) / each, sampler.queued_ahead)
-
-
-# ---------------------------------------------------------------- the copy
-
-
-def measure_copy() -> dict[str, Any]:
-    """Bytes per second, read and written, of device-to-device copies of several sizes, and the
-    FLOP/s of a float16 matrix product."""
-    rates = []
-    for nbytes in COPY_SIZES:
-        sets = []
-        for _ in range(set_count(nbytes)):
-            source = torch.randint(256, (nbytes // 2,), dtype=torch.uint8, device=DEVICE)
-            sets.append(functools.partial(torch.empty_like(source).copy_, source))
-        timed = time_calls({"copy": Rotation(sets)}, warmup=len(sets))
-        rates.append(nbytes / timed["copy"].device.median)
-    left, right = torch.randn(2, GEMM_SIZE, GEMM_SIZE, dtype=torch.float16, device=DEVICE)
-    product = time_calls({"product": functools.partial(torch.mm, left, right)}, warmup=20)
-    return {
-        "bytes": list(COPY_SIZES),
-        "bytes_per_s": rates,
-        "float16_flops": 2 * GEMM_SIZE**3 / product["product"].device.median,
-    }
-
-
-def copy_rate(known: Mapping[str, Any], nbytes: int) -> float:
-    """Bytes per second of a copy of ``nbytes``: linear in log2, flat beyond the ends."""
-    sizes, rates = known["bytes"], known["bytes_per_s"]
-    right = bisect.bisect_left(sizes, nbytes)
-    if right == 0 or right == len(sizes):
-        return rates[min(right, len(sizes) - 1)]
-    low, high = math.log2(sizes[right - 1]), math.log2(sizes[right])
-    share = (math.log2(nbytes) - low) / (high - low)
-    return rates[right - 1] * (1 - share) + rates[right] * share
+def kernels(call: Call) -> dict[str, list[float]]:
+    """Launches and device microseconds of each kernel (and copy) of one call, by name."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            entry = found.setdefault(event.name, [0, 0.0])
+            entry[0] += 1
+            entry[1] += event.time_range.elapsed_us()
+    return found

@@ -1,7 +1,7 @@
 """The CUDA kernels and launchers under the address and undefined-behaviour sanitizers.
 
 Global memory is PyTorch's own there: what a kernel reads or writes beside a tensor, or beside its
-shared memory, ends the process. On a GPU compute-sanitizer does this (benchmarks/gpu_report.py).
+shared memory, ends the process. On a GPU compute-sanitizer does this (benchmarks/gpu.py).
 """
 
 from __future__ import annotations

@@ -368,12 +368,13 @@ class Planner {
     return cycles + chunks * (slices * 125 + 60 + 4 * results) * 2;
   }
   // Direct: a warp has m tiles of 8 pixels times n of 16 channels. Instructions per block of 32
-  // channels of x: a row's address and load (2), per 16 channels two reads of w1 (3) and two products
-  // a tile, and what the loop costs (38). Per stage of a ring: 20 for 16 bytes of w1, and the barrier. Per chunk: 32 x m x n / 8 results
-  // cleared, rounded and stored, also where there is no channel (6 a tile); scaled where there is
-  // one (4 a tile, 4 for scale and shift); positions (6 a tile of pixels); what the loop costs
-  // (54). A read of w1 or of x takes the memory pipe four cycles, as 32 lanes times 16 bytes. 700
-  // and 300 cycles from memory and from L2.
+  // channels of x: a row's address and load (2), per 16 channels two reads of w1 (3) and two
+  // products a tile, and what the loop costs (38). Per stage of a ring: 20 for 16 bytes of w1, and
+  // the barrier. Per chunk: 32 x m x n / 8 results cleared, rounded and stored, also where there is
+  // no channel (6 a tile); scaled where there is one (4 a tile, 4 for scale and shift); positions
+  // (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes the memory pipe four
+  // cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory, 200 for a stage of
+  // w1.
   double direct_product(const CudaTile& t, double x_width, double chunks, double& latency,
                         double& pipe) const {
     const DirectTiles tiles(t.instance, kernel_);

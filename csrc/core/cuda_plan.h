@@ -49,7 +49,7 @@ struct CudaTile {
   int32_t slots = 1;                   // blocks that share the tiles of one channel block, in turn
   int32_t window_rows = 1;             // of a thread's depthwise window, 1 or 2
   int32_t slice = 32, slice_log2 = 5;  // channels of x in one stage of the pipeline
-  int32_t resident = 1;                // the block's w1 stays in shared memory, or passes through
+  int32_t resident = 1;                // w1 stays in shared memory; 0: it passes through in stages
   int32_t pitch = 0;                   // y positions from one row of the tile to the next
   int32_t image_rows = 0;              // rows of y positions from one image to the next
   int32_t positions = 0;               // y positions in shared memory, slack included
@@ -64,7 +64,7 @@ struct CudaTile {
 
 inline constexpr int kCudaThreads = 256;
 inline constexpr int kCudaStages = 3;
-inline constexpr int kCudaRing = 128;  // columns of w1 in a stage of the direct product's ring
+inline constexpr int kCudaRing = 128;       // columns of w1 in a stage of the direct product
 inline constexpr int kCudaStrip = 7;        // pixels of a depthwise register window
 inline constexpr int kCudaSpareRows = 128;  // source pixels that a last chunk may have too many
 

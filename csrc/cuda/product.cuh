@@ -260,8 +260,8 @@ constexpr int kBlockColumns = 32, kBlockBytes = 1024;  // a block: 16 rows x 32 
 
 // Copies columns [k0, k1) of w1 rows [c0, c0 + t.channels) to shared memory, block by block of
 // columns, in each the blocks of rows; of a block the first steps of all lanes come before the
-// second ones. Zeros past row m and column c. A warp takes 8 rows x 32 columns at a time. The caller
-// commits the copies. k0: a multiple of kBlockColumns.
+// second ones. Zeros past row m and column c. A warp takes 8 rows x 32 columns at a time. The
+// caller commits the copies. k0: a multiple of kBlockColumns.
 template <class T>
 __device__ __forceinline__ void copy_weight_blocks(unsigned char* shared, const CudaTile& t,
                                                    const Maps& p, const Primary<T>& in, int c0,
