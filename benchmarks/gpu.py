@@ -38,6 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, not as a module
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import gpu_table  # noqa: E402
+from benchmarks.gpu_sheet import read_rows, write_row  # noqa: E402
+
 LIBRARY = ROOT / "ghost_ops" / "_cuda.so"
 KIT = ROOT / "build" / "gpu-kit"
 KIT_ARCHS = "9.0"  # H100, H200
@@ -160,8 +163,7 @@ def run_steps(
         row["seconds"] = took = round(time.monotonic() - begun, 1)
         if reason:
             status, row["note"] = 1, f"failed: {reason}"
-        with (arguments.out / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        write_row(arguments.out / "rows.jsonl", row)
         print(f"{step.name}: {reason or 'done'}, {took:.0f} s", flush=True)
     return status
 
@@ -327,9 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if module is not None:
                 end_group(module)
-    from benchmarks import gpu_steps, gpu_table  # torch: after the steps, which take their time
-
-    print(gpu_table.render(gpu_steps.read_rows(rows)))
+    print(gpu_table.render(read_rows(rows)))
     return status
 
 

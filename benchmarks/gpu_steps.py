@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import floor, gpu_clock, harness, networks, providers, shapes
 from benchmarks.gpu_clock import DEVICE, Call
+from benchmarks.gpu_sheet import Sheet, read_rows, write_row
 from benchmarks.measure import error_floors
 from benchmarks.shapes import Shape
 
@@ -38,7 +39,6 @@ CL, NCHW = providers.CHANNELS_LAST, providers.NCHW
 BATCH = 256
 NETWORK = "GhostNet 1.0x"
 COPY_BYTES = 1 << 30  # read and written together
-KEY = ("step", "case", "provider", "dtype", "layout", "batch", "mode")
 NCU_METRICS = {
     "ncu_us": "gpu__time_duration.sum",
     "dram_share": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -55,62 +55,6 @@ NCU_CASES = (
     ("16-48@112-relu", False), ("40-240@28-relu", False), ("112-672@14-relu", False),
     ("960-160@7-linear", False), ("40-120@28-relu", True),
 )  # fmt: skip
-
-
-# ---------------------------------------------------------------- the results file
-
-
-def write_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row to a results file; numbers are cut to six digits."""
-    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-    with path.open("a") as file:
-        file.write(json.dumps(short) + "\n")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; an unfinished last line is left out."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
-
-
-@dataclass
-class Sheet:
-    """What a step is given: the results file and what stands in it already.
-
-    Args:
-        path: the file, JSON lines.
-        step: name of the running step.
-        common: fields of every row: digest of our sources, whether ``_C`` was there, the run.
-        predicted: microseconds by mode, dtype, batch and shape, as the plan has them.
-        resume: rows that the file holds already are not measured again: those of others in any
-            case, ours if their digest is the same.
-    """
-
-    path: Path
-    step: str
-    common: Mapping[str, Any]
-    predicted: Mapping[str, float]
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        rows = read_rows(self.path) if self.resume else []
-        self.known = {self.key(row) for row in rows if "us" in row and "note" not in row}
-
-    def key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        ours = str(row.get("provider")).startswith(("ours", "triton"))
-        return (*(row.get(name) for name in KEY), row.get("digest") if ours else None)
-
-    def wants(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row with these fields is still to be measured."""
-        return self.key({**row, "step": self.step, **self.common}) not in self.known
-
-    def add(self, row: Mapping[str, Any], timed: Mapping[str, Any] | None = None) -> None:
-        """Append a row, with its times if it has any."""
-        write_row(self.path, {"step": self.step, **row, **(timed or {}), **self.common})
 
 
 # ---------------------------------------------------------------- candidates
@@ -554,13 +498,11 @@ def ncu_rows(text: str) -> Iterator[dict[str, Any]]:
 
 def tests(sheet: Sheet) -> None:
     """The gpu-marked tests, the primitives first; memcheck and racecheck beside the others."""
-    run_pytest(sheet, "primitives", ["tests/test_cuda_prims.py"], 1)
-    files = [f"tests/{p.name}" for p in sorted((ROOT / "tests").glob("test_cuda_[!p]*.py"))]
-    workers = max(1, (os.cpu_count() or 1) * 5 // 8)
+    run_pytest(sheet, "primitives", "test_cuda_prims.py", 1)
     with ThreadPoolExecutor(3) as pool:
         jobs = [
-            pool.submit(run_pytest, sheet, "gpu-tests", files, workers),
-            pool.submit(sanitize, sheet, "memcheck"),
+            pool.submit(run_pytest, sheet, "gpu-tests", "test_cuda_[!p]*.py", 10),
+            pool.submit(sanitize, sheet, "memcheck", "--report-api-errors", "no"),
             pool.submit(sanitize, sheet, "racecheck"),
         ]
         for job in jobs:
@@ -569,40 +511,43 @@ def tests(sheet: Sheet) -> None:
 
 def triton_tests(sheet: Sheet) -> None:
     """The tests of the Triton backend on the GPU."""
-    files = [f"tests/{path.name}" for path in sorted((ROOT / "tests").glob("test_triton_*.py"))]
-    run_pytest(sheet, "triton-tests", files, max(1, (os.cpu_count() or 1) - 2))
+    run_pytest(sheet, "triton-tests", "test_triton_*.py", 16)
 
 
-def run_pytest(sheet: Sheet, case: str, files: Sequence[str], workers: int) -> None:
+def run_pytest(sheet: Sheet, case: str, pattern: str, workers: int) -> None:
+    """Run the gpu-marked tests of some files in at most so many processes."""
+    workers = min(workers, max(1, (os.cpu_count() or 1) - 2))
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-p", "xdist", "-n", str(workers), "--dist", "worksteal"]
+    files = sorted((ROOT / "tests").glob(pattern))
     log = sheet.path.parent / f"{case}.log"
     # Plugins of other packages have no part in this.
     code, text = run_tool([*command, *files], log, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    counts = {
-        word: int(found.group(1)) if (found := re.search(rf"(\d+) {word}", text)) else 0
-        for word in ("passed", "failed", "skipped")
-    }
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)[:40]
-    note = {"note": f"failed: pytest ended with {code}"} if code or not counts["passed"] else {}
-    sheet.add({"case": case, "provider": "ours", **counts, "failures": failures, **note})
+    row: dict[str, Any] = {"case": case, "provider": "ours"}
+    for word in ("passed", "failed", "skipped"):
+        row[word] = int(found.group(1)) if (found := re.search(rf"(\d+) {word}", text)) else 0
+    row["failures"] = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)[:40]
+    if code or not row["passed"]:
+        row["note"] = f"failed: pytest ended with {code}"
+    sheet.add(row)
 
 
-def sanitize(sheet: Sheet, tool: str) -> None:
-    """The small grid of the kernels' tests under compute-sanitizer."""
+def sanitize(sheet: Sheet, tool: str, *options: str) -> None:
+    """The small grid of the kernels' tests under compute-sanitizer.
+
+    Calls that fail are no finding (memcheck): torch asks the driver for functions that it may lack.
+    """
     row: dict[str, Any] = {"case": tool, "provider": "ours"}
     if (program := find_tool("compute-sanitizer")) is None:
         note = "skipped: compute-sanitizer is not installed (CUDA toolkit)"
         sheet.add({**row, "note": note})
         return
-    # torch asks the driver for functions that it may lack: calls that fail are no finding. The
-    # caching allocator would hide accesses past the end of a tensor.
-    options = ["--tool", tool, "--error-exitcode", "9"]
-    options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    driver = [sys.executable, ROOT / "tests" / "cuda_driver.py", "--gpu", "--cases", "small"]
+    command = [program, "--tool", tool, "--error-exitcode", "9", *options, sys.executable]
+    command += [str(ROOT / "tests" / "cuda_driver.py"), "--gpu", "--cases", "small"]
     log = sheet.path.parent / f"{tool}.log"
-    code, text = run_tool([program, *options, *driver], log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # The caching allocator would hide accesses past the end of a tensor.
+    code, text = run_tool(command, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     found = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", text)
     right = re.search(r"\d+ right, \d+ wrong", text)
     row |= {"summary": found[-1] if found else "none", "right": right.group() if right else "none"}
@@ -621,19 +566,13 @@ STEPS: dict[str, Callable[[Sheet], None]] = {
 # ---------------------------------------------------------------- the process
 
 
-def no_gpu() -> str | None:
-    """Why there is nothing to measure, or None."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA: install a CUDA build of PyTorch"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU: nvidia-smi tells whether there is a driver"
-    return None
-
-
 def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any]) -> int:
-    """Run one step. Returns 3 where there is no GPU."""
-    if reason := no_gpu():
-        print(reason)
+    """Run one step. Returns 3 where there is no GPU, and says why."""
+    if torch.version.cuda is None:
+        print(f"torch {torch.__version__} is a build without CUDA: install a CUDA build of PyTorch")
+        return 3
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds no GPU: nvidia-smi tells whether there is a driver")
         return 3
     from ghost_ops.backends import cuda, native
 
@@ -645,9 +584,9 @@ def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any
     }  # fmt: skip
     if not cuda.load():
         print(f"ours cannot run: {cuda.reason()}", flush=True)
+    properties = torch.cuda.get_device_properties(DEVICE)
     known = any(row.get("run") == run["run"] and "device" in row for row in read_rows(path))
     if run["run"] and not known:
-        properties = torch.cuda.get_device_properties(DEVICE)
         device = {
             "device": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(), "python": sys.version.split()[0],
@@ -655,5 +594,6 @@ def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any
         }  # fmt: skip
         write_row(path, {"step": "meta", **run, **device})
     predicted = json.loads(plans.read_text()) if plans.exists() else {}
-    STEPS[name](Sheet(path, name, common, predicted, resume))
+    machine = (properties.name, str(torch.__version__))
+    STEPS[name](Sheet(path, name, common, predicted, resume, machine))
     return 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from benchmarks.gpu_sheet import KEY, Row
 from benchmarks.report import geometric_mean
 
-Row = Mapping[str, Any]
-KEY = ("step", "case", "provider", "dtype", "layout", "batch", "mode")
 SHAPES_SHOWN = {"eval": 10, "train": 3}  # of a group, slowest against eager first; else one
 
 

@@ -26,6 +26,9 @@ from test_cuda_kernels import (
     identity,
 )
 
+import ghost_ops
+from ghost_ops import models
+
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -336,3 +339,26 @@ def test_offsets_beyond_32_bits(world: World) -> None:
         want, got = module(x), module(many)
         for image in (0, images // 2, images - 1):  # the plan of a large batch is another one
             torch.testing.assert_close(got[image], want[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fused_network(world: World, dtype: torch.dtype, layout: str) -> None:
+    """What stands between the Ghost modules runs in 16 bits, and errs no more than eager."""
+    check_network("cuda", dtype, layout)
+
+
+def check_network(device: str, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    network = models.ghostnet(0.5, 100, dropout=0.0)
+    ghost_ops.unfuse(network)
+    network(torch.randn(16, 3, 64, 64))  # statistics that no batch norm has at birth
+    network = network.eval().to(device, dtype)
+    formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+    x = torch.randn(4, 3, 64, 64).to(device, dtype, memory_format=formats[layout])
+    fused = copy.deepcopy(network)
+    ghost_ops.fuse(fused, inference=True)
+    with torch.inference_mode():
+        exact = copy.deepcopy(network).double()(x.double())
+        eager, got = ((m(x) - exact).abs().max().item() for m in (network, fused))
+    assert got <= 2 * eager + torch.finfo(dtype).eps * exact.abs().max().item()
