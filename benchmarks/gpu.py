@@ -274,7 +274,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="*", default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
     parser.add_argument("--budget", type=float, default=480, help="seconds for all steps")
-    parser.add_argument("--library", type=Path, help="a _cuda.so built elsewhere")
+    parser.add_argument("--library", type=Path, help="a _cuda.so built elsewhere, copied here")
     parser.add_argument("--plans", type=Path, default=KIT / "plans.json", help="predicted times")
     parser.add_argument("--resume", action="store_true", help="keep rows that are still valid")
     parser.add_argument("--commit", default="", help="recorded where there is no .git")

@@ -151,7 +151,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(shapes, "select", lambda names: small[:1])
     tiny = SimpleNamespace(plain=lambda size: networks.ghostnet(0.1).make())
     monkeypatch.setattr(networks, "NETWORKS", {"ghostnet-1.0": tiny})
-    monkeypatch.setattr(gpu_steps, "images", lambda b, dtype: torch.randn(b, 3, 32, 32).to(dtype))
+    monkeypatch.setattr(gpu_steps, "images", lambda b, t: gpu_steps.random(b, 3, 32, t, 3))
     return monkeypatch
 
 
@@ -216,6 +216,15 @@ def test_a_candidate_that_fails_or_is_wrong(device: pytest.MonkeyPatch, tmp_path
     assert notes["4-10@5-linear"] == "wrong result"
     assert all("us" in row for row in rows if row.get("provider") == "eager")
     assert gpu_table.render(rows).count("NOT MEASURED") == 2
+
+
+def test_a_network_that_is_wrong(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def shifted(plain: torch.nn.Module) -> torch.nn.Module:
+        return torch.nn.Sequential(plain, torch.nn.Hardtanh(-0.01, 0.01))
+
+    device.setattr(gpu_steps, "fused", shifted)
+    rows = run(tmp_path, "network")
+    assert [row["provider"] for row in rows if row.get("note") == "wrong result"] == ["ours"] * 2
 
 
 def test_counters_are_read() -> None:

@@ -97,7 +97,7 @@ class Planner {
           if (direct_ && p_.has_primary && slice_bytes != kDirectSlice) continue;
           for (bool resident : {true, false}) {
             if (!p_.has_primary && !resident) continue;
-            // No such kernel; or the two stages of a ring hold as much.
+            // Narrow instances have no ring; and w1 of two stages is no larger than a ring.
             if (direct_ && !resident && (instance <= 32 || p_.channels <= 2 * kCudaRing)) continue;
             // Narrower blocks than the instance has room for: more of them for a small batch.
             for (int64_t blocks : {least, 2 * least, 4 * least})

@@ -335,7 +335,8 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
   };
   const auto fetch = [&](uint4(&to)[kM], int k) {
     const RowColumns<T> from(x + k, p.c, channels - k, in.x_bytes);
-    if (in.x_bytes == 16) {  // one branch for all rows: loads under way pass no join of branches
+    // One branch for all rows. At the join of a branch for each row a warp waits for that row.
+    if (in.x_bytes == 16) {
 #pragma unroll
       for (int mt = 0; mt < kM; ++mt) to[mt] = from.load_wide(pixel[mt]);
     } else {
