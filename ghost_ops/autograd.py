@@ -302,10 +302,9 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (need_dx or need_dw1) if through_conv else need_dx, need_dw1 and fused,
     )  # fmt: skip
     if through_conv and (need_dx or need_dw1):
-        dx, dw1, _ = torch.ops.aten.convolution_backward.default(
-            dx, data, w1, None, s.stride, s.padding, s.dilation, False, (0, 0), s.groups,
-            [need_dx, need_dw1, False],
-        )  # fmt: skip
+        dx, dw1 = eager_ops.conv_backward(
+            dx, data, w1, s.stride, s.padding, s.dilation, s.groups, need_dx, need_dw1
+        )
     ghosts = w2.size(0) > 0  # without any, those parameters take no part, as in the reference
     return (
         dx if need_dx else None,

@@ -12,6 +12,8 @@ Reductions are PyTorch's own: their bits may depend on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -343,6 +345,44 @@ def _norm_backward(
     return du, dgamma, dbeta
 
 
+def _onednn_corrupts(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether oneDNN's weight gradient of this convolution may write out of bounds.
+
+    ``jit_avx2_1x1_convolution_bwd_weights_t`` does, and the process aborts at a later ``free``:
+    float32, 1x1, stride 2 or 3, channels_last, 2 to 7 input channels, images of about 14 columns
+    and more. Seen in torch 2.10 and 2.13, on processors with AVX2 and without AVX-512, or with
+    DNNL_MAX_CPU_ISA=AVX2; tests/onednn_fault.py shows it. The condition here is wider, which costs
+    nothing.
+    """
+    few = weight.size(1) < 8 and weight.shape[2:] == (1, 1)
+    return few and max(stride) > 1 and x.device.type == "cpu"
+
+
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dw) of a convolution without bias, None for what is not needed."""
+    product = need_dw and groups == 1 and not any(padding) and _onednn_corrupts(x, weight, stride)
+    dx, dw = None, None
+    if need_dx or not product:
+        dx, dw, _ = _aten.convolution_backward.default(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+            [need_dx, need_dw and not product, False],
+        )  # fmt: skip
+    if product:
+        seen = x[:, :, :: stride[0], :: stride[1]]
+        dw = (grad.flatten(2) @ seen.flatten(2).transpose(1, 2)).sum(0).view_as(weight)
+    return dx, dw
+
+
 def _zero_gradients(
     x: Tensor, w1: Tensor | None, w2: Tensor, m: int, need_dx: bool, need_dw1: bool
 ) -> tuple[Tensor, ...]:
@@ -405,10 +445,7 @@ def ghost_backward(
             dz = F.pad(dz, (0, 0, 0, 0, 0, g - dz.size(1)))
         dz = activations.backward(dz, z_in, act2, slope2)
         dv, dgamma2, dbeta2 = _norm_backward(dz, v, mean2, var2, gamma2, eps2, batch_stats)
-        from_v, dw2, _ = _aten.convolution_backward.default(
-            dv, y, w2, None, [1, 1], [padding, padding], [1, 1], False, [0, 0], m,
-            [True, True, False],
-        )  # fmt: skip
+        from_v, dw2 = conv_backward(dv, y, w2, (1, 1), (padding, padding), (1, 1), m, True, True)
         dy = from_v.add_(dy)
     else:
         dw2 = torch.zeros_like(w2)
@@ -423,10 +460,9 @@ def ghost_backward(
         if need_dx:
             dx = du.contiguous(memory_format=memory_format(x))
     elif need_dx or need_dw1:
-        grad_x, grad_w, _ = _aten.convolution_backward.default(
-            du, x, w1, None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1,
-            [need_dx, need_dw1, False],
-        )  # fmt: skip
+        grad_x, grad_w = conv_backward(
+            du, x, w1, (stride, stride), (0, 0), (1, 1), 1, need_dx, need_dw1
+        )
         dx = grad_x.contiguous(memory_format=memory_format(x)) if need_dx else dx
         dw1 = grad_w.contiguous() if need_dw1 else dw1
     return dx, dw1, dgamma1, dbeta1, dw2.contiguous(), dgamma2, dbeta2

@@ -208,6 +208,16 @@ def oracle(p: Params, x: Tensor, case: Case, training: bool) -> Result:
     return Result(out, mean1, var1, mean2, var2, a, b)
 
 
+def peer_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
+    """PyTorch's convolution, kept off oneDNN's faulty weight gradient (onednn_fault.py).
+
+    A 1x1 convolution of stride s is one of stride 1 over every s-th row and column.
+    """
+    if weight.shape[2:] == (1, 1) and padding == 0:
+        x, stride = x[:, :, ::stride, ::stride], 1
+    return F.conv2d(x, weight, None, stride, padding, 1, groups)
+
+
 def plain(p: Params, x: Tensor, case: Case, training: bool) -> Tensor:
     """What PyTorch computes; running statistics are left alone."""
 
@@ -215,7 +225,7 @@ def plain(p: Params, x: Tensor, case: Case, training: bool) -> Tensor:
         mean, var = (None, None) if training else (n.mean, n.var)
         return F.batch_norm(t, mean, var, n.gamma, n.beta, training, 0.0, n.eps)
 
-    u = F.conv2d(x, p.w1, None, case.stride, case.k // 2, 1, case.groups)
+    u = peer_conv2d(x, p.w1, case.stride, case.k // 2, case.groups)
     y = activation_module(case.act1)(bn(u, p.bn1))
     if case.ratio == 1:
         return y
@@ -366,6 +376,13 @@ def assert_close(
         f"{what}: error {error:.3g}, PyTorch's own {eager_error:.3g}, floor {floor:.3g}, "
         f"scale {largest:.3g}"
     )
+
+
+# --- machines ---------------------------------------------------------------------------------
+
+L2_BYTES = (256 << 10, 512 << 10, 1 << 20, 2 << 20)
+# (lanes, registers) of instruction sets; the last is nobody's, with 12 registers.
+VECTORS = {"avx512": (16, 32), "avx2": (8, 16), "neon": (4, 32), "narrow": (4, 12)}
 
 
 # --- grids ------------------------------------------------------------------------------------

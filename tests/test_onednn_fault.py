@@ -1,0 +1,71 @@
+"""The fault of oneDNN that ``eager_ops.conv_backward`` keeps off, and that it does keep off.
+
+If the first test fails, PyTorch is mended: once the oldest torch that is supported is, drop
+``_onednn_corrupts``, ``helpers.peer_conv2d`` and these files.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import running
+from helpers import Case, make_input, make_module
+
+SCRIPT = pathlib.Path(__file__).with_name("onednn_fault.py")
+AVX2 = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=AVX2, capture_output=True, text=True, check=False)
+
+
+def test_plain_pytorch_corrupts_its_heap() -> None:
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        pytest.skip("not this processor: the code at fault needs AVX2")
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("not this PyTorch: it was built without oneDNN")
+    assert run(str(SCRIPT)).returncode < 0, f"torch {torch.__version__} is mended, see above"
+
+
+def few_channels() -> None:
+    """Training steps of the eager backend, and of modules on a library convolution, in the shapes
+    of the fault."""
+    for channels, stride in ((2, 2), (3, 2), (5, 2), (7, 2), (2, 3)):
+        case = Case(2, channels, 57, 58, 6, stride=stride, layout="nhwc")
+        module, x = make_module(case).train(), make_input(case).requires_grad_()
+        for _ in range(40):
+            with running("eager"):
+                module(x).sum().backward()
+
+
+def test_the_eager_backend_keeps_off_it() -> None:
+    done = run("-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
+               "import test_onednn_fault as t; t.few_channels(); print('whole')")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["whole"]
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (1, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_its_way_round_gives_the_same_gradient(
+    stride: tuple[int, int], needs: tuple[bool, bool]
+) -> None:
+    from ghost_ops.eager_ops import conv_backward
+
+    x = torch.randn(2, 3, 9, 10, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    out = torch.nn.functional.conv2d(x, weight, None, stride)
+    grad = torch.randn_like(out)
+    got = conv_backward(grad, x.detach(), weight.detach(), stride, (0, 0), (1, 1), 1, *needs)
+    for have, want, needed in zip(
+        got, torch.autograd.grad(out, [x, weight], grad), needs, strict=True
+    ):
+        assert (have is not None) == needed
+        if needed:
+            torch.testing.assert_close(have, want)
