@@ -6,6 +6,7 @@ This file imports nothing but the standard library, because the build (setup.py)
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 
@@ -45,6 +46,14 @@ CPU_ISA = Variable(
     "import",
     "Instruction set of the native CPU kernels; auto takes the widest that the processor has.",
 )
+CPU_MACHINE = Variable(
+    "GHOST_OPS_CPU_MACHINE",
+    "",
+    (),
+    "import",
+    "Plans of the native CPU kernels for other caches or another number of cores than this "
+    "machine's, as in l1=32K,l2=512K,cores=2; what is not named stays the machine's.",
+)
 BUILD_CPU = Variable(
     "GHOST_OPS_BUILD_CPU",
     "auto",
@@ -82,9 +91,37 @@ CACHE_DIR = Variable(
     "Folder of what autotuning found; by default ghost_ops in $XDG_CACHE_HOME or ~/.cache.",
 )
 
+_MACHINE_RANGES = {"l1": (4 << 10, 1 << 20), "l2": (64 << 10, 256 << 20), "cores": (1, 4096)}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
+
+
+def cpu_machine() -> dict[str, int]:
+    """GHOST_OPS_CPU_MACHINE as ``l1_bytes``, ``l2_bytes`` and ``cores``; 0: it does not name that.
+
+    Raises:
+        ValueError: a part is not of the form, not in its range, or there twice.
+    """
+    text = CPU_MACHINE.get()
+    found: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"(l1|l2|cores)=(\d+)([KM]?)", part.strip())
+        low, high = _MACHINE_RANGES[match[1]] if match else (0, 0)
+        size = int(match[2]) * _UNITS[match[3]] if match else -1
+        if match is None or match[1] in found or not low <= size <= high:
+            raise ValueError(
+                f"environment variable {CPU_MACHINE.name}={text!r}: {part.strip()!r} is not "
+                "allowed; expected l1=4K ... 1M, l2=64K ... 256M and cores=1 ... 4096, each at "
+                "most once, separated by commas"
+            )
+        found[match[1]] = size
+    l1, l2, cores = (found.get(name, 0) for name in _MACHINE_RANGES)
+    return {"l1_bytes": l1, "l2_bytes": l2, "cores": cores}
+
+
 VARIABLES: tuple[Variable, ...] = (
     BACKEND,
     CPU_ISA,
+    CPU_MACHINE,
     TRITON_AUTOTUNE,
     CACHE_DIR,
     BUILD_CPU,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,48 @@ from .ops import allow_tf32
 from .reference import GhostModule
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class CpuMachine:
+    """What a CPU plan depends on, besides the problem.
+
+    Attributes:
+        lanes: float32 lanes of a vector register: 4, 8 or 16.
+        registers: vector registers, 8 or more.
+        l1_bytes, l2_bytes: data caches of a core, 4 KiB and 64 KiB or more.
+        cores: threads that share the work, 1 or more.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    lanes: int
+    registers: int
+    l1_bytes: int
+    l2_bytes: int
+    cores: int = 1
+
+    def __post_init__(self) -> None:
+        if self.lanes not in (4, 8, 16):
+            raise ValueError(f"lanes must be 4, 8 or 16, got {self.lanes}")
+        least = {"registers": 8, "l1_bytes": 4 << 10, "l2_bytes": 64 << 10, "cores": 1}
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
+def cpu_machine(threads: int | None = None) -> CpuMachine:
+    """This machine with the chosen instruction set, or what GHOST_OPS_CPU_MACHINE makes of it.
+
+    Args:
+        threads: its cores, ``torch.get_num_threads()`` by default.
+
+    Raises:
+        RuntimeError: the native library is not there; the message says why.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    return CpuMachine(**backends.native.library().machine(threads))
 
 
 @dataclass(frozen=True)
@@ -50,7 +92,7 @@ class Plan:
         bytes_eager: what the unfused module's kernels read and write.
         flops: multiplications and additions of both convolutions.
         keep_primary: training keeps u for backward (u is a quarter of x or less).
-        isa: instruction set the plan is for.
+        machine: the machine the plan is for.
     """
 
     pack: bool
@@ -69,7 +111,7 @@ class Plan:
     bytes_eager: int
     flops: int
     keep_primary: bool
-    isa: str
+    machine: CpuMachine
 
     def __str__(self) -> str:
         source = "packed into scratch" if self.pack else "read in place"
@@ -78,7 +120,7 @@ class Plan:
             (
                 f"x            {source}",
                 f"tile         {tile}, {self.group} intrinsic channels at a time, "
-                f"{self.vecs} vectors wide ({self.isa})",
+                f"{self.vecs} vectors of {self.machine.lanes} wide",
                 f"parallel     {self.items} items (rows / {self.row_splits}, "
                 f"channels / {self.channel_splits}), "
                 f"{self.scratch_bytes / 1024:.0f} KiB scratch a thread",
@@ -298,6 +340,7 @@ def explain(
     channels_last: bool = False,
     residual: bool = False,
     threads: int | None = None,
+    machine: CpuMachine | None = None,
     device: str = "cpu",
     training: bool = False,
 ) -> Plan | CudaPlan:
@@ -312,6 +355,7 @@ def explain(
         channels_last: memory format of x.
         residual: a residual is added to the output.
         threads: size of the CPU's thread pool, ``torch.get_num_threads()`` by default.
+        machine: the CPU to plan for; by default this one, see :func:`cpu_machine`.
         device: ``"cpu"``; ``"sm_80"``, ``"sm_86"``, ``"sm_89"``, ``"sm_90"`` or ``"sm_100"``;
             ``"cuda"``, the architecture of the current GPU. float32 follows torch's TF32 switch.
         training: the launches of a training forward and its backward instead of an evaluation pass
@@ -339,7 +383,10 @@ def explain(
         raise ValueError("training: only the passes on a GPU are planned, device is 'cpu'")
     if sm is not None and (min(dims) < 1):
         raise ValueError(f"shape must have no empty size for a GPU plan, got {dims}")
+    if machine is not None and (threads is not None or sm is not None):
+        raise ValueError("machine goes with device 'cpu' and without threads: it has its own cores")
     library = backends.native.library()
+    machine = cpu_machine(threads) if machine is None else machine
     act1, _ = activations.resolve(activation)
     cheap = activation if cheap_activation is None else cheap_activation
     act2, _ = activations.resolve(cheap, "cheap_activation")
@@ -355,10 +402,9 @@ def explain(
         "channels_last": channels_last,
         "has_residual": residual,
     }
-    threads = torch.get_num_threads() if threads is None else threads
-    fields = library.plan(*dims, **problem, threads=threads)
+    fields = library.plan(*dims, **problem, **asdict(machine))
     if sm is None:
-        return Plan(**fields, isa=library.isa())
+        return Plan(**fields, machine=machine)
     found = library.cuda_plan(*dims, **problem, sm=sm, allow_tf32=allow_tf32(), training=training)
     return CudaPlan(
         f"sm_{sm}",

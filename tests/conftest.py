@@ -31,8 +31,20 @@ def native_module() -> Any | None:
 
 
 def native_isas() -> list[str]:
+    """What this processor has, widest first; from GHOST_OPS_CPU_ISA on, where that is set."""
     native = native_module()
-    return list(native.available_isas()) if native else []
+    available = list(native.available_isas()) if native else []
+    forced = os.environ.get("GHOST_OPS_CPU_ISA", "auto")
+    return available[available.index(forced) :] if forced in available else available
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-mkldnn", action="store_true", help="run PyTorch without oneDNN")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-mkldnn"):
+        torch.backends.mkldnn.set_flags(False)
 
 
 @contextlib.contextmanager
@@ -54,6 +66,20 @@ def running(backend: str) -> Iterator[None]:
             yield
         finally:
             native.set_isa(before)
+
+
+@contextlib.contextmanager
+def machine(l2_bytes: int) -> Iterator[None]:
+    """The native kernels with the plans of a machine whose L2 has this size."""
+    from ghost_ops import _env
+
+    native = native_module()
+    assert native is not None
+    native.force_machine(l1_bytes=32 << 10, l2_bytes=l2_bytes)
+    try:
+        yield
+    finally:
+        native.force_machine(**_env.cpu_machine())
 
 
 EVERY_ISA = ["eager", *(f"native-{isa}" for isa in native_isas())]

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import types
 import warnings
 
 import pytest
@@ -206,9 +207,38 @@ def test_instruction_set_by_environment() -> None:
     code = RUN + "; import ghost_ops._C as c; print(c.isa())"
     result = python(code, GHOST_OPS_CPU_ISA="generic")
     assert result.stdout.split() == ["native", "generic"], result.stderr
-    result = python(code, GHOST_OPS_CPU_ISA="mmx")
-    assert result.returncode != 0
-    assert "GHOST_OPS_CPU_ISA" in result.stderr
+
+
+def test_an_instruction_set_that_the_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ghost_ops.backends import native
+
+    library = types.SimpleNamespace(available_isas=lambda: ["avx2", "generic"])
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_reason", None)
+    monkeypatch.setitem(sys.modules, "ghost_ops._C", library)
+    monkeypatch.setenv("GHOST_OPS_CPU_ISA", "avx512")
+    with pytest.raises(RuntimeError, match=r"GHOST_OPS_CPU_ISA='avx512': .* only avx2, generic"):
+        native.load()
+
+
+@NEEDS_NATIVE
+def test_machine_by_environment() -> None:
+    code = "import ghost_ops; m = ghost_ops.planner.cpu_machine(3); print(m.l2_bytes, m.cores)"
+    result = python(code, GHOST_OPS_CPU_MACHINE="l1=32K, l2=512K,cores=7")
+    assert result.stdout.split() == ["524288", "7"], result.stderr
+    result = python(code, GHOST_OPS_CPU_MACHINE="l2=1M")
+    assert result.stdout.split() == ["1048576", "3"], result.stderr
+
+
+@pytest.mark.parametrize(
+    "value", ["l2=0", "cores=0", "l1=1K", "l2=1G", "l3=4M", "l2=512K,l2=1M", "512K", "cores=-1"]
+)
+def test_a_machine_that_makes_no_sense(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ghost_ops import _env
+
+    monkeypatch.setenv("GHOST_OPS_CPU_MACHINE", value)
+    with pytest.raises(ValueError, match=r"GHOST_OPS_CPU_MACHINE=.* expected l1=4K \.\.\. 1M, l2="):
+        _env.cpu_machine()
 
 
 @NEEDS_NATIVE

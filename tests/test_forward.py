@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
-from conftest import native_isas, running
+from conftest import machine, native_isas, running
 from helpers import (
     ACT_CODE,
     ACTIVATIONS,
     DTYPES,
     GHOSTNET,
+    L2_BYTES,
     LAYOUTS,
+    VECTORS,
     Case,
     Params,
     assert_close,
@@ -171,15 +173,24 @@ TILING = [
 ]
 
 
-@pytest.mark.parametrize("case", TILING, ids=str)
-def test_bands_and_joined_images(every_isa: str, case: Case) -> None:
-    check(case)
+def on_machines(cases: list[Case]) -> list[tuple[Case, int]]:
+    """Each case with the L2 of one of four machines: its tiles do not depend on this one's."""
+    return [(case, L2_BYTES[i % 4]) for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize("case", TILING[::3], ids=str)
-def test_bands_and_joined_images_on_two_threads(native: str, case: Case) -> None:
+@pytest.mark.parametrize(("case", "l2_bytes"), on_machines(TILING), ids=str)
+def test_bands_and_joined_images(every_isa: str, case: Case, l2_bytes: int) -> None:
+    if every_isa == "eager":
+        return check(case)
+    with machine(l2_bytes):
+        check(case)
+
+
+@pytest.mark.parametrize(("case", "l2_bytes"), on_machines(TILING)[::3], ids=str)
+def test_bands_and_joined_images_on_two_threads(native: str, case: Case, l2_bytes: int) -> None:
     torch.set_num_threads(2)
-    check(case)
+    with machine(l2_bytes):
+        check(case)
 
 
 # Maps of more rows than one band, outputs beyond any cache (non-temporal stores), aligned or not.
@@ -205,33 +216,38 @@ LARGE = [
     Case(34, 24, 56, 56, 16),
     Case(2, 3, 56, 56, 300, act1="none"),
     Case(3, 3, 56, 56, 200, d=5, act1="silu"),
+    Case(64, 3, 36, 36, 20),
+    Case(1, 3, 28, 28, 200, act2="silu"),
+    Case(400, 40, 3, 3, 30),
 ]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("case", LARGE, ids=str)
-def test_large_outputs(native: str, case: Case, threads: int) -> None:
+@pytest.mark.parametrize(("case", "l2_bytes"), on_machines(LARGE), ids=str)
+def test_large_outputs(native: str, case: Case, l2_bytes: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    check(case)
-
-
-@pytest.mark.parametrize("isa", native_isas() or ["none"])
-@pytest.mark.parametrize("case", LARGE[::2], ids=str)
-def test_large_outputs_of_every_instruction_set(case: Case, isa: str) -> None:
-    with running(f"native-{isa}"):
+    with machine(l2_bytes):
         check(case)
 
 
-def test_the_cases_take_every_path(native: str) -> None:
+@pytest.mark.parametrize("isa", native_isas() or ["none"])
+@pytest.mark.parametrize(("case", "l2_bytes"), on_machines(LARGE)[::2], ids=str)
+def test_large_outputs_of_every_instruction_set(case: Case, l2_bytes: int, isa: str) -> None:
+    with running(f"native-{isa}"), machine(l2_bytes):
+        check(case)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "neon"])
+def test_the_cases_take_every_path(native: str, isa: str) -> None:
     """What the planner can decide is decided both ways by some case of this file."""
     from ghost_ops import planner
 
     seen: dict[str, set[bool]] = {}
-    for case in (*TILING, *LARGE):
-        shape = (case.n, case.c, case.h, case.w)
+    for case, l2_bytes in on_machines(TILING) + on_machines(LARGE):
         plan = planner.explain(
-            shape, case.oup, ratio=case.ratio, dw_size=case.d, stride=case.stride,
-            dtype=case.dtype, channels_last=case.layout == "nhwc", threads=2,
+            (case.n, case.c, case.h, case.w), case.oup, ratio=case.ratio, dw_size=case.d,
+            stride=case.stride, dtype=case.dtype, channels_last=case.layout == "nhwc",
+            machine=planner.CpuMachine(*VECTORS[isa], 32 << 10, l2_bytes, cores=2),
         )  # fmt: skip
         rows = -(-case.h // case.stride)
         for name, value in (

@@ -371,14 +371,6 @@ def test_a_wrong_value_is_an_error_at_import(name: str, tmp_path: Path) -> None:
     assert f"ValueError: environment variable {name}='foo': expected one of 'auto'" in done.stderr
 
 
-def test_the_instruction_set_can_be_forced(tmp_path: Path) -> None:
-    native_library()
-    env = {"PYTHONPATH": str(PACKAGE.parent), "GHOST_OPS_CPU_ISA": "generic"}
-    done = run("-m", "ghost_ops", "--json", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["instruction_sets"]["chosen"] == "generic"
-
-
 @in_checkout
 def test_every_variable_is_declared_and_in_the_readme() -> None:
     files = [ROOT / "setup.py", *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import native_module
-from helpers import GHOSTNET, LAYOUTS, Case, make_module, product
+from helpers import GHOSTNET, L2_BYTES, LAYOUTS, VECTORS, Case, make_module, product
 
 from ghost_ops import planner
+from ghost_ops.planner import CpuMachine
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
-PROBLEMS = list(
-    product(
+# Every instruction set with every L2, and one to 64 cores: the machine that runs the tests is not
+# among what they depend on.
+MACHINES = [
+    CpuMachine(*vectors, l1_bytes, l2_bytes, cores)
+    for i, vectors in enumerate(VECTORS.values())
+    for j, l2_bytes in enumerate(L2_BYTES)
+    for l1_bytes, cores in [(((32 << 10), (48 << 10))[j // 2], (1, 2, 64)[(i + j) % 3])]
+]
+XEON = CpuMachine(16, 32, 48 << 10, 2 << 20)
+PROBLEMS = [
+    {**problem, "machine": MACHINES[i % len(MACHINES)]}
+    for i, problem in enumerate(product(
         shape=((1, 16, 112, 112), (16, 40, 28, 28), (3, 7, 7, 7), (33, 960, 7, 7), (1, 3, 1, 1),
                (2, 5, 300, 17), (1, 64, 1, 2000), (4, 1, 640, 640)),
         out_channels=(1, 16, 51, 960),
@@ -25,9 +39,8 @@ PROBLEMS = list(
         stride=(1, 2),
         dtype=(torch.float32, torch.bfloat16),
         channels_last=(False, True),
-        threads=(1, 2, 64),
-    )
-)  # fmt: skip
+    ))
+]  # fmt: skip
 
 
 def sizes(problem: dict[str, Any]) -> tuple[int, int, int, int, int]:
@@ -79,22 +92,24 @@ def test_bytes_and_flops() -> None:
 
 def test_one_thread_does_not_split() -> None:
     for problem in PROBLEMS:
-        if problem["threads"] == 1:
+        if problem["machine"].cores == 1:
             plan = planner.explain(**problem)
             assert (plan.row_splits, plan.channel_splits) == (1, 1), problem
 
 
 def test_threads_have_work_where_there_is_some() -> None:
     for size, inp, oup, _ in GHOSTNET:
-        plan = planner.explain((1, inp, size, size), oup, threads=2)
-        assert plan.items >= 2, (size, inp, oup)
+        for machine in MACHINES:
+            if machine.cores > 1:
+                plan = planner.explain((1, inp, size, size), oup, machine=machine)
+                assert plan.items >= 2, (size, inp, oup, machine)
 
 
 def test_stores_past_the_caches() -> None:
     """Only for large outputs that are written once, in whole vectors of their own type."""
-    large: dict[str, Any] = {"shape": (16, 16, 112, 112), "out_channels": 96}
+    large: dict[str, Any] = {"shape": (16, 16, 112, 112), "out_channels": 96, "machine": XEON}
     assert planner.explain(**large).stream
-    assert not planner.explain((1, 16, 28, 28), 16).stream
+    assert not planner.explain((1, 16, 28, 28), 16, machine=XEON).stream
     assert not planner.explain(**large, residual=True).stream
     assert not planner.explain(**large, channels_last=True).stream
     assert not planner.explain(**large, dtype=torch.bfloat16).stream
@@ -130,6 +145,53 @@ def test_readable() -> None:
     assert f"{2 * 16 * 28 * 28 * (40 * 120 + 120 * 9):,}" in text
 
 
+GOLDEN = pathlib.Path(__file__).with_name("golden_plans.csv")
+DECISIONS = ("pack", "images", "band_rows", "row_splits", "channel_splits", "group", "vecs",
+             "fetch", "fetch_results", "stream", "items")  # fmt: skip
+
+
+def golden_rows() -> Iterator[dict[str, str]]:
+    """The decisions for GhostNet's shapes, on every described machine with two cores."""
+    for (isa, vectors), l2_bytes in ((v, b) for v in VECTORS.items() for b in L2_BYTES):
+        machine = CpuMachine(*vectors, 32 << 10, l2_bytes, cores=2)
+        for size, inp, oup, _ in sorted(set(GHOSTNET)):
+            for batch in (1, 16):
+                plan = planner.explain((batch, inp, size, size), oup, machine=machine)
+                row = {"isa": isa, "l2_kib": l2_bytes >> 10, "shape": f"{inp}->{oup}@{size}",
+                       "batch": batch}  # fmt: skip
+                row |= {name: getattr(plan, name) for name in DECISIONS}
+                yield {key: str(value) for key, value in row.items()}
+
+
+def test_golden_plans() -> None:
+    """A plan changes on purpose only: `python tests/test_planner.py` writes the file anew."""
+    with GOLDEN.open(newline="") as file:
+        assert list(csv.DictReader(file)) == list(golden_rows())
+
+
+def test_this_machine() -> None:
+    machine = planner.cpu_machine(threads=3)
+    assert machine.cores == 3
+    assert planner.explain((16, 40, 28, 28), 240, threads=3).machine == machine
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lanes": 3}, {"registers": 0}, {"l1_bytes": 0}, {"l2_bytes": 0}, {"cores": 0}],
+    ids=str,
+)
+def test_no_such_machine(change: dict[str, int]) -> None:
+    values = {"lanes": 8, "registers": 16, "l1_bytes": 32 << 10, "l2_bytes": 1 << 20} | change
+    with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
+        CpuMachine(**values)
+
+
+@pytest.mark.parametrize("other", [{"threads": 2}, {"device": "sm_90"}], ids=str)
+def test_a_machine_and_something_against_it(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="machine"):
+        planner.explain((1, 2, 3, 4), 6, machine=XEON, **other)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -154,3 +216,11 @@ def test_empty_batch() -> None:
     plan = planner.explain((0, 5, 6, 7), 8)
     assert plan.items == 0
     assert plan.flops == 0
+
+
+if __name__ == "__main__":
+    with GOLDEN.open("w", newline="") as out:
+        rows = list(golden_rows())
+        writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -20,9 +20,11 @@ constexpr int64_t kSmallImage = 1024;
 // vecs vectors) must stay in L1 while the channels go by; past that, two vectors by twelve channels
 // ask the least of L2. In large images, whose lines come one by one, six channels by four vectors
 // are a little ahead of four by five, if the channels fill them.
-int choose_vecs(const Problem& p, const CpuInfo& cpu) {
+int choose_vecs(const Problem& p, const CpuMachine& cpu) {
   const int64_t vector_bytes = cpu.lanes * 4;
-  if (cpu.max_vecs < 4) return p.channels * 3 * vector_bytes <= cpu.l1_bytes * 3 / 4 ? 3 : 2;
+  const int most = max_vecs(cpu.registers);
+  if (most < 4)
+    return std::min(most, p.channels * 3 * vector_bytes <= cpu.l1_bytes * 3 / 4 ? 3 : 2);
   const bool rows = p.out_pixels() > kSmallImage && p.intrinsic >= kPanel;
   for (int v : {rows ? 4 : 5, 3})
     if (p.channels * v * vector_bytes <= cpu.l1_bytes * 3 / 4) return v;
@@ -62,7 +64,7 @@ Traffic traffic(const Problem& p) {
   return t;
 }
 
-ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
+ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
   ApplyPlan plan;
   const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W,
                 m = p.intrinsic;
@@ -110,7 +112,7 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
     const bool by_channels =
         ahead && s > 1 && P % (cpu.lanes * 4 / a) <= kMostPixels && p.out_channels > p.channels;
     if (ragged && p.batch > 1 && p.has_primary && !side_by_side && !by_channels) {
-      const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.threads);
+      const int64_t wanted = std::max<int64_t>(1, 784 / P), share = ceil_div(p.batch, cpu.cores);
       const int64_t copied = p.joined ? 0 : p.channels * a;
       plan.images = std::max<int64_t>(1, std::min({p.batch, wanted, share}));
       while (plan.images > 1 && plan.images * P * (copied + min_group * per_channel) > budget)
@@ -132,13 +134,12 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
   }
 
   // Parallel items: images first, then rows of large maps, then channels of small ones.
-  const int64_t tiles = ceil_div(p.batch, plan.images),
-                want = cpu.threads > 1 ? 2 * cpu.threads : 1;
-  if (tiles < want && cpu.threads > 1) {
+  const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
+  if (tiles < want && cpu.cores > 1) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
-    if (plan.band_rows == H && panels < split && plan.images == 1 && H >= 4 * split &&
-        H >= 2 * p.dw_size) {
-      plan.band_rows = ceil_div(H, split);  // too few channels to share out: cut the rows
+    const int64_t cuts = std::min(split, H / 4);  // of the rows, four or more in each
+    if (plan.band_rows == H && panels < cuts && plan.images == 1 && H >= 2 * p.dw_size) {
+      plan.band_rows = ceil_div(H, cuts);  // too few channels to share out: cut the rows
       plan.group = m;
     }
     if (plan.band_rows < H)
@@ -146,7 +147,7 @@ ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu) {
           1, std::min(split, H / std::max<int64_t>(plan.band_rows / 2, 4 * pad + 1)));
     else
       plan.channel_splits =
-          std::min<int64_t>(plan.pack ? std::min(split, cpu.threads) : split, panels);
+          std::min<int64_t>(plan.pack ? std::min(split, cpu.cores) : split, panels);
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
   const bool whole = plan.band_rows == H && P <= kWholeImage, large = P > kSmallImage;

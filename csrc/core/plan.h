@@ -9,13 +9,19 @@
 
 namespace ghost {
 
-struct CpuInfo {
-  int64_t lanes = 16;    // float32 lanes of the chosen instruction set
-  int64_t max_vecs = 6;  // widest GEMM block, in vectors of pixels
+// What the plans depend on, besides the problem: a value, so that the plans of any machine can be
+// made on any other.
+struct CpuMachine {
+  int64_t lanes = 16;      // float32 lanes of a vector register
+  int64_t registers = 32;  // vector registers
   int64_t l1_bytes = 32 << 10;
   int64_t l2_bytes = 1 << 20;
-  int64_t threads = 1;
+  int64_t cores = 1;  // threads that share the items of a plan
 };
+// Widest GEMM block, in vectors of pixels.
+constexpr int max_vecs(int64_t registers) {
+  return registers >= 32 ? 6 : registers >= 16 ? 3 : 2;
+}
 
 // What a product fetches from beyond L2 meanwhile.
 enum class Fetch : int {
@@ -49,7 +55,7 @@ struct Traffic {
   int64_t flops = 0;        // multiplications and additions of both convolutions
 };
 
-ApplyPlan plan_apply(const Problem& p, const CpuInfo& cpu);
+ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu);
 Traffic traffic(const Problem& p);
 // Keep u for backward? Only where it is a quarter of x or less: one GEMM saved for little memory.
 bool keep_primary(const Problem& p);

@@ -35,13 +35,13 @@ GHOST_INLINE VecF exp_v(VecF x) {
 #endif
 }
 GHOST_INLINE VecD exp_v(VecD x) {
-  VecD r;
+  VecD r = x;
   for (int l = 0; l < kLanes<double>; ++l) r[l] = std::exp(x[l]);
   return r;
 }
 template <class V, class F>
 GHOST_INLINE V by_lane(V x, F f) {
-  V r;
+  V r = x;
   for (size_t l = 0; l < sizeof(V) / sizeof(x[0]); ++l) r[l] = f(x[l]);
   return r;
 }

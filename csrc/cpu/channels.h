@@ -185,6 +185,7 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_a
   Vec<A> acc[D][D] = {};
   for (int64_t col = 0; col < W; col += L) {
     MaskT<A> mask[D];
+#pragma GCC unroll 7
     for (int b = 0; b < D; ++b) mask[b] = lane_range<A>(R - b - col, W + R - b - col);
     const MaskT<A> inside = lane_range<A>(0, W - col);
     for (int64_t n = 0; n < N; ++n) {
@@ -213,7 +214,9 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_a
       }
     }
   }
+#pragma GCC unroll 7
   for (int a = 0; a < D; ++a)
+#pragma GCC unroll 7
     for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
 }
 template <class A>

@@ -190,6 +190,9 @@ void stencil(int64_t d, const Stencil<A>& s) {
   }
 #undef GHOST_STENCIL
 }
+// Instantiated in kernels.inc, once for each instruction set.
+extern template void stencil(int64_t, const Stencil<float>&);
+extern template void stencil(int64_t, const Stencil<double>&);
 
 }  // namespace GHOST_ISA
 }  // namespace ghost

@@ -82,6 +82,7 @@ class DepthwiseGrad {
   // Sums of the taps of kernel row i.
   void weight_row(int i, V* sums) const {
     V acc[K];
+#pragma GCC unroll 7
     for (int j = 0; j < K; ++j) acc[j] = sums[j];
     // Output rows whose row of x, h * s + i - R, is inside the image.
     const int64_t h0 = i >= R ? 0 : (R - i + s - 1) / s;
@@ -103,6 +104,7 @@ class DepthwiseGrad {
         }
       }
     }
+#pragma GCC unroll 7
     for (int j = 0; j < K; ++j) sums[j] = acc[j];
   }
 

@@ -42,6 +42,7 @@ const Kernels* find(const std::string& name) {
 }
 
 std::atomic<const Kernels*> g_active{nullptr};
+std::atomic<int64_t> g_l1_bytes{0}, g_l2_bytes{0}, g_cores{0};  // forced; 0: not
 
 int64_t cache_bytes(int name, int64_t fallback) {
 #if defined(__linux__)
@@ -75,7 +76,7 @@ void set_isa(const std::string& name) {
   g_active.store(find(name), std::memory_order_release);
 }
 
-CpuInfo cpu_info(int64_t threads) {
+CpuMachine cpu_machine(int64_t threads) {
 #if defined(__linux__)
   static const int64_t l1 = cache_bytes(_SC_LEVEL1_DCACHE_SIZE, 32 << 10),
                        l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
@@ -83,13 +84,23 @@ CpuInfo cpu_info(int64_t threads) {
   static const int64_t l1 = 32 << 10, l2 = 1 << 20;
 #endif
   const Kernels& k = active_kernels();
-  CpuInfo info;
-  info.lanes = k.lanes;
-  info.max_vecs = k.max_vecs;
-  info.l1_bytes = std::max<int64_t>(l1, 16 << 10);
-  info.l2_bytes = std::min<int64_t>(std::max<int64_t>(l2, 256 << 10), 4 << 20);
-  info.threads = threads;
-  return info;
+  const auto forced_or = [](const std::atomic<int64_t>& forced, int64_t value) {
+    const int64_t f = forced.load(std::memory_order_relaxed);
+    return f > 0 ? f : value;
+  };
+  CpuMachine machine;
+  machine.lanes = k.lanes;
+  machine.registers = k.registers;
+  machine.l1_bytes = forced_or(g_l1_bytes, std::max<int64_t>(l1, 16 << 10));
+  machine.l2_bytes = forced_or(g_l2_bytes, std::clamp<int64_t>(l2, 256 << 10, 4 << 20));
+  machine.cores = forced_or(g_cores, threads);
+  return machine;
+}
+
+void force_machine(int64_t l1_bytes, int64_t l2_bytes, int64_t cores) {
+  g_l1_bytes.store(l1_bytes, std::memory_order_relaxed);
+  g_l2_bytes.store(l2_bytes, std::memory_order_relaxed);
+  g_cores.store(cores, std::memory_order_relaxed);
 }
 
 int64_t channel_block(const Problem& p) {

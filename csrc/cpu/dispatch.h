@@ -1,4 +1,4 @@
-// Which kernel table runs on this machine, and what the planner should know about it.
+// Which kernel table runs on this machine, and the description of it that the planner takes.
 #pragma once
 
 #include <string>
@@ -14,6 +14,9 @@ std::vector<std::string> available_isas();  // best first
 const Kernels& active_kernels();
 // Throws std::invalid_argument for a name that is not available here.
 void set_isa(const std::string& name);
-CpuInfo cpu_info(int64_t threads);
+// The machine of the kernels in use: its caches, and `threads` cores unless they are forced.
+CpuMachine cpu_machine(int64_t threads);
+// Makes the plans those of other caches or another number of cores; 0 for what the machine has.
+void force_machine(int64_t l1_bytes, int64_t l2_bytes, int64_t cores);
 
 }  // namespace ghost

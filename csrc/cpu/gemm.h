@@ -68,7 +68,9 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
   A* y = out.y + col;
   const auto mask = lane_range<A>(0, tail);
   if (out.accumulate) {
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v)
         acc[i][v] = i >= rows                 ? V{}
                     : kTail && v == kVecs - 1 ? load_masked(y + i * out.ldy + v * L, mask)
@@ -137,12 +139,15 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
 
 // Register budget: 32 vector registers with AVX-512 and NEON, 16 elsewhere.
 #if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr int kMaxVecs = 6;
+inline constexpr int kRegisters = 32, kMaxVecs = max_vecs(kRegisters);
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 12, 6, 6, 4, 4};
 #else
-inline constexpr int kMaxVecs = 3;
+inline constexpr int kRegisters = 16, kMaxVecs = max_vecs(kRegisters);
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
 #endif
+// float64 has the two narrow blocks only: every further one adds seconds to the build.
+template <class A>
+inline constexpr int kWidest = sizeof(A) == 8 ? 2 : kMaxVecs;
 
 // All channels [0, M) of one block of pixels, kVecs wide.
 template <class A, int kVecs, bool kTail>
@@ -179,16 +184,12 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
                                                                  tail, nullptr, walks)
     if (rows > 8)
       GHOST_ROWS(12);
-    else if (rows > 6)
-      GHOST_ROWS(8);
     else if (rows > 4)
-      GHOST_ROWS(6);
+      GHOST_ROWS(8);
     else if (rows > 2)
       GHOST_ROWS(4);
-    else if (rows > 1)
-      GHOST_ROWS(2);
     else
-      GHOST_ROWS(1);
+      GHOST_ROWS(2);
 #undef GHOST_ROWS
   }
 }
@@ -208,16 +209,20 @@ int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, i
   for (; row + (kPanels - 1) * kPanel < M; row += kPanels * kPanel) {
     const A* w = panels + row / kPanel * ldpanel;
     const int64_t rows = M - row < kPanels * kPanel ? M - row : kPanels * kPanel;
-    V acc[kPanels][kParts][kPixels];
-    A lanes[kPanels][kParts * L];
-    for (int q = 0; q < kPixels; ++q) {
+    A lanes[kPixels][kPanels][kParts * L] = {};
+    for (int q = 0; q < kPixels; ++q)
       for (int64_t i = 0; i < rows; ++i)
-        lanes[i / kPanel][i % kPanel] = out.accumulate ? out.y[(row + i) * out.ldy + q]
-                                        : shift        ? shift[row + i]
-                                                       : A(0);
-      for (int p = 0; p < kPanels; ++p)
-        for (int v = 0; v < kParts; ++v) acc[p][v][q] = part(lanes[p], v);
-    }
+        lanes[q][i / kPanel][i % kPanel] = out.accumulate ? out.y[(row + i) * out.ldy + q]
+                                           : shift        ? shift[row + i]
+                                                          : A(0);
+    // Loops with nothing but accumulators in them: then GCC holds these in registers.
+    V acc[kPanels][kParts][kPixels];
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < kParts; ++v)
+#pragma GCC unroll 4
+        for (int q = 0; q < kPixels; ++q) acc[p][v][q] = part(lanes[q][p], v);
     const A* xk = x;
     for (int64_t k = 0; k < K; ++k, xk += ldx, w += kPanel) {
       V xv[kPixels];
@@ -233,16 +238,19 @@ int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, i
         }
       }
     }
-    for (int q = 0; q < kPixels; ++q) {
-      for (int p = 0; p < kPanels; ++p)
-        for (int v = 0; v < kParts; ++v)
-          store(lanes[p] + v * L, out.relu ? relu(acc[p][v][q]) : acc[p][v][q]);
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 4
+      for (int v = 0; v < kParts; ++v)
+#pragma GCC unroll 4
+        for (int q = 0; q < kPixels; ++q) store(lanes[q][p] + v * L, acc[p][v][q]);
+    for (int q = 0; q < kPixels; ++q)
       for (int64_t i = 0; i < rows; ++i) {
-        const A r = lanes[i / kPanel][i % kPanel];
+        A r = lanes[q][i / kPanel][i % kPanel];
+        if (out.relu) r = r < A(0) ? A(0) : r;
         out.y[(row + i) * out.ldy + q] = r;
         if (out.copy) out.copy[(row + i) * out.ldcopy + q] = r;
       }
-    }
   }
   return row;
 }
@@ -274,6 +282,7 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
              int64_t M, int64_t pixels, int vecs, const Meanwhile<A>& meanwhile,
              const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
+  vecs = vecs < kWidest<A> ? vecs : kWidest<A>;
   const int64_t rest = pixels % L;
   // A last vector with few pixels in it costs as much as a full one.
   if (rest > 0 && rest <= kMostPixels && rest * 4 < M) {
@@ -345,7 +354,7 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
                                : x + v1 * L;
 #define GHOST_COLUMNS(n)                                                                          \
   case n:                                                                                         \
-    if constexpr (n <= kMaxVecs) {                                                                \
+    if constexpr (n <= kWidest<A>) {                                                              \
       if (partial)                                                                                \
         gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, next, walks); \
       else                                                                                        \

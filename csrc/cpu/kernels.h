@@ -77,8 +77,8 @@ struct WeightGradArgs {
 
 struct Kernels {
   const char* name;
-  int64_t lanes;  // of float32
-  int64_t max_vecs;
+  int64_t lanes;      // of float32
+  int64_t registers;  // vector registers
   // Indexed by DType. Ranges are of items of the respective parallel loop.
   void (*apply[4])(const ApplyArgs&, int64_t begin, int64_t end);
   void (*apply_to_compute[4])(const ApplyArgs&, int64_t begin,

@@ -113,9 +113,13 @@ struct MaskT {
 };
 template <class A>
 GHOST_INLINE MaskT<A> lane_range(int64_t lo, int64_t hi) {
-  MaskT<A> m;
-  for (int l = 0; l < kLanes<A>; ++l) m.bits[l] = (l >= lo && l < hi) ? -1 : 0;
-  return m;
+  constexpr int n = kLanes<A>;
+  using Int = typename Simd<A>::Int;
+  typename Simd<A>::I lane;
+#pragma GCC unroll 8
+  for (int l = 0; l < n; ++l) lane[l] = l;
+  const Int from = Int(lo < 0 ? 0 : lo > n ? n : lo), to = Int(hi < 0 ? 0 : hi > n ? n : hi);
+  return {(lane >= from) & (lane < to)};
 }
 GHOST_INLINE VecF load_masked(const float* p, MaskT<float> m) {
   return (VecF)_mm256_maskload_ps(p, (__m256i)m.bits);
@@ -242,7 +246,9 @@ template <class A>
 GHOST_INLINE A reduce_add(Vec<A> v) {
   A t[kLanes<A>];
   store(t, v);
+#pragma GCC unroll 4
   for (int w = kLanes<A> / 2; w > 0; w /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < w; ++i) t[i] += t[i + w];
   return t[0];
 }

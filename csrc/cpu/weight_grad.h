@@ -209,7 +209,7 @@ class TransposedGrad {
 // the very planes it is in. Only du, which has fewer rows, is transposed.
 template <class A>
 class BroadcastGrad {
-  static constexpr int L = kLanes<A>;
+  static constexpr int L = kLanes<A>, kMost = kWidest<A>;
   const Source<A>& source;
   const int64_t N, C, P, rows, ld, chunk;
   A* const tile;       // [chunk][ld] du, pixels by rows
@@ -266,13 +266,11 @@ class BroadcastGrad {
   void products(int64_t q, int64_t px, bool fresh) const {
     for (int64_t v = 0; v < ld / L;) {
       const int64_t left = ld / L - v;
-      const int vecs = int(left <= kMaxVecs      ? left
-                           : left < 2 * kMaxVecs ? (left + 1) / 2
-                                                 : kMaxVecs);
+      const int vecs = int(left <= kMost ? left : left < 2 * kMost ? (left + 1) / 2 : kMost);
       switch (vecs) {
-#define GHOST_COLUMNS(n)                                             \
-  case n:                                                            \
-    if constexpr (n <= kMaxVecs) columns_of<n>(q, px, v * L, fresh); \
+#define GHOST_COLUMNS(n)                                          \
+  case n:                                                         \
+    if constexpr (n <= kMost) columns_of<n>(q, px, v * L, fresh); \
     break;
         GHOST_COLUMNS(1)
         GHOST_COLUMNS(2)

@@ -39,7 +39,7 @@ ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int
   return p;
 }
 
-py::dict describe(const ghost::Problem& p, const ghost::CpuInfo& cpu) {
+py::dict describe(const ghost::Problem& p, const ghost::CpuMachine& cpu) {
   const ghost::ApplyPlan plan = ghost::plan_apply(p, cpu);
   const ghost::Traffic t = ghost::traffic(p);
   static constexpr const char* kFetch[] = {"nothing", "columns", "images"};
@@ -65,31 +65,30 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &ghost::available_isas);
   m.def("isa", [] { return std::string(ghost::active_kernels().name); });
   m.def("set_isa", &ghost::set_isa, "name"_a);
-  m.def("cpu_info", [](int64_t threads) {
-    const ghost::CpuInfo c = ghost::cpu_info(threads);
-    return py::dict("lanes"_a = c.lanes, "max_vecs"_a = c.max_vecs, "l1_bytes"_a = c.l1_bytes,
-                    "l2_bytes"_a = c.l2_bytes, "threads"_a = c.threads);
-  });
+  m.def(
+      "machine",
+      [](int64_t threads) {
+        const ghost::CpuMachine c = ghost::cpu_machine(threads);
+        return py::dict("lanes"_a = c.lanes, "registers"_a = c.registers, "l1_bytes"_a = c.l1_bytes,
+                        "l2_bytes"_a = c.l2_bytes, "cores"_a = c.cores);
+      },
+      "threads"_a);
+  m.def("force_machine", &ghost::force_machine, "l1_bytes"_a = 0, "l2_bytes"_a = 0, "cores"_a = 0);
   m.def(
       "plan",
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,
          int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2,
-         int dtype, bool channels_last, bool has_primary, bool has_residual, int64_t threads,
-         int64_t lanes, int64_t max_vecs, int64_t l1_bytes, int64_t l2_bytes) {
-        ghost::CpuInfo cpu = ghost::cpu_info(threads);
-        if (lanes > 0) cpu.lanes = lanes;
-        if (max_vecs > 0) cpu.max_vecs = max_vecs;
-        if (l1_bytes > 0) cpu.l1_bytes = l1_bytes;
-        if (l2_bytes > 0) cpu.l2_bytes = l2_bytes;
+         int dtype, bool channels_last, bool has_primary, bool has_residual, int64_t lanes,
+         int64_t registers, int64_t l1_bytes, int64_t l2_bytes, int64_t cores) {
         return describe(
             make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size,
                          stride, act1, act2, dtype, channels_last, has_primary, has_residual),
-            cpu);
+            {lanes, registers, l1_bytes, l2_bytes, cores});
       },
       "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a,
       "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
-      "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false, "threads"_a = 1,
-      "lanes"_a = 0, "max_vecs"_a = 0, "l1_bytes"_a = 0, "l2_bytes"_a = 0);
+      "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false, py::kw_only(),
+      "lanes"_a, "registers"_a, "l1_bytes"_a, "l2_bytes"_a, "cores"_a);
   m.def(
       "cuda_plan",
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,

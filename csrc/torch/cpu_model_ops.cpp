@@ -186,7 +186,7 @@ void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
   // A few images at a time: as many as stay in half of L2 from the sums to the multiplication.
   const int64_t image = C * a.pixels * element_size(dtype);
   const int64_t some =
-      std::clamp<int64_t>(cpu_info(1).l2_bytes / 2 / std::max<int64_t>(image, 1), 1, 4);
+      std::clamp<int64_t>(cpu_machine(1).l2_bytes / 2 / std::max<int64_t>(image, 1), 1, 4);
   parallel((N + some - 1) / some, [&](int64_t b, int64_t e) {
     for (int64_t i = b; i < e; ++i) {
       const int64_t n0 = i * some, n1 = std::min(n0 + some, N);

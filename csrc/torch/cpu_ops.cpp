@@ -136,7 +136,7 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   }
   ApplyArgs args;
   args.problem = p;
-  args.plan = plan_apply(p, cpu_info(threads()));
+  args.plan = plan_apply(p, cpu_machine(threads()));
   args.x = x.const_data_ptr();
   args.x_image = in.c * in.h * in.w;
   args.x_channel = in.h * in.w;
@@ -204,7 +204,7 @@ void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64
     args.problem.has_primary = false;
     packed = identity(m, in.dtype);
   }
-  args.plan = plan_apply(args.problem, cpu_info(threads()));
+  args.plan = plan_apply(args.problem, cpu_machine(threads()));
   args.plan.stream = false;  // u is read again at once
   args.x = x.const_data_ptr();
   args.x_image = in.c * in.h * in.w;
@@ -230,7 +230,7 @@ void store_u(const void* u, const Problem& shape, Tensor& dst, Layout layout) {
   ApplyArgs args;
   args.problem = p;
   args.problem.dtype = p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  args.plan = plan_apply(args.problem, cpu_info(threads()));
+  args.plan = plan_apply(args.problem, cpu_machine(threads()));
   args.plan.stream = false;
   args.x = u;
   args.x_image = p.height * p.width;
@@ -306,7 +306,7 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   ApplyArgs apply;
   apply.problem = p;
   apply.problem.ratio = 1;  // y only
-  apply.plan = plan_apply(apply.problem, cpu_info(threads()));
+  apply.plan = plan_apply(apply.problem, cpu_machine(threads()));
   apply.plan.stream = false;
   apply.x = x.const_data_ptr();
   apply.x_image = in.c * in.h * in.w;
@@ -479,7 +479,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
                                  in.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32},
                                 in.c, 1);
       gemm.problem.joined = true;
-      gemm.plan = plan_apply(gemm.problem, cpu_info(threads()));
+      gemm.plan = plan_apply(gemm.problem, cpu_machine(threads()));
       gemm.plan.stream =
           gemm.plan.stream && in.layout == Layout::kNCHW && x.scalar_type() == ct && step == 1;
       gemm.x = scratch.const_data_ptr();

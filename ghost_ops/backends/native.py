@@ -34,17 +34,17 @@ _reason: str | None = None  # why the library is not loaded; None before the fir
 
 
 def load() -> bool:
-    """Import ``ghost_ops._C``, which registers the CPU kernels, and apply GHOST_OPS_CPU_ISA.
+    """Import ``ghost_ops._C``, which registers the CPU kernels; apply the variables of the CPU.
 
     Idempotent. A failure is remembered with its reason, see :func:`reason`.
 
     Raises:
-        ValueError: GHOST_OPS_CPU_ISA holds a value that is not allowed.
+        ValueError: GHOST_OPS_CPU_ISA or GHOST_OPS_CPU_MACHINE holds a value that is not allowed.
         RuntimeError: GHOST_OPS_CPU_ISA asks for instructions that this processor or build lacks.
     """
     global _library, _reason
     if _library is None and _reason is None:
-        isa = _env.CPU_ISA.get()
+        isa, machine = _env.CPU_ISA.get(), _env.cpu_machine()
         try:
             library = importlib.import_module("ghost_ops._C")
         except ImportError as error:
@@ -57,6 +57,7 @@ def load() -> bool:
                     f"{_env.CPU_ISA.name}={isa!r}: not available here, only {', '.join(available)}"
                 )
             library.set_isa(isa)
+        library.force_machine(**machine)
         _library = library
     return _library is not None
 
