@@ -24,10 +24,9 @@ BIN    := $(dir $(PYTHON))
 STAMPS := build/stamps/$(shell $(PYTHON) -c "import sys; print(sys.implementation.cache_tag)")
 extra   =
 
-$(STAMPS)/library: $(SOURCES)
+.PHONY: environment
+environment:
 	@mkdir -p $(STAMPS)
-	$(PY) setup.py -q build_ext --inplace
-	@touch $@
 else
 # ---- an environment of our own, with the package in develop mode
 PY     := $(VENV)/bin/python
@@ -35,38 +34,52 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 extra   = $(STAMPS)/extra-$(1)
 # Links the checkout into the environment. The libraries are the step after it, where ninja is seen.
-DEVELOP = GHOST_OPS_BUILD_CPU=0 GHOST_OPS_BUILD_CUDA=0 \
-	$(PY) -m pip install -q --no-build-isolation -e
+DEVELOP = GHOST_OPS_BUILD_CPU=0 GHOST_OPS_BUILD_CUDA=0 $(PIP) --no-build-isolation -e
+# Errors alone: warnings about the machine's package settings are not this project's.
+PIP     = $(PY) -m pip install -qq --disable-pip-version-check
 
 # With the packages of the outer Python visible if they include torch, so that gigabytes are not
 # downloaded twice.
 $(STAMPS)/venv:
+	@echo "ghost_ops: making $(VENV), once"
 	@if $(PYTHON) -c "$(HAS_TORCH)" 2>/dev/null; \
 	then $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv
-	@$(PY) -c "$(HAS_TORCH)" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
+	@$(PY) -c "$(HAS_TORCH)" 2>/dev/null || { \
+		echo "ghost_ops: installing $(TORCH): 200 MB and about a minute; gigabytes for a GPU"; \
+		$(PIP) "$(TORCH)"; }
 	@touch $@
 
 $(STAMPS)/package: $(STAMPS)/torch pyproject.toml
-	$(PY) -m pip install -q "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
-	$(DEVELOP) .
-	@touch $@
-
-$(STAMPS)/library: $(STAMPS)/package $(SOURCES)
-	$(PY) setup.py -q build_ext --inplace
+	@$(PIP) "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
+	@$(DEVELOP) .
 	@touch $@
 
 $(STAMPS)/extra-%: $(STAMPS)/package
-	$(DEVELOP) ".[$*]"
+	@echo "ghost_ops: installing what '$*' needs, about half a minute"
+	@$(DEVELOP) ".[$*]"
 	@touch $@
+
+environment: $(STAMPS)/package
 endif
+
+$(STAMPS)/library: $(SOURCES) | environment
+	@$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# For the demo: without the CUDA library (four minutes) where no GPU would run it.
+$(STAMPS)/demo-library: $(SOURCES) | environment
+	@export GHOST_OPS_BUILD_CUDA=$${GHOST_OPS_BUILD_CUDA:-$$($(PY) -W ignore -c \
+		"import torch; print('auto' if torch.cuda.is_available() else '0')")}; \
+		$(PY) setup.py -q build_ext --inplace
+	@touch $@
 
 CXX_FILES := find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc'
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all bench bench-quick gpu-kit lint format clean distclean
+.PHONY: help build demo test test-isa test-all bench bench-quick gpu-kit lint format clean distclean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,11 +87,32 @@ help:  ## show this list
 build: $(STAMPS)/library  ## build the native libraries (incremental) and show what runs
 	$(PY) -m ghost_ops
 
-demo: $(STAMPS)/library $(call extra,demo)  ## train on real digits with and without fusion, compare every shape
+demo: $(STAMPS)/demo-library $(call extra,demo)  ## train on real digits with and without fusion, compare every shape
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: $(STAMPS)/library $(call extra,test)  ## run the tests, without the slow ones
 	$(PY) -m pytest $(XDIST) -m "not slow" $(ARGS)
+
+# What computes numbers. Under each instruction set that the processor has, PyTorch's kernels and
+# oneDNN's are held to it too: then a wide processor shows what a narrow one computes.
+NUMERICAL ?= $(addprefix tests/test_,forward.py training.py properties.py special_values.py ops.py \
+	gate.py prelu.py network_ops.py bottleneck.py children.py models.py determinism.py)
+ISA ?= $$($(PY) -c "import ghost_ops._C as c; print(*c.available_isas(), 'no-mkldnn')")
+
+test-isa: $(STAMPS)/library $(call extra,test)  ## run the numerical tests under each instruction set (ISA="avx2 ...")
+	@for isa in $(ISA); do \
+		case $$isa in \
+			avx512) settings="DNNL_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512";; \
+			avx2) settings="DNNL_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2";; \
+			generic) settings="DNNL_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default";; \
+			no-mkldnn) settings="";; \
+			*) echo "ISA: $$isa is none of avx512, avx2, generic, no-mkldnn" >&2; exit 2;; \
+		esac; \
+		case $$isa in no-mkldnn) more=--no-mkldnn;; \
+			*) more=; settings="$$settings GHOST_OPS_CPU_ISA=$$isa";; esac; \
+		echo "== $$isa: $$settings $$more"; \
+		env $$settings $(PY) -m pytest -q $(XDIST) -m "not slow" $$more $(NUMERICAL) $(ARGS) || exit 1; \
+	done
 
 test-all: $(STAMPS)/library $(call extra,test)  ## run all tests
 	$(PY) -m pytest $(XDIST) $(ARGS)
@@ -104,7 +138,7 @@ format: $(call extra,lint)  ## apply the style
 
 clean:  ## remove what a build makes
 	rm -rf build dist *.egg-info ghost_ops/*.so
-	rm -f $(STAMPS)/library
+	rm -f $(STAMPS)/*library
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment too

@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "ghost_ops" / "_cuda.so"
+GATES = ROOT / "build" / "cuda-gates"
 SOURCES = [
     path
     for folder in ("core", "cuda", "torch/cuda")
@@ -50,17 +52,16 @@ def library() -> Path:
     newest = max(path.stat().st_mtime for path in SOURCES)
     if BUILT.exists() and BUILT.stat().st_mtime >= newest:
         return BUILT
-    target = ROOT / "build" / "cuda-gates"
-    target.mkdir(parents=True, exist_ok=True)
+    GATES.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "GHOST_OPS_BUILD_CPU": "0", "GHOST_OPS_BUILD_CUDA": "1"}
-    with open(target / "lock", "w") as lock:
+    with open(GATES / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes build once
         done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)],
+            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(GATES)],
             cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return target / "ghost_ops" / "_cuda.so"
+    return GATES / "ghost_ops" / "_cuda.so"
 
 
 @functools.cache
@@ -163,7 +164,24 @@ def test_static_shared_memory() -> None:
 
 @functools.cache
 def instructions() -> dict[tuple[str, str], collections.Counter[str]]:
-    """(kernel name, storage type) -> SASS instructions of its instances on sm_80, by frequency."""
+    """(kernel name, storage type) -> SASS instructions of its instances on sm_80, by frequency.
+
+    Disassembled once for each library, which takes half a minute, and kept beside the build.
+    """
+    state = library().stat()
+    GATES.mkdir(parents=True, exist_ok=True)
+    kept = GATES / f"sass-{state.st_size}-{state.st_mtime_ns}.json"
+    with open(GATES / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            for old in GATES.glob("sass-*.json"):
+                old.unlink()
+            kept.write_text(json.dumps([[*key, value] for key, value in disassemble().items()]))
+    rows = json.loads(kept.read_text())
+    return {(name, dtype): collections.Counter(found) for name, dtype, found in rows}
+
+
+def disassemble() -> dict[tuple[str, str], collections.Counter[str]]:
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     counter: collections.Counter[str] = collections.Counter()
     for line in cuobjdump("-sass", "-arch", "sm_80").splitlines():

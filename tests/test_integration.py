@@ -89,7 +89,17 @@ def test_compile_with_other_sizes(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("kind", ["modules", "library primary", "bottlenecks"])
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("native", "modules"), ("native", "library primary"), ("native", "bottlenecks"),
+        # Traced through, operator by operator: the bottlenecks' graph alone takes 40 s.
+        ("eager", "modules"),
+        pytest.param("eager", "library primary", marks=pytest.mark.slow),
+        pytest.param("eager", "bottlenecks", marks=pytest.mark.slow),
+    ],
+    indirect=["backend"],
+)  # fmt: skip
 def test_compile_training_for_every_batch_size(backend: str, kind: str) -> None:
     """Several modules in one graph, which share floats such as eps; one graph for all batches."""
     torch.manual_seed(0)
