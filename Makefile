@@ -87,10 +87,15 @@ help:  ## show this list
 build: $(STAMPS)/library  ## build the native libraries (incremental) and show what runs
 	$(PY) -m ghost_ops
 
-demo: $(STAMPS)/demo-library $(call extra,demo)  ## train on real digits with and without fusion, compare every shape
+# Packages are downloaded while the library is compiled.
+TOGETHER = @$(MAKE) -s --no-print-directory -j 2
+
+demo: environment  ## train on real digits with and without fusion, compare every shape
+	$(TOGETHER) $(STAMPS)/demo-library $(call extra,demo)
 	$(PY) -m benchmarks.demo $(ARGS)
 
-test: $(STAMPS)/library $(call extra,test)  ## run the tests, without the slow ones
+test: environment  ## run the tests, without the slow ones
+	$(TOGETHER) $(STAMPS)/library $(call extra,test)
 	$(PY) -m pytest $(XDIST) -m "not slow" $(ARGS)
 
 # What computes numbers. Under each instruction set that the processor has, PyTorch's kernels and
