@@ -345,7 +345,7 @@ def _norm_backward(
     return du, dgamma, dbeta
 
 
-def _onednn_corrupts(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
+def onednn_corrupts(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     """Whether oneDNN's weight gradient of this convolution may write out of bounds.
 
     ``jit_avx2_1x1_convolution_bwd_weights_t`` does, and the process aborts at a later ``free``:
@@ -354,8 +354,8 @@ def _onednn_corrupts(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     DNNL_MAX_CPU_ISA=AVX2; tests/onednn_fault.py shows it. The condition here is wider, which costs
     nothing.
     """
-    few = weight.size(1) < 8 and weight.shape[2:] == (1, 1)
-    return few and max(stride) > 1 and x.device.type == "cpu"
+    few = weight.size(1) < 8 and weight.shape[2:] == (1, 1) and max(stride) > 1
+    return few and x.dtype is torch.float32 and x.device.type == "cpu"
 
 
 def conv_backward(
@@ -370,7 +370,7 @@ def conv_backward(
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dw) of a convolution without bias, None for what is not needed."""
-    product = need_dw and groups == 1 and not any(padding) and _onednn_corrupts(x, weight, stride)
+    product = need_dw and groups == 1 and not any(padding) and onednn_corrupts(x, weight, stride)
     dx, dw = None, None
     if need_dx or not product:
         dx, dw, _ = _aten.convolution_backward.default(

@@ -1,7 +1,7 @@
 """The fault of oneDNN that ``eager_ops.conv_backward`` keeps off, and that it does keep off.
 
 If the first test fails, PyTorch is mended: once the oldest torch that is supported is, drop
-``_onednn_corrupts``, ``helpers.peer_conv2d`` and these files.
+``onednn_corrupts``, ``helpers.peer_conv2d`` and these files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import running
 from helpers import Case, make_input, make_module
+
+from ghost_ops import eager_ops
 
 SCRIPT = pathlib.Path(__file__).with_name("onednn_fault.py")
 AVX2 = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -56,16 +58,16 @@ def test_the_eager_backend_keeps_off_it() -> None:
 def test_its_way_round_gives_the_same_gradient(
     stride: tuple[int, int], needs: tuple[bool, bool]
 ) -> None:
-    from ghost_ops.eager_ops import conv_backward
-
-    x = torch.randn(2, 3, 9, 10, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, 1, 1, dtype=torch.float64, requires_grad=True)
-    out = torch.nn.functional.conv2d(x, weight, None, stride)
-    grad = torch.randn_like(out)
-    got = conv_backward(grad, x.detach(), weight.detach(), stride, (0, 0), (1, 1), 1, *needs)
-    for have, want, needed in zip(
-        got, torch.autograd.grad(out, [x, weight], grad), needs, strict=True
-    ):
+    x = torch.randn(2, 3, 9, 10, requires_grad=True)
+    weight = torch.randn(4, 3, 1, 1, requires_grad=True)
+    grad = torch.randn(2, 4, -(-9 // stride[0]), -(-10 // stride[1]))
+    assert eager_ops.onednn_corrupts(x, weight, stride)
+    got = eager_ops.conv_backward(
+        grad, x.detach(), weight.detach(), stride, (0, 0), (1, 1), 1, *needs
+    )
+    out = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride)
+    wanted = torch.autograd.grad(out, [x, weight], grad.double())
+    for have, want, needed in zip(got, wanted, needs, strict=True):
         assert (have is not None) == needed
         if needed:
             torch.testing.assert_close(have, want)
