@@ -243,11 +243,11 @@ int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, i
 #pragma GCC unroll 4
       for (int v = 0; v < kParts; ++v)
 #pragma GCC unroll 4
-        for (int q = 0; q < kPixels; ++q) store(lanes[q][p] + v * L, acc[p][v][q]);
+        for (int q = 0; q < kPixels; ++q)
+          store(lanes[q][p] + v * L, out.relu ? relu(acc[p][v][q]) : acc[p][v][q]);
     for (int q = 0; q < kPixels; ++q)
       for (int64_t i = 0; i < rows; ++i) {
-        A r = lanes[q][i / kPanel][i % kPanel];
-        if (out.relu) r = r < A(0) ? A(0) : r;
+        const A r = lanes[q][i / kPanel][i % kPanel];
         out.y[(row + i) * out.ldy + q] = r;
         if (out.copy) out.copy[(row + i) * out.ldcopy + q] = r;
       }
