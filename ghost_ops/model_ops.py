@@ -1,21 +1,29 @@
 """Operators for what stands between the Ghost modules of a bottleneck.
 
 ``depthwise_conv``: a depthwise convolution with a batch norm folded in and an activation;
-``squeeze_excite_``: x times its gate, in place. In training ``depthwise_conv_backward``, and the
-two passes over planes that the gradient of a gate needs (``layers``; these three contiguous only).
-Native kernels on the CPU for NCHW and channels_last, in the dtypes of the Ghost ops; elsewhere, and
-with the eager backend, PyTorch's operators. Parameters are in the compute dtype: float64 for
-float64, else float32.
+``squeeze_excite_``: x times its gate, in place. A GPU does without that pass over x: there
+``depthwise_conv_sums`` also sums its output, ``squeeze_excite_gate`` makes the gate alone, and
+``ghost_apply_gated`` multiplies x by it as it reads x. In training ``depthwise_conv_backward``, and
+the two passes over planes that the gradient of a gate needs (``layers``; these three contiguous
+only).
+Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops, on the CPU for all but
+the GPU's three, on CUDA for those and ``depthwise_conv``; elsewhere, and with the eager backend,
+PyTorch's operators. Parameters are in the compute dtype: float64 for float64, else float32; the
+two matrices of a gate on CUDA in x's.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import activations, backends
+from .autograd import dense
 from .eager_ops import compute_dtype, memory_format
+from .ops import native
 from .reference import hard_sigmoid
 
 HARD_SIGMOID, SIGMOID = range(2)  # codes of the gate's function
@@ -26,14 +34,26 @@ _KERNEL_SIZES, _STRIDES = (1, 3, 5, 7), (1, 2)
 SCHEMAS = (
     "depthwise_conv(Tensor x, Tensor weight, Tensor shift, int kernel_size, int stride, int act, "
     "float slope) -> Tensor",
+    "depthwise_conv_sums(Tensor x, Tensor weight, Tensor shift, int kernel_size, int stride, "
+    "int act, float slope) -> (Tensor out, Tensor sums)",
     "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, int kernel_size, int stride, "
     "bool need_dx) -> (Tensor dx, Tensor dw)",
     "plane_affine(Tensor x, Tensor scale, Tensor shift) -> Tensor",
     "plane_dot(Tensor x, Tensor other) -> Tensor",
     "squeeze_excite_(Tensor(a!) x, Tensor w_reduce, Tensor b_reduce, Tensor w_expand, "
     "Tensor b_expand, int act, float slope, int gate) -> ()",
+    "squeeze_excite_gate(Tensor x, Tensor? sums, Tensor w_reduce, Tensor b_reduce, "
+    "Tensor w_expand, Tensor b_expand, int act, float slope, int gate) -> Tensor",
+    "ghost_apply_gated(Tensor x, Tensor in_gate, Tensor packed, Tensor? residual, Tensor? gate, "
+    "int intrinsic, int out_channels, int ratio, int dw_size, int stride, int act1, float slope1, "
+    "int act2, float slope2, bool has_primary) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+
+def on_gpu(t: Tensor) -> bool:
+    """Whether the kernels of a GPU compute on t: what is packed, and which operators run."""
+    return t.is_cuda
 
 
 def has_depthwise(kernel_size: int, stride: int) -> bool:
@@ -52,14 +72,15 @@ def fold(
 ) -> tuple[Tensor, Tensor]:
     """Weight and shift of a convolution with its batch norm folded in.
 
-    Computed in float64; the results are in the compute dtype, on CUDA in that of ``weight``.
+    Computed in float64; the results are in the compute dtype.
 
     Args:
         weight: [M, C / groups, k, k].
         bias, gamma, beta, mean, var: [M], or None for 0, 1, 0, 0 and 1 (without eps).
 
     Returns:
-        Contiguous weight like ``weight`` and shift [M].
+        Weight like ``weight`` and shift [M]. On a GPU the memory of a depthwise weight is
+        [k, k, M]: its kernels read neighbouring channels of one tap.
     """
     wide = torch.float64
     scale = weight.new_ones(weight.size(0), dtype=wide)
@@ -73,17 +94,17 @@ def fold(
     shift = shift * scale
     if beta is not None:
         shift = shift + beta.to(wide)
-    # On CUDA the library's convolution runs in the dtype of its input and accumulates in float32:
-    # float32 operands would double the bytes, and conversions of x double them again.
-    dtype = weight.dtype if weight.is_cuda else compute_dtype(weight.dtype)
-    folded = weight.detach().to(wide) * scale.view(-1, 1, 1, 1)
-    return folded.to(dtype).contiguous(), shift.to(dtype)
+    dtype = compute_dtype(weight.dtype)
+    folded = (weight.detach().to(wide) * scale.view(-1, 1, 1, 1)).to(dtype)
+    if on_gpu(weight) and weight.size(1) == 1:
+        return folded.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1), shift.to(dtype)
+    return folded.contiguous(), shift.to(dtype)
 
 
 def pack_gate(
     w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A gate's tensors as ``squeeze_excite_`` takes them.
+    """A gate's tensors as ``squeeze_excite_`` and ``squeeze_excite_gate`` take them.
 
     Args:
         w_reduce: [R, C, 1, 1]. b_reduce: [R]. w_expand: [C, R, 1, 1]. b_expand: [C].
@@ -91,9 +112,13 @@ def pack_gate(
     Returns:
         [R, C], [R], [R, C] (transposed) and [C].
     """
-    dtype = compute_dtype(w_reduce.dtype)
-    reduce, expand = w_reduce.flatten(1), w_expand.flatten(1).t()
-    return tuple(t.detach().to(dtype).contiguous() for t in (reduce, b_reduce, expand, b_expand))
+    wide = compute_dtype(w_reduce.dtype)
+    # A GPU is bound by the bytes of the matrices.
+    narrow = w_reduce.dtype if on_gpu(w_reduce) else wide
+    reduce, expand = (
+        t.detach().to(narrow).contiguous() for t in (w_reduce.flatten(1), w_expand.flatten(1).t())
+    )
+    return reduce, b_reduce.detach().to(wide), expand, b_expand.detach().to(wide)
 
 
 def _eager_depthwise_conv(
@@ -105,9 +130,25 @@ def _eager_depthwise_conv(
     act: int,
     slope: float,
 ) -> Tensor:
-    u = F.conv2d(x.to(weight.dtype), weight, shift, stride, kernel_size // 2, 1, weight.size(0))
+    # A GPU's convolution accumulates in float32: conversions of x would only double the bytes.
+    dtype = x.dtype if x.is_cuda else weight.dtype
+    weight, shift = weight.to(dtype), shift.to(dtype)
+    u = F.conv2d(x.to(dtype), weight, shift, stride, kernel_size // 2, 1, weight.size(0))
     out = activations.apply(u, act, slope, inplace=True).to(x.dtype)
     return out.contiguous(memory_format=memory_format(x))
+
+
+def _eager_depthwise_conv_sums(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    kernel_size: int,
+    stride: int,
+    act: int,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    out = _depthwise_conv(x, weight, shift, kernel_size, stride, act, slope)
+    return out, out.sum((2, 3), dtype=weight.dtype)[:, None]
 
 
 def _eager_depthwise_conv_backward(
@@ -142,17 +183,50 @@ def _eager_squeeze_excite_(
     slope: float,
     gate: int,
 ) -> None:
-    s = x.mean((2, 3), dtype=w_reduce.dtype)
-    s = activations.apply(torch.addmm(b_reduce, s, w_reduce.t()), act, slope)
-    s = torch.addmm(b_expand, s, w_expand)
+    s = _squeeze_excite_gate(x, None, w_reduce, b_reduce, w_expand, b_expand, act, slope, gate)
+    x.mul_(s[:, :, None, None])
+
+
+def _eager_squeeze_excite_gate(
+    x: Tensor,
+    sums: Tensor | None,
+    w_reduce: Tensor,
+    b_reduce: Tensor,
+    w_expand: Tensor,
+    b_expand: Tensor,
+    act: int,
+    slope: float,
+    gate: int,
+) -> Tensor:
+    wide = b_reduce.dtype
+    if sums is None:
+        s = x.mean((2, 3), dtype=wide)
+    else:
+        s = sums.sum(1) / (x.size(2) * x.size(3))
+    s = activations.apply(torch.addmm(b_reduce, s, w_reduce.to(wide).t()), act, slope)
+    s = torch.addmm(b_expand, s, w_expand.to(wide))
     s = hard_sigmoid(s) if gate == HARD_SIGMOID else torch.sigmoid(s)
-    x.mul_(s.to(x.dtype)[:, :, None, None])
+    return s.to(x.dtype)
+
+
+def _eager_ghost_apply_gated(x: Tensor, in_gate: Tensor, *arguments: Any) -> Tensor:
+    return native.ghost_apply(dense(x * in_gate[:, :, None, None]), *arguments)
+
+
+def _map(x: Tensor, channels: int, stride: int) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, channels, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _fake_depthwise_conv(x, weight, shift, kernel_size, stride, act, slope):
-    n, c, h, w = x.shape
-    shape = (n, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return _map(x, x.size(1), stride)
+
+
+def _fake_depthwise_conv_sums(x, weight, shift, kernel_size, stride, act, slope):
+    # In how many parts is the kernel's choice.
+    parts = torch.library.get_ctx().new_dynamic_size()
+    return _map(x, x.size(1), stride), weight.new_empty(x.size(0), parts, x.size(1))
 
 
 def _fake_depthwise_conv_backward(grad, x, weight, kernel_size, stride, need_dx):
@@ -171,19 +245,38 @@ def _fake_squeeze_excite_(x, w_reduce, b_reduce, w_expand, b_expand, act, slope,
     return None
 
 
+def _fake_squeeze_excite_gate(
+    x, sums, w_reduce, b_reduce, w_expand, b_expand, act, slope, gate
+):  # fmt: skip
+    return x.new_empty(x.shape[:2])
+
+
+def _fake_ghost_apply_gated(
+    x, in_gate, packed, residual, gate, intrinsic, out_channels, ratio, dw_size, stride, act1,
+    slope1, act2, slope2, has_primary,
+):  # fmt: skip
+    return _map(x, out_channels, stride)
+
+
 _EAGER = (
     _eager_depthwise_conv,
+    _eager_depthwise_conv_sums,
     _eager_depthwise_conv_backward,
     _eager_plane_affine,
     _eager_plane_dot,
     _eager_squeeze_excite_,
+    _eager_squeeze_excite_gate,
+    _eager_ghost_apply_gated,
 )
 _FAKES = (
     _fake_depthwise_conv,
+    _fake_depthwise_conv_sums,
     _fake_depthwise_conv_backward,
     _fake_plane_affine,
     _fake_plane_dot,
     _fake_squeeze_excite_,
+    _fake_squeeze_excite_gate,
+    _fake_ghost_apply_gated,
 )
 
 for _schema, _name, _function, _fake in zip(SCHEMAS, NAMES, _EAGER, _FAKES, strict=True):
@@ -196,6 +289,9 @@ _depthwise_conv_backward = torch.ops.ghost_ops.depthwise_conv_backward.default
 _plane_affine = torch.ops.ghost_ops.plane_affine.default
 _plane_dot = torch.ops.ghost_ops.plane_dot.default
 _squeeze_excite_ = torch.ops.ghost_ops.squeeze_excite_.default
+_depthwise_conv_sums = torch.ops.ghost_ops.depthwise_conv_sums.default
+_squeeze_excite_gate = torch.ops.ghost_ops.squeeze_excite_gate.default
+ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
 
 
 def depthwise_conv(
@@ -221,6 +317,34 @@ def depthwise_conv(
     Raises:
         RuntimeError: a shape, dtype, kernel size or stride that does not fit.
     """
+    k = _checked(x, weight, shift, stride)
+    function = _depthwise_conv if _native(x) else _eager_depthwise_conv
+    return function(x, weight, shift, k, stride, act, slope)
+
+
+def depthwise_conv_sums(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    stride: int = 1,
+    act: int = activations.NONE,
+    slope: float = activations.DEFAULT_SLOPE,
+) -> tuple[Tensor, Tensor]:
+    """``depthwise_conv``, and the sums over pixels of its output that a gate needs.
+
+    Args, Raises: as ``depthwise_conv``.
+
+    Returns:
+        The output, and sums [N, parts, C] in the compute dtype: those of parts of an image, in a
+        fixed order.
+    """
+    k = _checked(x, weight, shift, stride)
+    function = _depthwise_conv_sums if _native(x) else _eager_depthwise_conv_sums
+    return function(x, weight, shift, k, stride, act, slope)
+
+
+def _checked(x: Tensor, weight: Tensor, shift: Tensor, stride: int) -> int:
+    """The kernel size of a depthwise convolution whose arguments fit together."""
     k = weight.size(-1)
     if not has_depthwise(k, stride):
         raise RuntimeError(
@@ -233,8 +357,7 @@ def depthwise_conv(
             f"[{x.size(1)}] for x of shape {list(x.shape)}, got {list(weight.shape)} and "
             f"{list(shift.shape)}"
         )
-    function = _depthwise_conv if _native(x) else _eager_depthwise_conv
-    return function(x, weight, shift, k, stride, act, slope)
+    return k
 
 
 def squeeze_excite_(
@@ -266,6 +389,32 @@ def squeeze_excite_(
     if not x.is_inference():
         # The kernel writes memory that autograd does not watch: tell it, and tell caches.
         torch.autograd.graph.increment_version(x)
+
+
+def squeeze_excite_gate(
+    x: Tensor,
+    sums: Tensor | None,
+    w_reduce: Tensor,
+    b_reduce: Tensor,
+    w_expand: Tensor,
+    b_expand: Tensor,
+    act: int = activations.RELU,
+    slope: float = activations.DEFAULT_SLOPE,
+    gate: int = HARD_SIGMOID,
+) -> Tensor:
+    """gate(act(mean of x * w_reduce + b_reduce) * w_expand + b_expand), which x is left without.
+
+    Args:
+        sums: of ``depthwise_conv_sums``, if x is its output; x is not read then.
+        The others: as ``squeeze_excite_``.
+
+    Returns:
+        [N, C] in the dtype of x.
+
+    Raises, Source: as ``squeeze_excite_``.
+    """
+    function = _squeeze_excite_gate if _native(x) else _eager_squeeze_excite_gate
+    return function(x, sums, w_reduce, b_reduce, w_expand, b_expand, act, slope, gate)
 
 
 def _native(x: Tensor) -> bool:

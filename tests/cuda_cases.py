@@ -215,9 +215,10 @@ def check_extras(
     residual: bool = False,
     has_primary: bool = True,
     use_tf32: bool = False,
+    in_gate: bool = False,
 ) -> Tensor:
-    """``ghost_apply`` with slopes per channel in place of the activations and with a gate [Hg, Wg],
-    against PyTorch's layers in float64."""
+    """``ghost_apply`` with slopes per channel in place of the activations, with a gate [Hg, Wg], and
+    with a gate of its input, against PyTorch's layers in float64."""
     o = operands(case, has_primary)
     case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
     g = torch.Generator().manual_seed(11)
@@ -231,7 +232,12 @@ def check_extras(
     def activate(t: Tensor, name: str, slope: Tensor | None) -> Tensor:
         return activation_module(name)(t) if slope is None else F.prelu(t, slope.to(t.dtype))
 
-    def module(p: Params, x: Tensor, factor: Tensor | None, extra: Tensor | None) -> Tensor:
+    def module(
+        p: Params, x: Tensor, inner: Tensor | None, factor: Tensor | None, extra: Tensor | None
+    ) -> Tensor:
+        if inner is not None:
+            x = x * inner[:, :, None, None]
+
         def bn(t: Tensor, n: Norm) -> Tensor:
             return F.batch_norm(t, n.mean, n.var, n.gamma, n.beta, False, 0.0, n.eps)
 
@@ -251,14 +257,16 @@ def check_extras(
     if gate is not None:
         layout = gate_layout or case.layout
         factor = make_input(maps.replace(h=gate[0], w=gate[1], layout=layout), 7)
-    wide = [None if t is None else t.double() for t in (factor, extra)]
+    inner = torch.rand(case.n, o.x.size(1), generator=g).to(case.dtype) if in_gate else None
+    wide = [None if t is None else t.double() for t in (inner, factor, extra)]
     with torch.no_grad(), tf32(use_tf32):
         want = module(o.p.to(torch.float64), o.x.double(), *wide)
         peer_p, peer_x = as_tensor_cores_see_it(o, use_tf32)
-        eager = module(peer_p, peer_x, factor, extra)
+        eager = module(peer_p, peer_x, inner, factor, extra)
         packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5, *slopes)
+        name, first = ("ghost_apply_gated", [o.x, inner]) if in_gate else ("ghost_apply", [o.x])
         got = world.call(
-            "ghost_apply", o.x, packed, extra, factor, *o.shape, codes[0], SLOPE, codes[1], SLOPE,
+            name, *first, packed, extra, factor, *o.shape, codes[0], SLOPE, codes[1], SLOPE,
             o.w1 is not None,
         )  # fmt: skip
     assert got.dtype == o.x.dtype

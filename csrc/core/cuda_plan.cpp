@@ -224,6 +224,8 @@ class Planner {
     t.source_at = place(8 * (source + kCudaSpareRows));
     t.inner_at = place(stores ? 8 * inner : 0);
     t.gate_at = place(p_.has_gate() ? 4 * inner : 0);
+    t.in_gate_stride = p_.has_in_gate ? int32_t(round_up(p_.channels, kCudaGatePad)) : 0;
+    t.in_gate_at = place(c.images * t.in_gate_stride * e);
     t.affine_at = place(kernel_primary() ? 0 : (3 + 3 * ghosts) * channels * a);
     t.taps_at = place(ghosts * taps * channels * a);
     const bool sums = kernel_ == CudaKernel::kCheapStats || backward();
@@ -368,13 +370,13 @@ class Planner {
     return cycles + chunks * (slices * 125 + 60 + 4 * results) * 2;
   }
   // Direct: a warp has m tiles of 8 pixels times n of 16 channels. Instructions per block of 32
-  // channels of x: a row's address and load (2), per 16 channels two reads of w1 (3) and two
-  // products a tile, and what the loop costs (38). Per stage of a ring: 20 for 16 bytes of w1, and
-  // the barrier. Per chunk: 32 x m x n / 8 results cleared, rounded and stored, also where there is
-  // no channel (6 a tile); scaled where there is one (4 a tile, 4 for scale and shift); positions
-  // (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes the memory pipe four
-  // cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory, 200 for a stage of
-  // w1.
+  // channels of x: a row's address and load (2, with its gate 8 more), per 16 channels two reads of
+  // w1 (3) and two products a tile, and what the loop costs (38). Per stage of a ring: 20 for 16
+  // bytes of w1, and the barrier. Per chunk: 32 x m x n / 8 results cleared, rounded and stored,
+  // also where there is no channel (6 a tile); scaled where there is one (4 a tile, 4 for scale and
+  // shift); positions (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes
+  // the memory pipe four cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory,
+  // 200 for a stage of w1.
   double direct_product(const CudaTile& t, double x_width, double chunks, double& latency,
                         double& pipe) const {
     const DirectTiles tiles(t.instance, kernel_);
@@ -382,7 +384,11 @@ class Planner {
     const double active = double(ceil_div(t.channels, 16)) / double(tiles.warps_n);
     const double blocks = double(ceil_div(p_.channels, 32));
     const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
-    const double row = x_width == 16 ? 2 : x_width == 8 ? 6 : x_width == 4 ? 36 : 60;
+    const double row = (x_width == 16  ? 2
+                        : x_width == 8 ? 6
+                        : x_width == 4 ? 36
+                                       : 60) +
+                       (p_.has_in_gate ? 8 : 0);
     const double block = 38 + m * row + active * (3 + 2 * m);
     const double chunk = 54 + m * (6 + 6 * n) + active * (4 + 4 * m);
     const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
@@ -408,28 +414,14 @@ class Planner {
 
 using Key =
     std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-               int64_t, int64_t, int, int, bool, bool, int64_t, int64_t, int64_t, int64_t>;
+               int64_t, int64_t, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t>;
 
 Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
-  return {int(kernel),
-          arch.sm,
-          allow_tf32,
-          p.batch,
-          p.channels,
-          p.height,
-          p.width,
-          p.stride,
-          p.intrinsic,
-          p.out_channels,
-          p.ratio,
-          p.dw_size,
-          int(p.dtype),
-          int(p.layout),
-          p.has_primary,
-          p.has_residual,
-          p.gate_height,
-          p.gate_width,
-          arch.multiprocessors,
+  return {int(kernel),        arch.sm,        allow_tf32,    p.batch,
+          p.channels,         p.height,       p.width,       p.stride,
+          p.intrinsic,        p.out_channels, p.ratio,       p.dw_size,
+          int(p.dtype),       int(p.layout),  p.has_primary, p.has_residual,
+          p.has_in_gate,      p.gate_height,  p.gate_width,  arch.multiprocessors,
           arch.smem_per_block};
 }
 

@@ -56,8 +56,9 @@ struct CudaTile {
   int32_t y_stride = 0, z_stride = 0;  // elements from one position (pixel) to the next
   int32_t a_stride = 0, b_stride = 0;  // of the operands in shared memory
   int32_t max_source = 0, max_inner = 0;  // pixels of y computed, of output stored, a tile
-  int32_t source_at = 0, inner_at = 0, gate_at = 0, affine_at = 0, taps_at = 0, moments_at = 0,
-          b_at = 0, y_at = 0, stage_at = 0, norm2_at = 0, grad_at = 0;
+  int32_t in_gate_stride = 0;  // elements from the gates of one image's input to the next's
+  int32_t source_at = 0, inner_at = 0, gate_at = 0, in_gate_at = 0, affine_at = 0, taps_at = 0,
+          moments_at = 0, b_at = 0, y_at = 0, stage_at = 0, norm2_at = 0, grad_at = 0;
   int32_t a_stage = 0, b_stage = 0;  // bytes of one pipeline stage
   int32_t smem_bytes = 0;
 };
@@ -65,6 +66,7 @@ struct CudaTile {
 inline constexpr int kCudaThreads = 256;
 inline constexpr int kCudaStages = 3;
 inline constexpr int kCudaRing = 128;       // columns of w1 in a stage of the direct product
+inline constexpr int kCudaGatePad = 32;     // channels that the gates of an image are padded to
 inline constexpr int kCudaStrip = 7;        // pixels of a depthwise register window
 inline constexpr int kCudaSpareRows = 128;  // source pixels that a last chunk may have too many
 

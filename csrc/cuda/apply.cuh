@@ -1,5 +1,6 @@
 // out = concat(y, z)[:, :oup] (* gate) (+ residual) in one pass over x:
-//   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y))
+//   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y)),  with x * in_gate in the place of x if there
+//   is one
 //
 // Block: 256 threads; one block of intrinsic channels with their ghosts; tile after tile of pixels.
 // Warps share the product as tiles of mma, 16-bit NHWC maps straight from global memory to
@@ -146,8 +147,8 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
   load_apply_parameters(params, shared);
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
-    make_y_tile<P, kLayout, kChannels, kChannels == 64 ? 16 : 8>(t, p, params.intrinsic, index,
-                                                                 params.output.channels, shared);
+    make_y_tile<P, kLayout, kChannels, kChannels == 64 ? 16 : 8, true>(
+        t, p, params.intrinsic, index, params.output.channels, shared);
     if (params.output.gate != nullptr)
       build_gate_table<kLayout>(reinterpret_cast<int32_t*>(shared + t.gate_at),
                                 locate_tile(t, p, prim::opaque(index)), params.output);

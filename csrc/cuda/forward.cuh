@@ -56,8 +56,10 @@ struct DropU {
 
 // Tables, zero padding and the y tile of one tile. Begins and ends with a sync_threads.
 // keep_u(position, n, u0, u1) gets the products of channels c0 + n and c0 + n + 1 (not with u
-// given). out_channels: of the tensor that the inner table is for; 0 makes none.
-template <class P, Layout kLayout, int kChannels, int kTiles = 8, class KeepU = DropU>
+// given). out_channels: of the tensor that the inner table is for; 0 makes none. kGated: x may have
+// a gate.
+template <class P, Layout kLayout, int kChannels, int kTiles = 8, bool kGated = false,
+          class KeepU = DropU>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             const Intrinsic<typename P::T>& in, const Tile& tile,
                                             const Place& place, bool first_tile, int out_channels,
@@ -75,6 +77,10 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
   if (out_channels > 0)
     build_inner_table<kLayout>(reinterpret_cast<PixelEntry*>(shared + t.inner_at), t, tile, p,
                                out_channels);
+  if constexpr (kGated) {
+    if (in.in.gate != nullptr)
+      load_input_gates(reinterpret_cast<T*>(shared + t.in_gate_at), t, p, in.in.gate, tile);
+  }
   clear_padding(y, t, tile);
   prim::sync_threads();
   const int sources = tile.sources();
@@ -88,7 +94,7 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                          activate(in.act.act, [&](int e) { return slope[n + e * step]; }, v);
                        });
   } else {
-    primary_product<P, kLayout, Grid>(
+    primary_product<P, kLayout, Grid, kGated>(
         t, p, in.in, tile, place.c0, first_tile, shared,
         [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
 #pragma unroll
@@ -131,13 +137,14 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
   prim::sync_threads();
 }
 
-template <class P, Layout kLayout, int kChannels, int kTiles = 8>
+template <class P, Layout kLayout, int kChannels, int kTiles = 8, bool kGated = false>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             const Intrinsic<typename P::T>& in, int index,
                                             int out_channels, unsigned char* shared) {
   const Place place(t, p);
-  make_y_tile<P, kLayout, kChannels, kTiles>(t, p, in, locate_tile(t, p, prim::opaque(index)),
-                                             place, index < t.slots, out_channels, shared);
+  make_y_tile<P, kLayout, kChannels, kTiles, kGated>(t, p, in,
+                                                     locate_tile(t, p, prim::opaque(index)), place,
+                                                     index < t.slots, out_channels, shared);
 }
 
 }  // namespace ghost::cuda

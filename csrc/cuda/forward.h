@@ -35,6 +35,7 @@ struct ForwardArgs {
   CudaPlan plan;                  // of the kernel that is launched
   const void* x = nullptr;        // [N, C, H, W] dense in problem.layout; u if w1 is null
   const void* w1 = nullptr;       // [m, C]
+  const void* in_gate = nullptr;  // [N, C] of x's dtype, multiplied to x, or null
   NormArgs norm1, norm2;          // of m and of m * (ratio - 1) channels
   ParamRef w2;                    // [m * (ratio - 1), d, d]
   const void* slopes1 = nullptr;  // of a PReLU, [m] and [m * (ratio - 1)], compute type

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
       prim::sync_threads();
       add_given(u, t, place.valid, sources, source, moments);
     } else {
-      primary_product<P, kLayout, Grid>(
+      primary_product<P, kLayout, Grid, false>(
           t, p, params.in, tile, place.c0, index < t.slots, shared,
           [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
             constexpr int kRows = Grid::kTilesM * 2;

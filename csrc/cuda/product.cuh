@@ -5,6 +5,7 @@
 // memory into registers, as operands of the product, and runs on without any barrier.
 #pragma once
 
+#include "cuda/stores.cuh"
 #include "cuda/tile.cuh"
 
 namespace ghost::cuda {
@@ -45,9 +46,11 @@ using ProductGrid =
 // Operands of u = w1 * x.
 template <class T>
 struct Primary {
-  const T* x = nullptr;   // [n, c, in_h, in_w], dense in the kernel's layout
-  const T* w1 = nullptr;  // [m, c]
-  int32_t x_bytes = 0;    // widest aligned copy of x and of w1: 16, 8, 4 or one element
+  const T* x = nullptr;     // [n, c, in_h, in_w], dense in the kernel's layout
+  const T* w1 = nullptr;    // [m, c]
+  const T* gate = nullptr;  // [n, c], multiplied to x, or null
+  FastDiv by_image;         // image of a pixel of x, in NHWC
+  int32_t x_bytes = 0;      // widest aligned copy of x and of w1: 16, 8, 4 or one element
   int32_t w1_bytes = 0;
 };
 
@@ -101,6 +104,61 @@ __device__ __forceinline__ void load_pixels(typename P::T* stage, const CudaTile
   });
 }
 
+// The gates of a tile's images to shared memory, [images][t.in_gate_stride], zeros past channel c.
+template <class T>
+__device__ __forceinline__ void load_input_gates(T* gates, const CudaTile& t, const Maps& p,
+                                                 const T* gate, const Tile& tile) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < tile.images * t.in_gate_stride; i += kThreads) {
+    const int image = i / t.in_gate_stride, c = i - image * t.in_gate_stride;
+    gates[i] = c < p.c ? gate[(tile.n0 + image) * p.c + c] : prim::from_float<T>(Accumulator<T>(0));
+  }
+}
+
+// Multiplies what this thread copied by load_pixels, with the same arguments, by its gates.
+template <class P, Layout kLayout, int kRows>
+__device__ __forceinline__ void gate_pixels(typename P::T* stage, const CudaTile& t, const Maps& p,
+                                            const typename P::T* gates, int x_bytes,
+                                            const PixelEntry* source, int sources, int q0, int k0) {
+  using T = typename P::T;
+  const int plane = p.in_h * p.in_w;
+  with_bytes<T>(x_bytes, [&](auto bytes) {
+    constexpr int kVec = decltype(bytes)::value / int(sizeof(T));
+    if constexpr (kLayout == Layout::kNHWC) {
+      const int shift = t.slice_log2 - kLog2<kVec>, per_row = 1 << shift;
+      const int kk = (int(threadIdx.x) & (per_row - 1)) * kVec, k = k0 + kk;
+      if (k >= p.c) return;
+      const int last = min_of(kRows, sources - q0), step = kThreads >> shift;
+#pragma unroll 1
+      for (int row = int(threadIdx.x) >> shift; row < last; row += step) {
+        const int image = source[q0 + row].offset / plane;
+        T* const at = stage + row * t.a_stride + kk;
+        Vec<T, kVec> v = load_vec<T, kVec>(at);
+        const Vec<T, kVec> g = load_vec<T, kVec>(gates + image * t.in_gate_stride + k);
+        scale_and_add(v, true, g, false, g);
+        store_vec<T, kVec>(at, v);
+      }
+    } else {
+      constexpr int kPerRow = kRows / kVec;
+      const int row = int(threadIdx.x) % kPerRow * kVec, last = min_of(t.slice, p.c - k0);
+      if (q0 + row >= sources) return;
+      Vec<T, kVec> g;
+#pragma unroll 1
+      for (int kk = int(threadIdx.x) / kPerRow; kk < last; kk += kThreads / kPerRow) {
+        T* const at = stage + kk * t.a_stride + row;
+        Vec<T, kVec> v = load_vec<T, kVec>(at);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          const int image = source[q0 + row + e].offset / (p.c * plane);
+          g.v[e] = gates[image * t.in_gate_stride + k0 + kk];
+        }
+        scale_and_add(v, true, g, false, g);
+        store_vec<T, kVec>(at, v);
+      }
+    }
+  });
+}
+
 // w1 rows [c0, c0 + rows), columns [k0, k0 + t.slice) to shared[row * t.b_stride + column].
 // Zeros past row m and column c. rows: a multiple of 16.
 template <class T>
@@ -122,7 +180,7 @@ __device__ __forceinline__ void load_weights(T* shared, const CudaTile& t, const
 // primary_product by way of shared memory. The loads run kCudaStages - 1 stages ahead through
 // chunks and slices alike, so that an epilogue never waits for memory. One barrier a stage: it
 // tells that the stage's copies have landed and that the stage before is free.
-template <class P, Layout kLayout, class Grid, class Emit>
+template <class P, Layout kLayout, class Grid, bool kGated, class Emit>
 __device__ __forceinline__ void staged_product(const CudaTile& t, const Maps& p,
                                                const Primary<typename P::T>& in, const Tile& tile,
                                                int c0, bool first_tile, unsigned char* shared,
@@ -172,6 +230,13 @@ __device__ __forceinline__ void staged_product(const CudaTile& t, const Maps& p,
   for (int it = 1 - kCudaStages; it < total; ++it) {
     if (it >= 0) {
       prim::cp_async_wait<kCudaStages - 2>();
+      if constexpr (kGated) {
+        if (in.gate != nullptr)
+          gate_pixels<P, kLayout, Grid::kRows>(
+              reinterpret_cast<T*>(stages + stage_index * (t.a_stage + t.b_stage)), t, p,
+              reinterpret_cast<const T*>(shared + t.in_gate_at), in.x_bytes, source, sources,
+              chunk * Grid::kRows, slice * t.slice);
+      }
       prim::sync_threads();
     }
     load_next();
@@ -293,7 +358,7 @@ __device__ __forceinline__ void copy_weight_blocks(unsigned char* shared, const 
 // primary_product by way of registers. The next blocks of x are on their way while the results
 // before are being worked on. w1 stays in shared memory, or passes through a ring of two stages of
 // kCudaRing columns there: the copies of a stage run while the stage before is multiplied.
-template <class P, class Grid, class Emit>
+template <class P, class Grid, bool kGated, class Emit>
 __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
                                                const Primary<typename P::T>& in, const Tile& tile,
                                                int c0, bool first_tile, unsigned char* shared,
@@ -344,6 +409,18 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
       for (int mt = 0; mt < kM; ++mt) to[mt] = from.load_narrow(pixel[mt]);
     }
   };
+  // Channels k ... k + 7 of this lane's pixels of the chunk that begins with q0, times their gates.
+  const auto scale = [&](uint4(&v)[kM], int k, int q0) {
+    const T* const gates = reinterpret_cast<const T*>(shared + t.in_gate_at) + first_k + k;
+#pragma unroll
+    for (int mt = 0; mt < kM; ++mt) {
+      int image = 0;
+      if (t.images > 1) image = in.by_image(own[min_of(q0 + mt * 8, last_own)].offset);
+      const uint4 g = prim::load<uint4>(gates + image * t.in_gate_stride);
+      v[mt] = {prim::mul_pair<T>(v[mt].x, g.x), prim::mul_pair<T>(v[mt].y, g.y),
+               prim::mul_pair<T>(v[mt].z, g.z), prim::mul_pair<T>(v[mt].w, g.w)};
+    }
+  };
   float acc[kM][kN][4];
   const auto multiply = [&](const uint4(&from)[kM], int block) {
 #pragma unroll
@@ -387,7 +464,12 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         const int ahead = i * kBlockColumns;
-        if (mine && k + ahead < p.c) multiply(b[i], block + i * row_blocks);
+        if (mine && k + ahead < p.c) {
+          if constexpr (kGated) {
+            if (in.gate != nullptr) scale(b[i], k + ahead, q0);
+          }
+          multiply(b[i], block + i * row_blocks);
+        }
         if (next + ahead < p.c) fetch(b[i], next + ahead);
       }
       block += kBlocks * row_blocks;
@@ -411,15 +493,17 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
 //
 // Before: the source table is visible to all threads and the stages are free. After: this thread's
 // copies have landed; a sync_threads must come before the stages are used otherwise.
-template <class P, Layout kLayout, class Grid, class Emit>
+//
+// kGated: x may have a gate, whose rows are in shared memory, visible to all threads.
+template <class P, Layout kLayout, class Grid, bool kGated, class Emit>
 __device__ __forceinline__ void primary_product(const CudaTile& t, const Maps& p,
                                                 const Primary<typename P::T>& in, const Tile& tile,
                                                 int c0, bool first_tile, unsigned char* shared,
                                                 Emit&& emit) {
   if constexpr (kDirect<P, kLayout>)
-    direct_product<P, Grid>(t, p, in, tile, c0, first_tile, shared, emit);
+    direct_product<P, Grid, kGated>(t, p, in, tile, c0, first_tile, shared, emit);
   else
-    staged_product<P, kLayout, Grid>(t, p, in, tile, c0, first_tile, shared, emit);
+    staged_product<P, kLayout, Grid, kGated>(t, p, in, tile, c0, first_tile, shared, emit);
   prim::cp_async_wait<0>();
 }
 

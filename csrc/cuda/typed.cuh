@@ -78,6 +78,8 @@ Primary<T> primary_of(const ForwardArgs& args) {
   Primary<T> r;
   r.x = static_cast<const T*>(args.x);
   r.w1 = static_cast<const T*>(args.w1);
+  r.gate = static_cast<const T*>(args.in_gate);
+  r.by_image = FastDiv(int(p.height * p.width));
   r.w1_bytes = copy_bytes<T>(args.w1, p.channels);
   if (p.layout == Layout::kNHWC)
     r.x_bytes = copy_bytes<T>(args.x, p.channels);

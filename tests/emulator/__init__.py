@@ -263,12 +263,12 @@ def define_schemas() -> None:
     """torch.ops.ghost_emu: the operators of ghost_ops under another name."""
     import torch
 
-    from ghost_ops import ops
+    from ghost_ops import model_ops, ops
 
     global _schemas
     if _schemas is None:
         _schemas = torch.library.Library("ghost_emu", "DEF")
-        for schema in ops.SCHEMAS:
+        for schema in (*ops.SCHEMAS, *model_ops.SCHEMAS):
             _schemas.define(schema)
 
 

@@ -101,10 +101,10 @@ void use_packed(ForwardArgs& args, const Tensor& packed) {
   if (prelu2) args.slopes2 = base + at.slopes2;
 }
 
-Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
-                   const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
-                   int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
-                   int64_t act2, double slope2, bool has_primary) {
+Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packed,
+             const OptionalTensor& residual, const OptionalTensor& gate, int64_t intrinsic,
+             int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1,
+             double slope1, int64_t act2, double slope2, bool has_primary) {
   Problem p = problem_of(x);
   set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
             has_primary);
@@ -124,11 +124,23 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
     STD_TORCH_CHECK(p.gate_height * p.gate_width <= kMostPixels, "gate may have ", kMostPixels,
                     " pixels, got ", p.gate_height * p.gate_width);
   }
+  Tensor in_factor;
+  if (in_gate) {
+    check_device(*in_gate, x, "in_gate");
+    STD_TORCH_CHECK(has_primary && stride == 1,
+                    "in_gate needs a primary convolution of stride 1, which reads x");
+    STD_TORCH_CHECK(in_gate->dim() == 2 && in_gate->size(0) == p.batch &&
+                        in_gate->size(1) == p.channels && in_gate->scalar_type() == x.scalar_type(),
+                    "in_gate must be [", p.batch, ", ", p.channels, "] of the dtype of x");
+    p.has_in_gate = true;
+    in_factor = torch::stable::contiguous(*in_gate);
+  }
   ForwardArgs args;
   args.problem = p;
   check_device(packed, x, "packed");
   use_packed(args, packed);
   if (p.batch * H * W == 0) return out;
+  args.in_gate = in_gate ? in_factor.const_data_ptr() : nullptr;
   args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
   args.x = x.const_data_ptr();
   args.residual = residual ? res.const_data_ptr() : nullptr;
@@ -136,6 +148,23 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_apply");
   return out;
+}
+
+Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
+                   const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
+                   int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
+                   int64_t act2, double slope2, bool has_primary) {
+  return apply(x, std::nullopt, packed, residual, gate, intrinsic, out_channels, ratio, dw_size,
+               stride, act1, slope1, act2, slope2, has_primary);
+}
+
+Tensor ghost_apply_gated(const Tensor& x, const Tensor& in_gate, const Tensor& packed,
+                         const OptionalTensor& residual, const OptionalTensor& gate,
+                         int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
+                         int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2,
+                         bool has_primary) {
+  return apply(x, in_gate, packed, residual, gate, intrinsic, out_channels, ratio, dw_size, stride,
+               act1, slope1, act2, slope2, has_primary);
 }
 
 // The combined statistics of a pass as two tensors of the compute type.
@@ -305,6 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
 GHOST_REGISTER_CUDA(m) {
   m.impl("ghost_pack", TORCH_BOX(&ghost::ghost_pack));
   m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
+  m.impl("ghost_apply_gated", TORCH_BOX(&ghost::ghost_apply_gated));
   m.impl("ghost_primary_stats", TORCH_BOX(&ghost::ghost_primary_stats));
   m.impl("ghost_cheap_stats", TORCH_BOX(&ghost::ghost_cheap_stats));
   m.impl("ghost_train_forward", TORCH_BOX(&ghost::ghost_train_forward));

@@ -1,0 +1,69 @@
+// How the CUDA kernels between the Ghost modules of a network are launched: depthwise convolution,
+// the gate of a squeeze-and-excitation, and a network's first convolution. Plain data, as in
+// cuda_plan.h.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cuda_plan.h"
+#include "core/problem.h"
+
+namespace ghost {
+
+// out = act(conv(x, weight) + shift), zero padding of dw_size / 2.
+struct LayerProblem {
+  int64_t batch = 0, channels = 0, height = 0, width = 0;  // of x
+  int64_t dw_size = 3, stride = 1;
+  int64_t out_channels = 0;  // `channels` of a depthwise convolution
+  DType dtype = DType::kFloat32;
+  Layout layout = Layout::kNCHW;
+  bool sums = false;  // also writes sums over the pixels of out, in parts of an image
+
+  int64_t out_height() const { return height > 0 ? (height - 1) / stride + 1 : 0; }
+  int64_t out_width() const { return width > 0 ? (width - 1) / stride + 1 : 0; }
+};
+
+inline constexpr int kDepthwiseStrip = 4;  // pixels of a row that a thread of the NHWC kernel makes
+
+// Widest vector of channels of a thread, in bytes: a row of taps has to fit into the registers.
+constexpr int64_t depthwise_bytes(int64_t dw_size) {
+  return dw_size >= 7 ? 8 : 16;
+}
+
+// A block takes one image, or a part of its strips, for a block of channels. A thread owns a vector
+// of channels and takes strip after strip.
+struct DepthwisePlan {
+  int32_t windowed = 0;  // the NHWC kernel of constant size and stride; 0: one pixel a thread
+  int32_t vec = 1;       // channels a thread owns
+  int32_t lanes = 1;     // threads side by side along the channels
+  int32_t slots = 1;     // strips that a block works on at a time
+  int32_t channel_blocks = 1;
+  int32_t per_row = 1, strips = 1;  // of one image
+  int32_t splits = 1;               // blocks that share the strips of an image
+  int64_t blocks = 0;
+  int64_t dram_bytes = 0;
+  double seconds = 0;  // the model's, from data sheets
+};
+
+// vec: channels that neighbour in memory and are aligned to their common size, in NHWC.
+DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_t vec);
+
+inline constexpr int kGateThreads = 512;
+inline constexpr int kGateImages = 4;  // at most, of a block
+
+// gate = f(w_expand' act(w_reduce mean + b) + b'), some images a block.
+struct GatePlan {
+  int32_t images = 1;      // of a block
+  int32_t scratch_at = 0;  // in shared memory, behind the means and the hidden values
+  int32_t smem_bytes = 0;
+  int64_t blocks = 0;
+  int64_t dram_bytes = 0;
+  double seconds = 0;
+};
+
+// has_sums: the sums of x over its pixels are there already, in `splits` parts an image. Raises
+// std::runtime_error if a block has not enough shared memory for one image.
+GatePlan plan_gate(int64_t batch, int64_t channels, int64_t reduced, int64_t pixels, bool has_sums,
+                   int64_t splits, DType dtype, const CudaArch& arch);
+
+}  // namespace ghost

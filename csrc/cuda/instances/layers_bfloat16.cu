@@ -1,0 +1,3 @@
+#include "cuda/layers_instances.cuh"
+
+GHOST_LAYER_INSTANCES(prim::bfloat16_t)

@@ -1,0 +1,48 @@
+// Launchers of what stands between the Ghost modules of a network. Know CUDA, do not know torch.
+// One launch each.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "core/cuda_plan_layers.h"
+#include "core/problem.h"
+
+namespace ghost::cuda {
+
+// out = act(depthwise(x, weight) + shift)
+struct DepthwiseArgs {
+  LayerProblem problem;
+  DepthwisePlan plan;
+  Activation act;
+  const void* x = nullptr;       // [N, C, H, W] dense in problem.layout
+  const void* weight = nullptr;  // [d * d, C], compute type
+  const void* shift = nullptr;   // [C], compute type
+  void* out = nullptr;           // [N, C, Ho, Wo] in the layout of x
+  void* sums = nullptr;          // [N, plan.splits, C], compute type, or null
+};
+// The widest vector of channels, in elements, that the plan may be given.
+int64_t depthwise_vector(const void* x, const void* out, int64_t channels, DType dtype);
+cudaError_t launch_depthwise_conv(const DepthwiseArgs& args, cudaStream_t stream);
+
+// gate = f(w_expand' act(w_reduce mean(x) + b_reduce) + b_expand)
+struct GateArgs {
+  GatePlan plan;
+  Layout layout = Layout::kNCHW;
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0, channels = 0, reduced = 0, pixels = 0;
+  const void* x = nullptr;     // [N, C, H, W] dense in layout; not read where there are sums
+  const void* sums = nullptr;  // [N, splits, C], compute type, or null
+  int64_t splits = 0;
+  const void* w_reduce = nullptr;  // [R, C] of dtype
+  const void* b_reduce = nullptr;  // [R], compute type
+  const void* w_expand = nullptr;  // [R, C] of dtype
+  const void* b_expand = nullptr;  // [C], compute type
+  Activation act;
+  bool sigmoid = false;  // f: sigmoid or hard sigmoid
+  void* gate = nullptr;  // [N, C] of dtype
+};
+cudaError_t launch_squeeze_excite_gate(const GateArgs& args, cudaStream_t stream);
+
+}  // namespace ghost::cuda

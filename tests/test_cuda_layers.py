@@ -1,0 +1,256 @@
+"""The CUDA kernels between the Ghost modules of a network, on the block emulator and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulator
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_cases import World, check_extras, poisoned_memory
+from helpers import ACTIVATIONS, DTYPES, Case, activation, assert_close, covering, with_layout
+from torch import Tensor
+
+from ghost_ops import activations, model_ops
+from ghost_ops.eager_ops import compute_dtype
+
+
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    if request.param == "cuda":
+        yield World(torch.ops.ghost_ops, "cuda")
+        return
+    try:
+        emulator.ops()
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+    yield World(torch.ops.ghost_emu, "cpu")
+
+
+@pytest.fixture(params=["sm_90", "tiny sm_86"])
+def device(request: pytest.FixtureRequest, world: World) -> Iterator[str]:
+    """What the emulator poses as; a GPU is what it is."""
+    if world.device == "cuda":
+        if request.param != "sm_90":
+            pytest.skip("a GPU is what it is")
+        yield "cuda"
+        return
+    emulator.ops().set_device(emulator.DEVICES[request.param])
+    yield request.param
+    emulator.ops().set_device(emulator.DEVICES["sm_90"])
+
+
+def ids(row: dict[str, Any]) -> str:
+    return "-".join("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in row.values())
+
+
+DEPTHWISE = covering(
+    {
+        # Odd sizes and channels, one pixel, one channel, less than a strip, C not a multiple of 8.
+        "shape": [(2, 8, 9, 7), (1, 20, 14, 14), (3, 33, 5, 6), (1, 1, 6, 5), (2, 12, 1, 1),
+                  (5, 40, 3, 13), (1, 272, 4, 9)],
+        "k": [1, 3, 5, 7],
+        "stride": [1, 2],
+        "act": list(ACTIVATIONS),
+        "layout": ["nchw", "nhwc"],
+        "dtype": list(DTYPES),
+    }
+)  # fmt: skip
+
+
+def depthwise_operands(row: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(1)
+    dtype, k, channels = row["dtype"], row["k"], row["shape"][1]
+    x = torch.randn(row["shape"], generator=gen, dtype=torch.float64).to(dtype)
+    wide = compute_dtype(dtype)
+    weight = torch.randn(channels, 1, k, k, generator=gen, dtype=torch.float64).to(wide)
+    shift = torch.randn(channels, generator=gen, dtype=torch.float64).to(wide)
+    return with_layout(x, row["layout"]), weight, shift
+
+
+@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("row", DEPTHWISE, ids=ids)
+def test_depthwise_conv(world: World, device: str, row: dict[str, Any], sums: bool) -> None:
+    x, weight, shift = depthwise_operands(row)
+    k, stride, channels = row["k"], row["stride"], row["shape"][1]
+    settings = (k, stride, activations.CODES[row["act"]], 0.01)
+    packed = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    u = F.conv2d(x.double(), weight.double(), shift.double(), stride, k // 2, 1, channels)
+    want = activation(row["act"], u)
+    eager = F.conv2d(x.to(weight.dtype), weight, shift, stride, k // 2, 1, channels)
+    eager = activation(row["act"], eager).to(x.dtype)
+    if not sums:
+        got = world.call("depthwise_conv", x, packed, shift, *settings)
+    else:
+        got, parts = world.call("depthwise_conv_sums", x, packed, shift, *settings)
+        assert parts.shape[::2] == x.shape[:2]
+        assert parts.dtype == weight.dtype
+        exact = got.double().sum((2, 3))
+        torch.testing.assert_close(
+            parts.sum(1).double(), exact, rtol=1e-5, atol=1e-5 * float(got.double().abs().sum())
+        )
+    assert got.dtype == x.dtype
+    assert got.stride() == torch.empty_like(with_layout(want, row["layout"])).stride()
+    assert_close(got, want, eager, scale=want.abs().max() + u.abs().max())
+    # As it comes from a module, not packed: the same bits.
+    assert torch.equal(got, world.call("depthwise_conv", x, weight, shift, *settings))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_nan_stays_where_it_is(world: World, layout: str) -> None:
+    x = torch.zeros(2, 8, 9, 9, dtype=torch.float16)
+    x[1, 2, 4, 4], x[0, 1, 0, 0] = torch.nan, torch.inf
+    for stride in (1, 2):
+        weight, shift = torch.ones(8, 1, 3, 3), torch.zeros(8)
+        got = world.call("depthwise_conv", with_layout(x, layout), weight, shift, 3, stride, 1, 0.0)
+        want = F.relu(F.conv2d(x.float(), weight, shift, stride, 1, 1, 8))
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isinf(), want.isinf())
+
+
+GATES = covering(
+    {
+        "shape": [(2, 5, 3, 7), (5, 72, 6, 6), (1, 140, 7, 7), (7, 1032, 2, 1), (3, 16, 1, 1),
+                  (300, 8, 2, 2)],
+        "reduced": [1, 4, 37],
+        "act": ["relu", "silu", "leaky_relu"],
+        "gate": [model_ops.HARD_SIGMOID, model_ops.SIGMOID],
+        "sums": [False, True],
+        "layout": ["nchw", "nhwc"],
+        "dtype": list(DTYPES),
+    }
+)  # fmt: skip
+
+
+def gate_formula(x: Tensor, row: dict[str, Any], p: tuple[Tensor, ...]) -> Tensor:
+    hidden = activation(row["act"], x.mean((2, 3)) @ p[0].t() + p[1])
+    s = hidden @ p[2] + p[3]
+    return F.relu6(s + 3) / 6 if row["gate"] == model_ops.HARD_SIGMOID else torch.sigmoid(s)
+
+
+@pytest.mark.parametrize("row", GATES, ids=ids)
+def test_squeeze_excite_gate(world: World, device: str, row: dict[str, Any]) -> None:
+    dtype, (n, c, h, w), r = row["dtype"], row["shape"], row["reduced"]
+    wide = compute_dtype(dtype)
+    gen = torch.Generator().manual_seed(3)
+
+    def make(*shape: int, to: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=gen, dtype=torch.float64).to(to)
+
+    x = with_layout(make(n, c, h, w, to=dtype), row["layout"])
+    p = make(r, c, to=dtype), make(r, to=wide), make(r, c, to=dtype), make(c, to=wide)
+    sums = None
+    if row["sums"]:  # in two parts; x must not be read
+        half = x.to(wide).flatten(2)
+        sums = torch.stack([half[:, :, ::2].sum(2), half[:, :, 1::2].sum(2)], 1).contiguous()
+    given = torch.full_like(x, torch.nan) if row["sums"] else x
+    settings = (activations.CODES[row["act"]], 0.01, row["gate"])
+    got = world.call("squeeze_excite_gate", given, sums, *p, *settings)
+    want = gate_formula(x.double(), row, tuple(t.double() for t in p))
+    eager = gate_formula(x.to(wide), row, tuple(t.to(wide) for t in p)).to(dtype)
+    assert got.dtype == dtype
+    assert got.shape == (n, c)
+    assert_close(got, want, eager)
+
+
+GATED = covering(
+    {
+        # Images that share a tile, bands, many channels (w1 in a ring), odd channels, one pixel.
+        "shape": [(6, 24, 7, 7, 20), (2, 40, 30, 34, 24), (1, 7300, 3, 3, 20), (3, 13, 9, 6, 21),
+                  (5, 100, 1, 1, 36), (9, 272, 7, 7, 160), (70, 33, 3, 2, 130)],
+        "dtype": list(DTYPES),
+        "layout": ["nchw", "nhwc"],
+        "residual": [False, True],
+        "use_tf32": [False, True],
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", GATED, ids=ids)
+def test_gate_of_the_input(world: World, device: str, row: dict[str, Any]) -> None:
+    n, c, h, w, oup = row["shape"]
+    if c > 1000 and row["dtype"].itemsize > 4 and device == "tiny sm_86":
+        pytest.skip("float64 weights of so many channels do not fit")
+    case = Case(n, c, h, w, oup, layout=row["layout"], dtype=row["dtype"], act1="relu", act2="none")
+    check_extras(
+        world, case, residual=row["residual"], use_tf32=row["use_tf32"], in_gate=True,
+        gate=(3, 2) if n == 3 else None,
+    )  # fmt: skip
+
+
+def test_every_schedule(world: World) -> None:
+    """The same bits, whatever the order of the warps and the copies."""
+    if world.device == "cuda":
+        pytest.skip("a GPU has one schedule")
+    row = {"shape": (2, 40, 9, 11), "dtype": torch.float16, "k": 5, "layout": "nhwc"}
+    x, weight, shift = depthwise_operands(row)
+    p = (torch.randn(12, 40).half(), torch.randn(12), torch.randn(12, 40).half(), torch.randn(40))
+    found = []
+    for bits in emulator.SCHEDULES.values():
+        with emulator.ops().scheduled(bits, seed=3), poisoned_memory():
+            out, sums = world.ops.depthwise_conv_sums(x, weight, shift, 5, 2, 1, 0.0)
+            gate = world.ops.squeeze_excite_gate(out, sums, *p, 1, 0.0, 0)
+            other = world.ops.squeeze_excite_gate(out, None, *p, 1, 0.0, 0)
+        found.append((out, sums, gate, other))
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+def test_empty(world: World) -> None:
+    x = torch.empty(0, 3, 4, 4)
+    out, sums = world.call(
+        "depthwise_conv_sums", x, torch.ones(3, 1, 3, 3), torch.ones(3), 3, 2, 1, 0.0
+    )
+    assert out.shape == (0, 3, 2, 2)
+    p = (torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(3))
+    assert world.call("squeeze_excite_gate", x, sums, *p, 1, 0.0, 0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("in_gate", "stride", "message"),
+    [
+        (torch.ones(2, 5), 1, r"in_gate must be \[2, 4\] of the dtype of x"),
+        (torch.ones(2, 4).half(), 1, "in_gate must be"),
+        (torch.ones(2, 4, 1, 1), 1, "in_gate must be"),
+        (torch.ones(2, 4), 2, "in_gate needs a primary convolution of stride 1"),
+    ],
+)
+def test_bad_gate_of_the_input(world: World, in_gate: Tensor, stride: int, message: str) -> None:
+    x, none = torch.ones(2, 4, 3, 3), (None,) * 4
+    packed = world.pack(
+        torch.ones(3, 4, 1, 1), *none, 1e-5, torch.ones(3, 1, 3, 3), *none, 1e-5
+    )  # fmt: skip
+    numbers = (3, 6, 2, 3, stride, 1, 0.0, 1, 0.0, True)
+    with pytest.raises(RuntimeError, match=message):
+        world.call("ghost_apply_gated", x, in_gate, packed, None, None, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("depthwise_conv", {4: 3}, "stride must be 1 or 2, got 3"),
+        ("depthwise_conv", {3: 4}, "dw_size must be 1, 3, 5 or 7, got 4"),
+        ("depthwise_conv", {1: torch.ones(4, 1, 3, 3)}, r"weight must be \[3, 1, 3, 3\]"),
+        ("depthwise_conv", {1: torch.ones(3, 1, 3, 3).half()}, "in the compute dtype of x"),
+        ("depthwise_conv", {2: torch.ones(2)}, "shift must have 3 elements, got 2"),
+        ("depthwise_conv", {0: torch.ones(1, 3, 4, 8)[..., ::2]}, "x must be dense"),
+        ("squeeze_excite_gate", {2: torch.ones(2, 4)}, "w_reduce must have 6 elements, got 8"),
+        ("squeeze_excite_gate", {5: torch.ones(4)}, "b_expand must have 3 elements, got 4"),
+        ("squeeze_excite_gate", {2: torch.ones(2, 3).half()}, "w_reduce must be contiguous and"),
+        ("squeeze_excite_gate", {8: 2}, "gate must be 0 .hard sigmoid. or 1"),
+        ("squeeze_excite_gate", {1: torch.ones(1, 2, 4)}, r"sums must be a contiguous \[1, parts, 3"),
+    ],
+)  # fmt: skip
+def test_bad_input(world: World, name: str, change: dict[int, Any], message: str) -> None:
+    x = torch.ones(1, 3, 4, 4)
+    p = (torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(3))
+    arguments: list[Any] = {
+        "depthwise_conv": [x, torch.ones(3, 1, 3, 3), torch.ones(3), 3, 2, 1, 0.0],
+        "squeeze_excite_gate": [x, None, *p, 1, 0.0, 0],
+    }[name]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        world.call(name, *arguments)
