@@ -3,11 +3,12 @@
 ``depthwise_conv``: a depthwise convolution with a batch norm folded in and an activation;
 ``squeeze_excite_``: x times its gate, in place. A GPU does without that pass over x: there
 ``depthwise_conv_sums`` also sums its output, ``squeeze_excite_gate`` makes the gate alone, and
-``ghost_apply_gated`` multiplies x by it as it reads x. In training ``depthwise_conv_backward``, and
+``ghost_apply_gated`` multiplies x by it as it reads x; ``conv_stem`` is the network's first
+convolution, folded. In training ``depthwise_conv_backward``, and
 the two passes over planes that the gradient of a gate needs (``layers``; these three contiguous
 only).
 Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops, on the CPU for all but
-the GPU's three, on CUDA for those and ``depthwise_conv``; elsewhere, and with the eager backend,
+the GPU's four, on CUDA for those and ``depthwise_conv``; elsewhere, and with the eager backend,
 PyTorch's operators. Parameters are in the compute dtype: float64 for float64, else float32; the
 two matrices of a gate on CUDA in x's.
 """
@@ -30,6 +31,7 @@ HARD_SIGMOID, SIGMOID = range(2)  # codes of the gate's function
 
 _library = torch.library.Library("ghost_ops", "FRAGMENT")
 _KERNEL_SIZES, _STRIDES = (1, 3, 5, 7), (1, 2)
+_FORMATS = (torch.contiguous_format, torch.channels_last)  # by (is channels_last)
 
 SCHEMAS = (
     "depthwise_conv(Tensor x, Tensor weight, Tensor shift, int kernel_size, int stride, int act, "
@@ -44,6 +46,8 @@ SCHEMAS = (
     "Tensor b_expand, int act, float slope, int gate) -> ()",
     "squeeze_excite_gate(Tensor x, Tensor? sums, Tensor w_reduce, Tensor b_reduce, "
     "Tensor w_expand, Tensor b_expand, int act, float slope, int gate) -> Tensor",
+    "conv_stem(Tensor x, Tensor weight, Tensor shift, int stride, int act, float slope, "
+    "bool channels_last) -> Tensor",
     "ghost_apply_gated(Tensor x, Tensor in_gate, Tensor packed, Tensor? residual, Tensor? gate, "
     "int intrinsic, int out_channels, int ratio, int dw_size, int stride, int act1, float slope1, "
     "int act2, float slope2, bool has_primary) -> Tensor",
@@ -79,8 +83,8 @@ def fold(
         bias, gamma, beta, mean, var: [M], or None for 0, 1, 0, 0 and 1 (without eps).
 
     Returns:
-        Weight like ``weight`` and shift [M]. On a GPU the memory of a depthwise weight is
-        [k, k, M]: its kernels read neighbouring channels of one tap.
+        Weight like ``weight`` and shift [M]. On a GPU the memory of the weight is
+        [k, k, C / groups, M]: its kernels read neighbouring channels of one tap.
     """
     wide = torch.float64
     scale = weight.new_ones(weight.size(0), dtype=wide)
@@ -96,9 +100,11 @@ def fold(
         shift = shift + beta.to(wide)
     dtype = compute_dtype(weight.dtype)
     folded = (weight.detach().to(wide) * scale.view(-1, 1, 1, 1)).to(dtype)
-    if on_gpu(weight) and weight.size(1) == 1:
-        return folded.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1), shift.to(dtype)
-    return folded.contiguous(), shift.to(dtype)
+    if on_gpu(weight):
+        folded = folded.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    else:
+        folded = folded.contiguous()
+    return folded, shift.to(dtype)
 
 
 def pack_gate(
@@ -199,14 +205,26 @@ def _eager_squeeze_excite_gate(
     gate: int,
 ) -> Tensor:
     wide = b_reduce.dtype
-    if sums is None:
-        s = x.mean((2, 3), dtype=wide)
-    else:
-        s = sums.sum(1) / (x.size(2) * x.size(3))
+    s = x.mean((2, 3), dtype=wide) if sums is None else sums.sum(1) / (x.size(2) * x.size(3))
     s = activations.apply(torch.addmm(b_reduce, s, w_reduce.to(wide).t()), act, slope)
     s = torch.addmm(b_expand, s, w_expand.to(wide))
     s = hard_sigmoid(s) if gate == HARD_SIGMOID else torch.sigmoid(s)
     return s.to(x.dtype)
+
+
+def _eager_conv_stem(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    stride: int,
+    act: int,
+    slope: float,
+    channels_last: bool,
+) -> Tensor:
+    dtype = x.dtype if x.is_cuda else weight.dtype
+    out = F.conv2d(x.to(dtype), weight.to(dtype), shift.to(dtype), stride, 1)
+    out = activations.apply(out, act, slope, inplace=True).to(x.dtype)
+    return out.contiguous(memory_format=_FORMATS[channels_last])
 
 
 def _eager_ghost_apply_gated(x: Tensor, in_gate: Tensor, *arguments: Any) -> Tensor:
@@ -251,6 +269,10 @@ def _fake_squeeze_excite_gate(
     return x.new_empty(x.shape[:2])
 
 
+def _fake_conv_stem(x, weight, shift, stride, act, slope, channels_last):
+    return _map(x, weight.size(0), stride).contiguous(memory_format=_FORMATS[channels_last])
+
+
 def _fake_ghost_apply_gated(
     x, in_gate, packed, residual, gate, intrinsic, out_channels, ratio, dw_size, stride, act1,
     slope1, act2, slope2, has_primary,
@@ -266,6 +288,7 @@ _EAGER = (
     _eager_plane_dot,
     _eager_squeeze_excite_,
     _eager_squeeze_excite_gate,
+    _eager_conv_stem,
     _eager_ghost_apply_gated,
 )
 _FAKES = (
@@ -276,6 +299,7 @@ _FAKES = (
     _fake_plane_dot,
     _fake_squeeze_excite_,
     _fake_squeeze_excite_gate,
+    _fake_conv_stem,
     _fake_ghost_apply_gated,
 )
 
@@ -291,7 +315,53 @@ _plane_dot = torch.ops.ghost_ops.plane_dot.default
 _squeeze_excite_ = torch.ops.ghost_ops.squeeze_excite_.default
 _depthwise_conv_sums = torch.ops.ghost_ops.depthwise_conv_sums.default
 _squeeze_excite_gate = torch.ops.ghost_ops.squeeze_excite_gate.default
+_conv_stem = torch.ops.ghost_ops.conv_stem.default
 ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
+
+
+def has_stem(weight: Tensor, stride: int) -> bool:
+    """Whether ``conv_stem`` computes a convolution with this weight, padding 1 and no groups."""
+    out_channels, in_channels, *size = weight.shape
+    return (
+        size == [3, 3]
+        and stride in _STRIDES
+        and in_channels <= 4
+        and out_channels <= 512
+        and out_channels % 2 == 0
+    )
+
+
+def conv_stem(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    stride: int = 2,
+    act: int = activations.NONE,
+    slope: float = activations.DEFAULT_SLOPE,
+    channels_last: bool = False,
+) -> Tensor:
+    """act(conv3x3(x, weight) + shift), with zero padding of 1. Not differentiable.
+
+    Args:
+        x: [N, C, H, W], dense, NCHW or channels_last; C at most 4.
+        weight: [O, C, 3, 3] as ``fold`` gives it; O even, at most 512. shift: [O], likewise.
+        stride: 1 or 2. act, slope: a code of ``activations``.
+        channels_last: the layout of the output.
+
+    Returns:
+        [N, O, Ho, Wo] with Ho = (H - 1) // stride + 1, and Wo alike, in the dtype of x.
+
+    Raises:
+        RuntimeError: a shape, dtype or stride that does not fit.
+    """
+    if weight.dim() != 4 or not has_stem(weight, stride) or weight.size(1) != x.size(1):
+        raise RuntimeError(
+            f"conv_stem needs a weight of [O, {x.size(1)}, 3, 3] with at most 4 input channels and "
+            f"an even O of at most 512, and a stride in {_STRIDES}; got {list(weight.shape)} and "
+            f"{stride}"
+        )
+    function = _conv_stem if _native(x) else _eager_conv_stem
+    return function(x, weight, shift, stride, act, slope, channels_last)
 
 
 def depthwise_conv(

@@ -20,6 +20,7 @@ from .autograd import backend_for, dense
 from .bottleneck import packed_conv
 from .convert_forward import PackedGhost, PackedWhole, Values, Watch, _rebuild
 from .convert_layouts import Branch, Refusal, check_hooks, read_branch
+from .eager_ops import memory_format
 
 _NAMES = ("conv_stem", "bn1", "act1", "blocks", "global_pool", "conv_head", "act2", "classifier")
 
@@ -116,7 +117,11 @@ def _read_last(stage: nn.Module) -> Branch:
 
 
 class _PackedStem:
-    """A convolution with its batch norm folded in, and its activation."""
+    """A convolution with its batch norm folded in, and its activation.
+
+    On a GPU one operator, ``ghost_ops::conv_stem``, where that computes it; else the library's
+    convolution.
+    """
 
     def __init__(self, branch: Branch) -> None:
         conv, bn = branch.conv, branch.bn
@@ -124,13 +129,30 @@ class _PackedStem:
         self.weight, self.shift = model_ops.fold(
             conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
         )
-        self.weight, self.shift = self.weight.to(conv.weight), self.shift.to(conv.weight)
         self.arguments = (conv.stride, conv.padding, conv.dilation, conv.groups)
         found = activations.of_module(branch.act)
         assert found is not None
         self.act = found
+        self.direct = (
+            model_ops.on_gpu(conv.weight)
+            and self.arguments[1:] == ((1, 1), (1, 1), 1)
+            and conv.stride[0] == conv.stride[1]
+            and model_ops.has_stem(conv.weight, conv.stride[0])
+        )
+        # As PyTorch's convolution: channels_last if x or the weight is.
+        self.format = memory_format(conv.weight)
+        if not self.direct:
+            self.weight = self.weight.to(conv.weight.dtype).contiguous(memory_format=self.format)
+            self.shift = self.shift.to(conv.weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.direct:
+            x = dense(x)
+            channels_last = torch.channels_last in (self.format, memory_format(x))
+            stride = self.arguments[0][0]
+            return model_ops.conv_stem(
+                x, self.weight, self.shift, stride, *self.act, channels_last=channels_last
+            )
         return activations.apply(
             F.conv2d(x, self.weight, self.shift, *self.arguments), *self.act, inplace=True
         )

@@ -1,14 +1,17 @@
 """How the kernels cut a Ghost module into tiles, and what that moves through memory.
 
 The decisions are made in ``csrc/core/plan.cpp`` (CPU) and ``csrc/core/cuda_plan.cpp`` (CUDA), the
-same code that the kernels run on; this module only shows them. ``explain`` takes a shape,
-``explain_module`` a module and the shape of its input::
+same code that the kernels run on; this module only shows them. ``explain`` takes the shape of a
+Ghost module's input, ``explain_module`` a module and the shape of its input::
 
     >>> print(ghost_ops.planner.explain((16, 40, 28, 28), out_channels=240))
     >>> print(ghost_ops.planner.explain((256, 40, 28, 28), 240, device="sm_90",
     ...                                 dtype=torch.float16, channels_last=True))
 
-A CUDA plan needs no GPU: it follows from the architecture's name.
+A CUDA plan needs no GPU: it follows from the architecture's name. With a whole model in the place
+of the shape, ``explain`` lists every operator of its fused form on a GPU, beside eager PyTorch's::
+
+    >>> print(ghost_ops.planner.explain(ghost_ops.models.ghostnet(), (256, 3, 224, 224)))
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from torch import nn
 
 from . import activations, backends
 from .ops import allow_tf32
 from .reference import GhostModule
+
+if TYPE_CHECKING:
+    from .network_plan import NetworkPlan
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -308,8 +315,13 @@ class CudaPlan:
 CUDA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
 
-def _compute_capability(device: str) -> int | None:
-    """10 * major + minor; None for the CPU."""
+def compute_capability(device: str) -> int | None:
+    """10 * major + minor of a device that ``explain`` takes; None for the CPU.
+
+    Raises:
+        ValueError: it is none of them.
+        RuntimeError: ``"cuda"`` without a GPU.
+    """
     if device == "cpu":
         return None
     if device == "cuda":
@@ -327,7 +339,57 @@ def _compute_capability(device: str) -> int | None:
     return int(device.removeprefix("sm_"))
 
 
+@overload
 def explain(
+    shape: Sequence[int],
+    out_channels: int,
+    *,
+    ratio: int = 2,
+    dw_size: int = 3,
+    stride: int = 1,
+    activation: activations.ActivationSpec = "relu",
+    cheap_activation: activations.ActivationSpec | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    residual: bool = False,
+    threads: int | None = None,
+    machine: CpuMachine | None = None,
+    device: str = "cpu",
+    training: bool = False,
+) -> Plan | CudaPlan: ...
+
+
+@overload
+def explain(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    device: str = "sm_90",
+    dtype: torch.dtype = torch.float16,
+    *,
+    channels_last: bool = True,
+    training: bool = False,
+) -> NetworkPlan: ...
+
+
+def explain(*args: Any, **kwargs: Any) -> Plan | CudaPlan | NetworkPlan:
+    """The plan of a Ghost module by its shape, or of a whole model.
+
+    ``explain(shape, out_channels, *, ...)`` is :func:`explain_shape`: the tile plan of one Ghost
+    module, for the CPU by default. ``explain(model, input_shape, device, dtype, *, ...)`` is
+    :func:`ghost_ops.network_plan.explain_network`: every operator of the fused model on a GPU.
+
+    Raises:
+        TypeError: an argument of the other form, such as ``ratio`` for a model.
+        ValueError, RuntimeError: as these functions.
+    """
+    if isinstance(args[0] if args else kwargs.get("model"), nn.Module):
+        from .network_plan import explain_network
+
+        return explain_network(*args, **kwargs)
+    return explain_shape(*args, **kwargs)
+
+
+def explain_shape(
     shape: Sequence[int],
     out_channels: int,
     *,
@@ -378,7 +440,7 @@ def explain(
         raise ValueError(f"dw_size must be 1, 3, 5 or 7, got {dw_size}")
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    sm = _compute_capability(device)
+    sm = compute_capability(device)
     if training and sm is None:
         raise ValueError("training: only the passes on a GPU are planned, device is 'cpu'")
     if sm is not None and (min(dims) < 1):
@@ -425,7 +487,7 @@ def _backward(found: dict[str, Any] | None) -> CudaBackward | None:
 def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> Plan | CudaPlan:
     """The plan for ``module`` (fused or reference) on an input of ``shape`` [N, C, H, W].
 
-    Takes the keyword arguments of :func:`explain` that a module does not determine.
+    Takes the keyword arguments of :func:`explain_shape` that a module does not determine.
 
     Raises:
         ValueError: the primary convolution is not a plain 1x1 and so is not planned here.
@@ -434,7 +496,7 @@ def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> 
     if conv.kernel_size != (1, 1) or conv.groups != 1:
         raise ValueError(f"module: only a plain 1x1 primary convolution is planned, got {conv}")
     kwargs.setdefault("dtype", conv.weight.dtype)
-    return explain(
+    return explain_shape(
         shape,
         module.oup,
         ratio=cheap.out_channels // conv.out_channels + 1,

@@ -110,6 +110,39 @@ def test_nan_stays_where_it_is(world: World, layout: str) -> None:
         assert torch.equal(got.isinf(), want.isinf())
 
 
+STEMS = covering(
+    {
+        "shape": [(2, 3, 33, 40), (1, 3, 8, 8), (3, 1, 5, 3), (2, 4, 7, 5), (1, 2, 64, 3)],
+        "out_channels": [2, 8, 12, 16, 20, 72],
+        "stride": [1, 2],
+        "act": list(ACTIVATIONS),
+        "layouts": [("nchw", "nchw"), ("nhwc", "nhwc"), ("nchw", "nhwc"), ("nhwc", "nchw")],
+        "dtype": list(DTYPES),
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", STEMS, ids=ids)
+def test_conv_stem(world: World, device: str, row: dict[str, Any]) -> None:
+    gen = torch.Generator().manual_seed(1)
+    dtype, (layout, out_layout) = row["dtype"], row["layouts"]
+    wide, c, o = compute_dtype(dtype), row["shape"][1], row["out_channels"]
+    x = torch.randn(row["shape"], generator=gen, dtype=torch.float64).to(dtype)
+    x = with_layout(x, layout)
+    weight = torch.randn(o, c, 3, 3, generator=gen, dtype=torch.float64).to(wide)
+    shift = torch.randn(o, generator=gen, dtype=torch.float64).to(wide)
+    packed = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    settings = (row["stride"], activations.CODES[row["act"]], 0.01, out_layout == "nhwc")
+    got = world.call("conv_stem", x, packed, shift, *settings)
+    u = F.conv2d(x.double(), weight.double(), shift.double(), row["stride"], 1)
+    want = activation(row["act"], u)
+    eager = activation(row["act"], F.conv2d(x.to(wide), weight, shift, row["stride"], 1)).to(dtype)
+    assert got.dtype == dtype
+    assert got.stride() == torch.empty_like(with_layout(want, out_layout)).stride()
+    assert_close(got, want, eager, scale=want.abs().max() + u.abs().max())
+    assert torch.equal(got, world.call("conv_stem", x, weight, shift, *settings))
+
+
 GATES = covering(
     {
         "shape": [(2, 5, 3, 7), (5, 72, 6, 6), (1, 140, 7, 7), (7, 1032, 2, 1), (3, 16, 1, 1),
@@ -236,6 +269,11 @@ def test_bad_gate_of_the_input(world: World, in_gate: Tensor, stride: int, messa
         ("depthwise_conv", {1: torch.ones(3, 1, 3, 3).half()}, "in the compute dtype of x"),
         ("depthwise_conv", {2: torch.ones(2)}, "shift must have 3 elements, got 2"),
         ("depthwise_conv", {0: torch.ones(1, 3, 4, 8)[..., ::2]}, "x must be dense"),
+        ("conv_stem", {0: torch.ones(1, 5, 4, 4), 1: torch.ones(8, 5, 3, 3)}, "up to 4 input chan"),
+        ("conv_stem", {1: torch.ones(7, 3, 3, 3)}, "even number of .* got 3 and 7"),
+        ("conv_stem", {1: torch.ones(8, 3, 5, 5)}, r"weight must be \[O, 3, 3, 3\]"),
+        ("conv_stem", {3: 4}, "stride must be 1 or 2, got 4"),
+        ("conv_stem", {2: torch.ones(7)}, "shift must have 8 elements, got 7"),
         ("squeeze_excite_gate", {2: torch.ones(2, 4)}, "w_reduce must have 6 elements, got 8"),
         ("squeeze_excite_gate", {5: torch.ones(4)}, "b_expand must have 3 elements, got 4"),
         ("squeeze_excite_gate", {2: torch.ones(2, 3).half()}, "w_reduce must be contiguous and"),
@@ -249,6 +287,7 @@ def test_bad_input(world: World, name: str, change: dict[int, Any], message: str
     arguments: list[Any] = {
         "depthwise_conv": [x, torch.ones(3, 1, 3, 3), torch.ones(3), 3, 2, 1, 0.0],
         "squeeze_excite_gate": [x, None, *p, 1, 0.0, 0],
+        "conv_stem": [x, torch.ones(8, 3, 3, 3), torch.ones(8), 2, 1, 0.0, False],
     }[name]
     for place, value in change.items():
         arguments[place] = value

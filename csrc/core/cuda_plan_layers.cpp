@@ -22,10 +22,9 @@ double streaming_seconds(int64_t bytes, int64_t blocks, const CudaArch& arch) {
 DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_t vec) {
   DepthwisePlan plan;
   plan.windowed = p.layout == Layout::kNHWC && p.dw_size > 1 && element_size(p.dtype) < 8;
-  const int64_t widest = depthwise_bytes(p.dw_size) / element_size(p.dtype);
-  plan.vec = plan.windowed ? int32_t(std::min(vec, widest)) : 1;
+  plan.vec = plan.windowed ? int32_t(vec) : 1;
   const int64_t ho = p.out_height(), wo = p.out_width();
-  plan.per_row = int32_t(ceil_div(wo, plan.windowed ? kDepthwiseStrip : 1));
+  plan.per_row = int32_t(ceil_div(wo, plan.windowed ? depthwise_strip(p.dw_size) : 1));
   plan.strips = int32_t(ho * plan.per_row);
   const int64_t vecs = p.channels / plan.vec;
   // NHWC: a warp reads neighbouring vectors of channels. NCHW: it reads neighbouring pixels.
@@ -49,18 +48,36 @@ DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_
   return plan;
 }
 
+StemPlan plan_stem(const LayerProblem& p, const CudaArch& arch) {
+  StemPlan plan;
+  const int64_t e = element_size(p.dtype), a = compute_size(p.dtype);
+  plan.vec = int32_t(16 / e);
+  while (p.out_channels % plan.vec != 0) plan.vec /= 2;
+  plan.lanes = int32_t(p.out_channels / plan.vec);
+  plan.slots = kCudaThreads / plan.lanes;
+  const int64_t pixels = p.out_height() * p.out_width();
+  plan.splits = int32_t(ceil_div(pixels, int64_t(plan.slots) * kStemPixels));
+  plan.blocks = p.batch * plan.splits;
+  const int64_t taps = p.dw_size * p.dw_size * p.channels;
+  plan.dram_bytes = p.batch * (p.channels * p.height * p.width + p.out_channels * pixels) * e +
+                    (taps + 1) * p.out_channels * a;
+  // Multiply-adds: 128 a clock of a multiprocessor, 64 of float64; a quarter more for addresses.
+  const double sums = 1.25 * double(p.batch * p.out_channels * pixels * taps);
+  const double rate = (a == 8 ? 64 : 128) * double(arch.multiprocessors) * arch.clock_ghz * 1e9;
+  plan.seconds =
+      std::max(streaming_seconds(plan.dram_bytes, plan.blocks, arch), sums / rate + 2e-6);
+  return plan;
+}
+
 GatePlan plan_gate(int64_t batch, int64_t channels, int64_t reduced, int64_t pixels, bool has_sums,
                    int64_t splits, DType dtype, const CudaArch& arch) {
   GatePlan plan;
   const int64_t e = element_size(dtype), a = compute_size(dtype);
-  // Partial sums of the mean: a vector of at most 16 bytes a thread. Of the expansion: all channels
-  // of the block's images, in as many parts as threads share a channel.
-  const int64_t vec = 16 / e, vecs = ceil_div(channels, vec);
+  // Partial sums: of the mean a vector of at most 16 bytes a thread, of the expansion one for each
+  // image; or all channels where there are more of them than the threads have.
+  const auto own = [&](int64_t images) { return round_up(images * (channels + reduced) * a, 128); };
   const auto bytes = [&](int64_t images) {
-    const int64_t own = round_up(images * (channels + reduced) * a, 128);
-    const int64_t parts = std::max<int64_t>(1, kGateThreads / vecs);
-    // Widths below 16 bytes have more threads a pixel, and fewer parts.
-    return own + std::max<int64_t>(kGateThreads * vec * a, parts * images * channels * a);
+    return own(images) + images * std::max<int64_t>(kGateThreads * (16 / e), channels) * a;
   };
   int64_t images = std::clamp<int64_t>(ceil_div(batch, arch.multiprocessors), 1, kGateImages);
   while (images > 1 && bytes(images) > arch.smem_per_block) --images;
@@ -69,16 +86,27 @@ GatePlan plan_gate(int64_t batch, int64_t channels, int64_t reduced, int64_t pix
         "a gate over " + std::to_string(channels) + " channels does not fit into the " +
         std::to_string(arch.smem_per_block) + " bytes of shared memory that a block may have");
   plan.images = int32_t(images);
-  plan.scratch_at = int32_t(round_up(images * (channels + reduced) * a, 128));
+  plan.scratch_at = int32_t(own(images));
   plan.smem_bytes = int32_t(bytes(images));
   plan.blocks = ceil_div(batch, images);
   const int64_t weights = 2 * channels * reduced * e;
   plan.dram_bytes = (has_sums ? batch * channels * splits * a : batch * channels * pixels * e) +
                     weights + (channels + reduced) * a + batch * channels * e;
-  // Every block reads all weights from L2, at most 64 bytes a clock of a multiprocessor.
-  const double waves = double(ceil_div(plan.blocks, arch.multiprocessors));
-  plan.seconds = streaming_seconds(plan.dram_bytes, plan.blocks, arch) +
-                 waves * double(weights) / (64 * arch.clock_ghz * 1e9);
+  // A multiprocessor takes at most 64 bytes a clock from L2; every block reads its weights there. A
+  // launch has a microsecond for each of the phases that wait for one another.
+  const double source =
+      double(images) * double(has_sums ? channels * splits * a : channels * pixels * e);
+  const auto seconds = [&](int64_t parts) {
+    const double waves = double(ceil_div(plan.blocks * parts, arch.multiprocessors));
+    const double block = waves * (source + double(weights) / double(parts));
+    const double dram = double(plan.dram_bytes) / (arch.dram_gb_s * 0.92e9);
+    const double launches = parts > 1 ? 2 : 1;
+    return std::max(dram, block / (64 * arch.clock_ghz * 1e9)) + 2e-6 * launches + 3e-6;
+  };
+  for (int64_t parts : {2, 4, 8, 16})
+    if (seconds(parts) < seconds(plan.parts)) plan.parts = int32_t(parts);
+  plan.seconds = seconds(plan.parts);
+  plan.blocks *= plan.parts;
   return plan;
 }
 

@@ -23,11 +23,10 @@ struct LayerProblem {
   int64_t out_width() const { return width > 0 ? (width - 1) / stride + 1 : 0; }
 };
 
-inline constexpr int kDepthwiseStrip = 4;  // pixels of a row that a thread of the NHWC kernel makes
-
-// Widest vector of channels of a thread, in bytes: a row of taps has to fit into the registers.
-constexpr int64_t depthwise_bytes(int64_t dw_size) {
-  return dw_size >= 7 ? 8 : 16;
+// Pixels of a row that a thread of the NHWC kernel makes: with a row of taps they have to fit into
+// the registers.
+constexpr int depthwise_strip(int64_t dw_size) {
+  return dw_size <= 3 ? 4 : dw_size <= 5 ? 2 : 1;
 }
 
 // A block takes one image, or a part of its strips, for a block of channels. A thread owns a vector
@@ -48,12 +47,32 @@ struct DepthwisePlan {
 // vec: channels that neighbour in memory and are aligned to their common size, in NHWC.
 DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_t vec);
 
+inline constexpr int kStemPixels = 4;     // that a thread makes
+inline constexpr int kStemChannels = 4;   // of x, at most
+inline constexpr int kStemOutputs = 512;  // output channels, at most
+
+// A block takes a part of an image's pixels. A thread owns a vector of output channels.
+struct StemPlan {
+  int32_t vec = 2;               // output channels a thread owns: 2, 4 or 8
+  int32_t lanes = 1, slots = 1;  // threads side by side along the channels, and pixels
+  int32_t splits = 1;            // blocks an image
+  int64_t blocks = 0;
+  int64_t dram_bytes = 0;
+  double seconds = 0;
+};
+
+// out_channels: even, at most kStemOutputs.
+StemPlan plan_stem(const LayerProblem& p, const CudaArch& arch);
+
 inline constexpr int kGateThreads = 512;
 inline constexpr int kGateImages = 4;  // at most, of a block
 
-// gate = f(w_expand' act(w_reduce mean + b) + b'), some images a block.
+// gate = f(w_expand' act(w_reduce mean + b) + b'), some images a block. Few images are cut into
+// parts, which takes two launches: the first makes the hidden values, a block some rows of them,
+// the second the gate, a block some channels of it.
 struct GatePlan {
   int32_t images = 1;      // of a block
+  int32_t parts = 1;       // blocks that share the images; more than one: two launches
   int32_t scratch_at = 0;  // in shared memory, behind the means and the hidden values
   int32_t smem_bytes = 0;
   int64_t blocks = 0;

@@ -5,8 +5,8 @@
 //   sums[n][part][c] = sum of out[n][c] over the pixels of a part of the image
 //
 // Block: 256 threads, one image or a part of its strips, a block of channels. NHWC: a thread owns a
-// vector of neighbouring channels and makes strips of kDepthwiseStrip pixels of a row; a pixel of x
-// is loaded once a row of taps and used by all pixels of the strip. Neighbouring lanes have
+// vector of neighbouring channels and makes strips of four, two or one pixels of a row; a pixel of
+// x is loaded once a row of taps and used by all pixels of the strip. Neighbouring lanes have
 // neighbouring vectors. NCHW (and float64): a thread owns one channel and makes pixel after pixel;
 // neighbouring lanes have neighbouring pixels. Taps come from L1. Sums are added in a fixed order.
 // Binding resource: DRAM bandwidth, x once and out once; rows that strips share come from L1 and
@@ -17,6 +17,9 @@
 #include "cuda/tile.cuh"
 
 namespace ghost::cuda {
+
+template <int kD>
+inline constexpr int kStripOf = depthwise_strip(kD);
 
 template <class T>
 struct DepthwiseParams {
@@ -100,19 +103,19 @@ __device__ __forceinline__ void store_sums(const DepthwiseParams<T>& p, const De
 // Columns outside [0, width) are zeros.
 template <int kD, int kStride, int kVec, class T, class A>
 __device__ __forceinline__ void depthwise_row(const T* row, int column, int width, int channels,
-                                              const A* weight, A (&acc)[kDepthwiseStrip][kVec]) {
+                                              const A* weight, A (&acc)[kStripOf<kD>][kVec]) {
   A taps[kD][kVec];
 #pragma unroll
   for (int j = 0; j < kD; ++j) load_parameters<kVec>(weight + j * channels, taps[j]);
 #pragma unroll
-  for (int k = 0; k < (kDepthwiseStrip - 1) * kStride + kD; ++k) {
+  for (int k = 0; k < (kStripOf<kD> - 1) * kStride + kD; ++k) {
     A v[kVec];
 #pragma unroll
     for (int e = 0; e < kVec; ++e) v[e] = A(0);
     const int at = column + k;
     if (at >= 0 && at < width) load_numbers<kVec>(row + int64_t(at) * channels, v);
 #pragma unroll
-    for (int s = 0; s < kDepthwiseStrip; ++s) {
+    for (int s = 0; s < kStripOf<kD>; ++s) {
       const int j = k - s * kStride;
       if (j < 0 || j >= kD) continue;
 #pragma unroll
@@ -126,7 +129,7 @@ template <int kD, int kStride, int kVec, class T>
 __device__ __forceinline__ void depthwise_strips(const DepthwiseParams<T>& p,
                                                  Accumulator<T>* shared) {
   using A = Accumulator<T>;
-  constexpr int kValues = kDepthwiseStrip * kVec;
+  constexpr int kStrip = kStripOf<kD>, kValues = kStrip * kVec;
   const DepthwisePlace place(p.plan, p.c, false);
   A sum[kVec];
 #pragma unroll
@@ -137,8 +140,8 @@ __device__ __forceinline__ void depthwise_strips(const DepthwiseParams<T>& p,
     const A* const weight = p.weight + place.channel;
 #pragma unroll 1
     for (int strip = place.first + place.slot; strip < place.last; strip += p.plan.slots) {
-      const int h = strip / p.plan.per_row, w = (strip - h * p.plan.per_row) * kDepthwiseStrip;
-      A acc[kDepthwiseStrip][kVec];
+      const int h = strip / p.plan.per_row, w = (strip - h * p.plan.per_row) * kStrip;
+      A acc[kStrip][kVec];
       load_parameters<kVec>(p.shift + place.channel, acc[0]);
 #pragma unroll
       for (int i = kVec; i < kValues; ++i) acc[i / kVec][i % kVec] = acc[0][i % kVec];
@@ -154,7 +157,7 @@ __device__ __forceinline__ void depthwise_strips(const DepthwiseParams<T>& p,
       activate(p.act, [&](int) { return p.slope; }, v);
       T* const to = out + (int64_t(h) * p.out_w + w) * p.c;
 #pragma unroll
-      for (int s = 0; s < kDepthwiseStrip; ++s) {
+      for (int s = 0; s < kStrip; ++s) {
         if (w + s >= p.out_w) break;
         Vec<T, kVec> rounded;
 #pragma unroll
@@ -217,9 +220,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 2 : 1)
     depthwise_pixels<kLayout>(params, shared);
   } else {
     with_bytes<T>(params.plan.vec * int(sizeof(T)), [&](auto bytes) {
-      constexpr int kBytes = decltype(bytes)::value;
-      if constexpr (kBytes <= depthwise_bytes(kD))
-        depthwise_strips<kD, kStride, kBytes / int(sizeof(T))>(params, shared);
+      constexpr int kVec = decltype(bytes)::value / int(sizeof(T));
+      depthwise_strips<kD, kStride, kVec>(params, shared);
     });
   }
 }

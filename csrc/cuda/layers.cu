@@ -61,6 +61,32 @@ cudaError_t launch_depthwise_conv(const DepthwiseArgs& args, cudaStream_t stream
   });
 }
 
+cudaError_t launch_conv_stem(const StemArgs& args, cudaStream_t stream) {
+  return with_type(args.problem.dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = Accumulator<T>;
+    const LayerProblem& p = args.problem;
+    StemParams<T> params;
+    params.plan = args.plan;
+    params.x = static_cast<const T*>(args.x);
+    params.weight = static_cast<const A*>(args.weight);
+    params.shift = static_cast<const A*>(args.shift);
+    params.out = static_cast<T*>(args.out);
+    params.c = int32_t(p.channels);
+    params.o = int32_t(p.out_channels);
+    params.h = int32_t(p.height);
+    params.w = int32_t(p.width);
+    params.out_h = int32_t(p.out_height());
+    params.out_w = int32_t(p.out_width());
+    params.stride = int32_t(p.stride);
+    params.x_nhwc = p.layout == Layout::kNHWC;
+    params.out_nhwc = args.out_layout == Layout::kNHWC;
+    params.act = args.act.act;
+    params.slope = A(args.act.slope);
+    return LayerKernels<T>::stem(params, stream);
+  });
+}
+
 cudaError_t launch_squeeze_excite_gate(const GateArgs& args, cudaStream_t stream) {
   return with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
@@ -73,6 +99,7 @@ cudaError_t launch_squeeze_excite_gate(const GateArgs& args, cudaStream_t stream
     params.b_reduce = static_cast<const A*>(args.b_reduce);
     params.w_expand = static_cast<const T*>(args.w_expand);
     params.b_expand = static_cast<const A*>(args.b_expand);
+    params.hidden = static_cast<A*>(args.hidden);
     params.gate = static_cast<T*>(args.gate);
     params.n = args.batch;
     params.c = int32_t(args.channels);
@@ -85,6 +112,11 @@ cudaError_t launch_squeeze_excite_gate(const GateArgs& args, cudaStream_t stream
     params.act = args.act.act;
     params.slope = A(args.act.slope);
     params.sigmoid = args.sigmoid;
+    if (args.plan.parts == 1) return LayerKernels<T>::gate(params, args.layout, stream);
+    params.phase = GatePhase::kReduce;
+    const cudaError_t status = LayerKernels<T>::gate(params, args.layout, stream);
+    if (status != cudaSuccess) return status;
+    params.phase = GatePhase::kExpand;
     return LayerKernels<T>::gate(params, args.layout, stream);
   });
 }

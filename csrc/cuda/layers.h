@@ -1,5 +1,5 @@
 // Launchers of what stands between the Ghost modules of a network. Know CUDA, do not know torch.
-// One launch each.
+// One launch each, if nothing else is said.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,6 +26,19 @@ struct DepthwiseArgs {
 int64_t depthwise_vector(const void* x, const void* out, int64_t channels, DType dtype);
 cudaError_t launch_depthwise_conv(const DepthwiseArgs& args, cudaStream_t stream);
 
+// out = act(conv3x3(x, weight) + shift)
+struct StemArgs {
+  LayerProblem problem;  // layout: of x
+  StemPlan plan;
+  Layout out_layout = Layout::kNCHW;
+  Activation act;
+  const void* x = nullptr;       // [N, C, H, W]
+  const void* weight = nullptr;  // [3, 3, C, O], compute type
+  const void* shift = nullptr;   // [O], compute type
+  void* out = nullptr;           // [N, O, Ho, Wo]
+};
+cudaError_t launch_conv_stem(const StemArgs& args, cudaStream_t stream);
+
 // gate = f(w_expand' act(w_reduce mean(x) + b_reduce) + b_expand)
 struct GateArgs {
   GatePlan plan;
@@ -40,9 +53,11 @@ struct GateArgs {
   const void* w_expand = nullptr;  // [R, C] of dtype
   const void* b_expand = nullptr;  // [C], compute type
   Activation act;
-  bool sigmoid = false;  // f: sigmoid or hard sigmoid
-  void* gate = nullptr;  // [N, C] of dtype
+  bool sigmoid = false;    // f: sigmoid or hard sigmoid
+  void* hidden = nullptr;  // [N, R], compute type; scratch where plan.parts > 1
+  void* gate = nullptr;    // [N, C] of dtype
 };
+// Two launches where plan.parts > 1.
 cudaError_t launch_squeeze_excite_gate(const GateArgs& args, cudaStream_t stream);
 
 }  // namespace ghost::cuda

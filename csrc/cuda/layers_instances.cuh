@@ -2,6 +2,7 @@
 // GHOST_LAYER_INSTANCES.
 #pragma once
 
+#include "cuda/conv_stem.cuh"
 #include "cuda/squeeze_excite.cuh"
 #include "cuda/typed.cuh"
 
@@ -11,6 +12,7 @@ template <class T>
 struct LayerKernels {
   static cudaError_t depthwise(const DepthwiseParams<T>& params, Layout layout,
                                cudaStream_t stream);
+  static cudaError_t stem(const StemParams<T>& params, cudaStream_t stream);
   static cudaError_t gate(const GateParams<T>& params, Layout layout, cudaStream_t stream);
 };
 
@@ -64,6 +66,11 @@ cudaError_t gate_instance(const GateParams<T>& params, cudaStream_t stream) {
     return choose_depthwise(params, layout, stream);                                      \
   }                                                                                       \
   template <>                                                                             \
+  cudaError_t LayerKernels<T>::stem(const StemParams<T>& params, cudaStream_t stream) {   \
+    return GHOST_LAUNCH(ghost_conv_stem_kernel<T>, dim3(unsigned(params.plan.blocks)),    \
+                        dim3(kThreads), 0, stream, params);                               \
+  }                                                                                       \
+  template <>                                                                             \
   cudaError_t LayerKernels<T>::gate(const GateParams<T>& params, Layout layout,           \
                                     cudaStream_t stream) {                                \
     return layout == Layout::kNHWC ? gate_instance<Layout::kNHWC>(params, stream)         \
@@ -74,6 +81,8 @@ cudaError_t gate_instance(const GateParams<T>& params, cudaStream_t stream) {
 #define GHOST_DECLARE_LAYERS(T)                                                            \
   template <>                                                                              \
   cudaError_t LayerKernels<T>::depthwise(const DepthwiseParams<T>&, Layout, cudaStream_t); \
+  template <>                                                                              \
+  cudaError_t LayerKernels<T>::stem(const StemParams<T>&, cudaStream_t);                   \
   template <>                                                                              \
   cudaError_t LayerKernels<T>::gate(const GateParams<T>&, Layout, cudaStream_t);
 GHOST_DECLARE_LAYERS(prim::half_t)

@@ -4,17 +4,20 @@
 //   hidden[n][r] = act(b_reduce[r] + sum over c of w_reduce[r][c] * mean[n][c])
 //   gate[n][c]   = f(b_expand[c] + sum over r of w_expand[r][c] * hidden[n][r])
 //
-// Block: 512 threads, plan.images images. Means: NHWC a thread owns a vector of channels and every
-// slots-th pixel, NCHW a warp four channels; reduce: a warp a row of weights; expand: a thread a
-// vector of channels and every parts-th row. Partial sums meet in shared memory in a fixed order.
-// Binding resource: x from DRAM for large batches, else the weights from L2 (64 bytes a clock of a
-// multiprocessor): each is read once for all images of a block.
+// Block: 512 threads, plan.images images; where these are cut into parts, some rows of hidden or
+// some channels of the gate, in two launches. Means: NHWC a thread owns a vector of channels and
+// every slots-th pixel, NCHW a warp four channels; reduce: a warp a row of weights; expand: a
+// thread a vector of channels and every parts-th row. Partial sums meet in shared memory in a fixed
+// order. Binding resource: x from DRAM for large batches, else the weights from L2 (64 bytes a
+// clock of a multiprocessor): each is read once for all images of a block.
 #pragma once
 
 #include "core/cuda_plan_layers.h"
 #include "cuda/depthwise_conv.cuh"
 
 namespace ghost::cuda {
+
+enum class GatePhase : int { kBoth, kReduce, kExpand };
 
 template <class T>
 struct GateParams {
@@ -26,7 +29,9 @@ struct GateParams {
   const A* b_reduce = nullptr;  // [r]
   const T* w_expand = nullptr;  // [r, c]
   const A* b_expand = nullptr;  // [c]
+  A* hidden = nullptr;          // [n, r], between two launches
   T* gate = nullptr;            // [n, c]
+  GatePhase phase = GatePhase::kBoth;
   int64_t n = 0;
   int32_t c = 0, r = 0, pixels = 0, splits = 0;
   int32_t x_bytes = 0, w_bytes = 0;  // widest aligned loads of channels
@@ -124,17 +129,17 @@ __device__ __forceinline__ void means_nchw(const GateParams<T>& p, const T* x,
   }
 }
 
-// hidden[i][r] of the block's images: a warp a row of w_reduce.
+// hidden[i][r], r in [first, last), of the block's images: a warp a row of w_reduce.
 template <class T>
-__device__ __forceinline__ void reduce_channels(const GateParams<T>& p, int images,
-                                                const Accumulator<T>* means,
+__device__ __forceinline__ void reduce_channels(const GateParams<T>& p, int images, int first,
+                                                int last, const Accumulator<T>* means,
                                                 Accumulator<T>* hidden) {
   using A = Accumulator<T>;
   const int lane = int(prim::lane());
   with_bytes<T>(p.w_bytes, [&](auto bytes) {
     constexpr int kVec = decltype(bytes)::value / int(sizeof(T));
 #pragma unroll 1
-    for (int r = int(prim::warp()); r < p.r; r += kGateThreads / 32) {
+    for (int r = first + int(prim::warp()); r < last; r += kGateThreads / 32) {
       A dot[kGateImages];
 #pragma unroll
       for (int i = 0; i < kGateImages; ++i) dot[i] = A(0);
@@ -165,16 +170,18 @@ __device__ __forceinline__ void reduce_channels(const GateParams<T>& p, int imag
   });
 }
 
-// gate of the block's images, from n0 on. scratch: [parts][images][c].
+// gate of the block's images, from n0 on, and of its channels [first, last). scratch:
+// [threads that share a channel][images][channels].
 template <class T>
 __device__ __forceinline__ void expand_channels(const GateParams<T>& p, int64_t n0, int images,
-                                                const Accumulator<T>* hidden,
+                                                int first, int last, const Accumulator<T>* hidden,
                                                 Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   int parts = 1;
+  const int count = last - first;
   with_bytes<T>(p.w_bytes, [&](auto bytes) {
     constexpr int kVec = decltype(bytes)::value / int(sizeof(T));
-    const int vecs = p.c / kVec, lanes = min_of(vecs, kGateThreads);
+    const int vecs = count / kVec, lanes = min_of(vecs, kGateThreads);
     parts = kGateThreads / lanes;
     const int part = int(threadIdx.x) / lanes, lane = int(threadIdx.x) - part * lanes;
     if (part >= parts) return;
@@ -186,7 +193,7 @@ __device__ __forceinline__ void expand_channels(const GateParams<T>& p, int64_t 
 #pragma unroll 4
       for (int r = part; r < p.r; r += parts) {
         A w[kVec];
-        load_numbers<kVec>(p.w_expand + int64_t(r) * p.c + own * kVec, w);
+        load_numbers<kVec>(p.w_expand + int64_t(r) * p.c + first + own * kVec, w);
 #pragma unroll
         for (int i = 0; i < kGateImages; ++i) {
           if (i >= images) break;
@@ -200,18 +207,19 @@ __device__ __forceinline__ void expand_channels(const GateParams<T>& p, int64_t 
         if (i >= images) break;
 #pragma unroll
         for (int e = 0; e < kVec; ++e)
-          scratch[(part * images + i) * p.c + own * kVec + e] = sum[i][e];
+          scratch[(part * images + i) * count + own * kVec + e] = sum[i][e];
       }
     }
   });
   prim::sync_threads();
 #pragma unroll 1
-  for (int k = int(threadIdx.x); k < images * p.c; k += kGateThreads) {
-    A v = p.b_expand[k % p.c];
+  for (int k = int(threadIdx.x); k < images * count; k += kGateThreads) {
+    const int image = k / count, c = first + k - image * count;
+    A v = p.b_expand[c];
 #pragma unroll 1
-    for (int s = 0; s < parts; ++s) v += scratch[s * images * p.c + k];
+    for (int s = 0; s < parts; ++s) v += scratch[s * images * count + k];
     v = p.sigmoid ? sigmoid(v) : clamp6(v + A(3)) / A(6);
-    p.gate[n0 * p.c + k] = prim::from_float<T>(v);
+    p.gate[(n0 + image) * p.c + c] = prim::from_float<T>(v);
   }
 }
 
@@ -221,25 +229,38 @@ __global__ void __launch_bounds__(kGateThreads, 1)
   using A = Accumulator<T>;
   GHOST_DYN_SHARED(unsigned char, shared);
   const GateParams<T>& p = params;
-  const int64_t n0 = int64_t(blockIdx.x) * p.plan.images;
+  const int group = int(blockIdx.x) / p.plan.parts, part = int(blockIdx.x) % p.plan.parts;
+  const int64_t n0 = int64_t(group) * p.plan.images;
   const int images = p.n - n0 < p.plan.images ? int(p.n - n0) : p.plan.images;
   A* const means = reinterpret_cast<A*>(shared);
   A* const hidden = means + p.plan.images * p.c;
   A* const scratch = reinterpret_cast<A*>(shared + p.plan.scratch_at);
+  if (p.phase != GatePhase::kExpand) {
 #pragma unroll 1
-  for (int i = 0; i < images; ++i) {
-    const T* const x = p.x + (n0 + i) * (int64_t(p.c) * p.pixels);
-    if (p.sums != nullptr)
-      means_from_sums(p, n0 + i, means + i * p.c);
-    else if constexpr (kLayout == Layout::kNHWC)
-      means_nhwc(p, x, means + i * p.c, scratch);
-    else
-      means_nchw(p, x, means + i * p.c);
+    for (int i = 0; i < images; ++i) {
+      const T* const x = p.x + (n0 + i) * (int64_t(p.c) * p.pixels);
+      if (p.sums != nullptr)
+        means_from_sums(p, n0 + i, means + i * p.c);
+      else if constexpr (kLayout == Layout::kNHWC)
+        means_nhwc(p, x, means + i * p.c, scratch);
+      else
+        means_nchw(p, x, means + i * p.c);
+    }
+    prim::sync_threads();
+    const int rows = ceil_div(p.r, p.plan.parts), first = part * rows;
+    reduce_channels(p, images, first, min_of(first + rows, p.r), means,
+                    p.phase == GatePhase::kReduce ? p.hidden + n0 * p.r : hidden);
+    if (p.phase == GatePhase::kReduce) return;
+  } else {
+#pragma unroll 1
+    for (int k = int(threadIdx.x); k < images * p.r; k += kGateThreads)
+      hidden[k] = p.hidden[n0 * p.r + k];
   }
   prim::sync_threads();
-  reduce_channels(p, images, means, hidden);
-  prim::sync_threads();
-  expand_channels(p, n0, images, hidden, scratch);
+  // In whole vectors, however wide they are.
+  const int channels = ceil_div(ceil_div(p.c, 8), p.plan.parts) * 8;
+  const int first = part * channels, last = min_of(first + channels, p.c);
+  if (first < last) expand_channels(p, n0, images, first, last, hidden, scratch);
 }
 
 }  // namespace ghost::cuda

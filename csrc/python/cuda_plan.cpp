@@ -3,6 +3,7 @@
 
 #include "core/cuda_plan.h"
 #include "core/cuda_plan_backward.h"
+#include "core/cuda_plan_layers.h"
 #include "core/plan.h"
 
 namespace py = pybind11;
@@ -64,4 +65,82 @@ py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32
   const py::dict backward = describe_backward(ghost::plan_cuda_backward(
       problem, arch, allow_tf32, kept || !problem.has_primary, rows, true, problem.has_primary));
   return py::dict("passes"_a = passes, "writes_u"_a = t.writes_u, "backward"_a = backward);
+}
+
+// The figures of an architecture that the models of time divide by.
+py::dict cuda_arch_figures(int sm) {
+  const ghost::CudaArch arch = ghost::cuda_arch(sm);
+  return py::dict("sm"_a = arch.sm, "multiprocessors"_a = arch.multiprocessors,
+                  "smem_per_block"_a = arch.smem_per_block, "l2_bytes"_a = arch.l2_bytes,
+                  "dram_gb_s"_a = arch.dram_gb_s, "l2_gb_s"_a = arch.l2_gb_s,
+                  "clock_ghz"_a = arch.clock_ghz, "tensor_flops_clock"_a = arch.tensor_flops_clock);
+}
+
+namespace {
+
+ghost::LayerProblem layer_problem(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                  int64_t dw_size, int64_t stride, int64_t out_channels, int dtype,
+                                  bool channels_last, bool sums) {
+  ghost::LayerProblem p;
+  p.batch = batch;
+  p.channels = channels;
+  p.height = height;
+  p.width = width;
+  p.dw_size = dw_size;
+  p.stride = stride;
+  p.out_channels = out_channels;
+  p.dtype = ghost::DType(dtype);
+  p.layout = channels_last ? ghost::Layout::kNHWC : ghost::Layout::kNCHW;
+  p.sums = sums;
+  return p;
+}
+
+template <class Plan>
+py::dict figures(const Plan& plan) {
+  return py::dict("blocks"_a = plan.blocks, "dram_bytes"_a = plan.dram_bytes,
+                  "seconds"_a = plan.seconds);
+}
+
+}  // namespace
+
+// Blocks, bytes and the model's time of the kernels between the Ghost modules, and in how many
+// parts a depthwise convolution sums an image.
+void define_layer_plans(py::module_& m) {
+  m.def(
+      "cuda_depthwise_plan",
+      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t dw_size,
+         int64_t stride, int dtype, bool channels_last, bool sums, int sm) {
+        const ghost::LayerProblem p = layer_problem(batch, channels, height, width, dw_size, stride,
+                                                    channels, dtype, channels_last, sums);
+        int64_t vec = 16 / ghost::element_size(p.dtype);
+        while (channels % vec != 0) vec /= 2;
+        const ghost::DepthwisePlan plan = ghost::plan_depthwise(p, ghost::cuda_arch(sm), vec);
+        py::dict found = figures(plan);
+        found["splits"] = plan.splits;
+        return found;
+      },
+      "batch"_a, "channels"_a, "height"_a, "width"_a, "dw_size"_a, "stride"_a, "dtype"_a,
+      "channels_last"_a, "sums"_a, "sm"_a);
+  m.def(
+      "cuda_stem_plan",
+      [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t stride,
+         int64_t out_channels, int dtype, bool channels_last, int sm) {
+        return figures(ghost::plan_stem(layer_problem(batch, channels, height, width, 3, stride,
+                                                      out_channels, dtype, channels_last, false),
+                                        ghost::cuda_arch(sm)));
+      },
+      "batch"_a, "channels"_a, "height"_a, "width"_a, "stride"_a, "out_channels"_a, "dtype"_a,
+      "channels_last"_a, "sm"_a);
+  m.def(
+      "cuda_gate_plan",
+      [](int64_t batch, int64_t channels, int64_t reduced, int64_t pixels, int64_t splits,
+         int dtype, int sm) {
+        const ghost::GatePlan plan =
+            ghost::plan_gate(batch, channels, reduced, pixels, splits > 0, splits,
+                             ghost::DType(dtype), ghost::cuda_arch(sm));
+        py::dict found = figures(plan);
+        found["launches"] = plan.parts > 1 ? 2 : 1;
+        return found;
+      },
+      "batch"_a, "channels"_a, "reduced"_a, "pixels"_a, "splits"_a, "dtype"_a, "sm"_a);
 }

@@ -82,6 +82,49 @@ std::tuple<Tensor, Tensor> depthwise_conv_sums(const Tensor& x, const Tensor& we
   return depthwise(x, weight, shift, kernel_size, stride, act, slope, true);
 }
 
+Tensor conv_stem(const Tensor& x, const Tensor& weight, const Tensor& shift, int64_t stride,
+                 int64_t act, double slope, bool channels_last) {
+  Problem whole = problem_of(x);
+  whole.ratio = 1;
+  check_sizes(whole);
+  const int64_t C = x.size(1);
+  check_device(weight, x, "weight");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == C && weight.size(2) == 3 &&
+                      weight.size(3) == 3 && weight.scalar_type() == compute_type(whole.dtype),
+                  "weight must be [O, ", C, ", 3, 3] in the compute dtype of x");
+  const int64_t O = weight.size(0);
+  STD_TORCH_CHECK(C <= kStemChannels && O <= kStemOutputs && O > 0 && O % 2 == 0,
+                  "conv_stem takes up to ", kStemChannels, " input channels and an even number of ",
+                  "up to ", kStemOutputs, " output channels, got ", C, " and ", O);
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  check_parameter(shift, x, compute_type(whole.dtype), O, "shift");
+  cuda::StemArgs args;
+  LayerProblem& p = args.problem;
+  p.batch = whole.batch;
+  p.channels = C;
+  p.out_channels = O;
+  p.height = whole.height;
+  p.width = whole.width;
+  p.stride = stride;
+  p.dtype = whole.dtype;
+  p.layout = whole.layout;
+  args.out_layout = channels_last ? Layout::kNHWC : Layout::kNCHW;
+  args.act = activation(act, slope, "act");
+  const DeviceScope scope(x);
+  Tensor out = empty_like_device(x, {p.batch, O, p.out_height(), p.out_width()}, x.scalar_type(),
+                                 args.out_layout);
+  if (out.numel() == 0) return out;
+  Tensor taps = torch::stable::transpose(torch::stable::view(weight, {O, C, 9}), 0, 2);
+  if (!taps.is_contiguous()) taps = torch::stable::contiguous(taps);
+  args.x = x.const_data_ptr();
+  args.weight = taps.const_data_ptr();
+  args.shift = shift.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.plan = plan_stem(p, scope.arch());
+  check_launch(cuda::launch_conv_stem(args, scope.stream()), "conv_stem");
+  return out;
+}
+
 Tensor squeeze_excite_gate(const Tensor& x, const OptionalTensor& sums, const Tensor& w_reduce,
                            const Tensor& b_reduce, const Tensor& w_expand, const Tensor& b_expand,
                            int64_t act, double slope, int64_t gate) {
@@ -128,6 +171,8 @@ Tensor squeeze_excite_gate(const Tensor& x, const OptionalTensor& sums, const Te
   args.sigmoid = gate == 1;
   args.gate = out.mutable_data_ptr();
   args.plan = plan_gate(N, C, R, args.pixels, sums.has_value(), args.splits, p.dtype, scope.arch());
+  Tensor hidden = empty_like_device(x, {args.plan.parts > 1 ? N * R : 0}, compute);
+  args.hidden = hidden.mutable_data_ptr();
   check_launch(cuda::launch_squeeze_excite_gate(args, scope.stream()), "squeeze_excite_gate");
   return out;
 }
@@ -138,5 +183,6 @@ Tensor squeeze_excite_gate(const Tensor& x, const OptionalTensor& sums, const Te
 GHOST_REGISTER_CUDA(m) {
   m.impl("depthwise_conv", TORCH_BOX(&ghost::depthwise_conv));
   m.impl("depthwise_conv_sums", TORCH_BOX(&ghost::depthwise_conv_sums));
+  m.impl("conv_stem", TORCH_BOX(&ghost::conv_stem));
   m.impl("squeeze_excite_gate", TORCH_BOX(&ghost::squeeze_excite_gate));
 }

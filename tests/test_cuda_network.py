@@ -1,0 +1,145 @@
+"""Whole fused networks on the emulated GPU: the kernels and launches of a CUDA device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import emulator
+import pytest
+import torch
+from cuda_cases import tf32
+from ghost_forms import randomize
+from helpers import assert_close
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ghost_ops
+from ghost_ops import model_ops, ops
+from ghost_ops.reference import GhostBottleneck
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Library]:
+    """CPU tensors take the way of CUDA tensors, and the operators run on the emulator."""
+    try:
+        found = emulator.ops()
+    except emulator.Unavailable as reason:
+        pytest.skip(str(reason))
+    emulated = torch.ops.ghost_emu
+    for name in ops.NAMES:
+        monkeypatch.setattr(ops.native, name, getattr(emulated, name).default)
+    for name in ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem"):
+        monkeypatch.setattr(model_ops, f"_{name}", getattr(emulated, name).default)
+    monkeypatch.setattr(model_ops, "ghost_apply_gated", emulated.ghost_apply_gated.default)
+    monkeypatch.setattr(model_ops, "on_gpu", lambda t: True)
+    with ghost_ops.use_backend("native"), tf32(False):
+        yield found
+
+
+class Log(TorchDispatchMode):
+    """The operators that run, and the tensors of PyTorch's that are as large as maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: list[str] = []
+        self.others: list[str] = []
+        self.wide: list[str] = []  # float32 maps that an operator of PyTorch made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith("ghost_emu::"):
+            self.ours.append(name.removeprefix("ghost_emu::"))
+        else:
+            self.others.append(name)
+            if isinstance(out, Tensor) and out.dim() == 4 and out.dtype is torch.float32:
+                self.wide.append(name)
+        return out
+
+
+def inputs(dtype: torch.dtype, size: int = 33) -> Tensor:
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, size, size + 7, generator=gen)
+    return x.to(dtype).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 0.5), (torch.float16, 1.0)], ids=["float32", "float16"]
+)
+def test_ghostnet(library: emulator.Library, dtype: torch.dtype, width: float) -> None:
+    """Right, in at most 75 launches, and no float32 map in float16."""
+    torch.manual_seed(0)
+    plain = ghost_ops.models.GhostNet(width).eval()
+    randomize(plain)
+    plain = plain.to(dtype).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    x = inputs(dtype)
+    with torch.no_grad():
+        want, eager = copy.deepcopy(plain).double()(x.double()), plain(x)
+        fused(x)
+        before = library.launches()
+        with Log() as log:
+            got = fused(x)
+        launches = library.launches() - before
+    assert_close(got, want, eager)
+    assert len(log.ours) == 55
+    assert launches <= 62  # a gate of few images takes two
+    counts = {name: log.ours.count(name) for name in set(log.ours)}
+    assert counts == {
+        "conv_stem": 1, "ghost_apply": 31, "ghost_apply_gated": 7, "depthwise_conv": 7,
+        "depthwise_conv_sums": 2, "squeeze_excite_gate": 7,
+    }  # fmt: skip
+    moving = [name for name in log.others if name not in VIEWS]
+    assert launches + len(moving) <= 75, moving
+    assert dtype is torch.float32 or not log.wide
+
+
+VIEWS = ("aten::view", "aten::t", "aten::detach", "aten::_unsafe_view")
+
+# (in, mid, out, kernel, stride, squeeze-excite ratio), as in tests/test_bottleneck.py.
+BLOCKS = [
+    (8, 12, 8, 3, 1, 0.0), (8, 20, 8, 5, 1, 0.25), (8, 20, 12, 3, 1, 0.25), (8, 13, 10, 3, 2, 0.0),
+    (8, 20, 12, 5, 2, 0.25),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_bottlenecks(
+    library: emulator.Library, block: tuple, dtype: torch.dtype, layout: str
+) -> None:
+    plain: nn.Module = randomize(GhostBottleneck(*block[:5], se_ratio=block[5])).to(dtype).eval()
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 8, 9, 10, generator=gen, dtype=torch.float64).to(dtype)
+    if layout == "nhwc":
+        x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want, eager = copy.deepcopy(plain).double()(x.double()), plain(x)
+        got = fused(x)
+        with Log() as log:
+            again = fused(x)
+    assert torch.equal(again, got)
+    assert not log.others, log.others
+    assert got.is_contiguous(memory_format=torch.channels_last) == (layout == "nhwc")
+    assert_close(got, want, eager)
+
+
+def test_a_gate_before_a_library_convolution(library: emulator.Library) -> None:
+    """A second Ghost module whose primary convolution is not ours gets the gated map."""
+    plain = randomize(GhostBottleneck(8, 20, 12, 3, 1, se_ratio=0.25))
+    plain.ghost2 = randomize(ghost_ops.reference.GhostModule(20, 12, 3, relu=False), 3)
+    plain = plain.half().eval()
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    x = torch.randn(2, 8, 9, 10).half()
+    with torch.no_grad():
+        want, eager = copy.deepcopy(plain).double()(x.double()), plain(x)
+        with Log() as log:
+            got = fused(x)
+    assert "ghost_apply_gated" not in log.ours
+    assert_close(got, want, eager)

@@ -1,0 +1,639 @@
+"""The plan of a whole network: its rows by formula, and that the model is only read."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import native_module
+from ghost_forms import FORMS, Conv, Gated, GhostConv, conv_bn_act
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ghost_ops
+from ghost_ops import network_plan, planner
+from ghost_ops.network_plan import NetworkPlan, NetworkRow
+from ghost_ops.reference import GhostBottleneck, GhostModule
+
+pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
+
+IMAGES = (256, 3, 224, 224)
+HALF = 2  # bytes of a float16
+DRAM = 3350 * 0.92e9  # bytes a second that the model takes an sm_90 to reach
+TENSOR = 4096 * 132 * 1.76e9 / 2  # FLOPs a second: half of the peak of an sm_90 in float16
+LAUNCH = 2e-6
+# A batch norm reads four vectors of its parameters and returns two of float32.
+NORM = 4 * HALF + 2 * 4
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return ghost_ops.models.ghostnet().eval()
+
+
+@pytest.fixture(scope="module")
+def plan(network: nn.Module) -> NetworkPlan:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # `steady` comes after the fixtures of the file
+    found = planner.explain(network, IMAGES, device="sm_90", dtype=torch.float16)
+    torch.set_num_threads(threads)
+    return found
+
+
+def row(plan: NetworkPlan, name: str) -> NetworkRow:
+    (found,) = (one for one in plan.rows if one.name == name)
+    return found
+
+
+def seconds(moved: float, flops: float = 0, launches: int = 1) -> float:
+    return max(moved / DRAM, flops / TENSOR) + LAUNCH * launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ATen operators that write memory, on data."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if not func.is_view and not name.startswith("aten::empty"):
+            bias = name == "aten::convolution" and args[2] is not None
+            self.count += 2 if bias else 1
+        return func(*args, **(kwargs or {}))
+
+
+def eager_launches(model: nn.Module, shape: tuple[int, ...]) -> int:
+    plain = copy.deepcopy(model).eval()
+    ghost_ops.unfuse(plain)
+    x = torch.randn(shape)
+    with torch.no_grad(), Launches() as launches:
+        plain(x)
+    return launches.count
+
+
+# --- GhostNet 1.0x ------------------------------------------------------------------------------
+
+
+def test_ghostnet_kinds(plan: NetworkPlan) -> None:
+    """32 Ghost modules, 4 strided convolutions, 5 shortcuts of two, 7 gates, and the ends."""
+    assert Counter(one.kind for one in plan.rows) == {
+        network_plan.GHOST_APPLY: 32 - 7 + 5 + 1,
+        network_plan.GHOST_APPLY_GATED: 7,
+        network_plan.DEPTHWISE_CONV: 2 + 5,
+        network_plan.DEPTHWISE_CONV_SUMS: 2,
+        network_plan.SQUEEZE_EXCITE_GATE: 7,
+        network_plan.CONV_STEM: 1,
+        network_plan.MEAN: 1,
+        network_plan.ADDMM: 2,
+        network_plan.ACTIVATION: 1,
+    }
+    assert plan.launches == len(plan.rows) == 32 + 4 + 10 + 7 + 6
+    assert {one.kind for one in plan.rows} <= set(network_plan.KINDS)
+    assert len({one.name for one in plan.rows}) == len(plan.rows)
+
+
+def test_rows_are_in_the_order_of_the_network(network: nn.Module, plan: NetworkPlan) -> None:
+    names = [one.name for one in plan.rows]
+    assert names[:3] == ["conv_stem", "blocks.0.0.ghost1", "blocks.0.0.ghost2"]
+    assert names[-5:] == ["blocks.9.0.conv", "global_pool", "conv_head", "act2", "classifier"]
+    stages = [int(name.split(".")[1]) for name in names if name.startswith("blocks")]
+    assert stages == sorted(stages)
+    assert set(names) <= {name for name, _ in network.named_modules()}
+
+
+def test_totals_are_sums(plan: NetworkPlan) -> None:
+    for total, name in (
+        (plan.launches, "launches"),
+        (plan.dram_bytes, "dram_bytes"),
+        (plan.seconds, "seconds"),
+        (plan.eager_launches, "eager_launches"),
+        (plan.eager_bytes, "eager_bytes"),
+        (plan.eager_seconds, "eager_seconds"),
+    ):
+        assert total == sum(getattr(one, name) for one in plan.rows)
+
+
+def test_eager_launches_are_those_of_a_run(network: nn.Module, plan: NetworkPlan) -> None:
+    assert plan.eager_launches == eager_launches(network, (1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "out_channels"),
+    [
+        ("blocks.0.0", (256, 16, 112, 112), (16, 16)),
+        ("blocks.2.0", (256, 24, 56, 56), (72, 24)),
+        ("blocks.8.0", (256, 160, 7, 7), (960, 160)),
+    ],
+)
+def test_ghost_rows_against_explain(
+    plan: NetworkPlan, name: str, shape: tuple[int, ...], out_channels: tuple[int, int]
+) -> None:
+    """Both sides of a Ghost module are what ``explain`` says of its shape.
+
+    The second module of a bottleneck adds the shortcut: two maps read, one written, in eager.
+    """
+    options = {"device": "sm_90", "dtype": torch.float16, "channels_last": True}
+    n, c, h, w = shape
+    middle, out = out_channels
+    first = planner.explain(shape, middle, **options)
+    second = planner.explain((n, middle, h, w), out, activation="none", residual=True, **options)
+    shortcut = 3 * n * c * h * w * HALF
+    for number, want, more in ((1, first, 0), (2, second, shortcut)):
+        got = row(plan, f"{name}.ghost{number}")
+        assert (got.dram_bytes, got.seconds) == (want.passes[0].dram_bytes, want.seconds)
+        assert got.eager_bytes == pytest.approx(want.bytes_eager + more, rel=0.01)
+
+
+def test_ghost_with_residual_by_hand(plan: NetworkPlan) -> None:
+    """x, residual and out once, w1 once; eager's passes over the maps and the sum."""
+    n, c, m, p = 256, 72, 12, 56 * 56
+    got = row(plan, "blocks.2.0.ghost2")
+    assert got.dram_bytes == (n * (c + 2 * 2 * m) * p + m * c) * HALF
+    maps = c + m + 2 * m + 2 * m + 2 * m + 4 * m  # conv, bn, depthwise, bn, cat
+    vectors = (m * c + 9 * m) * HALF + 2 * m * NORM
+    assert got.eager_bytes == n * p * (maps + 3 * 2 * m) * HALF + vectors
+    assert got.eager_launches == 6
+    norm = n * p * 2 * m * HALF + m * NORM
+    moved = [(n * p * (c + m) + m * c) * HALF, norm, (n * p * 2 * m + 9 * m) * HALF, norm]
+    moved += [n * p * 4 * m * HALF, n * p * 3 * 2 * m * HALF]
+    assert got.eager_seconds == pytest.approx(sum(map(seconds, moved)))
+
+
+def test_strided_depthwise_by_hand(plan: NetworkPlan) -> None:
+    n, c, k = 256, 48, 3
+    maps = n * c * (112 * 112 + 56 * 56)
+    got = row(plan, "blocks.1.0.conv_dw")
+    assert got.kind == network_plan.DEPTHWISE_CONV
+    assert got.dram_bytes == (maps + c * k * k) * HALF
+    assert got.seconds == pytest.approx(seconds(got.dram_bytes, 2 * n * c * 56 * 56 * k * k))
+    assert got.eager_bytes == got.dram_bytes + 2 * n * c * 56 * 56 * HALF + c * NORM
+    assert got.eager_launches == 2
+
+
+def test_gates_by_hand(plan: NetworkPlan) -> None:
+    """With sums of the convolution before it, or over the map."""
+    n, c, reduced = 256, 72, 20
+    sums = row(plan, "blocks.3.0.conv_dw")
+    assert sums.kind == network_plan.DEPTHWISE_CONV_SUMS
+    assert sums.dram_bytes == (n * c * (56 * 56 + 28 * 28) + c * 25) * HALF + n * c * 4
+    gate = row(plan, "blocks.3.0.se")
+    assert gate.dram_bytes == n * c * 4 + (2 * c * reduced + n * c) * HALF
+    n, c, reduced, p = 256, 120, 32, 28 * 28
+    gate = row(plan, "blocks.4.0.se")
+    assert gate.dram_bytes == (n * c * p + 2 * c * reduced + n * c) * HALF
+    assert gate.seconds == pytest.approx(seconds(gate.dram_bytes))
+    # Eager: mean, two convolutions with bias and ReLU of a pixel, three for the gate, the product.
+    pixel = n * (c + reduced) + c * reduced
+    bias = 2 * n * (c + reduced) + (c + reduced)
+    eager = n * c * p + n * c + 2 * pixel + bias + 2 * n * reduced + 3 * 2 * n * c
+    eager += 2 * n * c * p + n * c + n * (c + reduced)
+    assert gate.eager_launches == 1 + 2 + 1 + 2 + 3 + 1
+    assert gate.eager_bytes == pytest.approx(eager * HALF, rel=0.002)
+    ghost2 = row(plan, "blocks.4.0.ghost2")
+    assert ghost2.kind == network_plan.GHOST_APPLY_GATED
+    plain = n * p * (c + 2 * 40) + 20 * c
+    assert ghost2.dram_bytes == (plain + n * c) * HALF
+
+
+def test_ends_by_hand(plan: NetworkPlan) -> None:
+    n, hidden, classes = 256, 1280, 1000
+    stem = row(plan, "conv_stem")
+    assert stem.dram_bytes == (n * (3 * 224 * 224 + 16 * 112 * 112) + 16 * 27) * HALF
+    assert stem.eager_launches == 3
+    last = row(plan, "blocks.9.0.conv")
+    assert last.dram_bytes == (n * 49 * (160 + 960) + 160 * 960) * HALF
+    assert row(plan, "global_pool").dram_bytes == n * 960 * 50 * HALF
+    head = row(plan, "conv_head")
+    assert head.dram_bytes == (n * (960 + hidden) + 960 * hidden + hidden) * HALF
+    assert head.eager_launches == 2
+    assert head.eager_bytes == head.dram_bytes + 2 * n * hidden * HALF
+    classifier = row(plan, "classifier")
+    assert classifier.dram_bytes == (n * (hidden + classes) + (hidden + 1) * classes) * HALF
+    assert classifier.dram_bytes == classifier.eager_bytes
+    flops = 2 * n * hidden * classes
+    assert classifier.seconds == pytest.approx(seconds(classifier.dram_bytes, flops))
+
+
+def test_shortcuts_move_the_same_either_way(plan: NetworkPlan) -> None:
+    names = [one.name for one in plan.rows if one.name.endswith("shortcut.2")]
+    pairs = [(name, name.replace("shortcut.2", "ghost2")) for name in names]
+    moved = sum(row(plan, name).dram_bytes for pair in pairs for name in pair)
+    (note,) = plan.notes
+    assert note.count(f"{moved:,} bytes") == 2, note
+    assert note.startswith("shortcuts (5)")
+
+
+def test_batch_of_one(network: nn.Module, plan: NetworkPlan) -> None:
+    one = planner.explain(network, (1, *IMAGES[1:]))
+    assert [(r.name, r.kind, r.launches, r.eager_launches) for r in one.rows] == [
+        (r.name, r.kind, r.launches, r.eager_launches) for r in plan.rows
+    ]
+    assert one.dram_bytes < plan.dram_bytes / 50
+    assert one.eager_seconds > LAUNCH * one.eager_launches
+
+
+def test_text(plan: NetworkPlan) -> None:
+    text = str(plan)
+    for one in plan.rows:
+        assert any(one.name in line and f" {one.kind} " in line for line in text.splitlines())
+        assert f"{one.dram_bytes / 1e6:,.3f}" in text
+    for words in ("GhostNet on sm_90", "[256, 3, 224, 224] float16 channels_last", *plan.notes):
+        assert words in text
+    assert "not measured" in text
+    assert f"{plan.eager_bytes / 1e6:,.3f}" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+# --- the model is only read ---------------------------------------------------------------------
+
+
+def small_network(fused: bool) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [GhostBottleneck(8, 16, 12, 3, 2, se_ratio=0.25), GhostBottleneck(12, 24, 12)]
+    model = nn.Sequential(*conv_bn_act(3, 8, 3, 2, 1, nn.SiLU()), *blocks, Gated(12, 16))
+    if fused:
+        ghost_ops.fuse(model, inference=True)
+    return model
+
+
+def test_plain_and_fused_give_the_same(network: nn.Module, plan: NetworkPlan) -> None:
+    plain = copy.deepcopy(network)
+    ghost_ops.unfuse(plain)
+    assert planner.explain(plain, IMAGES) == plan
+    shape = (2, 3, 32, 32)
+    one, other = (planner.explain(small_network(fused), shape) for fused in (False, True))
+    assert one == other
+    assert one == planner.explain(small_network(True).eval(), shape)
+    assert one == planner.explain(torch.compile(small_network(False), backend="eager"), shape)
+
+
+class Watcher:
+    """A hook that cannot be copied, and writes down what it sees."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.calls: list[nn.Module] = []
+
+    def hook(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.calls.append(module)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_is_untouched(fused: bool, training: bool) -> None:
+    model = small_network(fused).train(training)
+    watcher = Watcher()
+    model.register_forward_hook(watcher.hook)
+    model[0].register_forward_hook(watcher.hook)
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        model.eval()(x)  # fills the caches of fused modules
+        model.train(training)
+    seen = len(watcher.calls)
+
+    def state() -> list[Any]:
+        tensors = [*model.parameters(), *model.buffers()]
+        return [
+            [(type(m), m.training, list(m.__dict__)) for m in model.modules()],
+            [(id(t), t.device, t.dtype, t._version, t.requires_grad) for t in tensors],
+            [t.clone() for t in tensors],
+            [list(m._forward_hooks.values()) for m in model.modules()],
+        ]
+
+    before, generator = state(), torch.get_rng_state()
+    planner.explain(model, (2, 3, 32, 32))
+    after = state()
+    assert before[:2] == after[:2]
+    assert before[3] == after[3]
+    assert all(torch.equal(a, b) for a, b in zip(before[2], after[2], strict=True))
+    assert torch.equal(generator, torch.get_rng_state())
+    assert len(watcher.calls) == seen
+
+
+def test_weights_that_a_hook_computes() -> None:
+    """They are no leaves, which deepcopy refuses."""
+    with pytest.warns(FutureWarning):
+        model = nn.utils.weight_norm(nn.Conv2d(3, 8, 1))
+    (one,) = planner.explain(model, (1, 3, 8, 8)).rows
+    assert one.kind == network_plan.PLAIN
+
+
+# --- other modules ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_lone_ghost_modules(name: str) -> None:
+    module = FORMS[name]()
+    shape = (4, 6, 20, 20)
+    plan = planner.explain(module, shape)
+    ghost = plan.rows[-1]
+    assert (ghost.name, ghost.kind, ghost.launches) == ("(model)", network_plan.GHOST_APPLY, 1)
+    assert plan.eager_launches == eager_launches(module, shape)
+    others = [one.kind for one in plan.rows[:-1]]
+    if name == "GhostModuleV2":
+        assert others == [network_plan.PLAIN]
+        assert plan.rows[0].launches == plan.rows[0].eager_launches == 8
+    else:
+        library = any(word in name for word in ("k=3", "grouped"))
+        assert others == [network_plan.LIBRARY_CONV] * library
+    assert not plan.notes
+
+
+def test_library_convolution_by_hand() -> None:
+    """The primary 3x3 of stride 2 and its bias-free result u, which ghost_apply reads."""
+    n, c, m, p = 4, 6, 4, 10 * 10
+    plan = planner.explain(GhostModule(c, 2 * m, 3, stride=2), (n, c, 20, 20))
+    conv, ghost = plan.rows
+    assert conv.name == "primary_conv.0"
+    assert conv.dram_bytes == conv.eager_bytes == (n * (c * 400 + m * p) + 9 * c * m) * HALF
+    assert ghost.dram_bytes == pytest.approx(n * p * 3 * m * HALF, rel=0.01)
+    assert (conv.eager_launches, ghost.eager_launches) == (1, 6)
+
+
+def test_attention_gate_by_hand() -> None:
+    """ghost_apply reads the gate at half the size; eager enlarges and multiplies it."""
+    n, c, out, p = 2, 6, 8, 20 * 20
+    plan = planner.explain(Gated(c, out), (n, c, 20, 20))
+    gate, ghost = plan.rows
+    assert gate.name == "short_conv"
+    assert gate.dram_bytes == gate.eager_bytes
+    alone = planner.explain(FORMS["authors"](), (n, c, 20, 20)).rows[0]
+    assert ghost.dram_bytes == alone.dram_bytes + n * out * p // 4 * HALF
+    enlarged = n * out * (p // 4 + p) + 3 * n * out * p
+    assert ghost.eager_bytes == alone.eager_bytes + enlarged * HALF
+
+
+class Bottleneck(nn.Module):
+    """As Ultralytics' GhostBottleneck."""
+
+    def __init__(self, c1: int, c2: int, stride: int, act: nn.Module) -> None:
+        super().__init__()
+        middle, none = c2 // 2, nn.Identity()
+        self.conv = nn.Sequential(
+            GhostConv(c1, middle, act=act),
+            Conv(middle, middle, 3, stride, middle, none) if stride == 2 else nn.Identity(),
+            GhostConv(middle, c2, act=none),
+        )
+        self.shortcut = nn.Identity()
+        if stride == 2:
+            self.shortcut = nn.Sequential(
+                Conv(c1, c1, 3, stride, c1, none), Conv(c1, c2, 1, 1, 1, none)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+class C3(nn.Module):
+    """As Ultralytics' C3Ghost."""
+
+    def __init__(self, c: int, act: nn.Module) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = (Conv(c, c // 2, 1, 1, 1, act) for _ in range(2))
+        self.m = nn.Sequential(Bottleneck(c // 2, c // 2, 1, act))
+        self.cv3 = Conv(c, c, 1, 1, 1, act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cv3(torch.cat((self.m(self.cv1(x)), self.cv2(x)), 1))
+
+
+def yolo() -> nn.Sequential:
+    act = nn.SiLU()  # one module for all layers, as Ultralytics has it
+    return nn.Sequential(
+        Conv(3, 16, 3, 2, 1, act), GhostConv(16, 32, 3, 2, act=act), Bottleneck(32, 64, 2, act),
+        C3(64, act), nn.Upsample(scale_factor=2), GhostConv(64, 64, act=act),
+    )  # fmt: skip
+
+
+def test_yolo_like_stack() -> None:
+    model, shape = yolo(), (2, 3, 64, 64)
+    plan = planner.explain(model, shape)
+    assert plan.eager_launches == eager_launches(model, shape)
+    kinds = {one.name: one.kind for one in plan.rows}
+    assert len(kinds) == len(plan.rows)
+    assert {name for name, kind in kinds.items() if kind == network_plan.GHOST_APPLY} == {
+        "1", "2.conv.0", "2.conv.2", "2.shortcut.1.conv", "3.m.0.conv.0", "3.m.0.conv.2", "5",
+    }  # fmt: skip
+    assert kinds["1.cv1.conv"] == network_plan.LIBRARY_CONV
+    assert kinds["2.conv.1.conv"] == kinds["2.shortcut.0.conv"] == network_plan.DEPTHWISE_CONV
+    plain = [one for one in plan.rows if one.kind == network_plan.PLAIN]
+    names = [f"{path}.{leaf}" for path in ("0", "3.cv1", "3.cv2") for leaf in ("conv", "bn", "act")]
+    names += ["3", "3.cv3.conv", "3.cv3.bn", "3.cv3.act", "4"]  # "3" concatenates
+    assert [one.name for one in plain] == names
+    for one in plain:
+        assert (one.launches, one.dram_bytes, one.seconds) == (
+            one.eager_launches, one.eager_bytes, one.eager_seconds,
+        )  # fmt: skip
+    # Two convolutions with norm and SiLU, and the concatenation; ghost2 is linear, and adds.
+    assert row(plan, "5").eager_launches == row(plan, "2.conv.0").eager_launches == 7
+    assert row(plan, "2.conv.2").eager_launches == row(plan, "3.m.0.conv.2").eager_launches == 6
+    assert row(plan, "2.shortcut.0.conv").eager_launches == 2
+    assert row(plan, "2.shortcut.1.conv").eager_launches == 2
+    assert len(plan.notes) == 1
+
+
+def test_ordinary_layers() -> None:
+    """What fuse does not know is the same on both sides: a bias, a view, an addition in place."""
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(512, 4)
+    plan = planner.explain(nn.Sequential(*layers), (2, 3, 8, 8), dtype=torch.float32)
+    assert [one.name for one in plan.rows] == ["0", "1", "3"]
+    conv, relu, linear = plan.rows
+    out = 2 * 8 * 64
+    assert conv.launches == 2
+    assert conv.dram_bytes == (2 * 3 * 64 + 8 * 27 + 8 + out + 2 * out) * 4
+    assert relu.dram_bytes == 2 * out * 4
+    assert linear.dram_bytes == (out + 512 * 4 + 4 + 8) * 4
+    assert plan.dram_bytes == plan.eager_bytes
+
+
+class Steps(nn.Module):
+    """Views, an expanded tensor, a slice that is written, new tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(x.shape, dtype=x.dtype)
+        y[:, :, ::2] = x[:, :, ::2]
+        return y.transpose(1, 2) * x.mean((2, 3), keepdim=True).expand(x.shape).transpose(1, 2)
+
+
+def test_operators_by_hand() -> None:
+    plan = planner.explain(Steps(), (2, 4, 6, 6))
+    size = 2 * 4 * 6 * 6
+    zeros, copied, mean, product = size, size // 2 * 2, size + 8, 2 * size + 8
+    assert plan.eager_bytes == (zeros + copied + mean + product) * HALF
+    assert plan.launches == 4
+
+
+@pytest.mark.filterwarnings("ignore:ghost_ops runs plain PyTorch operators")
+def test_what_is_not_fused_is_said() -> None:
+    model = small_network(False)
+    model[3].ghost1.primary_conv[0].register_forward_hook(lambda *_: None)
+    model[4].ghost1.cheap_operation[0] = nn.Conv2d(12, 12, 9, padding=4, groups=12, bias=False)
+    model[5].primary_conv[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    plan = planner.explain(model, (2, 3, 32, 32))
+    notes = "\n".join(plan.notes)
+    for words in ("3.ghost1", "has hooks", "size 9", "no running statistics", "not fused: "):
+        assert words in notes, notes
+    assert {one.name for one in plan.rows if one.kind == network_plan.GHOST_APPLY} == {
+        "3.ghost2", "4.ghost2",
+    }  # fmt: skip
+    assert notes in str(plan)
+
+
+# --- devices and dtypes -------------------------------------------------------------------------
+
+
+def test_devices() -> None:
+    """The slower the memory, the longer; bytes and launches are the same."""
+    plans = [
+        planner.explain(small_network(False), (64, 3, 224, 224), device=device)
+        for device in ("sm_89", "sm_86", "sm_80", "sm_90", "sm_100")
+    ]
+    for slow, fast in itertools.pairwise(plans):
+        assert slow.seconds > fast.seconds
+        assert slow.eager_seconds > fast.eager_seconds
+        assert (slow.launches, slow.dram_bytes) == (fast.launches, fast.dram_bytes)
+        assert slow.eager_bytes == fast.eager_bytes
+    assert [plan.device for plan in plans[:2]] == ["sm_89", "sm_86"]
+
+
+def test_dtypes_and_layouts() -> None:
+    model, shape = small_network(False), (32, 3, 64, 64)
+    half = planner.explain(model, shape)
+    single = planner.explain(model, shape, "sm_90", torch.float32, channels_last=False)
+    assert single.dtype is torch.float32
+    assert "float32 NCHW" in str(single)
+    assert single.eager_bytes == pytest.approx(2 * half.eager_bytes, rel=1e-3)
+    assert single.dram_bytes == pytest.approx(2 * half.dram_bytes, rel=0.01)
+    assert planner.explain(model, shape, dtype=torch.bfloat16).dram_bytes == half.dram_bytes
+    assert planner.explain(model, shape, dtype=torch.float64).seconds > single.seconds
+
+
+def test_tf32_follows_torch() -> None:
+    model = nn.Sequential(nn.Conv2d(512, 512, 3, padding=1, bias=False))
+    before = torch.backends.cudnn.allow_tf32
+    times = {}
+    try:
+        for allowed in (True, False):
+            torch.backends.cudnn.allow_tf32 = allowed
+            plan = planner.explain(model, (64, 512, 28, 28), dtype=torch.float32)
+            times[allowed] = plan.seconds
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    flops = 2 * 64 * 28 * 28 * 512 * 512 * 9
+    assert times[True] == pytest.approx(flops / (TENSOR / 2) + LAUNCH)
+    assert times[False] == pytest.approx(flops / (2 * 64 * 132 * 1.76e9) + LAUNCH)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 8, 8, 8), (1, 3, 0, 8), (-1, 3, 8, 8), ()])
+def test_bad_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="input_shape must be four positive sizes"):
+        planner.explain(nn.Conv2d(3, 4, 1), shape)
+
+
+@pytest.mark.parametrize("shape", [224, (1, 3, 8.5, 8), None])
+def test_shape_of_a_wrong_type(shape: Any) -> None:
+    with pytest.raises(TypeError, match="input_shape must be four ints"):
+        planner.explain(nn.Conv2d(3, 4, 1), shape)
+
+
+@pytest.mark.parametrize("device", ["cpu", "sm_70", ""])
+def test_bad_device(device: str) -> None:
+    with pytest.raises(ValueError, match=r"device must be one of 'cuda', 'sm_80'.* on the CPU"):
+        planner.explain(nn.Conv2d(3, 4, 1), (1, 3, 8, 8), device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu() -> None:
+    with pytest.raises(RuntimeError, match="torch sees none"):
+        planner.explain(nn.Conv2d(3, 4, 1), (1, 3, 8, 8), "cuda")
+
+
+def test_bad_dtype_and_mode() -> None:
+    module, shape = nn.Conv2d(3, 4, 1), (1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*got torch\.int8"):
+        planner.explain(module, shape, dtype=torch.int8)
+    with pytest.raises(ValueError, match="evaluation mode only"):
+        planner.explain(module, shape, training=True)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"ratio": 2}, {"out_channels": 8}, {"residual": True}, {"threads": 1}], ids=str
+)
+def test_arguments_of_the_other_form(extra: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(extra))):
+        planner.explain(nn.Conv2d(3, 4, 1), (1, 3, 8, 8), **extra)
+    with pytest.raises(TypeError, match="input_shape"):
+        planner.explain((1, 3, 8, 8), 8, input_shape=(1, 3, 8, 8))
+    with pytest.raises(TypeError, match="device must be a str"):
+        planner.explain(nn.Conv2d(3, 4, 1), (1, 3, 8, 8), 8)
+
+
+def test_both_forms_by_keyword() -> None:
+    module, shape = GhostModule(6, 8), (1, 6, 8, 8)
+    assert isinstance(planner.explain(model=module, input_shape=shape), NetworkPlan)
+    assert isinstance(planner.explain(shape=shape, out_channels=8), planner.Plan)
+
+
+class Raises(nn.Module):
+    """A forward with the error that it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.error
+
+
+class Looks(nn.Module):
+    """A forward that needs a value of its input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.anchors = [torch.ones(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "branch":
+            return x if x.sum() > 0 else -x
+        if self.kind == "nonzero":
+            return x.nonzero()
+        if self.kind == "numpy":
+            return x.numpy()
+        return x + self.anchors[0]
+
+
+@pytest.mark.parametrize("kind", ["branch", "nonzero", "numpy", "another device"])
+def test_a_forward_that_needs_values(kind: str) -> None:
+    with pytest.raises(ValueError, match="without the values of tensors: ") as caught:
+        planner.explain(nn.Sequential(nn.Identity(), Looks(kind)), (1, 3, 2, 3))
+    assert caught.value.__cause__ is not None
+
+
+def test_errors_of_the_model_pass() -> None:
+    with pytest.raises(KeyError, match="own"):
+        planner.explain(Raises(KeyError("own")), (1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match="channel"):
+        planner.explain(small_network(False), (1, 4, 32, 32))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_models_that_cannot_be_read() -> None:
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got str"):
+        network_plan.explain_network("ghostnet", (1, 3, 8, 8))
+    with pytest.raises(ValueError, match="lazy layer"):
+        planner.explain(nn.LazyConv2d(4, 1), (1, 3, 8, 8))
+    with pytest.raises(ValueError, match="scripted"):
+        planner.explain(torch.jit.trace(nn.ReLU(), torch.zeros(1)), (1, 3, 8, 8))
+    module = nn.Conv2d(3, 4, 1)
+    module.lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be copied: TypeError"):
+        planner.explain(module, (1, 3, 8, 8))
