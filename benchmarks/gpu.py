@@ -241,10 +241,11 @@ def make_kit(folder: Path) -> int:
 
 
 def predictions() -> dict[str, float]:
-    """Microseconds that the plan predicts, by mode, dtype, batch and shape (channels_last)."""
+    """Microseconds that the plan predicts, by mode, dtype, batch and shape or network
+    (channels_last)."""
     import torch
 
-    from benchmarks import shapes
+    from benchmarks import networks, shapes
     from ghost_ops import planner
 
     found = {}
@@ -257,6 +258,11 @@ def predictions() -> dict[str, float]:
                     channels_last=True, device="sm_" + KIT_ARCHS.replace(".", ""),
                 )  # fmt: skip
                 found[f"eval {dtype} {batch} {shape.name}"] = round(plan.seconds * 1e6, 2)
+    network = networks.NETWORKS["ghostnet-1.0"].plain(224)
+    for batch in (1, 256):
+        device = "sm_" + KIT_ARCHS.replace(".", "")
+        whole = planner.explain(network, (batch, 3, 224, 224), device=device, dtype=torch.float16)
+        found[f"eval {torch.float16} {batch} GhostNet 1.0x"] = round(whole.seconds * 1e6, 2)
     return found
 
 

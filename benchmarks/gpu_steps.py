@@ -337,6 +337,9 @@ def time_model(
         sheet.add({**row, "provider": failed, "note": refused(error)})
     for name, timed in gpu_clock.time_calls(calls, rounds=5).items():
         rate = {"provider": name, "images_per_s": batch / timed["wall_us"] * 1e6}
+        predicted = sheet.predicted.get(f"eval {torch.float16} {batch} {case}")
+        if name == "ours+graph" and predicted:
+            rate["predicted_us"] = predicted
         sheet.add({**row, **rate}, timed)
 
 
@@ -364,6 +367,8 @@ def compiled(sheet: Sheet) -> None:
     plain = plain_network(torch.float16).eval()
     check = exact_logits(plain, BATCH)
     time_model(sheet, NETWORK, "compile", BATCH, lambda: torch.compile(plain), check)
+    one = exact_logits(plain, 1)
+    time_model(sheet, NETWORK, "compile", 1, lambda: torch.compile(plain), one)
     make = lambda: torch.compile(fused(plain))  # noqa: E731
     time_model(sheet, NETWORK, "ours+compile", BATCH, make, check)
     if importlib.util.find_spec("torchvision") is None:

@@ -153,7 +153,7 @@ def _eager_depthwise_conv_sums(
     act: int,
     slope: float,
 ) -> tuple[Tensor, Tensor]:
-    out = _depthwise_conv(x, weight, shift, kernel_size, stride, act, slope)
+    out = _eager_depthwise_conv(x, weight, shift, kernel_size, stride, act, slope)
     return out, out.sum((2, 3), dtype=weight.dtype)[:, None]
 
 
@@ -189,8 +189,8 @@ def _eager_squeeze_excite_(
     slope: float,
     gate: int,
 ) -> None:
-    s = _squeeze_excite_gate(x, None, w_reduce, b_reduce, w_expand, b_expand, act, slope, gate)
-    x.mul_(s[:, :, None, None])
+    parameters = w_reduce, b_reduce, w_expand, b_expand
+    x.mul_(_eager_squeeze_excite_gate(x, None, *parameters, act, slope, gate)[:, :, None, None])
 
 
 def _eager_squeeze_excite_gate(
@@ -452,10 +452,14 @@ def squeeze_excite_(
 
     Source: Hu et al., arXiv:1709.01507.
     """
-    if not _native(x):
-        _eager_squeeze_excite_(x, w_reduce, b_reduce, w_expand, b_expand, act, slope, gate)
+    arguments = w_reduce, b_reduce, w_expand, b_expand, act, slope, gate
+    if on_gpu(x):
+        x.mul_(squeeze_excite_gate(x, None, *arguments)[:, :, None, None])
         return
-    _squeeze_excite_(x, w_reduce, b_reduce, w_expand, b_expand, act, slope, gate)
+    if not _native(x):
+        _eager_squeeze_excite_(x, *arguments)
+        return
+    _squeeze_excite_(x, *arguments)
     if not x.is_inference():
         # The kernel writes memory that autograd does not watch: tell it, and tell caches.
         torch.autograd.graph.increment_version(x)

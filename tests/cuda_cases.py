@@ -217,8 +217,8 @@ def check_extras(
     use_tf32: bool = False,
     in_gate: bool = False,
 ) -> Tensor:
-    """``ghost_apply`` with slopes per channel in place of the activations, with a gate [Hg, Wg], and
-    with a gate of its input, against PyTorch's layers in float64."""
+    """``ghost_apply`` with slopes per channel as activations, a gate [Hg, Wg] and a gate of its
+    input, against PyTorch's layers in float64."""
     o = operands(case, has_primary)
     case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
     g = torch.Generator().manual_seed(11)

@@ -30,6 +30,7 @@ from cuda_cases import (  # noqa: E402
     operands,
     poisoned_memory,
 )
+from cuda_layer_cases import check_depthwise, check_gate, check_stem  # noqa: E402
 from helpers import Case  # noqa: E402
 
 HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -48,6 +49,12 @@ SINGLE = Case(2, 9, 8, 10, 14, layout="nhwc", act1="silu", act2="gelu")
 CHANNELS = Case(2, 12, 3, 3, 800, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 GHOSTS = Case(4, 3, 5, 5, 50, ratio=17, d=7, dtype=FP64, act1="silu", act2="gelu")
 DOUBLE = Case(2, 6, 9, 7, 10, dtype=FP64, act1="silu", act2="gelu", stride=2)
+
+LAYER = {"dtype": HALF, "act": "silu", "layout": "nhwc", "stride": 2}
+DEPTHWISE = {**LAYER, "shape": (2, 40, 9, 11), "k": 3}
+GATE = {**LAYER, "shape": (3, 200, 5, 5), "reduced": 37, "gate": 0, "sums": False}
+STEM = {**LAYER, "shape": (2, 3, 13, 10), "out_channels": 20, "layouts": ("nhwc", "nhwc")}
+IMAGES = Case(9, 72, 5, 5, 40, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 
 Check = Callable[[World], object]
 
@@ -95,6 +102,17 @@ SMALL: dict[str, Check] = {
     "eval prelu": lambda w: check_extras(w, NHWC, prelu=(True, True)),
     "eval gate": lambda w: check_extras(w, WIDE, gate=(7, 12), residual=True),
     "eval gate nchw": lambda w: check_extras(w, NCHW, gate=(4, 5), prelu=(True, False)),
+    "input gate": lambda w: check_extras(w, IMAGES, residual=True, in_gate=True),
+    "input gate staged": lambda w: check_extras(
+        w, IMAGES.replace(dtype=FP32), in_gate=True, use_tf32=True
+    ),
+    "input gate nchw": lambda w: check_extras(w, IMAGES.replace(layout="nchw"), in_gate=True),
+    "depthwise": lambda w: check_depthwise(w, DEPTHWISE, True),
+    "depthwise pixels": lambda w: check_depthwise(w, {**DEPTHWISE, "layout": "nchw"}, True),
+    "gate": lambda w: check_gate(w, GATE),
+    "gate nchw": lambda w: check_gate(w, {**GATE, "layout": "nchw"}),
+    "gate in parts": lambda w: check_gate(w, {**GATE, "shape": (1, 1032, 4, 4), "reduced": 258}),
+    "stem": lambda w: check_stem(w, STEM),
     "nan": with_nan,
     "statistics": lambda w: check_statistics(w, NCHW),
     "train nhwc": lambda w: check_train(w, NHWC, keep_u=True),

@@ -140,6 +140,8 @@ def test_every_architecture_has_every_kernel() -> None:
     names = {usage.name for usage in usages()}
     assert {"ghost_apply_kernel", "ghost_primary_stats_kernel", "ghost_cheap_stats_kernel",
             "ghost_pack_kernel", "update_running_kernel"} <= names  # fmt: skip
+    assert {"ghost_depthwise_conv_kernel", "ghost_squeeze_excite_gate_kernel",
+            "ghost_conv_stem_kernel"} <= names  # fmt: skip
     assert {"ghost_backward_sums_kernel", "ghost_backward_grads_kernel",
             "ghost_backward_primary_kernel", "ghost_backward_finish_kernel"} <= names  # fmt: skip
 
@@ -233,6 +235,15 @@ def test_memory_instructions_are_wide(kernel: str, dtype: str) -> None:
     if kernel in ("ghost_apply_kernel", "ghost_backward_primary_kernel"):
         assert any(n.startswith("STG.E") and n.endswith(".128") for n in found), found
     assert any(n.startswith(("LDSM.16.M88.4", "LDSM.16.MT88.4")) for n in found)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_layer_kernels_load_wide(dtype: str) -> None:
+    """Vectors of eight channels, also where the kernel's image has a border."""
+    found = instructions()["ghost_depthwise_conv_kernel", dtype]
+    assert found["LDG.E.128"] > 0, found
+    assert any(n.startswith("STG.E") and n.endswith(".128") for n in found), found
+    assert instructions()["ghost_squeeze_excite_gate_kernel", dtype]["LDG.E.128"] > 0
 
 
 def test_float64_and_reductions_use_no_atomics() -> None:

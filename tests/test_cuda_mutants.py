@@ -28,6 +28,7 @@ GRADS = ("cuda/instances/backward_half.cu",)
 PRIMARY = ("cuda/instances/backward_half.cu",)
 SUMS = ("cuda/instances/backward_sums_half.cu",)
 PLAN = ("core/cuda_plan.cpp",)
+LAYERS = ("cuda/instances/layers_half.cu",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +66,22 @@ TILE, FORWARD, APPLY = "cuda/tile.cuh", "cuda/forward.cuh", "cuda/apply.cuh"
 PRODUCT, STORES = "cuda/product.cuh", "cuda/stores.cuh"
 EVAL = ("eval nhwc", "eval deep", "eval wide")
 EVAL_STAGED = ("eval staged", "eval staged deep")
+DEPTHWISE, GATE = "cuda/depthwise_conv.cuh", "cuda/squeeze_excite.cuh"
 RING = ("eval huge",)  # w1 does not fit into shared memory
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
 QUICK = (
     "no barrier after the copies", "one wait too few", "halo off by one",
     "pixels too many overwrite others", "weights read before they are there",
     "ring read before its stage has landed",
+    "gate of another image", "gate applied before the copies are there", "row of taps one off",
+    "sums without a barrier before them", "hidden values without a barrier", "stem's padding",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
 )  # fmt: skip
 MUTANTS = [
     Mutant(
         "no barrier after the copies", PRODUCT,
-        f"prim::cp_async_wait<kCudaStages - 2>();\n      {SYNC}",
-        "prim::cp_async_wait<kCudaStages - 2>();", STAGED, EVAL_STAGED,
+        f"      }}\n      {SYNC}\n    }}\n    load_next();", "      }\n    }\n    load_next();",
+        STAGED, EVAL_STAGED,
     ),
     Mutant(
         "one wait too few", PRODUCT, "cp_async_wait<kCudaStages - 2>",
@@ -234,6 +238,78 @@ MUTANTS = [
     Mutant(
         "partial sums without a barrier", "cuda/backward_common.cuh",
         f"    shared[tid] = sum;\n    {SYNC}", "    shared[tid] = sum;", GRADS, TRAIN,
+    ),
+    Mutant(
+        "gate of another image", PRODUCT, "if (t.images > 1) image =", "if (t.images > 99) image =",
+        NHWC, ("input gate",), schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "gate of other channels", PRODUCT, "t.in_gate_at) + first_k + k;", "t.in_gate_at) + k;",
+        NHWC, ("input gate",), schedules=("plain",),
+    ),
+    Mutant(
+        "gate applied before the copies are there", PRODUCT,
+        "prim::cp_async_wait<kCudaStages - 2>();\n      if constexpr (kGated) {",
+        "prim::cp_async_wait<kCudaStages - 1>();\n      if constexpr (kGated) {", STAGED,
+        ("input gate staged",),
+    ),
+    Mutant(
+        "gate of another image, staged", PRODUCT, "source[q0 + row].offset / plane;",
+        "source[q0].offset / plane;", STAGED, ("input gate staged",), schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "gate of another image, planes", PRODUCT, "source[q0 + row + e].offset / (p.c * plane)",
+        "source[q0 + row + e].offset / (p.c * plane + 1)", NCHW, ("input gate nchw",),
+        schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "row of taps one off", DEPTHWISE, "const int row = h * kStride + i - kD / 2;",
+        "const int row = h * kStride + i - kD / 2 + 1;", LAYERS, ("depthwise",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "columns before the first one", DEPTHWISE, "if (at >= 0 && at < width)",
+        "if (at < width)", LAYERS, ("depthwise",), schedules=("plain",),
+    ),
+    Mutant(
+        "pixels past the last column", DEPTHWISE, "if (w + s >= p.out_w) break;", "", LAYERS,
+        ("depthwise",), schedules=("plain",),
+    ),
+    Mutant(
+        "sums without a barrier before them", DEPTHWISE,
+        f"  {SYNC}\n  if (!mine || place.slot != 0) return;",
+        "  if (!mine || place.slot != 0) return;", LAYERS, ("depthwise", "depthwise pixels"),
+    ),
+    Mutant(
+        "sums of one thread", DEPTHWISE, "s < p.plan.slots; ++s) total", "s < 1; ++s) total",
+        LAYERS, ("depthwise",), schedules=("plain",),
+    ),
+    Mutant(
+        "pixels of another row", DEPTHWISE, "max_of(-top, 0)", "max_of(-top, 1)", LAYERS,
+        ("depthwise pixels",), schedules=("plain",),
+    ),
+    Mutant(
+        "means without a barrier", GATE,
+        f"      {SYNC}\n#pragma unroll 1\n      for (int k = int(threadIdx.x); k < lanes * kVec;",
+        "#pragma unroll 1\n      for (int k = int(threadIdx.x); k < lanes * kVec;", LAYERS,
+        ("gate",),
+    ),
+    Mutant(
+        "hidden values without a barrier", GATE,
+        f"  }}\n  {SYNC}\n  // In whole vectors", "  }\n  // In whole vectors", LAYERS,
+        ("gate", "gate nchw", "gate in parts"),
+    ),
+    Mutant(
+        "expansion without a barrier", GATE, f"  }});\n  {SYNC}\n", "  });\n", LAYERS,
+        ("gate", "gate in parts"),
+    ),
+    Mutant(
+        "rows of another part", GATE, "first = part * rows;", "first = 0;", LAYERS,
+        ("gate in parts",), schedules=("plain",),
+    ),
+    Mutant(
+        "stem's padding", "cuda/conv_stem.cuh", "column >= 0 && column < p.w", "column < p.w",
+        LAYERS, ("stem",), schedules=("plain",),
     ),
     Mutant(
         "half of a derivative", "cuda/epilogue.cuh", "* (A(1) - s))", ")", SUMS, TRAIN,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_cases import World
+from cuda_layer_cases import check_gate, check_stem
 from helpers import ACTIVATIONS, DTYPES, LAYOUTS, activation, assert_close, covering, with_layout
 from torch import Tensor
 
@@ -22,6 +24,29 @@ DEPTHWISE = covering(
         "dtype": list(DTYPES),
     }
 )  # fmt: skip
+
+
+GATES = covering(
+    {
+        "shape": [(2, 5, 3, 7), (3, 72, 6, 6)],
+        "reduced": [4, 37],
+        "act": ["relu", "silu"],
+        "gate": [model_ops.HARD_SIGMOID, model_ops.SIGMOID],
+        "sums": [False, True],
+        "layout": list(LAYOUTS),
+        "dtype": list(DTYPES),
+    }
+)
+STEMS = covering(
+    {
+        "shape": [(2, 3, 9, 12), (1, 1, 4, 4)],
+        "out_channels": [2, 16],
+        "stride": [1, 2],
+        "act": ["relu", "silu"],
+        "layouts": [("nchw", "nchw"), ("nhwc", "nhwc"), ("nchw", "nhwc")],
+        "dtype": list(DTYPES),
+    }
+)
 
 
 def ids(row: dict) -> str:
@@ -117,10 +142,53 @@ def test_special_values(backend: str) -> None:
             assert torch.equal(got.isinf(), want.isinf())
 
 
+CONTIGUOUS = ("depthwise_conv_backward", "plane_affine", "plane_dot")
+
+
+def packed(channels: int, intrinsic: int) -> Tensor:
+    """Packed parameters of a Ghost module of ratio 2."""
+    none = (None,) * 4
+    return torch.ops.ghost_ops.ghost_pack(
+        torch.randn(intrinsic, channels, 1, 1), *none, 1e-5, torch.randn(intrinsic, 1, 3, 3), *none,
+        1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("row", GATES, ids=ids)
+def test_squeeze_excite_gate(row: dict) -> None:
+    """What runs where no CUDA kernel does."""
+    check_gate(World(torch.ops.ghost_ops, "cpu"), row)
+
+
+@pytest.mark.parametrize("row", STEMS, ids=ids)
+def test_conv_stem(row: dict) -> None:
+    check_stem(World(torch.ops.ghost_ops, "cpu"), row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_depthwise_conv_sums(backend: str, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 6, 9, 7).to(dtype)
+    weight, shift = (torch.randn(s, dtype=compute_dtype(dtype)) for s in ((6, 1, 3, 3), (6,)))
+    out, sums = model_ops.depthwise_conv_sums(x, weight, shift, 2, activations.RELU)
+    want = model_ops.depthwise_conv(x, weight, shift, 2, activations.RELU)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(sums.sum(1).double(), out.double().sum((2, 3)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ghost_apply_gated(backend: str, layout: str) -> None:
+    x, gate = with_layout(torch.randn(2, 6, 9, 7), layout), torch.rand(2, 6)
+    numbers = (4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True)
+    tensors = (packed(6, 4), None, None)
+    got = model_ops.ghost_apply_gated(x, gate, *tensors, *numbers)
+    want = torch.ops.ghost_ops.ghost_apply(x * gate[:, :, None, None], *tensors, *numbers)
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("name", model_ops.NAMES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(name: str, layout: str) -> None:
-    if layout == "nhwc" and name not in ("depthwise_conv", "squeeze_excite_"):
+    if layout == "nhwc" and name in CONTIGUOUS:
         pytest.skip("contiguous only")
     x, weight = with_layout(torch.randn(2, 6, 5, 7), layout), torch.randn(6, 1, 3, 3)
     arguments = {
@@ -129,7 +197,18 @@ def test_opcheck(name: str, layout: str) -> None:
         "plane_affine": (x, torch.randn(2, 6), torch.randn(2, 6)),
         "plane_dot": (x, torch.randn(2, 6, 5, 7)),
         "squeeze_excite_": (x, *gate_parameters(6, 4, torch.float32), 1, 0.0, 0),
-    }[name]
+        "depthwise_conv_sums": (x, weight, torch.randn(6), 3, 2, 1, 0.0),
+        "squeeze_excite_gate": (
+            x, torch.randn(2, 3, 6), *gate_parameters(6, 4, torch.float32), 1, 0.0, 0,
+        ),
+        "conv_stem": (
+            x[:, :4].clone(memory_format=torch.preserve_format), torch.randn(8, 4, 3, 3),
+            torch.randn(8), 2, 1, 0.0, layout == "nhwc",
+        ),
+        "ghost_apply_gated": (
+            x, torch.rand(2, 6), packed(6, 4), None, None, 4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True,
+        ),
+    }[name]  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.ghost_ops, name).default, arguments)
 
 
