@@ -1,16 +1,17 @@
-"""Operators for what stands between the Ghost modules of a bottleneck.
+"""Operators for what stands between the Ghost modules of a network.
 
 ``depthwise_conv``: a depthwise convolution with a batch norm folded in and an activation;
 ``squeeze_excite_``: x times its gate, in place. A GPU does without that pass over x: there
 ``depthwise_conv_sums`` also sums its output, ``squeeze_excite_gate`` makes the gate alone, and
-``ghost_apply_gated`` multiplies x by it as it reads x; ``conv_stem`` is the network's first
-convolution, folded. In training ``depthwise_conv_backward``, and
-the two passes over planes that the gradient of a gate needs (``layers``; these three contiguous
-only).
-Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops, on the CPU for all but
-the GPU's four, on CUDA for those and ``depthwise_conv``; elsewhere, and with the eager backend,
-PyTorch's operators. Parameters are in the compute dtype: float64 for float64, else float32; the
-two matrices of a gate on CUDA in x's.
+``ghost_apply_gated`` multiplies x by it as it reads x. ``conv_stem`` is a network's first
+convolution, folded; ``ghost_apply_pooled`` its last one, with the pooling.
+In training ``depthwise_conv_backward``, and the two passes over planes that the gradient of a gate
+needs (``layers``; these three contiguous only).
+
+Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops: on the CPU for
+``depthwise_conv``, ``squeeze_excite_`` and training's three, on CUDA for the others and
+``depthwise_conv``. Elsewhere, and with the eager backend, PyTorch's operators. Parameters are in
+the compute dtype: float64 for float64, else float32; the two matrices of a gate on CUDA in x's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ HARD_SIGMOID, SIGMOID = range(2)  # codes of the gate's function
 
 _library = torch.library.Library("ghost_ops", "FRAGMENT")
 _KERNEL_SIZES, _STRIDES = (1, 3, 5, 7), (1, 2)
+MOST_POOLED = 512  # pixels of a map that ``ghost_apply_pooled`` takes
 _FORMATS = (torch.contiguous_format, torch.channels_last)  # by (is channels_last)
 
 SCHEMAS = (
@@ -48,6 +50,7 @@ SCHEMAS = (
     "Tensor w_expand, Tensor b_expand, int act, float slope, int gate) -> Tensor",
     "conv_stem(Tensor x, Tensor weight, Tensor shift, int stride, int act, float slope, "
     "bool channels_last) -> Tensor",
+    "ghost_apply_pooled(Tensor x, Tensor packed, int channels, int act, float slope) -> Tensor",
     "ghost_apply_gated(Tensor x, Tensor in_gate, Tensor packed, Tensor? residual, Tensor? gate, "
     "int intrinsic, int out_channels, int ratio, int dw_size, int stride, int act1, float slope1, "
     "int act2, float slope2, bool has_primary) -> Tensor",
@@ -227,6 +230,13 @@ def _eager_conv_stem(
     return out.contiguous(memory_format=_FORMATS[channels_last])
 
 
+def _eager_ghost_apply_pooled(
+    x: Tensor, packed: Tensor, channels: int, act: int, slope: float
+) -> Tensor:
+    numbers = (channels, channels, 1, 1, 1, act, slope, activations.NONE, 0.0, True)
+    return native.ghost_apply(x, packed, None, None, *numbers).mean((2, 3))
+
+
 def _eager_ghost_apply_gated(x: Tensor, in_gate: Tensor, *arguments: Any) -> Tensor:
     return native.ghost_apply(dense(x * in_gate[:, :, None, None]), *arguments)
 
@@ -273,6 +283,10 @@ def _fake_conv_stem(x, weight, shift, stride, act, slope, channels_last):
     return _map(x, weight.size(0), stride).contiguous(memory_format=_FORMATS[channels_last])
 
 
+def _fake_ghost_apply_pooled(x, packed, channels, act, slope):
+    return x.new_empty(x.size(0), channels)
+
+
 def _fake_ghost_apply_gated(
     x, in_gate, packed, residual, gate, intrinsic, out_channels, ratio, dw_size, stride, act1,
     slope1, act2, slope2, has_primary,
@@ -289,6 +303,7 @@ _EAGER = (
     _eager_squeeze_excite_,
     _eager_squeeze_excite_gate,
     _eager_conv_stem,
+    _eager_ghost_apply_pooled,
     _eager_ghost_apply_gated,
 )
 _FAKES = (
@@ -300,6 +315,7 @@ _FAKES = (
     _fake_squeeze_excite_,
     _fake_squeeze_excite_gate,
     _fake_conv_stem,
+    _fake_ghost_apply_pooled,
     _fake_ghost_apply_gated,
 )
 
@@ -316,6 +332,7 @@ _squeeze_excite_ = torch.ops.ghost_ops.squeeze_excite_.default
 _depthwise_conv_sums = torch.ops.ghost_ops.depthwise_conv_sums.default
 _squeeze_excite_gate = torch.ops.ghost_ops.squeeze_excite_gate.default
 _conv_stem = torch.ops.ghost_ops.conv_stem.default
+ghost_apply_pooled = torch.ops.ghost_ops.ghost_apply_pooled.default
 ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
 
 

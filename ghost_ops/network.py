@@ -176,7 +176,7 @@ class PackedEnds(PackedWhole):
         x = self.stem(x)
         for stage in self.stages[:-1]:
             x = stage(x)
-        x = self.last(dense(x)).mean((2, 3))
+        x = self.last.pooled(dense(x))
         x = F.linear(x, self.head, self.head_bias)
         assert self.head_act is not None
         x = activations.apply(x, *self.head_act, inplace=True)

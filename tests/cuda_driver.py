@@ -30,7 +30,7 @@ from cuda_cases import (  # noqa: E402
     operands,
     poisoned_memory,
 )
-from cuda_layer_cases import check_depthwise, check_gate, check_stem  # noqa: E402
+from cuda_layer_cases import check_depthwise, check_gate, check_pooled, check_stem  # noqa: E402
 from helpers import Case  # noqa: E402
 
 HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -113,6 +113,7 @@ SMALL: dict[str, Check] = {
     "gate nchw": lambda w: check_gate(w, {**GATE, "layout": "nchw"}),
     "gate in parts": lambda w: check_gate(w, {**GATE, "shape": (1, 1032, 4, 4), "reduced": 258}),
     "stem": lambda w: check_stem(w, STEM),
+    "pooled": lambda w: check_pooled(w, IMAGES.replace(ratio=1)),
     "nan": with_nan,
     "statistics": lambda w: check_statistics(w, NCHW),
     "train nhwc": lambda w: check_train(w, NHWC, keep_u=True),

@@ -9,8 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cuda_cases import World
-from helpers import activation, assert_close, with_layout
+from cuda_cases import (
+    SLOPE,
+    World,
+    as_tensor_cores_see_it,
+    norm_arguments,
+    operands,
+    tf32,
+    tolerance_dtype,
+)
+from helpers import ACT_CODE, Case, Params, activation, assert_close, with_layout
 from torch import Tensor
 
 from ghost_ops import activations, model_ops
@@ -107,3 +115,23 @@ def check_gate(world: World, row: Row) -> None:
     assert got.dtype == dtype
     assert got.shape == (n, c)
     assert_close(got, want, eager)
+
+
+def check_pooled(world: World, case: Case, use_tf32: bool = False) -> None:
+    """A 1x1 convolution with its batch norm and activation, pooled."""
+    o = operands(case)
+    none = (None,) * 4
+
+    def formula(p: Params, x: Tensor) -> Tensor:
+        u, n = F.conv2d(x, p.w1), p.bn1
+        u = F.batch_norm(u, n.mean, n.var, n.gamma, n.beta, False, 0.0, n.eps)
+        return activation(case.act1, u).mean((2, 3))
+
+    with torch.no_grad(), tf32(use_tf32):
+        want = formula(o.p.to(torch.float64), o.x.double())
+        eager = formula(*as_tensor_cores_see_it(o, use_tf32))
+        w2 = torch.empty(0, 1, 1, 1, dtype=case.dtype)
+        packed = world.pack(o.w1, *norm_arguments(o)[0], 1e-5, w2, *none, 1e-5)
+        got = world.call("ghost_apply_pooled", o.x, packed, case.m, ACT_CODE[case.act1], SLOPE)
+    assert got.shape == (case.n, case.m)
+    assert_close(got, want, eager, dtype=tolerance_dtype(case, use_tf32))

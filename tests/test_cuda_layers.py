@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_cases import World, check_extras, poisoned_memory
-from cuda_layer_cases import check_depthwise, check_gate, check_stem, depthwise_operands
+from cuda_layer_cases import (
+    check_depthwise,
+    check_gate,
+    check_pooled,
+    check_stem,
+    depthwise_operands,
+)
 from helpers import ACTIVATIONS, DTYPES, Case, covering, with_layout
 from torch import Tensor
 
@@ -165,6 +171,38 @@ def test_empty(world: World) -> None:
     assert out.shape == (0, 3, 2, 2)
     p = (torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(3))
     assert world.call("squeeze_excite_gate", x, sums, *p, 1, 0.0, 0).shape == (0, 3)
+
+
+POOLED = covering(
+    {
+        # Images that share a tile, a map as large as a tile, odd channels, one pixel.
+        "shape": [(6, 24, 7, 7, 40), (2, 13, 9, 5, 21), (3, 7300, 1, 1, 20), (1, 8, 16, 32, 12),
+                  (9, 160, 7, 7, 960)],
+        "act": ["relu", "silu"],
+        "dtype": list(DTYPES),
+        "layout": ["nchw", "nhwc"],
+        "use_tf32": [False, True],
+    }
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("row", POOLED, ids=ids)
+def test_pooling(world: World, device: str, row: dict[str, Any]) -> None:
+    n, c, h, w, m = row["shape"]
+    if c > 1000 and row["dtype"].itemsize > 4 and device == "tiny sm_86":
+        pytest.skip("float64 weights of so many channels do not fit")
+    case = Case(n, c, h, w, m, layout=row["layout"], dtype=row["dtype"], act1=row["act"], ratio=1)
+    check_pooled(world, case, row["use_tf32"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((1, 4, 27, 19), "x may have 512 pixels, got 513")]
+)
+def test_bad_input_of_pooling(world: World, shape: tuple, message: str) -> None:
+    none = (None,) * 4
+    packed = world.pack(torch.ones(8, 4, 1, 1), *none, 1e-5, torch.ones(0, 1, 1, 1), *none, 1e-5)
+    with pytest.raises(RuntimeError, match=message):
+        world.call("ghost_apply_pooled", torch.ones(shape), packed, 8, 1, 0.0)
 
 
 @pytest.mark.parametrize(

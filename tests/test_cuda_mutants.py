@@ -255,7 +255,8 @@ MUTANTS = [
     ),
     Mutant(
         "gate of another image, staged", PRODUCT, "source[q0 + row].offset / plane;",
-        "source[q0].offset / plane;", STAGED, ("input gate staged",), schedules=("plain",), device="tiny sm_86",
+        "source[q0].offset / plane;", STAGED, ("input gate staged",), schedules=("plain",),
+        device="tiny sm_86",
     ),
     Mutant(
         "gate of another image, planes", PRODUCT, "source[q0 + row + e].offset / (p.c * plane)",
@@ -310,6 +311,11 @@ MUTANTS = [
     Mutant(
         "stem's padding", "cuda/conv_stem.cuh", "column >= 0 && column < p.w", "column < p.w",
         LAYERS, ("stem",), schedules=("plain",),
+    ),
+    Mutant(
+        "pooled images of a tile mixed up", APPLY, "y_position(t, tile, image, h, 0)",
+        "y_position(t, tile, 0, h, 0)", NHWC, ("pooled",), schedules=("plain",),
+        device="tiny sm_86",
     ),
     Mutant(
         "half of a derivative", "cuda/epilogue.cuh", "* (A(1) - s))", ")", SUMS, TRAIN,

@@ -31,7 +31,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Library]:
         monkeypatch.setattr(ops.native, name, getattr(emulated, name).default)
     for name in ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem"):
         monkeypatch.setattr(model_ops, f"_{name}", getattr(emulated, name).default)
-    monkeypatch.setattr(model_ops, "ghost_apply_gated", emulated.ghost_apply_gated.default)
+    for name in ("ghost_apply_gated", "ghost_apply_pooled"):
+        monkeypatch.setattr(model_ops, name, getattr(emulated, name).default)
     monkeypatch.setattr(model_ops, "on_gpu", lambda t: True)
     with ghost_ops.use_backend("native"), tf32(False):
         yield found
@@ -88,8 +89,8 @@ def test_ghostnet(library: emulator.Library, dtype: torch.dtype, width: float) -
     assert launches <= 62  # a gate of few images takes two
     counts = {name: log.ours.count(name) for name in set(log.ours)}
     assert counts == {
-        "conv_stem": 1, "ghost_apply": 31, "ghost_apply_gated": 7, "depthwise_conv": 7,
-        "depthwise_conv_sums": 2, "squeeze_excite_gate": 7,
+        "conv_stem": 1, "ghost_apply": 30, "ghost_apply_gated": 7, "ghost_apply_pooled": 1,
+        "depthwise_conv": 7, "depthwise_conv_sums": 2, "squeeze_excite_gate": 7,
     }  # fmt: skip
     moving = [name for name in log.others if name not in VIEWS]
     assert launches + len(moving) <= 75, moving

@@ -145,13 +145,13 @@ def test_special_values(backend: str) -> None:
 CONTIGUOUS = ("depthwise_conv_backward", "plane_affine", "plane_dot")
 
 
-def packed(channels: int, intrinsic: int) -> Tensor:
-    """Packed parameters of a Ghost module of ratio 2."""
+def packed(channels: int, intrinsic: int, ghosts: int | None = None) -> Tensor:
+    """Packed parameters of a Ghost module of ratio 2, or of ratio 1 without ghosts."""
     none = (None,) * 4
-    return torch.ops.ghost_ops.ghost_pack(
-        torch.randn(intrinsic, channels, 1, 1), *none, 1e-5, torch.randn(intrinsic, 1, 3, 3), *none,
-        1e-5,
-    )  # fmt: skip
+    size = 1 if ghosts == 0 else 3
+    w2 = torch.randn(intrinsic if ghosts is None else ghosts, 1, size, size)
+    w1 = torch.randn(intrinsic, channels, 1, 1)
+    return torch.ops.ghost_ops.ghost_pack(w1, *none, 1e-5, w2, *none, 1e-5)
 
 
 @pytest.mark.parametrize("row", GATES, ids=ids)
@@ -205,6 +205,7 @@ def test_opcheck(name: str, layout: str) -> None:
             x[:, :4].clone(memory_format=torch.preserve_format), torch.randn(8, 4, 3, 3),
             torch.randn(8), 2, 1, 0.0, layout == "nhwc",
         ),
+        "ghost_apply_pooled": (x, packed(6, 4, ghosts=0), 4, 1, 0.0),
         "ghost_apply_gated": (
             x, torch.rand(2, 6), packed(6, 4), None, None, 4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True,
         ),

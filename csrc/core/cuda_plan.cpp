@@ -143,6 +143,7 @@ class Planner {
       c.images = images;
       consider(c);
     }
+    if (p_.pooled) return;
     c.images = 1;
     int64_t last_cols = 0;
     for (int64_t parts_w = 1; parts_w <= ceil_div(W_, 7); parts_w *= 2) {
@@ -317,7 +318,7 @@ class Planner {
       serial = double(rounds + (rest > 0)) * t.ghosts * window;
     }
     double out_bytes = 0;
-    if (kernel_ == CudaKernel::kApply)
+    if (kernel_ == CudaKernel::kApply && !p_.pooled)
       out_bytes = inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + p_.has_gate());
     if (keeps()) out_bytes = inner * channels * e;
     if (backward()) out_bytes = inner * channels * (1 + t.ghosts) * e;
@@ -332,7 +333,9 @@ class Planner {
     const double x_bytes = double(p_.batch) * c * double(p_.height * p_.width) * e;
     // The neighbours' halo and the other channel blocks find x in L2; a little is evicted.
     plan.dram_bytes = int64_t(
-        x_bytes + (kernel_ == CudaKernel::kApply ? px * p_.out_channels * e : 0) +
+        x_bytes +
+        (kernel_ == CudaKernel::kApply ? (p_.pooled ? double(p_.batch) : px) * p_.out_channels * e
+                                       : 0) +
         (keeps() ? px * p_.intrinsic * e : 0) + (p_.has_residual ? px * p_.out_channels * e : 0) +
         double(p_.batch * p_.out_channels * p_.gate_height * p_.gate_width) * e +
         double(p_.intrinsic) * c * e);
@@ -412,16 +415,32 @@ class Planner {
   int64_t halo_, ghosts_, H_, W_;
 };
 
-using Key =
-    std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-               int64_t, int64_t, int, int, bool, bool, bool, int64_t, int64_t, int64_t, int64_t>;
+using Key = std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                       int64_t, int64_t, int64_t, int, int, bool, bool, bool, bool, int64_t,
+                       int64_t, int64_t, int64_t>;
 
 Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
-  return {int(kernel),        arch.sm,        allow_tf32,    p.batch,
-          p.channels,         p.height,       p.width,       p.stride,
-          p.intrinsic,        p.out_channels, p.ratio,       p.dw_size,
-          int(p.dtype),       int(p.layout),  p.has_primary, p.has_residual,
-          p.has_in_gate,      p.gate_height,  p.gate_width,  arch.multiprocessors,
+  return {int(kernel),
+          arch.sm,
+          allow_tf32,
+          p.batch,
+          p.channels,
+          p.height,
+          p.width,
+          p.stride,
+          p.intrinsic,
+          p.out_channels,
+          p.ratio,
+          p.dw_size,
+          int(p.dtype),
+          int(p.layout),
+          p.has_primary,
+          p.has_residual,
+          p.has_in_gate,
+          p.pooled,
+          p.gate_height,
+          p.gate_width,
+          arch.multiprocessors,
           arch.smem_per_block};
 }
 

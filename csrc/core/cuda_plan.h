@@ -79,6 +79,10 @@ struct CudaPlan {
   double seconds = 0;                    // the model's estimate, used to rank candidates
 };
 
+// Pixels of a map, at most, of a pooled problem: its tiles are whole images, which have to fit into
+// the shared memory of every architecture and dtype.
+inline constexpr int64_t kCudaMostPooled = 512;
+
 // Raises std::runtime_error if no tile fits into shared memory.
 CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32);
 

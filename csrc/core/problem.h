@@ -43,7 +43,8 @@ struct Problem {
   Layout layout = Layout::kNCHW;
   bool has_primary = true;  // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
-  bool has_in_gate = false;                 // x is multiplied by a gate [N, C] as it is read
+  bool pooled = false;       // out is the mean over its pixels, [N, oup]; of ratio 1 only
+  bool has_in_gate = false;  // x is multiplied by a gate [N, C] as it is read
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
   bool joined = false;  // x is [C, N, H, W]: the images of a channel are adjacent
 

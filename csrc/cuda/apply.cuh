@@ -26,6 +26,7 @@ struct ApplyParams {
   Norm<Accumulator<T>> norm2;
   Activated<Accumulator<T>> act2;
   Output<T> output;
+  bool pooled = false;  // output.out is [n, m], the means over the pixels of y
 };
 
 // Scales, shifts, slopes and taps of the block's channels into shared memory. The second batch
@@ -138,6 +139,32 @@ __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, i
                       reinterpret_cast<const int32_t*>(shared + t.gate_at), y, z);
 }
 
+// Means of y over the pixels of a tile's images, to the output [n, m]. A thread takes one channel
+// of one image; neighbouring threads neighbouring channels.
+template <class T>
+__device__ __forceinline__ void pool_tile(const ApplyParams<T>& params, int index,
+                                          unsigned char* shared) {
+  using A = Accumulator<T>;
+  const CudaTile& t = params.tile;
+  const Maps& p = params.maps;
+  const Place place(t, p);
+  const Tile tile = locate_tile(t, p, prim::opaque(index));
+  const T* const y = reinterpret_cast<const T*>(shared + t.y_at);
+#pragma unroll 1
+  for (int k = int(threadIdx.x); k < tile.images * place.valid; k += kThreads) {
+    const int image = k / place.valid, c = k - image * place.valid;
+    A sum = A(0);
+#pragma unroll 1
+    for (int h = 0; h < tile.rows; ++h) {
+      const T* from = y + y_position(t, tile, image, h, 0) * t.y_stride + c;
+#pragma unroll 4
+      for (int w = 0; w < tile.cols; ++w) sum += prim::to_float(from[w * t.y_stride]);
+    }
+    params.output.out[(tile.n0 + image) * p.m + place.c0 + c] =
+        prim::from_float<T>(sum / A(p.h * p.w));
+  }
+}
+
 template <class P, Layout kLayout, int kChannels>
 __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     ghost_apply_kernel(const ApplyParams<typename P::T> params) {
@@ -154,7 +181,10 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
                                 locate_tile(t, p, prim::opaque(index)), params.output);
     if (t.ghosts > 0) make_z_tile<kWindowRows<typename P::T>>(params, index, shared);
     if (t.ghosts > 0 || params.output.gate != nullptr) prim::sync_threads();
-    store_apply_tile<kLayout>(params, index, shared);
+    if (params.pooled)
+      pool_tile(params, index, shared);
+    else
+      store_apply_tile<kLayout>(params, index, shared);
   }
 }
 

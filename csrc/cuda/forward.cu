@@ -73,6 +73,7 @@ cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream) {
     params.norm2 = typed<T>(args.norm2);
     params.act2 = typed<T>(args.problem.act2, args.slopes2);
     params.output = output_of<T>(args, args.problem.out_channels);
+    params.pooled = args.problem.pooled;
     return decltype(kernels)::apply(params, unsigned(args.plan.blocks), stream);
   });
 }

@@ -96,11 +96,13 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,
          int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2,
          int dtype, bool channels_last, bool has_primary, bool has_residual, bool has_in_gate,
-         int64_t gate_height, int64_t gate_width, int sm, bool allow_tf32, bool training) {
+         bool pooled, int64_t gate_height, int64_t gate_width, int sm, bool allow_tf32,
+         bool training) {
         ghost::Problem p =
             make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size,
                          stride, act1, act2, dtype, channels_last, has_primary, has_residual);
         p.has_in_gate = has_in_gate;
+        p.pooled = pooled;
         p.gate_height = gate_height;
         p.gate_width = gate_width;
         return plan_cuda_passes(p, sm, allow_tf32, training);
@@ -108,8 +110,8 @@ PYBIND11_MODULE(_C, m) {
       "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a,
       "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
       "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false,
-      "has_in_gate"_a = false, "gate_height"_a = 0, "gate_width"_a = 0, "sm"_a = 90,
-      "allow_tf32"_a = true, "training"_a = false);
+      "has_in_gate"_a = false, "pooled"_a = false, "gate_height"_a = 0, "gate_width"_a = 0,
+      "sm"_a = 90, "allow_tf32"_a = true, "training"_a = false);
   m.def("cuda_arch", &cuda_arch_figures, "sm"_a);
   define_layer_plans(m);
 }

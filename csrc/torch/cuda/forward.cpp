@@ -158,6 +158,31 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                stride, act1, slope1, act2, slope2, has_primary);
 }
 
+// The mean over the pixels of a 1x1 convolution with its batch norm and activation: a Ghost module
+// of ratio 1.
+Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channels, int64_t act,
+                          double slope) {
+  Problem p = problem_of(x);
+  set_apply(p, channels, channels, 1, 1, 1, act, slope, 0, 0.0, true);
+  check_sizes(p);
+  const DeviceScope scope(x);
+  STD_TORCH_CHECK(p.out_pixels() > 0, "x must have pixels");
+  STD_TORCH_CHECK(p.out_pixels() <= kCudaMostPooled, "x may have ", kCudaMostPooled,
+                  " pixels, got ", p.out_pixels());
+  p.pooled = true;
+  Tensor out = empty_like_device(x, {p.batch, channels}, x.scalar_type());
+  ForwardArgs args;
+  args.problem = p;
+  check_device(packed, x, "packed");
+  use_packed(args, packed);
+  if (p.batch == 0) return out;
+  args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
+  args.x = x.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  check_launch(launch_ghost_apply(args, scope.stream()), "ghost_apply_pooled");
+  return out;
+}
+
 Tensor ghost_apply_gated(const Tensor& x, const Tensor& in_gate, const Tensor& packed,
                          const OptionalTensor& residual, const OptionalTensor& gate,
                          int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
@@ -334,6 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
 GHOST_REGISTER_CUDA(m) {
   m.impl("ghost_pack", TORCH_BOX(&ghost::ghost_pack));
   m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
+  m.impl("ghost_apply_pooled", TORCH_BOX(&ghost::ghost_apply_pooled));
   m.impl("ghost_apply_gated", TORCH_BOX(&ghost::ghost_apply_gated));
   m.impl("ghost_primary_stats", TORCH_BOX(&ghost::ghost_primary_stats));
   m.impl("ghost_cheap_stats", TORCH_BOX(&ghost::ghost_cheap_stats));
