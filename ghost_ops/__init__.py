@@ -3,8 +3,8 @@
 ``FusedGhostModule`` takes the place of the reference ``GhostModule``: same arguments, parameters,
 state_dict and numbers, in fewer passes over memory. ``functional.ghost_module`` does the same on
 tensors. ``fuse`` does it to a whole model that exists already; ``models`` has GhostNet and other
-networks made of such modules. ``python -m ghost_ops`` tells which implementation runs where, and
-why.
+networks made of such modules. ``graphed`` replays a model's inference as CUDA graphs. ``python -m
+ghost_ops`` tells which implementation runs where, and why.
 """
 
 from . import activations, backends, functional, model_ops, models, ops, planner, reference
@@ -13,6 +13,7 @@ from .backends import use_backend
 from .bottleneck import FusedGhostBottleneck, SqueezeExcite
 from .convert import fuse, unfuse
 from .functional import ghost_module
+from .graphed import graphed
 from .nn import FusedGhostModule
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "functional",
     "fuse",
     "ghost_module",
+    "graphed",
     "model_ops",
     "models",
     "ops",

@@ -27,12 +27,15 @@ from .convert_layouts import (
     read_branch,
 )
 from .nn import FusedGhostModule
-from .reference import hard_sigmoid
+from .reference import GhostModule, hard_sigmoid
 
 _GATES: dict[int, Callable[[Tensor], Tensor]] = {
     model_ops.HARD_SIGMOID: hard_sigmoid,
     model_ops.SIGMOID: torch.sigmoid,
 }
+
+
+_FORWARDS = (FusedGhostModule.forward, GhostModule.forward)
 
 
 class Gate(NamedTuple):
@@ -99,7 +102,7 @@ class Parts(NamedTuple):
         """Raise ``Refusal`` if the module's forward is not ``formula``."""
         generator = torch.Generator().manual_seed(0)
         copy = convert_probe.clone(module, generator)
-        parts = read_bottleneck(copy)
+        parts = read_bottleneck(copy, fused=False)
         assert parts is not None
         channels = layout_of(self.ghost1)[0].primary.conv.in_channels
         x = torch.randn(2, channels, 9, 8, generator=generator, dtype=torch.float64)
@@ -141,8 +144,12 @@ def _run_branch(branch: Branch, x: Tensor) -> Tensor:
     return _norm_and_act(branch, branch.conv(x))
 
 
-def layout_of(ghost: nn.Module) -> tuple[Layout, int]:
+def layout_of(ghost: nn.Module, fused: bool = True) -> tuple[Layout, int]:
     """The layout of a Ghost module and its number of output channels.
+
+    Args:
+        fused: it has to be a fused one, or the reference: what another class computes from the same
+            children is known once it is fused.
 
     Raises:
         Refusal: it cannot be computed by the fused ops now.
@@ -155,8 +162,8 @@ def layout_of(ghost: nn.Module) -> tuple[Layout, int]:
             raise Refusal(state.reason)
         return state.layout, state.out_channels
     names = candidate(ghost)
-    if names is None:
-        raise Refusal(f"a {type(ghost).__name__} is not a Ghost module")
+    if names is None or (fused and type(ghost).forward not in _FORWARDS):
+        raise Refusal(f"a {type(ghost).__name__} is not a fused Ghost module")
     layout = read(ghost, names)
     if isinstance(ghost, FusedGhostModule):
         return layout, ghost.oup
@@ -169,8 +176,11 @@ def _is_ghost(module: nn.Module | None) -> bool:
     return isinstance(module, (FusedGhostModule, ConvertedGhost)) or candidate(module) is not None
 
 
-def read_bottleneck(module: nn.Module) -> Parts | None:
+def read_bottleneck(module: nn.Module, fused: bool = True) -> Parts | None:
     """The parts of a Ghost bottleneck, or None if the module is not like one.
+
+    Args:
+        fused: as of ``layout_of``.
 
     Raises:
         Refusal: it is like one, but an invariant does not hold.
@@ -196,7 +206,7 @@ def read_bottleneck(module: nn.Module) -> Parts | None:
             raise Refusal(f"it has a further child, {name}")
     if "forward" in module.__dict__:
         raise Refusal("its forward is replaced on the object")
-    layouts = [layout_of(ghost) for ghost in ghosts]
+    layouts = [layout_of(ghost, fused) for ghost in ghosts]
     if layouts[1][0].gate is not None:
         raise Refusal("its second Ghost module has an attention gate")
     middle = [m for m in middle if m is not None and not _is_nothing(m)]

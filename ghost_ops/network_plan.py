@@ -1,15 +1,11 @@
 """Every operator of a fused network on a GPU, beside those of eager PyTorch: launches, bytes, time.
 
-``explain_network`` copies the model to the meta device, where tensors have shapes and no data.
-``fuse`` on the copy decides which modules are fused. Then the plain forward of the copy runs once:
-eager's numbers come from the ATen operators that it dispatches, the fused network's from the shapes
-that they work on. No GPU is needed, and the model is only read.
+Eager's numbers come from the ATen operators of one run on the meta device (``network_trace``), the
+fused network's from the shapes that they work on. No GPU is needed, and the model is only read.
 
-Bytes are what an operator reads from and writes to device memory. An ATen operator reads its input
-tensors and writes its results. A view moves nothing, an expanded dimension counts once, and an
-in-place operator reads and writes. A convolution with a bias is two launches in eager PyTorch: the
-second adds the bias in place. Bytes and time of ``ghost_apply`` are those of its tile plan
-(``csrc/core/cuda_plan.cpp``). The time of every other operator, on both sides::
+Bytes, time and launches of the operators of ghost_ops are those of the plans of their kernels
+(``csrc/core/cuda_plan.cpp``, ``cuda_plan_layers.cpp``). The time of every other operator, on both
+sides::
 
     seconds = max(bytes / (0.92 * DRAM bandwidth), FLOPs / (0.5 * tensor core peak))
               + 2e-6 * launches
@@ -22,9 +18,10 @@ What the model leaves out:
 - Time on the host. At small batches it is longer than eager PyTorch's kernels.
 - Kernels inside an ATen operator: layout conversions and workspaces of cuDNN, the inverse standard
   deviation of a batch norm, split reductions. These would add to eager's side.
-- Plain multiply-adds of depthwise convolutions outside Ghost modules, which run on no tensor core,
-  and launches of too few blocks to fill the GPU. Both are in the tile plans of Ghost modules only.
-- Shifts, biases and slopes per channel that fused operators read, and their packing at first call.
+- Launches of too few blocks to fill the GPU, by other operators than those of ghost_ops: they too
+  would add to eager's side. The plans of our kernels count them.
+- Plain multiply-adds of depthwise convolutions outside Ghost modules, on both sides.
+- Shifts, slopes and cheap weights that ``ghost_apply`` reads, and all packing at first call.
 - Composite functions with a kernel of their own on a GPU: on the meta device they are several
   operators. An operator that reads a part of a tensor counts as reading all of it.
 - Hooks: they are not run. A hook inside a Ghost module keeps the module from being fused.
@@ -32,55 +29,41 @@ What the model leaves out:
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
-from . import activations, backends, convert
-from .autograd import is_fused_primary
-from .bottleneck import ConvertedBottleneck, FusedGhostBottleneck
-from .bottleneck_parts import Gate, Parts, layout_of, read_bottleneck
-from .convert_forward import ConvertedGhost
-from .convert_layouts import Branch, Refusal, settings_of
-from .convert_probe import small_gate, uses_batch_stats
-from .network import ConvertedNetwork, Ends, read_ends
-from .nn import FusedGhostModule
+from . import activations, backends
+from .convert_layouts import Branch
+from .model_ops import MOST_POOLED
+from .network import Ends
+from .network_trace import Bottleneck, Call, Ghost, Op, Shape, Unit, conv_shape, has_stem, trace
 from .ops import allow_tf32
 from .planner import CUDA_DEVICES, compute_capability
 
 # The kinds of rows: operators of ghost_ops on CUDA, then PyTorch's.
 GHOST_APPLY = "ghost_apply"
 GHOST_APPLY_GATED = "ghost_apply_gated"  # x times the gate [N, C] of a squeeze-and-excitation
+GHOST_APPLY_POOLED = "ghost_apply_pooled"  # the last convolution and the mean over its pixels
 DEPTHWISE_CONV = "depthwise_conv"
 DEPTHWISE_CONV_SUMS = "depthwise_conv_sums"  # also sums every output map, for the gate behind it
 SQUEEZE_EXCITE_GATE = "squeeze_excite_gate"
 CONV_STEM = "conv_stem"
-LIBRARY_CONV = "library_conv"  # a primary convolution that is not a plain 1x1
-MEAN = "mean"
-ADDMM = "addmm"
-ACTIVATION = "activation"
-PLAIN = "plain"  # what fuse leaves as it is: the same on both sides
-KINDS = (
-    GHOST_APPLY, GHOST_APPLY_GATED, DEPTHWISE_CONV, DEPTHWISE_CONV_SUMS, SQUEEZE_EXCITE_GATE,
-    CONV_STEM, LIBRARY_CONV, MEAN, ADDMM, ACTIVATION, PLAIN,
+OWN_KINDS = (
+    GHOST_APPLY, GHOST_APPLY_GATED, GHOST_APPLY_POOLED, DEPTHWISE_CONV, DEPTHWISE_CONV_SUMS,
+    SQUEEZE_EXCITE_GATE, CONV_STEM,
 )  # fmt: skip
-
-_ROOT = "(model)"
-_DW_SIZES = (1, 3, 5, 7)  # cheap kernels that ghost_apply has
-_LAUNCH_SECONDS = 2e-6
-_SUM_BYTES = 4  # of a float32 sum over a map
-Shape = tuple[int, ...]
+LIBRARY_CONV = "library_conv"  # a primary convolution or stem that our operators do not compute
+GATE_PRODUCT = "gate_product"  # a map times its gate, in place, where ghost_apply cannot take it
+MEAN, ADDMM, ACTIVATION = "mean", "addmm", "activation"
+PLAIN = "plain"  # PyTorch's operators, the same on both sides
+KINDS = (*OWN_KINDS, LIBRARY_CONV, GATE_PRODUCT, MEAN, ADDMM, ACTIVATION, PLAIN)
 
 
 # --- the result ---------------------------------------------------------------------------------
@@ -107,6 +90,10 @@ class NetworkRow:
     eager_seconds: float
 
 
+def _total(name: str, doc: str) -> Any:
+    return property(lambda plan: sum(getattr(row, name) for row in plan.rows), doc=doc)
+
+
 @dataclass(frozen=True)
 class NetworkPlan:
     """The operators of a fused network in evaluation mode on a GPU, in the order that they run.
@@ -129,64 +116,33 @@ class NetworkPlan:
     rows: tuple[NetworkRow, ...]
     notes: tuple[str, ...]
 
-    @property
-    def launches(self) -> int:
-        """Kernel launches of the fused network."""
-        return sum(row.launches for row in self.rows)
-
-    @property
-    def dram_bytes(self) -> int:
-        """Bytes that the fused network reads and writes."""
-        return sum(row.dram_bytes for row in self.rows)
-
-    @property
-    def seconds(self) -> float:
-        """The model's time of the fused network; not measured."""
-        return sum(row.seconds for row in self.rows)
-
-    @property
-    def eager_launches(self) -> int:
-        """Kernel launches of eager PyTorch."""
-        return sum(row.eager_launches for row in self.rows)
-
-    @property
-    def eager_bytes(self) -> int:
-        """Bytes that eager PyTorch reads and writes."""
-        return sum(row.eager_bytes for row in self.rows)
-
-    @property
-    def eager_seconds(self) -> float:
-        """The model's time of eager PyTorch's kernels, without the host's; not measured."""
-        return sum(row.eager_seconds for row in self.rows)
+    launches = _total("launches", "Kernel launches of the fused network.")
+    dram_bytes = _total("dram_bytes", "Bytes that the fused network reads and writes.")
+    seconds = _total("seconds", "The model's time of the fused network; not measured.")
+    eager_launches = _total("eager_launches", "Kernel launches of eager PyTorch.")
+    eager_bytes = _total("eager_bytes", "Bytes that eager PyTorch reads and writes.")
+    eager_seconds = _total("eager_seconds", "The model's time of eager PyTorch's kernels.")
 
     def __str__(self) -> str:
         layout = "channels_last" if self.channels_last else "NCHW"
         shape, dtype = list(self.input_shape), str(self.dtype).removeprefix("torch.")
-        table = [("operator", "kind", *("launches", "MB", "us") * 2)]
-        table += [_cells(row.name, row.kind, row) for row in self.rows]
-        table.append(_cells("sum", "", self))
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [_line(row, widths) for row in table]
-        above = " " * (widths[0] + widths[1] + 4)
-        half = sum(widths[2:5]) + 4
-        heads = f"{above}{'fused'.rjust(half)}  {'eager'.rjust(sum(widths[5:]) + 4)}"
-        rule = "-" * len(lines[0])
+        width = max(len(name) for name in ("operator", *(row.name for row in self.rows)))
+
+        def line(name: str, kind: str, of: NetworkRow | NetworkPlan) -> str:
+            return (
+                f"{name:{width}}  {kind:19}  {of.launches:8}  {of.dram_bytes / 1e6:10,.3f}"
+                f"  {of.seconds * 1e6:8,.1f}  {of.eager_launches:8}  {of.eager_bytes / 1e6:10,.3f}"
+                f"  {of.eager_seconds * 1e6:8,.1f}"
+            )
+
+        lines = [line(row.name, row.kind, row) for row in self.rows]
+        above = f"{'fused':>{width + 51}}{'eager':>30}"
+        head = f"{'operator':{width}}  {'kind':19}" + f"  launches  {'MB':>10}  {'us':>8}" * 2
+        rule = "-" * len(head)
         title = f"{self.model} on {self.device}, {shape} {dtype} {layout}, evaluation"
-        parts = [title, heads, lines[0], rule, *lines[1:-1], rule, lines[-1], *self.notes]
-        parts.append("times: a model from data sheet figures, not measured; MB: 1e6 bytes of DRAM")
-        return "\n".join(parts)
-
-
-def _cells(name: str, kind: str, row: NetworkRow | NetworkPlan) -> tuple[str, ...]:
-    fused = f"{row.launches}", f"{row.dram_bytes / 1e6:,.3f}", f"{row.seconds * 1e6:,.1f}"
-    eager = row.eager_launches, row.eager_bytes / 1e6, row.eager_seconds * 1e6
-    return name, kind, *fused, f"{eager[0]}", f"{eager[1]:,.3f}", f"{eager[2]:,.1f}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [c.ljust(w) if i < 2 else c.rjust(w)
-              for i, (c, w) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
-    return "  ".join(padded)
+        end = "times: a model from data sheet figures, not measured; MB: 1e6 bytes of DRAM"
+        total = line("sum", "", self)
+        return "\n".join([title, above, head, rule, *lines, rule, total, *self.notes, end])
 
 
 # --- the entry ----------------------------------------------------------------------------------
@@ -223,7 +179,7 @@ def explain_network(
         TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range; or the model cannot run on the meta device, because
             its forward needs the values of a tensor. The model's own errors pass unchanged.
-        RuntimeError: the native library is not there; the message says why.
+        RuntimeError: the native library is not there, or a kernel has no plan for a shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -238,363 +194,53 @@ def explain_network(
             "on the CPU single Ghost modules are planned: explain(shape, out_channels)"
         )
     sm = compute_capability(device)
-    assert sm is not None
     if dtype not in backends.native.DTYPES:
         known = ", ".join(map(str, backends.native.DTYPES))
         raise ValueError(f"dtype must be one of {known}, got {dtype}")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    twin = _twin(model, dtype)
-    units, notes = _read_units(twin)
-    builder = _Builder(sm, dtype, bool(channels_last), units, _shared_modules(twin))
-    builder.walk(_record(twin, builder.empty(shape)))
-    return NetworkPlan(
-        type(twin).__name__, f"sm_{sm}", shape, dtype, bool(channels_last),
-        tuple(builder.rows), (*builder.notes(), *notes),
-    )  # fmt: skip
+    channels_last = bool(channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    plain = getattr(model, "_orig_mod", model)  # of torch.compile
+    root, units, notes = trace(plain, shape, dtype, layout)
+    builder = _Builder(_Gpu(sm, dtype, channels_last), units)
+    rows = tuple(map(builder.row, builder.walk(root)))
+    if builder.orders:
+        first, last = map(sum, zip(*builder.orders, strict=True))
+        order = (
+            f"shortcuts ({len(builder.orders)}): the 1x1 runs first and ghost2 adds its result, "
+        )
+        order += f"{first:,} bytes of both; the other way round {last:,} bytes"
+        notes = [order, *notes]
+    name = type(root.module).__name__
+    return NetworkPlan(name, f"sm_{sm}", shape, dtype, channels_last, rows, tuple(notes))
 
 
 def _checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
     try:
         dims = tuple(operator.index(v) for v in input_shape)
     except TypeError:
-        raise TypeError(
-            f"input_shape must be four ints [N, C, H, W], got {input_shape!r}"
-        ) from None
+        raise TypeError(f"input_shape must be four ints NCHW, got {input_shape!r}") from None
     if len(dims) != 4 or min(dims) < 1:
         raise ValueError(f"input_shape must be four positive sizes [N, C, H, W], got {dims}")
     return dims
 
 
-# --- a copy without data ------------------------------------------------------------------------
+# --- what operators cost ------------------------------------------------------------------------
 
 
-def _twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model on the meta device in eval mode, its parameters in ``dtype``.
-
-    The parameters are replaced while they are copied, so that no memory is taken on any device.
-    Hooks are shared: a bound method would bring its object into the copy.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("model: a scripted model has no Python forward to follow")
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for place in (module._parameters, module._buffers, module.__dict__):
-            for t in place.values():
-                if isinstance(t, Tensor) and id(t) not in memo:
-                    memo[id(t)] = _meta(t, dtype)
-        for hooks in _hook_dicts(module):
-            memo[id(hooks)] = hooks.copy()
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        kind = type(error).__name__
-        raise ValueError(f"model: it cannot be copied: {kind}: {error}") from error
-    return twin.eval()
-
-
-def _meta(t: Tensor, dtype: torch.dtype) -> Tensor:
-    if is_lazy(t):
-        raise ValueError("model: a lazy layer has no shape yet; run the model on an input once")
-    made = torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="meta")
-    return nn.Parameter(made, requires_grad=False) if isinstance(t, nn.Parameter) else made
-
-
-_HOOK_DICTS = tuple(k for k, v in vars(nn.Module()).items() if "hook" in k and isinstance(v, dict))
-
-
-def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
-    return [module.__dict__[name] for name in _HOOK_DICTS if name in module.__dict__]
-
-
-def _shared_modules(twin: nn.Module) -> set[nn.Module]:
-    """Modules in more than one place, such as the one activation of all of Ultralytics' layers."""
-    places = Counter(module for _, module in twin.named_modules(remove_duplicate=False))
-    return {module for module, count in places.items() if count > 1}
-
-
-# --- what fuse makes of it ----------------------------------------------------------------------
-
-
-class _Ghost(NamedTuple):
-    """A Ghost module as it is fused; or a 1x1 convolution with its batch norm, of ratio 1."""
-
-    conv: nn.Conv2d
-    cheap: nn.Conv2d | None
-    short_conv: nn.Module | None  # GhostModuleV2's attention, by PyTorch
-    out_channels: int
-    has_primary: bool  # ghost_apply computes the primary convolution, too
-
-
-_Unit = _Ghost | Parts | Ends
-
-
-def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, _Unit], list[str]]:
-    """The modules of a copy that run as operators of ours, and notes on what does not.
-
-    Leaves the copy unfused and without hooks.
-    """
-    convert.unfuse(twin)
-    reasons: dict[str, list[str]] = {}
-    for entry in convert.fuse(twin, inference=True).left:
-        reasons.setdefault(entry.detail, []).append(entry.name)
-    units: dict[nn.Module, _Unit] = {}
-    kinds: tuple[tuple[tuple[type, ...], Callable[..., _Unit]], ...] = (
-        ((FusedGhostModule, ConvertedGhost), _read_ghost),
-        ((FusedGhostBottleneck, ConvertedBottleneck), _read_bottleneck),
-        ((ConvertedNetwork,), _read_network),
-    )
-    for classes, read in kinds:
-        for name, module in twin.named_modules():
-            if not isinstance(module, classes):
-                continue
-            try:
-                units[module] = read(module, units)
-            except Refusal as refusal:
-                reasons.setdefault(str(refusal), []).append(name or _ROOT)
-    convert.unfuse(twin)
-    for module in twin.modules():
-        for hooks in _hook_dicts(module):
-            hooks.clear()
-    notes = [f"not fused: {', '.join(names[:3])}{', ...' if names[3:] else ''} ({len(names)}): "
-             f"{reason}" for reason, names in reasons.items()]  # fmt: skip
-    return units, notes
-
-
-def _read_ghost(module: nn.Module, _: dict[nn.Module, _Unit]) -> _Ghost:
-    layout, out_channels = layout_of(module)
-    if (d := layout.cheap.conv.kernel_size[0]) not in _DW_SIZES:
-        raise Refusal(f"there is no fused kernel for a cheap convolution of size {d}")
-    if uses_batch_stats(layout.primary) or uses_batch_stats(layout.cheap):
-        raise Refusal("a batch norm has no running statistics, so that it runs as in training")
-    conv, settings = layout.primary.conv, settings_of(layout, out_channels)
-    has_primary = is_fused_primary(conv.weight, settings)
-    return _Ghost(conv, layout.cheap.conv, layout.gate, out_channels, has_primary)
-
-
-def _read_bottleneck(module: nn.Module, units: dict[nn.Module, _Unit]) -> Parts:
-    parts = read_bottleneck(module)
-    if parts is None or not {parts.ghost1, parts.ghost2} <= units.keys():
-        raise Refusal("its Ghost modules are not fused")
-    _check_statistics(parts.modules())
-    ghost2 = units[parts.ghost2]
-    assert isinstance(ghost2, _Ghost)
-    if parts.gate is not None and not (ghost2.has_primary and ghost2.conv.stride == (1, 1)):
-        raise Refusal("its gate stands before a primary convolution other than 1x1 of stride 1")
-    return parts
-
-
-def _read_network(module: nn.Module, _: dict[nn.Module, _Unit]) -> Ends:
-    ends = read_ends(module)
-    if ends is None:
-        raise Refusal("no GhostNet")
-    _check_statistics(ends.modules())
-    return ends
-
-
-def _check_statistics(modules: Iterable[nn.Module]) -> None:
-    if any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in modules):
-        raise Refusal("a batch norm has no running statistics")
-
-
-# --- one run on the meta device -----------------------------------------------------------------
-
-
-class _Op(NamedTuple):
-    """One ATen operator."""
-
-    name: str
-    launches: int
-    bytes: int
-    flops: int
-
-
-@dataclass
-class _Call:
-    """One call of a module, with the operators and calls inside it in their order."""
-
-    module: nn.Module | None
-    path: str
-    in_shape: Shape
-    out_shape: Shape = ()
-    items: list[_Op | _Call] = field(default_factory=list)
-
-    def ops(
-        self, outside: Iterable[nn.Module] = (), above: tuple[nn.Module | None, ...] = ()
-    ) -> Iterator[tuple[tuple[nn.Module | None, ...], _Op]]:
-        """Every operator, with the modules that it is in, innermost first.
-
-        Args:
-            outside: modules whose calls are left out.
-        """
-        chain = (self.module, *above)
-        for item in self.items:
-            if isinstance(item, _Op):
-                yield chain, item
-            elif item.module not in outside:
-                yield from item.ops(outside, chain)
-
-    def calls(self, wanted: Iterable[nn.Module]) -> Iterator[_Call]:
-        """The calls of these modules inside, in their order."""
-        for item in self.items:
-            if isinstance(item, _Call):
-                if item.module in wanted:
-                    yield item
-                else:
-                    yield from item.calls(wanted)
-
-
-class _Recorder(TorchDispatchMode):
-    """Writes down the operators that run, in the tree of the calls of modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack = [_Call(None, "", ())]
-        self.names: dict[nn.Module, dict[nn.Module, str]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        op = _op_of(func, args, kwargs or {}, out)
-        if op is not None:
-            self.stack[-1].items.append(op)
-        return out
-
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook."""
-        parent = self.stack[-1]
-        call = _Call(module, self._path(parent, module), _shape_of((args, kwargs)))
-        parent.items.append(call)
-        self.stack.append(call)
-
-    def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
-        """A forward hook."""
-        while (call := self.stack.pop()).module is not module:
-            pass  # a forward inside raised, and the model caught it
-        call.out_shape = _shape_of(out)
-
-    def _path(self, parent: _Call, module: nn.Module) -> str:
-        """The path below the caller: a module in several places is named by where it is called."""
-        if parent.module is None:
-            return ""
-        names = self.names.get(parent.module)
-        if names is None:
-            names = {m: name for name, m in parent.module.named_modules()}
-            self.names[parent.module] = names
-        return _join(parent.path, names.get(module, type(module).__name__))
-
-
-def _record(twin: nn.Module, x: Tensor) -> _Call:
-    """The tree of calls of a forward on x, both on the meta device."""
-    recorder = _Recorder()
-    for module in twin.modules():
-        module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
-        module.register_forward_hook(recorder.leave)
-    _run(lambda: twin(x), recorder)
-    for module in twin.modules():
-        for hooks in _hook_dicts(module):
-            hooks.clear()
-    (call,) = recorder.stack[0].items
-    assert isinstance(call, _Call)
-    return call
-
-
-def _run(forward: Callable[[], Any], recorder: _Recorder) -> None:
-    try:
-        with torch.no_grad(), torch.device("meta"), recorder:
-            forward()
-    except Exception as error:
-        # An error for want of a tensor's values, or for a second device, names the meta device.
-        if not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
-            raise
-        raise ValueError(
-            "model: its forward does not run on shapes alone, without the values of tensors: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _op_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> _Op | None:
-    """What an operator moves; None for a view, or one that only allocates."""
-    name = func._schema.name.removeprefix("aten::")
-    if func.is_view or name in _NO_MEMORY:
-        return None
-    given = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-    results = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
-    if not results:  # an operator that changes its arguments and returns nothing
-        changed = zip(func._schema.arguments, args, strict=False)
-        results = {id(t): t for a, t in changed if a.is_write and isinstance(t, Tensor)}
-    if name in _OVERWRITE:
-        given.pop(id(args[0]), None)
-    written = sum(map(_bytes, results.values()))
-    if not written:
-        return None
-    moved, launches = sum(map(_bytes, given.values())) + written, 1
-    if name == "convolution" and args[2] is not None:
-        moved, launches = moved + 2 * written, 2  # the bias is added in place
-    count = flop_registry.get(func._overloadpacket)
-    return _Op(name, launches, moved, 0 if count is None else count(*args, **kwargs, out_val=out))
-
-
-_NO_MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-              "_unsafe_view"}  # fmt: skip
-_OVERWRITE = {"copy_", "fill_", "zero_"}  # their first argument is written, not read
-
-
-def _bytes(t: Tensor) -> int:
-    """Bytes of memory behind a tensor; an expanded dimension has one."""
-    sizes = zip(t.shape, t.stride(), strict=True)
-    return math.prod(size if stride else min(size, 1) for size, stride in sizes) * t.element_size()
-
-
-def _shape_of(values: Any) -> Shape:
-    """The shape of the first tensor."""
-    return next((tuple(t.shape) for t in tree_leaves(values) if isinstance(t, Tensor)), ())
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name
-
-
-def _conv_shape(shape: Shape, conv: nn.Conv2d) -> Shape:
-    """The shape of a convolution's output."""
-    geometry = zip(
-        shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
-    )
-    sizes = ((v + 2 * int(p) - d * (k - 1) - 1) // s + 1 for v, k, s, p, d in geometry)
-    return (shape[0], conv.out_channels, *sizes)
-
-
-# --- the rows -----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Part:
-    """A row in the making.
-
-    Attributes:
-        owns: modules whose operators in eager PyTorch it stands for, or (module, operator).
-    """
-
-    name: str
-    kind: str
+class _Cost(NamedTuple):
     launches: int
     bytes: int
     seconds: float
-    owns: tuple[Any, ...] = ()
-    ops: list[_Op] = field(default_factory=list)
 
 
-class _Builder:
-    """Makes rows of a tree of calls."""
+class _Gpu:
+    """What operators cost for inputs of ``shape``: ours by plans, others by the formula above."""
 
-    def __init__(
-        self, sm: int, dtype: torch.dtype, channels_last: bool, units: dict[nn.Module, _Unit],
-        shared: set[nn.Module],
-    ) -> None:  # fmt: skip
+    def __init__(self, sm: int, dtype: torch.dtype, channels_last: bool) -> None:
         self.library = backends.native.library()
-        self.sm, self.dtype, self.channels_last = sm, dtype, channels_last
-        self.units, self.shared = units, shared
         self.element = dtype.itemsize
+        self.target = {"dtype": backends.native.DTYPES.index(dtype), "sm": sm}
+        self.layout = {**self.target, "channels_last": channels_last}
         arch = self.library.cuda_arch(sm)
         self.bandwidth = arch["dram_gb_s"] * 0.92e9
         # Multiply-adds a clock of a multiprocessor: tensor cores at half of their peak, and what
@@ -603,253 +249,217 @@ class _Builder:
         if dtype is torch.float64 or (dtype is torch.float32 and not allow_tf32()):
             rate = 32 if dtype is torch.float64 else 64
         self.flops = 2 * rate * arch["multiprocessors"] * arch["clock_ghz"] * 1e9
-        self.rows: list[NetworkRow] = []
-        self.orders: list[tuple[int, int]] = []  # bytes: shortcut first, second Ghost module first
 
-    def empty(self, shape: Shape) -> Tensor:
-        """A tensor on the meta device."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return torch.empty(shape, dtype=self.dtype, device="meta", memory_format=layout)
-
-    def notes(self) -> list[str]:
-        """The decision on the order of shortcuts, if there are any."""
-        if not self.orders:
-            return []
-        first, last = (sum(column) for column in zip(*self.orders, strict=True))
-        return [
-            f"shortcuts ({len(self.orders)}): the 1x1 runs first and ghost2 adds its result, "
-            f"{first:,} bytes of both; the other way round {last:,} bytes"
-        ]
-
-    # Walking.
-
-    def walk(self, call: _Call) -> None:
-        """Add the rows of a call."""
-        unit = self.units.get(call.module) if call.module is not None else None
-        if unit is not None and len(call.in_shape) == 4:
-            if isinstance(unit, _Ghost):
-                parts = self.ghost(call.path, call.module, unit, call.in_shape)
-                self.charge(parts, parts[-1], call.ops())
-                self.add(parts)
-            elif isinstance(unit, Parts):
-                self.bottleneck(call, unit)
-            else:
-                self.network(call, unit)
-            return
-        ops: list[_Op] = []
-        for item in (*call.items, None):
-            if isinstance(item, _Op):
-                ops.append(item)
-                continue
-            if ops:
-                self.add([self.plain(call.path, ops)])
-                ops = []
-            if item is not None:
-                self.walk(item)
-
-    def charge(self, parts: list[_Part], default: _Part, ops: Iterable[Any]) -> None:
-        """Deal eager's operators out to the parts that stand for them; the rest to ``default``."""
-        owner: dict[Any, _Part] = {}
-        for part in parts:
-            for key in part.owns:
-                if key not in self.shared:  # found by the module around it
-                    owner.setdefault(key, part)
-        for chain, op in ops:
-            keys = (key for module in chain for key in ((module, op.name), module))
-            part = next((owner[key] for key in keys if key in owner), default)
-            part.ops.append(op)
-
-    def add(self, parts: Iterable[_Part]) -> None:
-        """Finish rows."""
-        for p in parts:
-            eager = [self.seconds(op.bytes, op.flops, op.launches) for op in p.ops]
-            self.rows.append(
-                NetworkRow(
-                    p.name or _ROOT, p.kind, p.launches, p.bytes, p.seconds,
-                    sum(op.launches for op in p.ops), sum(op.bytes for op in p.ops), sum(eager),
-                )
-            )  # fmt: skip
-
-    # Parts.
-
-    def seconds(self, moved: int, flops: int = 0, launches: int = 1) -> float:
-        """The time of an operator without a tile plan, see this file's docstring."""
-        return max(moved / self.bandwidth, flops / self.flops) + _LAUNCH_SECONDS * launches
-
-    def part(
-        self, name: str, kind: str, moved: int, flops: int = 0, owns: tuple[Any, ...] = ()
-    ) -> _Part:
-        """One launch of an operator without a tile plan."""
-        return _Part(name, kind, 1, moved, self.seconds(moved, flops), owns)
-
-    def plain(self, name: str, ops: list[_Op]) -> _Part:
-        """PyTorch's own operators."""
-        seconds = sum(self.seconds(op.bytes, op.flops, op.launches) for op in ops)
-        launches, moved = sum(op.launches for op in ops), sum(op.bytes for op in ops)
-        return _Part(name, PLAIN, launches, moved, seconds, ops=ops)
-
-    def conv(
-        self, name: str, kind: str, shape: Shape, conv: nn.Conv2d, owns: tuple[Any, ...]
-    ) -> _Part:
-        """A convolution of x of ``shape`` with what is folded into it: in, out and weights."""
-        out, weights = math.prod(_conv_shape(shape, conv)), conv.weight.numel()
-        moved = (math.prod(shape) + out + weights) * self.element
-        return self.part(name, kind, moved, 2 * out * weights // conv.out_channels, owns)
-
-    def apply(
-        self, shape: Shape, unit: _Ghost, *, residual: bool = False, gated: bool = False,
-        gate: tuple[int, int] = (0, 0),
-    ) -> tuple[int, float]:  # fmt: skip
-        """Bytes and seconds of ``ghost_apply`` on x, or on u, of ``shape``; from its tile plan.
+    def ghost_apply(
+        self, shape: Shape, ghost: Ghost, residual: bool = False, gated: bool = False,
+        gate: tuple[int, int] = (0, 0), pooled: bool = False,
+    ) -> _Cost:  # fmt: skip
+        """``ghost_apply`` for x of ``shape``; it reads u where it has no primary convolution.
 
         Args:
             gated: x is multiplied by [N, C] as it is read.
             gate: height and width of what the output is multiplied by; 0: nothing.
+            pooled: only the mean over the output's pixels is written.
         """
-        m, cheap = unit.conv.out_channels, unit.cheap
         found = self.library.cuda_plan(
-            *shape, intrinsic=m, out_channels=unit.out_channels,
-            ratio=1 if cheap is None else cheap.out_channels // m + 1,
-            dw_size=1 if cheap is None else cheap.kernel_size[0],
-            stride=unit.conv.stride[0] if unit.has_primary else 1,
-            dtype=backends.native.DTYPES.index(self.dtype), channels_last=self.channels_last,
-            has_primary=unit.has_primary, has_residual=residual, has_in_gate=gated,
-            gate_height=gate[0], gate_width=gate[1], sm=self.sm, allow_tf32=allow_tf32(),
+            *ghost.read_shape(shape), **ghost.problem(), has_residual=residual, has_in_gate=gated,
+            gate_height=gate[0], gate_width=gate[1], pooled=pooled, allow_tf32=allow_tf32(),
+            **self.layout,
         )  # fmt: skip
         (one,) = found["passes"]
-        factors = (
-            shape[0] * shape[1] * self.element if gated else 0
-        )  # the tile plan leaves them out
-        return one["dram_bytes"] + factors, one["seconds"] + factors / self.bandwidth
+        # The tile plan leaves out the factors of x.
+        factors = shape[0] * shape[1] * self.element if gated else 0
+        return _Cost(1, one["dram_bytes"] + factors, one["seconds"] + factors / self.bandwidth)
 
-    def ghost(
-        self, path: str, module: nn.Module, unit: _Ghost, shape: Shape, residual: bool = False,
-        gated: bool = False,
-    ) -> list[_Part]:  # fmt: skip
-        """The parts of a Ghost module on x of ``shape``; ``ghost_apply`` is the last."""
-        names = {m: name for name, m in module.named_modules()}
-        conv, size = unit.conv, (0, 0)
-        parts: list[_Part] = []
-        if unit.short_conv is not None:
-            name = _join(path, names[unit.short_conv])
-            parts.append(self.attention(name, module, unit.short_conv, self.empty(shape)))
-            size = shape[2] // 2, shape[3] // 2
-        if not unit.has_primary:
-            parts.append(self.conv(_join(path, names[conv]), LIBRARY_CONV, shape, conv, (conv,)))
-            shape = _conv_shape(shape, conv)
-        moved, seconds = self.apply(shape, unit, residual=residual, gated=gated, gate=size)
-        kind = GHOST_APPLY_GATED if gated else GHOST_APPLY
-        return [*parts, _Part(path, kind, 1, moved, seconds, tuple(module.modules()))]
+    def depthwise(self, shape: Shape, conv: nn.Conv2d, sums: bool = False) -> tuple[_Cost, int]:
+        """``depthwise_conv``; and in how many parts an image it sums its output, if it does."""
+        sizes = *shape, conv.kernel_size[0], conv.stride[0]
+        found = self.library.cuda_depthwise_plan(*sizes, sums=sums, **self.layout)
+        return _of_plan(found), found["splits"] if sums else 0
 
-    def attention(self, name: str, module: nn.Module, short_conv: nn.Module, x: Tensor) -> _Part:
-        """The gate of a GhostModuleV2, which PyTorch computes at half the height and width."""
-        recorder = _Recorder()
-        _run(lambda: small_gate(x, short_conv), recorder)
-        part = self.plain(name, [op for _, op in recorder.stack[0].ops()])
-        owns = (*short_conv.modules(), module._modules["gate_fn"], (module, "avg_pool2d"))
-        return replace(part, owns=owns, ops=[])
+    def conv(self, shape: Shape, conv: nn.Conv2d, has_bias: bool = False) -> _Cost:
+        """A convolution of PyTorch; the second launch adds a bias in place."""
+        out, weights = math.prod(conv_shape(shape, conv)), conv.weight.numel()
+        moved = math.prod(shape) + out + weights + has_bias * (2 * out + conv.out_channels)
+        return self.other(moved, 2 * out * weights // conv.out_channels, 1 + has_bias)
 
-    def gate(self, name: str, gate: Gate, shape: Shape, has_sums: bool) -> _Part:
-        """``squeeze_excite_gate`` of a map of ``shape``."""
-        n, c = shape[:2]
-        source = n * c * _SUM_BYTES if has_sums else math.prod(shape) * self.element
-        weights = 2 * c * gate.reduce.out_channels
-        moved = source + (weights + n * c) * self.element
-        owns = tuple(gate.module.modules())
-        return self.part(name, SQUEEZE_EXCITE_GATE, moved, 2 * n * weights, owns)
-
-    def bottleneck(self, call: _Call, unit: Parts) -> None:
-        """The rows of a Ghost bottleneck."""
-        assert call.module is not None
-        names = {m: _join(call.path, name) for name, m in call.module.named_modules()}
-        ghosts = self.units[unit.ghost1], self.units[unit.ghost2]
-        assert isinstance(ghosts[0], _Ghost) and isinstance(ghosts[1], _Ghost)
-        gated = unit.gate is not None
-        parts = self.ghost(names[unit.ghost1], unit.ghost1, ghosts[0], call.in_shape)
-        inside = _conv_shape(call.in_shape, ghosts[0].conv)
-        shape: Shape = (inside[0], ghosts[0].out_channels, *inside[2:])
-        if unit.dw is not None:
-            conv = unit.dw.conv
-            kind = DEPTHWISE_CONV if unit.gate is None else DEPTHWISE_CONV_SUMS
-            dw = self.conv(names[conv], kind, shape, conv, unit.dw.modules)
-            if unit.gate is not None:
-                sums = shape[0] * shape[1] * _SUM_BYTES
-                dw.bytes, dw.seconds = dw.bytes + sums, dw.seconds + sums / self.bandwidth
-            parts.append(dw)
-            shape = _conv_shape(shape, conv)
-        if unit.gate is not None:
-            name = names[unit.gate.module]
-            parts.append(self.gate(name, unit.gate, shape, unit.dw is not None))
-        if unit.shortcut is not None:
-            layers = unit.shortcut
-            parts += self.shortcut(names, call.in_shape, layers, ghosts[1], shape, gated)
-        parts += self.ghost(names[unit.ghost2], unit.ghost2, ghosts[1], shape, True, gated)
-        self.charge(parts, parts[-1], call.ops())  # what is left over is the sum with the shortcut
-        self.add(parts)
-
-    def shortcut(
-        self, names: dict[nn.Module, str], shape: Shape, layers: tuple[Branch, Branch],
-        ghost2: _Ghost, inside: Shape, gated: bool,
-    ) -> list[_Part]:  # fmt: skip
-        """The two parts of a shortcut on x of ``shape``; ``inside`` is the input of ``ghost2``."""
-        dw, conv = layers
-        owns = tuple(m for m in dw.modules if m not in conv.modules)
-        first = self.conv(names[dw.conv], DEPTHWISE_CONV, shape, dw.conv, owns)
-        shape = _conv_shape(shape, dw.conv)
-        if not ghost2.has_primary:
-            inside = _conv_shape(inside, ghost2.conv)
-        last = _alone(conv.conv)
-        moved, seconds = self.apply(shape, last)
-        runs = moved + self.apply(inside, ghost2, residual=True, gated=gated)[0]
-        other = self.apply(shape, last, residual=True)[0]
-        self.orders.append((runs, other + self.apply(inside, ghost2, gated=gated)[0]))
-        name = names[conv.conv]
-        return [first, _Part(name, GHOST_APPLY, 1, moved, seconds, conv.modules)]
-
-    def network(self, call: _Call, unit: Ends) -> None:
-        """The rows of a GhostNet."""
-        assert call.module is not None
-        names = {m: _join(call.path, name) for name, m in call.module.named_modules()}
-        stem = self.conv(names[unit.stem.conv], CONV_STEM, call.in_shape, unit.stem.conv,
-                         unit.stem.modules)  # fmt: skip
-        stages = tuple(unit.stages[:-1])
-        inside = list(call.calls(stages))
-        before = inside[-1].out_shape if inside else _conv_shape(call.in_shape, unit.stem.conv)
-        pool, tail = self.tail(call.module, names, unit, before)
-        self.charge([stem, *tail], pool, call.ops(stages))
-        self.add([stem])
-        for stage in inside:
-            self.walk(stage)
-        self.add(tail)
-
-    def tail(
-        self, module: nn.Module, names: dict[nn.Module, str], unit: Ends, shape: Shape
-    ) -> tuple[_Part, list[_Part]]:
-        """The parts behind the stages; the pooling alone, too."""
-        n, e = shape[0], self.element
-        moved, seconds = self.apply(shape, _alone(unit.last.conv))
-        last = _Part(names[unit.last.conv], GHOST_APPLY, 1, moved, seconds, unit.last.modules)
-        maps = _conv_shape(shape, unit.last.conv)
-        pooling = module._modules["global_pool"]
-        pool = self.part(names[pooling], MEAN, (math.prod(maps) + n * maps[1]) * e,
-                         owns=tuple(pooling.modules()))  # fmt: skip
-        head = self.addmm(names[unit.head], n, unit.head)
-        parts = [last, pool, head]
-        known = activations.of_module(unit.head_act)
-        if known is not None and known[0] != activations.NONE:
-            moved = 2 * n * unit.head.out_channels * e
-            owns = (unit.head_act,)
-            parts.append(self.part(names[unit.head_act], ACTIVATION, moved, owns=owns))
-        return pool, [*parts, self.addmm(names[unit.classifier], n, unit.classifier)]
-
-    def addmm(self, name: str, n: int, layer: nn.Conv2d | nn.Linear) -> _Part:
+    def linear(self, n: int, layer: nn.Conv2d | nn.Linear) -> _Cost:
         """A matrix product of n rows with a layer's weight, and its bias."""
         outs, ins = layer.weight.shape[:2]
         bias = 0 if layer.bias is None else outs
-        moved = (n * (ins + outs) + outs * ins + bias) * self.element
-        return self.part(name, ADDMM, moved, 2 * n * outs * ins, (layer,))
+        return self.other(n * (ins + outs) + outs * ins + bias, 2 * n * outs * ins)
+
+    def other(self, elements: int, flops: int = 0, launches: int = 1) -> _Cost:
+        """An operator of PyTorch that reads and writes so many elements."""
+        return self.eager([Op("", launches, elements * self.element, flops)])
+
+    def eager(self, ops: Sequence[Op]) -> _Cost:
+        """The sum of operators of PyTorch, by the formula at the top of this file."""
+        seconds = sum(
+            max(op.bytes / self.bandwidth, op.flops / self.flops) + 2e-6 * op.launches for op in ops
+        )
+        return _Cost(sum(op.launches for op in ops), sum(op.bytes for op in ops), seconds)
 
 
-def _alone(conv: nn.Conv2d) -> _Ghost:
-    """A 1x1 convolution with its batch norm, as ``bottleneck.packed_conv`` runs it."""
-    return _Ghost(conv, None, None, conv.out_channels, True)
+def _of_plan(found: dict[str, Any]) -> _Cost:
+    return _Cost(found.get("launches", 1), found["dram_bytes"], found["seconds"])
+
+
+# --- the rows -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Part:
+    """A row in the making."""
+
+    name: str
+    kind: str
+    cost: _Cost | None  # of the fused network; None: `ops` run there, too
+    owns: tuple[Any, ...] = ()  # modules, or (module, operator), that it stands for
+    ops: list[Op] = field(default_factory=list)  # eager PyTorch's in these
+
+
+def _charge(call: Call, parts: list[_Part], outside: tuple[nn.Module, ...] = ()) -> list[_Part]:
+    """Deal eager's operators out to the parts that own them; those of no part go to the last."""
+    owners = {call.module: parts[-1]} | {key: part for part in parts for key in part.owns}
+    for part, op in call.ops(owners, outside):
+        part.ops.append(op)
+    return parts
+
+
+class _Builder:
+    """Makes rows of a tree of calls."""
+
+    def __init__(self, gpu: _Gpu, units: dict[nn.Module, Unit]) -> None:
+        self.gpu, self.units = gpu, units
+        self.orders: list[tuple[int, int]] = []  # bytes: shortcut first, ghost2 first
+
+    def row(self, part: _Part) -> NetworkRow:
+        """A finished row."""
+        eager = self.gpu.eager(part.ops)
+        return NetworkRow(part.name, part.kind, *(part.cost or eager), *eager)
+
+    def walk(self, call: Call) -> list[_Part]:
+        """The parts of a call, with all of eager's operators in it."""
+        unit = self.units.get(call.module) if len(call.in_shape) == 4 else None
+        if isinstance(unit, Ends):
+            return self.network(call, unit)
+        if isinstance(unit, Bottleneck):
+            return self.bottleneck(call, unit)
+        if unit is not None:
+            return _charge(call, self.ghost(call, call.module, unit, call.in_shape))
+        parts = []  # as it is: its own operators between two calls are one row
+        for is_op, items in itertools.groupby(call.items, lambda item: isinstance(item, Op)):
+            if is_op:
+                parts.append(_Part(call.path, PLAIN, None, ops=list(items)))
+            else:
+                parts += itertools.chain.from_iterable(map(self.walk, items))
+        return parts
+
+    def ghost(
+        self, call: Call, module: nn.Module, ghost: Ghost, shape: Shape, residual: bool = False,
+        gated: bool = False,
+    ) -> list[_Part]:  # fmt: skip
+        """The parts of a Ghost module on x of ``shape``; ``ghost_apply`` is the last."""
+        names, parts, gate = call.names, [], (0, 0)
+        if ghost.short_conv is not None:  # its gate, at half the height and width
+            owns = (ghost.short_conv, module._modules["gate_fn"], (module, "avg_pool2d"))
+            parts.append(_Part(names[ghost.short_conv], PLAIN, None, owns))
+            gate = shape[2] // 2, shape[3] // 2
+        if not ghost.has_primary:
+            cost = self.gpu.conv(shape, ghost.conv)
+            parts.append(_Part(names[ghost.conv], LIBRARY_CONV, cost, (ghost.conv,)))
+        cost = self.gpu.ghost_apply(shape, ghost, residual, gated, gate)
+        kind = GHOST_APPLY_GATED if gated else GHOST_APPLY
+        return [*parts, _Part(names[module], kind, cost, (module,))]
+
+    def bottleneck(self, call: Call, unit: Bottleneck) -> list[_Part]:
+        """The parts of a Ghost bottleneck; the last adds the shortcut."""
+        names, gpu, (inner, ghost1, ghost2) = call.names, self.gpu, unit
+        parts = self.ghost(call, inner.ghost1, ghost1, call.in_shape)
+        shape, splits, gated = ghost1.out_shape(call.in_shape), 0, False
+        if inner.dw is not None:
+            conv = inner.dw.conv
+            cost, splits = gpu.depthwise(shape, conv, sums=inner.gate is not None)
+            kind = DEPTHWISE_CONV_SUMS if splits else DEPTHWISE_CONV
+            parts.append(_Part(names[conv], kind, cost, inner.dw.modules))
+            shape = conv_shape(shape, conv)
+        if inner.gate is not None:
+            module, gated = inner.gate.module, ghost2.takes_gate
+            sizes = *shape[:2], inner.gate.reduce.out_channels, math.prod(shape[2:]), splits
+            cost = _of_plan(gpu.library.cuda_gate_plan(*sizes, **gpu.target))
+            parts.append(_Part(names[module], SQUEEZE_EXCITE_GATE, cost, (module,)))
+            if not gated:
+                cost = gpu.other(2 * math.prod(shape) + math.prod(shape[:2]))
+                parts.append(_Part(names[module], GATE_PRODUCT, cost, ((module, "mul"),)))
+        if inner.shortcut is not None:
+            parts += self.shortcut(call, inner.shortcut, ghost2, shape, gated)
+        parts += self.ghost(call, inner.ghost2, ghost2, shape, residual=True, gated=gated)
+        return _charge(call, parts)
+
+    def shortcut(
+        self, call: Call, layers: tuple[Branch, Branch], ghost2: Ghost, inside: Shape, gated: bool
+    ) -> list[_Part]:
+        """The two parts of a shortcut; ``inside`` is the shape of what ``ghost2`` takes."""
+        dw, conv = layers
+        apply, one = self.gpu.ghost_apply, Ghost(conv.conv, conv.conv.out_channels)
+        first, _ = self.gpu.depthwise(call.in_shape, dw.conv)
+        shape = conv_shape(call.in_shape, dw.conv)
+        last = apply(shape, one)
+        runs = last.bytes + apply(inside, ghost2, True, gated).bytes
+        other = apply(shape, one, True).bytes + apply(inside, ghost2, False, gated).bytes
+        self.orders.append((runs, other))
+        # `dw` has the modules of the whole shortcut; the later part owns those of `conv`.
+        return [
+            _Part(call.names[dw.conv], DEPTHWISE_CONV, first, dw.modules),
+            _Part(call.names[conv.conv], GHOST_APPLY, last, conv.modules),
+        ]
+
+    def network(self, call: Call, unit: Ends) -> list[_Part]:
+        """The parts of a GhostNet."""
+        names, gpu, n = call.names, self.gpu, call.in_shape[0]
+        *stages, last = call.calls(tuple(unit.stages))
+        stem, conv = self.stem(call, unit.stem), unit.last.conv
+        one, pool = Ghost(conv, conv.out_channels), call.module._modules["global_pool"]
+        shape = conv_shape(last.in_shape, conv)
+        # The part of the pooling also takes what no part owns.
+        if math.prod(shape[2:]) <= MOST_POOLED:
+            cost = gpu.ghost_apply(last.in_shape, one, pooled=True)
+            owned = (*unit.last.modules, call.module)
+            pooling = [_Part(names[conv], GHOST_APPLY_POOLED, cost, owned)]
+        else:
+            cost = gpu.ghost_apply(last.in_shape, one)
+            moved = math.prod(shape) + math.prod(shape[:2])
+            pooling = [
+                _Part(names[conv], GHOST_APPLY, cost, unit.last.modules),
+                _Part(names[pool], MEAN, gpu.other(moved), (call.module,)),
+            ]
+        tail = [
+            *pooling,
+            _Part(names[unit.head], ADDMM, gpu.linear(n, unit.head), (unit.head,)),
+            *self.activation(call, unit.head_act, n * unit.head.out_channels),
+            _Part(
+                names[unit.classifier], ADDMM, gpu.linear(n, unit.classifier), (unit.classifier,)
+            ),
+        ]
+        _charge(call, [*stem, *tail], outside=tuple(unit.stages[:-1]))
+        return [*stem, *itertools.chain.from_iterable(map(self.walk, stages)), *tail]
+
+    def stem(self, call: Call, stem: Branch) -> list[_Part]:
+        """The parts of a network's first convolution."""
+        conv, shape, gpu = stem.conv, call.in_shape, self.gpu
+        if has_stem(stem):
+            sizes = *shape, conv.stride[0], conv.out_channels
+            cost = _of_plan(gpu.library.cuda_stem_plan(*sizes, **gpu.layout))
+            return [_Part(call.names[conv], CONV_STEM, cost, stem.modules)]
+        cost = gpu.conv(shape, conv, has_bias=True)
+        return [
+            _Part(call.names[conv], LIBRARY_CONV, cost, stem.modules),
+            *self.activation(call, stem.act, math.prod(conv_shape(shape, conv))),
+        ]
+
+    def activation(self, call: Call, act: nn.Module, elements: int) -> list[_Part]:
+        """The part of an activation in place, unless it computes nothing."""
+        if activations.of_module(act)[0] == activations.NONE:
+            return []
+        return [_Part(call.names[act], ACTIVATION, self.gpu.other(2 * elements), (act,))]

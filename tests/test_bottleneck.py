@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
 from ghost_ops import FusedGhostBottleneck, SqueezeExcite
-from ghost_ops.reference import GhostBottleneck
+from ghost_ops.reference import GhostBottleneck, GhostModule
 
 # (in, mid, out, kernel, stride, squeeze-excite ratio): every path of GhostNet's.
 BLOCKS = [
@@ -311,6 +311,33 @@ def test_a_mish_gate_is_left() -> None:
     report = ghost_ops.fuse(model, inference=True)
     assert [e.action for e in report.entries] == ["left", "swapped", "swapped"]
     assert "squeeze-and-excitation" in report.left[0].detail
+
+
+class Doubled(GhostModule):
+    """The children of a Ghost module, and another forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_forward_inside_is_run(native: str, when: str) -> None:
+    plain = randomize(GhostBottleneck(8, 16, 8)).eval()
+    fused = copy.deepcopy(plain)
+    if when == "before":
+        fused.ghost1.__class__ = Doubled
+    report = ghost_ops.fuse(fused, inference=True)
+    plain.ghost1.__class__ = Doubled
+    if when == "before":
+        assert [e.name for e in report.left] == ["(model)", "ghost1"]
+    else:
+        with torch.no_grad():
+            fused(image(torch.float32))
+        fused.ghost1 = randomize(Doubled(8, 16)).eval()
+        fused.ghost1.load_state_dict(plain.ghost1.state_dict())
+    x = image(torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x))
 
 
 def test_a_different_sum_is_left() -> None:

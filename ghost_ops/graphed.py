@@ -1,0 +1,396 @@
+"""``graphed``: a model's inference as CUDA graphs, one for each shape of the input.
+
+A fused network is many short kernels, and the host takes longer to launch each than the device to
+run it. A CUDA graph replays them all with one launch. It holds the addresses and numbers of the
+call that was captured, so it is replayed only while a ``_Guard`` finds the model as it was then,
+and all memory that its kernels read is kept alive (``_Reads``).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from . import watch
+from .autograd import dense, in_transform
+from .convert_forward import Values, Watch
+from .convert_layouts import Refusal, check_hooks
+from .ops import allow_tf32
+
+# Graphs invalid before their second call, in a row, after which a model is captured no more.
+_MOST_UNUSED = 3
+_CONSTANTS = (type(None), bool, int, float, complex, str)
+_OUTSIDE = nn.Module()  # owner of a Watch that watches the hooks of every module of a model
+_announced: set[str] = set()
+
+
+def _announce(module: nn.Module, reason: str) -> None:
+    message = f"{type(module).__name__} runs without a CUDA graph: {reason}"
+    if message not in _announced:
+        _announced.add(message)
+        warnings.warn(f"{message}. (Said once for each reason.)", UserWarning, stacklevel=5)
+
+
+class _Device:
+    """Every use of torch.cuda: captures on a side stream, and the order of the replays.
+
+    The graphs of a model share one memory pool. That is safe because replays are never concurrent
+    and the outputs of each are copied before the next one starts (``in_order``).
+    """
+
+    type = "cuda"
+    _capturing = threading.Lock()  # PyTorch allows one capture at a time in a process
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.side, self.done = torch.cuda.Stream(device), torch.cuda.Event()
+
+    @staticmethod
+    def is_capturing() -> bool:
+        """Whether the caller captures a graph of its own."""
+        return torch.cuda.is_current_stream_capturing()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Runs on the side stream, between what the current stream did and what it does next."""
+        current = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.side):
+                yield
+        finally:
+            current.wait_stream(self.side)
+
+    def capture(self, model: nn.Module, x: Tensor, pool_of: Any) -> tuple[Any, Any]:
+        """A graph of model(x), in the memory pool of another graph if there is one; its output."""
+        graph = torch.cuda.CUDAGraph()
+        pool = None if pool_of is None else pool_of.pool()
+        # torch.cuda.graph leaves its stream current where a capture fails; the outer context does
+        # not. thread_local: other threads may allocate device memory meanwhile.
+        inner = torch.cuda.graph(graph, pool, self.side, capture_error_mode="thread_local")
+        with self._capturing, torch.cuda.stream(self.side), inner:
+            out = model(x)
+        return graph, out
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Runs on the current stream, after the previous such block and before the next one."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self.done)
+        try:
+            yield
+        finally:
+            self.done.record(stream)
+
+    def finish(self) -> None:
+        """Wait for the last replay, before its memory is freed."""
+        self.done.synchronize()
+
+
+class _Guard:
+    """Whether a model still is as it was captured: tensors, children, hooks, modes, attributes."""
+
+    def __init__(self, modules: tuple[nn.Module, ...]) -> None:
+        self._values, self._watch = Values(modules), Watch(modules, _OUTSIDE)
+        self._modules, self._attributes = modules, watch.make()
+
+    def settle(self) -> None:
+        """Watch attributes too, packed weights among them, which the first call has made.
+
+        ``eval()`` and ``reset_cache()`` drop packed weights; that is how a change of
+        ``parameter.data`` shows.
+        """
+        states = (vars(module).get("_ghost_ops") for module in self._modules)
+        kept = (vars(state) for state in states if state is not None)
+        self._attributes = watch.make((*map(vars, self._modules), *kept))
+
+    def same(self) -> bool:
+        return self._attributes.unchanged() and self._watch.same() and self._values.same()
+
+
+class _Reads(TorchDispatchMode):
+    """Keeps the memory alive that operators read and that no operator before them made.
+
+    Packed weights, say, or a table that a forward makes for each shape and drops for the next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self._made: set[int] = set()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Code of torch.compile runs as compiled, not as the operators that it came from."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = _storages((args, kwargs)).items()
+        self.storages.update((a, storage) for a, storage in read if a not in self._made)
+        out = func(*args, **kwargs)
+        self._made.update(a for a in _storages(out) if a not in self.storages)
+        return out
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    tensors = (t for t in tree_leaves(tree) if isinstance(t, Tensor))
+    storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
+    return {storage.data_ptr(): storage for storage in storages}
+
+
+class _Graph:
+    """The captured call of a model on one form of input, or the reason why there is none."""
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, device: _Device, warm_ups: int, pool_of: Any
+    ) -> None:
+        self.guard = _Guard(tuple(model.modules()))
+        self.uses, self.failed, self.graph = 0, "", None
+        self._device, kind = device, x.device.type
+        # Not an inference tensor, which could not be written outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad(), device.aside():
+            self._x = (dense(x) if x.dim() == 4 else x).clone()
+        version = self._x._version
+        # Without autocast's cache: a weight cast during a capture has no values outside of it.
+        dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            with device.aside():
+                for i in range(warm_ups):
+                    model(self._x)
+                    if i == 0:
+                        self.guard.settle()
+            try:
+                with _Reads() as self._reads:
+                    self.graph, out = device.capture(model, self._x, pool_of)
+                self._leaves, self._spec = tree_flatten(out)
+                if self._x._version != version:
+                    raise Refusal("its forward writes its input")
+                for t in self._leaves:
+                    if isinstance(t, Tensor) and t.device != x.device:
+                        raise Refusal(f"its output has a tensor on {t.device}")
+                    if not isinstance(t, (Tensor, *_CONSTANTS)):
+                        raise Refusal(f"its output has a {type(t).__name__}")
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                self.failed = reason if isinstance(error, Refusal) else f"capture failed: {reason}"
+                self.graph = self._leaves = self._reads = self._x = None
+
+    def replay(self, x: Tensor) -> Any:
+        """A copy of the output for x, which has the form that was captured."""
+        with torch.no_grad(), self._device.in_order():
+            self._x.copy_(x)
+            self.graph.replay()
+            copies = [t.clone() if isinstance(t, Tensor) else t for t in self._leaves]
+        return tree_unflatten(copies, self._spec)
+
+
+def _check(modules: tuple[nn.Module, ...]) -> None:
+    """Raise ``Refusal`` if no graph can stand for these modules now."""
+    for module in modules:
+        if module.training:
+            raise Refusal(f"a {type(module).__name__} inside it is in training mode")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Refusal("it has TorchScript inside, whose changes cannot be watched")
+    if not Values.watchable(modules):
+        raise Refusal("its parameters can change unnoticed: inference tensors or computed ones")
+    check_hooks(modules, "it")
+
+
+def _key(x: Tensor) -> tuple:
+    """What chooses a graph: the form of the input, and settings that choose kernels."""
+    kind, matmul = x.device.type, torch.backends.cuda.matmul
+    autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    tf32 = allow_tf32(), matmul.fp32_precision, torch.backends.fp32_precision
+    return (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        autocast,
+        tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+class GraphedModel:
+    """A model's inference by CUDA graphs; made by ``graphed``.
+
+    Attributes:
+        module: the model, held strongly.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor, max_graphs: int, warm_ups: int) -> None:
+        self.module, self._origin = module, example.device
+        self._device = _Device(example.device)
+        self._max_graphs, self._warm_ups = max_graphs, warm_ups
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._unused, self._lock = 0, threading.Lock()
+        if self._can_replay(example):
+            self._graph_for(example)
+
+    def __call__(self, x: Tensor) -> Any:
+        """``module(x)``, by a graph where possible; the outputs are copies."""
+        if torch.compiler.is_compiling() or not self._can_replay(x):
+            return self.module(x)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.module.parameters())
+        ):
+            raise RuntimeError(
+                "a graphed model computes no gradients: call it under torch.no_grad() or "
+                "torch.inference_mode(), or call its .module"
+            )
+        with self._lock:
+            graph = self._graph_for(x)
+            if graph is not None:
+                return graph.replay(x)
+        return self.module(x)
+
+    def _can_replay(self, x: Tensor) -> bool:
+        return (
+            self._unused < _MOST_UNUSED
+            and not (torch.jit.is_tracing() or in_transform() or self._device.is_capturing())
+            and type(x) is Tensor
+            and x.device == self._origin
+            and x.layout is torch.strided
+            and not (x.is_nested or x.is_quantized)
+            and x.numel() > 0
+        )
+
+    def _graph_for(self, x: Tensor) -> _Graph | None:
+        """The graph for x, kept or new; None where the model itself has to run."""
+        key = _key(x)
+        graph = self._graphs.get(key)
+        if graph is None or not graph.guard.same():
+            if graph is not None:
+                self._unused += graph.uses == 0
+                del graph  # its memory is free for the new one
+                self._drop_changed()
+            return self._capture(key, x)
+        graph.uses, self._unused = graph.uses + 1, 0
+        self._graphs.move_to_end(key)
+        return None if graph.failed else graph
+
+    def _drop_changed(self) -> None:
+        """Free the graphs of the model as it no longer is."""
+        self._device.finish()
+        for key, graph in list(self._graphs.items()):
+            if self._unused >= _MOST_UNUSED or not graph.guard.same():
+                del self._graphs[key]
+
+    def _capture(self, key: tuple, x: Tensor) -> _Graph | None:
+        try:
+            if self._unused >= _MOST_UNUSED:
+                raise Refusal("it changes from call to call, before a graph is used again")
+            _check(tuple(self.module.modules()))
+        except Refusal as refusal:
+            _announce(self.module, str(refusal))
+            return None
+        while len(self._graphs) >= self._max_graphs:
+            self._device.finish()
+            self._graphs.popitem(last=False)
+        # An empty pool cannot be captured into again, so its name comes from a graph in it.
+        pool_of = next((g.graph for g in self._graphs.values() if g.graph is not None), None)
+        graph = _Graph(self.module, x, self._device, self._warm_ups, pool_of)
+        self._graphs[key] = graph
+        if graph.failed:
+            _announce(self.module, graph.failed)
+        return None if graph.failed else graph
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # also at the interpreter's exit, without CUDA
+            self._device.finish()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a graphed model holds CUDA graphs and cannot be copied or pickled; copy its .module "
+            "and call ghost_ops.graphed again"
+        )
+
+
+def graphed(
+    model: nn.Module, example: Tensor, *, max_graphs: int = 8, num_warmup_iters: int = 3
+) -> nn.Module | GraphedModel:
+    """Make a model's inference one launch a call: a CUDA graph, captured once and replayed.
+
+    The result is called as ``model(x)`` is, and gives the same numbers. One graph is captured here,
+    for ``example``; other shapes, strides and dtypes of x, and other settings of autocast, TF32 and
+    deterministic algorithms, are captured at their first call. Outputs are copies: a later call
+    does not overwrite them, and they never share memory with x.
+
+    A change of the model is noticed at the next call, and captured anew: parameters and buffers
+    (also in place), children, modes, attributes of modules, the requested backend. Not noticed: an
+    in-place write to ``parameter.data`` until ``eval()`` or ``train()`` is called, a change inside
+    a list or another object that is an attribute, and global settings other than those above.
+
+    The model itself runs, without a graph, for an empty x, a tensor subclass, an x on another
+    device, and inside torch.compile, torch.jit.trace, torch.func transforms and other captures. It
+    also runs, and a warning says why once, where it cannot be captured (it synchronises, computes
+    on the CPU, writes its input, or returns other things than tensors and constants), where a
+    module has hooks or is in training mode, and for good after it changed three times in a row
+    before a graph was used again. Its forward runs as Python code in captures only: what it counts,
+    prints or stores happens then.
+
+    Calls from several threads and streams are safe; replays run one after the other.
+
+    Device memory: for each graph its input and its outputs. The activations of all graphs are in
+    one pool, about as large as the largest graph needs.
+
+    Args:
+        model: in eval mode, with all parameters on one device.
+        example: an input of the model, such as [N, 3, H, W]; its values do not matter.
+        max_graphs: graphs kept at most; the least recently used one is dropped.
+        num_warmup_iters: calls on a side stream before each capture.
+
+    Returns:
+        The model itself where it is not on a CUDA device. Otherwise a ``GraphedModel``; the model,
+        for everything but calls, is its attribute ``module``.
+
+    Raises:
+        TypeError: model is not a module, or example not a tensor.
+        ValueError: a module of model is in training mode, parameters and example are on several
+            devices, or a number is not an int of at least 1.
+        Anything that ``model(example)`` raises. In calls: what ``model(x)`` raises, and
+        RuntimeError where autograd would record.
+
+    Example::
+
+        model = ghost_ops.models.ghostnet().eval().cuda().half()
+        ghost_ops.fuse(model)
+        fast = ghost_ops.graphed(model, torch.zeros(1, 3, 224, 224).cuda().half())
+        with torch.inference_mode():
+            logits = fast(images)
+
+    Source: PyTorch documentation, "CUDA semantics", section "CUDA Graphs", and
+    ``torch.cuda.make_graphed_callables``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example, Tensor):
+        raise TypeError(f"example must be a Tensor, got {type(example).__name__}")
+    for name, number in (("max_graphs", max_graphs), ("num_warmup_iters", num_warmup_iters)):
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {number!r}")
+    for name, module in model.named_modules():
+        if module.training:
+            place = f"{name!r} of model" if name else "model"
+            raise ValueError(f"{place} is in training mode; call model.eval() first")
+    devices = list(dict.fromkeys(p.device for p in model.parameters()))
+    if len(devices) > 1:
+        found = f"{devices[0]} and {devices[1]}"
+        raise ValueError(f"model must be on one device, its parameters are on {found}")
+    if devices and devices[0] != example.device:
+        raise ValueError(f"example is on {example.device}, but model is on {devices[0]}")
+    if example.device.type != _Device.type:
+        return model
+    return GraphedModel(model, example, max_graphs, num_warmup_iters)

@@ -1,0 +1,401 @@
+"""What ``fuse`` makes of a model, and one run of it on shapes alone.
+
+``trace`` copies a model to the meta device, where tensors have shapes and no data. ``fuse`` on the
+copy decides which modules run as operators of ours: the units. Then the plain forward of the copy
+runs once, and what PyTorch dispatches is written down in the tree of the module calls.
+
+Bytes are what an operator reads from and writes to device memory. An ATen operator reads its input
+tensors and writes its results. A view moves nothing, an expanded dimension counts once, and an
+in-place operator reads and writes. A convolution with a bias is two launches in eager PyTorch: the
+second adds the bias in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from . import convert, model_ops
+from .autograd import is_fused_primary
+from .bottleneck import ConvertedBottleneck, FusedGhostBottleneck
+from .bottleneck_parts import Parts, layout_of, read_bottleneck
+from .convert_forward import ConvertedGhost
+from .convert_layouts import Branch, Refusal, settings_of
+from .network import ConvertedNetwork, Ends, read_ends
+from .nn import FusedGhostModule
+
+Shape = tuple[int, ...]
+Owner = TypeVar("Owner")
+_ROOT = "(model)"  # the name of the model itself
+
+_DW_SIZES = (1, 3, 5, 7)  # cheap kernels that ghost_apply has
+_HOOK_DICTS = tuple(k for k, v in vars(nn.Module()).items() if "hook" in k and isinstance(v, dict))
+_NO_MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+              "_unsafe_view"}  # fmt: skip
+_OVERWRITE = {"copy_", "fill_", "zero_"}  # their first argument is written, not read
+
+
+# --- the run as a tree, and the units -----------------------------------------------------------
+
+
+class Op(NamedTuple):
+    """One ATen operator."""
+
+    name: str
+    launches: int
+    bytes: int
+    flops: int
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module, with the operators and calls inside it in their order.
+
+    Attributes:
+        path: the module's name in the model; in several places, the place that it is called in.
+        in_shape: of the first tensor among the arguments; () without one.
+    """
+
+    module: nn.Module
+    path: str
+    in_shape: Shape
+    items: list[Op | Call] = field(default_factory=list)
+
+    @cached_property
+    def names(self) -> dict[nn.Module, str]:
+        """The path of every module inside, and of this one."""
+        prefix = "" if self.path == _ROOT else f"{self.path}."
+        named = self.module.named_modules()
+        return {m: prefix + name if name else self.path for name, m in named}
+
+    def ops(
+        self, owners: Mapping[Any, Owner], outside: Container[nn.Module] = ()
+    ) -> Iterator[tuple[Owner, Op]]:
+        """Every operator, with the owner of the innermost module around it that has one.
+
+        A module in several places inside, such as the one activation of all of Ultralytics' layers,
+        has no owner of its own.
+
+        Args:
+            owners: of a module, or of one operator in it by the key (module, operator's name); at
+                least of this call's module.
+            outside: modules whose calls are left out.
+        """
+        places = Counter(m for _, m in self.module.named_modules(remove_duplicate=False))
+        known = {key: owner for key, owner in owners.items() if places[key] < 2}
+        for chain, op in self._chains(outside, ()):
+            keys = (key for module in chain for key in ((module, op.name), module))
+            yield next(known[key] for key in keys if key in known), op
+
+    def _chains(
+        self, outside: Container[nn.Module], above: tuple[nn.Module, ...]
+    ) -> Iterator[tuple[tuple[nn.Module, ...], Op]]:
+        """Every operator, with the modules that it is in, innermost first."""
+        chain = (self.module, *above)
+        for item in self.items:
+            if isinstance(item, Op):
+                yield chain, item
+            elif item.module not in outside:
+                yield from item._chains(outside, chain)
+
+    def calls(self, wanted: Container[nn.Module]) -> Iterator[Call]:
+        """The calls of these modules inside, in their order."""
+        for item in self.items:
+            if isinstance(item, Call):
+                if item.module in wanted:
+                    yield item
+                else:
+                    yield from item.calls(wanted)
+
+
+class Ghost(NamedTuple):
+    """A Ghost module as it is fused; or a 1x1 convolution with its batch norm, of ratio 1."""
+
+    conv: nn.Conv2d
+    out_channels: int
+    cheap: nn.Conv2d | None = None
+    short_conv: nn.Module | None = None  # GhostModuleV2's attention, by PyTorch
+    has_primary: bool = True  # ghost_apply computes the primary convolution, too
+
+    @property
+    def takes_gate(self) -> bool:
+        """As ``convert_forward.PackedGhost.takes_gate``."""
+        return self.has_primary and self.conv.stride == (1, 1)
+
+    def read_shape(self, shape: Shape) -> Shape:
+        """The shape of what ``ghost_apply`` reads, for x of ``shape``."""
+        return shape if self.has_primary else conv_shape(shape, self.conv)
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """The shape of its output."""
+        n, _, *size = conv_shape(shape, self.conv)
+        return n, self.out_channels, *size
+
+    def problem(self) -> dict[str, Any]:
+        """What ``cuda_plan`` takes of the module."""
+        m, cheap = self.conv.out_channels, self.cheap
+        return {
+            "intrinsic": m,
+            "out_channels": self.out_channels,
+            "ratio": 1 if cheap is None else cheap.out_channels // m + 1,
+            "dw_size": 1 if cheap is None else cheap.kernel_size[0],
+            "stride": self.conv.stride[0] if self.has_primary else 1,
+            "has_primary": self.has_primary,
+        }
+
+
+class Bottleneck(NamedTuple):
+    """A Ghost bottleneck as it is fused."""
+
+    parts: Parts
+    ghost1: Ghost
+    ghost2: Ghost
+
+
+Unit = Ghost | Bottleneck | Ends
+
+
+class Trace(NamedTuple):
+    """A model as it is fused, and as it runs in eager PyTorch.
+
+    Attributes:
+        left: what ``fuse`` leaves as it is, with the reason; for people.
+    """
+
+    root: Call
+    units: dict[nn.Module, Unit]
+    left: list[str]
+
+
+def trace(
+    model: nn.Module, shape: Shape, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Trace:
+    """The units of a model, and its run on x of ``shape``. The model itself is only read.
+
+    Raises:
+        ValueError: the model cannot be copied, has a lazy layer or needs the values of a tensor.
+            Other errors of the model pass.
+    """
+    twin = _copy(model, dtype)
+    units, left = _read_units(twin)
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    return Trace(_record(twin, x), units, left)
+
+
+# --- a copy without data, and what fuse makes of it ---------------------------------------------
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model on the meta device in eval mode, its parameters in ``dtype``.
+
+    The parameters are replaced while they are copied, so that no memory is taken on any device.
+    Hooks are shared: a bound method would bring its object into the copy.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: a scripted model has no Python forward to follow")
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for place in (module._parameters, module._buffers, module.__dict__):
+            for t in place.values():
+                if isinstance(t, Tensor) and id(t) not in memo:
+                    memo[id(t)] = _without_data(t, dtype)
+        for hooks in _hook_dicts(module):
+            memo[id(hooks)] = hooks.copy()
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"model: it cannot be copied: {kind}: {error}") from error
+    return twin.eval()
+
+
+def _without_data(t: Tensor, dtype: torch.dtype) -> Tensor:
+    if is_lazy(t):
+        raise ValueError("model: a lazy layer has no shape yet; run the model on an input once")
+    made = torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="meta")
+    return nn.Parameter(made, requires_grad=False) if isinstance(t, nn.Parameter) else made
+
+
+def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
+    return [module.__dict__[name] for name in _HOOK_DICTS if name in module.__dict__]
+
+
+def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
+    """The modules of a copy that run as operators of ours, and notes on what does not.
+
+    Leaves the copy unfused.
+    """
+    convert.unfuse(twin)
+    reasons: dict[str, list[str]] = {}
+    for entry in convert.fuse(twin, inference=True).left:
+        reasons.setdefault(entry.detail, []).append(entry.name)
+    units: dict[nn.Module, Unit] = {}
+    for kinds, read in (
+        ((FusedGhostModule, ConvertedGhost), _read_ghost),
+        ((FusedGhostBottleneck, ConvertedBottleneck), _read_bottleneck),
+        ((ConvertedNetwork,), _read_network),
+    ):
+        for name, module in twin.named_modules():
+            if not isinstance(module, kinds):
+                continue
+            try:
+                units[module] = read(module, units)
+            except Refusal as refusal:
+                reasons.setdefault(str(refusal), []).append(name or _ROOT)
+    convert.unfuse(twin)
+    return units, [
+        f"not fused: {', '.join(names[:3])}{', ...' if names[3:] else ''} ({len(names)}): {reason}"
+        for reason, names in reasons.items()
+    ]
+
+
+def _read_ghost(module: nn.Module, _: dict[nn.Module, Any]) -> Ghost:
+    layout, out_channels = layout_of(module)
+    conv, cheap = layout.primary.conv, layout.cheap.conv
+    if (d := cheap.kernel_size[0]) not in _DW_SIZES:
+        raise Refusal(f"there is no fused kernel for a cheap convolution of size {d}")
+    _check_statistics(layout.modules)
+    has_primary = is_fused_primary(conv.weight, settings_of(layout, out_channels))
+    return Ghost(conv, out_channels, cheap, layout.gate, has_primary)
+
+
+def _read_bottleneck(module: nn.Module, units: dict[nn.Module, Any]) -> Bottleneck:
+    parts = read_bottleneck(module)
+    assert parts is not None  # it is fused
+    if not {parts.ghost1, parts.ghost2} <= units.keys():
+        raise Refusal("its Ghost modules are not fused")
+    _check_statistics(parts.modules())
+    return Bottleneck(parts, units[parts.ghost1], units[parts.ghost2])
+
+
+def _read_network(module: nn.Module, _: dict[nn.Module, Any]) -> Ends:
+    ends = read_ends(module)
+    assert ends is not None  # it is fused
+    _check_statistics(ends.modules())
+    return ends
+
+
+def _check_statistics(modules: Iterable[nn.Module]) -> None:
+    if any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in modules):
+        raise Refusal("a batch norm has no running statistics, so that it runs as in training")
+
+
+def has_stem(stem: Branch) -> bool:
+    """Whether ``conv_stem`` computes a network's first convolution, as ``network`` runs it."""
+    conv = stem.conv
+    return (
+        (conv.padding, conv.dilation, conv.groups) == ((1, 1), (1, 1), 1)
+        and conv.stride[0] == conv.stride[1]
+        and model_ops.has_stem(conv.weight, conv.stride[0])
+    )
+
+
+def conv_shape(shape: Shape, conv: nn.Conv2d) -> Shape:
+    """The shape of a convolution's output for x of ``shape``."""
+    geometry = zip(
+        shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+    )
+    sizes = ((v + 2 * int(p) - d * (k - 1) - 1) // s + 1 for v, k, s, p, d in geometry)
+    return (shape[0], conv.out_channels, *sizes)
+
+
+# --- one run on the meta device -----------------------------------------------------------------
+
+
+def _record(model: nn.Module, x: Tensor) -> Call:
+    """The tree of calls of one forward on x, both on the meta device. The model loses its hooks."""
+    root = Call(model, _ROOT, tuple(x.shape))
+    recorder = _Recorder(root)
+    for module in model.modules():
+        for hooks in _hook_dicts(module):
+            hooks.clear()
+        if module is not model:
+            module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
+            module.register_forward_hook(recorder.leave)
+    try:
+        with torch.no_grad(), torch.device("meta"), recorder:
+            model(x)
+    except Exception as error:
+        # An error for want of a tensor's values, or for a second device, names the meta device.
+        if not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
+            raise
+        raise ValueError(
+            "model: its forward does not run on shapes alone, without the values of tensors: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return root
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the operators that run, in the tree of the calls of modules."""
+
+    def __init__(self, root: Call) -> None:
+        super().__init__()
+        self.root, self.stack = root, [root]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        op = _op_of(func, args, kwargs or {}, out)
+        if op is not None:
+            self.stack[-1].items.append(op)
+        return out
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook."""
+        parent = self.stack[-1]
+        path = parent.names.get(module) or self.root.names[module]
+        shape = next((tuple(t.shape) for t in _tensors((args, kwargs))), ())
+        call = Call(module, path, shape)
+        parent.items.append(call)
+        self.stack.append(call)
+
+    def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
+        """A forward hook."""
+        while self.stack.pop().module is not module:
+            pass  # a forward inside raised, and the model caught it
+
+
+def _op_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Op | None:
+    """What an operator moves; None for a view, or one that only allocates."""
+    name = func._schema.name.removeprefix("aten::")
+    if func.is_view or name in _NO_MEMORY:
+        return None
+    given = {id(t): t for t in _tensors((args, kwargs))}
+    results = {id(t): t for t in _tensors(out)}
+    if not results:  # an operator that changes its arguments and returns nothing
+        changed = zip(func._schema.arguments, args, strict=False)
+        results = {id(t): t for a, t in changed if a.is_write and isinstance(t, Tensor)}
+    if name in _OVERWRITE:
+        given.pop(id(args[0]), None)
+    written = sum(map(_bytes, results.values()))
+    if not written:
+        return None
+    moved, launches = sum(map(_bytes, given.values())) + written, 1
+    if name == "convolution" and args[2] is not None:
+        moved, launches = moved + 2 * written, 2  # the bias is added in place
+    count = flop_registry.get(func._overloadpacket)
+    return Op(name, launches, moved, 0 if count is None else count(*args, **kwargs, out_val=out))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (t for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def _bytes(t: Tensor) -> int:
+    """Bytes of memory behind a tensor; an expanded dimension has one."""
+    sizes = zip(t.shape, t.stride(), strict=True)
+    return math.prod(size if stride else min(size, 1) for size, stride in sizes) * t.element_size()
