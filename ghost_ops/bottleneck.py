@@ -8,8 +8,13 @@ packed once, the shortcut added in the epilogue of the second Ghost module::
     y   = y * gate(y)            if squeeze-excite   one op, ``ghost_ops::squeeze_excite_``
     out = ghost2(y) + shortcut                       one op
 
-where a shortcut that is no identity is one more depthwise op and one 1x1 convolution (a Ghost
-module of ratio 1). In training it is the composition of its children, but for the depthwise
+A shortcut that is no identity is one more depthwise op and one 1x1 convolution (a Ghost module of
+ratio 1); the sum is then ghost2's as well. To add in the 1x1 convolution instead would move the
+same bytes: three maps of the output either way.
+
+On a GPU the gate is an op of its own, ``ghost_ops::squeeze_excite_gate``, from sums that the
+depthwise op before it made, if there is one; ghost2 multiplies y by it as it reads y, and the gated
+map is never written. In training it is the composition of its children, but for the depthwise
 convolutions and the gate, whose forward and backward are ours too (``layers``).
 """
 
@@ -24,6 +29,7 @@ from torch import Tensor, nn
 from . import activations, convert_probe, model_ops
 from .autograd import backend_for, dense
 from .bottleneck_parts import Gate, Parts, layout_of, read_bottleneck
+from .compiled import OneOperator, OutputShape, attach, bottleneck_shape, in_graph
 from .convert_forward import PackedGhost, PackedWhole, Values, Watch, _rebuild
 from .convert_layouts import Branch, Layout, Refusal, settings_of
 from .nn import FusedGhostModule
@@ -64,9 +70,13 @@ class _PackedDepthwise:
     def __call__(self, x: Tensor) -> Tensor:
         return model_ops.depthwise_conv(x, self.weight, self.shift, *self.arguments)
 
+    def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and its sums over pixels."""
+        return model_ops.depthwise_conv_sums(x, self.weight, self.shift, *self.arguments)
+
 
 class _PackedGate:
-    """The tensors of a squeeze-and-excitation in the compute dtype."""
+    """The packed tensors of a squeeze-and-excitation."""
 
     __slots__ = ("arguments", "tensors")
 
@@ -79,6 +89,10 @@ class _PackedGate:
     def __call__(self, x: Tensor) -> None:
         """x *= gate(x), in place."""
         model_ops.squeeze_excite_(x, *self.tensors, *self.arguments)
+
+    def values(self, x: Tensor, sums: Tensor | None) -> Tensor:
+        """gate(x) [N, C]; from the sums of x over its pixels, if they are there."""
+        return model_ops.squeeze_excite_gate(x, sums, *self.tensors, *self.arguments)
 
 
 class PackedBottleneck(PackedWhole):
@@ -99,6 +113,10 @@ class PackedBottleneck(PackedWhole):
             )
             self.dw = _PackedDepthwise(parts.dw) if parts.dw is not None else None
             self.gate = _PackedGate(parts.gate) if parts.gate is not None else None
+            # Whether the gate is made apart from the map that it multiplies.
+            self.makes_gate = self.gate is not None and model_ops.on_gpu(
+                layout1.primary.conv.weight
+            )
             self.shortcut: tuple[_PackedDepthwise, PackedGhost] | None = None
             if parts.shortcut is not None:
                 dw, conv = parts.shortcut
@@ -109,14 +127,23 @@ class PackedBottleneck(PackedWhole):
         x = dense(x)
         gate = self.short_conv
         y = self.ghost1(x, None, None if gate is None else convert_probe.small_gate(x, gate))
+        sums = in_gate = None
         if self.dw is not None:
-            y = self.dw(y)
+            if self.makes_gate:
+                y, sums = self.dw.with_sums(y)
+            else:
+                y = self.dw(y)
         if self.gate is not None:
-            self.gate(y)
+            if not self.makes_gate:
+                self.gate(y)
+            elif self.ghost2.takes_gate:
+                in_gate = self.gate.values(y, sums)
+            else:
+                y.mul_(self.gate.values(y, sums)[:, :, None, None])
         if self.shortcut is not None:
             dw, conv = self.shortcut
             x = conv(dw(x))
-        return self.ghost2(y, x)
+        return self.ghost2(y, x, in_gate=in_gate)
 
 
 class BottleneckState:
@@ -178,18 +205,29 @@ class BottleneckState:
         return PackedBottleneck(module, parts, "native")
 
 
-class ConvertedBottleneck(nn.Module):
+class ConvertedBottleneck(OneOperator):
     """The forward of a bottleneck made fused by ``fuse``, before its own class in the lookup."""
 
     _ghost_ops_base: type[nn.Module]
+    _ghost_backends = ("native",)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_chs, H, W] -> [N, out_chs, Ho, Wo]."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            out = in_graph(self, x)
+        else:
             out = self.__dict__["_ghost_ops"].run(self, x)
-            if out is not None:
-                return out
-        return super().forward(x)
+        return super().forward(x) if out is None else out
+
+    def _ghost_packed(self, x: Tensor) -> Tensor | None:
+        return self.__dict__["_ghost_ops"].infer(self, x)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor:
+        out = self.__dict__["_ghost_ops"].run(self, x)
+        return super().forward(x) if out is None else out
+
+    def _ghost_shape(self) -> OutputShape | None:
+        return bottleneck_shape(self)
 
     def extra_repr(self) -> str:
         parts = (super().extra_repr(), "fused by ghost_ops")
@@ -208,7 +246,7 @@ class ConvertedBottleneck(nn.Module):
         return _rebuild, (ConvertedBottleneck, self._ghost_ops_base), self.__getstate__()
 
 
-class FusedGhostBottleneck(GhostBottleneck):
+class FusedGhostBottleneck(OneOperator, GhostBottleneck):
     """Drop-in for ``reference.GhostBottleneck`` with fused Ghost modules.
 
     Constructor, children, state_dict keys, initial values from a given seed and numbers are the
@@ -228,6 +266,7 @@ class FusedGhostBottleneck(GhostBottleneck):
     """
 
     _ghost_ops: BottleneckState | None = None
+    _ghost_backends = ("native",)
 
     def __init__(
         self,
@@ -242,16 +281,27 @@ class FusedGhostBottleneck(GhostBottleneck):
         super().__init__(in_chs, mid_chs, out_chs, dw_kernel_size, stride, act_layer, se_ratio)
         self.ghost1 = FusedGhostModule.from_reference(self.ghost1)
         self.ghost2 = FusedGhostModule.from_reference(self.ghost2)
+        attach(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_chs, H, W] -> [N, out_chs, Ho, Wo]."""
-        if not torch.compiler.is_compiling():
-            if self._ghost_ops is None:
-                self._ghost_ops = BottleneckState()
-            out = self._ghost_ops.run(self, x)
-            if out is not None:
-                return out
-        return super().forward(x)
+        out = in_graph(self, x) if torch.compiler.is_compiling() else self._state().run(self, x)
+        return super().forward(x) if out is None else out
+
+    def _state(self) -> BottleneckState:
+        if self._ghost_ops is None:
+            self._ghost_ops = BottleneckState()
+        return self._ghost_ops
+
+    def _ghost_packed(self, x: Tensor) -> Tensor | None:
+        return self._state().infer(self, x)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor:
+        out = self._state().run(self, x)
+        return super().forward(x) if out is None else out
+
+    def _ghost_shape(self) -> OutputShape | None:
+        return bottleneck_shape(self)
 
     def reset_cache(self) -> None:
         """Forget the packed weights; the next call makes them anew."""

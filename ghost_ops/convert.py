@@ -10,6 +10,7 @@ from torch import nn
 from . import convert_probe
 from .bottleneck import BottleneckState, ConvertedBottleneck, FusedGhostBottleneck
 from .bottleneck_parts import read_bottleneck
+from .compiled import attach
 from .convert_forward import Converted, ConvertedGhost, fused_class
 from .convert_layouts import KNOWN_NAMES, Refusal, candidate, read
 from .models import FusedGhostNet, GhostNet
@@ -149,7 +150,7 @@ def unfuse(model: nn.Module) -> Report:
         if plain is None:
             continue
         module.__class__ = plain
-        for attribute in ("_ghost_ops", "_packed", "_structure"):
+        for attribute in ("_ghost_ops", "_ghost_handle", "_packed", "_structure"):
             module.__dict__.pop(attribute, None)
         entries.append(Entry(name, kind.__name__, "restored", f"{plain.__name__}"))
     return Report(model, entries)
@@ -183,9 +184,11 @@ def _fuse_module(name: str, module: nn.Module) -> Entry | None:
     if kind in _PAIRS:
         module.__class__ = _PAIRS[kind]
         module.reset_cache()
+        attach(module)
         return Entry(name, kind.__name__, "swapped", _PAIRS[kind].__name__)
     module.__dict__["_ghost_ops"] = Converted(module, layout, out_channels)
     module.__class__ = fused_class(ConvertedGhost, kind)
+    attach(module)
     return Entry(name, kind.__name__, "swapped", _description(module))
 
 
@@ -229,6 +232,7 @@ def _fuse_bottleneck(name: str, module: nn.Module) -> Entry | None:
     else:
         module.__dict__["_ghost_ops"] = BottleneckState()
         module.__class__ = fused_class(ConvertedBottleneck, kind)
+    attach(module)
     return Entry(name, kind.__name__, "swapped", f"bottleneck: {parts.description()}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, watch
+from . import backends, model_ops, watch
 from .autograd import (
     LOW_PRECISION,
     apply_arguments,
@@ -31,6 +31,7 @@ from .autograd import (
     run,
     slopes_need_layers,
 )
+from .compiled import OneOperator, OutputShape, first_conv, ghost_shape, in_graph
 from .convert_layouts import Branch, Layout, Refusal, read, settings_of, slopes_of
 from .convert_probe import gate_of, ghost, norms_of, small_gate, uses_batch_stats
 from .functional import check
@@ -116,7 +117,7 @@ class Values:
 class PackedGhost:
     """A Ghost module with its batch norms folded in, for one backend."""
 
-    __slots__ = ("apply", "arguments", "library_w1", "packed", "settings")
+    __slots__ = ("apply", "arguments", "library_w1", "packed", "settings", "takes_gate")
 
     def __init__(self, primary: Branch, cheap: Branch, settings: Any, backend: str) -> None:
         w1, w2 = primary.conv.weight.detach(), cheap.conv.weight.detach()
@@ -129,14 +130,36 @@ class PackedGhost:
             self.packed = pack(functions, w1 if fused else None, w2, norms, settings, slopes)
         self.apply = functions.ghost_apply
         self.arguments = apply_arguments(w1.size(0), w2, settings, fused)
+        # Whether x may come with a gate that is applied as it is read.
+        self.takes_gate = fused and backend == "native" and settings.stride == (1, 1)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+        in_gate: Tensor | None = None,
     ) -> Tensor:
-        """The module's output for a dense x that fits, times the gate, plus the residual."""
+        """The module's output for a dense x that fits, times the gate, plus the residual.
+
+        in_gate: [N, C], multiplied to x as it is read; only where ``takes_gate``.
+        """
+        if in_gate is not None:
+            return model_ops.ghost_apply_gated(
+                x, in_gate, self.packed, residual, gate, *self.arguments
+            )
         if self.library_w1 is not None:
             x = dense(library_conv(x, self.library_w1, self.settings))
         return self.apply(x, self.packed, residual, gate, *self.arguments)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The mean over the pixels of the output, [N, out_channels], for a dense x that fits."""
+        intrinsic, out_channels, *_ = self.arguments
+        few = x.size(2) * x.size(3) <= model_ops.MOST_POOLED
+        if self.takes_gate and few and intrinsic == out_channels and model_ops.on_gpu(x):
+            act, slope = self.arguments[5:7]
+            return model_ops.ghost_apply_pooled(x, self.packed, intrinsic, act, slope)
+        return self(x).mean((2, 3))
 
 
 class PackedWhole:
@@ -192,10 +215,13 @@ class Converted:
     Attributes:
         layout, out_channels, settings: the Ghost module; layout None where it is none any more.
         reason: why it is none.
+        counts: of the intrinsic maps and of the ghosts that out_channels is for.
     """
 
+    counts: tuple[int, int] | None = None
+
     def __init__(self, module: nn.Module, layout: Layout, out_channels: int) -> None:
-        self.names = layout.names
+        self.names, self.counts = layout.names, _counts(layout.primary.conv, layout.cheap.conv)
         self.layout: Layout | None = layout
         self.out_channels, self.reason = out_channels, ""
         self.settings = settings_of(layout, out_channels)
@@ -210,6 +236,7 @@ class Converted:
             self.layout = read(module, self.names)
             self.out_channels = ghost(module, self.names)
             self.settings = settings_of(self.layout, self.out_channels)
+            self.counts = _counts(self.layout.primary.conv, self.layout.cheap.conv)
             modules = self.layout.modules
             self.reason = ""
         except Refusal as refusal:
@@ -226,6 +253,10 @@ class Converted:
         return {**self.__dict__, "kept": None, "watch": None}
 
 
+def _counts(primary: nn.Conv2d, cheap: nn.Conv2d) -> tuple[int, int]:
+    return primary.out_channels, cheap.out_channels
+
+
 def _announce(kind: type, reason: str) -> None:
     if reason not in _announced:
         _announced.add(reason)
@@ -233,53 +264,80 @@ def _announce(kind: type, reason: str) -> None:
             f"{kind.__name__} runs its own forward, unfused: {reason}. "
             "(Said once for each reason.)",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-class ConvertedGhost(nn.Module):
+class ConvertedGhost(OneOperator):
     """The forward of a fused module, to stand before its own class in the order of lookup."""
 
     _ghost_ops_base: type[nn.Module]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, out_channels, Ho, Wo]."""
+        if not torch.compiler.is_compiling():
+            return self._ghost_eager(x)
+        out = in_graph(self, x)
+        return self._ghost_traced(x) if out is None else out
+
+    def _ghost_eager(self, x: Tensor) -> Tensor:
         state: Converted = self.__dict__["_ghost_ops"]
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            if torch.jit.is_tracing():
-                _announce(self._ghost_ops_base, "torch.jit traces it")
-                return super().forward(x)
-            if state.watch is None:
-                state.watch_again(self)
-            elif not state.watch.same():
-                state.refresh(self)
-            if state.layout is None:
-                _announce(self._ghost_ops_base, state.reason)
-                return super().forward(x)
-        layout, settings = state.layout, state.settings
-        primary, cheap = layout.primary, layout.cheap
-        if not compiling and not torch.is_grad_enabled():
+        if torch.jit.is_tracing():
+            _announce(self._ghost_ops_base, "torch.jit traces it")
+            return super().forward(x)
+        self._ghost_look(state)
+        if state.layout is None:
+            _announce(self._ghost_ops_base, state.reason)
+            return super().forward(x)
+        if not torch.is_grad_enabled():
             out = _from_packed(state, x)
             if out is not None:
                 return out
-        norms, slopes = norms_of(primary, cheap, True), slopes_of(primary, cheap)
-        w1, w2 = primary.conv.weight, cheap.conv.weight
-        batch_stats, reason = uses_batch_stats(primary), ""
-        if uses_batch_stats(cheap) != batch_stats:
-            reason = "only one of its branches uses the batch's statistics"
-        elif any(t is not None for t in slopes):
-            reason = slopes_need_layers(batch_stats, needs_grad(x, w1, w2, norms, slopes))
+        reason = _needs_layers(x, state.layout)
         if reason:
-            if not compiling:
-                _announce(self._ghost_ops_base, reason)
+            _announce(self._ghost_ops_base, reason)
             return super().forward(x)
-        check(x, w1, w2, norms, settings, batch_stats)
-        updates = running_update(primary.bn), running_update(cheap.bn)
-        out = run(x, w1, w2, norms, settings, batch_stats, *updates, slopes)
-        if layout.gate is None:
-            return out
-        return out * gate_of(x, layout.gate, (out.size(2), out.size(3)))
+        return _run(x, state.layout, state.settings)
+
+    def _ghost_look(self, state: Converted) -> None:
+        """Bring the state up to date with the module."""
+        if state.watch is None:
+            state.watch_again(self)
+        elif not state.watch.same():
+            state.refresh(self)
+
+    def _ghost_traced(self, x: Tensor) -> Tensor:
+        """Without the operator, while a graph is traced."""
+        state: Converted = self.__dict__["_ghost_ops"]
+        layout = self._ghost_layout(state)
+        if layout is None or _needs_layers(x, layout):
+            return super().forward(x)
+        return _run(x, layout, settings_of(layout, state.out_channels))
+
+    def _ghost_layout(self, state: Converted) -> Layout | None:
+        """The layout for a graph; None where the module is not what it was when it was fused."""
+        if not torch.compiler.is_dynamo_compiling():
+            # torch.export runs this code as it is, on stand-ins for the modules inside.
+            current = state.watch is None or state.watch.same()
+            return state.layout if current else None
+        try:
+            layout = read(self, state.names)  # so that the compiler guards all of it
+        except Refusal:
+            return None
+        counts = _counts(layout.primary.conv, layout.cheap.conv)
+        return layout if counts == state.counts else None
+
+    def _ghost_packed(self, x: Tensor) -> Tensor | None:
+        state: Converted = self.__dict__["_ghost_ops"]
+        self._ghost_look(state)
+        return None if state.layout is None else _from_packed(state, x)
+
+    def _ghost_shape(self) -> OutputShape | None:
+        state: Converted = self.__dict__["_ghost_ops"]
+        primary, cheap = (first_conv(self._modules.get(name)) for name in state.names)
+        if primary is None or cheap is None or _counts(primary, cheap) != state.counts:
+            return None
+        return ghost_shape(self, state.names[0], state.out_channels)
 
     def extra_repr(self) -> str:
         parts = (super().extra_repr(), "fused by ghost_ops")
@@ -315,6 +373,33 @@ def fused_class(mixin: type, base: type[nn.Module]) -> type[nn.Module]:
         }
         kind = _classes[mixin, base] = type(f"Fused{base.__name__}", (mixin, base), attributes)
     return kind
+
+
+def _needs_layers(x: Tensor, layout: Layout) -> str:
+    """Why the fused ops cannot compute the layout in the modes that it is in; empty if they can."""
+    primary, cheap = layout.primary, layout.cheap
+    batch_stats = uses_batch_stats(primary)
+    if uses_batch_stats(cheap) != batch_stats:
+        return "only one of its branches uses the batch's statistics"
+    slopes = slopes_of(primary, cheap)
+    if all(t is None for t in slopes):
+        return ""
+    norms = norms_of(primary, cheap, True)
+    grad = needs_grad(x, primary.conv.weight, cheap.conv.weight, norms, slopes)
+    return slopes_need_layers(batch_stats, grad)
+
+
+def _run(x: Tensor, layout: Layout, settings: Any) -> Tensor:
+    """The output by the fused ops, norms in the modes that they are in; differentiable."""
+    primary, cheap = layout.primary, layout.cheap
+    w1, w2 = primary.conv.weight, cheap.conv.weight
+    norms, batch_stats = norms_of(primary, cheap, True), uses_batch_stats(primary)
+    check(x, w1, w2, norms, settings, batch_stats)
+    updates = running_update(primary.bn), running_update(cheap.bn)
+    out = run(x, w1, w2, norms, settings, batch_stats, *updates, slopes_of(primary, cheap))
+    if layout.gate is None:
+        return out
+    return out * gate_of(x, layout.gate, (out.size(2), out.size(3)))
 
 
 def _from_packed(state: Converted, x: Tensor) -> Tensor | None:

@@ -29,6 +29,7 @@ from .autograd import (
     run,
     slopes_need_layers,
 )
+from .compiled import OneOperator, OutputShape, attach, ghost_shape, in_graph
 from .functional import check
 from .reference import Norms, _build_children, _checked_arguments, composed_forward
 from .structure import Structure, inspect
@@ -122,7 +123,7 @@ class _Packed:
         return self.operator(x, *self.arguments)
 
 
-class FusedGhostModule(nn.Module):
+class FusedGhostModule(OneOperator):
     """Drop-in for the reference ``GhostModule``: same numbers, in fewer passes over memory.
 
     Formula and shapes: ``ghost_ops.reference``. Constructor, children (``primary_conv`` and
@@ -140,7 +141,8 @@ class FusedGhostModule(nn.Module):
     In eval mode without gradients the weights with batch norm folded in are kept from call to
     call, and made anew when a parameter, buffer or setting has changed. Writing into
     ``parameter.data`` in place is the one change that PyTorch does not record: call ``eval()``,
-    ``train()`` or ``reset_cache()`` after it.
+    ``train()`` or ``reset_cache()`` after it. In a compiled graph the module is then one operator,
+    with the same weights and the same checks (``compiled``).
 
     Args:
         inp, oup, kernel_size, ratio, dw_size, stride, relu: as ``reference.GhostModule``.
@@ -187,6 +189,7 @@ class FusedGhostModule(nn.Module):
         act1 = activations.make_module(first, "activation", m, device, dtype)
         act2 = activations.make_module(second, "cheap_activation", g, device, dtype)
         _build_children(self, *numbers, act1, act2, device, dtype)
+        attach(self)
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> FusedGhostModule:
@@ -211,18 +214,29 @@ class FusedGhostModule(nn.Module):
         # Shared until one of the two has a child replaced.
         fused._modules = module._modules.copy()
         fused.reset_cache()
+        attach(fused)
         return fused
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
         if torch.compiler.is_compiling():
-            return self._read_and_run(x)
+            out = in_graph(self, x)
+            return self._read_and_run(x) if out is None else out
         kept = self._packed
         if kept is not None:
             out = kept.run(x, self.oup)
             if out is not None:
                 return out
         return self._read_and_run(x)
+
+    def _ghost_packed(self, x: Tensor) -> Tensor | None:
+        return None if self._packed is None else self._packed.run(x, self.oup)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor:
+        return self._read_and_run(x)
+
+    def _ghost_shape(self) -> OutputShape | None:
+        return ghost_shape(self, "primary_conv", self.oup)
 
     def _read_and_run(self, x: Tensor) -> Tensor:
         """Forward on whatever the children are now."""
@@ -310,6 +324,7 @@ class FusedGhostModule(nn.Module):
         state = self.__dict__.copy()
         state.pop("_packed", None)
         state.pop("_structure", None)
+        state.pop("_ghost_handle", None)
         return state
 
     def extra_repr(self) -> str:

@@ -1,0 +1,327 @@
+"""Fused modules in compiled graphs: one operator each, in inference.
+
+While ``torch.compile`` traces a fused module in eval mode without gradients, the module puts one
+call of ``ghost_ops::fused_inference`` into the graph. When the graph runs, the operator runs the
+module's own eager path, with its packed weights and all its guards, so every change that eager code
+notices is noticed here too. The rest of the graph is the compiler's.
+
+What the operator reads is in the graph: the parameters and buffers are its inputs, so it is a
+function of its inputs for the compiler, in whatever order the compiler runs it. If the graph gives
+other tensors than the module has (``functional_call``, or a parameter that the same graph changes),
+a copy of the module runs with these, unpacked.
+
+The key of the module is an input as well, a tensor. So one graph serves all modules of one
+structure, and neither a copy of a module nor a change of its state is a reason to compile again.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import operator
+import secrets
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, watch
+from .autograd import autocast_dtype, dense
+from .eager_ops import memory_format
+
+_NUMBERS = 8  # of a convolution: kernel size, stride, padding and dilation, two each
+# From a random number on, so that no key of another process leads to a module of this one.
+_keys = itertools.count(secrets.randbits(62))
+_handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
+_DEAD = (
+    "ghost_ops::fused_inference: the fused module that this graph was compiled for does not exist "
+    "any more. Compile the model that is in use."
+)
+
+
+class OutputShape(NamedTuple):
+    """What the output's shape follows from.
+
+    Attributes:
+        out_channels: of the output.
+        convs: ``_NUMBERS`` for each convolution that x passes through, in order.
+    """
+
+    out_channels: int
+    convs: tuple[int, ...]
+
+    def of(self, x: Tensor) -> tuple[int, int, int, int]:
+        """[N, out_channels, Ho, Wo] for x [N, C, H, W]; the numbers may be symbols."""
+        n, _, h, w = x.shape
+        for i in range(0, len(self.convs), _NUMBERS):
+            kh, kw, sh, sw, ph, pw, dh, dw = self.convs[i : i + _NUMBERS]
+            h = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1
+            w = (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+        return n, self.out_channels, h, w
+
+
+def numbers_of(conv: nn.Conv2d | None) -> tuple[int, ...] | None:
+    """The numbers of a convolution for ``OutputShape``; None if its padding is not numbers."""
+    if conv is None or isinstance(conv.padding, str):
+        return None
+    return (*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)
+
+
+def first_conv(module: nn.Module | None) -> nn.Conv2d | None:
+    """The convolution that a branch starts with, or None if it does not."""
+    while module is not None and not isinstance(module, nn.Conv2d):
+        module = next((m for m in module._modules.values() if m is not None), None)
+    return module
+
+
+def ghost_shape(module: nn.Module, primary: str, out_channels: int) -> OutputShape | None:
+    """That of a Ghost module, whose cheap operation keeps height and width."""
+    numbers = numbers_of(first_conv(module._modules.get(primary)))
+    return None if numbers is None else OutputShape(out_channels, numbers)
+
+
+def bottleneck_shape(module: nn.Module) -> OutputShape | None:
+    """That of a Ghost bottleneck in one of the forms of ``bottleneck_parts``."""
+    children = module._modules
+    first, middle, last = (children.get(name) for name in ("ghost1", "conv_dw", "ghost2"))
+    main = children.get("conv")
+    if first is None and isinstance(main, nn.Sequential) and len(main) == 3:
+        first, middle, last = main
+    if not isinstance(first, OneOperator) or not isinstance(last, OneOperator):
+        return None
+    conv = first_conv(middle)
+    numbers = () if conv is None else numbers_of(conv)
+    shape1, shape2 = first._ghost_shape(), last._ghost_shape()
+    if shape1 is None or shape2 is None or numbers is None:
+        return None
+    return OutputShape(shape2.out_channels, (*shape1.convs, *numbers, *shape2.convs))
+
+
+class Handle:
+    """Leads from the operator to a module.
+
+    Attributes:
+        key: [1], int64 on the CPU. The operator gets it as an input.
+    """
+
+    def __init__(self, module: OneOperator) -> None:
+        number = next(_keys)
+        with torch.inference_mode(False):
+            # Not 0-dimensional: the compiler would read such a number, and may make it a constant.
+            self.key = torch.tensor([number], device="cpu")
+        self._module = weakref.ref(module)
+        self._known: _Known | None = None
+        _handles[number] = self
+
+    def __reduce__(self) -> Any:
+        # The copy of a module gets a handle of its own, see ``OneOperator.__setstate__``.
+        return type(None), ()
+
+    def module(self) -> OneOperator:
+        """The module. Raises RuntimeError if it has been collected."""
+        module = self._module()
+        if module is None:
+            raise RuntimeError(_DEAD)
+        return module
+
+    def forget(self) -> None:
+        """Let go of the module's tensors."""
+        self._known = None
+
+    def has(self, module: OneOperator, tensors: list[Tensor]) -> bool:
+        """Whether the module is in eval mode, inside too, and its tensors are these."""
+        known = self._known
+        if known is None or not known.unchanged():
+            self._known = known = _Known(module)
+        if module.training or not known.evaluates or len(tensors) != len(known.tensors):
+            return False
+        pairs = tensors, known.tensors
+        return all(map(operator.is_, *pairs)) or all(map(_is_alias, *pairs))
+
+
+class _Known:
+    """The tensors of a module and the modes of what is inside it, and whether these still hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = modules_in(module)
+        dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        # The module's own mode is left out: a watch over its attributes would tie it to itself.
+        modes = [(m.__dict__, "training") for m in modules[1:]]
+        self.unchanged = watch.make(tuple(dicts), tuple(modes)).unchanged
+        self.evaluates = not any(m.training for m in modules[1:])
+        self.tensors = tensors_of(modules)
+
+
+def _is_alias(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory in the same form."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype is b.dtype
+        and a.device == b.device
+    )
+
+
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """The module and all inside it, shared ones more than once.
+
+    ``module.modules()`` would give the compiler twice as many guards.
+    """
+    found = [module]
+    for child in module._modules.values():
+        if child is not None:
+            found += modules_in(child)
+    return found
+
+
+def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, but for the counts of batches, which inference does not read."""
+    return [
+        t
+        for m in modules
+        for tensors in (m._parameters, m._buffers)
+        for name, t in tensors.items()
+        if name != "num_batches_tracked" and t is not None
+    ]
+
+
+class OneOperator(nn.Module):
+    """A fused module that is one operator of a compiled graph in inference."""
+
+    _ghost_handle: Handle | None = None
+    _ghost_backends: tuple[str, ...] = ("native", "triton")  # those that it has packed weights for
+
+    def _ghost_packed(self, x: Tensor) -> Tensor | None:
+        """The output by packed weights, a tensor of its own; None where these cannot be."""
+        raise NotImplementedError
+
+    def _ghost_eager(self, x: Tensor) -> Tensor:
+        """The output by any path of eager code."""
+        raise NotImplementedError
+
+    def _ghost_shape(self) -> OutputShape | None:
+        """What the shape of the output follows from now; None if that is not known."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        attach(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self._ghost_handle is not None:
+            self._ghost_handle.forget()
+        return super()._apply(fn, recurse)
+
+
+def attach(module: OneOperator) -> None:
+    """Make a module known to the operator, under a key of its own."""
+    module.__dict__["_ghost_handle"] = Handle(module)
+
+
+def in_graph(module: OneOperator, x: Tensor) -> Tensor | None:
+    """The module's output by the operator, while a graph is traced; None where it cannot be used.
+
+    Everything read here is guarded by the compiler: the graph is compiled again if it changes.
+    """
+    handle = module._ghost_handle
+    if (
+        handle is None
+        or torch.is_grad_enabled()
+        or torch.compiler.is_exporting()
+        or type(x) is not Tensor
+        or x.dim() != 4
+        or autocast_dtype(x.device.type) is not None
+        or _in_transform()
+    ):
+        return None
+    if backends.select(x.device.type, x.dtype) not in module._ghost_backends:
+        return None
+    shape, modules = module._ghost_shape(), modules_in(module)
+    if shape is None or not _holds(modules, x):
+        return None
+    return torch.ops.ghost_ops.fused_inference(
+        dense(x), tensors_of(modules), handle.key, shape.out_channels, shape.convs
+    )
+
+
+def _in_transform() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+# Called while a graph is traced, where the transforms of torch.func are in force; the compiler
+# guards them itself.
+_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _holds(modules: list[nn.Module], x: Tensor) -> bool:
+    """Whether x and the parameters are such that packed weights can be kept."""
+    for m in modules:
+        if m.training:
+            return False
+        if isinstance(m, nn.Conv2d):
+            # A weight that is computed, by a parametrisation or a hook, is not in there.
+            if "weight" not in m._parameters or m.weight.dtype is not x.dtype:
+                return False
+        elif isinstance(m, nn.BatchNorm2d) and m._buffers.get("running_mean") is None:
+            return False
+    return True
+
+
+def _fake(x: Tensor, tensors: Any, key: Tensor, out_channels: int, convs: Any) -> Tensor:
+    shape = OutputShape(out_channels, tuple(convs)).of(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+@torch.no_grad()
+def _run(x: Tensor, tensors: list[Tensor], key: Tensor, out_channels: int, convs: Any) -> Tensor:
+    handle = _handles.get(key.item())
+    if handle is None:
+        raise RuntimeError(_DEAD)
+    module = handle.module()
+    out = _run_module(handle, module, x, tensors)
+    shape = OutputShape(out_channels, tuple(convs)).of(x)
+    if out.shape != shape or out.dtype is not x.dtype:
+        raise RuntimeError(
+            f"{type(module).__name__} gave {list(out.shape)} in {out.dtype} where the compiled "
+            f"graph has {list(shape)} in {x.dtype}: it was changed after it was compiled, in a way "
+            "that the compiler does not see. torch.compiler.reset() lets it compile again."
+        )
+    return out
+
+
+def _run_module(handle: Handle, module: OneOperator, x: Tensor, tensors: list[Tensor]) -> Tensor:
+    if handle.has(module, tensors):
+        out = module._ghost_packed(x)
+        if out is not None:
+            return out
+    else:
+        module = _with_tensors(module, tensors)
+    out = module._ghost_eager(x)
+    # Unfused it may be a view, of another layout, or what a hook returned and someone holds.
+    return out.clone(memory_format=memory_format(x))
+
+
+def _with_tensors(module: OneOperator, tensors: list[Tensor]) -> OneOperator:
+    """A copy of the module with these tensors in the place of its own, in eval mode."""
+    own = tensors_of(modules_in(module))
+    if len(own) != len(tensors):
+        raise RuntimeError(
+            f"{type(module).__name__} has {len(own)} parameters and buffers where the compiled "
+            f"graph has {len(tensors)}"
+        )
+    memo: dict[int, Any] = {id(old): new for old, new in zip(own, tensors, strict=True)}
+    return copy.deepcopy(module, memo).eval()
+
+
+_library = torch.library.Library("ghost_ops", "FRAGMENT")
+# A captured CUDA graph would hold the packed weights of one moment.
+_tags = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
+_library.define(
+    "fused_inference(Tensor x, Tensor[] tensors, Tensor key, int out_channels, int[] convs) "
+    "-> Tensor",
+    tags=tuple(_tags),
+)
+_library.impl("fused_inference", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("ghost_ops::fused_inference", _fake, lib=_library)
