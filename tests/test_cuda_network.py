@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -21,22 +22,28 @@ from ghost_ops.reference import GhostBottleneck
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Library]:
-    """CPU tensors take the way of CUDA tensors, and the operators run on the emulator."""
+def library() -> emulator.Library:
     try:
-        found = emulator.ops()
+        return emulator.ops()
     except emulator.Unavailable as reason:
         pytest.skip(str(reason))
-    emulated = torch.ops.ghost_emu
-    for name in ops.NAMES:
-        monkeypatch.setattr(ops.native, name, getattr(emulated, name).default)
-    for name in ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem"):
-        monkeypatch.setattr(model_ops, f"_{name}", getattr(emulated, name).default)
-    for name in ("ghost_apply_gated", "ghost_apply_pooled"):
-        monkeypatch.setattr(model_ops, name, getattr(emulated, name).default)
-    monkeypatch.setattr(model_ops, "on_gpu", lambda t: True)
-    with ghost_ops.use_backend("native"), tf32(False):
-        yield found
+
+
+@contextlib.contextmanager
+def emulated() -> Iterator[None]:
+    """CPU tensors take the way of CUDA tensors, and the operators run on the emulator."""
+    names = ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem")
+    on_emulator = torch.ops.ghost_emu
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ops.NAMES:
+            patch.setattr(ops.native, name, getattr(on_emulator, name).default)
+        for name in names:
+            patch.setattr(model_ops, f"_{name}", getattr(on_emulator, name).default)
+        for name in ("ghost_apply_gated", "ghost_apply_pooled"):
+            patch.setattr(model_ops, name, getattr(on_emulator, name).default)
+        patch.setattr(model_ops, "on_gpu", lambda t: True)
+        with ghost_ops.use_backend("native"), tf32(False), torch.no_grad():
+            yield
 
 
 class Log(TorchDispatchMode):
@@ -80,6 +87,7 @@ def test_ghostnet(library: emulator.Library, dtype: torch.dtype, width: float) -
     x = inputs(dtype)
     with torch.no_grad():
         want, eager = copy.deepcopy(plain).double()(x.double()), plain(x)
+    with emulated():
         fused(x)
         before = library.launches()
         with Log() as log:
@@ -123,6 +131,7 @@ def test_bottlenecks(
         x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         want, eager = copy.deepcopy(plain).double()(x.double()), plain(x)
+    with emulated():
         got = fused(x)
         with Log() as log:
             again = fused(x)
@@ -142,7 +151,7 @@ def test_a_gate_before_a_library_convolution(library: emulator.Library) -> None:
     x = torch.randn(2, 8, 9, 10).half()
     with torch.no_grad():
         want, eager = copy.deepcopy(plain).double()(x.double()), plain(x)
-        with Log() as log:
-            got = fused(x)
+    with emulated(), Log() as log:
+        got = fused(x)
     assert "ghost_apply_gated" not in log.ours
     assert_close(got, want, eager)
