@@ -1,7 +1,7 @@
 """Promise: ``graphed`` gives the model's numbers, whatever happens to the model in between.
 
 Here a stand-in takes the place of ``torch.cuda``: its graphs replay a copy of the model as it was
-at capture, so that a change that goes unnoticed gives a wrong number. The tests at the end run real
+at capture, so that a change that goes unnoticed gives a wrong number. ``test_cuda_graphed`` has real
 CUDA graphs.
 """
 
@@ -11,8 +11,6 @@ import collections
 import copy
 import importlib
 import pickle
-import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ghost_forms import Sliced, randomize
 from helpers import LAYOUTS, with_layout
 from torch import Tensor, nn
@@ -98,11 +95,8 @@ class CpuDevice(MODULE._Device):
 
 
 @pytest.fixture(autouse=True)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(MODULE, "_announced", set())
-    if request.node.get_closest_marker("gpu"):
-        yield torch.device("cuda", torch.cuda.current_device())
-        return
     CpuDevice.all.clear()
     monkeypatch.setattr(MODULE, "_Device", CpuDevice)
     with warnings.catch_warnings():
@@ -701,162 +695,3 @@ def test_threads() -> None:
     for x, got in zip(xs * 2, results, strict=True):
         torch.testing.assert_close(got, fast.module(x), rtol=1e-12, atol=1e-12)
     assert len(captured()) == 3
-
-
-# --- real CUDA graphs ---------------------------------------------------------------------------
-
-
-def on_gpu(device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """A fused GhostNet and a function that makes its inputs."""
-    torch.manual_seed(0)
-    model = ghost_ops.models.ghostnet(0.5, 10, dropout=0.0)
-    model = randomize(model).to(device, torch.float16).eval()
-    ghost_ops.fuse(model, inference=True)
-
-    def images(n: int = 2, seed: int = 1) -> Tensor:
-        gen = torch.Generator().manual_seed(seed)
-        return torch.randn(n, 3, 64, 64, generator=gen).to(device, torch.float16)
-
-    return model, images
-
-
-def near(got: Tensor, want: Tensor) -> bool:
-    """Equal but for the order of sums, which libraries choose; different images are not near."""
-    return bool((got.float() - want.float()).abs().max() <= 0.01 * want.float().abs().max())
-
-
-@pytest.mark.gpu
-def test_gpu_same_numbers(device: torch.device) -> None:
-    model, images = on_gpu(device)
-    fast = ghost_ops.graphed(model, images())
-    got = [(fast(images(n, seed)), n, seed) for n in (2, 5, 1) for seed in (3, 4)]
-    for out, n, seed in got:  # outputs are not overwritten, and graphs share a pool
-        assert near(out, model(images(n, seed)))
-    assert len(fast._graphs) == 3
-    assert fast(images(0)).shape == (0, 10)
-
-
-@pytest.mark.gpu
-def test_gpu_launches_little(device: torch.device) -> None:
-    model, images = on_gpu(device)
-    fast, x = ghost_ops.graphed(model, images()), images()
-    fast(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        fast(x)
-    names = [event.name for event in profile.events()]
-    assert not [name for name in names if "ghost_" in name], names
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("change", [in_place, load, data_then_eval])
-def test_gpu_changed_weights(device: torch.device, change: Callable[[nn.Module], None]) -> None:
-    model, images = on_gpu(device)
-    fast, x = ghost_ops.graphed(model, images()), images(seed=2)
-    before = fast(x)
-    for _ in range(2):
-        change(model)
-        filler = [torch.full((1 << 16,), float("nan"), device=device) for _ in range(64)]
-        assert near(fast(x), model(x))
-        del filler
-    assert change is load or not near(fast(x), before)
-
-
-@pytest.mark.gpu
-def test_gpu_dropped_packed_weights(device: torch.device) -> None:
-    """``eval()`` frees packed weights; a graph never reads memory that others have since."""
-    model, images = on_gpu(device)
-    fast, x = ghost_ops.graphed(model, images()), images(seed=2)
-    want = fast(x)
-    model.eval()
-    filler = [torch.full((n,), float("nan"), device=device) for n in (256, 4096, 65536) * 64]
-    assert torch.equal(fast(x), want)
-    del filler
-
-
-@pytest.mark.gpu
-def test_gpu_eviction(device: torch.device) -> None:
-    model, images = on_gpu(device)
-    fast = ghost_ops.graphed(model, images(1), max_graphs=1)
-    for n in (2, 1, 3, 2):
-        assert near(fast(images(n)), model(images(n)))
-    assert len(fast._graphs) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("threads", [1, 2])
-def test_gpu_streams(device: torch.device, threads: int) -> None:
-    """Two streams, queued from one thread or from two, get the outputs of their own inputs."""
-    model, images = on_gpu(device)
-    fast = ghost_ops.graphed(model, images())
-    xs = [images(1 + i % 2, seed=i) for i in range(20)]
-    want = [model(x) for x in xs]
-    streams = [torch.cuda.Stream(device) for _ in range(2)]
-    torch.cuda.synchronize()
-    results: list[Any] = [None] * len(xs)
-
-    def queue(turn: int) -> None:
-        with torch.no_grad(), torch.cuda.stream(streams[turn]):
-            for i in range(turn, len(xs), 2):
-                results[i] = fast(xs[i])
-
-    if threads == 2:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(queue, range(2)))
-    else:
-        for turn in range(2):
-            queue(turn)
-    torch.cuda.synchronize()
-    assert all(map(near, results, want))
-
-
-@pytest.mark.gpu
-def test_gpu_capture_while_another_thread_allocates(device: torch.device) -> None:
-    model, images = on_gpu(device)
-    stop = threading.Event()
-
-    def allocate() -> None:
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            while not stop.is_set():
-                torch.ones(1 << 20, device=device).sum().item()
-                time.sleep(0.001)
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(allocate)
-        try:
-            fast = ghost_ops.graphed(model, images())
-            for n in (1, 3):
-                assert near(fast(images(n)), model(images(n)))
-        finally:
-            stop.set()
-        future.result()
-
-
-@pytest.mark.gpu
-def test_gpu_capture_that_fails(device: torch.device) -> None:
-    """A model that synchronises runs itself, and PyTorch captures other models afterwards."""
-
-    class Synchronising(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * 2 if x.sum().item() > 0 else F.relu(x)
-
-    model, images = on_gpu(device)
-    with pytest.warns(UserWarning, match="Synchronising runs without a CUDA graph: capture failed"):
-        slow = ghost_ops.graphed(Synchronising().eval(), images())
-    stream = torch.cuda.current_stream()
-    assert torch.equal(slow(images()), slow.module(images()))
-    fast = ghost_ops.graphed(model, images())
-    assert near(fast(images(seed=2)), model(images(seed=2)))
-    assert torch.cuda.current_stream() == stream
-
-
-@pytest.mark.gpu
-def test_gpu_autocast(device: torch.device) -> None:
-    model, images = on_gpu(device)
-    model.float()
-    fast, x = ghost_ops.graphed(model, images().float()), images(seed=2).float()
-    for _ in range(2):
-        with torch.autocast("cuda", torch.float16):
-            got, want = fast(x), model(x)
-        assert got.dtype == want.dtype
-        assert near(got, want)
-        assert near(fast(x), model(x))
