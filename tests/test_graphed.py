@@ -1,8 +1,8 @@
 """Promise: ``graphed`` gives the model's numbers, whatever happens to the model in between.
 
 Here a stand-in takes the place of ``torch.cuda``: its graphs replay a copy of the model as it was
-at capture, so that a change that goes unnoticed gives a wrong number. ``test_cuda_graphed`` has real
-CUDA graphs.
+at capture, so that a change that goes unnoticed gives a wrong number. Real CUDA graphs are in
+``test_cuda_graphed``.
 """
 
 from __future__ import annotations
