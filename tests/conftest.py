@@ -16,6 +16,13 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+# PyTorch's compiler keeps code by processor, not by the instruction set that it is told to take: code
+# for wider vectors would be found again, and give wrong numbers.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    folder = f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}"
+    build = pathlib.Path(__file__).resolve().parent.parent / "build"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build / folder))
+
 # Triton decides when it is imported whether its kernels are compiled or interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
