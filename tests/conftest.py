@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-# PyTorch's compiler keeps code by processor, not by the instruction set that it is told to take: code
-# for wider vectors would be found again, and give wrong numbers.
+# PyTorch's compiler keeps code by processor, not by the instruction set that it is told to take. It
+# would find code for wider vectors, which gives wrong numbers.
 if "ATEN_CPU_CAPABILITY" in os.environ:
     folder = f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}"
     build = pathlib.Path(__file__).resolve().parent.parent / "build"
