@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import emulator
@@ -161,6 +162,40 @@ def test_every_schedule(world: World) -> None:
         found.append((out, sums, gate, other))
     for one in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_views_into_other_tensors(world: World, dtype: torch.dtype, layout: str) -> None:
+    """Operands that are less aligned than the vectors that the kernels read them in."""
+    gen = torch.Generator().manual_seed(4)
+
+    def off_by_one(*shape: int, to: torch.dtype = torch.float32) -> Tensor:
+        whole = torch.randn(math.prod(shape) + 1, generator=gen).to(to)
+        return whole[1:].view(shape)
+
+    def both(name: str, *arguments: Any) -> None:
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        for got, want in zip(world_tuple(name, arguments), world_tuple(name, copies), strict=True):
+            torch.testing.assert_close(got, want)  # narrower vectors add in another order
+
+    def world_tuple(name: str, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        found = world.call(name, *arguments)
+        return found if isinstance(found, tuple) else (found,)
+
+    shape = (2, 6, 5, 16) if layout == "nhwc" else (2, 16, 6, 5)
+    x = off_by_one(*shape, to=dtype)
+    x = x.permute(0, 3, 1, 2) if layout == "nhwc" else x
+    both("depthwise_conv_sums", x, off_by_one(16, 1, 3, 3), off_by_one(16), 3, 1, 1, 0.0)
+    taps = off_by_one(3, 3, 1, 16).permute(3, 2, 0, 1)
+    both("depthwise_conv_sums", x, taps, off_by_one(16), 3, 2, 1, 0.0)
+    gate = (off_by_one(8, 16, to=dtype), off_by_one(8), off_by_one(8, 16, to=dtype), off_by_one(16))
+    both("squeeze_excite_gate", x, None, *gate, 1, 0.0, 0)
+    both("squeeze_excite_gate", x, off_by_one(2, 3, 16), *gate, 1, 0.0, 0)
+    image = off_by_one(2, 3, 7, 9, to=dtype)
+    stem = off_by_one(3, 3, 3, 16).permute(3, 2, 0, 1)
+    both("conv_stem", image, stem, off_by_one(16), 2, 1, 0.0, layout == "nhwc")
+    both("conv_stem", image, off_by_one(16, 3, 3, 3), off_by_one(16), 2, 1, 0.0, layout == "nhwc")
 
 
 def test_empty(world: World) -> None:

@@ -19,10 +19,17 @@ void check_parameter(const Tensor& t, const Tensor& x, ScalarType type, int64_t 
                   " must be contiguous and in the dtype that the packing gives it");
 }
 
+// The kernels read neighbouring parameters in vectors of up to 16 bytes: a view that begins in the
+// middle of another tensor is copied.
+Tensor aligned(const Tensor& t) {
+  const bool is = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return is ? t : torch::stable::clone(t);
+}
+
 // Taps [d * d, C]: the memory of a weight [C, 1, d, d] that was packed so, a copy otherwise.
 Tensor taps_first(const Tensor& weight, int64_t channels, int64_t d) {
   Tensor taps = torch::stable::transpose(torch::stable::view(weight, {channels, d * d}), 0, 1);
-  return taps.is_contiguous() ? taps : torch::stable::contiguous(taps);
+  return aligned(taps.is_contiguous() ? taps : torch::stable::contiguous(taps));
 }
 
 std::tuple<Tensor, Tensor> depthwise(const Tensor& x, const Tensor& weight, const Tensor& shift,
@@ -55,10 +62,10 @@ std::tuple<Tensor, Tensor> depthwise(const Tensor& x, const Tensor& weight, cons
   const DeviceScope scope(x);
   Tensor out =
       empty_like_device(x, {p.batch, C, p.out_height(), p.out_width()}, x.scalar_type(), p.layout);
-  const Tensor taps = taps_first(weight, C, k);
+  const Tensor taps = taps_first(weight, C, k), shifts = aligned(shift);
   args.x = x.const_data_ptr();
   args.weight = taps.const_data_ptr();
-  args.shift = shift.const_data_ptr();
+  args.shift = shifts.const_data_ptr();
   args.out = out.mutable_data_ptr();
   const int64_t vec = cuda::depthwise_vector(args.x, args.out, C, p.dtype);
   args.plan = plan_depthwise(p, scope.arch(), vec);
@@ -116,9 +123,11 @@ Tensor conv_stem(const Tensor& x, const Tensor& weight, const Tensor& shift, int
   if (out.numel() == 0) return out;
   Tensor taps = torch::stable::transpose(torch::stable::view(weight, {O, C, 9}), 0, 2);
   if (!taps.is_contiguous()) taps = torch::stable::contiguous(taps);
+  taps = aligned(taps);
+  const Tensor shifts = aligned(shift);
   args.x = x.const_data_ptr();
   args.weight = taps.const_data_ptr();
-  args.shift = shift.const_data_ptr();
+  args.shift = shifts.const_data_ptr();
   args.out = out.mutable_data_ptr();
   args.plan = plan_stem(p, scope.arch());
   check_launch(cuda::launch_conv_stem(args, scope.stream()), "conv_stem");
