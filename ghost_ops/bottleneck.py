@@ -30,7 +30,7 @@ from . import activations, convert_probe, model_ops
 from .autograd import backend_for, dense
 from .bottleneck_parts import Gate, Parts, layout_of, read_bottleneck
 from .compiled import OneOperator, OutputShape, attach, bottleneck_shape, in_graph
-from .convert_forward import PackedGhost, PackedWhole, Values, Watch, _rebuild
+from .convert_forward import PackedGhost, PackedWhole, Watch, _rebuild
 from .convert_layouts import Branch, Layout, Refusal, settings_of
 from .nn import FusedGhostModule
 from .reference import GhostBottleneck, SqueezeExcite
@@ -200,7 +200,7 @@ class BottleneckState:
         except Refusal:
             return None
         dw_size = max(layout.cheap.conv.kernel_size[0] for layout in layouts)
-        if not Values.watchable(modules) or backend_for(x, dw_size) != "native":
+        if not PackedBottleneck.can_pack(modules, backend_for(x, dw_size)):
             return None
         return PackedBottleneck(module, parts, "native")
 

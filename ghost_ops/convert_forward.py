@@ -194,6 +194,12 @@ class PackedWhole:
         """Whether packing now would give the same."""
         return self.values.same() and self.watch.same()
 
+    @staticmethod
+    def can_pack(modules: tuple[nn.Module, ...], backend: str) -> bool:
+        """Whether these modules can be packed: on one device, by native kernels, and watched."""
+        devices = {t.device for m in modules for t in (*m.parameters(False), *m.buffers(False))}
+        return len(devices) == 1 and backend == "native" and Values.watchable(modules)
+
 
 class _Kept:
     """Packed weights, and the values that they were made from."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import activations, convert_probe, model_ops
 from .autograd import backend_for, dense
 from .bottleneck import packed_conv
-from .convert_forward import PackedGhost, PackedWhole, Values, Watch, _rebuild
+from .convert_forward import PackedGhost, PackedWhole, Watch, _rebuild
 from .convert_layouts import Branch, Refusal, check_hooks, read_branch
 from .eager_ops import memory_format
 
@@ -219,7 +219,7 @@ class NetworkState:
         norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
         if any(bn.training or bn.running_mean is None for bn in norms):
             return None
-        if not Values.watchable(modules) or backend_for(x, 1) != "native":
+        if not PackedEnds.can_pack(modules, backend_for(x, 1)):
             return None
         self.packed = PackedEnds(module, ends, "native")
         return self.packed

@@ -340,6 +340,23 @@ def test_another_forward_inside_is_run(native: str, when: str) -> None:
         torch.testing.assert_close(fused(x), plain(x))
 
 
+@pytest.mark.parametrize("part", ["ghost2", "shortcut"])  # of others PyTorch makes numbers
+def test_parts_on_two_devices(native: str, part: str) -> None:
+    """As in PyTorch an error, or no number; before and after a call that was right."""
+    fused, _ = (model.eval() for model in pair(BLOCKS[-1], torch.float32))
+    x = image(torch.float32)
+    with torch.no_grad():
+        for called in (False, True):
+            block = copy.deepcopy(fused)
+            if called:
+                block(x)
+            block.get_submodule(part).to("meta")
+            try:
+                assert block(x).is_meta
+            except RuntimeError as error:
+                assert "meta" in str(error)
+
+
 def test_a_different_sum_is_left() -> None:
     class Scaled(GhostBottleneck):
         def forward(self, x: Tensor) -> Tensor:
