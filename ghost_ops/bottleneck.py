@@ -14,8 +14,10 @@ same bytes: three maps of the output either way.
 
 On a GPU the gate is an op of its own, ``ghost_ops::squeeze_excite_gate``, from sums that the
 depthwise op before it made, if there is one; ghost2 multiplies y by it as it reads y, and the gated
-map is never written. In training it is the composition of its children, but for the depthwise
-convolutions and the gate, whose forward and backward are ours too (``layers``).
+map is never written.
+
+In training a bottleneck is the composition of its children, but for the depthwise convolutions and
+the gate, whose forward and backward are ours too (``layers``).
 """
 
 from __future__ import annotations

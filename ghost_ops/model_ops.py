@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import activations, backends
 from .autograd import dense
@@ -336,8 +336,17 @@ ghost_apply_pooled = torch.ops.ghost_ops.ghost_apply_pooled.default
 ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
 
 
-def has_stem(weight: Tensor, stride: int) -> bool:
-    """Whether ``conv_stem`` computes a convolution with this weight, padding 1 and no groups."""
+def has_stem(conv: nn.Conv2d) -> bool:
+    """Whether ``conv_stem`` computes a convolution."""
+    return (
+        conv.groups == 1
+        and (conv.padding, conv.dilation) == ((1, 1), (1, 1))
+        and conv.stride[0] == conv.stride[1]
+        and _is_stem(conv.weight, conv.stride[0])
+    )
+
+
+def _is_stem(weight: Tensor, stride: int) -> bool:
     out_channels, in_channels, *size = weight.shape
     return (
         size == [3, 3]
@@ -371,7 +380,7 @@ def conv_stem(
     Raises:
         RuntimeError: a shape, dtype or stride that does not fit.
     """
-    if weight.dim() != 4 or not has_stem(weight, stride) or weight.size(1) != x.size(1):
+    if weight.dim() != 4 or not _is_stem(weight, stride) or weight.size(1) != x.size(1):
         raise RuntimeError(
             f"conv_stem needs a weight of [O, {x.size(1)}, 3, 3] with at most 4 input channels and "
             f"an even O of at most 512, and a stride in {_STRIDES}; got {list(weight.shape)} and "

@@ -133,12 +133,7 @@ class _PackedStem:
         found = activations.of_module(branch.act)
         assert found is not None
         self.act = found
-        self.direct = (
-            model_ops.on_gpu(conv.weight)
-            and self.arguments[1:] == ((1, 1), (1, 1), 1)
-            and conv.stride[0] == conv.stride[1]
-            and model_ops.has_stem(conv.weight, conv.stride[0])
-        )
+        self.direct = model_ops.on_gpu(conv.weight) and model_ops.has_stem(conv)
         # As PyTorch's convolution: channels_last if x or the weight is.
         self.format = memory_format(conv.weight)
         if not self.direct:

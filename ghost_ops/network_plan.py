@@ -39,11 +39,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import activations, backends
+from . import activations, backends, model_ops
 from .convert_layouts import Branch
-from .model_ops import MOST_POOLED
 from .network import Ends
-from .network_trace import Bottleneck, Call, Ghost, Op, Shape, Unit, conv_shape, has_stem, trace
+from .network_trace import Bottleneck, Call, Ghost, Op, Shape, Unit, conv_shape, trace
 from .ops import allow_tf32
 from .planner import CUDA_DEVICES, compute_capability
 
@@ -423,7 +422,7 @@ class _Builder:
         one, pool = Ghost(conv, conv.out_channels), call.module._modules["global_pool"]
         shape = conv_shape(last.in_shape, conv)
         # The part of the pooling also takes what no part owns.
-        if math.prod(shape[2:]) <= MOST_POOLED:
+        if math.prod(shape[2:]) <= model_ops.MOST_POOLED:
             cost = gpu.ghost_apply(last.in_shape, one, pooled=True)
             owned = (*unit.last.modules, call.module)
             pooling = [_Part(names[conv], GHOST_APPLY_POOLED, cost, owned)]
@@ -448,7 +447,7 @@ class _Builder:
     def stem(self, call: Call, stem: Branch) -> list[_Part]:
         """The parts of a network's first convolution."""
         conv, shape, gpu = stem.conv, call.in_shape, self.gpu
-        if has_stem(stem):
+        if model_ops.has_stem(conv):
             sizes = *shape, conv.stride[0], conv.out_channels
             cost = _of_plan(gpu.library.cuda_stem_plan(*sizes, **gpu.layout))
             return [_Part(call.names[conv], CONV_STEM, cost, stem.modules)]

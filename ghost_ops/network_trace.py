@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from . import convert, model_ops
+from . import convert
 from .autograd import is_fused_primary
 from .bottleneck import ConvertedBottleneck, FusedGhostBottleneck
 from .bottleneck_parts import Parts, layout_of, read_bottleneck
 from .convert_forward import ConvertedGhost
-from .convert_layouts import Branch, Refusal, settings_of
+from .convert_layouts import Refusal, settings_of
 from .network import ConvertedNetwork, Ends, read_ends
 from .nn import FusedGhostModule
 
@@ -290,16 +290,6 @@ def _read_network(module: nn.Module, _: dict[nn.Module, Any]) -> Ends:
 def _check_statistics(modules: Iterable[nn.Module]) -> None:
     if any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in modules):
         raise Refusal("a batch norm has no running statistics, so that it runs as in training")
-
-
-def has_stem(stem: Branch) -> bool:
-    """Whether ``conv_stem`` computes a network's first convolution, as ``network`` runs it."""
-    conv = stem.conv
-    return (
-        (conv.padding, conv.dilation, conv.groups) == ((1, 1), (1, 1), 1)
-        and conv.stride[0] == conv.stride[1]
-        and model_ops.has_stem(conv.weight, conv.stride[0])
-    )
 
 
 def conv_shape(shape: Shape, conv: nn.Conv2d) -> Shape:

@@ -230,7 +230,9 @@ def test_pooling(world: World, device: str, row: dict[str, Any]) -> None:
     check_pooled(world, case, row["use_tf32"])
 
 
-@pytest.mark.parametrize(("shape", "message"), [((1, 4, 27, 19), "x may have 512 pixels, got 513")])
+@pytest.mark.parametrize(
+    ("shape", "message"), [((1, 4, 27, 19), f"x may have {model_ops.MOST_POOLED} pixels, got 513")]
+)
 def test_bad_input_of_pooling(world: World, shape: tuple, message: str) -> None:
     none = (None,) * 4
     packed = world.pack(torch.ones(8, 4, 1, 1), *none, 1e-5, torch.ones(0, 1, 1, 1), *none, 1e-5)

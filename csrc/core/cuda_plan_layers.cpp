@@ -19,10 +19,12 @@ double streaming_seconds(int64_t bytes, int64_t blocks, const CudaArch& arch) {
 
 }  // namespace
 
-DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_t vec) {
+DepthwisePlan plan_depthwise(const Problem& p, bool sums, int64_t alignment, const CudaArch& arch) {
   DepthwisePlan plan;
   plan.windowed = p.layout == Layout::kNHWC && p.dw_size > 1 && element_size(p.dtype) < 8;
-  plan.vec = plan.windowed ? int32_t(vec) : 1;
+  const int64_t e = element_size(p.dtype), a = compute_size(p.dtype);
+  plan.vec = plan.windowed ? int32_t(std::min<int64_t>(alignment, 16) / e) : 1;
+  while (p.channels % plan.vec != 0) plan.vec /= 2;
   const int64_t ho = p.out_height(), wo = p.out_width();
   plan.per_row = int32_t(ceil_div(wo, plan.windowed ? depthwise_strip(p.dw_size) : 1));
   plan.strips = int32_t(ho * plan.per_row);
@@ -40,15 +42,15 @@ DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_
   plan.splits = int32_t(std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(whole, 1)), 1,
                                             std::max<int64_t>(rounds, 1)));
   plan.blocks = whole * plan.splits;
-  const int64_t e = element_size(p.dtype), a = compute_size(p.dtype);
+  plan.smem_bytes = sums ? int32_t(plan.slots * plan.lanes * plan.vec * a) : 0;
   plan.dram_bytes = p.batch * p.channels * (p.height * p.width + ho * wo) * e +
                     p.channels * (p.dw_size * p.dw_size + 1) * a +
-                    (p.sums ? p.batch * plan.splits * p.channels * a : 0);
+                    (sums ? p.batch * plan.splits * p.channels * a : 0);
   plan.seconds = streaming_seconds(plan.dram_bytes, plan.blocks, arch);
   return plan;
 }
 
-StemPlan plan_stem(const LayerProblem& p, const CudaArch& arch) {
+StemPlan plan_stem(const Problem& p, const CudaArch& arch) {
   StemPlan plan;
   const int64_t e = element_size(p.dtype), a = compute_size(p.dtype);
   plan.vec = int32_t(16 / e);

@@ -1,6 +1,7 @@
 // How the CUDA kernels between the Ghost modules of a network are launched: depthwise convolution,
 // the gate of a squeeze-and-excitation, and a network's first convolution. Plain data, as in
-// cuda_plan.h.
+// cuda_plan.h. Of a Problem they use the shape of x, stride, dw_size (the size of the kernel,
+// padded with half of it), out_channels, dtype and layout.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +10,6 @@
 #include "core/problem.h"
 
 namespace ghost {
-
-// out = act(conv(x, weight) + shift), zero padding of dw_size / 2.
-struct LayerProblem {
-  int64_t batch = 0, channels = 0, height = 0, width = 0;  // of x
-  int64_t dw_size = 3, stride = 1;
-  int64_t out_channels = 0;  // `channels` of a depthwise convolution
-  DType dtype = DType::kFloat32;
-  Layout layout = Layout::kNCHW;
-  bool sums = false;  // also writes sums over the pixels of out, in parts of an image
-
-  int64_t out_height() const { return height > 0 ? (height - 1) / stride + 1 : 0; }
-  int64_t out_width() const { return width > 0 ? (width - 1) / stride + 1 : 0; }
-};
 
 // Pixels of a row that a thread of the NHWC kernel makes: with a row of taps they have to fit into
 // the registers.
@@ -39,13 +27,14 @@ struct DepthwisePlan {
   int32_t channel_blocks = 1;
   int32_t per_row = 1, strips = 1;  // of one image
   int32_t splits = 1;               // blocks that share the strips of an image
+  int32_t smem_bytes = 0;           // for the sums
   int64_t blocks = 0;
   int64_t dram_bytes = 0;
   double seconds = 0;  // the model's, from data sheets
 };
 
-// vec: channels that neighbour in memory and are aligned to their common size, in NHWC.
-DepthwisePlan plan_depthwise(const LayerProblem& p, const CudaArch& arch, int64_t vec);
+// sums: the kernel also writes sums over the pixels of out. alignment: of x and out, in bytes.
+DepthwisePlan plan_depthwise(const Problem& p, bool sums, int64_t alignment, const CudaArch& arch);
 
 inline constexpr int kStemPixels = 4;     // that a thread makes
 inline constexpr int kStemChannels = 4;   // of x, at most
@@ -62,7 +51,7 @@ struct StemPlan {
 };
 
 // out_channels: even, at most kStemOutputs.
-StemPlan plan_stem(const LayerProblem& p, const CudaArch& arch);
+StemPlan plan_stem(const Problem& p, const CudaArch& arch);
 
 inline constexpr int kGateThreads = 512;
 inline constexpr int kGateImages = 4;  // at most, of a block

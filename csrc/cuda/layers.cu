@@ -26,21 +26,11 @@ cudaError_t with_type(DType dtype, F&& f) {
 
 }  // namespace
 
-int64_t depthwise_vector(const void* x, const void* out, int64_t channels, DType dtype) {
-  int64_t bytes = 0;
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    bytes = std::min(copy_bytes<T>(x, channels), copy_bytes<T>(out, channels));
-    return cudaSuccess;
-  });
-  return bytes / element_size(dtype);
-}
-
 cudaError_t launch_depthwise_conv(const DepthwiseArgs& args, cudaStream_t stream) {
   return with_type(args.problem.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
-    const LayerProblem& p = args.problem;
+    const Problem& p = args.problem;
     DepthwiseParams<T> params;
     params.plan = args.plan;
     params.x = static_cast<const T*>(args.x);
@@ -65,7 +55,7 @@ cudaError_t launch_conv_stem(const StemArgs& args, cudaStream_t stream) {
   return with_type(args.problem.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
-    const LayerProblem& p = args.problem;
+    const Problem& p = args.problem;
     StemParams<T> params;
     params.plan = args.plan;
     params.x = static_cast<const T*>(args.x);

@@ -13,7 +13,7 @@ namespace ghost::cuda {
 
 // out = act(depthwise(x, weight) + shift)
 struct DepthwiseArgs {
-  LayerProblem problem;
+  Problem problem;
   DepthwisePlan plan;
   Activation act;
   const void* x = nullptr;       // [N, C, H, W] dense in problem.layout
@@ -22,13 +22,11 @@ struct DepthwiseArgs {
   void* out = nullptr;           // [N, C, Ho, Wo] in the layout of x
   void* sums = nullptr;          // [N, plan.splits, C], compute type, or null
 };
-// The widest vector of channels, in elements, that the plan may be given.
-int64_t depthwise_vector(const void* x, const void* out, int64_t channels, DType dtype);
 cudaError_t launch_depthwise_conv(const DepthwiseArgs& args, cudaStream_t stream);
 
 // out = act(conv3x3(x, weight) + shift)
 struct StemArgs {
-  LayerProblem problem;  // layout: of x
+  Problem problem;  // layout: of x
   StemPlan plan;
   Layout out_layout = Layout::kNCHW;
   Activation act;

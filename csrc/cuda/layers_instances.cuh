@@ -18,10 +18,9 @@ struct LayerKernels {
 
 template <Layout kLayout, int kD, int kStride, class T>
 cudaError_t depthwise_instance(const DepthwiseParams<T>& params, cudaStream_t stream) {
-  const size_t bytes =
-      params.sums != nullptr ? size_t(kThreads) * params.plan.vec * sizeof(Accumulator<T>) : 0;
   return GHOST_LAUNCH((ghost_depthwise_conv_kernel<T, kLayout, kD, kStride>),
-                      dim3(unsigned(params.plan.blocks)), dim3(kThreads), bytes, stream, params);
+                      dim3(unsigned(params.plan.blocks)), dim3(kThreads),
+                      size_t(params.plan.smem_bytes), stream, params);
 }
 
 // The kernels by strips exist for 3x3, 5x5 and 7x7, stride 1 and 2, but not for double.

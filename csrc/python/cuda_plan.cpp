@@ -78,10 +78,10 @@ py::dict cuda_arch_figures(int sm) {
 
 namespace {
 
-ghost::LayerProblem layer_problem(int64_t batch, int64_t channels, int64_t height, int64_t width,
-                                  int64_t dw_size, int64_t stride, int64_t out_channels, int dtype,
-                                  bool channels_last, bool sums) {
-  ghost::LayerProblem p;
+ghost::Problem layer_problem(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                             int64_t dw_size, int64_t stride, int64_t out_channels, int dtype,
+                             bool channels_last) {
+  ghost::Problem p;
   p.batch = batch;
   p.channels = channels;
   p.height = height;
@@ -91,7 +91,6 @@ ghost::LayerProblem layer_problem(int64_t batch, int64_t channels, int64_t heigh
   p.out_channels = out_channels;
   p.dtype = ghost::DType(dtype);
   p.layout = channels_last ? ghost::Layout::kNHWC : ghost::Layout::kNCHW;
-  p.sums = sums;
   return p;
 }
 
@@ -110,11 +109,9 @@ void define_layer_plans(py::module_& m) {
       "cuda_depthwise_plan",
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t dw_size,
          int64_t stride, int dtype, bool channels_last, bool sums, int sm) {
-        const ghost::LayerProblem p = layer_problem(batch, channels, height, width, dw_size, stride,
-                                                    channels, dtype, channels_last, sums);
-        int64_t vec = 16 / ghost::element_size(p.dtype);
-        while (channels % vec != 0) vec /= 2;
-        const ghost::DepthwisePlan plan = ghost::plan_depthwise(p, ghost::cuda_arch(sm), vec);
+        const ghost::Problem p = layer_problem(batch, channels, height, width, dw_size, stride,
+                                               channels, dtype, channels_last);
+        const ghost::DepthwisePlan plan = ghost::plan_depthwise(p, sums, 16, ghost::cuda_arch(sm));
         py::dict found = figures(plan);
         found["splits"] = plan.splits;
         return found;
@@ -126,7 +123,7 @@ void define_layer_plans(py::module_& m) {
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t stride,
          int64_t out_channels, int dtype, bool channels_last, int sm) {
         return figures(ghost::plan_stem(layer_problem(batch, channels, height, width, 3, stride,
-                                                      out_channels, dtype, channels_last, false),
+                                                      out_channels, dtype, channels_last),
                                         ghost::cuda_arch(sm)));
       },
       "batch"_a, "channels"_a, "height"_a, "width"_a, "stride"_a, "out_channels"_a, "dtype"_a,

@@ -2,6 +2,7 @@
 // the launches. No arithmetic here. Schemas stand in ghost_ops/model_ops.py.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "cuda/layers.h"
@@ -19,11 +20,17 @@ void check_parameter(const Tensor& t, const Tensor& x, ScalarType type, int64_t 
                   " must be contiguous and in the dtype that the packing gives it");
 }
 
+// Bytes that the memory of t is aligned to, at most 16.
+int64_t alignment_of(const Tensor& t) {
+  int64_t bytes = 16;
+  while (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % size_t(bytes) != 0) bytes /= 2;
+  return bytes;
+}
+
 // The kernels read neighbouring parameters in vectors of up to 16 bytes: a view that begins in the
 // middle of another tensor is copied.
 Tensor aligned(const Tensor& t) {
-  const bool is = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  return is ? t : torch::stable::clone(t);
+  return alignment_of(t) == 16 ? t : torch::stable::clone(t);
 }
 
 // Taps [d * d, C]: the memory of a weight [C, 1, d, d] that was packed so, a copy otherwise.
@@ -35,29 +42,22 @@ Tensor taps_first(const Tensor& weight, int64_t channels, int64_t d) {
 std::tuple<Tensor, Tensor> depthwise(const Tensor& x, const Tensor& weight, const Tensor& shift,
                                      int64_t kernel_size, int64_t stride, int64_t act, double slope,
                                      bool sums) {
-  Problem whole = problem_of(x);
-  whole.ratio = 1;
-  check_sizes(whole);
-  const int64_t C = x.size(1), k = kernel_size;
+  Problem p = problem_of(x);
+  p.ratio = 1;
+  check_sizes(p);
+  const int64_t C = p.channels, k = kernel_size;
   check_dw_size(k);
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
   check_device(weight, x, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
                       weight.size(2) == k && weight.size(3) == k &&
-                      weight.scalar_type() == compute_type(whole.dtype),
+                      weight.scalar_type() == compute_type(p.dtype),
                   "weight must be [", C, ", 1, ", k, ", ", k, "] in the compute dtype of x");
-  check_parameter(shift, x, compute_type(whole.dtype), C, "shift");
+  check_parameter(shift, x, compute_type(p.dtype), C, "shift");
   cuda::DepthwiseArgs args;
-  LayerProblem& p = args.problem;
-  p.batch = whole.batch;
-  p.channels = p.out_channels = C;
-  p.height = whole.height;
-  p.width = whole.width;
   p.dw_size = k;
   p.stride = stride;
-  p.dtype = whole.dtype;
-  p.layout = whole.layout;
-  p.sums = sums;
+  args.problem = p;
   args.act = activation(act, slope, "act");
   const DeviceScope scope(x);
   Tensor out =
@@ -67,8 +67,7 @@ std::tuple<Tensor, Tensor> depthwise(const Tensor& x, const Tensor& weight, cons
   args.weight = taps.const_data_ptr();
   args.shift = shifts.const_data_ptr();
   args.out = out.mutable_data_ptr();
-  const int64_t vec = cuda::depthwise_vector(args.x, args.out, C, p.dtype);
-  args.plan = plan_depthwise(p, scope.arch(), vec);
+  args.plan = plan_depthwise(p, sums, std::min(alignment_of(x), alignment_of(out)), scope.arch());
   Tensor partial = empty_like_device(
       x, sums ? std::vector<int64_t>{p.batch, args.plan.splits, C} : std::vector<int64_t>{0},
       compute_type(p.dtype));
@@ -91,30 +90,25 @@ std::tuple<Tensor, Tensor> depthwise_conv_sums(const Tensor& x, const Tensor& we
 
 Tensor conv_stem(const Tensor& x, const Tensor& weight, const Tensor& shift, int64_t stride,
                  int64_t act, double slope, bool channels_last) {
-  Problem whole = problem_of(x);
-  whole.ratio = 1;
-  check_sizes(whole);
-  const int64_t C = x.size(1);
+  Problem p = problem_of(x);
+  p.ratio = 1;
+  check_sizes(p);
+  const int64_t C = p.channels;
   check_device(weight, x, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == C && weight.size(2) == 3 &&
-                      weight.size(3) == 3 && weight.scalar_type() == compute_type(whole.dtype),
+                      weight.size(3) == 3 && weight.scalar_type() == compute_type(p.dtype),
                   "weight must be [O, ", C, ", 3, 3] in the compute dtype of x");
   const int64_t O = weight.size(0);
   STD_TORCH_CHECK(C <= kStemChannels && O <= kStemOutputs && O > 0 && O % 2 == 0,
                   "conv_stem takes up to ", kStemChannels, " input channels and an even number of ",
                   "up to ", kStemOutputs, " output channels, got ", C, " and ", O);
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  check_parameter(shift, x, compute_type(whole.dtype), O, "shift");
+  check_parameter(shift, x, compute_type(p.dtype), O, "shift");
   cuda::StemArgs args;
-  LayerProblem& p = args.problem;
-  p.batch = whole.batch;
-  p.channels = C;
   p.out_channels = O;
-  p.height = whole.height;
-  p.width = whole.width;
+  p.dw_size = 3;
   p.stride = stride;
-  p.dtype = whole.dtype;
-  p.layout = whole.layout;
+  args.problem = p;
   args.out_layout = channels_last ? Layout::kNHWC : Layout::kNCHW;
   args.act = activation(act, slope, "act");
   const DeviceScope scope(x);
