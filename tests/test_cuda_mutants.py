@@ -73,8 +73,7 @@ QUICK = (
     "no barrier after the copies", "one wait too few", "halo off by one",
     "pixels too many overwrite others", "weights read before they are there",
     "ring read before its stage has landed",
-    "gate of another image", "gate applied before the copies are there", "row of taps one off",
-    "sums without a barrier before them", "hidden values without a barrier", "stem's padding",
+    "gate of another image", "row of taps one off", "hidden values without a barrier",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
 )  # fmt: skip
 MUTANTS = [
