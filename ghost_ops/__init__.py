@@ -10,11 +10,11 @@ ghost_ops`` tells which implementation runs where, and why.
 from . import activations, backends, functional, model_ops, models, ops, planner, reference
 from ._version import __version__
 from .backends import use_backend
-from .bottleneck import FusedGhostBottleneck, SqueezeExcite
-from .convert import fuse, unfuse
+from .convert import fuse, reset_cache, unfuse
 from .functional import ghost_module
 from .graphed import graphed
-from .nn import FusedGhostModule
+from .nn import FusedGhostBottleneck, FusedGhostModule
+from .reference import SqueezeExcite
 
 __all__ = [
     "FusedGhostBottleneck",
@@ -32,6 +32,7 @@ __all__ = [
     "ops",
     "planner",
     "reference",
+    "reset_cache",
     "unfuse",
     "use_backend",
 ]

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import fx, nn
 
-from . import convert_probe
-from .bottleneck import BottleneckState, ConvertedBottleneck, FusedGhostBottleneck
-from .bottleneck_parts import read_bottleneck
-from .compiled import attach
-from .convert_forward import Converted, ConvertedGhost, fused_class
-from .convert_layouts import KNOWN_NAMES, Refusal, candidate, read
+from .fusion import check
+from .fusion.bottleneck import FusedBottleneck
+from .fusion.fused import Fused, attach, fused_class
+from .fusion.ghost import FusedGhost
+from .fusion.guards import Refusal
+from .fusion.network import FusedNetwork
+from .fusion.read import Failed, read
+from .fusion.symbols import Node
 from .models import FusedGhostNet, GhostNet
-from .network import ConvertedNetwork, read_ends
-from .nn import FusedGhostModule
+from .nn import FusedGhostBottleneck, FusedGhostModule
 from .reference import GhostBottleneck, GhostModule
 
-# Our own pairs have one set of attributes, so a module changes from one to the other as it is.
-_PAIRS = {
+# Our own classes, fused and not.
+_PAIRS: dict[type[nn.Module], type[Fused]] = {
     GhostModule: FusedGhostModule,
     GhostBottleneck: FusedGhostBottleneck,
     GhostNet: FusedGhostNet,
 }
-_PLAIN = {fused: plain for plain, fused in _PAIRS.items()}
+_KINDS: tuple[type[Fused], ...] = (FusedGhost, FusedBottleneck, FusedNetwork)
+_MOST_CONVS = 8  # in a Ghost module: V2 has five
+# Children that make a module one that is reported where it cannot be fused.
+_MARKS: dict[type[Fused], tuple[set[str], ...]] = {
+    FusedGhost: ({"primary_conv", "cheap_operation"},),
+    FusedBottleneck: ({"ghost1", "ghost2"},),
+    FusedNetwork: ({"conv_stem", "blocks", "global_pool", "conv_head", "classifier"},),
+}
+# The operation at the end of the forward of a module that is like one of the kind.
+_ENDS = {FusedGhost: ("cat",), FusedBottleneck: ("add",), FusedNetwork: ()}
 
 
 @dataclass(frozen=True)
@@ -87,47 +98,48 @@ def fuse(model: nn.Module, inference: bool | None = None) -> Report:
 
     The modules stay the objects that they are: parameters, buffers, state_dict keys, mode,
     requires_grad, hooks and attributes are untouched, only their class changes, to one derived from
-    their own. They are found by structure, and what their forward computes is verified on a copy
-    (``convert_probe``); what is not understood is left as it is, and the report says why.
+    their own. They are recognised by following what their forward does (``fusion.read``), and the
+    result is compared with it on a copy; what cannot be followed is left as it is, and the report
+    says why. The model's mode does not matter.
 
     Known forms: the authors' and timm's GhostModule (also V2 with its attention gate, and V3 after
     its reparameterisation), Ultralytics' GhostConv (also after its own ``fuse()``), NanoDet's, and
-    any other module of a primary and a depthwise convolution, each with or without batch norm and
-    one of the activations of ``ghost_ops.activations``. A convolution's weights can change at any
-    time, before and after; fusing twice changes nothing.
+    any other module whose forward is a convolution, a depthwise convolution of its result, and
+    their concatenation, each with or without bias, batch norm and one of the activations of
+    ``ghost_ops.activations``, as modules or as functions; other layers may follow.
+
+    Whatever forward was seen to read is compared before every call: a change of weights, children,
+    attributes, modes or hooks takes effect at once. Fusing twice changes nothing.
 
     Args:
         model: the model, or a Ghost module itself.
         inference: also let whole Ghost bottlenecks, and a GhostNet's stem and head, run as few
             operators with batch norms folded and weights packed once, whenever they are called in
-            eval mode without gradients (training goes on as before). None: if the model is in eval
-            mode now.
+            eval mode without gradients (training goes on as before). None: yes.
 
     Returns:
         The report; its ``model`` is the model, and its repr a table of what was done.
 
     Raises:
         TypeError: model is not a module.
+        RuntimeError: it is called inside torch.compile.
 
     Example::
 
         model = timm.create_model("ghostnet_100").eval()
         print(ghost_ops.fuse(model))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    wants_bottlenecks = (not model.training) if inference is None else bool(inference)
-    entries = {}
-    for name, module in _named(model):
-        entry = _fuse_module(name, module)
-        if entry is not None:
-            entries[name] = entry
-    if wants_bottlenecks:
-        for step in (_fuse_bottleneck, _fuse_network):
-            for name, module in _named(model):
-                entry = step(name, module)
-                if entry is not None:
-                    entries[name] = entry
+    _check_model(model)
+    if _is_compiling():
+        raise RuntimeError(
+            "fuse changes classes of modules: call it before torch.compile, not in it"
+        )
+    entries: dict[str, Entry] = {}
+    for kind in _KINDS if inference or inference is None else _KINDS[:1]:
+        for name, module in reversed(list(_named(model))):  # children first
+            entry = _fuse(kind, name, module)
+            if entry is not None:
+                entries[name] = entry
     order = [name for name, _ in _named(model)]
     return Report(model, [entries[name] for name in order if name in entries])
 
@@ -141,19 +153,51 @@ def unfuse(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    _check_model(model)
     entries = []
     for name, module in _named(model):
         kind = type(module)
-        plain = getattr(kind, "_ghost_ops_base", None) or _PLAIN.get(kind)
-        if plain is None:
+        if not isinstance(module, Fused) or not _is_made(kind):
             continue
+        plain = kind._ghost_ops_base  # type: ignore[attr-defined]
         module.__class__ = plain
-        for attribute in ("_ghost_ops", "_ghost_handle", "_packed", "_structure"):
+        for attribute in ("_ghost_ops", "_ghost_handle"):
             module.__dict__.pop(attribute, None)
         entries.append(Entry(name, kind.__name__, "restored", f"{plain.__name__}"))
     return Report(model, entries)
+
+
+def reset_cache(model: nn.Module) -> None:
+    """Forget the packed weights of every fused module in a model; the next call packs anew.
+
+    Needed after writes through ``parameter.data``, which PyTorch does not record.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    _check_model(model)
+    for _, module in _named(model):
+        if isinstance(module, Fused):
+            module.reset_cache()
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _is_compiling() -> bool:
+    """Whether the caller is compiled: traced now, or run because it could not be traced."""
+    if torch.compiler.is_compiling():
+        return True
+    frames = getattr(torch._C._dynamo, "eval_frame", None)
+    callback = getattr(frames, "get_eval_frame_callback", lambda: None)()
+    return callable(callback)
+
+
+def _is_made(kind: type) -> bool:
+    """Whether ``fuse`` gives modules this class."""
+    return "_ghost_made" in kind.__dict__ or kind in _PAIRS.values()
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -161,94 +205,83 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name or "(model)", module
 
 
-def _is_fused(module: nn.Module) -> bool:
-    return hasattr(type(module), "_ghost_ops_base") or type(module) in _PLAIN
-
-
-def _fuse_module(name: str, module: nn.Module) -> Entry | None:
-    kind = type(module)
-    if isinstance(module, FusedGhostModule):
-        return Entry(name, kind.__name__, "already", "FusedGhostModule")
-    if isinstance(module, ConvertedGhost):
-        return Entry(name, kind._ghost_ops_base.__name__, "already", _description(module))
-    names = candidate(module)
-    if names is None:
+def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
+    base = type(module)
+    if isinstance(module, kind):
+        plain = base.__name__ if base in _PAIRS.values() else module._ghost_ops_base.__name__
+        return Entry(name, plain, "already", _description(module))
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):
+        if kind is not FusedGhost or name != "(model)":
+            return None
+        what = "an FX graph" if isinstance(module, fx.GraphModule) else "compiled by torch.jit"
+        return Entry(name, base.__name__, "left", f"it is {what}; fuse the module it was made of")
+    if isinstance(module, Fused) or type(module) is nn.Sequential or not _may_be(kind, module):
         return None
     try:
-        layout = read(module, names)
-        out_channels = convert_probe.ghost(module, names)
+        reading = read(module, training=False, whole=kind._ghost_whole)
+    except Failed as failed:
+        return _left(kind, name, module, str(failed), marked=False)
+    try:
+        form = kind._ghost_match(reading)
+        parts = form.bind(module)
+        check.compare(kind, module, form, reading.record)
     except Refusal as refusal:
-        if names != KNOWN_NAMES and not convert_probe.concatenates(module, names):
-            return None  # two convolutions in a row, say
-        return Entry(name, kind.__name__, "left", str(refusal))
-    if kind in _PAIRS:
-        module.__class__ = _PAIRS[kind]
-        module.reset_cache()
-        attach(module)
-        return Entry(name, kind.__name__, "swapped", _PAIRS[kind].__name__)
-    module.__dict__["_ghost_ops"] = Converted(module, layout, out_channels)
-    module.__class__ = fused_class(ConvertedGhost, kind)
-    attach(module)
-    return Entry(name, kind.__name__, "swapped", _description(module))
+        return _left(kind, name, module, str(refusal), _ends(reading.out) in _ENDS[kind])
+    module.__class__ = _PAIRS.get(base) or fused_class(kind, base)
+    attach(module)  # type: ignore[arg-type]
+    detail = "FusedGhostModule" if base is GhostModule else parts.description()
+    return Entry(name, base.__name__, "swapped", detail)
+
+
+def _may_be(kind: type[Fused], module: nn.Module) -> bool:
+    """Whether a module can be one of a kind, by what it is made of."""
+    inside = list(module.modules())
+    if any(isinstance(m, (torch.jit.ScriptModule, fx.GraphModule)) for m in inside):
+        return False
+    if kind is FusedGhost:
+        convs = [m for m in inside if isinstance(m, nn.modules.conv._ConvNd)]
+        return (
+            1 < len(convs) <= _MOST_CONVS
+            and not any(isinstance(m, Fused) for m in inside)
+            and sum(any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules())
+                    for child in module.children()) > 1
+            and (_is_marked(kind, module) or any(1 < c.groups == c.in_channels for c in convs))
+        )  # fmt: skip
+    if kind is FusedBottleneck:
+        ghosts = sum(isinstance(m, FusedGhost) for m in inside)
+        bottlenecks = sum(isinstance(m, FusedBottleneck) for m in inside)
+        return (ghosts == 2 or _is_marked(kind, module)) and ghosts <= 2 and not bottlenecks
+    return _is_marked(kind, module) and not any(isinstance(m, FusedNetwork) for m in inside)
+
+
+def _is_marked(kind: type[Fused], module: nn.Module) -> bool:
+    names = {name for name, child in module._modules.items() if child is not None}
+    return any(marks <= names for marks in _MARKS[kind])
+
+
+def _ends(node: Node) -> str:
+    """The operation that decides what kind of module a result is of."""
+    while node.op in ("act", "bn", "prelu", "module", "slice", "mul"):
+        node = next((n for n in node.inputs if n.op in ("slice", "cat")), node.inputs[0])
+    return node.op
+
+
+def _left(
+    kind: type[Fused], name: str, module: nn.Module, reason: str, marked: bool
+) -> Entry | None:
+    if not marked and not _is_marked(kind, module):
+        return None
+    if "primary_rpr_conv" in module._modules:
+        reason += "; it still has the branches that it is trained with: reparameterize it first"
+    prefix = "" if kind is FusedGhost else f"{kind._ghost_kind}: "
+    return Entry(name, type(module).__name__, "left", prefix + reason)
 
 
 def _description(module: nn.Module) -> str:
-    state: Converted = module.__dict__["_ghost_ops"]
-    if state.layout is None:
+    if type(module) is FusedGhostModule:
+        return "FusedGhostModule"
+    assert isinstance(module, Fused)
+    state = module._ghost_state()
+    if state.parts is None:
         return f"unfused at the moment: {state.reason}"
-    conv1, conv2 = state.layout.primary.conv, state.layout.cheap.conv
-    k, d = conv1.kernel_size, conv2.kernel_size[0]
-    text = f"{conv1.in_channels} -> {state.out_channels} channels"
-    if k != (1, 1) or conv1.stride != (1, 1) or conv1.groups > 1:
-        text += f", primary {k[0]}x{k[1]} stride {conv1.stride[0]}"
-        text += f" groups {conv1.groups}" if conv1.groups > 1 else ""
-    text += f", cheap {d}x{d}"
-    if state.layout.primary.bn is None and state.layout.cheap.bn is None:
-        text += ", no batch norm"
-    acts = (branch.act for branch in (state.layout.primary, state.layout.cheap))
-    if any(isinstance(act, nn.PReLU) for act in acts):
-        text += ", PReLU (fused in inference only)"
-    return text + (", attention gate" if state.layout.gate is not None else "")
-
-
-def _fuse_bottleneck(name: str, module: nn.Module) -> Entry | None:
-    kind = type(module)
-    if isinstance(module, FusedGhostBottleneck):
-        return Entry(name, kind.__name__, "already", "FusedGhostBottleneck")
-    if isinstance(module, ConvertedBottleneck):
-        return Entry(name, kind._ghost_ops_base.__name__, "already", "bottleneck")
-    if _is_fused(module):
-        return None
-    try:
-        parts = read_bottleneck(module)
-        if parts is None:
-            return None
-        parts.verify(module)
-    except Refusal as refusal:
-        return Entry(name, kind.__name__, "left", f"bottleneck: {refusal}")
-    if kind in _PAIRS:
-        module.__class__ = _PAIRS[kind]
-        module.reset_cache()
-    else:
-        module.__dict__["_ghost_ops"] = BottleneckState()
-        module.__class__ = fused_class(ConvertedBottleneck, kind)
-    attach(module)
-    return Entry(name, kind.__name__, "swapped", f"bottleneck: {parts.description()}")
-
-
-def _fuse_network(name: str, module: nn.Module) -> Entry | None:
-    kind = type(module)
-    if isinstance(module, ConvertedNetwork):
-        return Entry(name, kind._ghost_ops_base.__name__, "already", "network")
-    if _is_fused(module):
-        return None
-    try:
-        ends = read_ends(module)
-        if ends is None:
-            return None
-        ends.verify(module)
-    except Refusal as refusal:
-        return Entry(name, kind.__name__, "left", f"network: {refusal}")
-    module.__class__ = _PAIRS.get(kind) or fused_class(ConvertedNetwork, kind)
-    module.reset_cache()
-    return Entry(name, kind.__name__, "swapped", "network: stem, last convolution and head folded")
+    return state.parts.description()

@@ -9,7 +9,6 @@ and all memory that its kernels read is kept alive (``_Reads``).
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,24 +19,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import watch
+from . import backends, watch
+from .announce import announce
 from .autograd import dense, in_transform
-from .convert_forward import Values, Watch
-from .convert_layouts import Refusal, check_hooks
+from .fusion.guards import GLOBAL_HOOKS, Refusal, hooks_of
 from .ops import allow_tf32
 
 # Graphs invalid before their second call, in a row, after which a model is captured no more.
 _MOST_UNUSED = 3
+_WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.PReLU)
 _CONSTANTS = (type(None), bool, int, float, complex, str)
-_OUTSIDE = nn.Module()  # owner of a Watch that watches the hooks of every module of a model
-_announced: set[str] = set()
 
 
 def _announce(module: nn.Module, reason: str) -> None:
-    message = f"{type(module).__name__} runs without a CUDA graph: {reason}"
-    if message not in _announced:
-        _announced.add(message)
-        warnings.warn(f"{message}. (Said once for each reason.)", UserWarning, stacklevel=5)
+    announce(f"{type(module).__name__} runs without a CUDA graph: {reason}.")
 
 
 class _Device:
@@ -100,7 +95,12 @@ class _Guard:
     """Whether a model still is as it was captured: tensors, children, hooks, modes, attributes."""
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
-        self._values, self._watch = Values(modules), Watch(modules, _OUTSIDE)
+        tensors = tuple(t for m in modules for t in (*m.parameters(False), *m.buffers(False)))
+        # Keeps the memory, so that nothing else comes to a watched address.
+        self._alive = [t.detach() for t in tensors]
+        dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers, *hooks_of(m))]
+        state = (backends.__dict__, "_requested")
+        self._watch = watch.make((*dicts, *GLOBAL_HOOKS), (state,), (), tensors)
         self._modules, self._attributes = modules, watch.make()
 
     def settle(self) -> None:
@@ -114,7 +114,7 @@ class _Guard:
         self._attributes = watch.make((*map(vars, self._modules), *kept))
 
     def same(self) -> bool:
-        return self._attributes.unchanged() and self._watch.same() and self._values.same()
+        return self._attributes.unchanged() and self._watch.unchanged()
 
 
 class _Reads(TorchDispatchMode):
@@ -203,9 +203,18 @@ def _check(modules: tuple[nn.Module, ...]) -> None:
             raise Refusal(f"a {type(module).__name__} inside it is in training mode")
         if isinstance(module, torch.jit.ScriptModule):
             raise Refusal("it has TorchScript inside, whose changes cannot be watched")
-    if not Values.watchable(modules):
-        raise Refusal("its parameters can change unnoticed: inference tensors or computed ones")
-    check_hooks(modules, "it")
+        if any(hooks_of(module)):
+            raise Refusal(
+                f"a {type(module).__name__} inside it has hooks, which run only if it does"
+            )
+        computed = isinstance(module, _WEIGHTED) and "weight" not in module._parameters
+        tensors = (*module.parameters(False), *module.buffers(False))
+        if computed or any(
+            type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors
+        ):
+            raise Refusal("its parameters can change unnoticed: inference tensors or computed ones")
+    if any(GLOBAL_HOOKS):
+        raise Refusal("there are hooks on all modules, which would not run for those inside")
 
 
 def _key(x: Tensor) -> tuple:

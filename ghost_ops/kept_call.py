@@ -1,7 +1,7 @@
 """One call of an operator with kept arguments, if everything still is as when they were made.
 
-What a module in eval mode has to ask before it may run its operator takes as long as a small
-module's arithmetic. The compiled library has the same class in C; ``make`` takes that where it is.
+In Python, the checks before a module in eval mode may run its operator take as long as a small
+module's arithmetic. The compiled library has the same class in C; ``make`` takes it where it is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ Question = tuple[Callable[..., bool], tuple]
 class KeptCall(Protocol):
     """What ``make`` returns."""
 
-    def run(self, x: Tensor, out_channels: int) -> Tensor | None:
-        """The operator's result, or None: then the long way has to be taken, and says why."""
+    def run(self, x: Tensor, own: dict) -> Tensor | None:
+        """The operator's result; None where a check failed, and the general path is to be taken.
+
+        own: the ``__dict__`` of the module that is called, for the watch.
+        """
         ...
 
 
@@ -37,8 +40,6 @@ class PythonKeptCall:
         dtype, device: of x.
         channels_last: ``torch.channels_last``: x is dense in this memory format or contiguous.
         channels: x is [N, channels, H, W], and not empty.
-        out_channels: what ``run`` has to be given, an attribute of the module that no watch can
-            look at without keeping the module alive.
         operator: called with x and the arguments, at most 31.
 
     Raises:
@@ -47,7 +48,7 @@ class PythonKeptCall:
 
     __slots__ = (
         "_arguments", "_channels", "_channels_last", "_device", "_dtype", "_operator",
-        "_out_channels", "_questions", "_tensor_type", "_unchanged",
+        "_questions", "_tensor_type", "_unchanged",
     )  # fmt: skip
 
     def __init__(
@@ -59,7 +60,6 @@ class PythonKeptCall:
         device: torch.device,
         channels_last: torch.memory_format,
         channels: int,
-        out_channels: int,
         operator: Callable[..., Tensor],
         arguments: tuple,
     ) -> None:
@@ -68,14 +68,13 @@ class PythonKeptCall:
         self._tensor_type = tensor_type
         self._dtype, self._device = dtype, device
         self._channels_last = channels_last
-        self._channels, self._out_channels = channels, out_channels
+        self._channels = channels
         self._operator, self._arguments = operator, arguments
 
-    def run(self, x: Tensor, out_channels: int) -> Tensor | None:
+    def run(self, x: Tensor, own: dict) -> Tensor | None:
         if (
             type(x) is not self._tensor_type
-            or type(out_channels) is not int
-            or out_channels != self._out_channels
+            or not isinstance(own, dict)
             or x.dtype is not self._dtype
             or x.device != self._device
             or x.dim() != 4
@@ -83,7 +82,7 @@ class PythonKeptCall:
             or not x.numel()
             or not (x.is_contiguous() or x.is_contiguous(memory_format=self._channels_last))
             or any(function(*given) for function, given in self._questions)
-            or not self._unchanged()
+            or not self._unchanged(own)
         ):
             return None
         return self._operator(x, *self._arguments)

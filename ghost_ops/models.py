@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bottleneck import FusedGhostBottleneck
-from .network import ConvertedNetwork
-from .nn import FusedGhostModule
+from .fusion.fused import fused_forward
+from .fusion.network import FusedNetwork
+from .nn import FusedGhostBottleneck, FusedGhostModule
 from .reference import _make_divisible
 
 __all__ = [
@@ -139,13 +139,11 @@ class GhostNet(nn.Module):
         return self.classifier(F.dropout(x, self.dropout, self.training))
 
 
-class FusedGhostNet(ConvertedNetwork, GhostNet):
+class FusedGhostNet(FusedNetwork, GhostNet):
     """``GhostNet`` that also folds its stem and head, in eval mode without gradients."""
 
     _ghost_ops_base = GhostNet
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return object.__reduce_ex__(self, protocol)
+    forward = fused_forward(GhostNet.forward)
 
 
 def ghostnet(

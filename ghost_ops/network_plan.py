@@ -40,9 +40,11 @@ import torch
 from torch import nn
 
 from . import activations, backends, model_ops
-from .convert_layouts import Branch
-from .network import Ends
-from .network_trace import Bottleneck, Call, Ghost, Op, Shape, Unit, conv_shape, trace
+from .autograd import is_fused_primary
+from .fusion.bottleneck import Bottleneck
+from .fusion.ghost import Branch, Ghost
+from .fusion.network import Network
+from .network_trace import Call, Op, Shape, Unit, conv_shape, trace
 from .ops import allow_tf32
 from .planner import CUDA_DEVICES, compute_capability
 
@@ -260,10 +262,14 @@ class _Gpu:
             gate: height and width of what the output is multiplied by; 0: nothing.
             pooled: only the mean over the output's pixels is written.
         """
+        conv, cheap, fused = ghost.primary.conv, ghost.cheap, _has_primary(ghost)
         found = self.library.cuda_plan(
-            *ghost.read_shape(shape), **ghost.problem(), has_residual=residual, has_in_gate=gated,
-            gate_height=gate[0], gate_width=gate[1], pooled=pooled, allow_tf32=allow_tf32(),
-            **self.layout,
+            *(shape if fused else conv_shape(shape, ghost.primary)), intrinsic=conv.out_channels,
+            out_channels=ghost.settings.out_channels,
+            ratio=1 if cheap is None else cheap.conv.out_channels // conv.out_channels + 1,
+            dw_size=ghost.dw_size, stride=conv.stride[0] if fused else 1, has_primary=fused,
+            has_residual=residual, has_in_gate=gated, gate_height=gate[0], gate_width=gate[1],
+            pooled=pooled, allow_tf32=allow_tf32(), **self.layout,
         )  # fmt: skip
         (one,) = found["passes"]
         # The tile plan leaves out the factors of x.
@@ -276,11 +282,12 @@ class _Gpu:
         found = self.library.cuda_depthwise_plan(*sizes, sums=sums, **self.layout)
         return _of_plan(found), found["splits"] if sums else 0
 
-    def conv(self, shape: Shape, conv: nn.Conv2d, has_bias: bool = False) -> _Cost:
-        """A convolution of PyTorch; the second launch adds a bias in place."""
-        out, weights = math.prod(conv_shape(shape, conv)), conv.weight.numel()
-        moved = math.prod(shape) + out + weights + has_bias * (2 * out + conv.out_channels)
-        return self.other(moved, 2 * out * weights // conv.out_channels, 1 + has_bias)
+    def conv(self, shape: Shape, branch: Branch, has_bias: bool = False) -> _Cost:
+        """The convolution of a branch by PyTorch; the second launch adds a bias in place."""
+        out, weights = math.prod(conv_shape(shape, branch)), branch.conv.weight.numel()
+        channels = branch.conv.out_channels
+        moved = math.prod(shape) + out + weights + has_bias * (2 * out + channels)
+        return self.other(moved, 2 * out * weights // channels, 1 + has_bias)
 
     def linear(self, n: int, layer: nn.Conv2d | nn.Linear) -> _Cost:
         """A matrix product of n rows with a layer's weight, and its bias."""
@@ -298,6 +305,11 @@ class _Gpu:
             max(op.bytes / self.bandwidth, op.flops / self.flops) + 2e-6 * op.launches for op in ops
         )
         return _Cost(sum(op.launches for op in ops), sum(op.bytes for op in ops), seconds)
+
+
+def _has_primary(ghost: Ghost) -> bool:
+    """Whether ``ghost_apply`` also computes the primary convolution."""
+    return is_fused_primary(ghost.primary.conv.weight, ghost.settings)
 
 
 def _of_plan(found: dict[str, Any]) -> _Cost:
@@ -341,12 +353,12 @@ class _Builder:
     def walk(self, call: Call) -> list[_Part]:
         """The parts of a call, with all of eager's operators in it."""
         unit = self.units.get(call.module) if len(call.in_shape) == 4 else None
-        if isinstance(unit, Ends):
+        if isinstance(unit, Network):
             return self.network(call, unit)
         if isinstance(unit, Bottleneck):
             return self.bottleneck(call, unit)
-        if unit is not None:
-            return _charge(call, self.ghost(call, call.module, unit, call.in_shape))
+        if isinstance(unit, Ghost):
+            return self.lone_ghost(call, unit)
         parts = []  # as it is: its own operators between two calls are one row
         for is_op, items in itertools.groupby(call.items, lambda item: isinstance(item, Op)):
             if is_op:
@@ -355,73 +367,83 @@ class _Builder:
                 parts += itertools.chain.from_iterable(map(self.walk, items))
         return parts
 
+    def lone_ghost(self, call: Call, unit: Ghost) -> list[_Part]:
+        """The parts of a Ghost module outside a bottleneck; the layers of its tail are plain."""
+        parts = _charge(call, self.ghost(call, call.module, unit, call.in_shape))
+        if unit.tail:
+            # ghost_apply replaces eager's operators up to the concatenation, or to V2's product.
+            name, ops = "cat" if unit.gate is None else "mul", parts[-1].ops
+            end = next(i for i, op in enumerate(ops, 1) if op.name.startswith(name))
+            parts.append(_Part(call.path, PLAIN, None, ops=ops[end:]))
+            del ops[end:]
+        return parts
+
     def ghost(
         self, call: Call, module: nn.Module, ghost: Ghost, shape: Shape, residual: bool = False,
         gated: bool = False,
     ) -> list[_Part]:  # fmt: skip
         """The parts of a Ghost module on x of ``shape``; ``ghost_apply`` is the last."""
-        names, parts, gate = call.names, [], (0, 0)
-        if ghost.short_conv is not None:  # its gate, at half the height and width
-            owns = (ghost.short_conv, module._modules["gate_fn"], (module, "avg_pool2d"))
-            parts.append(_Part(names[ghost.short_conv], PLAIN, None, owns))
+        names, parts, gate, conv = call.names, [], (0, 0), ghost.primary.conv
+        if ghost.gate is not None:  # at half the height and width
+            owns = (ghost.gate, (module, "avg_pool2d"), (module, "sigmoid"))
+            parts.append(_Part(names[ghost.gate], PLAIN, None, owns))
             gate = shape[2] // 2, shape[3] // 2
-        if not ghost.has_primary:
-            cost = self.gpu.conv(shape, ghost.conv)
-            parts.append(_Part(names[ghost.conv], LIBRARY_CONV, cost, (ghost.conv,)))
+        if not _has_primary(ghost):
+            cost = self.gpu.conv(shape, ghost.primary)
+            parts.append(_Part(names[conv], LIBRARY_CONV, cost, (conv,)))
         cost = self.gpu.ghost_apply(shape, ghost, residual, gated, gate)
         kind = GHOST_APPLY_GATED if gated else GHOST_APPLY
         return [*parts, _Part(names[module], kind, cost, (module,))]
 
     def bottleneck(self, call: Call, unit: Bottleneck) -> list[_Part]:
         """The parts of a Ghost bottleneck; the last adds the shortcut."""
-        names, gpu, (inner, ghost1, ghost2) = call.names, self.gpu, unit
-        parts = self.ghost(call, inner.ghost1, ghost1, call.in_shape)
-        shape, splits, gated = ghost1.out_shape(call.in_shape), 0, False
-        if inner.dw is not None:
-            conv = inner.dw.conv
-            cost, splits = gpu.depthwise(shape, conv, sums=inner.gate is not None)
+        names, gpu, ghost2 = call.names, self.gpu, unit.ghost2
+        parts = self.ghost(call, unit.ghosts[0], unit.ghost1, call.in_shape)
+        n, _, *size = conv_shape(call.in_shape, unit.ghost1.primary)
+        shape: Shape = (n, unit.ghost1.settings.out_channels, *size)
+        splits, gated = 0, False
+        if unit.dw is not None:
+            cost, splits = gpu.depthwise(shape, unit.dw.conv, sums=unit.gate is not None)
             kind = DEPTHWISE_CONV_SUMS if splits else DEPTHWISE_CONV
-            parts.append(_Part(names[conv], kind, cost, inner.dw.modules))
-            shape = conv_shape(shape, conv)
-        if inner.gate is not None:
-            module, gated = inner.gate.module, ghost2.takes_gate
-            sizes = *shape[:2], inner.gate.reduce.out_channels, math.prod(shape[2:]), splits
+            parts.append(_Part(names[unit.dw.conv], kind, cost, unit.dw.modules))
+            shape = conv_shape(shape, unit.dw)
+        if unit.gate is not None:
+            module = unit.gate.modules[0]  # the reduction if the gate is no module of its own
+            gated = _has_primary(ghost2) and ghost2.primary.conv.stride == (1, 1)
+            sizes = *shape[:2], unit.gate.reduce.out_channels, math.prod(shape[2:]), splits
             cost = _of_plan(gpu.library.cuda_gate_plan(*sizes, **gpu.target))
-            parts.append(_Part(names[module], SQUEEZE_EXCITE_GATE, cost, (module,)))
+            parts.append(_Part(names[module], SQUEEZE_EXCITE_GATE, cost, unit.gate.modules))
             if not gated:
                 cost = gpu.other(2 * math.prod(shape) + math.prod(shape[:2]))
                 parts.append(_Part(names[module], GATE_PRODUCT, cost, ((module, "mul"),)))
-        if inner.shortcut is not None:
-            parts += self.shortcut(call, inner.shortcut, ghost2, shape, gated)
-        parts += self.ghost(call, inner.ghost2, ghost2, shape, residual=True, gated=gated)
+        if unit.shortcut is not None:
+            parts += self.shortcut(call, unit.shortcut, ghost2, shape, gated)
+        parts += self.ghost(call, unit.ghosts[1], ghost2, shape, residual=True, gated=gated)
         return _charge(call, parts)
 
     def shortcut(
         self, call: Call, layers: tuple[Branch, Branch], ghost2: Ghost, inside: Shape, gated: bool
     ) -> list[_Part]:
-        """The two parts of a shortcut; ``inside`` is the shape of what ``ghost2`` takes."""
+        """The two parts of a shortcut; ``inside`` is the shape of the input of ``ghost2``."""
         dw, conv = layers
-        apply, one = self.gpu.ghost_apply, Ghost(conv.conv, conv.conv.out_channels)
+        apply, one = self.gpu.ghost_apply, _ghost_of(conv)
         first, _ = self.gpu.depthwise(call.in_shape, dw.conv)
-        shape = conv_shape(call.in_shape, dw.conv)
+        shape = conv_shape(call.in_shape, dw)
         last = apply(shape, one)
         runs = last.bytes + apply(inside, ghost2, True, gated).bytes
         other = apply(shape, one, True).bytes + apply(inside, ghost2, False, gated).bytes
         self.orders.append((runs, other))
-        # `dw` has the modules of the whole shortcut; the later part owns those of `conv`.
         return [
             _Part(call.names[dw.conv], DEPTHWISE_CONV, first, dw.modules),
             _Part(call.names[conv.conv], GHOST_APPLY, last, conv.modules),
         ]
 
-    def network(self, call: Call, unit: Ends) -> list[_Part]:
+    def network(self, call: Call, unit: Network) -> list[_Part]:
         """The parts of a GhostNet."""
-        names, gpu, n = call.names, self.gpu, call.in_shape[0]
-        *stages, last = call.calls(tuple(unit.stages))
-        stem, conv = self.stem(call, unit.stem), unit.last.conv
-        one, pool = Ghost(conv, conv.out_channels), call.module._modules["global_pool"]
-        shape = conv_shape(last.in_shape, conv)
-        # The part of the pooling also takes what no part owns.
+        names, gpu, n, conv = call.names, self.gpu, call.in_shape[0], unit.last.conv
+        *blocks, last = call.calls((*unit.blocks, conv))
+        one, shape = _ghost_of(unit.last), conv_shape(last.in_shape, unit.last)
+        # The part of the pooling also takes the operators that no part owns.
         if math.prod(shape[2:]) <= model_ops.MOST_POOLED:
             cost = gpu.ghost_apply(last.in_shape, one, pooled=True)
             owned = (*unit.last.modules, call.module)
@@ -429,20 +451,20 @@ class _Builder:
         else:
             cost = gpu.ghost_apply(last.in_shape, one)
             moved = math.prod(shape) + math.prod(shape[:2])
+            pool = unit.pools[-1] if unit.pools else call.module
             pooling = [
                 _Part(names[conv], GHOST_APPLY, cost, unit.last.modules),
                 _Part(names[pool], MEAN, gpu.other(moved), (call.module,)),
             ]
+        stem, head, classifier = self.stem(call, unit.stem), unit.head, unit.classifier
         tail = [
             *pooling,
-            _Part(names[unit.head], ADDMM, gpu.linear(n, unit.head), (unit.head,)),
-            *self.activation(call, unit.head_act, n * unit.head.out_channels),
-            _Part(
-                names[unit.classifier], ADDMM, gpu.linear(n, unit.classifier), (unit.classifier,)
-            ),
+            _Part(names[head], ADDMM, gpu.linear(n, head), (head,)),
+            *self.activation(call, unit.head_act[0], unit.head_modules[0], n * head.out_channels),
+            _Part(names[classifier], ADDMM, gpu.linear(n, classifier), (classifier,)),
         ]
-        _charge(call, [*stem, *tail], outside=tuple(unit.stages[:-1]))
-        return [*stem, *itertools.chain.from_iterable(map(self.walk, stages)), *tail]
+        _charge(call, [*stem, *tail], outside=unit.blocks)
+        return [*stem, *itertools.chain.from_iterable(map(self.walk, blocks)), *tail]
 
     def stem(self, call: Call, stem: Branch) -> list[_Part]:
         """The parts of a network's first convolution."""
@@ -451,14 +473,26 @@ class _Builder:
             sizes = *shape, conv.stride[0], conv.out_channels
             cost = _of_plan(gpu.library.cuda_stem_plan(*sizes, **gpu.layout))
             return [_Part(call.names[conv], CONV_STEM, cost, stem.modules)]
-        cost = gpu.conv(shape, conv, has_bias=True)
+        cost = gpu.conv(shape, stem, has_bias=True)
+        elements = math.prod(conv_shape(shape, stem))
         return [
             _Part(call.names[conv], LIBRARY_CONV, cost, stem.modules),
-            *self.activation(call, stem.act, math.prod(conv_shape(shape, conv))),
+            *self.activation(call, stem.act, stem.modules[0], elements),
         ]
 
-    def activation(self, call: Call, act: nn.Module, elements: int) -> list[_Part]:
-        """The part of an activation in place, unless it computes nothing."""
-        if activations.of_module(act)[0] == activations.NONE:
+    def activation(self, call: Call, act: int, module: nn.Module, elements: int) -> list[_Part]:
+        """The part of an activation in place, unless it computes nothing.
+
+        Args:
+            act: code of the activation.
+            module: of the activation; the layer before it if the activation is a function.
+        """
+        if act == activations.NONE:
             return []
-        return [_Part(call.names[act], ACTIVATION, self.gpu.other(2 * elements), (act,))]
+        owns = () if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) else (module,)
+        return [_Part(call.names[module], ACTIVATION, self.gpu.other(2 * elements), owns)]
+
+
+def _ghost_of(branch: Branch) -> Ghost:
+    """A 1x1 convolution as the Ghost module of ratio 1 that it runs as."""
+    return Ghost(branch, None, branch.conv.out_channels)

@@ -2,7 +2,7 @@
 
 ``trace`` copies a model to the meta device, where tensors have shapes and no data. ``fuse`` on the
 copy decides which modules run as operators of ours: the units. Then the plain forward of the copy
-runs once, and what PyTorch dispatches is written down in the tree of the module calls.
+runs once, and the operators that PyTorch dispatches are recorded in the tree of the module calls.
 
 Bytes are what an operator reads from and writes to device memory. An ATen operator reads its input
 tensors and writes its results. A view moves nothing, an expanded dimension counts once, and an
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -28,15 +28,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import convert
-from .autograd import is_fused_primary
-from .bottleneck import ConvertedBottleneck, FusedGhostBottleneck
-from .bottleneck_parts import Parts, layout_of, read_bottleneck
-from .convert_forward import ConvertedGhost
-from .convert_layouts import Refusal, settings_of
-from .network import ConvertedNetwork, Ends, read_ends
-from .nn import FusedGhostModule
+from .fusion.bottleneck import Bottleneck
+from .fusion.fused import Fused
+from .fusion.ghost import Branch, Ghost
+from .fusion.guards import watchable
+from .fusion.network import Network
 
 Shape = tuple[int, ...]
+Unit = Ghost | Bottleneck | Network  # the parts of a fused module
 Owner = TypeVar("Owner")
 _ROOT = "(model)"  # the name of the model itself
 
@@ -120,53 +119,6 @@ class Call:
                     yield from item.calls(wanted)
 
 
-class Ghost(NamedTuple):
-    """A Ghost module as it is fused; or a 1x1 convolution with its batch norm, of ratio 1."""
-
-    conv: nn.Conv2d
-    out_channels: int
-    cheap: nn.Conv2d | None = None
-    short_conv: nn.Module | None = None  # GhostModuleV2's attention, by PyTorch
-    has_primary: bool = True  # ghost_apply computes the primary convolution, too
-
-    @property
-    def takes_gate(self) -> bool:
-        """As ``convert_forward.PackedGhost.takes_gate``."""
-        return self.has_primary and self.conv.stride == (1, 1)
-
-    def read_shape(self, shape: Shape) -> Shape:
-        """The shape of what ``ghost_apply`` reads, for x of ``shape``."""
-        return shape if self.has_primary else conv_shape(shape, self.conv)
-
-    def out_shape(self, shape: Shape) -> Shape:
-        """The shape of its output."""
-        n, _, *size = conv_shape(shape, self.conv)
-        return n, self.out_channels, *size
-
-    def problem(self) -> dict[str, Any]:
-        """What ``cuda_plan`` takes of the module."""
-        m, cheap = self.conv.out_channels, self.cheap
-        return {
-            "intrinsic": m,
-            "out_channels": self.out_channels,
-            "ratio": 1 if cheap is None else cheap.out_channels // m + 1,
-            "dw_size": 1 if cheap is None else cheap.kernel_size[0],
-            "stride": self.conv.stride[0] if self.has_primary else 1,
-            "has_primary": self.has_primary,
-        }
-
-
-class Bottleneck(NamedTuple):
-    """A Ghost bottleneck as it is fused."""
-
-    parts: Parts
-    ghost1: Ghost
-    ghost2: Ghost
-
-
-Unit = Ghost | Bottleneck | Ends
-
-
 class Trace(NamedTuple):
     """A model as it is fused, and as it runs in eager PyTorch.
 
@@ -233,7 +185,7 @@ def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
-    """The modules of a copy that run as operators of ours, and notes on what does not.
+    """The modules of a copy that run as operators of ours, and notes on the others.
 
     Leaves the copy unfused.
     """
@@ -242,18 +194,15 @@ def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
     for entry in convert.fuse(twin, inference=True).left:
         reasons.setdefault(entry.detail, []).append(entry.name)
     units: dict[nn.Module, Unit] = {}
-    for kinds, read in (
-        ((FusedGhostModule, ConvertedGhost), _read_ghost),
-        ((FusedGhostBottleneck, ConvertedBottleneck), _read_bottleneck),
-        ((ConvertedNetwork,), _read_network),
-    ):
-        for name, module in twin.named_modules():
-            if not isinstance(module, kinds):
-                continue
-            try:
-                units[module] = read(module, units)
-            except Refusal as refusal:
-                reasons.setdefault(str(refusal), []).append(name or _ROOT)
+    for name, module in twin.named_modules():
+        if isinstance(module, Fused):
+            state = module._ghost_state()
+            parts: Any = state.parts
+            reason = state.reason if parts is None else _why_not_fused(parts)
+            if reason:
+                reasons.setdefault(reason, []).append(name or _ROOT)
+            else:
+                units[module] = parts
     convert.unfuse(twin)
     return units, [
         f"not fused: {', '.join(names[:3])}{', ...' if names[3:] else ''} ({len(names)}): {reason}"
@@ -261,43 +210,26 @@ def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
     ]
 
 
-def _read_ghost(module: nn.Module, _: dict[nn.Module, Any]) -> Ghost:
-    layout, out_channels = layout_of(module)
-    conv, cheap = layout.primary.conv, layout.cheap.conv
-    if (d := cheap.kernel_size[0]) not in _DW_SIZES:
-        raise Refusal(f"there is no fused kernel for a cheap convolution of size {d}")
-    _check_statistics(layout.modules)
-    has_primary = is_fused_primary(conv.weight, settings_of(layout, out_channels))
-    return Ghost(conv, out_channels, cheap, layout.gate, has_primary)
+def _why_not_fused(parts: Unit) -> str:
+    """Why a module in eval mode does not run as operators of ours; empty if it does."""
+    if parts.dw_size not in _DW_SIZES:
+        return f"there is no fused kernel for a cheap convolution of size {parts.dw_size}"
+    norms = [m for m in parts.layers if isinstance(m, nn.BatchNorm2d)]
+    if any(bn.training or bn.running_mean is None for bn in norms):
+        return "a batch norm has no running statistics, so that it runs as in training"
+    if isinstance(parts, Ghost):  # runs as ghost_apply even if its weights are not packed once
+        return parts.why_not_fused(*parts.weights())
+    computed = "" if watchable(parts.layers) else "its weights are computed at every call"
+    return parts.why_not_packed() or computed
 
 
-def _read_bottleneck(module: nn.Module, units: dict[nn.Module, Any]) -> Bottleneck:
-    parts = read_bottleneck(module)
-    assert parts is not None  # it is fused
-    if not {parts.ghost1, parts.ghost2} <= units.keys():
-        raise Refusal("its Ghost modules are not fused")
-    _check_statistics(parts.modules())
-    return Bottleneck(parts, units[parts.ghost1], units[parts.ghost2])
-
-
-def _read_network(module: nn.Module, _: dict[nn.Module, Any]) -> Ends:
-    ends = read_ends(module)
-    assert ends is not None  # it is fused
-    _check_statistics(ends.modules())
-    return ends
-
-
-def _check_statistics(modules: Iterable[nn.Module]) -> None:
-    if any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in modules):
-        raise Refusal("a batch norm has no running statistics, so that it runs as in training")
-
-
-def conv_shape(shape: Shape, conv: nn.Conv2d) -> Shape:
-    """The shape of a convolution's output for x of ``shape``."""
+def conv_shape(shape: Shape, branch: Branch) -> Shape:
+    """The shape of a branch's output for x of ``shape``."""
+    conv = branch.conv
     geometry = zip(
-        shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
+        shape[2:], conv.kernel_size, conv.stride, branch.padding, conv.dilation, strict=True
     )
-    sizes = ((v + 2 * int(p) - d * (k - 1) - 1) // s + 1 for v, k, s, p, d in geometry)
+    sizes = ((v + 2 * p - d * (k - 1) - 1) // s + 1 for v, k, s, p, d in geometry)
     return (shape[0], conv.out_channels, *sizes)
 
 

@@ -209,17 +209,12 @@ class GhostModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
-        return composed_forward(self, x)
-
-
-def composed_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """Run a Ghost module through its children, one after the other, as the authors' code does."""
-    x1 = module.primary_conv(x)
-    first = next(iter(module.cheap_operation.children()), None)
-    if getattr(first, "out_channels", None) == 0:
-        return x1[:, : module.oup]
-    x2 = module.cheap_operation(x1)
-    return torch.cat([x1, x2], dim=1)[:, : module.oup]
+        x1 = self.primary_conv(x)
+        first = getattr(self.cheap_operation, "0", None)
+        if getattr(first, "out_channels", None) == 0:  # a convolution without filters cannot run
+            return x1[:, : self.oup]
+        x2 = self.cheap_operation(x1)
+        return torch.cat([x1, x2], dim=1)[:, : self.oup]
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
 
 import ghost_ops
-from ghost_ops import FusedGhostBottleneck, FusedGhostModule, compiled
+from ghost_ops import FusedGhostBottleneck, FusedGhostModule
+from ghost_ops.fusion import graph
 
 OPERATOR = "ghost_ops.fused_inference.default"
 
@@ -102,7 +103,7 @@ class Recorder:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("make", [modules, bottlenecks])
 def test_one_operator_each(make: Callable, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_with_tensors", no_copy)
+    monkeypatch.setattr(graph, "_with_tensors", no_copy)
     net, recorder = fused(make), Recorder()
     f, x = recorder.compile(net), with_layout(image(), layout)
     with torch.no_grad():
@@ -150,8 +151,8 @@ def test_opcheck() -> None:
     block = fused(small)[0]
     for layout in LAYOUTS:
         x = with_layout(image(), layout)
-        tensors = [t.detach() for t in compiled.tensors_of(compiled.modules_in(block))]
-        shape = block._ghost_shape()
+        tensors = [t.detach() for t in graph.tensors_of(graph.modules_in(block))]
+        shape = block._ghost_state().form.shape(block)
         arguments = (x, tensors, block._ghost_handle.key, *shape)
         torch.library.opcheck(torch.ops.ghost_ops.fused_inference.default, arguments)
     assert torch.Tag.cudagraph_unsafe in torch.ops.ghost_ops.fused_inference.default.tags
@@ -311,7 +312,7 @@ SEEN_BY_THE_COMPILER = [child, no_gate, activation, stride, batch_statistics]
     ids=["operator", "compiler", "other_layer", "width"],
 )  # fmt: skip
 def test_changes_are_noticed(changes: list[Callable], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_with_tensors", no_copy)
+    monkeypatch.setattr(graph, "_with_tensors", no_copy)
     net, x, counter = fused(small), image(), CompileCounter()
     other = plain(net)
     # Each for itself: what is not changed is not compiled again.
@@ -507,7 +508,7 @@ def test_modules_are_collected() -> None:
     block = fused(small)[0]
     with torch.no_grad():
         torch.compile(block, fullgraph=True, backend="eager")(image())
-    key, shape = block._ghost_handle.key, block._ghost_shape()
+    key, shape = block._ghost_handle.key, block._ghost_state().form.shape(block)
     torch.compiler.reset()
     del block
     gc.collect()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    monkeypatch.setattr(importlib.import_module("ghost_ops.graphed"), "_announced", set())
+    monkeypatch.setattr(importlib.import_module("ghost_ops.announce"), "_said", set())
     with torch.no_grad():
         yield torch.device("cuda", torch.cuda.current_device())
 

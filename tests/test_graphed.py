@@ -96,7 +96,7 @@ class CpuDevice(MODULE._Device):
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(MODULE, "_announced", set())
+    monkeypatch.setattr("ghost_ops.announce._said", set())
     CpuDevice.all.clear()
     monkeypatch.setattr(MODULE, "_Device", CpuDevice)
     with warnings.catch_warnings():
@@ -388,7 +388,7 @@ def test_dropped_packed_weights_outlive_their_graph(native: str) -> None:
     model = make("bottleneck")
     fast = ghost_ops.graphed(model, image())
     (graph,) = fast._graphs.values()
-    packed = model._ghost_ops.packed
+    packed = model._ghost_ops.cached.operator
     for tensor in (packed.ghost1.packed, packed.dw.weight, packed.gate.tensors[0]):
         assert tensor.data_ptr() in graph._reads.storages
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ghost_ops
 from ghost_ops import kept_call, watch
 from ghost_ops.backends import native
+from ghost_ops.fusion.fused import Cached, State
 
 KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
     not native.load(), reason=f"no compiled library: {native.reason()}"))]  # fmt: skip
@@ -33,17 +36,21 @@ def no() -> bool:
     return False
 
 
+def watch_of(kind: Any, **given: Any) -> Any:
+    empty = {"dicts": (), "items": (), "absent": (), "tensors": (), "attributes": (), "own": None}
+    return kind[1](**{**empty, **given})
+
+
 def call_of(kind: Any, settings: dict | None = None, **changes: Any) -> Any:
     settings = {} if settings is None else settings
     arguments: dict[str, Any] = {
-        "watch": kind[1]((settings,), (), (), ()),
+        "watch": watch_of(kind, dicts=(settings,)),
         "questions": ((no, ()),),
         "tensor_type": Tensor,
         "dtype": torch.float32,
         "device": torch.device("cpu"),
         "channels_last": torch.channels_last,
         "channels": 3,
-        "out_channels": 8,
         "operator": lambda x, *rest: (x, *rest),
         "arguments": (1, "two"),
     }
@@ -56,14 +63,14 @@ X = torch.ones(2, 3, 4, 5)
 def test_make_prefers_the_compiled_one() -> None:
     expected = native.library().KeptCall if native.load() else kept_call.PythonKeptCall
     given = {"questions": (), "tensor_type": Tensor, "dtype": X.dtype, "device": X.device,
-             "channels_last": torch.channels_last, "channels": 3, "out_channels": 8,
+             "channels_last": torch.channels_last, "channels": 3,
              "operator": no, "arguments": ()}  # fmt: skip
     assert type(kept_call.make(watch=watch.make(), **given)) is expected
 
 
 @pytest.mark.parametrize("x", [X, X.to(memory_format=torch.channels_last)], ids=["nchw", "nhwc"])
 def test_runs_with_the_kept_arguments(kind: Any, x: Tensor) -> None:
-    result = call_of(kind).run(x, 8)
+    result = call_of(kind).run(x, {})
     assert result[0] is x
     assert result[1:] == (1, "two")
 
@@ -84,31 +91,132 @@ class Subclass(Tensor):
     ],
 )  # fmt: skip
 def test_another_input_takes_the_long_way(kind: Any, x: Any) -> None:
-    assert call_of(kind).run(x, 8) is None
+    assert call_of(kind).run(x, {}) is None
 
 
-@pytest.mark.parametrize("out_channels", [7, 8.0, None, 2**70, True])
-def test_another_out_channels_takes_the_long_way(kind: Any, out_channels: Any) -> None:
-    assert call_of(kind).run(X, out_channels) is None
+OTHER_CHANNELS = [7, 8.0, None, 2**70, True]
+
+
+def call_of_own(kind: Any, own: dict, **changes: Any) -> Any:
+    """A call that watches an item of ``own``, and that there is no ``forward`` in it."""
+    watched = watch_of(kind, items=((None, "channels"),), absent=((None, "forward"),), own=own)
+    return call_of(kind, watch=watched, **changes)
+
+
+@pytest.mark.parametrize("channels", OTHER_CHANNELS)
+def test_a_changed_item_of_own_takes_the_long_way(kind: Any, channels: Any) -> None:
+    own = {"channels": 8, "other": 1}
+    call = call_of_own(kind, own)
+    assert call.run(X, own)[0] is X
+    own["channels"] = channels
+    assert call.run(X, own) is None
+    own["channels"] = 8
+    own["other"] = 2
+    assert call.run(X, own)[0] is X
+    own["forward"] = no
+    assert call.run(X, own) is None
+    del own["forward"], own["channels"]
+    assert call.run(X, own) is None
+
+
+def test_own_is_the_dictionary_of_the_call(kind: Any) -> None:
+    own = {"channels": 8}
+    call = call_of_own(kind, own)
+    for another in ({"channels": 8}, OrderedDict(channels=8, other=1)):
+        assert call.run(X, another)[0] is X
+    for another in ({}, {"channels": 7}, {"channels": 8, "forward": no}):
+        assert call.run(X, another) is None
+    assert call.run(X, own)[1:] == (1, "two")  # own is no argument of the operator
+
+
+@pytest.mark.parametrize("own", [None, 3, "own", [("channels", 8)]], ids=repr)
+def test_own_that_is_no_dictionary(kind: Any, own: Any) -> None:
+    called = []
+    call = call_of_own(kind, {"channels": 8}, operator=lambda *given: called.append(given))
+    assert call.run(X, own) is None
+    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert not called
+
+
+def test_compiled_one_takes_the_long_way_without_own() -> None:
+    if not native.load():
+        pytest.skip(native.reason())
+    call = call_of((native.library().KeptCall, native.library().Watch))
+    assert call.run(X, {}) is not None
+    for own in (None, 3, "own", []):
+        assert call.run(X, own) is None
+
+
+def test_run_takes_two_arguments(kind: Any) -> None:
+    call = call_of(kind)
+    for given in ((), (X,), (X, {}, {})):
+        with pytest.raises(TypeError):
+            call.run(*given)
+
+
+def test_own_is_not_kept(kind: Any) -> None:
+    own = {"channels": 8}
+    count = sys.getrefcount(own)
+    call = call_of_own(kind, own)
+    for channels in (8, 7) * 100:
+        own["channels"] = channels
+        assert (call.run(X, own) is None) is (channels == 7)
+    assert sys.getrefcount(own) == count
 
 
 def test_a_change_takes_the_long_way(kind: Any) -> None:
     settings = {"stride": 1}
     call = call_of(kind, settings)
-    assert call.run(X, 8) is not None
+    assert call.run(X, {}) is not None
     settings["stride"] = 2
-    assert call.run(X, 8) is None
+    assert call.run(X, {}) is None
+
+
+def test_a_changed_attribute_takes_the_long_way(kind: Any) -> None:
+    class Layer:
+        def method(self) -> None: ...
+
+    layer = Layer()
+    call = call_of(kind, watch=watch_of(kind, attributes=((layer, "method"), (layer, "no"))))
+    assert call.run(X, {}) is not None
+    layer.no = None  # type: ignore[attr-defined]
+    assert call.run(X, {}) is None
+    del layer.no  # type: ignore[attr-defined]
+    assert call.run(X, {}) is not None
+    layer.__class__ = type("Layer", (Layer,), {"method": no})
+    assert call.run(X, {}) is None
+
+
+def test_an_attribute_that_raises_takes_the_long_way() -> None:
+    if not native.load():
+        pytest.skip(native.reason())
+
+    class Layer:
+        fails = False
+
+        @property
+        def stride(self) -> int:
+            if self.fails:
+                raise ArithmeticError("no")
+            return 1
+
+    layer, compiled = Layer(), (native.library().KeptCall, native.library().Watch)
+    call = call_of(compiled, watch=watch_of(compiled, attributes=((layer, "stride"),)))
+    assert call.run(X, {}) is not None
+    layer.fails = True
+    assert call.run(X, {}) is None
+    assert torch.ones(1).item() == 1  # and no exception is left behind
 
 
 def test_every_question_is_asked_with_its_arguments(kind: Any) -> None:
     answers = {"first": False, "second": False}
     call = call_of(kind, questions=tuple((answers.__getitem__, (name,)) for name in answers))
-    assert call.run(X, 8) is not None
+    assert call.run(X, {}) is not None
     for name in answers:
         answers[name] = True
-        assert call.run(X, 8) is None
+        assert call.run(X, {}) is None
         answers[name] = False
-    assert call.run(X, 8) is not None
+    assert call.run(X, {}) is not None
 
 
 def test_an_error_of_the_operator_is_not_hidden(kind: Any) -> None:
@@ -116,14 +224,14 @@ def test_an_error_of_the_operator_is_not_hidden(kind: Any) -> None:
         raise ArithmeticError("no")
 
     with pytest.raises(ArithmeticError):
-        call_of(kind, operator=fails, arguments=()).run(X, 8)
+        call_of(kind, operator=fails, arguments=()).run(X, {})
 
 
 def test_a_question_without_an_answer_takes_the_long_way() -> None:
     if not native.load():
         pytest.skip(native.reason())
     compiled = native.library().KeptCall, native.library().Watch
-    assert call_of(compiled, questions=(({}.__getitem__, ("absent",)),)).run(X, 8) is None
+    assert call_of(compiled, questions=(({}.__getitem__, ("absent",)),)).run(X, {}) is None
     assert torch.ones(1).item() == 1  # and no exception is left behind
 
 
@@ -131,6 +239,7 @@ def test_a_question_without_an_answer_takes_the_long_way() -> None:
     ("changes", "error"),
     [
         ({"watch": object()}, TypeError),
+        ({"out_channels": 8}, TypeError),
         ({"questions": (no,)}, TypeError),
         ({"questions": [(no, ())]}, TypeError),
         ({"tensor_type": 3}, TypeError),
@@ -144,8 +253,6 @@ def test_wrong_arguments(changes: dict[str, Any], error: type[Exception]) -> Non
         pytest.skip(native.reason())
     with pytest.raises(error):
         call_of((native.library().KeptCall, native.library().Watch), **changes)
-    with pytest.raises(TypeError):
-        call_of((native.library().KeptCall, native.library().Watch)).run(X)
 
 
 def test_cycles_are_collected(kind: Any) -> None:
@@ -170,7 +277,7 @@ def test_operator_that_drops_its_own_call(kind: Any) -> None:
         return x
 
     holder["call"] = call_of(kind, operator=operator)
-    assert holder["call"].run(X, 8) is X
+    assert holder["call"].run(X, {}) is X
 
 
 # What a module in eval mode takes the short way for, and what it does not.
@@ -185,22 +292,69 @@ def module() -> Iterator[ghost_ops.FusedGhostModule]:
     yield module
 
 
+def cached_of(module: ghost_ops.FusedGhostModule) -> Cached:
+    state = module.__dict__["_ghost_ops"]
+    assert isinstance(state, State)
+    assert state.cached is not None
+    return state.cached
+
+
 def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
-    kept = module._packed
-    assert kept is not None
+    kept, own = cached_of(module), module.__dict__
     with torch.no_grad():
-        assert kept.run(X, 8) is not None
+        assert kept.run(X, own) is not None
         with torch.autocast("cpu", torch.bfloat16):
-            assert kept.run(X, 8) is None
+            assert kept.run(X, own) is None
         with forward_ad.dual_level():
-            assert kept.run(X, 8) is None
+            assert kept.run(X, own) is None
         seen = []
-        torch.func.vmap(lambda scale: seen.append(kept.run(X, 8)) or scale)(torch.ones(2))
+        torch.func.vmap(lambda scale: seen.append(kept.run(X, own)) or scale)(torch.ones(2))
         assert seen == [None]
         with ghost_ops.use_backend("eager"):
-            assert kept.run(X, 8) is None
-        assert kept.run(X, 8) is not None
-    assert kept.run(X, 8) is None  # gradients are recorded
+            assert kept.run(X, own) is None
+        assert kept.run(X, own) is not None
+    assert kept.run(X, own) is None  # gradients are recorded
+
+
+@pytest.mark.parametrize("channels", OTHER_CHANNELS)
+def test_own_attribute_of_a_module_is_watched(
+    module: ghost_ops.FusedGhostModule, channels: Any
+) -> None:
+    kept, own = cached_of(module), module.__dict__
+    with torch.no_grad():
+        assert kept.run(X, own) is not None
+        module.oup = channels
+        assert kept.run(X, own) is None
+        module.oup = 8
+        assert kept.run(X, own) is not None
+
+
+def test_dictionary_of_another_module_takes_the_long_way(
+    module: ghost_ops.FusedGhostModule,
+) -> None:
+    kept = cached_of(module)
+    other = ghost_ops.FusedGhostModule(3, 8).eval()
+    other.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        assert kept.run(X, other.__dict__) is None
+        assert kept.run(X, {}) is None
+        assert kept.run(X, module.__dict__) is not None
+
+
+def test_module_is_freed_without_the_collector() -> None:
+    """What it keeps does not tie it to itself: its memory is not to wait for the collector."""
+    module = ghost_ops.FusedGhostModule(3, 8).eval()
+    with torch.no_grad():
+        module(X)
+        assert cached_of(module).run(X, module.__dict__) is not None
+    gone = weakref.ref(module), weakref.ref(module.primary_conv[0].weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del module
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
@@ -210,14 +364,18 @@ def test_every_device_and_primary_is_called_again(
 ) -> None:
     """The second call is the one that the kept call answers, or leaves to the long way."""
     monkeypatch.setattr(kept_call, "make", kind[0])
-    monkeypatch.setattr(watch, "make", lambda *given: kind[1](*given, *((),) * (4 - len(given))))
+    rest = ((), (), (), (), (), None)
+    monkeypatch.setattr(watch, "make", lambda *given: kind[1](*given, *rest[len(given) :]))
     torch.manual_seed(0)
     module = ghost_ops.FusedGhostModule(3, 8, kernel_size, device=device).eval()
     with torch.no_grad():
         first, again = (module(X.to(device)) for _ in range(2))
-        assert module._packed is not None
-        assert type(module._packed.run.__self__) is kind[0]
-        answer = module._packed.run(X.to(device), 8)
+        cached = cached_of(module)
+        assert type(cached.run.__self__) is kind[0]  # type: ignore[attr-defined]
+        assert type(cached.watch) is kind[1]
+        answer = cached.run(X.to(device), module.__dict__)
+        assert cached_of(module) is cached
+        assert answer is not None
     assert first.shape == again.shape == answer.shape == (2, 8, 4, 5)
     if device == "cpu":
         assert first.equal(again) and first.equal(answer)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
+import types
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,17 +26,83 @@ def kind(request: pytest.FixtureRequest) -> Any:
     return watch.PythonWatch if request.param == "python" else native.library().Watch
 
 
+@pytest.fixture
+def compiled() -> Any:
+    if not native.load():
+        pytest.skip(native.reason())
+    return native.library().Watch
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Only counted references free anything."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def made(
+    kind: Any,
+    dicts: tuple = (),
+    items: tuple = (),
+    absent: tuple = (),
+    tensors: tuple = (),
+    attributes: tuple = (),
+    own: Any = None,
+) -> Any:
+    return kind(dicts, items, absent, tensors, attributes, own)
+
+
+class Thing:
+    """Has a __dict__ and can be referred to weakly."""
+
+
+class Raises:
+    """``read`` raises what it is given."""
+
+    error: BaseException | None = None
+
+    @property
+    def read(self) -> int:
+        if self.error is not None:
+            raise self.error
+        return 1
+
+
+def no_exception_is_left() -> bool:
+    return torch.ones(1).item() == 1
+
+
 def test_make_prefers_the_compiled_one() -> None:
     expected = native.library().Watch if native.load() else watch.PythonWatch
     assert type(watch.make()) is expected
     assert watch.make().unchanged()
+    assert watch.make().unchanged({"any": 1})
+
+
+def test_make_passes_every_argument_on() -> None:
+    mapping, own, thing, tensor = {"a": 1}, {"b": 1}, Thing(), torch.zeros(2)
+    changes: tuple[tuple[dict[str, Any], Callable[[], Any]], ...] = (
+        ({"dicts": (mapping,)}, lambda: mapping.update(c=1)),
+        ({"items": ((mapping, "a"),)}, lambda: mapping.update(a=2)),
+        ({"items": ((None, "b"),), "own": own}, lambda: own.update(b=2)),
+        ({"absent": ((mapping, "d"),)}, lambda: mapping.update(d=2)),
+        ({"tensors": (tensor,)}, lambda: tensor.add_(1)),
+        ({"attributes": ((thing, "e"),)}, lambda: thing.__dict__.update(e=1)),
+    )
+    for given, change in changes:
+        watched = watch.make(**given)
+        assert watched.unchanged(own)
+        change()
+        assert not watched.unchanged(own), given
 
 
 @pytest.mark.parametrize("mapping_type", [dict, OrderedDict])
 def test_dictionaries(kind: Any, mapping_type: type) -> None:
     first, second = object(), object()
     mapping = mapping_type(a=first, b=second)
-    watched = kind((mapping,), (), (), ())
+    watched = made(kind, (mapping,))
     assert watched.unchanged()
     mapping["b"] = object()
     assert not watched.unchanged()
@@ -49,7 +118,7 @@ def test_dictionaries(kind: Any, mapping_type: type) -> None:
 
 def test_empty_dictionary(kind: Any) -> None:
     mapping: dict = {}
-    watched = kind((mapping,), (), (), ())
+    watched = made(kind, (mapping,))
     assert watched.unchanged()
     mapping[0] = None
     assert not watched.unchanged()
@@ -57,7 +126,7 @@ def test_empty_dictionary(kind: Any) -> None:
 
 def test_items_may_be_replaced_by_equal_ones(kind: Any) -> None:
     mapping = {"stride": (1, 1000), "eps": 1e-5, "other": 1}
-    watched = kind((), ((mapping, "stride"), (mapping, "eps")), (), ())
+    watched = made(kind, items=((mapping, "stride"), (mapping, "eps")))
     mapping["stride"] = (*range(1, 1001, 999),)
     mapping["eps"] = float("1e-5")
     mapping["other"] = 2
@@ -70,24 +139,403 @@ def test_items_may_be_replaced_by_equal_ones(kind: Any) -> None:
     assert not watched.unchanged()
 
 
-def test_value_that_cannot_be_compared_counts_as_changed() -> None:
-    if not native.load():
-        pytest.skip(native.reason())
-    mapping: dict = {"a": torch.ones(2)}
-    watched = native.library().Watch((), ((mapping, "a"),), (), ())
-    mapping["a"] = torch.ones(2)
-    assert not watched.unchanged()
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+class Text(str):
+    pass
+
+
+OTHER_TYPES = [
+    (8, 8.0), (1, True), (False, 0), (0, None), (2**70, float(2**70)), ("relu", Text("relu")),
+    ((1, 1), [1, 1]), ({"a": 1}, OrderedDict(a=1)),
+]  # fmt: skip
+PLACES = ["item", "own", "attribute"]
+
+
+def one_value(kind: Any, place: str, value: Any) -> tuple[Callable[[], bool], Callable[[Any], Any]]:
+    """Asks a watch over one value whether it is unchanged; sets the value."""
+    thing, own = Thing(), {"key": value}
+    thing.key = value  # type: ignore[attr-defined]
+    if place == "item":
+        watched = made(kind, items=((thing.__dict__, "key"),))
+    elif place == "own":
+        watched = made(kind, items=((None, "key"),), own=own)
+    else:
+        watched = made(kind, attributes=((thing, "key"),))
+
+    def put(new: Any) -> None:
+        own["key"] = new
+        thing.key = new  # type: ignore[attr-defined]
+
+    return lambda: watched.unchanged(own), put
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("first", "second"), OTHER_TYPES)
+def test_equal_value_of_another_type_is_a_change(
+    kind: Any, place: str, first: Any, second: Any
+) -> None:
+    for value, other in ((first, second), (second, first)):
+        unchanged, put = one_value(kind, place, value)
+        assert unchanged()
+        put(other)
+        assert not unchanged()
+        put(value)
+        assert unchanged()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("value", "equal", "other"),
+    [
+        (2**70, int(str(2**70)), 2**70 + 1),
+        (1.5, float("1.5"), 1.25),
+        ((1, 1000), (*range(1, 1001, 999),), (1, 999)),
+        ("relu", "".join("relu"), "gelu"),
+        (None, None, False),
+        (float("inf"), float("inf"), float("nan")),
+    ],
+)
+def test_equal_value_of_the_same_type_is_none(
+    kind: Any, place: str, value: Any, equal: Any, other: Any
+) -> None:
+    unchanged, put = one_value(kind, place, value)
+    put(equal)
+    assert unchanged()
+    put(other)
+    assert not unchanged()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_same_object_need_not_be_equal_to_itself(kind: Any, place: str) -> None:
+    assert one_value(kind, place, torch.ones(2))[0]()
+    unchanged, put = one_value(kind, place, float("nan"))
+    assert unchanged()
+    put(float("nan"))
+    assert not unchanged()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_value_that_cannot_be_compared_counts_as_changed(compiled: Any, place: str) -> None:
+    unchanged, put = one_value(compiled, place, torch.ones(2))
+    put(torch.ones(2))
+    assert not unchanged()
+    assert no_exception_is_left()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_value_may_be_dropped_while_it_is_compared(kind: Any, place: str) -> None:
+    class Values(list):
+        pass
+
+    class Drops:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            put(None)
+            alive.append(value() is not None)
+            return True
+
+    alive: list[bool] = []
+    unchanged, put = one_value(kind, place, Values([Drops(), Drops()]))
+    new = Values([Drops(), Drops()])
+    value = weakref.ref(new)
+    put(new)
+    del new
+    assert unchanged()
+    assert alive == [True, True]
+    assert value() is None
+    assert not unchanged()
 
 
 def test_absent_keys(kind: Any) -> None:
     mapping: dict = {}
-    watched = kind((), (), ((mapping, "forward"),), ())
+    watched = made(kind, absent=((mapping, "forward"),))
     assert watched.unchanged()
     mapping["forward"] = None
     assert not watched.unchanged()
     del mapping["forward"]
     assert watched.unchanged()
+
+
+def test_own_is_the_dictionary_of_the_call(kind: Any) -> None:
+    own: dict = {"stride": 1000, "other": 1}
+    items, absent = ((None, "stride"),), ((None, "forward"),)
+    watched = made(kind, items=items, absent=absent, own=own)
+    assert watched.unchanged(own)
+    assert watched.unchanged({"stride": int("1000")})
+    assert watched.unchanged(OrderedDict(stride=1000))
+    assert not watched.unchanged({"stride": 2})
+    assert not watched.unchanged({"stride": 1000, "forward": None})
+    own["other"] = 2
+    assert watched.unchanged(own)
+    own["stride"] = 2
+    assert not watched.unchanged(own)
+    own["stride"] = 1000
+    assert watched.unchanged(own)
+    own["forward"] = None
+    assert not watched.unchanged(own)
+    del own["forward"], own["stride"]
+    assert not watched.unchanged(own)
+
+
+def test_without_own_its_items_have_changed(kind: Any) -> None:
+    watched = made(kind, items=((None, "stride"),), own={"stride": 1})
+    assert not watched.unchanged()
+    assert not watched.unchanged({})
+    assert watched.unchanged({"stride": 1})
+
+
+def test_own_is_not_the_dictionary_of_other_items(kind: Any) -> None:
+    named, own = {"a": 1}, {"a": 2}
+    watched = made(kind, items=((named, "a"), (None, "a")), absent=((named, "b"),), own=own)
+    assert watched.unchanged({"a": 2, "b": 3})
+    assert not watched.unchanged(named)
+    named["b"] = 1
+    assert not watched.unchanged(own)
+    empty: dict = {}
+    watched = made(kind, absent=((empty, "a"),), own=own)
+    assert watched.unchanged(own)
+    empty["a"] = 2
+    assert not watched.unchanged({})
+
+
+def test_own_is_not_kept(kind: Any, no_collector: None) -> None:
+    owner, payload = Thing(), Thing()
+    owner.__dict__.update(stride=1, payload=payload)
+    own = owner.__dict__
+    gone_owner, gone_payload = weakref.ref(owner), weakref.ref(payload)
+    count = sys.getrefcount(own)
+    watched = made(
+        kind, items=((None, "stride"),), absent=((None, "forward"),),
+        attributes=((Thing, "forward"),), own=own,
+    )  # fmt: skip
+    assert sys.getrefcount(own) == count
+    for _ in range(100):
+        assert watched.unchanged(own)
+        assert not watched.unchanged({})
+    assert sys.getrefcount(own) == count
+    owner.__dict__["watched"] = watched
+    del owner, own, payload, watched
+    assert gone_owner() is None
+    assert gone_payload() is None
+
+
+@pytest.mark.parametrize("arguments", [(3,), ("own",), ([],), ({}, {})])
+def test_compiled_one_is_given_one_dictionary(compiled: Any, arguments: tuple) -> None:
+    watched = made(compiled, items=((None, "a"),), own={"a": 1})
+    with pytest.raises(TypeError):
+        watched.unchanged(*arguments)
+    with pytest.raises(TypeError):
+        watched.unchanged(own={"a": 1})
+    assert watched.unchanged({"a": 1})
+
+
+def _fresh() -> Any:
+    """An object of a new class with a new base class."""
+
+    class Base:
+        stride = 1000
+
+        def method(self) -> int:
+            return 1
+
+    class Kind(Base):
+        pass
+
+    return Kind()
+
+
+def test_attribute_of_an_object(kind: Any) -> None:
+    thing = _fresh()
+    watched = made(kind, attributes=((thing, "stride"),))
+    assert watched.unchanged()
+    thing.stride = int("1000")
+    assert watched.unchanged()
+    thing.stride = 1
+    assert not watched.unchanged()
+    del thing.stride
+    assert watched.unchanged()
+
+
+@pytest.mark.parametrize("of", ["object", "class"])
+@pytest.mark.parametrize("changed", ["class", "base class"])
+def test_attribute_of_a_class_is_replaced(kind: Any, of: str, changed: str) -> None:
+    thing = _fresh()
+    owner = type(thing) if changed == "class" else type(thing).__base__
+    watched = made(
+        kind, attributes=((thing if of == "object" else type(thing), "method"), (thing, "stride"))
+    )
+    method = type(thing).method
+    assert watched.unchanged()
+    owner.method = lambda self: 1
+    assert not watched.unchanged()
+    owner.method = method
+    assert watched.unchanged()
+    owner.stride = 2
+    assert not watched.unchanged()
+
+
+def test_class_of_an_object_is_replaced(kind: Any) -> None:
+    thing, other = _fresh(), _fresh()
+    before = type(thing)
+    watched = made(kind, attributes=((thing, "__class__"),))
+    assert watched.unchanged()
+    thing.__class__ = type(other)
+    assert not watched.unchanged()
+    thing.__class__ = type("Kind", (before,), {})
+    assert not watched.unchanged()
+    thing.__class__ = before
+    assert watched.unchanged()
+
+
+def test_attribute_comes_with_another_class(kind: Any) -> None:
+    thing = _fresh()
+    watched = made(kind, attributes=((thing, "method"), (thing, "no")))
+    before = type(thing)
+    thing.__class__ = type("Kind", (before,), {})
+    assert watched.unchanged()
+    thing.__class__ = type("Kind", (before,), {"no": None})
+    assert not watched.unchanged()
+    thing.__class__ = type("Kind", (before,), {"method": len})
+    assert not watched.unchanged()
+
+
+@pytest.mark.parametrize("where", ["object", "class", "base class"])
+@pytest.mark.parametrize("value", [None, 1, object()])
+def test_missing_attribute_must_stay_missing(kind: Any, where: str, value: Any) -> None:
+    thing = _fresh()
+    place = {"object": thing, "class": type(thing), "base class": type(thing).__base__}[where]
+    watched = made(kind, attributes=((thing, "no"),))
+    assert watched.unchanged()
+    place.no = value
+    assert not watched.unchanged()
+    del place.no
+    assert watched.unchanged()
+
+
+def test_attribute_that_goes_has_changed(kind: Any) -> None:
+    thing = Thing()
+    thing.key = None  # type: ignore[attr-defined]
+    watched = made(kind, attributes=((thing, "key"),))
+    assert watched.unchanged()
+    del thing.key  # type: ignore[attr-defined]
+    assert not watched.unchanged()
+
+
+def test_attribute_is_looked_up_as_python_does(kind: Any) -> None:
+    module = nn.Conv2d(3, 4, 1)
+    watched = made(kind, attributes=((module, "weight"), (module, "bias"), (module, "forward")))
+    assert watched.unchanged()
+    module.forward = module.forward  # type: ignore[method-assign]
+    assert watched.unchanged()
+    bias = module.bias
+    module.bias = None
+    assert not watched.unchanged()
+    module.bias = bias
+    assert watched.unchanged()
+    del module.weight
+    assert not watched.unchanged()
+
+
+def test_bound_methods_and_properties_are_compared_by_value(kind: Any) -> None:
+    class Kind:
+        def __init__(self) -> None:
+            self.sizes: Any = [3, 1000]
+
+        @property
+        def shape(self) -> Any:
+            return self.sizes and (*self.sizes,)
+
+        def method(self) -> None: ...
+
+    thing = Kind()
+    assert thing.method is not thing.method and thing.shape is not thing.shape
+    shape = made(kind, attributes=((thing, "shape"),))
+    method = made(kind, attributes=((thing, "method"), (thing.sizes, "append")))
+    assert shape.unchanged() and method.unchanged()
+    thing.sizes = [3, 1000]
+    assert shape.unchanged() and method.unchanged()
+    thing.sizes = [3, 1001]
+    assert not shape.unchanged() and method.unchanged()
+    thing.sizes = None
+    assert not shape.unchanged()
+    thing.method = Kind().method  # type: ignore[method-assign]
+    assert not method.unchanged()
+    thing.method = types.MethodType(Kind.method, thing)  # type: ignore[method-assign]
+    assert method.unchanged()
+
+
+def test_attributes_of_functions_and_cells(kind: Any) -> None:
+    scale = 1000
+
+    def function(x: int = 2) -> int:
+        return x * scale
+
+    assert function.__closure__ is not None
+    watched = made(
+        kind,
+        attributes=(
+            (function, "__code__"), (function, "__defaults__"),
+            (function.__closure__[0], "cell_contents"),
+        ),
+    )  # fmt: skip
+    assert watched.unchanged()
+    scale = int("1000")
+    assert watched.unchanged()
+    scale = 3
+    assert not watched.unchanged()
+    scale = 1000
+    function.__defaults__ = (3,)
+    assert not watched.unchanged()
+    function.__defaults__ = (2,)
+    assert watched.unchanged()
+    function.__code__ = (lambda x=2: x + scale).__code__
+    assert not watched.unchanged()
+
+
+def test_one_changed_attribute_of_many(kind: Any) -> None:
+    things = [Thing() for _ in range(5)]
+    for thing in things:
+        thing.key = 1  # type: ignore[attr-defined]
+    watched = made(kind, attributes=tuple((thing, "key") for thing in things))
+    for thing in things:
+        thing.key = 2  # type: ignore[attr-defined]
+        assert not watched.unchanged()
+        thing.key = 1  # type: ignore[attr-defined]
+        assert watched.unchanged()
+
+
+def test_getter_without_an_answer_is_a_missing_attribute(kind: Any) -> None:
+    thing = Raises()
+    watched = made(kind, attributes=((thing, "read"),))
+    assert watched.unchanged()
+    thing.error = AttributeError("read")
+    assert not watched.unchanged()
+    missing = made(kind, attributes=((thing, "read"),))
+    assert missing.unchanged()
+    thing.error = None
+    assert watched.unchanged()
+    assert not missing.unchanged()
+
+
+def test_getter_that_raises_is_never_unchanged(kind: Any) -> None:
+    thing = Raises()
+    watched = made(kind, attributes=((thing, "read"),))
+    thing.error = ArithmeticError("no")
+    assert not watched.unchanged()
+    assert no_exception_is_left()
+    thing.error = None
+    assert watched.unchanged()
+
+
+def test_getter_that_raises_from_the_start_is_missing(kind: Any) -> None:
+    thing = Raises()
+    thing.error = ArithmeticError("no")
+    watched = made(kind, attributes=((thing, "read"),))
+    assert no_exception_is_left()
+    assert watched.unchanged()
+    assert no_exception_is_left()
+    thing.error = None
+    assert not watched.unchanged()
 
 
 def _in_place(t: torch.Tensor) -> None:
@@ -108,7 +556,7 @@ def _resize(t: torch.Tensor) -> None:
 def test_tensors(kind: Any, change: Any, make: Any) -> None:
     tensors = (make(3), make(3))
     alive = [t.detach() for t in tensors]
-    watched = kind((), (), (), tensors)
+    watched = made(kind, tensors=tensors)
     assert watched.unchanged()
     change(tensors[1])
     assert not watched.unchanged()
@@ -117,44 +565,162 @@ def test_tensors(kind: Any, change: Any, make: Any) -> None:
 
 def test_wrong_arguments(kind: Any) -> None:
     with pytest.raises(KeyError):
-        kind((), (({}, "missing"),), (), ())
+        made(kind, items=(({}, "missing"),))
     with pytest.raises(KeyError):
-        kind((), (), (({"there": 1}, "there"),), ())
+        made(kind, items=((None, "missing"),), own={})
+    with pytest.raises(KeyError):
+        made(kind, absent=(({"there": 1}, "there"),))
+    with pytest.raises(KeyError):
+        made(kind, absent=((None, "there"),), own={"there": 1})
+    with pytest.raises((KeyError, TypeError)):
+        made(kind, items=((None, "a"),))
+    with pytest.raises(TypeError):
+        made(kind, items=((None, "a"),), own=3)
+    with pytest.raises(TypeError):
+        made(kind, absent=((None, "a"),), own=3)
     with pytest.raises((TypeError, AttributeError)):
-        kind((1,), (), (), ())
+        made(kind, dicts=(1,))
     with pytest.raises((TypeError, AttributeError)):
-        kind((), (), (), (1,))
+        made(kind, tensors=(1,))
+    with pytest.raises(TypeError):
+        made(kind, attributes=((Thing(), 3),))
+    with pytest.raises(TypeError):
+        made(kind, attributes=(3,))
+    with pytest.raises((TypeError, ValueError)):
+        made(kind, attributes=((Thing(), "a", 1),))
+    with pytest.raises(TypeError):
+        kind((), (), (), ())
 
 
-def test_compiled_one_takes_nothing_but_what_it_says() -> None:
-    if not native.load():
-        pytest.skip(native.reason())
-    make = native.library().Watch
-    for arguments in [(), ([], (), (), ()), ((), (1,), (), ()), ((), ((1, "a"),), (), ())]:
-        with pytest.raises(TypeError):
-            make(*arguments)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ((), (), (), (), ()),
+        ((), (), (), (), (), None, ()),
+        ([], (), (), (), (), None),
+        ((), [], (), (), (), None),
+        ((), (), [], (), (), None),
+        ((), (), (), [], (), None),
+        ((), (), (), (), [], None),
+        ((), (), (), (), None, None),
+        ((), (1,), (), (), (), None),
+        ((), (({},),), (), (), (), None),
+        ((), ([{}, "a"],), (), (), (), None),
+        ((), ((1, "a"),), (), (), (), None),
+        ((), ((1, "a"),), (), (), (), {"a": 1}),
+        ((), ((None, "a"),), (), (), (), None),
+        ((), ((None, "a"),), (), (), (), [("a", 1)]),
+        ((), (), ((1, "a"),), (), (), None),
+        ((), (), ((None, "a"),), (), (), 3),
+        ((), (), (), (), (("a",),), None),
+        ((), (), (), (), (["a", "b"],), None),
+        ((), (), (), (), ("ab",), None),
+        ((), (), (), (), ((1, "real", "imag"),), None),
+        ((), (), (), (), ((1, b"real"),), None),
+        ((), (), (), (), ((1, None),), None),
+    ],
+    ids=repr,
+)
+def test_compiled_one_takes_nothing_but_what_it_says(compiled: Any, arguments: tuple) -> None:
+    with pytest.raises(TypeError):
+        compiled(*arguments)
+    assert compiled((), (), (), (), (), None).unchanged()
 
 
-def test_cycles_are_collected(kind: Any) -> None:
-    class Owner:
-        pass
+def _through_dicts(kind: Any, owner: Any) -> Any:
+    return made(kind, (owner.__dict__,))
 
-    owner = Owner()
-    watched = kind((owner.__dict__,), (), (), ())
-    owner.watched = watched
-    assert not watched.unchanged()
+
+def _through_items(kind: Any, owner: Any) -> Any:
+    own = {"owner": owner}
+    return made(kind, items=((None, "owner"),), own=own)
+
+
+def _through_the_object_of_an_attribute(kind: Any, owner: Any) -> Any:
+    return made(kind, attributes=((owner, "missing"),))
+
+
+def _through_the_value_of_an_attribute(kind: Any, owner: Any) -> Any:
+    place = types.SimpleNamespace(owner=owner)
+    watched = made(kind, attributes=((place, "owner"),))
+    del place.owner
+    return watched
+
+
+def _through_a_bound_method(kind: Any, owner: Any) -> Any:
+    return made(kind, attributes=((owner, "__repr__"),))
+
+
+@pytest.mark.parametrize(
+    ("through", "unchanged"),
+    [
+        (_through_dicts, False),
+        (_through_items, False),
+        (_through_the_object_of_an_attribute, True),
+        (_through_the_value_of_an_attribute, False),
+        (_through_a_bound_method, True),
+    ],
+    ids=lambda given: given.__name__[1:] if callable(given) else "",
+)
+def test_cycles_are_collected(kind: Any, through: Any, unchanged: bool) -> None:
+    owner = Thing()
+    watched = through(kind, owner)
+    owner.watched = watched  # type: ignore[attr-defined]
+    assert watched.unchanged() is unchanged
     gone = weakref.ref(owner)
     del owner, watched
     gc.collect()
     assert gone() is None
 
 
-def test_references_are_given_back(kind: Any) -> None:
-    value = nn.Linear(2, 2)
+def test_references_are_given_back(kind: Any, no_collector: None) -> None:
+    value, thing = nn.Linear(2, 2), Thing()
+    thing.module = value  # type: ignore[attr-defined]
     mapping, tensors = {"module": value}, (torch.zeros(2),)
-    gone = weakref.ref(value)
-    watched = kind((mapping,), ((mapping, "module"),), ((mapping, "no"),), tensors)
-    assert watched.unchanged()
-    del value, mapping, watched
+    gone = weakref.ref(value), weakref.ref(thing), weakref.ref(tensors[0])
+    watched = made(
+        kind, (mapping,), ((mapping, "module"), (None, "module")),
+        ((mapping, "no"), (None, "no")), tensors,
+        ((thing, "module"), (thing, "no"), (thing, "__repr__")), mapping,
+    )  # fmt: skip
+    count = sys.getrefcount(value)
+    for _ in range(100):
+        assert watched.unchanged(mapping)
+        assert not watched.unchanged({})
+        assert not watched.unchanged({"module": object()})
+    assert sys.getrefcount(value) == count
+    del value, thing, mapping, tensors
     gc.collect()
-    assert gone() is None
+    assert all(one() is not None for one in gone)  # the watch keeps what it compares with
+    del watched
+    gc.collect()
+    assert all(one() is None for one in gone)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"absent": ((None, "module"),)},
+        {"items": ((None, "no"),)},
+        {"tensors": (1,)},
+        {"attributes": ((1, 1),)},
+        {"attributes": ((int, "no"), 1)},
+    ],
+    ids=repr,
+)
+def test_references_are_given_back_after_an_error(
+    kind: Any, wrong: dict[str, tuple], no_collector: None
+) -> None:
+    value = Thing()
+    own = {"module": value}
+    count, count_own = sys.getrefcount(value), sys.getrefcount(own)
+    given: dict[str, tuple] = {
+        "dicts": (own,), "items": ((None, "module"), (own, "module")), "absent": ((None, "no"),),
+        "tensors": (torch.zeros(2),), "attributes": ((value, "no"),),
+    }  # fmt: skip
+    given = {name: given[name] + wrong.get(name, ()) for name in given}
+    with pytest.raises((KeyError, TypeError, AttributeError)):
+        made(kind, **given, own=own)
+    del given
+    assert (sys.getrefcount(value), sys.getrefcount(own)) == (count, count_own)

@@ -1,7 +1,7 @@
-// Everything that a module in eval mode asks before it runs its operator, and the call of the
-// operator: a dozen questions that in Python take as long as a small module's arithmetic. With the
-// C API and no torch header; ghost_ops/kept_call.py has the same in Python, and says what each
-// argument means.
+// All that is checked before a fused module in eval mode runs its operator, and the call of the
+// operator: a dozen checks that in Python take as long as a small module's arithmetic. With the C
+// API and no torch header; ghost_ops/kept_call.py has the same in Python, and documents each
+// argument.
 #include "python/kept_call.h"
 
 #include <vector>
@@ -16,7 +16,7 @@ struct KeptCall {
   PyObject_HEAD PyObject* watch;
   PyObject* questions;  // of pairs (function, arguments): each must answer False
   PyObject *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
-  long long channels, out_channels;
+  long long channels;
 };
 
 PyObject *g_dtype, *g_device, *g_shape, *g_is_contiguous;  // interned attribute names
@@ -64,15 +64,14 @@ bool are_questions(PyObject* questions) {
 }
 
 PyObject* kept_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* kNames[] = {"watch",    "questions",     "tensor_type", "dtype",
-                                 "device",   "channels_last", "channels",    "out_channels",
-                                 "operator", "arguments",     nullptr};
+  static const char* kNames[] = {"watch",         "questions", "tensor_type", "dtype",     "device",
+                                 "channels_last", "channels",  "operator",    "arguments", nullptr};
   PyObject *watch, *questions, *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
-  long long channels, out_channels;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO!O!OOOLLOO!:KeptCall",
+  long long channels;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO!O!OOOLOO!:KeptCall",
                                    const_cast<char**>(kNames), &watch, &PyTuple_Type, &questions,
                                    &PyType_Type, &tensor_type, &dtype, &device, &channels_last,
-                                   &channels, &out_channels, &op, &PyTuple_Type, &arguments))
+                                   &channels, &op, &PyTuple_Type, &arguments))
     return nullptr;
   if (!is_watch(watch) || !are_questions(questions)) {
     PyErr_SetString(PyExc_TypeError,
@@ -95,7 +94,6 @@ PyObject* kept_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   self->op = Py_NewRef(op);
   self->arguments = Py_NewRef(arguments);
   self->channels = channels;
-  self->out_channels = out_channels;
   return reinterpret_cast<PyObject*>(self);
 }
 
@@ -145,17 +143,16 @@ bool on_device(PyObject* x, PyObject* wanted) {
   return equal == 1;
 }
 
-bool may_run(KeptCall* self, PyObject* x, PyObject* out_channels) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(x)) == self->tensor_type &&
-         PyLong_CheckExact(out_channels) && PyLong_AsLongLong(out_channels) == self->out_channels &&
+bool may_run(KeptCall* self, PyObject* x, PyObject* own) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(x)) == self->tensor_type && PyDict_Check(own) &&
          is(PyObject_GetAttr(x, g_dtype), self->dtype) && on_device(x, self->device) &&
          fits(PyObject_GetAttr(x, g_shape), self->channels) && is_dense(x, self->channels_last) &&
-         all_answer_false(self->questions) && unchanged(self->watch);
+         all_answer_false(self->questions) && unchanged(self->watch, own);
 }
 
 PyObject* kept_run(KeptCall* self, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) {
-    PyErr_Format(PyExc_TypeError, "run takes x and out_channels, got %zd arguments", count);
+    PyErr_Format(PyExc_TypeError, "run takes x and a dictionary, got %zd arguments", count);
     return nullptr;
   }
   // Cleared by the garbage collector, which begins with the watch.
@@ -169,7 +166,7 @@ PyObject* kept_run(KeptCall* self, PyObject* const* args, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < kept; ++k) with[1 + k] = PyTuple_GET_ITEM(self->arguments, k);
     result = PyObject_Vectorcall(self->op, with, static_cast<size_t>(kept + 1), nullptr);
   } else {
-    // What cannot be answered is for the long way to say.
+    // A check that raises fails; the general path then raises what is to be raised.
     PyErr_Clear();
     result = Py_NewRef(Py_None);
   }

@@ -1,8 +1,8 @@
-// A module in eval mode asks before every call whether its parameters, buffers, children, hooks and
-// settings still are what its packed weights were made from. Twelve tensors, twenty dictionaries
-// and as many attributes: in Python that costs more than a small module's whole arithmetic, so it
-// is done here, with the C API and no torch header. ghost_ops/watch.py has the same in Python, and
-// says what each argument means.
+// Before every call of a fused module in eval mode, its parameters, buffers, children, hooks and
+// settings are compared with those that its packed weights were made from: about twelve tensors,
+// fifty dictionaries and as many attributes. In Python that costs more than a small module's
+// arithmetic, so it is done here, with the C API and no torch header. ghost_ops/watch.py has the
+// same in Python, and documents each argument.
 #include "python/watch.h"
 
 #include <new>
@@ -12,11 +12,16 @@ namespace {
 
 struct Dict {
   PyObject* dict;
-  std::vector<PyObject*> values;  // in the dictionary's order
+  std::vector<PyObject*> content;  // keys and values by turns, in the dictionary's order
 };
 
 struct Item {
-  PyObject *dict, *key, *value;  // value nullptr: the key must be absent
+  // dict nullptr: the dictionary given at the call. value nullptr: the key must be absent.
+  PyObject *dict, *key, *value;
+};
+
+struct Attribute {
+  PyObject *object, *name, *value;  // value nullptr: the object must not have it
 };
 
 struct WatchedTensor {
@@ -28,13 +33,14 @@ struct Contents {
   std::vector<Dict> dicts;
   std::vector<Item> items;
   std::vector<WatchedTensor> tensors;
+  std::vector<Attribute> attributes;
 
   template <class F>
   int for_each(F&& f) {
     for (Dict& d : dicts) {
       if (int stop = f(d.dict)) return stop;
-      for (PyObject*& value : d.values)
-        if (int stop = f(value)) return stop;
+      for (PyObject*& object : d.content)
+        if (int stop = f(object)) return stop;
     }
     for (Item& i : items)
       for (PyObject** p : {&i.dict, &i.key, &i.value})
@@ -42,6 +48,10 @@ struct Contents {
           if (int stop = f(*p)) return stop;
     for (WatchedTensor& t : tensors)
       if (int stop = f(t.tensor)) return stop;
+    for (Attribute& a : attributes)
+      for (PyObject** p : {&a.object, &a.name, &a.value})
+        if (*p != nullptr)
+          if (int stop = f(*p)) return stop;
     return 0;
   }
 };
@@ -108,21 +118,27 @@ bool add_dicts(Contents& to, PyObject* dicts) {
     if (!is_dict(dict, "dicts")) return false;
     Dict entry{Py_NewRef(dict), {}};
     PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);)
-      entry.values.push_back(Py_NewRef(value));
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+      entry.content.push_back(Py_NewRef(key));
+      entry.content.push_back(Py_NewRef(value));
+    }
     to.dicts.push_back(std::move(entry));
   }
   return true;
 }
 
-bool add_items(Contents& to, PyObject* items, bool absent) {
+bool is_pair(PyObject* pair, const char* what) {
+  if (PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2) return true;
+  PyErr_Format(PyExc_TypeError, "Watch: %s", what);
+  return false;
+}
+
+bool add_items(Contents& to, PyObject* items, bool absent, PyObject* own) {
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(items); ++k) {
     PyObject* item = PyTuple_GET_ITEM(items, k);
-    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 2) {
-      PyErr_SetString(PyExc_TypeError, "Watch: items and absent must be pairs (dictionary, key)");
-      return false;
-    }
-    PyObject* dict = PyTuple_GET_ITEM(item, 0);
+    if (!is_pair(item, "items and absent must be pairs (dictionary, key)")) return false;
+    const bool of_own = PyTuple_GET_ITEM(item, 0) == Py_None && own != Py_None;
+    PyObject* dict = of_own ? own : PyTuple_GET_ITEM(item, 0);
     PyObject* key = PyTuple_GET_ITEM(item, 1);
     if (!is_dict(dict, "those of items and absent")) return false;
     PyObject* value = PyDict_GetItemWithError(dict, key);
@@ -131,7 +147,7 @@ bool add_items(Contents& to, PyObject* items, bool absent) {
       PyErr_SetObject(PyExc_KeyError, key);
       return false;
     }
-    to.items.push_back({Py_NewRef(dict), Py_NewRef(key), Py_XNewRef(value)});
+    to.items.push_back({of_own ? nullptr : Py_NewRef(dict), Py_NewRef(key), Py_XNewRef(value)});
   }
   return true;
 }
@@ -143,6 +159,27 @@ bool add_tensors(Contents& to, PyObject* tensors) {
     long long version, address;
     if (!read_tensor(tensor, &version, &address)) return false;
     to.tensors.push_back({Py_NewRef(tensor), version, address});
+  }
+  return true;
+}
+
+// A new reference to an attribute, or nullptr without an exception if there is none.
+PyObject* attribute(PyObject* object, PyObject* name) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (value == nullptr) PyErr_Clear();
+  return value;
+}
+
+bool add_attributes(Contents& to, PyObject* attributes) {
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(attributes); ++k) {
+    PyObject* pair = PyTuple_GET_ITEM(attributes, k);
+    if (!is_pair(pair, "attributes must be pairs (object, name)")) return false;
+    PyObject *object = PyTuple_GET_ITEM(pair, 0), *name = PyTuple_GET_ITEM(pair, 1);
+    if (!PyUnicode_Check(name)) {
+      PyErr_SetString(PyExc_TypeError, "Watch: names of attributes must be strings");
+      return false;
+    }
+    to.attributes.push_back({Py_NewRef(object), Py_NewRef(name), attribute(object, name)});
   }
   return true;
 }
@@ -161,11 +198,13 @@ int watch_clear(Watch* self) {
 }
 
 PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* kNames[] = {"dicts", "items", "absent", "tensors", nullptr};
-  PyObject *dicts, *items, *absent, *tensors;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!O!O!:Watch", const_cast<char**>(kNames),
+  static const char* kNames[] = {"dicts",      "items", "absent", "tensors",
+                                 "attributes", "own",   nullptr};
+  PyObject *dicts, *items, *absent, *tensors, *attributes, *own;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!O!O!O!O:Watch", const_cast<char**>(kNames),
                                    &PyTuple_Type, &dicts, &PyTuple_Type, &items, &PyTuple_Type,
-                                   &absent, &PyTuple_Type, &tensors))
+                                   &absent, &PyTuple_Type, &tensors, &PyTuple_Type, &attributes,
+                                   &own))
     return nullptr;
   Watch* self = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));
   if (self == nullptr) return nullptr;
@@ -174,8 +213,10 @@ PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     Py_DECREF(self);
     return PyErr_NoMemory();
   }
-  if (!add_dicts(*self->contents, dicts) || !add_items(*self->contents, items, false) ||
-      !add_items(*self->contents, absent, true) || !add_tensors(*self->contents, tensors)) {
+  Contents& to = *self->contents;
+  if (!add_dicts(to, dicts) || !add_items(to, items, false, own) ||
+      !add_items(to, absent, true, own) || !add_tensors(to, tensors) ||
+      !add_attributes(to, attributes)) {
     Py_DECREF(self);
     return nullptr;
   }
@@ -196,24 +237,46 @@ void watch_dealloc(Watch* self) {
   Py_DECREF(type);
 }
 
+// The same object, or an equal one of the same type: 8 and 8.0 are not the same number of channels.
+bool same(PyObject* value, PyObject* wanted) {
+  if (value == wanted) return true;
+  if (value == nullptr || wanted == nullptr || Py_TYPE(value) != Py_TYPE(wanted)) return false;
+  if (PyTuple_CheckExact(value)) {
+    if (PyTuple_GET_SIZE(value) != PyTuple_GET_SIZE(wanted)) return false;
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(value); ++k)
+      if (!same(PyTuple_GET_ITEM(value, k), PyTuple_GET_ITEM(wanted, k))) return false;
+    return true;
+  }
+  Py_INCREF(value);
+  const int equal = PyObject_RichCompareBool(value, wanted, Py_EQ);
+  Py_DECREF(value);
+  return equal == 1;
+}
+
 bool holds(const Dict& entry) {
-  if (PyDict_GET_SIZE(entry.dict) != static_cast<Py_ssize_t>(entry.values.size())) return false;
-  if (entry.values.empty()) return true;
+  if (PyDict_GET_SIZE(entry.dict) * 2 != static_cast<Py_ssize_t>(entry.content.size()))
+    return false;
+  if (entry.content.empty()) return true;
   PyObject *key, *value;
   size_t k = 0;
-  for (Py_ssize_t at = 0; PyDict_Next(entry.dict, &at, &key, &value); ++k)
-    if (k >= entry.values.size() || value != entry.values[k]) return false;
+  for (Py_ssize_t at = 0; PyDict_Next(entry.dict, &at, &key, &value); k += 2)
+    if (k >= entry.content.size() || value != entry.content[k + 1] || !same(key, entry.content[k]))
+      return false;
   return true;
 }
 
-bool holds(const Item& item) {
-  PyObject* value = PyDict_GetItemWithError(item.dict, item.key);
-  if (value == item.value) return true;
-  if (value == nullptr || item.value == nullptr) return false;
-  Py_INCREF(value);
-  const int equal = PyObject_RichCompareBool(value, item.value, Py_EQ);
-  Py_DECREF(value);
-  return equal == 1;
+bool holds(const Item& item, PyObject* own) {
+  PyObject* dict = item.dict != nullptr ? item.dict : own;
+  if (dict == nullptr) return false;
+  PyObject* value = PyDict_GetItemWithError(dict, item.key);
+  return !(value == nullptr && PyErr_Occurred()) && same(value, item.value);
+}
+
+bool holds(const Attribute& entry) {
+  PyObject* value = attribute(entry.object, entry.name);
+  const bool good = same(value, entry.value);
+  Py_XDECREF(value);
+  return good;
 }
 
 bool holds(const WatchedTensor& entry) {
@@ -222,7 +285,7 @@ bool holds(const WatchedTensor& entry) {
          address == entry.address;
 }
 
-bool all_hold(Watch* self) {
+bool all_hold(Watch* self, PyObject* own) {
   const auto all = [](const auto& entries) {
     for (const auto& entry : entries)
       if (!holds(entry)) return false;
@@ -231,25 +294,37 @@ bool all_hold(Watch* self) {
   // Comparing values can run Python, and that could drop the last reference to this object.
   Py_INCREF(self);
   const Contents* c = self->contents;
-  const bool same = c != nullptr && all(c->dicts) && all(c->items) && all(c->tensors);
+  const auto items_hold = [own](const std::vector<Item>& items) {
+    for (const Item& item : items)
+      if (!holds(item, own)) return false;
+    return true;
+  };
+  const bool unchanged = c != nullptr && items_hold(c->items) && all(c->dicts) && all(c->tensors) &&
+                         all(c->attributes);
   Py_DECREF(self);
   // What cannot be read any more has changed.
-  if (!same) PyErr_Clear();
-  return same;
+  if (!unchanged) PyErr_Clear();
+  return unchanged;
 }
 
-PyObject* watch_unchanged(Watch* self, PyObject*) {
-  return PyBool_FromLong(all_hold(self));
+PyObject* watch_unchanged(Watch* self, PyObject* const* args, Py_ssize_t count) {
+  PyObject* own = count == 1 && args[0] != Py_None ? args[0] : nullptr;
+  if (count > 1 || (own != nullptr && !PyDict_Check(own))) {
+    PyErr_SetString(PyExc_TypeError, "unchanged takes nothing, or one dictionary");
+    return nullptr;
+  }
+  return PyBool_FromLong(all_hold(self, own));
 }
 
 PyMethodDef g_methods[] = {
-    {"unchanged", reinterpret_cast<PyCFunction>(watch_unchanged), METH_NOARGS,
-     "Whether everything watched is as it was at construction."},
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(watch_unchanged)),
+     METH_FASTCALL, "Whether everything watched is as it was at construction."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyType_Slot g_slots[] = {
-    {Py_tp_doc, const_cast<char*>("Watch(dicts, items, absent, tensors): see ghost_ops.watch.")},
+    {Py_tp_doc, const_cast<char*>("Watch(dicts, items, absent, tensors, attributes, own): see "
+                                  "ghost_ops.watch.")},
     {Py_tp_new, reinterpret_cast<void*>(watch_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(watch_dealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(watch_traverse)},
@@ -277,6 +352,6 @@ bool is_watch(PyObject* object) {
   return PyObject_TypeCheck(object, g_type);
 }
 
-bool unchanged(PyObject* watch) {
-  return all_hold(reinterpret_cast<Watch*>(watch));
+bool unchanged(PyObject* watch, PyObject* own) {
+  return all_hold(reinterpret_cast<Watch*>(watch), own);
 }

@@ -1,4 +1,4 @@
-// ghost_ops._C.Watch: has anything changed that packed weights were made from?
+// ghost_ops._C.Watch: tells whether what packed weights were made from has changed.
 #pragma once
 
 #include <Python.h>
@@ -7,4 +7,5 @@
 int add_watch_type(PyObject* module);
 
 bool is_watch(PyObject* object);
-bool unchanged(PyObject* watch);
+// own: the dictionary of the items without one, or nullptr.
+bool unchanged(PyObject* watch, PyObject* own);

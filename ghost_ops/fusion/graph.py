@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, watch
-from .autograd import autocast_dtype, dense
-from .eager_ops import memory_format
+from .. import backends, watch
+from ..autograd import autocast_dtype, dense
+from ..eager_ops import memory_format
+from .guards import Refusal
 
 _NUMBERS = 8  # of a convolution: kernel size, stride, padding and dilation, two each
 # From a random number on, so that no key of another process leads to a module of this one.
@@ -61,41 +62,9 @@ class OutputShape(NamedTuple):
         return n, self.out_channels, h, w
 
 
-def numbers_of(conv: nn.Conv2d | None) -> tuple[int, ...] | None:
-    """The numbers of a convolution for ``OutputShape``; None if its padding is not numbers."""
-    if conv is None or isinstance(conv.padding, str):
-        return None
-    return (*conv.kernel_size, *conv.stride, *conv.padding, *conv.dilation)
-
-
-def first_conv(module: nn.Module | None) -> nn.Conv2d | None:
-    """The convolution that a branch starts with, or None if it does not."""
-    while module is not None and not isinstance(module, nn.Conv2d):
-        module = next((m for m in module._modules.values() if m is not None), None)
-    return module
-
-
-def ghost_shape(module: nn.Module, primary: str, out_channels: int) -> OutputShape | None:
-    """That of a Ghost module, whose cheap operation keeps height and width."""
-    numbers = numbers_of(first_conv(module._modules.get(primary)))
-    return None if numbers is None else OutputShape(out_channels, numbers)
-
-
-def bottleneck_shape(module: nn.Module) -> OutputShape | None:
-    """That of a Ghost bottleneck in one of the forms of ``bottleneck_parts``."""
-    children = module._modules
-    first, middle, last = (children.get(name) for name in ("ghost1", "conv_dw", "ghost2"))
-    main = children.get("conv")
-    if first is None and isinstance(main, nn.Sequential) and len(main) == 3:
-        first, middle, last = main
-    if not isinstance(first, OneOperator) or not isinstance(last, OneOperator):
-        return None
-    conv = first_conv(middle)
-    numbers = () if conv is None else numbers_of(conv)
-    shape1, shape2 = first._ghost_shape(), last._ghost_shape()
-    if shape1 is None or shape2 is None or numbers is None:
-        return None
-    return OutputShape(shape2.out_channels, (*shape1.convs, *numbers, *shape2.convs))
+def numbers_of(conv: nn.Conv2d, padding: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of a convolution for ``OutputShape``."""
+    return (*conv.kernel_size, *conv.stride, *padding, *conv.dilation)
 
 
 class Handle:
@@ -105,7 +74,7 @@ class Handle:
         key: [1], int64 on the CPU. The operator gets it as an input.
     """
 
-    def __init__(self, module: OneOperator) -> None:
+    def __init__(self, module: nn.Module) -> None:
         number = next(_keys)
         with torch.inference_mode(False):
             # Not 0-dimensional: the compiler would read such a number, and may make it a constant.
@@ -115,10 +84,10 @@ class Handle:
         _handles[number] = self
 
     def __reduce__(self) -> Any:
-        # The copy of a module gets a handle of its own, see ``OneOperator.__setstate__``.
+        # The copy of a module gets a handle of its own, see ``Fused.__setstate__``.
         return type(None), ()
 
-    def module(self) -> OneOperator:
+    def module(self) -> nn.Module:
         """The module. Raises RuntimeError if it has been collected."""
         module = self._module()
         if module is None:
@@ -129,7 +98,7 @@ class Handle:
         """Let go of the module's tensors."""
         self._known = None
 
-    def has(self, module: OneOperator, tensors: list[Tensor]) -> bool:
+    def has(self, module: nn.Module, tensors: list[Tensor]) -> bool:
         """Whether the module is in eval mode, inside too, and its tensors are these."""
         known = self._known
         if known is None or not known.unchanged():
@@ -187,45 +156,12 @@ def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
     ]
 
 
-class OneOperator(nn.Module):
-    """A fused module that is one operator of a compiled graph in inference."""
-
-    _ghost_handle: Handle | None = None
-    _ghost_backends: tuple[str, ...] = ("native", "triton")  # those that it has packed weights for
-
-    def _ghost_packed(self, x: Tensor) -> Tensor | None:
-        """The output by packed weights, a tensor of its own; None where these cannot be."""
-        raise NotImplementedError
-
-    def _ghost_eager(self, x: Tensor) -> Tensor:
-        """The output by any path of eager code."""
-        raise NotImplementedError
-
-    def _ghost_shape(self) -> OutputShape | None:
-        """What the shape of the output follows from now; None if that is not known."""
-        raise NotImplementedError
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        attach(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        if self._ghost_handle is not None:
-            self._ghost_handle.forget()
-        return super()._apply(fn, recurse)
-
-
-def attach(module: OneOperator) -> None:
-    """Make a module known to the operator, under a key of its own."""
-    module.__dict__["_ghost_handle"] = Handle(module)
-
-
-def in_graph(module: OneOperator, x: Tensor) -> Tensor | None:
+def call(module: Any, x: Tensor, form: Any) -> Tensor | None:
     """The module's output by the operator, while a graph is traced; None where it cannot be used.
 
-    Everything read here is guarded by the compiler: the graph is compiled again if it changes.
+    All that is read here is guarded by the compiler: the graph is compiled again if it changes.
     """
-    handle = module._ghost_handle
+    handle = module.__dict__.get("_ghost_handle")
     if (
         handle is None
         or torch.is_grad_enabled()
@@ -236,14 +172,22 @@ def in_graph(module: OneOperator, x: Tensor) -> Tensor | None:
         or _in_transform()
     ):
         return None
-    if backends.select(x.device.type, x.dtype) not in module._ghost_backends:
+    backend = backends.select(x.device.type, x.dtype)
+    if backend not in module._ghost_backends or backend == "eager":
         return None
-    shape, modules = module._ghost_shape(), modules_in(module)
+    shape, modules = _shape_of(module, form), modules_in(module)
     if shape is None or not _holds(modules, x):
         return None
     return torch.ops.ghost_ops.fused_inference(
         dense(x), tensors_of(modules), handle.key, shape.out_channels, shape.convs
     )
+
+
+def _shape_of(module: Any, form: Any) -> OutputShape | None:
+    try:
+        return form.shape(module)
+    except Refusal:
+        return None
 
 
 def _in_transform() -> bool:
@@ -291,19 +235,23 @@ def _run(x: Tensor, tensors: list[Tensor], key: Tensor, out_channels: int, convs
     return out
 
 
-def _run_module(handle: Handle, module: OneOperator, x: Tensor, tensors: list[Tensor]) -> Tensor:
+def _run_module(handle: Handle, module: Any, x: Tensor, tensors: list[Tensor]) -> Tensor:
     if handle.has(module, tensors):
-        out = module._ghost_packed(x)
-        if out is not None:
-            return out
+        state = module._ghost_state()
+        if state.parts is not None and state.form.shape(module) is not None:
+            out = module._ghost_infer(state, x)
+            if out is not None:
+                return out
     else:
         module = _with_tensors(module, tensors)
     out = module._ghost_eager(x)
+    if isinstance(out, str):
+        out = module._ghost_plain(x)
     # Unfused it may be a view, of another layout, or what a hook returned and someone holds.
     return out.clone(memory_format=memory_format(x))
 
 
-def _with_tensors(module: OneOperator, tensors: list[Tensor]) -> OneOperator:
+def _with_tensors(module: nn.Module, tensors: list[Tensor]) -> nn.Module:
     """A copy of the module with these tensors in the place of its own, in eval mode."""
     own = tensors_of(modules_in(module))
     if len(own) != len(tensors):

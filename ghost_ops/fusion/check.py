@@ -1,0 +1,120 @@
+"""Compares what the fused ops compute with a module's own forward, on a copy of it in float64.
+
+Reading is the proof that a module computes the formula. This is a second opinion, by numbers, that
+``fuse`` asks for once: with random parameters and statistics, in eval mode at three sizes, and in
+training mode. The model itself is neither run nor changed, and no random number
+is drawn from PyTorch's generator.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from .fused import Fused, Parts
+from .guards import Record, Refusal, plain_kind, watchable
+
+_TOLERANCE = 1e-9
+_SIZES = ((2, 9, 7), (2, 1, 1), (1, 14, 20))  # images, height, width
+
+_LARGE = (1, 66, 70)  # for networks that halve their maps until no pixel of the others is left
+
+
+def compare(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:
+    """Raise ``Refusal`` if what was read of a module does not compute what the module does."""
+    gen = torch.Generator().manual_seed(0)
+    copy = _clone(module, gen, {})
+    parts: Parts = form.bind(copy)
+    one_mode = any(name == "training" for entry in record.entries for name, _ in entry.own)
+    errors: list[Exception] = []
+    ran = 0
+    for training in (False,) if one_mode else (False, True):
+        copy.train(training)
+        for n, *size in _SIZES[:1] if training else (*_SIZES, _LARGE):
+            if size == list(_LARGE[1:]) and ran:
+                continue
+            shape = (n, parts.first.in_channels, *size)
+            x = torch.randn(shape, generator=gen, dtype=torch.float64)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                try:
+                    want = copy(x.clone())
+                except Exception as error:  # too small for its kernel, say
+                    errors.append(error)
+                    continue
+                with backends.use_backend("auto"):
+                    got = _run(parts, x, () if training else kind._ghost_backends)
+            ran += 1
+            if not isinstance(got, str):
+                _compare(got, want, "training" if training else "eval")
+    if not ran:
+        raise Refusal(f"its forward raises {type(errors[0]).__name__}: {errors[0]}")
+
+
+def _run(parts: Parts, x: Tensor, allowed: tuple[str, ...]) -> Tensor | str:
+    backend = "native" if parts.dw_size <= 7 and backends.native.load() else "eager"
+    if backend not in allowed:
+        return parts.run(x.clone())
+    if not watchable(parts.layers) or parts.why_not_packed():
+        return parts.run(x.clone())
+    operator, arguments = parts.pack(backend)
+    return operator(x.clone(), *arguments)
+
+
+def _compare(got: Tensor, want: Any, mode: str) -> None:
+    if not isinstance(want, Tensor):
+        raise Refusal(f"its forward gives a {type(want).__name__}, not a tensor")
+    if got.shape != want.shape:
+        raise Refusal(
+            f"its forward gives {list(want.shape)} where the formula gives {list(got.shape)}"
+        )
+    error = (got - want).abs().max().item() / max(want.abs().max().item(), 1e-3)
+    if not error <= _TOLERANCE:
+        raise Refusal(
+            f"its forward computes something else in {mode} mode: it differs from the formula by "
+            f"{error:.1e} of the largest value, for random parameters in float64"
+        )
+
+
+def _clone(module: nn.Module, gen: torch.Generator, memo: dict[int, Any]) -> Any:
+    """A copy on the CPU in float64, unfused, with random parameters and buffers, and no hooks."""
+    if id(module) in memo:
+        return memo[id(module)]
+    kind = plain_kind(module)
+    copy = memo[id(module)] = object.__new__(kind)
+    copy.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            copy.__dict__[name] = types.MethodType(value.__func__, copy)
+        elif isinstance(value, Tensor):
+            copy.__dict__[name] = _random(value, True, gen, memo)
+        elif name.endswith("_hooks") or "_hooks_" in name:
+            copy.__dict__[name] = OrderedDict()
+    for group in ("_parameters", "_buffers"):
+        copy.__dict__[group] = {
+            name: _random(t, group == "_buffers", gen, memo)
+            for name, t in module.__dict__[group].items()
+        }
+    copy.__dict__["_modules"] = {
+        name: child if child is None else _clone(child, gen, memo)
+        for name, child in module._modules.items()
+    }
+    return copy
+
+
+def _random(t: Tensor | None, positive: bool, gen: torch.Generator, memo: dict[int, Any]) -> Any:
+    if t is None or id(t) in memo:
+        return None if t is None else memo[id(t)]
+    if not t.is_floating_point():
+        made = torch.zeros(t.shape, dtype=t.dtype)
+    elif t.dim() < 2 or positive:
+        made = torch.rand(t.shape, generator=gen, dtype=torch.float64) + 0.5
+    else:
+        scale = max(t.numel() // max(t.size(0), 1), 1) ** -0.5
+        made = torch.randn(t.shape, generator=gen, dtype=torch.float64) * scale
+    memo[id(t)] = made
+    return made

@@ -1,0 +1,547 @@
+"""One Ghost module: its formula found in what its forward computes, and computed by the fused ops.
+
+With conv, norm, act for a convolution, batch norm and activation (norm and act may be missing)::
+
+    y   = act(norm(conv(x)))
+    z   = act(norm(depthwise(y)))
+    out = concat(y, z)[:, :out_channels]            perhaps not sliced
+    out = out * gate(x)                             GhostModuleV2's attention gate
+    out = tail(out)                                 activations, batch norms, other modules
+
+However a forward is written, as Sequentials, flat attributes or functions, this is what is looked
+for in its expression (``read``). A ratio of 1 has no z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import activations, model_ops
+from ..autograd import (
+    RunningUpdate,
+    apply_arguments,
+    dense,
+    direct,
+    is_fused_primary,
+    library_conv,
+    needs_grad,
+    ops_named,
+    pack,
+    run,
+    slopes_need_layers,
+)
+from ..functional import check
+from ..reference import Norms, Settings, Slopes
+from .fused import Fused
+from .graph import OutputShape, numbers_of
+from .guards import Path, Refusal, at
+from .read import PARAMETER_HOOKS, Reading
+from .symbols import Node
+
+_NO_ACT = (activations.NONE, activations.DEFAULT_SLOPE)
+_WORDS = {"conv": "a convolution", "bn": "a batch norm", "act": "an activation"}
+
+
+class Branch(NamedTuple):
+    """A convolution and what follows it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d | None
+    act: int
+    slope: float
+    prelu: nn.PReLU | None
+    padding: tuple[int, int]  # of the convolution
+    modules: tuple[nn.Module, ...]  # all that are called in it
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Its modules with parameters."""
+        return tuple(m for m in (self.conv, self.bn, self.prelu) if m is not None)
+
+    def uses_batch_stats(self) -> bool:
+        """Whether its norm takes the statistics of the batch."""
+        bn = self.bn
+        return bn is not None and (
+            bn.training or (bn.running_mean is None and bn.running_var is None)
+        )
+
+    def norm(self, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """gamma, beta, mean and var; without a norm those of one that does nothing.
+
+        The convolution's bias is part of beta. Statistics of the batch take it out again (but for
+        NaN and infinity), and its gradient is zero.
+
+        Args:
+            weight: the convolution's, which may be computed at every access.
+        """
+        bn, bias = self.bn, self.conv.bias
+        if bn is None:
+            size = weight.size(0)
+            return None, bias, weight.new_zeros(size), weight.new_ones(size)
+        gamma, beta, mean, var = bn.weight, bn.bias, bn.running_mean, bn.running_var
+        if bn.training and not bn.track_running_stats:
+            mean = var = None
+        if bias is not None:
+            if self.uses_batch_stats():
+                shift = bias * 0
+            else:
+                shift = bias * torch.rsqrt(var + bn.eps) * (1 if gamma is None else gamma)
+            beta = shift if beta is None else (beta + shift).to(beta.dtype)
+        return gamma, beta, mean, var
+
+    def running_update(self) -> RunningUpdate:
+        """How a training step changes its running statistics."""
+        bn = self.bn
+        if bn is None:
+            return RunningUpdate()
+        counts = bn.training and bn.track_running_stats
+        batches = bn.num_batches_tracked if counts else None
+        if bn.momentum is None and batches is None:
+            return RunningUpdate()
+        return RunningUpdate(bn.momentum, batches)
+
+    def add_bias_to_running_mean(self) -> None:
+        """After a training step without the bias, which the batch's mean has in it."""
+        bn, bias = self.bn, self.conv.bias
+        if bn is None or bias is None or not bn.training or bn.running_mean is None:
+            return
+        share = bn.momentum
+        if share is None:
+            share = 1.0 / float(bn.num_batches_tracked)  # type: ignore[arg-type]
+        with torch.no_grad():
+            bn.running_mean.add_(bias.to(bn.running_mean.dtype), alpha=share)
+
+    def slopes(self) -> Tensor | None:
+        """The slopes per channel of its PReLU."""
+        if self.prelu is None:
+            return None
+        return activations.slopes_of(self.prelu, self.conv.out_channels)
+
+    def then(self, x: Tensor) -> Tensor:
+        """What follows the convolution, as layers."""
+        if self.bn is not None:
+            x = self.bn(x)
+        return activations.apply(x, self.act, self.slope)
+
+
+class BranchForm(NamedTuple):
+    """Where the layers of a branch are."""
+
+    conv: Path
+    bn: Path | None
+    act: int
+    slope: float
+    prelu: Path | None
+    modules: tuple[Path, ...]
+
+    def bind(self, module: nn.Module) -> Branch:
+        """The branch in a module. Raises ``Refusal`` if a layer is none that the ops compute."""
+        conv = layer_at(module, self.conv, nn.Conv2d)
+        bn = None if self.bn is None else layer_at(module, self.bn, nn.BatchNorm2d)
+        prelu = None if self.prelu is None else layer_at(module, self.prelu, nn.PReLU)
+        name = ".".join(self.conv)
+        if conv.padding_mode != "zeros":
+            raise Refusal(f"{name} pads with {conv.padding_mode!r}, not with zeros")
+        m = conv.out_channels
+        if bn is not None and bn.num_features != m:
+            raise Refusal(
+                f"{name} has a batch norm of {bn.num_features} channels behind a convolution of {m}"
+            )
+        if prelu is not None and prelu.num_parameters not in (1, m):
+            raise Refusal(
+                f"{name} has a PReLU of {prelu.num_parameters} slopes behind {m} channels"
+            )
+        modules: list[Any] = [at(module, path) for path in self.modules]
+        padding = padding_of(conv)
+        return Branch(conv, bn, self.act, self.slope, prelu, padding, tuple(modules))
+
+
+def layer_at(module: nn.Module, path: Path, kind: type[nn.Module]) -> Any:
+    """The layer at a path. Raises ``Refusal`` if it is of another kind."""
+    layer = at(module, path)
+    if not isinstance(layer, kind):
+        raise Refusal(f"{'.'.join(path)} is no {kind.__name__}")
+    return layer
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """Its padding as numbers. Raises ``Refusal`` if that is not the same on both sides."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding != "same":
+        return conv.padding  # type: ignore[return-value]
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(r % 2 for r in reach):
+        raise Refusal(f"a convolution of kernel {conv.kernel_size} pads one side more")
+    return reach[0] // 2, reach[1] // 2
+
+
+class Ghost:
+    """The parts of a Ghost module, bound to its layers."""
+
+    dw_size: int
+
+    def __init__(
+        self,
+        primary: Branch,
+        cheap: Branch | None,
+        out_channels: int,
+        gate: nn.Module | None = None,
+        tail: tuple[nn.Module | tuple[int, float], ...] = (),
+    ) -> None:
+        self.primary, self.cheap, self.gate, self.tail = primary, cheap, gate, tail
+        self.first = conv = primary.conv
+        self.alone = gate is None and not tail
+        self.layers = primary.layers + (() if cheap is None else cheap.layers)
+        self.dw_size = 1 if cheap is None else cheap.conv.kernel_size[0]
+        self.hooks = tuple(
+            (hook, layer)
+            for layer in self.layers
+            for hook in layer._forward_pre_hooks.values()
+            if isinstance(hook, PARAMETER_HOOKS)
+        )
+        act2 = _NO_ACT if cheap is None else (cheap.act, cheap.slope)
+        self.settings = Settings(
+            out_channels, conv.stride, primary.padding, conv.dilation, conv.groups,
+            0.0 if primary.bn is None else primary.bn.eps,
+            0.0 if cheap is None or cheap.bn is None else cheap.bn.eps,
+            primary.act, primary.slope, *act2,
+        )  # fmt: skip
+
+    # Tensors
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """w1 [m, C / groups, k, k] and w2 [g, 1, d, d]; g is 0 without a cheap branch."""
+        w1 = self.primary.conv.weight
+        if self.cheap is None:
+            return w1, w1.new_empty(0, 1, 1, 1)
+        return w1, self.cheap.conv.weight
+
+    def norms(self, w1: Tensor, w2: Tensor) -> Norms:
+        """The tensors of both norms."""
+        first = self.primary.norm(w1)
+        if self.cheap is not None:
+            return Norms(*first, *self.cheap.norm(w2))
+        empty = None if first[2] is None else w1.new_empty(0)
+        return Norms(*first, None, None, empty, empty)
+
+    def slopes(self) -> Slopes:
+        """The slopes of the PReLUs."""
+        second = None if self.cheap is None else self.cheap.slopes()
+        return Slopes(self.primary.slopes(), second)
+
+    # Paths
+
+    def check(self, x: Tensor) -> None:
+        w1, w2 = self.weights()
+        check(x, w1, w2, self.norms(w1, w2), self.settings, False)
+
+    def why_not_packed(self) -> str:
+        for branch in (self.primary, self.cheap):
+            if branch is not None and branch.uses_batch_stats():
+                return "its batch norms use the batch's statistics"
+        if self.hooks:
+            return "its weights are computed at every call"
+        return self.why_not_fused(*self.weights())
+
+    def why_not_fused(self, w1: Tensor, w2: Tensor) -> str:
+        """Why these layers, as they are now, are not for the fused ops; empty if they are."""
+        for branch in (self.primary, self.cheap):
+            bn = None if branch is None else branch.bn
+            if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
+                return "a batch norm has one of two running statistics"
+        conv = self.primary.conv
+        if w1.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
+            return f"its primary convolution has a weight of shape {list(w1.shape)}"
+        if self.cheap is None:
+            return ""
+        conv = self.cheap.conv
+        if w2.shape != (conv.out_channels, 1, *conv.kernel_size):
+            return f"its cheap convolution has a weight of shape {list(w2.shape)}"
+        if self.cheap.uses_batch_stats() != self.primary.uses_batch_stats():
+            return "only one of its branches uses the batch's statistics"
+        return ""
+
+    def run(self, x: Tensor) -> Tensor | str:
+        for hook, layer in self.hooks:
+            hook(layer, None)
+        w1, w2 = self.weights()
+        reason = self.why_not_fused(w1, w2)
+        if reason:
+            return reason
+        batch_stats = self.primary.uses_batch_stats()
+        norms, slopes = self.norms(w1, w2), self.slopes()
+        check(x, w1, w2, norms, self.settings, batch_stats)
+        if any(t is not None for t in slopes):
+            reason = slopes_need_layers(batch_stats, needs_grad(x, w1, w2, norms, slopes))
+            if reason:
+                return reason
+        cheap = RunningUpdate() if self.cheap is None else self.cheap.running_update()
+        updates = self.primary.running_update(), cheap
+        out = run(x, w1, w2, norms, self.settings, batch_stats, *updates, slopes)
+        if batch_stats:
+            self.primary.add_bias_to_running_mean()
+            if self.cheap is not None:
+                self.cheap.add_bias_to_running_mean()
+        if self.gate is not None:
+            out = out * gate_of(x, self.gate, (out.size(2), out.size(3)))
+        return run_tail(self.tail, out)
+
+    def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        packed = PackedGhost(self, backend)
+        if packed.library_w1 is not None or not self.alone:
+            return packed.whole, ()
+        return packed.operator, (packed.packed, None, None, *packed.arguments)
+
+    def description(self) -> str:
+        """In words, for the report."""
+        conv = self.primary.conv
+        k = conv.kernel_size
+        text = f"{conv.in_channels} -> {self.settings.out_channels} channels"
+        if k != (1, 1) or conv.stride != (1, 1) or conv.groups > 1:
+            text += f", primary {k[0]}x{k[1]} stride {conv.stride[0]}"
+            text += f" groups {conv.groups}" if conv.groups > 1 else ""
+        text += f", cheap {self.dw_size}x{self.dw_size}"
+        branches = [b for b in (self.primary, self.cheap) if b is not None]
+        if all(branch.bn is None for branch in branches):
+            text += ", no batch norm"
+        if any(branch.prelu is not None for branch in branches):
+            text += ", PReLU (fused in inference only)"
+        if self.gate is not None:
+            text += ", attention gate"
+        return text + (", then other layers" if self.tail else "")
+
+
+class PackedGhost:
+    """A Ghost module with its batch norms folded in, for one backend."""
+
+    def __init__(self, ghost: Ghost, backend: str) -> None:
+        w1, w2 = (w.detach() for w in ghost.weights())
+        functions, self.settings = ops_named(backend), ghost.settings
+        fused = is_fused_primary(w1, self.settings)
+        self.library_w1 = None if fused else w1
+        with torch.no_grad():
+            weight = w1 if fused else None
+            norms, slopes = ghost.norms(w1, w2), ghost.slopes()
+            self.packed = pack(functions, weight, w2, norms, self.settings, slopes)
+        self.operator = direct(functions.ghost_apply)
+        self.arguments = apply_arguments(w1.size(0), w2, self.settings, fused)
+        self.gate, self.tail = ghost.gate, ghost.tail
+        # Whether x may come with a gate that is applied as it is read.
+        self.takes_gate = fused and backend == "native" and self.settings.stride == (1, 1)
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+        in_gate: Tensor | None = None,
+    ) -> Tensor:
+        """The module's output for a dense x that fits, times the gate, plus the residual.
+
+        in_gate: [N, C], multiplied to x as it is read; only where ``takes_gate``.
+        """
+        if in_gate is not None:
+            return model_ops.ghost_apply_gated(
+                x, in_gate, self.packed, residual, gate, *self.arguments
+            )
+        if self.library_w1 is not None:
+            x = dense(library_conv(x, self.library_w1, self.settings))
+        return self.operator(x, self.packed, residual, gate, *self.arguments)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The module's output for a dense x that fits, with its own gate and tail."""
+        gate = None if self.gate is None else small_gate(x, self.gate)
+        return run_tail(self.tail, self(x, None, gate))
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The mean over the pixels of the output, [N, out_channels], for a dense x that fits."""
+        intrinsic, out_channels, *_ = self.arguments
+        few = x.size(2) * x.size(3) <= model_ops.MOST_POOLED
+        if self.takes_gate and few and intrinsic == out_channels and model_ops.on_gpu(x):
+            act, slope = self.arguments[5:7]
+            return model_ops.ghost_apply_pooled(x, self.packed, intrinsic, act, slope)
+        return self(x).mean((2, 3))
+
+
+def packed_conv(branch: Branch, backend: str) -> PackedGhost:
+    """A 1x1 convolution with its batch norm folded in: a Ghost module of ratio 1."""
+    return PackedGhost(Ghost(branch, None, branch.conv.out_channels), backend)
+
+
+def small_gate(x: Tensor, short_conv: nn.Module) -> Tensor:
+    """GhostModuleV2's gate, [N, oup, H // 2, W // 2], from x halved by average pooling.
+
+    Source: GhostNetV2, NeurIPS 2022 (arXiv:2211.12905), section 4.1, decoupled fully connected
+    attention.
+    """
+    return torch.sigmoid(short_conv(F.avg_pool2d(x, kernel_size=2, stride=2)))
+
+
+def gate_of(x: Tensor, short_conv: nn.Module, size: tuple[int, int]) -> Tensor:
+    """The gate brought to the size of the module's output."""
+    return F.interpolate(small_gate(x, short_conv), size=size, mode="nearest")
+
+
+def run_tail(tail: tuple[nn.Module | tuple[int, float], ...], x: Tensor) -> Tensor:
+    """What follows the concatenation, on an x that nobody else holds."""
+    inplace = not torch.is_grad_enabled()
+    for step in tail:
+        x = activations.apply(x, *step, inplace) if isinstance(step, tuple) else step(x)
+    return x
+
+
+class GhostForm(NamedTuple):
+    """Where the parts of a Ghost module are.
+
+    Attributes:
+        stop: the number of channels that the concatenation is cut to; None: it is not.
+        gate: of GhostModuleV2's short_conv.
+        tail: paths of modules, or codes and slopes of activations.
+    """
+
+    primary: BranchForm
+    cheap: BranchForm | None
+    stop: int | None
+    gate: Path | None
+    tail: tuple[Any, ...]
+
+    def bind(self, module: nn.Module) -> Ghost:
+        primary = self.primary.bind(module)
+        cheap = None if self.cheap is None else self.cheap.bind(module)
+        m = total = primary.conv.out_channels
+        if cheap is not None:
+            assert self.cheap is not None
+            _check_cheap(cheap.conv, m, cheap.padding, ".".join(self.cheap.conv))
+            total += cheap.conv.out_channels
+        out = total if self.stop is None else min(self.stop, total)
+        if out < m:
+            raise Refusal(f"its forward gives {out} channels, fewer than the {m} intrinsic maps")
+        gate = None if self.gate is None else at(module, self.gate)
+        tail: list[Any] = []
+        for kind, step in self.tail:
+            tail.append(step if kind == "act" else at(module, step))
+        return Ghost(primary, cheap, out, gate, tuple(tail))
+
+    def shape(self, module: nn.Module) -> OutputShape | None:
+        if any(kind != "act" for kind, _ in self.tail):
+            return None
+        conv = layer_at(module, self.primary.conv, nn.Conv2d)
+        total = conv.out_channels
+        if self.cheap is not None:
+            total += layer_at(module, self.cheap.conv, nn.Conv2d).out_channels
+        out = total if self.stop is None else min(self.stop, total)
+        return OutputShape(out, numbers_of(conv, padding_of(conv)))
+
+
+def _check_cheap(conv: nn.Conv2d, m: int, padding: tuple[int, int], name: str) -> None:
+    """Raise ``Refusal`` with the first invariant of the formula that a cheap convolution breaks."""
+    d = conv.kernel_size[0]
+    if conv.in_channels != m:
+        raise Refusal(f"{name} takes {conv.in_channels} channels, but its input has {m}")
+    if conv.groups != m:
+        raise Refusal(f"{name} is not depthwise: groups={conv.groups} for {m} channels")
+    if conv.kernel_size != (d, d):
+        raise Refusal(f"{name} has a kernel that is not square: {conv.kernel_size}")
+    if d % 2 == 0:
+        raise Refusal(f"{name} has an even kernel size, {d}")
+    if conv.stride != (1, 1):
+        raise Refusal(f"{name} has stride {conv.stride}, not 1")
+    if conv.dilation != (1, 1):
+        raise Refusal(f"{name} has dilation {conv.dilation}, not 1")
+    if padding != (d // 2, d // 2):
+        raise Refusal(f"{name} has padding {padding}, not {d // 2}, half its kernel")
+
+
+def called(reading: Reading, *nodes: Node) -> tuple[Path, ...]:
+    """The modules that were called for these results."""
+    return tuple(call.path for node in nodes for call in reading.calls.get(node, ()))
+
+
+def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:
+    """The branch whose result a node is, and the node of its input.
+
+    Raises:
+        Refusal: it is none.
+    """
+    act, prelu, bn, nodes = _NO_ACT, None, None, [node]
+    if node.op == "act":
+        act, (node,) = node.args, node.inputs  # type: ignore[assignment]
+    elif node.op == "prelu":
+        act, prelu, (node,) = (activations.PRELU, _NO_ACT[1]), node.args[0], node.inputs
+    nodes.append(node)
+    if node.op == "bn":
+        bn, (node,) = node.args[0], node.inputs
+        nodes.append(node)
+    if node.op != "conv":
+        raise Refusal(f"{name} is not convolution, norm and activation: it has {_what_it_is(node)}")
+    modules = tuple(dict.fromkeys(called(reading, *nodes)))
+    return BranchForm(node.args[0], bn, *act, prelu, modules), node.inputs[0]
+
+
+def _what_it_is(node: Node) -> str:
+    if node.op == "module":
+        path, reason = node.args
+        return reason or ".".join(path)
+    return _WORDS.get(node.op, node.op)
+
+
+def match_ghost(reading: Reading, node: Node) -> tuple[GhostForm, Node]:
+    """The Ghost module whose result a node is, and the node of its input.
+
+    Raises:
+        Refusal: it is none.
+    """
+    tail: list[Any] = []
+    while node.op in ("act", "bn", "prelu", "module"):
+        tail.insert(0, ("act", node.args) if node.op == "act" else ("module", node.args[0]))
+        (node,) = node.inputs
+    gate, whole = None, node
+    if node.op == "mul" and len(node.inputs) == 2:
+        a, b = node.inputs
+        whole, gate = (a, b) if a.op in ("slice", "cat") else (b, a)
+    stop, body = None, whole
+    if whole.op == "slice":
+        stop, (body,) = whole.args[0], whole.inputs
+    if body.op != "cat":
+        if body is whole or tail or gate is not None:
+            what = _what_it_is(body)
+            raise Refusal(f"its forward ends with {what}, not a concatenation of two branches")
+        primary, x = match_branch(reading, body, "it")  # of ratio 1
+        return GhostForm(primary, None, stop, None, ()), x
+    if len(body.inputs) != 2:
+        raise Refusal(f"its forward concatenates {len(body.inputs)} tensors")
+    y, z = body.inputs
+    cheap, of = match_branch(reading, z, "its second branch")
+    primary, x = match_branch(reading, y, "its first branch")
+    if of is not y:
+        raise Refusal("its second branch does not come from its first")
+    path = None if gate is None else _match_gate(reading, gate, x, (whole, body, y, z))
+    return GhostForm(primary, cheap, stop, path, tuple(tail)), x
+
+
+def _match_gate(reading: Reading, gate: Node, x: Node, like: tuple[Node, ...]) -> Path:
+    """The path of GhostModuleV2's short_conv."""
+    if gate.op == "grow" and gate.inputs[0].op == "sigmoid" and gate.inputs[1] in like:
+        for call in reading.calls.get(gate.inputs[0].inputs[0], ()):
+            if call.x.op == "halve" and call.x.inputs[0] is x:
+                return call.path
+    raise Refusal("its forward multiplies the concatenation by something other than V2's gate")
+
+
+class FusedGhost(Fused):
+    """A Ghost module made fused by ``fuse``."""
+
+    _ghost_backends = ("native", "triton", "eager")
+
+    @classmethod
+    def _ghost_match(cls, reading: Reading) -> GhostForm:
+        form, x = match_ghost(reading, reading.out)
+        if x.op != "input":
+            raise Refusal("its primary convolution does not take its input")
+        return form

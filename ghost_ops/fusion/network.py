@@ -1,0 +1,242 @@
+"""Whole GhostNets in inference: what comes before the bottlenecks and after them, folded as well.
+
+A GhostNet is a stem (convolution, batch norm, activation), bottlenecks, a last 1x1 convolution with
+batch norm and activation, average pooling, one more 1x1 convolution, an activation and a linear
+layer. In eval mode without gradients the norms are folded, the last convolution runs as a Ghost
+module of ratio 1 and the one behind the pooling as the matrix product that it is. The bottlenecks
+run as the modules that they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import activations, model_ops
+from ..autograd import dense
+from ..eager_ops import memory_format
+from .bottleneck import FusedBottleneck
+from .fused import Fused
+from .ghost import Branch, BranchForm, FusedGhost, called, match_branch, packed_conv
+from .guards import Path, Refusal, at
+from .read import Reading, read
+from .symbols import Node
+
+
+class Network:
+    """The parts of a GhostNet, bound to its modules.
+
+    Attributes:
+        blocks: the modules between the stem and the last convolution, in the order of their calls.
+        pools: modules that are called for the pooling; head_modules: for the head and its
+            activation.
+    """
+
+    alone = False
+    dw_size = 1
+
+    def __init__(
+        self,
+        stem: Branch,
+        blocks: tuple[nn.Module, ...],
+        last: Branch,
+        head: nn.Conv2d,
+        head_act: tuple[int, float],
+        classifier: nn.Linear,
+        pools: tuple[nn.Module, ...],
+        head_modules: tuple[nn.Module, ...],
+    ) -> None:
+        self.stem, self.blocks, self.last = stem, blocks, last
+        self.head, self.head_act, self.classifier = head, head_act, classifier
+        self.pools, self.head_modules = pools, head_modules
+        self.first = stem.conv
+        self.layers: tuple[nn.Module, ...] = (*stem.layers, *last.layers, head)
+
+    def check(self, x: Tensor) -> None:
+        """Nothing: what does not fit goes to the network's own forward."""
+
+    def why_not_packed(self) -> str:
+        for layer in self.layers:
+            if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
+                return "a batch norm uses the batch's statistics"
+        tensors = [t for m in self.layers for t in (*m.parameters(False), *m.buffers(False))]
+        several = len({t.device for t in tensors}) > 1
+        return "its parameters are on several devices" if several else ""
+
+    def run(self, x: Tensor) -> str:
+        return ""  # its own forward, which there is nothing to say about
+
+    def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        return PackedNetwork(self, backend), ()
+
+    def description(self) -> str:
+        """In words, for the report."""
+        return "network: stem, last convolution and head folded"
+
+
+class _PackedStem:
+    """A convolution with its batch norm folded in, and its activation.
+
+    On a GPU one operator, ``ghost_ops::conv_stem``, where that computes it; else the library's
+    convolution.
+    """
+
+    def __init__(self, branch: Branch) -> None:
+        conv, bn = branch.conv, branch.bn
+        assert bn is not None
+        self.weight, self.shift = model_ops.fold(
+            conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+        )
+        self.arguments = (conv.stride, branch.padding, conv.dilation, conv.groups)
+        self.act = branch.act, branch.slope
+        self.direct = model_ops.on_gpu(conv.weight) and model_ops.has_stem(conv)
+        # As PyTorch's convolution: channels_last if x or the weight is.
+        self.format = memory_format(conv.weight)
+        if not self.direct:
+            self.weight = self.weight.to(conv.weight.dtype).contiguous(memory_format=self.format)
+            self.shift = self.shift.to(conv.weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.direct:
+            channels_last = torch.channels_last in (self.format, memory_format(x))
+            stride = self.arguments[0][0]
+            return model_ops.conv_stem(
+                x, self.weight, self.shift, stride, *self.act, channels_last=channels_last
+            )
+        return activations.apply(
+            F.conv2d(x, self.weight, self.shift, *self.arguments), *self.act, inplace=True
+        )
+
+
+class PackedNetwork:
+    """The ends of a GhostNet in inference, and its bottlenecks between them."""
+
+    def __init__(self, parts: Network, backend: str) -> None:
+        self.stem, self.blocks = _PackedStem(parts.stem), parts.blocks
+        self.last = packed_conv(parts.last, backend)
+        self.head = parts.head.weight.detach().flatten(1)
+        self.head_bias, self.head_act = parts.head.bias, parts.head_act
+        self.classifier = parts.classifier
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits for a dense x that fits."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.last.pooled(dense(x))
+        x = F.linear(x, self.head, self.head_bias)
+        x = activations.apply(x, *self.head_act, inplace=True)
+        return self.classifier(x)
+
+
+class NetworkForm(NamedTuple):
+    """Where the parts of a network are."""
+
+    stem: BranchForm
+    blocks: tuple[Path, ...]
+    last: BranchForm
+    head: Path
+    head_act: tuple[int, float]
+    classifier: Path
+    pools: tuple[Path, ...]
+    head_modules: tuple[Path, ...]
+
+    def bind(self, module: nn.Module) -> Network:
+        stem, last = self.stem.bind(module), self.last.bind(module)
+        head: Any = at(module, self.head)
+        if stem.bn is None or stem.prelu is not None:
+            raise Refusal("its stem has no batch norm, or a PReLU")
+        plain = (1, 1), (1, 1), (0, 0), 1
+        for name, conv in (("last stage", last.conv), ("head", head)):
+            if (conv.kernel_size, conv.stride, conv.padding, conv.groups) != plain:
+                raise Refusal(f"its {name} is not a plain 1x1 convolution")
+        if last.prelu is not None:
+            raise Refusal("its last stage has a PReLU, which only Ghost modules compute")
+        blocks, pools, heads = (
+            tuple(at(module, path) for path in paths)
+            for paths in (self.blocks, self.pools, self.head_modules)
+        )
+        classifier: Any = at(module, self.classifier)
+        return Network(stem, blocks, last, head, self.head_act, classifier, pools, heads)  # type: ignore[arg-type]
+
+    def shape(self, module: nn.Module) -> None:
+        return None  # it is no operator of a graph
+
+
+def match_network(reading: Reading) -> NetworkForm:
+    """The network whose result a reading is.
+
+    Raises:
+        Refusal: it is none.
+    """
+    classifier = _expect(reading.out, "linear", "a linear layer")
+    calls = reading.calls.get(classifier, ())
+    path = next((call.path for call in calls if call.x is classifier.inputs[0]), None)
+    if path is None:
+        raise Refusal("its linear layer is not a module of its own")
+    node = _expect(classifier.inputs[0], "flatten", "a flattening").inputs[0]
+    act = _expect(node, "act", "an activation")
+    head = _expect(act.inputs[0], "conv", "a convolution")
+    pool = _expect(head.inputs[0], "mean", "an average pooling")
+    last, node = _match_last(reading, pool.inputs[0])
+    blocks: list[Path] = []
+    while True:
+        with suppress(Refusal):
+            stem, x = match_branch(reading, node, "the stem")
+            if x.op == "input":
+                break
+        calls = reading.calls.get(node)
+        if not calls:
+            raise Refusal("its forward is not stem, blocks and head")
+        blocks.insert(0, calls[-1].path)
+        node = calls[-1].x
+    return NetworkForm(
+        stem, tuple(blocks), last, head.args[0], act.args, path,  # type: ignore[arg-type]
+        called(reading, pool), called(reading, act, head),
+    )  # fmt: skip
+
+
+def _expect(node: Node, op: str, what: str) -> Node:
+    if node.op != op:
+        raise Refusal(f"its forward has {node.op} in the place of {what}")
+    return node
+
+
+def _match_last(reading: Reading, node: Node) -> tuple[BranchForm, Node]:
+    """As ``match_branch``; timm's batch norm, which has its activation in it, calls a function."""
+    act = (activations.NONE, activations.DEFAULT_SLOPE)
+    inner = node
+    if node.op == "act":
+        act, (inner,) = node.args, node.inputs  # type: ignore[assignment]
+    if inner.op != "frozen_bn" or inner.inputs[0].op != "conv":
+        return match_branch(reading, node, "the last stage")
+    conv = inner.inputs[0]
+    modules = tuple(dict.fromkeys(called(reading, node, inner, conv)))
+    return BranchForm(conv.args[0], inner.args[0], *act, None, modules), conv.inputs[0]
+
+
+class FusedNetwork(Fused):
+    """A GhostNet made fused by ``fuse``."""
+
+    _ghost_kind = "network"
+    _ghost_whole = (FusedGhost, FusedBottleneck)
+    _ghost_in_graph = False
+
+    @classmethod
+    def _ghost_match(cls, reading: Reading) -> NetworkForm:
+        return match_network(reading)
+
+    def _ghost_read(self) -> Reading:
+        # Only its inference is packed, in whatever mode it is read.
+        return read(self, training=False, whole=self._ghost_whole)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor | str:
+        return "" if self.training or torch.is_grad_enabled() else super()._ghost_eager(x)
+
+    def _ghost_traced(self, args: tuple, kwargs: dict) -> Any:
+        return self._ghost_plain(*args, **kwargs)

@@ -1,0 +1,554 @@
+"""Follows a module's forward: what it computes, as an expression, and all that it reads.
+
+The forward runs once, as Python, on a stand-in of the module with a ``Symbol`` for its input. The
+stand-in has the module's attributes, of a class derived from the module's own that records each
+attribute read, and whose calls come here: a layer becomes a ``Node``; any other module's forward is
+followed in turn. A profile function sees what else runs: functions whose globals and closures are
+recorded, and calls whose result could differ next time, which are refused. What is left follows
+from the ``Record`` alone.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import enum
+import functools
+import inspect
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .guards import (
+    GLOBAL_HOOKS,
+    MISSING,
+    Entry,
+    Method,
+    Path,
+    Record,
+    Refusal,
+    hooks_of,
+    plain_kind,
+)
+from .symbols import Node, Symbol
+
+# Forward pre-hooks that only compute a parameter from others: they can be run without the module.
+PARAMETER_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+
+# Layers that are read as one operation in all modes, and the attributes that define it.
+_LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.Conv2d: (
+        "conv",
+        (
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+        ),
+    ),
+    nn.BatchNorm2d: ("bn", ("eps",)),
+    nn.PReLU: ("prelu", ()),
+    nn.Linear: ("linear", ()),
+}
+_FORWARD_METHODS = ("forward", "_conv_forward", "_check_input_dim")
+_METHODS = {(b, n): getattr(b, n, None) for b in _LAYERS for n in _FORWARD_METHODS}
+
+# Attributes of every module that are guarded as a whole, or that reading leaves out.
+_PLUMBING = frozenset(nn.Module().__dict__) - {"training"}
+_STATE = ("_ghost_ops", "_ghost_handle")  # of fused modules
+_READER = "_ghost_ops_reader"
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, type, torch.dtype, torch.device,
+    torch.memory_format, torch.Size, types.FunctionType, types.BuiltinFunctionType,
+    types.ModuleType,
+)  # fmt: skip
+_PURE_BUILTINS = frozenset(
+    "abs all any callable divmod getattr hasattr isinstance issubclass iter len max min next round "
+    "sorted sum".split()
+)
+_PURE_FUNCTIONS = ("_assert", "is_scripting", "is_tracing")  # fused forwards run in neither
+_CONTAINERS = (str, tuple, list, dict, set, frozenset, range)
+
+_TORCH_FUNCTION = Symbol.__torch_function__.__func__.__code__  # type: ignore[attr-defined]
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_STANDARD = tuple(
+    os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")
+)
+
+
+class Call(NamedTuple):
+    """A module that a forward called with one tensor."""
+
+    path: Path
+    x: Node
+
+
+class Reading(NamedTuple):
+    """What a forward computes.
+
+    Attributes:
+        out: its result.
+        calls: by result, the modules that were called for it; the outermost one last.
+        record: all that was read.
+    """
+
+    out: Node
+    calls: dict[Node, list[Call]]
+    record: Record
+
+
+class Failed(Refusal):
+    """As ``Refusal``, with the record of what was read before."""
+
+    def __init__(self, reason: str, record: Record) -> None:
+        super().__init__(reason)
+        self.record = record
+
+
+def read(
+    module: nn.Module, training: bool | None = None, whole: tuple[type[nn.Module], ...] = ()
+) -> Reading:
+    """Follow ``module.forward(x)``.
+
+    Args:
+        training: read it in this mode, in place of the one that it is in.
+        whole: classes whose modules are not followed, but called as they are.
+
+    Raises:
+        Failed: it cannot be followed, or what it reads cannot be guarded.
+    """
+    reader = _Reader(module, training, whole)
+    reason = ""
+    try:
+        out = reader.run()
+    except Refusal as refusal:
+        reason = str(refusal)
+    except RecursionError:
+        reason = "its forward calls itself"
+    except Exception as error:
+        reason = f"its forward raises {type(error).__name__} when it is followed: {error}"
+    if reason:
+        raise Failed(reader.reason or reason, reader.record())
+    return Reading(out, reader.calls, reader.record())
+
+
+class _Reader:
+    def __init__(
+        self, module: nn.Module, training: bool | None, whole: tuple[type[nn.Module], ...]
+    ) -> None:
+        self.module, self.training, self.whole = module, training, whole
+        self.calls: dict[Node, list[Call]] = {}
+        self.reason = ""  # the first thing that the profile function saw and that is refused
+        self._notes: dict[Path, _Notes] = {}
+        self._items: dict[tuple[int, str], tuple[dict, str, Any]] = {}
+        self._attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self._functions: dict[types.CodeType, types.FunctionType] = {}
+        self._read_codes: set[types.CodeType] = set()
+        self._pending: Any = None  # a C function that has not been seen to get a symbol
+        self._stands: dict[int, nn.Module] = {}
+        self._paths: dict[int, Path] = {}
+        self._recorders: dict[type, type] = {}
+
+    def run(self) -> Node:
+        module = self.module
+        notes = self._note((), module, called=True)
+        if "forward" in module.__dict__:
+            notes.own["forward"] = module.__dict__["forward"]
+            raise Refusal("its forward is replaced on the object")
+        if any(GLOBAL_HOOKS):
+            raise Refusal("there are hooks on all modules, which would not run for those inside")
+        stand = self._stand((), module)
+        x = Symbol(Node("input"), outside=True)
+        with self._profiling():
+            out = self._follow(module, stand, x)
+        if self.reason:
+            raise Refusal(self.reason)
+        if type(out) is not Symbol:
+            raise Refusal(f"its forward gives a {type(out).__name__}, not a tensor")
+        return out.value()
+
+    @contextmanager
+    def _profiling(self) -> Iterator[None]:
+        """Calls ``_profile`` in the place of the profile function that is there."""
+        previous: Any = sys.getprofile()
+        suspended = previous is not None and not callable(previous)  # cProfile, up to Python 3.11
+        if suspended:
+            previous.disable()
+        sys.setprofile(self._profile)
+        try:
+            yield
+        finally:
+            sys.setprofile(None if suspended else previous)
+            if suspended:
+                previous.enable()
+
+    def record(self) -> Record:
+        """All that was read so far."""
+        entries = [notes.entry(path, self._paths) for path, notes in self._notes.items()]
+        return Record(tuple(entries), tuple(self._items.values()), tuple(self._attributes.values()))
+
+    # Modules
+
+    def _note(self, path: Path, module: nn.Module, called: bool = False) -> _Notes:
+        notes = self._notes.setdefault(path, _Notes(module))
+        notes.called = notes.called or called
+        return notes
+
+    def _stand(self, path: Path, module: nn.Module) -> nn.Module:
+        """What the forward sees in the place of a module."""
+        found = self._stands.get(id(module))
+        if found is not None:
+            if "_modules" not in found.__dict__ or found.__dict__["_modules"] is None:
+                raise Refusal("it contains itself")
+            return found
+        kind = type(module)
+        recorder = self._recorders.get(kind)
+        if recorder is None:
+            recorder = self._recorders[kind] = _recorder(kind)
+        stand = self._stands[id(module)] = object.__new__(recorder)
+        self._paths[id(module)] = path
+        values = stand.__dict__
+        values.update(module.__dict__)
+        for name in _STATE:
+            values.pop(name, None)
+        values[_READER] = self, path, module
+        values["_modules"] = None  # until it is complete
+        if self.training is not None:
+            values["training"] = self.training
+        for group in ("_parameters", "_buffers"):
+            values[group] = {
+                name: None if t is None else Symbol(Node("tensor", (), (path, name)), True)
+                for name, t in module.__dict__[group].items()
+            }
+        values["_modules"] = {
+            name: None if child is None else self._stand((*path, name), child)
+            for name, child in module._modules.items()
+        }
+        for name, value in module.__dict__.items():
+            if isinstance(value, types.MethodType) and value.__self__ is module:
+                values[name] = types.MethodType(value.__func__, stand)
+            elif isinstance(value, Tensor):
+                values[name] = Symbol(Node("tensor", (), (path, name)), outside=True)
+        return stand
+
+    def call(self, stand: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """The result of a module that the forward calls."""
+        _, path, module = stand.__dict__[_READER]
+        if module is self.module:
+            raise Refusal("it contains itself")
+        notes = self._note(path, module, called=True)
+        x = args[0] if len(args) == 1 and not kwargs and type(args[0]) is Symbol else None
+        if x is None:
+            self._check_hooks(module)
+            return self._follow(module, stand, *args, **kwargs)
+        before = x.value()
+        if self.whole and isinstance(module, self.whole):
+            out = Symbol(Node("module", (before,), (path, "")))
+        else:
+            try:
+                out = self._layer(path, module, notes, x)
+                if out is None:
+                    self._check_hooks(module)
+                    out = self._follow(module, stand, x)
+            except Refusal as refusal:
+                # It can still be called as it is. Whether it changes its input then is not known.
+                reason = f"{'.'.join(path)}, a {type(module).__name__}: {refusal}"
+                out = Symbol(Node("module", (before,), (path, reason)))
+                x.lose(reason)
+        if type(out) is Symbol:
+            self.calls.setdefault(out.value(), []).append(Call(path, before))
+        return out
+
+    def _check_hooks(self, module: nn.Module) -> None:
+        if any(hooks_of(module)):
+            raise Refusal("it has hooks, which run only if it is called itself")
+
+    def _layer(self, path: Path, module: nn.Module, notes: _Notes, x: Symbol) -> Symbol | None:
+        """The result of a module that is one operation; None if it is not."""
+        base = next((b for b in _LAYERS if isinstance(module, b)), None)
+        if base is None or "forward" in module.__dict__:
+            return None
+        for name in _FORWARD_METHODS:
+            method = getattr(type(module), name, None)
+            self._attribute(type(module), name, method or MISSING)
+            if method is not _METHODS[base, name]:
+                return None
+        hooks = list(module._forward_pre_hooks.values())
+        known = base is not nn.Linear and all(isinstance(h, PARAMETER_HOOKS) for h in hooks)
+        if not known or sum(map(len, hooks_of(module))) != len(hooks):
+            self._check_hooks(module)
+        op, names = _LAYERS[base]
+        notes.is_layer = True
+        for name in names:
+            notes.own[name] = getattr(module, name)
+        return Symbol(Node(op, (x.value(),), (path,)))
+
+    def _follow(self, module: nn.Module, stand: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The result of a module's own forward."""
+        method = module.__dict__.get("forward")
+        if method is not None:
+            notes = self._note(self._paths[id(module)], module)
+            notes.own["forward"] = method
+            if not isinstance(method, types.MethodType) or method.__self__ is not module:
+                raise Refusal(f"the forward of a {type(module).__name__} inside it is replaced")
+            function: Any = method.__func__
+        else:
+            kind = plain_kind(module)
+            function = kind.forward
+            self._attribute(kind, "forward", function)
+        if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
+            raise Refusal("its forward is decorated, or no Python function")
+        self._functions[function.__code__] = function
+        return function(stand, *args, **kwargs)
+
+    def saw(self, stand: nn.Module, name: str, value: Any) -> None:
+        """An attribute was read from a module's stand-in."""
+        _, path, module = stand.__dict__[_READER]
+        notes = self._note(path, module)
+        place = f"{'.'.join(path) or 'self'}.{name}"
+        if name in module.__dict__:
+            raw = module.__dict__[name]
+            if isinstance(raw, Tensor):
+                return
+            notes.own[name] = stand.__dict__["training"] if name == "training" else raw
+            if isinstance(raw, types.MethodType) and raw.__self__ is module:
+                self._functions[raw.__func__.__code__] = raw.__func__
+            else:
+                self._check_constant(raw, place)
+            return
+        raw = inspect.getattr_static(type(module), name, MISSING)
+        notes.inherited[name] = getattr(type(module), name, MISSING)
+        if isinstance(raw, (staticmethod, classmethod)):
+            raw = raw.__func__
+        if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType):
+            raw = raw.fget
+        self._check_constant(None if raw is MISSING else raw, place)
+
+    # Functions, and what they read
+
+    def _check_constant(self, value: Any, place: str) -> None:
+        """Refuse a value that can change without another object taking its place."""
+        if isinstance(value, types.FunctionType):
+            self._functions[value.__code__] = value
+        elif isinstance(value, (tuple, frozenset)):
+            for item in value:
+                self._check_constant(item, place)
+        elif not isinstance(value, _CONSTANTS):
+            raise Refusal(
+                f"its forward reads {place}, a {type(value).__name__}, whose changes cannot be "
+                "noticed"
+            )
+
+    def _profile(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        try:
+            if event == "call":
+                self._enter(frame)
+            elif frame.f_code not in self._read_codes:
+                return
+            elif event == "c_call":
+                self._pending = None if _is_pure(arg) else arg
+            elif event == "c_return" and self._pending is not None:
+                name = getattr(self._pending, "__name__", self._pending)
+                raise Refusal(f"its forward calls {name}, whose result can change")
+        except Refusal as refusal:
+            self.reason = self.reason or str(refusal)
+
+    def _enter(self, frame: types.FrameType) -> None:
+        code, caller = frame.f_code, frame.f_back
+        from_here = caller is not None and caller.f_code.co_filename.startswith(_HERE)
+        if _is_users(code):
+            if not from_here or code in self._functions:  # else generated, of a NamedTuple say
+                self._read_code(code, frame)
+        elif code is _TORCH_FUNCTION:
+            self._pending = None
+        elif (
+            caller is not None
+            and caller.f_code in self._read_codes
+            and not code.co_filename.startswith(_HERE)
+        ):
+            followed = code.co_filename.startswith((_TORCH + "nn" + os.sep, _TORCH + "functional"))
+            if code.co_name not in _PURE_FUNCTIONS and not (
+                followed and any(map(_is_followed, frame.f_locals.values()))
+            ):
+                raise Refusal(f"its forward calls {code.co_name}, whose result can change")
+
+    def _read_code(self, code: types.CodeType, frame: types.FrameType) -> None:
+        if code in self._read_codes:
+            return
+        function = self._functions.get(code) or self._of_super(code, frame)
+        if function is None:
+            raise Refusal(
+                f"its forward calls {code.co_name}, which is not an attribute of a module, a class "
+                "or a file"
+            )
+        self._read_codes.update(_codes(code))
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._attribute(function, name, getattr(function, name))
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._check_constant(default, f"a default of {function.__name__}")
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            self._attribute(cell, "cell_contents", getattr(cell, "cell_contents", MISSING))
+            self._check_constant(getattr(cell, "cell_contents", None), name)
+        for chain in _global_names(code):
+            self._read_global(function.__globals__, chain)
+
+    def _of_super(self, code: types.CodeType, frame: types.FrameType) -> Any:
+        """The method with this code of a base class, which ``super()`` calls."""
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+        for base in type(owner).__mro__ if _is_followed(owner) else ():
+            function = base.__dict__.get(code.co_name)
+            if isinstance(function, types.FunctionType) and function.__code__ is code:
+                self._attribute(base, code.co_name, function)
+                return function
+        return None
+
+    def _read_global(self, values: dict, chain: tuple[str, ...]) -> None:
+        """A global variable, and of a module (a file) the attribute that is taken of it."""
+        for i, name in enumerate(chain):
+            value = values.get(name, MISSING)
+            self._items[id(values), name] = values, name, value
+            if value is MISSING:
+                if i or not hasattr(builtins, name) or name == "type":
+                    raise Refusal(f"its forward reads {'.'.join(chain)}, which cannot be guarded")
+                return
+            self._check_constant(value, name)
+            if not isinstance(value, types.ModuleType):
+                return
+            values = value.__dict__
+
+    def _attribute(self, thing: Any, name: str, value: Any) -> None:
+        self._attributes[id(thing), name] = thing, name, value
+
+
+class _Notes:
+    """What was read of one module; becomes an ``Entry``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.called, self.is_layer = module, False, False
+        self.own: dict[str, Any] = {}
+        self.inherited: dict[str, Any] = {}
+
+    def entry(self, path: Path, paths: dict[int, Path]) -> Entry:
+        module = self.module
+        own = {
+            name: Method(value.__func__)
+            if isinstance(value, types.MethodType) and value.__self__ is module
+            else value
+            for name, value in self.own.items()
+        }
+        return Entry(
+            path, plain_kind(module),
+            tuple((n, None if c is None else paths.get(id(c))) for n, c in module._modules.items()),
+            tuple(own.items()), tuple(self.inherited.items()), self.called,
+            any(map(len, hooks_of(module))), self.is_layer,
+        )  # fmt: skip
+
+
+def _recorder(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class derived from a module's that tells the reader of every attribute and call."""
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        if name in _PLUMBING or name.startswith("__"):
+            if name in ("__dict__", "__class__") and _is_users(sys._getframe(1).f_code):
+                raise Refusal(f"its forward reads {name}, whose changes cannot be noticed")
+            return kind.__getattribute__(self, name)
+        values = object.__getattribute__(self, "__dict__")
+        if name != _READER and name not in _groups(values):
+            values[_READER][0].saw(self, name, None)
+        return kind.__getattribute__(self, name)
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return object.__getattribute__(self, "__dict__")[_READER][0].call(self, args, kwargs)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        raise Refusal(f"its forward sets {name}")
+
+    def __delattr__(self: Any, name: str) -> None:
+        raise Refusal(f"its forward deletes {name}")
+
+    return type(
+        kind.__name__,
+        (kind,),
+        {
+            "__getattribute__": __getattribute__,
+            "__call__": __call__,
+            "__setattr__": __setattr__,
+            "__delattr__": __delattr__,
+            "__module__": kind.__module__,
+            _READER: None,
+        },
+    )
+
+
+def _groups(values: dict) -> set[str]:
+    """Names of a module's parameters, buffers and children: guarded by their dictionaries."""
+    return {*values["_parameters"], *values["_buffers"], *values["_modules"]}
+
+
+@functools.cache
+def _is_users(code: types.CodeType) -> bool:
+    """Whether code is neither PyTorch's, nor Python's, nor of this package."""
+    name = code.co_filename
+    if name.startswith((_HERE, _TORCH)):
+        return False
+    return not name.startswith(_STANDARD) or "site-packages" in name or "dist-packages" in name
+
+
+def _is_followed(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return any(map(_is_followed, value))
+    return type(value) is Symbol or _READER in type(value).__dict__
+
+
+def _is_pure(function: Any) -> bool:
+    """Whether a C function gives the same for the same arguments, and does nothing else."""
+    if getattr(function, "__module__", None) == "builtins":
+        return function.__name__ in _PURE_BUILTINS
+    if getattr(function, "__module__", None) == "math":
+        return True
+    return isinstance(getattr(function, "__self__", None), _CONTAINERS)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a function and of those inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """The globals that a function names, each with the attributes that are taken of it."""
+    chains: dict[tuple[str, ...], None] = {}
+    for inner in _codes(code):
+        chain: tuple[str, ...] = ()
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                if chain:
+                    chains[chain] = None
+                chain = (instruction.argval,)
+            elif chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                chain = (*chain, instruction.argval)
+            elif chain and instruction.opname not in ("CACHE", "PUSH_NULL"):
+                chains[chain] = None
+                chain = ()
+        if chain:
+            chains[chain] = None
+    return tuple(chains)

@@ -1,0 +1,853 @@
+"""What people do with a fused model: at each step it computes what its plain twin computes.
+
+The twin is a copy made before ``fuse``, and the same change is applied to both. Outputs, gradients,
+buffers and hook calls are compared in float64. ``FAMILIES`` are the models: Ghost modules in every
+form, our own modules, bottlenecks, and a small GhostNet. All take 6 channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ghost_forms import FORMS, Sliced, randomize
+from torch import Tensor, nn
+
+import ghost_ops
+from ghost_ops import FusedGhostModule
+from ghost_ops.models import GhostNet
+from ghost_ops.reference import GhostBottleneck, GhostModule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*runs its own forward"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+Seen = dict[str, Any]
+
+
+# --- forms that differ from FORMS only in how they are written --------------------------------
+
+
+class Flat(nn.Module):
+    """No Sequentials: conv1, bn1, conv2, bn2 and a functional ReLU."""
+
+    def __init__(self, padding: int | str = 1) -> None:
+        super().__init__()
+        self.oup = 7
+        self.conv1, self.bn1 = nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=padding, groups=4, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        z = F.relu(self.bn2(self.conv2(y)))
+        return torch.cat([y, z], 1)[:, : self.oup]
+
+
+class Functional(nn.Module):
+    """Sequentials, each followed by a functional activation."""
+
+    slope = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        self.primary = nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.cheap = nn.Sequential(conv, nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.primary(x), self.slope)
+        return torch.cat([y, F.leaky_relu(self.cheap(y), self.slope)], 1)
+
+
+class Scaled(Sliced):
+    """The input is named feat, and there is an optional argument."""
+
+    def forward(self, feat: Tensor, scale: float = 1.0) -> Tensor:
+        y = self.primary_conv(feat)
+        return torch.cat([y, self.cheap_operation(y)], 1)[:, : self.out_chs] * scale
+
+
+class Tail(Sliced):
+    """Children after the concatenation; ``act`` is None or a module."""
+
+    def __init__(self, *tail: nn.Module, act: nn.Module | None = None) -> None:
+        super().__init__(6, 8)
+        self.out, self.act = nn.Sequential(*tail), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.primary_conv(x)
+        out = self.out(torch.cat([y, self.cheap_operation(y)], 1))
+        return out if self.act is None else self.act(out)
+
+
+def biased() -> nn.Module:
+    module = Sliced(6, 8)
+    module.primary_conv[0] = nn.Conv2d(6, 4, 1)
+    module.cheap_operation[0] = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    return module
+
+
+def network() -> nn.Module:
+    """A GhostNet of two bottlenecks."""
+    net = GhostNet(0.25, num_classes=5, dropout=0.0, in_chans=6)
+    c, last = net.conv_stem.out_channels, type(net.blocks[-1][0])
+    blocks = GhostBottleneck(c, 8, c), GhostBottleneck(c, 12, 8, 5, 2, se_ratio=0.25), last(8, 12)
+    net.blocks = nn.Sequential(*(nn.Sequential(block) for block in blocks))
+    net.conv_head, net.classifier = nn.Conv2d(12, 16, 1), nn.Linear(16, 5)
+    return net
+
+
+REWRITTEN: dict[str, Callable[[], nn.Module]] = {
+    "flat": Flat,
+    "flat, padding same": lambda: Flat("same"),
+    "functional activation": Functional,
+    "biases before batch norms": biased,
+    "optional argument": lambda: Scaled(6, 7),
+    "identity after": lambda: Tail(nn.Identity()),
+    "activation after": lambda: Tail(nn.ReLU(), act=nn.SiLU()),
+    "batch norm after": lambda: Tail(nn.BatchNorm2d(8), nn.ReLU()),
+    "dropout after": lambda: Tail(nn.Dropout2d(0.0)),
+    "PReLU": lambda: Sliced(6, 8, act1=nn.PReLU(4), act2=nn.PReLU()),
+}
+OURS: dict[str, Callable[[], nn.Module]] = {
+    "FusedGhostModule": lambda: GhostModule(6, 8),
+    "FusedGhostModule, odd, ratio 3, 5x5": lambda: GhostModule(6, 10, ratio=3, dw_size=5),
+}
+BOTTLENECKS: dict[str, Callable[[], nn.Module]] = {
+    "bottleneck": lambda: GhostBottleneck(6, 12, 6),
+    "bottleneck, gated": lambda: GhostBottleneck(6, 12, 8, 5, se_ratio=0.25),
+    "bottleneck, stride 2": lambda: GhostBottleneck(6, 12, 8, stride=2),
+    "bottleneck, stride 2, gated": lambda: GhostBottleneck(6, 12, 8, 5, 2, se_ratio=0.25),
+}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"network": network}
+FAMILIES = {**FORMS, **REWRITTEN, **OURS, **BOTTLENECKS, **NETWORKS}
+
+
+# --- twins, and what is seen of them ----------------------------------------------------------
+
+
+@functools.cache
+def made(family: str) -> nn.Module:
+    """The plain model of a family, in float64. It is shared: tests copy it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(FAMILIES[family]()).double()
+
+
+def fuse_copy(plain: nn.Module) -> nn.Module:
+    fused = copy.deepcopy(plain)
+    report = ghost_ops.fuse(fused)
+    assert report.swapped, report
+    return fused
+
+
+def twins(family: str, training: bool = False) -> tuple[nn.Module, nn.Module]:
+    """A model that is fused in the given mode, and its plain twin."""
+    plain = copy.deepcopy(made(family)).train(training)
+    if family in OURS:
+        return FusedGhostModule.from_reference(copy.deepcopy(plain)), plain
+    return fuse_copy(plain), plain
+
+
+def image(n: int = 3, h: int = 12, w: int = 11, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, h, w, generator=generator, dtype=torch.float64)
+
+
+def observe(
+    model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None, *, grad: bool = True,
+    x_grad: bool = True, owner: nn.Module | None = None, calls: list | None = None,
+) -> Seen:  # fmt: skip
+    """Run one forward, and a backward if the output requires it; return every visible result.
+
+    Args:
+        call: the callable to run, if it is not the model.
+        x_grad: whether the input requires a gradient.
+        owner: another model whose gradients and buffers are returned too.
+        calls: the list that hooks append to; it is emptied.
+
+    Returns:
+        Output, gradients, buffers, state_dict keys and hook calls by name; after an exception only
+        its type and message.
+    """
+    torch.manual_seed(7)
+    models = [model] if owner is None else [model, owner]
+    for p in (p for m in models for p in m.parameters()):
+        p.grad = None
+    x = x.clone().requires_grad_(grad and x_grad)
+    try:
+        with torch.set_grad_enabled(grad):
+            out = (model if call is None else call)(x)
+            seen: Seen = {"output": out.detach().clone(), "recorded": out.requires_grad}
+            if out.requires_grad:
+                weights = torch.arange(out.numel(), dtype=out.dtype).cos().view_as(out)
+                (out * weights).sum().backward()
+    except Exception as error:
+        if calls is not None:
+            calls.clear()
+        return {"raised": type(error), "message": str(error)}
+    seen["gradient of the input"] = x.grad
+    for index, m in enumerate(models):
+        seen |= {f"{index}: gradient of {name}": p.grad for name, p in m.named_parameters()}
+        seen |= {f"{index}: {name}": b.clone() for name, b in m.named_buffers()}
+        seen[f"{index}: keys"] = list(m.state_dict())
+    for index, (name, tensors) in enumerate(calls or ()):
+        seen[f"call {index}"] = name
+        seen |= {f"call {index}, {name}, tensor {i}": t for i, t in enumerate(tensors)}
+    if calls is not None:
+        calls.clear()
+    return seen
+
+
+def same(got: Seen, want: Seen, *, may_raise: bool = False) -> None:
+    """Compare two observations; with ``may_raise``, two exceptions of one type are equal."""
+    if "raised" in want and may_raise:
+        assert got.get("raised") is want["raised"], (got.get("message"), want["message"])
+        return
+    assert "raised" not in want, want["message"]
+    assert "raised" not in got, got["message"]
+    assert list(got) == list(want), sorted(set(got) ^ set(want))
+    for key, b in want.items():
+        if not isinstance(b, Tensor) or not isinstance(got[key], Tensor):
+            assert got[key] == b, key
+            continue
+        torch.testing.assert_close(
+            got[key], b, rtol=1e-8, atol=1e-9, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+def agree(fused: nn.Module, plain: nn.Module, **kwargs: Any) -> None:
+    """Compare with gradients, then twice without: the second call runs from packed weights."""
+    for grad in (True, False, False):
+        same(*(observe(model, image(), grad=grad) for model in (fused, plain)), **kwargs)
+
+
+HOOKS = ("forward pre", "forward", "full backward pre", "full backward")
+
+
+def add_hook(
+    module: nn.Module | None, kind: str, calls: list, name: str = "", factor: float | None = None,
+    names: dict[nn.Module, str] | None = None,
+) -> Any:  # fmt: skip
+    """Register a hook that appends its tensors to ``calls``.
+
+    Args:
+        module: the module of the hook; None registers a global hook.
+        factor: the hook multiplies the tensors by it; None leaves them as they are.
+        names: names of the modules, for a global hook.
+    """
+
+    def hook(m: nn.Module, *passed: Any) -> Any:
+        last = passed[0] if kind == "full backward" else passed[-1]
+        flat = (last,) if isinstance(last, Tensor) else last
+        where = name if names is None else names.get(m, "another module")
+        tensors = [t.detach().clone() for t in flat if t is not None]
+        calls.append((f"{kind} hook of {where}", tensors))
+        if factor is None:
+            return None
+        scaled = tuple(None if t is None else t * factor for t in flat)
+        return scaled[0] if isinstance(last, Tensor) else scaled
+
+    method = f"{kind.replace(' ', '_')}_hook"
+    if module is not None:
+        return getattr(module, f"register_{method}")(hook)
+    return getattr(nn.modules.module, f"register_module_{method}")(hook)
+
+
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+FEW = ("authors", "Ultralytics", "FusedGhostModule", "bottleneck, stride 2, gated", "network")
+
+
+# --- 1: replicas and other copies -------------------------------------------------------------
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As ``nn.DataParallel``: every module copied, with tensors computed from the parameters."""
+    copies = {m: m._replicate_for_data_parallel() for m in model.modules()}
+    for m, other in copies.items():
+        for name, child in m._modules.items():
+            if child is not None:
+                setattr(other, name, copies[child])
+        other_weights(m, other)
+        for name, b in m._buffers.items():
+            other._buffers[name] = b if b is None else b + (0.25 if b.is_floating_point() else 0)
+    return copies[model]
+
+
+def other_weights(module: nn.Module, other: nn.Module) -> None:
+    for name, p in module._parameters.items():
+        if p is None:
+            other._parameters[name] = None
+        else:
+            setattr(other, name, p * 1.5)
+
+
+def replica_of_convolutions(model: nn.Module) -> nn.Module:
+    """A replica in which only the convolutions have other weights."""
+    other = model._replicate_for_data_parallel()
+    if isinstance(model, nn.Conv2d):
+        other_weights(model, other)
+    else:
+        other._parameters = model._parameters
+    for name, child in model._modules.items():
+        other._modules[name] = child and replica_of_convolutions(child)
+    return other
+
+
+def scaled(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    return model
+
+
+def shallow(model: nn.Module) -> nn.Module:
+    other = type(model).__new__(type(model))
+    other.__dict__ = model.__dict__.copy()
+    other._modules = copy.deepcopy(model._modules)
+    return scaled(other)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    other = copy.copy(model)
+    other._modules = copy.deepcopy(model._modules)
+    return scaled(other)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "replica": replica,
+    "replica of convolutions": replica_of_convolutions,
+    "copy of __dict__": shallow,
+    "copy.copy": copied,
+    "deepcopy": lambda model: scaled(copy.deepcopy(model)),
+    "pickle": lambda model: scaled(pickle.loads(pickle.dumps(model))),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@TRAINING
+@pytest.mark.parametrize(
+    "family", [*FEW, "bottleneck", "flat", "batch norm after", "PReLU", "Ultralytics, folded"]
+)
+def test_01_copies_compute_with_their_own_weights(family: str, training: bool, how: str) -> None:
+    for warm in (False, True):
+        fused, plain = twins(family, training)
+        if warm:
+            agree(fused, plain)
+        pairs = [(COPIES[how](model), model) for model in (fused, plain)]
+        for grad in (True, False, False):
+            same(*(observe(other, image(), grad=grad, owner=model) for other, model in pairs))
+        same(*(observe(model, image(), grad=False) for model in (fused, plain)))
+
+
+# --- 2: the arguments of forward --------------------------------------------------------------
+
+
+@TRAINING
+def test_02_arguments_of_forward(training: bool) -> None:
+    models = twins("optional argument", training)
+    calls: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m(x), lambda m, x: m(feat=x), lambda m, x: m(x, scale=2.0),
+        lambda m, x: m(feat=x, scale=2.0), lambda m, x: m(x, 0.5), lambda m, x: m(x, 1.0),
+        lambda m, x: m(x, x[:, :1]), lambda m, x: m(), lambda m, x: m(x, 1.0, 2.0),
+        lambda m, x: m(x, other=1), lambda m, x: m(x=x), lambda m, x: m(x),
+    ]  # fmt: skip
+    for call in calls:
+        for grad in (True, False):
+            seen = [observe(m, image(), functools.partial(call, m), grad=grad) for m in models]
+            same(*seen, may_raise=True)
+
+
+# --- 3: hooks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", [*FEW, "identity after", "dropout after"])
+def test_03_hooks_of_children_without_parameters(family: str, when: str, kind: str) -> None:
+    model = made(family)
+    modules = dict(model.named_children() if family == "network" else model.named_modules())
+    for name in [name for name, m in modules.items() if name and not list(m.parameters())]:
+        fused, plain = twins(family)
+        if when == "after":
+            agree(fused, plain)
+        else:
+            ghost_ops.unfuse(fused)
+        calls: list = []
+        handles = [add_hook(m.get_submodule(name), kind, calls, name) for m in (fused, plain)]
+        if when == "before":
+            ghost_ops.fuse(fused)
+        for training, grad in ((True, True), (False, False)):
+            seen = [observe(m.train(training), image(), grad=grad, calls=calls)
+                    for m in (fused, plain)]  # fmt: skip
+            same(*seen, may_raise=True)
+        for handle in handles:
+            handle.remove()
+        same(*(observe(model, image(), grad=False) for model in (fused, plain)))
+        assert not calls
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("family", ["Ultralytics", "FusedGhostModule", "bottleneck", "network"])
+def test_03_hooks_of_all_modules_come_and_go(family: str, kind: str) -> None:
+    models, seen = twins(family), []
+    agree(*models)
+    for model in models:
+        calls: list = []
+        handle = add_hook(None, kind, calls, names={m: n for n, m in model.named_modules()})
+        try:
+            seen.append([observe(model, image(), grad=grad, calls=calls) for grad in (True, False)])
+        finally:
+            handle.remove()
+        calls.clear()
+        seen[-1].append(observe(model, image(), calls=calls))
+    for got, want in zip(*seen, strict=True):
+        same(got, want, may_raise=True)
+
+
+WARNED_ONCE = """
+import warnings, torch, ghost_ops
+module = ghost_ops.FusedGhostModule(6, 8).eval()
+module.primary_conv[0].register_forward_hook(lambda *_: None)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        module(torch.zeros(1, 6, 4, 4))
+ours = [w for w in caught if "runs its own forward" in str(w.message)]
+assert len(ours) == 1 and ours[0].category is UserWarning, [str(w.message) for w in caught]
+"""
+
+
+def test_a_warning_says_once_that_the_own_forward_runs() -> None:
+    """In a process of its own, in which no other test had the warning."""
+    root = str(pathlib.Path(ghost_ops.__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
+    command = [sys.executable, "-c", WARNED_ONCE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+# --- 4, 5, 6: heads, rates, attributes --------------------------------------------------------
+
+
+def setting(path: str, make: Callable[[], Any]) -> Callable[[nn.Module], None]:
+    parent, _, name = path.rpartition(".")
+    return lambda model: setattr(model.get_submodule(parent), name, make())
+
+
+CHANGES: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
+    "4 pooling": ("network", setting("global_pool", lambda: nn.AdaptiveMaxPool2d(1))),
+    "4 classifier": ("network", setting("classifier", lambda: nn.Linear(16, 3).double())),
+    "4 no classifier": ("network", setting("classifier", nn.Identity)),
+    "4 activation": ("network", setting("act2", nn.SiLU)),
+    "5 network": ("network", setting("dropout", lambda: 0.5)),
+    "5 module": ("dropout after", setting("out.0.p", lambda: 0.5)),
+    "6 width": ("authors", setting("out_chs", lambda: 5)),
+    "6 width, ratio 3": ("FusedGhostModule, odd, ratio 3, 5x5", setting("oup", lambda: 7)),
+    "6 wider": ("flat", setting("oup", lambda: 8)),
+    "6 width of a part": ("bottleneck", setting("ghost2.oup", lambda: 5)),
+    "6 slope": ("functional activation", setting("slope", lambda: 0.4)),
+    "6 no module": ("activation after", setting("act", lambda: None)),
+    "6 stride": ("bottleneck, stride 2", setting("stride", lambda: 1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@TRAINING
+def test_04_05_06_changes_after_fuse(name: str, training: bool, warm: bool) -> None:
+    family, change = CHANGES[name]
+    fused, plain = twins(family, training)
+    if warm:
+        agree(fused, plain)
+    for model in (fused, plain):
+        torch.manual_seed(3)  # new layers start alike
+        change(model)
+    agree(fused, plain, may_raise=name in ("6 width of a part", "6 stride"))
+
+
+SLOPE, ACTIVATION = 0.1, F.relu
+
+
+class ReadsGlobals(Functional):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.primary(x), SLOPE)
+        return torch.cat([y, ACTIVATION(self.cheap(y))], 1)
+
+
+def reads_a_closure() -> tuple[nn.Module, Callable[[float], None]]:
+    slope = 0.1
+
+    class ReadsClosure(Functional):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.leaky_relu(self.primary(x), slope)
+            return torch.cat([y, F.leaky_relu(self.cheap(y), slope)], 1)
+
+    def set_slope(value: float) -> None:
+        nonlocal slope
+        slope = value
+
+    return ReadsClosure(), set_slope
+
+
+@TRAINING
+@pytest.mark.parametrize("what", ["number", "function", "closure", "class", "class's forward"])
+def test_06_what_forward_reads_elsewhere(
+    what: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Globals, closures, and attributes and methods of classes."""
+    plain, set_slope = reads_a_closure() if what == "closure" else (ReadsGlobals(), None)
+    if what.startswith("class"):
+        plain = Functional()
+    randomize(plain).double().train(training)
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    agree(fused, plain)
+    if set_slope:
+        set_slope(0.4)
+    elif what in ("number", "function"):
+        name, value = ("SLOPE", 0.4) if what == "number" else ("ACTIVATION", torch.tanh)
+        monkeypatch.setitem(globals(), name, value)
+    elif what == "class":
+        monkeypatch.setattr(Functional, "slope", 0.4)
+    else:
+        monkeypatch.setattr(Functional, "forward", lambda self, x: self.primary(x) * 2)
+    agree(fused, plain)
+
+
+# --- 7, 12: what is left alone ----------------------------------------------------------------
+
+COUNTED: list[int] = []
+
+
+def branches(self: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = self.primary_conv(x)
+    return y, self.cheap_operation(y)
+
+
+def joined(self: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat(branches(self, x), 1)
+
+
+def by_size(self: nn.Module, x: Tensor) -> Tensor:
+    if x.shape[-1] > 12:
+        x = F.pad(x, (0, x.shape[-1] % 2))
+    return joined(self, x)
+
+
+def by_value(self: nn.Module, x: Tensor) -> Tensor:
+    y, z = branches(self, x)
+    return torch.cat([y, z], 1) if x.sum() > 0 else torch.cat([z, y], 1)
+
+
+def counts(self: nn.Module, x: Tensor) -> Tensor:
+    self.calls += 1
+    return joined(self, x)
+
+
+def counts_elsewhere(self: nn.Module, x: Tensor) -> Tensor:
+    COUNTED.append(1)
+    return joined(self, x)
+
+
+def prints(self: nn.Module, x: Tensor) -> Tensor:
+    print("called")
+    return joined(self, x)
+
+
+def raises(self: nn.Module, x: Tensor) -> Tensor:
+    joined(self, x)
+    raise ZeroDivisionError("on purpose")
+
+
+def form(forward: Callable[..., Any], **attributes: Any) -> nn.Module:
+    """The children of a Ghost module with another forward."""
+    module = type("Other", (Sliced,), {"forward": forward})(6, 8)
+    vars(module).update(attributes)
+    return module
+
+
+def dimensional(conv: type, norm: type) -> nn.Module:
+    module, cheap = form(joined), conv(4, 4, 3, padding=1, groups=4)
+    module.primary_conv = nn.Sequential(conv(6, 4, 1), norm(4), nn.ReLU())
+    module.cheap_operation = nn.Sequential(cheap, norm(4), nn.ReLU())
+    return module
+
+
+def group_norm() -> nn.Module:
+    module = Sliced(6, 8)
+    module.cheap_operation[1] = nn.GroupNorm(2, 4)
+    return module
+
+
+LEFT: dict[str, Callable[[], nn.Module]] = {
+    "sum": lambda: form(lambda self, x: sum(branches(self, x))),
+    "ghosts first": lambda: form(lambda self, x: torch.cat(branches(self, x)[::-1], 1)),
+    "Conv1d": lambda: dimensional(nn.Conv1d, nn.BatchNorm1d),
+    "Conv3d": lambda: dimensional(nn.Conv3d, nn.BatchNorm3d),
+    "ConvTranspose2d": lambda: dimensional(nn.ConvTranspose2d, nn.BatchNorm2d),
+    "Mish": lambda: Sliced(6, 8, act1=nn.Mish(), act2=nn.Mish()),
+    "ELU": lambda: Sliced(6, 8, act2=nn.ELU()),
+    "GroupNorm": group_norm,
+    "size of the input": lambda: form(by_size),
+    "values of the input": lambda: form(by_value),
+    "sets an attribute": lambda: form(counts, calls=0),
+    "changes a global": lambda: form(counts_elsewhere),
+    "prints": lambda: form(prints),
+    "list": lambda: form(lambda s, x: joined(s, x)[:, : s.cfg[0]], cfg=[8]),
+    "dict": lambda: form(lambda s, x: joined(s, x)[:, : s.cfg["oup"]], cfg={"oup": 8}),
+    "namespace": lambda: form(
+        lambda s, x: joined(s, x)[:, : s.cfg.oup], cfg=types.SimpleNamespace(oup=8)
+    ),
+    "no_grad": lambda: form(torch.no_grad()(joined)),
+    "raises": lambda: form(raises),
+}
+LATER: dict[str, Callable[[Any], None]] = {
+    "list": lambda module: module.cfg.__setitem__(0, 5),
+    "dict": lambda module: module.cfg.update(oup=5),
+    "namespace": lambda module: setattr(module.cfg, "oup", 5),
+}
+
+
+@TRAINING
+@pytest.mark.parametrize("name", LEFT)
+def test_07_12_left_alone(name: str, training: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = randomize(LEFT[name]()).double().train(training)
+    fused = copy.deepcopy(plain)
+    report = ghost_ops.fuse(fused)
+    assert not report.swapped
+    assert all(entry.detail for entry in report.left)
+    assert type(fused) is type(plain)
+    inputs = [image(), image(w=13), -image()]
+    if name in ("Conv1d", "Conv3d"):
+        inputs = [x.flatten(2) if name == "Conv1d" else x.unflatten(2, (3, -1)) for x in inputs]
+    results, effects = [], []
+    for model in (fused, plain):
+        assert getattr(model, "calls", 0) == 0  # fuse has no side effect on the module
+        COUNTED.clear()
+        capsys.readouterr()
+        results.append([observe(model, x, grad=grad) for x in inputs for grad in (True, False)])
+        LATER.get(name, bool)(model)
+        results[-1].append(observe(model, inputs[0]))
+        effects.append((getattr(model, "calls", 0), len(COUNTED), capsys.readouterr().out))
+    for got, want in zip(*results, strict=True):
+        same(got, want, may_raise=name == "raises")
+    assert effects[0] == effects[1]
+
+
+# --- 8: compiled after a change, and changed after compiling ----------------------------------
+
+
+def double_a_hook(model: nn.Module) -> None:
+    model.primary_conv[0].register_forward_hook(lambda _m, _i, out: out * 2)
+
+
+BEFORE_OR_AFTER: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
+    "hook": ("authors", double_a_hook),
+    "activation": ("authors", setting("primary_conv.2", nn.SiLU)),
+    "eps": ("authors", setting("primary_conv.1.eps", lambda: 0.5)),
+    "forward": ("Ultralytics", setting("cv1.act.forward", lambda: torch.tanh)),
+    "width": ("FusedGhostModule", setting("oup", lambda: 6)),
+    "slope": ("functional activation", setting("slope", lambda: 0.4)),
+    "rate": ("dropout after", setting("out.0.p", lambda: 0.5)),
+    "norm": ("bottleneck, stride 2, gated", setting("bn_dw.eps", lambda: 0.5)),
+    "no gate": ("bottleneck, stride 2, gated", setting("se", lambda: None)),
+    "pooling": ("network", setting("global_pool", lambda: nn.AdaptiveMaxPool2d(1))),
+}
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", BEFORE_OR_AFTER)
+@pytest.mark.parametrize("when", ["before", "after"])
+@TRAINING
+def test_08_compiled(name: str, when: str, training: bool) -> None:
+    family, change = BEFORE_OR_AFTER[name]
+    if name == "hook" and when == "after":
+        pytest.skip("PyTorch's compiler does not look for hooks after its first call")
+    backend = "aot_eager" if (when == "after") == training else "eager"
+    fused, plain = twins(family, training)
+    compiled = torch.compile(fused, backend=backend)
+
+    def look() -> None:
+        same(observe(fused, image(), compiled, grad=training),
+             observe(plain, image(), grad=training))  # fmt: skip
+
+    if when == "after":
+        look()
+    for model in (fused, plain):
+        change(model)
+    look()
+
+
+# --- 9: tools that read models ----------------------------------------------------------------
+
+SCRIPTABLE = ("authors", "NanoDet", "timm, linear", "Ultralytics", "convolutions with biases",
+              "flat", "Ultralytics, k=3 s=2")  # fmt: skip
+
+
+@TRAINING
+@pytest.mark.parametrize("family", [*FEW, *REWRITTEN, "bottleneck", "GhostModuleV2"])
+def test_09_symbolic_trace(family: str, training: bool) -> None:
+    fused, plain = twins(family, training)
+    for _ in range(2):  # cold and warm
+        traced = torch.fx.symbolic_trace(fused)
+        for grad in (True, False):
+            same(observe(fused, image(), traced, grad=grad), observe(plain, image(), grad=grad))
+        agree(fused, plain)
+
+
+@TRAINING
+@pytest.mark.parametrize("family", SCRIPTABLE)
+def test_09_script(family: str, training: bool) -> None:
+    fused, plain = twins(family, training)
+    for _ in range(2):
+        scripted = torch.jit.script(fused)
+        for grad in (True, False):
+            same(observe(fused, image(), scripted, grad=grad), observe(plain, image(), grad=grad))
+        agree(fused, plain)
+
+
+@pytest.mark.parametrize("family", [*FEW, *REWRITTEN, "GhostModuleV2"])
+def test_09_trace(family: str) -> None:
+    fused, plain = twins(family)
+    for _ in range(2):
+        with torch.no_grad():
+            traced = torch.jit.trace(fused, image())
+        for x in (image(), image(2, 9, 10)):
+            same(observe(fused, x, traced, grad=False), observe(plain, x, grad=False))
+        agree(fused, plain)
+
+
+@pytest.mark.parametrize("tool", ["script", "trace", "symbolic_trace"])
+@pytest.mark.parametrize("family", ["authors", "Ultralytics", "flat"])
+def test_09_what_tools_made_is_left(family: str, tool: str) -> None:
+    plain, other = made(family), copy.deepcopy(made(family)).eval()
+    made_by_tool = {"script": torch.jit.script, "symbolic_trace": torch.fx.symbolic_trace,
+                    "trace": lambda m: torch.jit.trace(m, image())}[tool](other)  # fmt: skip
+    model = nn.Sequential(made_by_tool)
+    report = ghost_ops.fuse(model)
+    assert not report.swapped
+    assert model[0] is made_by_tool
+    agree(model, nn.Sequential(copy.deepcopy(plain).eval()))
+
+
+# --- 10: weights written behind PyTorch's back ------------------------------------------------
+
+
+@TRAINING
+@pytest.mark.parametrize("family", FAMILIES)
+def test_10_data_and_reset_cache(family: str, training: bool) -> None:
+    fused, plain = twins(family, training)
+    agree(fused, plain)
+    outer = nn.Sequential(nn.ModuleList([fused]), nn.Identity())
+    for factor, reset in ((0.5, fused.reset_cache), (0.7, lambda: ghost_ops.reset_cache(outer))):
+        for model in (fused, plain):
+            for p in model.parameters():
+                p.data.mul_(factor)
+        reset()
+        agree(fused, plain)
+    ghost_ops.reset_cache(plain)  # nothing to do, and no error
+
+
+@pytest.mark.parametrize("model", [None, "model", {}, torch.zeros(1), nn.Module], ids=str)
+def test_10_reset_cache_of_no_module(model: object) -> None:
+    with pytest.raises(TypeError):
+        ghost_ops.reset_cache(model)  # type: ignore[arg-type]
+
+
+# --- 11: the same formula, written otherwise; and the mode when fuse runs ---------------------
+
+
+@TRAINING
+@pytest.mark.parametrize("family", [*REWRITTEN, *FORMS])
+def test_11_fused_however_it_is_written(family: str, training: bool) -> None:
+    plain = copy.deepcopy(made(family)).train(training)
+    fused = copy.deepcopy(plain)
+    report = ghost_ops.fuse(fused)
+    assert [(e.name, e.action) for e in report.entries] == [("(model)", "swapped")], report
+    assert isinstance(fused, type(plain))
+    agree(fused, plain)
+    agree(fused.train(not training), plain.train(not training))
+
+
+@TRAINING
+@pytest.mark.parametrize("family", [*BOTTLENECKS, *NETWORKS])
+def test_bottlenecks_and_networks_are_fused_in_either_mode(family: str, training: bool) -> None:
+    plain = copy.deepcopy(made(family)).train(training)
+    for inference in (None, True, False):
+        fused = copy.deepcopy(plain)
+        report = ghost_ops.fuse(fused, inference=inference)
+        names, whole = [entry.name for entry in report.swapped], inference is not False
+        assert ("(model)" in names) is whole
+        assert (type(fused) is not type(plain)) is whole
+        assert any(name.endswith("ghost1") for name in names) or family == "network"
+        agree(fused, plain)
+        agree(fused.train(not training), plain.train(not training))
+        plain.train(training)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def test_a_module_that_contains_itself() -> None:
+    plain = randomize(Sliced(6, 8)).double()
+    fused = copy.deepcopy(plain)
+    for model in (fused, plain):
+        model.itself = model
+    report = ghost_ops.fuse(fused)
+    assert not report.swapped
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fused(image()), plain(image()), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_meta_device(family: str) -> None:
+    plain = copy.deepcopy(made(family)).eval()
+    fused = copy.deepcopy(plain).to("meta")
+    ghost_ops.fuse(fused)
+    with torch.no_grad():
+        out = fused(image().to("meta"))
+        assert out.is_meta
+        assert out.shape == plain(image()).shape
+    fused.to_empty(device="cpu").load_state_dict(plain.state_dict())
+    agree(fused, plain)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("family", FEW)
+def test_fuse_inside_compile(family: str) -> None:
+    plain = copy.deepcopy(made(family)).eval()
+    model = copy.deepcopy(plain)
+    kinds = [type(m) for m in model.modules()]
+    names = [list(vars(m)) for m in model.modules()]
+
+    def f(x: Tensor) -> Tensor:
+        ghost_ops.fuse(model)
+        return model(x)
+
+    with pytest.raises(RuntimeError, match=r"torch\.compile"):
+        torch.compile(f, backend="eager")(image())
+    assert [type(m) for m in model.modules()] == kinds
+    assert [list(vars(m)) for m in model.modules()] == names
+    agree(model, plain)
