@@ -63,6 +63,7 @@ struct Watch {
 PyTypeObject* g_type = nullptr;  // Watch
 PyObject* g_version = nullptr;   // interned attribute names
 PyObject* g_data_ptr = nullptr;
+PyObject* g_class = nullptr;
 
 // What these names are on torch's tensors; called directly, they cost a third of a lookup and call.
 // Null where they are not what they have always been.
@@ -179,7 +180,9 @@ bool add_attributes(Contents& to, PyObject* attributes) {
       PyErr_SetString(PyExc_TypeError, "Watch: names of attributes must be strings");
       return false;
     }
-    to.attributes.push_back({Py_NewRef(object), Py_NewRef(name), attribute(object, name)});
+    Py_INCREF(name);
+    PyUnicode_InternInPlace(&name);
+    to.attributes.push_back({Py_NewRef(object), name, attribute(object, name)});
   }
   return true;
 }
@@ -273,6 +276,9 @@ bool holds(const Item& item, PyObject* own) {
 }
 
 bool holds(const Attribute& entry) {
+  // The usual answer to `object.__class__`, without a call. A proxy may give another one.
+  if (entry.name == g_class && reinterpret_cast<PyObject*>(Py_TYPE(entry.object)) == entry.value)
+    return true;
   PyObject* value = attribute(entry.object, entry.name);
   const bool good = same(value, entry.value);
   Py_XDECREF(value);
@@ -341,7 +347,8 @@ PyType_Spec g_spec = {"ghost_ops._C.Watch", sizeof(Watch), 0,
 int add_watch_type(PyObject* module) {
   g_version = PyUnicode_InternFromString("_version");
   g_data_ptr = PyUnicode_InternFromString("data_ptr");
-  if (g_version == nullptr || g_data_ptr == nullptr) return -1;
+  g_class = PyUnicode_InternFromString("__class__");
+  if (g_version == nullptr || g_data_ptr == nullptr || g_class == nullptr) return -1;
   PyObject* type = PyType_FromSpec(&g_spec);
   if (type == nullptr) return -1;
   g_type = reinterpret_cast<PyTypeObject*>(type);  // kept for good

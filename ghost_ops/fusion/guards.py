@@ -124,6 +124,8 @@ class Entry(NamedTuple):
         replaced = any(name == "forward" for name, _ in self.own)
         return (
             any(map(len, hooks_of(module))) == self.hooked
+            # Dynamo guards what is used: to look into the dictionary alone is not enough.
+            and callable(module.forward)
             and ("forward" in module.__dict__) == replaced
         )
 

@@ -286,7 +286,8 @@ class _Reader:
             return None
         for name in _FORWARD_METHODS:
             method = getattr(type(module), name, None)
-            self._attribute(type(module), name, method or MISSING)
+            if method is not None:
+                self._attribute(type(module), name, method)
             if method is not _METHODS[base, name]:
                 return None
         hooks = list(module._forward_pre_hooks.values())
