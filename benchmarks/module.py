@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import engines, harness, providers, report, session, shapes
+from benchmarks import engines, harness, networks, providers, report, session, shapes
 from benchmarks.measure import Measurer, error_floors, failures, random_input
 from benchmarks.session import Session, Task
 from benchmarks.shapes import Shape
@@ -63,18 +63,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def overhead(measurer: Measurer) -> None:
-    """Call time of an 8 -> 16 module on x [1, 8, 4, 4]: next to no arithmetic."""
+    """Call time of an 8 -> 16 module on x [1, 8, 4, 4]: next to no arithmetic.
+
+    And of what ``fuse`` makes of other modules of that size, by the name of their form.
+    """
     shape = Shape(8, 16, 4)
     reference = providers.reference_module(shape, dtype=measurer.dtype)
     x = random_input(shape, 1, measurer.dtype)
     names = [p for p in measurer.chosen if p.family in ("eager", "folded", "fused")]
 
-    def run(what: str, training: bool, wrap: Callable[[Any, Tensor], Callable[[], object]]) -> None:
+    def run(
+        what: str, training: bool, wrap: Callable[[Any, Tensor], Callable[[], object]],
+        plain: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         calls, chosen = {}, {}
         for provider in names:
-            if training and not provider.trains:
+            if (training and not provider.trains) or (plain and provider.family == "folded"):
                 continue
-            module = providers.build(provider, reference, training=training)
+            if plain is None:
+                module = providers.build(provider, reference, training=training)
+            else:
+                module = networks.build(provider, plain, training=training)
             calls[provider.name] = wrap(module, provider.input(x).clone())
             chosen[provider.name] = provider
         # Microsecond calls need more samples than long ones and cost little.
@@ -89,9 +98,11 @@ def overhead(measurer: Measurer) -> None:
         return lambda: torch.autograd.grad(module(own), inputs, grad)
 
     with torch.inference_mode():
-        run("eval, inference_mode", False, lambda m, own: functools.partial(m, own))
+        run("eval, inference_mode", False, functools.partial)
+        for form, plain in networks.small_modules().items():
+            run(f"eval, inference_mode, {form}", False, functools.partial, plain)
     with torch.no_grad():
-        run("eval, no_grad", False, lambda m, own: functools.partial(m, own))
+        run("eval, no_grad", False, functools.partial)
     run("train, forward", True, lambda m, own: functools.partial(m, own.requires_grad_()))
     run("train, forward + backward", True, step)
 

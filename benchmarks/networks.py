@@ -89,6 +89,19 @@ def yolo_stack(width: float = 0.5) -> nn.Sequential:
     return nn.Sequential(*layers, *head)
 
 
+def small_modules() -> dict[str, nn.Module]:
+    """Modules of 8 input channels that ``fuse`` knows, by form."""
+    from ghost_ops.reference import GhostBottleneck, GhostModule
+
+    # A class of its own, as the authors' is: not the reference that FusedGhostModule stands for.
+    authors = type("AuthorsGhostModule", (GhostModule,), {})
+    return {
+        "authors' form": authors(8, 16),
+        "Ultralytics' form": GhostConv(8, 16),
+        "bottleneck": GhostBottleneck(8, 16, 8),
+    }
+
+
 def _ghostnet(width: float) -> nn.Module:
     import ghost_ops
     from ghost_ops import models
@@ -156,8 +169,12 @@ def folded(network: nn.Module) -> nn.Module:
     return optimization.fuse(copy.deepcopy(network).eval())
 
 
+@torch.inference_mode(False)
 def build(provider: Provider, network: nn.Module, *, training: bool) -> nn.Module | Forward:
-    """The provider's own copy of the plain network, to be called with images."""
+    """The provider's own copy of the plain network, to be called with images.
+
+    Parameters are made outside inference mode, as a user's are, whatever the caller's mode.
+    """
     import ghost_ops
 
     network = copy.deepcopy(network).train(training)

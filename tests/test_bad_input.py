@@ -194,14 +194,16 @@ def test_children_that_do_not_fit(
     module = damage(change).train(training)
     x = make_input(CASE)
     other = copy.deepcopy(module)
-    before = state(module) if "meta" not in change.__name__ else None
+    before = state(module)
     with pytest.raises(Exception) as expected:
         other.cheap_operation(other.primary_conv(x))
     with pytest.raises((type(expected.value), RuntimeError)) as got:
         module(x)
     assert len(str(got.value)) > 10
-    if before:
-        assert_untouched(module, before)
+    if "meta" not in change.__name__:
+        now, there = state(module), state(other)  # its norms have moved as there, or not at all
+        same = [all(torch.equal(t, s[name]) for name, t in now.items()) for s in (before, there)]
+        assert any(same)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

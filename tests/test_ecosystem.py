@@ -217,6 +217,21 @@ def test_gradient_checkpointing(native: str, reentrant: bool) -> None:
     close([x.grad, *(p.grad for p in model.parameters())], list(want))
 
 
+def test_running_statistics_under_checkpointing(native: str) -> None:
+    """With early stop the last module inside is not recomputed: it has all that backward needs."""
+    counts = []
+    for early, fuse in ((True, True), (False, True), (True, False)):
+        model = nn.Sequential(Sliced(3, 8), Sliced(8, 8))
+        if fuse:
+            ghost_ops.fuse(model)
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early):
+            out = torch.utils.checkpoint.checkpoint(model, images(), use_reentrant=False)
+            out.sum().backward()
+        norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        counts.append([int(bn.num_batches_tracked) for bn in norms])
+    assert counts == [[2, 2, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]]
+
+
 class Symmetric(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         return (w + w.transpose(-1, -2)) / 2

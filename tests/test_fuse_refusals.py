@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ghost_forms import FORMS, GhostConv, Sliced
+from ghost_forms import GhostConv, Sliced
 from torch import Tensor, nn
 
 import ghost_ops

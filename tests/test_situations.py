@@ -834,6 +834,37 @@ def test_meta_device(family: str) -> None:
     agree(fused, plain)
 
 
+@pytest.mark.parametrize("family", FEW)
+def test_another_default_device(family: str) -> None:
+    """A mode of PyTorch's functions is neither in the way of the reading nor held against it."""
+    fused, plain = copy.deepcopy(made(family)).eval(), copy.deepcopy(made(family)).eval()
+    with torch.device("meta"):
+        report = ghost_ops.fuse(fused)
+        assert report.swapped or isinstance(fused, ghost_ops.FusedGhostModule)
+        fused = copy.deepcopy(fused)
+    agree(fused, plain)
+
+
+class Activated(ghost_ops.FusedGhostModule):
+    """Calls the fused forward from its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+@TRAINING
+def test_a_subclass_with_a_forward_of_its_own(training: bool) -> None:
+    fused = randomize(Activated(6, 8)).double().train(training)
+    plain = ghost_ops.reference.GhostModule(6, 8).double().train(training)
+    plain.load_state_dict(fused.state_dict())
+    x = image()
+    torch.testing.assert_close(fused(x), F.silu(plain(x)), rtol=1e-8, atol=1e-9)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(fused(x), F.silu(plain(x)), rtol=1e-8, atol=1e-9)
+    assert fused._ghost_state().parts is not None
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("family", FEW)
 def test_fuse_inside_compile(family: str) -> None:

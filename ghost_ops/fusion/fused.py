@@ -224,6 +224,8 @@ class Fused(nn.Module):
                 return None
             parts.check(x)
             state.cached = cached = Cached(self, state, parts, backend)
+        elif to is not None:
+            parts.check(x)
         if to is None and not cached.fits(x):
             return None
         return cached.operator(dense(x), *cached.arguments)

@@ -55,6 +55,14 @@ def plain_kind(module: nn.Module) -> type[nn.Module]:
     return kind._ghost_ops_base if fused else kind  # type: ignore[attr-defined]
 
 
+def owner_kind(module: nn.Module) -> type[nn.Module]:
+    """The class whose forward a fused module computes, for one that is read itself.
+
+    Not ``plain_kind``: the forward of a fused module may be called by that of a subclass.
+    """
+    return getattr(type(module), "_ghost_ops_base", type(module))
+
+
 def at(module: nn.Module, path: Path) -> nn.Module | None:
     """The module at a path below ``module``; None if there is none."""
     found: nn.Module | None = module
@@ -111,7 +119,8 @@ class Entry(NamedTuple):
 
     def has_same_structure(self, owner: nn.Module, module: nn.Module) -> bool:
         """Whether class, children and hooks are as they were. Dynamo can trace this."""
-        if plain_kind(module) is not self.kind:
+        kind = plain_kind(module) if self.path else owner_kind(module)
+        if kind is not self.kind:
             return False
         if len(module._modules) != len(self.children):
             return False
@@ -244,12 +253,14 @@ class Record(NamedTuple):
             if isinstance(layer, nn.BatchNorm2d):
                 items.append((layer.__dict__, "training"))
         try:
-            return watch.make(
+            made = watch.make(
                 tuple(dicts), tuple(items), tuple(absent), tuple(tensors),
                 tuple(attributes.values()), module.__dict__,
             )  # fmt: skip
         except KeyError:  # an attribute that is kept elsewhere, or changed meanwhile
             return None
+        # What was read may differ from what is there: read in another mode, or changed meanwhile.
+        return made if self.holds(module) else None
 
 
 def watchable(layers: tuple[nn.Module, ...]) -> bool:

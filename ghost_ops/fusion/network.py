@@ -24,7 +24,7 @@ from .bottleneck import FusedBottleneck
 from .fused import Fused
 from .ghost import Branch, BranchForm, FusedGhost, called, match_branch, packed_conv
 from .guards import Path, Refusal, at
-from .read import Reading, read
+from .read import Reading
 from .symbols import Node
 
 
@@ -230,10 +230,6 @@ class FusedNetwork(Fused):
     @classmethod
     def _ghost_match(cls, reading: Reading) -> NetworkForm:
         return match_network(reading)
-
-    def _ghost_read(self) -> Reading:
-        # Only its inference is packed, in whatever mode it is read.
-        return read(self, training=False, whole=self._ghost_whole)
 
     def _ghost_eager(self, x: Tensor) -> Tensor | str:
         return "" if self.training or torch.is_grad_enabled() else super()._ghost_eager(x)

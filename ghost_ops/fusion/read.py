@@ -38,6 +38,7 @@ from .guards import (
     Record,
     Refusal,
     hooks_of,
+    owner_kind,
     plain_kind,
 )
 from .symbols import Node, Symbol
@@ -81,7 +82,8 @@ _PURE_BUILTINS = frozenset(
     "abs all any callable divmod getattr hasattr isinstance issubclass iter len max min next round "
     "sorted sum".split()
 )
-_PURE_FUNCTIONS = ("_assert", "is_scripting", "is_tracing")  # fused forwards run in neither
+# Fused forwards run neither scripted nor traced. A mode, such as torch.device("meta"), passes on.
+_PURE_FUNCTIONS = ("_assert", "is_scripting", "is_tracing", "__torch_function__")
 _CONTAINERS = (str, tuple, list, dict, set, frozenset, range)
 
 _TORCH_FUNCTION = Symbol.__torch_function__.__func__.__code__  # type: ignore[attr-defined]
@@ -310,7 +312,7 @@ class _Reader:
                 raise Refusal(f"the forward of a {type(module).__name__} inside it is replaced")
             function: Any = method.__func__
         else:
-            kind = plain_kind(module)
+            kind = owner_kind(module) if module is self.module else plain_kind(module)
             function = kind.forward
             self._attribute(kind, "forward", function)
         if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
@@ -454,7 +456,7 @@ class _Notes:
             for name, value in self.own.items()
         }
         return Entry(
-            path, plain_kind(module),
+            path, plain_kind(module) if path else owner_kind(module),
             tuple((n, None if c is None else paths.get(id(c))) for n, c in module._modules.items()),
             tuple(own.items()), tuple(self.inherited.items()), self.called,
             any(map(len, hooks_of(module))), self.is_layer,
