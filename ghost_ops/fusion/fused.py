@@ -179,7 +179,8 @@ def _never(x: Any, own: dict) -> None:
 class Fused(nn.Module):
     """A fused module; stands before its own class in the order of lookup.
 
-    The classes for each kind say how it is read and matched.
+    The classes for each kind say how it is read and matched. Its names begin with ``_ghost`` so
+    that they do not meet those of the module's own class.
     """
 
     _ghost_ops_base: type[nn.Module]

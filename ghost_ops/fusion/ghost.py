@@ -35,6 +35,7 @@ from ..autograd import (
     run,
     slopes_need_layers,
 )
+from ..eager_ops import compute_dtype
 from ..functional import check
 from ..reference import Norms, Settings, Slopes
 from .fused import Fused
@@ -87,11 +88,13 @@ class Branch(NamedTuple):
         if bn.training and not bn.track_running_stats:
             mean = var = None
         if bias is not None:
+            wide = compute_dtype(bias.dtype)
             if self.uses_batch_stats():
-                shift = bias * 0
+                shift = bias.to(wide) * 0
             else:
-                shift = bias * torch.rsqrt(var + bn.eps) * (1 if gamma is None else gamma)
-            beta = shift if beta is None else (beta + shift).to(beta.dtype)
+                shift = bias.to(wide) * torch.rsqrt(var.to(wide) + bn.eps)
+                shift = shift if gamma is None else shift * gamma
+            beta = shift if beta is None else beta + shift
         return gamma, beta, mean, var
 
     def running_update(self) -> RunningUpdate:
@@ -108,7 +111,9 @@ class Branch(NamedTuple):
     def add_bias_to_running_mean(self) -> None:
         """After a training step without the bias, which the batch's mean has in it."""
         bn, bias = self.bn, self.conv.bias
-        if bn is None or bias is None or not bn.training or bn.running_mean is None:
+        if bn is None or bias is None or bn.running_mean is None:
+            return
+        if not (bn.training and bn.track_running_stats):
             return
         share = bn.momentum
         if share is None:
