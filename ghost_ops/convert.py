@@ -244,7 +244,7 @@ def _may_be(kind: type[Fused], module: nn.Module) -> bool:
             1 < len(convs) <= _MOST_CONVS
             and not any(isinstance(m, Fused) for m in inside)
             and sum(any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules())
-                    for child in module.children()) > 1
+                    for child in _children(module)) > 1
             and (_is_marked(kind, module) or any(1 < c.groups == c.in_channels for c in convs))
         )  # fmt: skip
     if kind is FusedBottleneck:
@@ -252,6 +252,15 @@ def _may_be(kind: type[Fused], module: nn.Module) -> bool:
         bottlenecks = sum(isinstance(m, FusedBottleneck) for m in inside)
         return (ghosts == 2 or _is_marked(kind, module)) and ghosts <= 2 and not bottlenecks
     return _is_marked(kind, module) and not any(isinstance(m, FusedNetwork) for m in inside)
+
+
+def _children(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, those in its lists and dictionaries of modules in their place."""
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _children(child)
+        else:
+            yield child
 
 
 def _is_marked(kind: type[Fused], module: nn.Module) -> bool:

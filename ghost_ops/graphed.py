@@ -22,13 +22,17 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import backends, watch
 from .announce import announce
 from .autograd import dense, in_transform
-from .fusion.guards import GLOBAL_HOOKS, Refusal, hooks_of
+from .fusion.guards import GLOBAL_HOOKS, hooks_of
 from .ops import allow_tf32
 
 # Graphs invalid before their second call, in a row, after which a model is captured no more.
 _MOST_UNUSED = 3
 _WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.PReLU)
 _CONSTANTS = (type(None), bool, int, float, complex, str)
+
+
+class _Refusal(Exception):
+    """Why there is no graph."""
 
 
 def _announce(module: nn.Module, reason: str) -> None:
@@ -176,15 +180,15 @@ class _Graph:
                     self.graph, out = device.capture(model, self._x, pool_of)
                 self._leaves, self._spec = tree_flatten(out)
                 if self._x._version != version:
-                    raise Refusal("its forward writes its input")
+                    raise _Refusal("its forward writes its input")
                 for t in self._leaves:
                     if isinstance(t, Tensor) and t.device != x.device:
-                        raise Refusal(f"its output has a tensor on {t.device}")
+                        raise _Refusal(f"its output has a tensor on {t.device}")
                     if not isinstance(t, (Tensor, *_CONSTANTS)):
-                        raise Refusal(f"its output has a {type(t).__name__}")
+                        raise _Refusal(f"its output has a {type(t).__name__}")
             except Exception as error:
                 reason = str(error).partition("\n")[0]
-                self.failed = reason if isinstance(error, Refusal) else f"capture failed: {reason}"
+                self.failed = reason if isinstance(error, _Refusal) else f"capture failed: {reason}"
                 self.graph = self._leaves = self._reads = self._x = None
 
     def replay(self, x: Tensor) -> Any:
@@ -197,14 +201,14 @@ class _Graph:
 
 
 def _check(modules: tuple[nn.Module, ...]) -> None:
-    """Raise ``Refusal`` if no graph can stand for these modules now."""
+    """Raise ``_Refusal`` if no graph can stand for these modules now."""
     for module in modules:
         if module.training:
-            raise Refusal(f"a {type(module).__name__} inside it is in training mode")
+            raise _Refusal(f"a {type(module).__name__} inside it is in training mode")
         if isinstance(module, torch.jit.ScriptModule):
-            raise Refusal("it has TorchScript inside, whose changes cannot be watched")
+            raise _Refusal("it has TorchScript inside, whose changes cannot be watched")
         if any(hooks_of(module)):
-            raise Refusal(
+            raise _Refusal(
                 f"a {type(module).__name__} inside it has hooks, which run only if it does"
             )
         computed = isinstance(module, _WEIGHTED) and "weight" not in module._parameters
@@ -212,9 +216,11 @@ def _check(modules: tuple[nn.Module, ...]) -> None:
         if computed or any(
             type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors
         ):
-            raise Refusal("its parameters can change unnoticed: inference tensors or computed ones")
+            raise _Refusal(
+                "its parameters can change unnoticed: inference tensors or computed ones"
+            )
     if any(GLOBAL_HOOKS):
-        raise Refusal("there are hooks on all modules, which would not run for those inside")
+        raise _Refusal("there are hooks on all modules, which would not run for those inside")
 
 
 def _key(x: Tensor) -> tuple:
@@ -300,9 +306,9 @@ class GraphedModel:
     def _capture(self, key: tuple, x: Tensor) -> _Graph | None:
         try:
             if self._unused >= _MOST_UNUSED:
-                raise Refusal("it changes from call to call, before a graph is used again")
+                raise _Refusal("it changes from call to call, before a graph is used again")
             _check(tuple(self.module.modules()))
-        except Refusal as refusal:
+        except _Refusal as refusal:
             _announce(self.module, str(refusal))
             return None
         while len(self._graphs) >= self._max_graphs:

@@ -118,7 +118,9 @@ class FusedGhostModule(FusedGhost, GhostModule):
         state = self._ghost_state()
         if state.parts is None:
             return f"none, unfused: {state.reason}"
-        weight = state.parts.first.weight
+        weight = next(state.parts.first.parameters(), None)  # not .weight, which may be computed
+        if weight is None:
+            return "unknown: its weight is no parameter"
         dtype = str(weight.dtype).removeprefix("torch.")
         rows = backends.status((weight.device.type,))
         return next((row.backend for row in rows if row.dtype == dtype), "none")

@@ -254,7 +254,8 @@ def add_hook(
         last = passed[0] if kind == "full backward" else passed[-1]
         flat = (last,) if isinstance(last, Tensor) else last
         where = name if names is None else names.get(m, "another module")
-        tensors = [t.detach().clone() for t in flat if t is not None]
+        # PyTorch's compiler calls its own modules with lists, and global hooks for them.
+        tensors = [t.detach().clone() for t in flat if isinstance(t, Tensor)]
         calls.append((f"{kind} hook of {where}", tensors))
         if factor is None:
             return None

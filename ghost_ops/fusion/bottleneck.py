@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations, layers, model_ops
+from ..autograd import LOW_PRECISION
 from ..reference import hard_sigmoid
 from .fused import Fused
 from .ghost import (
@@ -79,6 +80,7 @@ class Bottleneck:
     Attributes:
         ghosts: the two Ghost modules, called as they are in training.
         ghost1, ghost2: their parts.
+        inplace: the shortcut is added in place, which keeps the dtype.
     """
 
     alone = False
@@ -91,7 +93,9 @@ class Bottleneck:
         gate: Gate | None,
         ghost2: Ghost,
         shortcut: tuple[Branch, Branch] | None,
+        inplace: bool,
     ) -> None:
+        self.inplace = inplace
         self.ghosts, self.ghost1, self.dw, self.gate = ghosts, ghost1, dw, gate
         self.ghost2, self.shortcut = ghost2, shortcut
         self.first = ghost1.first
@@ -110,10 +114,11 @@ class Bottleneck:
         for layer in self.layers:
             if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
                 return "a batch norm uses the batch's statistics"
-        tensors = [t for m in self.layers for t in (*m.parameters(False), *m.buffers(False))]
-        if len({t.device for t in tensors}) > 1:
-            return "its parameters are on several devices"
-        return self.ghost1.why_not_packed() or self.ghost2.why_not_packed()
+        return (
+            why_not_together(self.layers)
+            or self.ghost1.why_not_packed()
+            or self.ghost2.why_not_packed()
+        )
 
     def run(self, x: Tensor) -> Tensor:
         y = self.ghosts[0](x)
@@ -125,8 +130,10 @@ class Bottleneck:
         if self.shortcut is not None:
             dw, conv = self.shortcut
             x = conv.then(conv.conv(dw.then(layers.depthwise(dw.conv, x))))
-        y += x  # legal: no Ghost module keeps its output for backward
-        return y
+        if self.inplace or (y.dtype is x.dtype and y.shape == x.shape):
+            y += x  # legal: no Ghost module keeps its output for backward
+            return y
+        return y + x
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         return PackedBottleneck(self, backend), ()
@@ -141,6 +148,23 @@ class Bottleneck:
         words.append("ghost")
         words.append("x" if self.shortcut is None else "shortcut")
         return "bottleneck: " + " + ".join(words)
+
+
+def why_not_together(layers: tuple[nn.Module, ...]) -> str:
+    """Why layers have to run one by one: of several devices or dtypes; empty if they have not.
+
+    Batch norms may be float32 behind convolutions of low precision.
+    """
+    first = next(layers[0].parameters(False))
+    for layer in layers:
+        wide = isinstance(layer, nn.BatchNorm2d) and first.dtype in LOW_PRECISION
+        dtypes = {t.dtype for t in layer.parameters(False)}
+        dtypes |= {t.dtype for t in layer.buffers(False) if t.is_floating_point()}
+        if dtypes and dtypes != {first.dtype} and not (wide and dtypes == {torch.float32}):
+            return "its layers have several dtypes"
+        if any(t.device != first.device for t in (*layer.parameters(False), *layer.buffers(False))):
+            return "its parameters are on several devices"
+    return ""
 
 
 class _PackedDepthwise:
@@ -235,6 +259,8 @@ class GateForm(NamedTuple):
         for conv in convs:
             if not _is_plain(conv) or conv.bias is None:
                 raise Refusal("its gate has a convolution other than 1x1 with bias")
+        if convs[1].out_channels != convs[0].in_channels:
+            raise Refusal("its gate has another number of channels than its input")
         modules: list[Any] = [at(module, path) for path in self.modules]
         return Gate(*convs, self.act, self.slope, self.code, tuple(modules))
 
@@ -248,6 +274,7 @@ class BottleneckForm(NamedTuple):
     gate: GateForm | None
     ghost2: GhostForm
     shortcut: tuple[BranchForm, BranchForm] | None
+    inplace: bool
 
     def bind(self, module: nn.Module) -> Bottleneck:
         shortcut = None
@@ -258,14 +285,17 @@ class BottleneckForm(NamedTuple):
                 raise Refusal("the shortcut's second convolution is not a plain 1x1")
             shortcut = _depthwise(first, module), conv
         ghosts = [layer_at(module, path, nn.Module) for path in self.ghosts]
-        return Bottleneck(
+        parts = Bottleneck(
             (ghosts[0], ghosts[1]),
             self.ghost1.bind(module),
             None if self.dw is None else _depthwise(self.dw, module),
             None if self.gate is None else self.gate.bind(module),
             self.ghost2.bind(module),
             shortcut,
+            self.inplace,
         )
+        _check_sum(parts)
+        return parts
 
     def shape(self, module: nn.Module) -> OutputShape | None:
         shape1, shape2 = self.ghost1.shape(module), self.ghost2.shape(module)
@@ -276,6 +306,31 @@ class BottleneckForm(NamedTuple):
             conv = layer_at(module, self.dw.conv, nn.Conv2d)
             dw = numbers_of(conv, padding_of(conv))
         return OutputShape(shape2.out_channels, (*shape1.convs, *dw, *shape2.convs))
+
+
+def _check_sum(parts: Bottleneck) -> None:
+    """Raise ``Refusal`` if the shortcut may have another shape, or a weight is made by a hook."""
+    main = [parts.ghost1.primary, parts.ghost2.primary, *([parts.dw] if parts.dw else [])]
+    side = list(parts.shortcut or ())
+    for branch in (*main, *side):
+        conv = branch.conv
+        for pad, d, k in zip(branch.padding, conv.dilation, conv.kernel_size, strict=True):
+            if 2 * pad != d * (k - 1):
+                raise Refusal("a convolution changes height and width by its padding")
+    strides = []
+    for path in (main, side):
+        height = width = 1
+        for branch in path:
+            height *= branch.conv.stride[0]
+            width *= branch.conv.stride[1]
+        strides.append((height, width))
+    channels = side[-1].conv.out_channels if side else parts.first.in_channels
+    if strides[0] != strides[1] or channels != parts.ghost2.settings.out_channels:
+        raise Refusal("its shortcut has another shape than what it is added to")
+    direct = [b.conv for b in (*main[2:], *side)]
+    direct += [] if parts.gate is None else [parts.gate.reduce, parts.gate.expand]
+    if any(len(conv._forward_pre_hooks) for conv in direct):
+        raise Refusal("a weight outside of its Ghost modules is made by a hook")
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
@@ -343,7 +398,8 @@ def _match_first_half(
         raise Refusal("its first Ghost module does not take its input")
     if ghost2.gate is not None or ghost1.tail or ghost2.tail:
         raise Refusal("its second Ghost module has a gate, or layers follow one")
-    return BottleneckForm((path1, path2), ghost1, dw, gate, ghost2, _match_shortcut(reading, short))
+    shortcut, inplace = _match_shortcut(reading, short), bool(reading.out.args)
+    return BottleneckForm((path1, path2), ghost1, dw, gate, ghost2, shortcut, inplace)
 
 
 def _match_module(reading: Reading, node: Node) -> tuple[GhostForm, Path, Node]:
@@ -392,7 +448,7 @@ def _gate_function(gate: Node) -> tuple[int, Node | None]:
         return model_ops.HARD_SIGMOID, gate.inputs[0]
     if gate.op == "div" and gate.args == (6,):  # relu6(x + 3) / 6
         (act,) = gate.inputs
-        if act.op == "act" and act.args[0] == activations.RELU6:
+        if act.op == "clamp6" or (act.op == "act" and act.args[0] == activations.RELU6):
             (add,) = act.inputs
             if add.op == "add" and add.args == (3,):
                 return model_ops.HARD_SIGMOID, add.inputs[0]

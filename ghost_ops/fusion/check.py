@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +29,13 @@ _LARGE = (1, 66, 70)  # for networks that halve their maps until no pixel of the
 
 def compare(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:
     """Raise ``Refusal`` if what was read of a module does not compute what the module does."""
-    with torch.device("cpu"):  # whatever the default is
-        _compare_modes(kind, module, form, record)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the maps are small: threads would wait for each other
+    try:
+        with torch.device("cpu"):  # whatever the default is
+            _compare_modes(kind, module, form, record)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _compare_modes(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:
@@ -51,13 +58,22 @@ def _compare_modes(kind: type[Fused], module: nn.Module, form: Any, record: Reco
                 except Exception as error:  # too small for its kernel, say
                     errors.append(error)
                     continue
-                with backends.use_backend("auto"):
+                with backends.use_backend("auto"), _refused():
                     got = _run(parts, x, () if training else kind._ghost_backends)
             ran += 1
             if not isinstance(got, str):
                 _compare(got, want, "training" if training else "eval")
     if not ran:
         raise Refusal(f"its forward raises {type(errors[0]).__name__}: {errors[0]}")
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Turns an error of the fused ops into a ``Refusal``."""
+    try:
+        yield
+    except Exception as error:
+        raise Refusal(f"the fused ops raise {type(error).__name__}: {error}") from error
 
 
 def _run(parts: Parts, x: Tensor, allowed: tuple[str, ...]) -> Tensor | str:

@@ -250,6 +250,8 @@ class Fused(nn.Module):
         if torch.jit.is_tracing():
             self._ghost_say("torch.jit traces it")
             return self._ghost_plain(*args, **kwargs)
+        if x.dim() != 4:
+            return self._ghost_plain(*args, **kwargs)
         out = self._ghost_eager(x)
         return self._ghost_plain(*args, **kwargs) if isinstance(out, str) else out
 
@@ -270,7 +272,7 @@ class Fused(nn.Module):
         """Forward, while a graph is traced. All that is read here is guarded by the compiler."""
         x = _input(self._ghost_ops_base, args, kwargs)
         state: State | None = self.__dict__.get("_ghost_ops")
-        if x is None or state is None or state.known is None:
+        if x is None or state is None or state.known is None or x.dim() != 4:
             return self._ghost_plain(*args, **kwargs)
         record, form = state.known
         out: Any = None
@@ -373,8 +375,9 @@ def _input(base: type[nn.Module], args: tuple, kwargs: dict) -> Any:
     """The one argument of a forward; None if there are others."""
     if len(args) == 1 and not kwargs:
         return args[0]
-    if not args and len(kwargs) == 1:
-        return kwargs.get(base.forward.__code__.co_varnames[1])
+    code = base.forward.__code__
+    if not args and len(kwargs) == 1 and code.co_argcount > 1 and code.co_posonlyargcount < 2:
+        return kwargs.get(code.co_varnames[1])
     return None
 
 

@@ -29,7 +29,6 @@ from ..autograd import (
     direct,
     is_fused_primary,
     library_conv,
-    needs_grad,
     ops_named,
     pack,
     run,
@@ -116,6 +115,8 @@ class Branch(NamedTuple):
         if not (bn.training and bn.track_running_stats):
             return
         share = bn.momentum
+        if share is None and bn.num_batches_tracked is None:
+            return
         if share is None:
             share = 1.0 / float(bn.num_batches_tracked)  # type: ignore[arg-type]
         with torch.no_grad():
@@ -252,14 +253,39 @@ class Ghost:
                 return "its batch norms use the batch's statistics"
         if self.hooks:
             return "its weights are computed at every call"
-        return self.why_not_fused(*self.weights())
+        return self.why_not_fused() or self.why_not_shapes(*self.weights())
 
-    def why_not_fused(self, w1: Tensor, w2: Tensor) -> str:
-        """Why these layers, as they are now, are not for the fused ops; empty if they are."""
+    def why_not_fused(self) -> str:
+        """Why these layers, as they are now, are not for the fused ops; empty if they are.
+
+        Without a look at the weights, which may be computed: to do so twice can change them.
+        """
         for branch in (self.primary, self.cheap):
             bn = None if branch is None else branch.bn
             if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
                 return "a batch norm has one of two running statistics"
+        if self.cheap is None:
+            return ""
+        if self.cheap.uses_batch_stats() != self.primary.uses_batch_stats():
+            return "only one of its branches uses the batch's statistics"
+        return ""
+
+    def why_not_slopes(self, x: Tensor) -> str:
+        """Why the PReLUs have to run as layers for x; empty if there are none, or they have not."""
+        if self.primary.prelu is None and (self.cheap is None or self.cheap.prelu is None):
+            return ""
+        grad = torch.is_grad_enabled() and (
+            x.requires_grad
+            or any(p.requires_grad for layer in self.layers for p in layer.parameters())
+        )
+        return slopes_need_layers(self.primary.uses_batch_stats(), grad)
+
+    def why_not_shapes(self, w1: Tensor, w2: Tensor) -> str:
+        """Why weights of these shapes are not for the fused ops; empty if they are."""
+        for branch in (self.primary, self.cheap):
+            bias = None if branch is None else branch.conv.bias
+            if bias is not None and bias.shape != (branch.conv.out_channels,):  # type: ignore[union-attr]
+                return f"a convolution has a bias of shape {list(bias.shape)}"
         conv = self.primary.conv
         if w1.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
             return f"its primary convolution has a weight of shape {list(w1.shape)}"
@@ -268,24 +294,21 @@ class Ghost:
         conv = self.cheap.conv
         if w2.shape != (conv.out_channels, 1, *conv.kernel_size):
             return f"its cheap convolution has a weight of shape {list(w2.shape)}"
-        if self.cheap.uses_batch_stats() != self.primary.uses_batch_stats():
-            return "only one of its branches uses the batch's statistics"
         return ""
 
     def run(self, x: Tensor) -> Tensor | str:
+        reason = self.why_not_fused() or self.why_not_slopes(x)
+        if reason:
+            return reason
         for hook, layer in self.hooks:
             hook(layer, None)
         w1, w2 = self.weights()
-        reason = self.why_not_fused(w1, w2)
+        reason = self.why_not_shapes(w1, w2)
         if reason:
             return reason
         batch_stats = self.primary.uses_batch_stats()
         norms, slopes = self.norms(w1, w2), self.slopes()
         check(x, w1, w2, norms, self.settings, batch_stats)
-        if any(t is not None for t in slopes):
-            reason = slopes_need_layers(batch_stats, needs_grad(x, w1, w2, norms, slopes))
-            if reason:
-                return reason
         cheap = RunningUpdate() if self.cheap is None else self.cheap.running_update()
         updates = self.primary.running_update(), cheap
         out = run(x, w1, w2, norms, self.settings, batch_stats, *updates, slopes)
@@ -362,7 +385,14 @@ class PackedGhost:
     def whole(self, x: Tensor) -> Tensor:
         """The module's output for a dense x that fits, with its own gate and tail."""
         gate = None if self.gate is None else small_gate(x, self.gate)
-        return run_tail(self.tail, self(x, None, gate))
+        if gate is not None and (
+            gate.dtype is not x.dtype or gate.size(1) != self.settings.out_channels
+        ):
+            out = self(x)
+            out = out * F.interpolate(gate, size=(out.size(2), out.size(3)), mode="nearest")
+        else:
+            out = self(x, None, gate)
+        return run_tail(self.tail, out)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The mean over the pixels of the output, [N, out_channels], for a dense x that fits."""
@@ -428,6 +458,12 @@ class GhostForm(NamedTuple):
         if out < m:
             raise Refusal(f"its forward gives {out} channels, fewer than the {m} intrinsic maps")
         gate = None if self.gate is None else at(module, self.gate)
+        once = [layer for b in (primary, cheap) if b is not None for layer in (b.conv, b.bn)]
+        once += [] if gate is None else list(gate.modules())
+        if len({id(layer) for layer in once if layer is not None}) < sum(
+            m is not None for m in once
+        ):
+            raise Refusal("a layer is in it twice")
         tail: list[Any] = []
         for kind, step in self.tail:
             tail.append(step if kind == "act" else at(module, step))

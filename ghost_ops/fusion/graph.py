@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .. import backends, watch
 from ..autograd import autocast_dtype, dense
 from ..eager_ops import memory_format
-from .guards import Refusal
+from .guards import GLOBAL_HOOKS, Refusal, hooks_of
 
 _NUMBERS = 8  # of a convolution: kernel size, stride, padding and dilation, two each
 # From a random number on, so that no key of another process leads to a module of this one.
@@ -201,9 +201,15 @@ _in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _holds(modules: list[nn.Module], x: Tensor) -> bool:
     """Whether x and the parameters are such that packed weights can be kept."""
+    for hooks in GLOBAL_HOOKS:
+        if len(hooks):
+            return False
     for m in modules:
         if m.training:
             return False
+        for hooks in hooks_of(m):
+            if len(hooks):  # what a hook changes inside of the operator, the compiler does not see
+                return False
         if isinstance(m, nn.Conv2d):
             # A weight that is computed, by a parametrisation or a hook, is not in there.
             if "weight" not in m._parameters or m.weight.dtype is not x.dtype:

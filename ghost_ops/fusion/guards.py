@@ -28,8 +28,11 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
-class Refusal(Exception):
-    """Not what the fused ops can compute; the message says why."""
+class Refusal(BaseException):
+    """Not what the fused ops can compute; the message says why.
+
+    No ``Exception``: a forward that is followed must not catch it.
+    """
 
 
 class Method(NamedTuple):
@@ -128,12 +131,16 @@ class Entry(NamedTuple):
             child = module._modules.get(name)
             if child is not (None if path is None else at(owner, path)):
                 return False
+        for name, value in self.inherited:
+            # Dynamo guards what is used: to look into the dictionary alone is not enough.
+            method = isinstance(value, types.FunctionType)
+            if method and (not callable(getattr(module, name)) or name in module.__dict__):
+                return False
         if not self.path or not self.called:
             return True
         replaced = any(name == "forward" for name, _ in self.own)
         return (
             any(map(len, hooks_of(module))) == self.hooked
-            # Dynamo guards what is used: to look into the dictionary alone is not enough.
             and callable(module.forward)
             and ("forward" in module.__dict__) == replaced
         )
@@ -177,8 +184,7 @@ class Record(NamedTuple):
     def holds_in_graph(self, module: nn.Module) -> bool:
         """As ``holds``, in terms that Dynamo can trace and guard.
 
-        The attributes of layers are left out: they are read anew in the graph. So are functions,
-        which Dynamo guards where it traces them, and not in the place of those that do not run.
+        The attributes of layers are left out: they are read anew in the graph.
         """
         for hooks in GLOBAL_HOOKS:
             if len(hooks):
@@ -192,6 +198,19 @@ class Record(NamedTuple):
         for values, key, value in self.items:
             if isinstance(value, _CONSTANTS) and not same_value(values.get(key), value):
                 return False
+            if isinstance(value, types.FunctionType) and values.get(key) is not value:
+                return False
+        for thing, name, value in self.attributes:
+            function = isinstance(thing, type) and isinstance(value, types.FunctionType)
+            if function and getattr(thing, name, None) is not value:
+                return False
+        for entry in self.entries:
+            for name, value in entry.own:
+                if isinstance(value, Method):
+                    inner = at(module, entry.path)
+                    bound = None if inner is None else inner.__dict__.get(name)
+                    if getattr(bound, "__func__", None) is not value.function:
+                        return False
         return True
 
     def gives_same_shape(self, module: nn.Module) -> bool:
@@ -270,12 +289,18 @@ def watchable(layers: tuple[nn.Module, ...]) -> bool:
     subclasses may have no address.
     """
     for layer in layers:
+        norm = isinstance(layer, nn.BatchNorm2d)
+        for group, names in (
+            (layer._parameters, ("weight",) if isinstance(layer, nn.PReLU) else ("weight", "bias")),
+            (layer._buffers, ("running_mean", "running_var") if norm else ()),
+        ):
+            # One that the class computes is in no group, or hides the one that is.
+            if any(name not in group or hasattr(type(layer), name) for name in names):
+                return False
         tensors = (*layer._parameters.values(), *layer._buffers.values())
-        if "weight" not in layer._parameters or not all(
+        if not all(
             t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_inference())
             for t in tensors
         ):
-            return False
-        if isinstance(layer, nn.BatchNorm2d) and "bias" not in layer._parameters:
             return False
     return True

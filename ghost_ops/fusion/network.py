@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import activations, model_ops
 from ..autograd import dense
 from ..eager_ops import memory_format
-from .bottleneck import FusedBottleneck
+from .bottleneck import FusedBottleneck, why_not_together
 from .fused import Fused
 from .ghost import Branch, BranchForm, FusedGhost, called, match_branch, packed_conv
 from .guards import Path, Refusal, at
@@ -64,9 +64,7 @@ class Network:
         for layer in self.layers:
             if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
                 return "a batch norm uses the batch's statistics"
-        tensors = [t for m in self.layers for t in (*m.parameters(False), *m.buffers(False))]
-        several = len({t.device for t in tensors}) > 1
-        return "its parameters are on several devices" if several else ""
+        return why_not_together(self.layers)
 
     def run(self, x: Tensor) -> str:
         return ""  # its own forward, which there is nothing to say about

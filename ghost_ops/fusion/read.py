@@ -68,6 +68,8 @@ _LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 _FORWARD_METHODS = ("forward", "_conv_forward", "_check_input_dim")
 _METHODS = {(b, n): getattr(b, n, None) for b in _LAYERS for n in _FORWARD_METHODS}
 
+_MODULE_CALL = nn.Module.__call__
+
 # Attributes of every module that are guarded as a whole, or that reading leaves out.
 _PLUMBING = frozenset(nn.Module().__dict__) - {"training"}
 _STATE = ("_ghost_ops", "_ghost_handle")  # of fused modules
@@ -162,6 +164,7 @@ class _Reader:
         self._attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._functions: dict[types.CodeType, types.FunctionType] = {}
         self._read_codes: set[types.CodeType] = set()
+        self._effects: list[Node] = []  # results of layers and modules that may have state
         self._pending: Any = None  # a C function that has not been seen to get a symbol
         self._stands: dict[int, nn.Module] = {}
         self._paths: dict[int, Path] = {}
@@ -169,7 +172,7 @@ class _Reader:
 
     def run(self) -> Node:
         module = self.module
-        notes = self._note((), module, called=True)
+        notes = self.note((), module, called=True)
         if "forward" in module.__dict__:
             notes.own["forward"] = module.__dict__["forward"]
             raise Refusal("its forward is replaced on the object")
@@ -183,6 +186,10 @@ class _Reader:
             raise Refusal(self.reason)
         if type(out) is not Symbol:
             raise Refusal(f"its forward gives a {type(out).__name__}, not a tensor")
+        used = _nodes_of(out.value())
+        for node in self._effects:
+            if node not in used:
+                raise Refusal(f"its forward does not use the result of {'.'.join(node.args[0])}")
         return out.value()
 
     @contextmanager
@@ -207,7 +214,8 @@ class _Reader:
 
     # Modules
 
-    def _note(self, path: Path, module: nn.Module, called: bool = False) -> _Notes:
+    def note(self, path: Path, module: nn.Module, called: bool = False) -> _Notes:
+        """What was read of a module so far."""
         notes = self._notes.setdefault(path, _Notes(module))
         notes.called = notes.called or called
         return notes
@@ -254,7 +262,10 @@ class _Reader:
         _, path, module = stand.__dict__[_READER]
         if module is self.module:
             raise Refusal("it contains itself")
-        notes = self._note(path, module, called=True)
+        notes = self.note(path, module, called=True)
+        self._attribute(type(module), "__call__", _MODULE_CALL)
+        if type(module).__call__ is not _MODULE_CALL:
+            raise Refusal(f"a {type(module).__name__} inside it has a __call__ of its own")
         x = args[0] if len(args) == 1 and not kwargs and type(args[0]) is Symbol else None
         if x is None:
             self._check_hooks(module)
@@ -271,7 +282,9 @@ class _Reader:
             except Refusal as refusal:
                 # It can still be called as it is. Whether it changes its input then is not known.
                 reason = f"{'.'.join(path)}, a {type(module).__name__}: {refusal}"
-                out = Symbol(Node("module", (before,), (path, reason)))
+                node = Node("module", (before,), (path, reason))
+                self._effects.append(node)
+                out = Symbol(node)
                 x.lose(reason)
         if type(out) is Symbol:
             self.calls.setdefault(out.value(), []).append(Call(path, before))
@@ -284,14 +297,15 @@ class _Reader:
     def _layer(self, path: Path, module: nn.Module, notes: _Notes, x: Symbol) -> Symbol | None:
         """The result of a module that is one operation; None if it is not."""
         base = next((b for b in _LAYERS if isinstance(module, b)), None)
-        if base is None or "forward" in module.__dict__:
+        if base is None or (base is nn.PReLU and type(module) is not base):
             return None
         for name in _FORWARD_METHODS:
             method = getattr(type(module), name, None)
-            if method is not None:
-                self._attribute(type(module), name, method)
-            if method is not _METHODS[base, name]:
+            if method is not _METHODS[base, name] or name in module.__dict__:
                 return None
+            if method is not None and name != "forward":
+                notes.inherited[name] = method
+        self._attribute(type(module), "forward", _METHODS[base, "forward"])
         hooks = list(module._forward_pre_hooks.values())
         known = base is not nn.Linear and all(isinstance(h, PARAMETER_HOOKS) for h in hooks)
         if not known or sum(map(len, hooks_of(module))) != len(hooks):
@@ -300,13 +314,15 @@ class _Reader:
         notes.is_layer = True
         for name in names:
             notes.own[name] = getattr(module, name)
-        return Symbol(Node(op, (x.value(),), (path,)))
+        node = Node(op, (x.value(),), (path,))
+        self._effects.append(node)
+        return Symbol(node)
 
     def _follow(self, module: nn.Module, stand: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The result of a module's own forward."""
         method = module.__dict__.get("forward")
         if method is not None:
-            notes = self._note(self._paths[id(module)], module)
+            notes = self.note(self._paths[id(module)], module)
             notes.own["forward"] = method
             if not isinstance(method, types.MethodType) or method.__self__ is not module:
                 raise Refusal(f"the forward of a {type(module).__name__} inside it is replaced")
@@ -320,10 +336,10 @@ class _Reader:
         self._functions[function.__code__] = function
         return function(stand, *args, **kwargs)
 
-    def saw(self, stand: nn.Module, name: str, value: Any) -> None:
+    def saw(self, stand: nn.Module, name: str) -> None:
         """An attribute was read from a module's stand-in."""
         _, path, module = stand.__dict__[_READER]
-        notes = self._note(path, module)
+        notes = self.note(path, module)
         place = f"{'.'.join(path) or 'self'}.{name}"
         if name in module.__dict__:
             raw = module.__dict__[name]
@@ -333,17 +349,23 @@ class _Reader:
             if isinstance(raw, types.MethodType) and raw.__self__ is module:
                 self._functions[raw.__func__.__code__] = raw.__func__
             else:
-                self._check_constant(raw, place)
+                self._check_attribute(raw, place)
             return
         raw = inspect.getattr_static(type(module), name, MISSING)
         notes.inherited[name] = getattr(type(module), name, MISSING)
-        if isinstance(raw, (staticmethod, classmethod)):
+        if isinstance(raw, staticmethod):
             raw = raw.__func__
         if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType):
             raw = raw.fget
-        self._check_constant(None if raw is MISSING else raw, place)
+        self._check_attribute(None if raw is MISSING else raw, place)
 
     # Functions, and what they read
+
+    def _check_attribute(self, value: Any, place: str) -> None:
+        """As ``_check_constant``, and no class or file, whose attributes forward may read."""
+        if isinstance(value, (type, types.ModuleType)):
+            raise Refusal(f"its forward reads {place}, whose attributes cannot be followed")
+        self._check_constant(value, place)
 
     def _check_constant(self, value: Any, place: str) -> None:
         """Refuse a value that can change without another object taking its place."""
@@ -352,7 +374,7 @@ class _Reader:
         elif isinstance(value, (tuple, frozenset)):
             for item in value:
                 self._check_constant(item, place)
-        elif not isinstance(value, _CONSTANTS):
+        elif not isinstance(value, _CONSTANTS) or type(value).__name__ == "tensortype":
             raise Refusal(
                 f"its forward reads {place}, a {type(value).__name__}, whose changes cannot be "
                 "noticed"
@@ -403,13 +425,19 @@ class _Reader:
         self._read_codes.update(_codes(code))
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self._attribute(function, name, getattr(function, name))
+        for name, value in (function.__kwdefaults__ or {}).items():
+            self._items[id(function.__kwdefaults__), name] = function.__kwdefaults__, name, value
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._check_constant(default, f"a default of {function.__name__}")
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             self._attribute(cell, "cell_contents", getattr(cell, "cell_contents", MISSING))
             self._check_constant(getattr(cell, "cell_contents", None), name)
+        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         for chain in _global_names(code):
-            self._read_global(function.__globals__, chain)
+            if chain[0] in cells:
+                self._read_chain(getattr(cells[chain[0]], "cell_contents", None), chain, 1)
+            else:
+                self._read_global(function.__globals__, chain)
 
     def _of_super(self, code: types.CodeType, frame: types.FrameType) -> Any:
         """The method with this code of a base class, which ``super()`` calls."""
@@ -422,21 +450,52 @@ class _Reader:
         return None
 
     def _read_global(self, values: dict, chain: tuple[str, ...]) -> None:
-        """A global variable, and of a module (a file) the attribute that is taken of it."""
-        for i, name in enumerate(chain):
-            value = values.get(name, MISSING)
-            self._items[id(values), name] = values, name, value
-            if value is MISSING:
-                if i or not hasattr(builtins, name) or name == "type":
-                    raise Refusal(f"its forward reads {'.'.join(chain)}, which cannot be guarded")
-                return
-            self._check_constant(value, name)
-            if not isinstance(value, types.ModuleType):
-                return
-            values = value.__dict__
+        """A global variable, and the attributes that are taken of it."""
+        value = values.get(chain[0], MISSING)
+        self._items[id(values), chain[0]] = values, chain[0], value
+        if value is not MISSING:
+            self._check_constant(value, chain[0])
+            self._read_chain(value, chain, 1)
+        elif not hasattr(builtins, chain[0]) or chain[0] == "type":
+            raise Refusal(f"its forward reads {chain[0]}, which cannot be guarded")
+
+    def _read_chain(self, value: Any, chain: tuple[str, ...], start: int) -> None:
+        """The attributes that are taken of a value, one of the other, from ``chain[start]`` on."""
+        for name in chain[start:]:
+            if isinstance(value, types.ModuleType):
+                found = value.__dict__.get(name, MISSING)
+                self._items[id(value.__dict__), name] = value.__dict__, name, found
+            elif isinstance(value, (type, types.FunctionType)):
+                found = getattr(value, name, MISSING)
+                self._attribute(value, name, found)
+            else:
+                return  # of a constant, or of what is local to the function
+            if found is MISSING:
+                raise Refusal(f"its forward reads {'.'.join(chain)}, which cannot be guarded")
+            value = found
+            self._check_constant(value, ".".join(chain))
+        known = getattr(value, "__module__", "").partition(".")[0] in ("builtins", "torch")
+        if isinstance(value, types.ModuleType) or (
+            isinstance(value, type) and not known and chain != ("__class__",)
+        ):
+            raise Refusal(
+                f"its forward uses {'.'.join(chain)}, whose attributes cannot be followed"
+            )
 
     def _attribute(self, thing: Any, name: str, value: Any) -> None:
         self._attributes[id(thing), name] = thing, name, value
+
+
+def _nodes_of(out: Node) -> set[Node]:
+    """A node and all that it is made from."""
+    found: set[Node] = set()
+    waiting = [out]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.inputs
+    return found
 
 
 class _Notes:
@@ -468,12 +527,14 @@ def _recorder(kind: type[nn.Module]) -> type[nn.Module]:
 
     def __getattribute__(self: Any, name: str) -> Any:
         if name in _PLUMBING or name.startswith("__"):
+            _touch(object.__getattribute__(self, "__dict__"))
             if name in ("__dict__", "__class__") and _is_users(sys._getframe(1).f_code):
                 raise Refusal(f"its forward reads {name}, whose changes cannot be noticed")
             return kind.__getattribute__(self, name)
         values = object.__getattribute__(self, "__dict__")
+        _touch(values)
         if name != _READER and name not in _groups(values):
-            values[_READER][0].saw(self, name, None)
+            values[_READER][0].saw(self, name)
         return kind.__getattribute__(self, name)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -497,6 +558,13 @@ def _recorder(kind: type[nn.Module]) -> type[nn.Module]:
             _READER: None,
         },
     )
+
+
+def _touch(values: dict) -> None:
+    """Note that something is read of a module, its children perhaps."""
+    if _READER in values:
+        reader, path, module = values[_READER]
+        reader.note(path, module)
 
 
 def _groups(values: dict) -> set[str]:
@@ -536,14 +604,23 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
+_FORBIDDEN = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME")
+
+
 @functools.cache
 def _global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The globals that a function names, each with the attributes that are taken of it."""
+    """The globals and cells that a function names, each with the attributes that are taken of it.
+
+    Raises:
+        Refusal: it stores something outside of itself, or imports.
+    """
     chains: dict[tuple[str, ...], None] = {}
     for inner in _codes(code):
         chain: tuple[str, ...] = ()
         for instruction in dis.get_instructions(inner):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            if instruction.opname.startswith(_FORBIDDEN):
+                raise Refusal(f"its forward has a {instruction.opname}, whose effect would be lost")
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
                 if chain:
                     chains[chain] = None
                 chain = (instruction.argval,)

@@ -34,7 +34,8 @@ class Node:
     frozen_bn             path of the batch norm, eps; its running statistics, by a function
     act                   code and slope, as in ``activations``
     sigmoid, hardsigmoid  none
-    add, mul, div         a number if there is one input, else none
+    add, mul, div         a number if there is one input; of two "in place" or none
+    clamp6                none; to [0, 6], with another gradient at the ends than ReLU6
     cat                   none; along channels
     slice                 the number of channels that are kept, from the first on
     mean                  none; over height and width, which become 1
@@ -62,13 +63,12 @@ class _Unknown:
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         refuse(self._what)
 
-    __hash__ = object.__hash__
-
 
 for _name in (
     "bool len iter contains eq ne lt le gt ge int index float complex abs neg pos invert getitem "
     "setitem add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv "
-    "rfloordiv mod rmod divmod pow rpow matmul rmatmul and or xor round trunc floor ceil"
+    "rfloordiv mod rmod divmod pow rpow matmul rmatmul and or xor round trunc floor ceil "
+    "hash format str repr"
 ).split():
     setattr(_Unknown, f"__{_name}__", _Unknown._refuse)
 
@@ -95,6 +95,8 @@ class Symbol(_Unknown):
         self._lost = ""  # why it cannot be used any more
         self._memory = [] if same is None else same._memory  # the symbols of the same memory
         self._memory.append(self)
+
+    __hash__, __repr__ = object.__hash__, object.__repr__
 
     # What isinstance sees.
     __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
@@ -132,8 +134,9 @@ class Symbol(_Unknown):
         return self.node
 
     def lose(self, reason: str) -> None:
-        """Do not let it be used any more."""
-        self._lost = reason
+        """Do not let its memory be used any more."""
+        for other in self._memory:
+            other._lost = reason
 
     def alias(self, node: Node) -> Symbol:
         """A symbol of the same memory."""
@@ -147,7 +150,7 @@ class Symbol(_Unknown):
             if other._outside:
                 refuse("changes its input in place")
             if other is not self:
-                other.lose("its forward uses a tensor that was changed in place through another")
+                other._lost = "its forward uses a tensor that was changed in place through another"
         self.node = node
         return self
 
@@ -199,7 +202,7 @@ def _binary(op: str, a: Any, b: Any, inplace: bool = False) -> Symbol:
         if op == "div" or not _is_symbol(a):
             refuse(f"computes {op} with something other than its tensors")
     if _is_symbol(b):
-        return a.become(Node(op, (a.value(), b.value())), inplace)
+        return a.become(Node(op, (a.value(), b.value()), ("in place",) if inplace else ()), inplace)
     if type(b) not in (int, float) or not math.isfinite(b):
         refuse(f"computes {op} with {type(b).__name__}")
     if b == 1 and op != "add":
@@ -214,6 +217,14 @@ def _act(x: Symbol, code: int, inplace: bool, slope: float = activations.DEFAULT
 def _clamp(x: Symbol, low: Any, high: Any, inplace: bool) -> Symbol:
     if (low, high) != (0, 6):
         refuse(f"clamps to [{low}, {high}]")
+    return x.become(Node("clamp6", (x.value(),)), inplace)
+
+
+def _hardtanh(
+    x: Symbol, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Symbol:
+    if (min_val, max_val) != (0, 6):
+        refuse(f"clamps to [{min_val}, {max_val}]")
     return _act(x, activations.RELU6, inplace)
 
 
@@ -316,9 +327,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "relu": _relu,
     "relu_": lambda x: _relu(x, True),
     "relu6": lambda x, inplace=False: _act(x, activations.RELU6, inplace),
-    "hardtanh": lambda x, min_val=-1.0, max_val=1.0, inplace=False: _clamp(
-        x, min_val, max_val, inplace
-    ),
+    "hardtanh": _hardtanh,
     "clamp": lambda x, min=None, max=None: _clamp(x, min, max, False),
     "clamp_": lambda x, min=None, max=None: _clamp(x, min, max, True),
     "leaky_relu": lambda x, negative_slope=0.01, inplace=False: _act(
