@@ -393,6 +393,7 @@ class _Reader:
                 raise Refusal(f"its forward calls {name}, whose result can change")
         except Refusal as refusal:
             self.reason = self.reason or str(refusal)
+            raise  # into the code that is followed, before it runs on
 
     def _enter(self, frame: types.FrameType) -> None:
         code, caller = frame.f_code, frame.f_back

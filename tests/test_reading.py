@@ -1,0 +1,396 @@
+"""What ``fuse`` reads of a forward, and what it refuses: forwards that would mislead it.
+
+Each is compared with its unfused twin, before and after a change of what the forward reads; whether
+it was fused or left does not matter, but for those that say so.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ghost_forms import Gated, Sliced, conv_bn_act, randomize
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
+
+import ghost_ops
+from ghost_ops.reference import GhostBottleneck
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*unfused:UserWarning")
+
+
+def image(seed: int = 0) -> Tensor:
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 6, 9, 7, generator=gen, dtype=torch.float64)
+
+
+def observe(model: nn.Module, grad: bool) -> list[Tensor]:
+    """Output, gradients and buffers of one call."""
+    x = image().requires_grad_(grad)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model(x)
+    found = [out]
+    if grad:
+        learnt = [x, *(p for p in model.parameters() if p.requires_grad)]
+        found += [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(
+                learnt, torch.autograd.grad(out.sin().sum(), learnt, allow_unused=True), strict=True
+            )
+        ]
+    return [*found, *(b.double() for b in model.buffers())]
+
+
+def agree(fused: nn.Module, plain: nn.Module, grad: bool) -> None:
+    for got, want in zip(observe(fused, grad), observe(plain, grad), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+def branches(self: nn.Module, x: Tensor) -> Tensor:
+    y = self.primary_conv(x)
+    return torch.cat([y, self.cheap_operation(y)], 1)
+
+
+class Switches:
+    relu = False
+
+
+def helper() -> None:
+    """Has an attribute that a forward reads."""
+
+
+class Listed(nn.Module):
+    """Its layers in lists, which are walked through and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(conv_bn_act(6, 4, 1, 1, 1, nn.ReLU()))
+        self.second = nn.ModuleList(conv_bn_act(4, 4, 3, 1, 4, nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.first:
+            x = layer(x)
+        z = x
+        for layer in self.second:
+            z = layer(z)
+        return torch.cat([x, z], 1)
+
+
+class OneList(Sliced):
+    """Both branches in one list."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 8)
+        self.parts = nn.ModuleList([self.primary_conv, self.cheap_operation])
+        del self.primary_conv, self.cheap_operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.parts[0](x)
+        return torch.cat([y, self.parts[1](y)], 1)
+
+
+def of(forward: Callable[..., Tensor], **attributes: Any) -> nn.Module:
+    module = type("Form", (Sliced,), {"forward": forward})(6, 8)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def reads_class(self: nn.Module, x: Tensor) -> Tensor:
+    out = branches(self, x)
+    return F.relu(out) if Switches.relu else out
+
+
+def reads_class_by_name(self: nn.Module, x: Tensor) -> Tensor:
+    switches = Switches
+    out = branches(self, x)
+    return F.relu(out) if switches.relu else out
+
+
+def reads_attribute_class(self: nn.Module, x: Tensor) -> Tensor:
+    out = branches(self, x)
+    return F.relu(out) if self.config.relu else out  # type: ignore[union-attr]
+
+
+def reads_function(self: nn.Module, x: Tensor) -> Tensor:
+    out = branches(self, x)
+    return F.relu(out) if helper.relu else out  # type: ignore[attr-defined]
+
+
+def imports(self: nn.Module, x: Tensor) -> Tensor:
+    import test_reading
+
+    out = branches(self, x)
+    return F.relu(out) if test_reading.Switches.relu else out
+
+
+def catches(self: nn.Module, x: Tensor) -> Tensor:
+    out = branches(self, x)
+    try:
+        if x.amax() > 0:
+            out = F.relu(out)
+    except Exception:
+        pass
+    return out
+
+
+def hashes_a_size(self: nn.Module, x: Tensor) -> Tensor:
+    out = branches(self, x)
+    return F.relu(out) if x.shape[2] in {8, 9} else out
+
+
+def drops_a_result(self: nn.Module, x: Tensor) -> Tensor:
+    out = branches(self, x)
+    self.statistics(out)
+    return out
+
+
+def clamps(self: nn.Module, x: Tensor) -> Tensor:
+    return branches(self, x).clamp(0, 6)
+
+
+STORED: list[Tensor] = []
+
+
+def stores(self: nn.Module, x: Tensor) -> Tensor:
+    global STORED
+    STORED = [x]
+    return branches(self, x)
+
+
+MISLEADING = {
+    "class": lambda: of(reads_class),
+    "class by another name": lambda: of(reads_class_by_name),
+    "class as an attribute": lambda: of(reads_attribute_class, config=Switches),
+    "function": lambda: of(reads_function),
+    "import": lambda: of(imports),
+    "except": lambda: of(catches),
+    "size in a set": lambda: of(hashes_a_size),
+    "result not used": lambda: of(drops_a_result, statistics=nn.BatchNorm2d(8)),
+    "clamp": lambda: of(clamps),
+    "store": lambda: of(stores),
+    "lists": Listed,
+    "one list": OneList,
+}
+GRAD = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+
+
+@GRAD
+@TRAINING
+@pytest.mark.parametrize("name", MISLEADING)
+def test_what_forward_reads(
+    name: str, training: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helper, "relu", False, raising=False)
+    plain = randomize(MISLEADING[name]()).double().train(training)
+    fused = copy.deepcopy(plain)
+    report = ghost_ops.fuse(fused)
+    assert bool(report.swapped) == (name in ("class", "function", "lists", "one list")), report
+    agree(fused, plain, grad)
+    monkeypatch.setattr(Switches, "relu", True)
+    monkeypatch.setattr(helper, "relu", True)
+    agree(fused, plain, grad)
+    if name == "store":
+        assert isinstance(sys.modules[__name__].STORED[0], Tensor)
+
+
+def test_zero_at_the_ends_of_a_clamp() -> None:
+    """Where a clamp passes the gradient that ReLU6 stops."""
+    plain = of(clamps).double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.weight)
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    agree(fused, plain, True)
+
+
+def replace_in_list(module: nn.Module) -> None:
+    module.first[0] = randomize(nn.Sequential(nn.Conv2d(6, 4, 1, bias=False)), 3)[0].double()  # type: ignore[index]
+
+
+def append_to_list(module: nn.Module) -> None:
+    module.second.append(nn.SiLU())  # type: ignore[union-attr]
+
+
+def delete_from_list(module: nn.Module) -> None:
+    del module.second[2]  # type: ignore[union-attr]
+
+
+@GRAD
+@pytest.mark.parametrize("change", [replace_in_list, append_to_list, delete_from_list])
+def test_lists_of_modules(change: Callable[[nn.Module], None], grad: bool) -> None:
+    plain = randomize(Listed()).double().eval()
+    fused = copy.deepcopy(plain)
+    assert ghost_ops.fuse(fused).swapped
+    agree(fused, plain, grad)
+    for module in (fused, plain):
+        change(module)
+    agree(fused, plain, grad)
+
+
+def circular(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    padded = F.pad(x, (1, 1, 1, 1), mode="circular")
+    return F.conv2d(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Twice(nn.ReLU):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class Scaled(nn.Conv2d):
+    scale = 1.0
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self._parameters["weight"] * self.scale
+
+
+class Halved(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return w / 2
+
+
+def set_scale(module: nn.Module, scale: float) -> None:
+    module.primary_conv[0].__class__ = Scaled  # type: ignore[index]
+    module.primary_conv[0].scale = scale  # type: ignore[index]
+
+
+def attribute_bias(module: nn.Module, factor: float) -> None:
+    conv = module.cheap_operation[0]  # type: ignore[index]
+    if "bias" in conv._parameters:
+        del conv.bias
+        conv.bias = torch.ones(4, dtype=torch.float64)
+    conv.bias.mul_(factor)
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], None], ...]] = {
+    "circular padding": (
+        lambda m: setattr(m.cheap_operation[0], "_conv_forward",
+                          types.MethodType(circular, m.cheap_operation[0])),
+    ),
+    "own call": (lambda m: m.cheap_operation.__setitem__(2, Twice()),),
+    "property": (lambda m: set_scale(m, 2.0), lambda m: set_scale(m, 3.0)),
+    "plain bias": (lambda m: attribute_bias(m, 2.0), lambda m: attribute_bias(m, 3.0)),
+    "parametrised": (
+        lambda m: parametrize.register_parametrization(m.primary_conv[0], "weight", Halved()),
+        lambda m: m.primary_conv[0].parametrizations.weight.original.data.mul_(2),
+    ),
+    "PReLU of a class of its own": (
+        lambda m: m.primary_conv.__setitem__(2, type("Mine", (nn.PReLU,), {})().double()),
+    ),
+    "dictionaries": (
+        lambda m: setattr(m.primary_conv, "_modules",
+                          {**m.primary_conv._modules, "2": nn.SiLU()}),
+    ),
+}  # fmt: skip
+
+
+@GRAD
+@TRAINING
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_of_layers(name: str, training: bool, grad: bool) -> None:
+    plain = randomize(Sliced(6, 8)).double().train(training)
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    agree(fused, plain, grad)
+    for change in CHANGES[name]:
+        for module in (fused, plain):
+            with torch.no_grad():
+                change(module)
+        agree(fused, plain, grad)
+        agree(fused, plain, grad)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["hooks", "parametrizations"])
+@pytest.mark.parametrize("how", ["prelu", "one norm in eval", "conv_dw", "printed"])
+def test_spectral_norm_iterates_once(how: str, old: bool) -> None:
+    """Its vectors move at every access of the weight in training: a second one shows."""
+    torch.manual_seed(0)
+    bottleneck = how == "conv_dw"
+    plain = GhostBottleneck(6, 12, 8, stride=2) if bottleneck else Sliced(6, 8)
+    plain = randomize(plain).double()
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    for module in (fused, plain):
+        conv = module.conv_dw if bottleneck else module.primary_conv[0]  # type: ignore[index]
+        torch.manual_seed(1)
+        (spectral_norm if old else parametrizations.spectral_norm)(conv)
+        if how == "prelu":
+            module.primary_conv[2] = nn.PReLU().double()  # type: ignore[index]
+        elif how == "one norm in eval":
+            module.cheap_operation[1].eval()  # type: ignore[index]
+    for _ in range(2):
+        agree(fused, plain, True)
+        if how == "printed":
+            repr(fused)
+
+
+def test_legacy_tensor_types_are_refused() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return branches(self, x) if isinstance(x, torch.DoubleTensor) else x
+
+    assert "DoubleTensor" in ghost_ops.fuse(of(forward)).left[0].detail
+
+
+class Sum(GhostBottleneck):
+    """Out of place, so that its dtype is that of both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ghost2(self.ghost1(x)) + x
+
+
+@GRAD
+def test_dtype_of_a_sum_under_autocast(grad: bool) -> None:
+    plain = randomize(Sum(6, 12, 6)).eval()
+    fused = copy.deepcopy(plain)
+    assert len(ghost_ops.fuse(fused).swapped) == 3
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        got, want = fused(image().float()), plain(image().float())
+    assert got.dtype is want.dtype is torch.float32
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("part", ["ghost2.primary_conv.1", "conv_dw", "se.conv_expand"])
+def test_dtypes_that_differ_raise_as_in_pytorch(part: str) -> None:
+    plain = GhostBottleneck(6, 12, 6, stride=2, se_ratio=0.25).double().eval()
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    agree(fused, plain, False)
+    for module in (fused, plain):
+        module.get_submodule(part).float()
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            module(image())
+
+
+def test_a_gate_of_one_channel() -> None:
+    plain = randomize(Gated(6, 8)).double().eval()
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    agree(fused, plain, False)
+    for module in (fused, plain):
+        module.short_conv = randomize(nn.Sequential(nn.Conv2d(6, 1, 1)), 5).double()
+    for grad in (True, False):
+        agree(fused, plain, grad)
+
+
+def test_functions_replaced_in_compiled_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = randomize(Sliced(6, 8)).double()
+    fused = copy.deepcopy(plain)
+    ghost_ops.fuse(fused)
+    old = nn.BatchNorm2d.forward
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: old(self, x) * 2)
+    torch.compiler.reset()
+    compiled = torch.compile(fused, backend="eager")
+    torch.testing.assert_close(compiled(image()), plain(image()), rtol=1e-8, atol=1e-9)
+    torch.compiler.reset()
