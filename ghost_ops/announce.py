@@ -15,8 +15,3 @@ def announce(text: str) -> None:
         return
     _said.add(text)
     warnings.warn(f"{text} (Said once.)", UserWarning, stacklevel=3)
-
-
-def forget() -> None:
-    """Say everything once more."""
-    _said.clear()

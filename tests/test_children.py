@@ -268,8 +268,8 @@ def test_a_hook_can_change_the_result(backend: str) -> None:
         assert not module(x)[:, :4].any()
 
 
-def test_hooks_are_announced_once(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ghost_ops.announce._said", set())  # other tests had their turn
+@pytest.mark.usefixtures("unsaid")
+def test_hooks_are_announced_once(native: str) -> None:
     module, x = make_module(CASE).eval(), make_input(CASE)
     module.primary_conv[0].register_forward_hook(lambda *_: None)
     with warnings.catch_warnings(record=True) as caught:

@@ -204,6 +204,7 @@ def test_ultralytics_own_fuse_afterwards(backend: str) -> None:
         torch.testing.assert_close(fused(x), plain(x), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.usefixtures("unsaid")
 def test_hooks_inside_come_and_go() -> None:
     fused, plain = (model.eval() for model in pair("authors"))
     x, calls = image(), []
@@ -245,6 +246,7 @@ def test_children_replaced_afterwards(backend: str, change: str) -> None:
                 torch.testing.assert_close(models[0](x), models[1](x), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.usefixtures("unsaid")
 def test_only_one_norm_in_training() -> None:
     fused, plain = pair("authors")
     for model in (fused, plain):

@@ -251,10 +251,8 @@ def test_gradients(backend: str, make: Callable, mode: str) -> None:
 
 
 @pytest.mark.parametrize("make", [own, cavaface], ids=lambda f: f.__name__)
-def test_training_says_once_that_it_is_unfused(
-    make: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ghost_ops.announce._said", set())  # other tests had their turn
+@pytest.mark.usefixtures("unsaid")
+def test_training_says_once_that_it_is_unfused(make: Callable) -> None:
     module = make().train()
     with pytest.warns(UserWarning, match="PReLU learns slopes.*eval mode without gradients"):
         module(image())

@@ -343,6 +343,29 @@ def test_legacy_tensor_types_are_refused() -> None:
     assert "DoubleTensor" in ghost_ops.fuse(of(forward)).left[0].detail
 
 
+class Counter(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * x
+
+
+def then_counts(self: nn.Module, x: Tensor) -> Tensor:
+    return self.counter(branches(self, x))
+
+
+@GRAD
+def test_a_module_that_cannot_be_followed_is_called(grad: bool) -> None:
+    """What stands behind the concatenation runs as it is."""
+    plain = randomize(of(then_counts, counter=Counter())).double().eval()
+    fused = copy.deepcopy(plain)
+    assert ghost_ops.fuse(fused).swapped
+    for n in (1, 2):
+        agree(fused, plain, grad)
+        assert fused.counter.calls == plain.counter.calls == n
+
+
 class Sum(GhostBottleneck):
     """Out of place, so that its dtype is that of both."""
 

@@ -224,7 +224,7 @@ class _Reader:
         """What the forward sees in the place of a module."""
         found = self._stands.get(id(module))
         if found is not None:
-            if "_modules" not in found.__dict__ or found.__dict__["_modules"] is None:
+            if found.__dict__["_modules"] is None:
                 raise Refusal("it contains itself")
             return found
         kind = type(module)
@@ -281,6 +281,8 @@ class _Reader:
                     out = self._follow(module, stand, x)
             except Refusal as refusal:
                 # It can still be called as it is. Whether it changes its input then is not known.
+                self.reason, self._pending = "", None
+                sys.setprofile(self._profile)  # which Python drops when it raises
                 reason = f"{'.'.join(path)}, a {type(module).__name__}: {refusal}"
                 node = Node("module", (before,), (path, reason))
                 self._effects.append(node)
@@ -430,13 +432,14 @@ class _Reader:
             self._items[id(function.__kwdefaults__), name] = function.__kwdefaults__, name, value
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._check_constant(default, f"a default of {function.__name__}")
+        cells: dict[str, Any] = {}
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            cells[name] = getattr(cell, "cell_contents", None)
             self._attribute(cell, "cell_contents", getattr(cell, "cell_contents", MISSING))
-            self._check_constant(getattr(cell, "cell_contents", None), name)
-        cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+            self._check_constant(cells[name], name)
         for chain in _global_names(code):
             if chain[0] in cells:
-                self._read_chain(getattr(cells[chain[0]], "cell_contents", None), chain, 1)
+                self._read_chain(cells[chain[0]], chain, 1)
             else:
                 self._read_global(function.__globals__, chain)
 
