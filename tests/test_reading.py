@@ -120,6 +120,16 @@ def reads_attribute_class(self: nn.Module, x: Tensor) -> Tensor:
     return F.relu(out) if self.config.relu else out  # type: ignore[union-attr]
 
 
+class Base(Sliced):
+    flag = False
+
+
+class ReadsSuper(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        out = branches(self, x)
+        return F.relu(out) if super().flag else out
+
+
 def reads_function(self: nn.Module, x: Tensor) -> Tensor:
     out = branches(self, x)
     return F.relu(out) if helper.relu else out  # type: ignore[attr-defined]
@@ -172,6 +182,7 @@ MISLEADING = {
     "class as an attribute": lambda: of(reads_attribute_class, config=Switches),
     "function": lambda: of(reads_function),
     "import": lambda: of(imports),
+    "super": lambda: ReadsSuper(6, 8),
     "except": lambda: of(catches),
     "size in a set": lambda: of(hashes_a_size),
     "result not used": lambda: of(drops_a_result, statistics=nn.BatchNorm2d(8)),
@@ -198,9 +209,23 @@ def test_what_forward_reads(
     agree(fused, plain, grad)
     monkeypatch.setattr(Switches, "relu", True)
     monkeypatch.setattr(helper, "relu", True)
+    monkeypatch.setattr(Base, "flag", True)
     agree(fused, plain, grad)
     if name == "store":
         assert isinstance(sys.modules[__name__].STORED[0], Tensor)
+
+
+@GRAD
+def test_another_class(grad: bool) -> None:
+    """Of the module itself, with another method that its forward calls."""
+    plain = randomize(of(lambda self, x: self.post(branches(self, x)))).double().eval()  # type: ignore[misc]
+    type(plain).post = lambda self, x: F.relu(x)
+    fused = copy.deepcopy(plain)
+    assert ghost_ops.fuse(fused).swapped
+    agree(fused, plain, grad)
+    for module in (fused, plain):
+        module.__class__ = type("Other", (type(module),), {"post": lambda self, x: F.silu(x)})
+    agree(fused, plain, grad)
 
 
 def test_zero_at_the_ends_of_a_clamp() -> None:

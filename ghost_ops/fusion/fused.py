@@ -96,6 +96,7 @@ class State:
     """What a fused module knows of itself.
 
     Attributes:
+        kind: the module's class.
         record: what was read.
         form, parts: what it computes; None where the fused ops cannot compute it.
         reason: why they cannot.
@@ -105,6 +106,7 @@ class State:
     """
 
     def __init__(self, module: Fused, old: State | None = None) -> None:
+        self.kind = type(module)
         self.form: Form | None = None
         self.parts: Parts | None = None
         self.reason = ""
@@ -200,7 +202,12 @@ class Fused(nn.Module):
     def _ghost_state(self) -> State:
         """What is true of the module now."""
         state: State | None = self.__dict__.get("_ghost_ops")
-        if state is not None and state.guard is not None and state.guard.unchanged(self.__dict__):
+        if (
+            state is not None
+            and state.kind is type(self)
+            and state.guard is not None
+            and state.guard.unchanged(self.__dict__)
+        ):
             return state
         state = self.__dict__["_ghost_ops"] = State(self, state)
         return state
@@ -345,7 +352,7 @@ def fused_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
             return traced(self, args, kwargs)
         if not kwargs and len(args) == 1:
             state = self.__dict__.get("_ghost_ops")
-            if state is not None:
+            if state is not None and state.kind is type(self):
                 cached = state.cached
                 if cached is not None:
                     out = cached.run(args[0], self.__dict__)

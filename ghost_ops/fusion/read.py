@@ -608,7 +608,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _FORBIDDEN = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME")
+
+
+def _is_method(instruction: dis.Instruction) -> bool:
+    """Whether an attribute is loaded to be called at once."""
+    if sys.version_info < (3, 12):
+        return instruction.opname == "LOAD_METHOD"
+    return bool(instruction.arg and instruction.arg & 1)
 
 
 @functools.cache
@@ -621,7 +629,13 @@ def _global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
     chains: dict[tuple[str, ...], None] = {}
     for inner in _codes(code):
         chain: tuple[str, ...] = ()
+        of_super = False
         for instruction in dis.get_instructions(inner):
+            of_super = of_super or instruction.argval == "super"
+            if of_super and instruction.opname in _ATTRIBUTES:
+                if not _is_method(instruction):
+                    raise Refusal("its forward reads an attribute of super(), which is not guarded")
+                of_super = False
             if instruction.opname.startswith(_FORBIDDEN):
                 raise Refusal(f"its forward has a {instruction.opname}, whose effect would be lost")
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
