@@ -11,13 +11,10 @@ from the ``Record`` alone.
 from __future__ import annotations
 
 import builtins
-import dis
 import enum
-import functools
 import inspect
 import os
 import sys
-import sysconfig
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +26,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .code import HERE, TORCH, codes_of, global_names, is_pure, is_users
 from .guards import (
     GLOBAL_HOOKS,
     MISSING,
@@ -80,20 +78,9 @@ _CONSTANTS = (
     torch.memory_format, torch.Size, types.FunctionType, types.BuiltinFunctionType,
     types.ModuleType,
 )  # fmt: skip
-_PURE_BUILTINS = frozenset(
-    "abs all any callable divmod getattr hasattr isinstance issubclass iter len max min next round "
-    "sorted sum".split()
-)
 # Fused forwards run neither scripted nor traced. A mode, such as torch.device("meta"), passes on.
 _PURE_FUNCTIONS = ("_assert", "is_scripting", "is_tracing", "__torch_function__")
-_CONTAINERS = (str, tuple, list, dict, set, frozenset, range)
-
 _TORCH_FUNCTION = Symbol.__torch_function__.__func__.__code__  # type: ignore[attr-defined]
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_STANDARD = tuple(
-    os.path.abspath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")
-)
 
 
 class Call(NamedTuple):
@@ -389,7 +376,7 @@ class _Reader:
             elif frame.f_code not in self._read_codes:
                 return
             elif event == "c_call":
-                self._pending = None if _is_pure(arg) else arg
+                self._pending = None if is_pure(arg) else arg
             elif event == "c_return" and self._pending is not None:
                 name = getattr(self._pending, "__name__", self._pending)
                 raise Refusal(f"its forward calls {name}, whose result can change")
@@ -399,8 +386,8 @@ class _Reader:
 
     def _enter(self, frame: types.FrameType) -> None:
         code, caller = frame.f_code, frame.f_back
-        from_here = caller is not None and caller.f_code.co_filename.startswith(_HERE)
-        if _is_users(code):
+        from_here = caller is not None and caller.f_code.co_filename.startswith(HERE)
+        if is_users(code):
             if not from_here or code in self._functions:  # else generated, of a NamedTuple say
                 self._read_code(code, frame)
         elif code is _TORCH_FUNCTION:
@@ -408,9 +395,9 @@ class _Reader:
         elif (
             caller is not None
             and caller.f_code in self._read_codes
-            and not code.co_filename.startswith(_HERE)
+            and not code.co_filename.startswith(HERE)
         ):
-            followed = code.co_filename.startswith((_TORCH + "nn" + os.sep, _TORCH + "functional"))
+            followed = code.co_filename.startswith((TORCH + "nn" + os.sep, TORCH + "functional"))
             if code.co_name not in _PURE_FUNCTIONS and not (
                 followed and any(map(_is_followed, frame.f_locals.values()))
             ):
@@ -425,7 +412,7 @@ class _Reader:
                 f"its forward calls {code.co_name}, which is not an attribute of a module, a class "
                 "or a file"
             )
-        self._read_codes.update(_codes(code))
+        self._read_codes.update(codes_of(code))
         for name in ("__code__", "__defaults__", "__kwdefaults__"):
             self._attribute(function, name, getattr(function, name))
         for name, value in (function.__kwdefaults__ or {}).items():
@@ -437,7 +424,7 @@ class _Reader:
             cells[name] = getattr(cell, "cell_contents", None)
             self._attribute(cell, "cell_contents", getattr(cell, "cell_contents", MISSING))
             self._check_constant(cells[name], name)
-        for chain in _global_names(code):
+        for chain in global_names(code):
             if chain[0] in cells:
                 self._read_chain(cells[chain[0]], chain, 1)
             else:
@@ -532,7 +519,7 @@ def _recorder(kind: type[nn.Module]) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         if name in _PLUMBING or name.startswith("__"):
             _touch(object.__getattribute__(self, "__dict__"))
-            if name in ("__dict__", "__class__") and _is_users(sys._getframe(1).f_code):
+            if name in ("__dict__", "__class__") and is_users(sys._getframe(1).f_code):
                 raise Refusal(f"its forward reads {name}, whose changes cannot be noticed")
             return kind.__getattribute__(self, name)
         values = object.__getattribute__(self, "__dict__")
@@ -576,77 +563,7 @@ def _groups(values: dict) -> set[str]:
     return {*values["_parameters"], *values["_buffers"], *values["_modules"]}
 
 
-@functools.cache
-def _is_users(code: types.CodeType) -> bool:
-    """Whether code is neither PyTorch's, nor Python's, nor of this package."""
-    name = code.co_filename
-    if name.startswith((_HERE, _TORCH)):
-        return False
-    return not name.startswith(_STANDARD) or "site-packages" in name or "dist-packages" in name
-
-
 def _is_followed(value: Any) -> bool:
     if type(value) in (tuple, list):
         return any(map(_is_followed, value))
     return type(value) is Symbol or _READER in type(value).__dict__
-
-
-def _is_pure(function: Any) -> bool:
-    """Whether a C function gives the same for the same arguments, and does nothing else."""
-    if getattr(function, "__module__", None) == "builtins":
-        return function.__name__ in _PURE_BUILTINS
-    if getattr(function, "__module__", None) == "math":
-        return True
-    return isinstance(getattr(function, "__self__", None), _CONTAINERS)
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of a function and of those inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
-_FORBIDDEN = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "IMPORT_NAME")
-
-
-def _is_method(instruction: dis.Instruction) -> bool:
-    """Whether an attribute is loaded to be called at once."""
-    if sys.version_info < (3, 12):
-        return instruction.opname == "LOAD_METHOD"
-    return bool(instruction.arg and instruction.arg & 1)
-
-
-@functools.cache
-def _global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The globals and cells that a function names, each with the attributes that are taken of it.
-
-    Raises:
-        Refusal: it stores something outside of itself, or imports.
-    """
-    chains: dict[tuple[str, ...], None] = {}
-    for inner in _codes(code):
-        chain: tuple[str, ...] = ()
-        of_super = False
-        for instruction in dis.get_instructions(inner):
-            of_super = of_super or instruction.argval == "super"
-            if of_super and instruction.opname in _ATTRIBUTES:
-                if not _is_method(instruction):
-                    raise Refusal("its forward reads an attribute of super(), which is not guarded")
-                of_super = False
-            if instruction.opname.startswith(_FORBIDDEN):
-                raise Refusal(f"its forward has a {instruction.opname}, whose effect would be lost")
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
-                if chain:
-                    chains[chain] = None
-                chain = (instruction.argval,)
-            elif chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                chain = (*chain, instruction.argval)
-            elif chain and instruction.opname not in ("CACHE", "PUSH_NULL"):
-                chains[chain] = None
-                chain = ()
-        if chain:
-            chains[chain] = None
-    return tuple(chains)
