@@ -218,7 +218,7 @@ def _why_not_fused(parts: Unit) -> str:
     if any(bn.training or bn.running_mean is None for bn in norms):
         return "a batch norm has no running statistics, so that it runs as in training"
     if isinstance(parts, Ghost):  # runs as ghost_apply even if its weights are not packed once
-        return parts.why_not_fused(*parts.weights())
+        return parts.why_not_fused() or parts.why_not_shapes(*parts.weights())
     computed = "" if watchable(parts.layers) else "its weights are computed at every call"
     return parts.why_not_packed() or computed
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import builtins
 import enum
+import gc
 import inspect
 import os
 import sys
@@ -65,8 +66,6 @@ _LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
 }
 _FORWARD_METHODS = ("forward", "_conv_forward", "_check_input_dim")
 _METHODS = {(b, n): getattr(b, n, None) for b in _LAYERS for n in _FORWARD_METHODS}
-
-_MODULE_CALL = nn.Module.__call__
 
 # Attributes of every module that are guarded as a whole, or that reading leaves out.
 _PLUMBING = frozenset(nn.Module().__dict__) - {"training"}
@@ -186,11 +185,15 @@ class _Reader:
         suspended = previous is not None and not callable(previous)  # cProfile, up to Python 3.11
         if suspended:
             previous.disable()
+        collects = gc.isenabled()
+        gc.disable()  # a finalizer or callback would run as if forward had called it
         sys.setprofile(self._profile)
         try:
             yield
         finally:
             sys.setprofile(None if suspended else previous)
+            if collects:
+                gc.enable()
             if suspended:
                 previous.enable()
 
@@ -250,8 +253,8 @@ class _Reader:
         if module is self.module:
             raise Refusal("it contains itself")
         notes = self.note(path, module, called=True)
-        self._attribute(type(module), "__call__", _MODULE_CALL)
-        if type(module).__call__ is not _MODULE_CALL:
+        # nn.Module's own is replaced by the tracers of torch.fx and torch.export, for a while.
+        if any("__call__" in base.__dict__ for base in _classes_of(module)):
             raise Refusal(f"a {type(module).__name__} inside it has a __call__ of its own")
         x = args[0] if len(args) == 1 and not kwargs and type(args[0]) is Symbol else None
         if x is None:
@@ -475,6 +478,12 @@ class _Reader:
 
     def _attribute(self, thing: Any, name: str, value: Any) -> None:
         self._attributes[id(thing), name] = thing, name, value
+
+
+def _classes_of(module: nn.Module) -> list[type]:
+    """The classes that a module's own derives from, before nn.Module."""
+    mro = type(module).__mro__
+    return list(mro[: mro.index(nn.Module)])
 
 
 def _nodes_of(out: Node) -> set[Node]:
