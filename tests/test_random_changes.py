@@ -1,6 +1,6 @@
 """One random change to a fused model: it still computes what its plain twin computes.
 
-Families of models, twins and what is compared: ``test_situations``. Here both twins get the same
+Families of models, twins and what is compared: ``twins``. Here both twins get the same
 change, of a kind in ``CHANGES``; where the plain one raises, the fused one raises the same.
 ``check(seed)`` runs one case.
 """
@@ -21,7 +21,10 @@ import pytest
 import torch
 from ghost_forms import FORMS, randomize
 from test_bottleneck import recorded
-from test_situations import (
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrizations, prune
+from twins import (
     BOTTLENECKS,
     FAMILIES,
     HOOKS,
@@ -36,9 +39,6 @@ from test_situations import (
     same,
     twins,
 )
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.utils import parametrizations, prune
 
 import ghost_ops
 

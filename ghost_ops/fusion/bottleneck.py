@@ -111,9 +111,6 @@ class Bottleneck:
         self.ghost1.check(x)
 
     def why_not_packed(self) -> str:
-        for layer in self.layers:
-            if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
-                return "a batch norm uses the batch's statistics"
         return (
             why_not_together(self.layers)
             or self.ghost1.why_not_packed()
@@ -151,13 +148,19 @@ class Bottleneck:
 
 
 def why_not_together(layers: tuple[nn.Module, ...]) -> str:
-    """Why layers have to run one by one: of several devices or dtypes; empty if they have not.
+    """Why layers cannot be packed for one operator; empty if they can.
 
-    Batch norms may be float32 behind convolutions of low precision.
+    They are of one device and dtype, but batch norms may be float32 behind convolutions of low
+    precision; and the norms use their running statistics.
     """
-    first = next(layers[0].parameters(False))
+    first = next(layers[0].parameters(False), None)
+    if first is None:
+        return "its weights are computed at every call"
     for layer in layers:
-        wide = isinstance(layer, nn.BatchNorm2d) and first.dtype in LOW_PRECISION
+        norm = isinstance(layer, nn.BatchNorm2d)
+        if norm and (layer.training or layer.running_mean is None):
+            return "a batch norm uses the batch's statistics"
+        wide = norm and first.dtype in LOW_PRECISION
         dtypes = {t.dtype for t in layer.parameters(False)}
         dtypes |= {t.dtype for t in layer.buffers(False) if t.is_floating_point()}
         if dtypes and dtypes != {first.dtype} and not (wide and dtypes == {torch.float32}):

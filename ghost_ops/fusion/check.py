@@ -8,6 +8,7 @@ is drawn from PyTorch's generator.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -24,18 +25,20 @@ from .guards import Record, Refusal, plain_kind, watchable
 _TOLERANCE = 1e-9
 _SIZES = ((2, 9, 7), (2, 1, 1), (1, 14, 20))  # images, height, width
 
+_one_at_a_time = threading.Lock()  # the number of threads is the process's
 _LARGE = (1, 66, 70)  # for networks that halve their maps until no pixel of the others is left
 
 
 def compare(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:
     """Raise ``Refusal`` if what was read of a module does not compute what the module does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the maps are small: threads would wait for each other
-    try:
-        with torch.device("cpu"):  # whatever the default is
-            _compare_modes(kind, module, form, record)
-    finally:
-        torch.set_num_threads(threads)
+    with _one_at_a_time:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the maps are small: threads would wait for each other
+        try:
+            with torch.device("cpu"):  # whatever the default is
+                _compare_modes(kind, module, form, record)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _compare_modes(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:

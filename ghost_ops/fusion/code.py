@@ -82,7 +82,8 @@ def global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
                 if not _is_method(instruction):
                     raise Refusal("its forward reads an attribute of super(), which is not guarded")
                 of_super = False
-            if instruction.opname.startswith(_FORBIDDEN):
+            outer = instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
+            if outer or instruction.opname.startswith(_FORBIDDEN):
                 raise Refusal(f"its forward has a {instruction.opname}, whose effect would be lost")
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"):
                 if chain:

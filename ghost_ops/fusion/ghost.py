@@ -190,8 +190,6 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
 class Ghost:
     """The parts of a Ghost module, bound to its layers."""
 
-    dw_size: int
-
     def __init__(
         self,
         primary: Branch,
@@ -271,7 +269,7 @@ class Ghost:
         return ""
 
     def why_not_slopes(self, x: Tensor) -> str:
-        """Why the PReLUs have to run as layers for x; empty if there are none, or they have not."""
+        """Why a PReLU has to run as a layer for x; empty without one, or if it need not."""
         if self.primary.prelu is None and (self.cheap is None or self.cheap.prelu is None):
             return ""
         grad = torch.is_grad_enabled() and (
@@ -317,7 +315,7 @@ class Ghost:
             if self.cheap is not None:
                 self.cheap.add_bias_to_running_mean()
         if self.gate is not None:
-            out = out * gate_of(x, self.gate, (out.size(2), out.size(3)))
+            out = out * grown(small_gate(x, self.gate), out)
         return run_tail(self.tail, out)
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
@@ -389,7 +387,7 @@ class PackedGhost:
             gate.dtype is not x.dtype or gate.size(1) != self.settings.out_channels
         ):
             out = self(x)
-            out = out * F.interpolate(gate, size=(out.size(2), out.size(3)), mode="nearest")
+            out = out * grown(gate, out)
         else:
             out = self(x, None, gate)
         return run_tail(self.tail, out)
@@ -418,9 +416,9 @@ def small_gate(x: Tensor, short_conv: nn.Module) -> Tensor:
     return torch.sigmoid(short_conv(F.avg_pool2d(x, kernel_size=2, stride=2)))
 
 
-def gate_of(x: Tensor, short_conv: nn.Module, size: tuple[int, int]) -> Tensor:
-    """The gate brought to the size of the module's output."""
-    return F.interpolate(small_gate(x, short_conv), size=size, mode="nearest")
+def grown(gate: Tensor, out: Tensor) -> Tensor:
+    """A small gate brought to the height and width of the module's output."""
+    return F.interpolate(gate, size=out.shape[2:], mode="nearest")
 
 
 def run_tail(tail: tuple[nn.Module | tuple[int, float], ...], x: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def _holds(modules: list[nn.Module], x: Tensor) -> bool:
         if m.training:
             return False
         for hooks in hooks_of(m):
-            if len(hooks):  # what a hook changes inside of the operator, the compiler does not see
+            if len(hooks):  # the compiler does not see what a hook changes inside the operator
                 return False
         if isinstance(m, nn.Conv2d):
             # A weight that is computed, by a parametrisation or a hook, is not in there.

@@ -7,6 +7,7 @@ as a copy or a replica. ``Record.guard`` watches one module, in C.
 
 from __future__ import annotations
 
+import threading
 import types
 from typing import Any, NamedTuple
 
@@ -28,11 +29,24 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
+class _Count(threading.local):
+    """How many refusals a thread has made."""
+
+    refusals = 0
+
+
+made = _Count()
+
+
 class Refusal(BaseException):
     """Not what the fused ops can compute; the message says why.
 
-    No ``Exception``: a forward that is followed must not catch it.
+    It is no ``Exception``, and counted, because a forward that is followed must not catch it.
     """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        made.refusals += 1
 
 
 class Method(NamedTuple):

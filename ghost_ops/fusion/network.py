@@ -61,13 +61,10 @@ class Network:
         """Nothing: what does not fit goes to the network's own forward."""
 
     def why_not_packed(self) -> str:
-        for layer in self.layers:
-            if isinstance(layer, nn.BatchNorm2d) and (layer.training or layer.running_mean is None):
-                return "a batch norm uses the batch's statistics"
         return why_not_together(self.layers)
 
     def run(self, x: Tensor) -> str:
-        return ""  # its own forward, which there is nothing to say about
+        return ""  # its own forward, without a warning
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         return PackedNetwork(self, backend), ()

@@ -37,6 +37,7 @@ from .guards import (
     Record,
     Refusal,
     hooks_of,
+    made,
     owner_kind,
     plain_kind,
 )
@@ -134,7 +135,7 @@ def read(
     except Exception as error:
         reason = f"its forward raises {type(error).__name__} when it is followed: {error}"
     if reason:
-        raise Failed(reader.reason or reason, reader.record())
+        raise Failed(reason, reader.record())
     return Reading(out, reader.calls, reader.record())
 
 
@@ -144,7 +145,8 @@ class _Reader:
     ) -> None:
         self.module, self.training, self.whole = module, training, whole
         self.calls: dict[Node, list[Call]] = {}
-        self.reason = ""  # the first thing that the profile function saw and that is refused
+        # Refusals that no ``call`` has caught; others than these, the forward has caught.
+        self._refusals = made.refusals
         self._notes: dict[Path, _Notes] = {}
         self._items: dict[tuple[int, str], tuple[dict, str, Any]] = {}
         self._attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
@@ -168,8 +170,8 @@ class _Reader:
         x = Symbol(Node("input"), outside=True)
         with self._profiling():
             out = self._follow(module, stand, x)
-        if self.reason:
-            raise Refusal(self.reason)
+        if made.refusals != self._refusals:
+            raise Refusal("its forward catches every exception, those of its reader too")
         if type(out) is not Symbol:
             raise Refusal(f"its forward gives a {type(out).__name__}, not a tensor")
         used = _nodes_of(out.value())
@@ -271,7 +273,7 @@ class _Reader:
                     out = self._follow(module, stand, x)
             except Refusal as refusal:
                 # It can still be called as it is. Whether it changes its input then is not known.
-                self.reason, self._pending = "", None
+                self._refusals, self._pending = self._refusals + 1, None
                 sys.setprofile(self._profile)  # which Python drops when it raises
                 reason = f"{'.'.join(path)}, a {type(module).__name__}: {refusal}"
                 node = Node("module", (before,), (path, reason))
@@ -373,19 +375,16 @@ class _Reader:
             )
 
     def _profile(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        try:
-            if event == "call":
-                self._enter(frame)
-            elif frame.f_code not in self._read_codes:
-                return
-            elif event == "c_call":
-                self._pending = None if is_pure(arg) else arg
-            elif event == "c_return" and self._pending is not None:
-                name = getattr(self._pending, "__name__", self._pending)
-                raise Refusal(f"its forward calls {name}, whose result can change")
-        except Refusal as refusal:
-            self.reason = self.reason or str(refusal)
-            raise  # into the code that is followed, before it runs on
+        """The profile function. A ``Refusal`` is raised in the code that is followed."""
+        if event == "call":
+            self._enter(frame)
+        elif frame.f_code not in self._read_codes:
+            return
+        elif event == "c_call":
+            self._pending = None if is_pure(arg) else arg
+        elif event == "c_return" and self._pending is not None:
+            name = getattr(self._pending, "__name__", self._pending)
+            raise Refusal(f"its forward calls {name}, whose result can change")
 
     def _enter(self, frame: types.FrameType) -> None:
         code, caller = frame.f_code, frame.f_back
