@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from twins import TRAINING, agree, image
 
 import ghost_ops
+from ghost_ops.fusion.read import read
 from ghost_ops.reference import GhostBottleneck
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unfused:UserWarning")
@@ -218,7 +219,27 @@ def test_another_class() -> None:
     agree(fused, plain)
     for module in (fused, plain):
         module.__class__ = type("Other", (type(module),), {"post": lambda self, x: F.silu(x)})
+    with torch.no_grad():  # where the packed weights of the former class are
+        torch.testing.assert_close(fused(image()), plain(image()), rtol=1e-8, atol=1e-9)
     agree(fused, plain)
+
+
+def test_no_guard_of_what_has_changed_since_it_was_read() -> None:
+    module = Sliced(6, 8)
+    record = read(module).record
+    assert record.guard(module) is not None
+    module.out_chs = 7
+    assert record.guard(module) is None
+
+
+@pytest.mark.filterwarnings("default:.*unfused:UserWarning")
+@pytest.mark.usefixtures("unsaid")
+def test_the_warning_names_what_cannot_be_followed() -> None:
+    module = GhostBottleneck(6, 12, 6).double().eval()
+    ghost_ops.fuse(module)
+    module.ghost1.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"ghost1, a \w+: it has hooks"):
+        module(image())
 
 
 def test_fuse_in_two_threads() -> None:

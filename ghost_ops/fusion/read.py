@@ -526,12 +526,14 @@ def _recorder(kind: type[nn.Module]) -> type[nn.Module]:
 
     def __getattribute__(self: Any, name: str) -> Any:
         if name in _PLUMBING or name.startswith("__"):
-            _touch(object.__getattribute__(self, "__dict__"))
+            values = object.__getattribute__(self, "__dict__")
+            if _READER in values:  # children are read through the dictionaries of a module
+                reader, path, module = values[_READER]
+                reader.note(path, module)
             if name in ("__dict__", "__class__") and is_users(sys._getframe(1).f_code):
                 raise Refusal(f"its forward reads {name}, whose changes cannot be noticed")
             return kind.__getattribute__(self, name)
         values = object.__getattribute__(self, "__dict__")
-        _touch(values)
         if name != _READER and name not in _groups(values):
             values[_READER][0].saw(self, name)
         return kind.__getattribute__(self, name)
@@ -557,13 +559,6 @@ def _recorder(kind: type[nn.Module]) -> type[nn.Module]:
             _READER: None,
         },
     )
-
-
-def _touch(values: dict) -> None:
-    """Note that something is read of a module, its children perhaps."""
-    if _READER in values:
-        reader, path, module = values[_READER]
-        reader.note(path, module)
 
 
 def _groups(values: dict) -> set[str]:
