@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -242,17 +243,32 @@ def test_the_warning_names_what_cannot_be_followed() -> None:
         module(image())
 
 
-def test_fuse_in_two_threads() -> None:
-    """Each compares numbers on one thread of PyTorch's, and gives the others back."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            reports = pool.map(lambda _: ghost_ops.fuse(Sliced(6, 8)), range(8))
-            assert all(report.swapped for report in reports)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
+def test_one_comparison_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sets the process's number of threads, and has to give back what it was."""
+    running = most = 0
+
+    def compare(*_: Any) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+
+    monkeypatch.setattr("ghost_ops.fusion.check._compare_modes", compare)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        reports = pool.map(lambda _: ghost_ops.fuse(Sliced(6, 8)), range(4))
+        assert all(report.swapped for report in reports)
+    assert most == 1
+
+
+def test_part_changed_in_place_through_another_name() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        out = branches(self, x)
+        part = out[:, :4]
+        part.relu_()
+        return out
+
+    assert "changed in place through another" in ghost_ops.fuse(of(forward)).left[0].detail
 
 
 def test_zero_at_the_ends_of_a_clamp() -> None:
