@@ -42,18 +42,19 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def packed_offsets(channels: int, m: int, g: int, d: int, has_primary: bool) -> tuple[int, ...]:
-    """Where the four parts of a packed tensor end; the last one is its numel.
+    """Where the five parts of a packed tensor end; the last one is its numel.
 
-    The parts are w1 * scale1 and shift1 (or scale1 and shift1 alone), w2 * scale2 and shift2. The
-    first two are rounded up to 12 channels, the native kernels' register block.
+    The parts are w1 * scale1 and shift1 (or scale1 and shift1 alone), w2 * scale2, shift2, and
+    w2 * scale2 again as [d * d, g]. The first two are rounded up to 16 channels, the native
+    kernels' panel.
     """
     if has_primary:
-        rows = -(-m // 12) * 12
+        rows = -(-m // 16) * 16
         first, second = rows * channels, rows
     else:
         first, second = m, m
     third = first + second + g * d * d
-    return first, first + second, third, third + g
+    return first, first + second, third, third + g, third + g + g * d * d
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -110,21 +111,22 @@ def ghost_pack(
     dtype = compute_dtype(w2.dtype)
     scale1, shift1 = _scale_shift(gamma1, beta1, mean1, var1, eps1, m, w2, dtype)
     scale2, shift2 = _scale_shift(gamma2, beta2, mean2, var2, eps2, g, w2, dtype)
-    folded2 = (_cast(w2, dtype) * scale2.view(-1, 1, 1, 1)).reshape(-1)
+    taps = (_cast(w2, dtype) * scale2.view(-1, 1, 1, 1)).reshape(g, d * d)
+    cheap = [taps.reshape(-1), shift2, taps.t().reshape(-1)]
     slopes = []
     for name, t, size in (("prelu1", prelu1, m), ("prelu2", prelu2, g)):
         if t is not None and t.numel() != size:
             raise RuntimeError(f"{name} must have {size} elements, got {t.numel()}")
         slopes += [] if t is None else [t.to(dtype).reshape(-1)]
     if w1 is None:
-        return torch.cat([scale1, shift1, folded2, shift2, *slopes])
+        return torch.cat([scale1, shift1, *cheap, *slopes])
     channels = w1.size(1)
-    first, second, _, _ = packed_offsets(channels, m, g, d, True)
+    first, second, *_ = packed_offsets(channels, m, g, d, True)
     folded1 = (_cast(w1, dtype).reshape(m, channels) * scale1.view(-1, 1)).reshape(-1)
     if first > m * channels:
         folded1 = F.pad(folded1, (0, first - m * channels))
         shift1 = F.pad(shift1, (0, second - first - m))
-    return torch.cat([folded1, shift1, folded2, shift2, *slopes])
+    return torch.cat([folded1, shift1, *cheap, *slopes])
 
 
 def intrinsic_count(w1: Tensor | None, *per_channel: Tensor | None) -> int:
@@ -182,7 +184,7 @@ def ghost_apply(
     bfloat16 or float16 that the module without folding keeps.
     """
     g = intrinsic * (ratio - 1)
-    _, second, third, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    _, second, third, fourth, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
     slopes1 = packed[end : end + intrinsic] if act1 == activations.PRELU else None
     slopes2 = packed[packed.numel() - g :] if act2 == activations.PRELU else None
     expected = end + sum(t.numel() for t in (slopes1, slopes2) if t is not None)
@@ -196,7 +198,7 @@ def ghost_apply(
     z = None
     if g:
         w2 = packed[second:third].view(g, 1, dw_size, dw_size)
-        z = F.conv2d(y, w2, packed[third:end], 1, dw_size // 2, 1, intrinsic)
+        z = F.conv2d(y, w2, packed[third:fourth], 1, dw_size // 2, 1, intrinsic)
         z = activations.apply(z, act2, slope2, True, slopes2)
     out = _join(y, z, out_channels, x)
     if gate is not None:
@@ -214,7 +216,7 @@ def _affine_or_conv(
 ) -> Tensor:
     """bn1(u) [N, m, Ho, Wo] in the dtype of the packed parameters."""
     channels = x.size(1)
-    first, second, _, _ = packed_offsets(channels, m, g, d, has_primary)
+    first, second, *_ = packed_offsets(channels, m, g, d, has_primary)
     if has_primary:
         w1 = packed[: m * channels].view(m, channels, 1, 1)
         return F.conv2d(x.to(packed.dtype), w1, packed[first : first + m], stride)
@@ -265,7 +267,7 @@ def ghost_cheap_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [g] of v; ``packed`` was built without batch norm 2."""
     g = intrinsic * (ratio - 1)
-    _, second, third, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    _, second, third, fourth, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
     if packed.numel() != end:
         raise RuntimeError(f"packed has {packed.numel()} elements, expected {end}")
     if g == 0:

@@ -23,12 +23,11 @@ constexpr int64_t kSmallImage = 1024;
 int choose_vecs(const Problem& p, const CpuMachine& cpu) {
   const int64_t vector_bytes = cpu.lanes * 4;
   const int most = max_vecs(cpu.registers);
-  if (most < 4)
-    return std::min(most, p.channels * 3 * vector_bytes <= cpu.l1_bytes * 3 / 4 ? 3 : 2);
-  const bool rows = p.out_pixels() > kSmallImage && p.intrinsic >= kPanel;
-  for (int v : {rows ? 4 : 5, 3})
+  if (most < 4) return most;
+  const bool rows = p.out_pixels() > kSmallImage && p.intrinsic >= 12;
+  for (int v : {rows ? 6 : 5, 3})
     if (p.channels * v * vector_bytes <= cpu.l1_bytes * 3 / 4) return v;
-  return 2;
+  return 3;
 }
 
 }  // namespace
@@ -64,7 +63,82 @@ Traffic traffic(const Problem& p) {
   return t;
 }
 
+namespace {
+
+// NCHW maps up to this size leave vectors of pixels partly idle.
+constexpr int64_t kRaggedImage = 64;
+
+bool takes_lanes(const Problem& p) {
+  if (!p.lanes) return false;
+  const bool planes = p.layout == Layout::kNCHW;
+  return !planes || (p.has_primary && p.kernel == 1 && p.padding == 0 && p.stride == 1 &&
+                     element_size(p.dtype) == compute_size(p.dtype) &&
+                     p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels);
+}
+
+ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
+  ApplyPlan plan;
+  plan.lanes = true;
+  plan.l1_bytes = cpu.l1_bytes;
+  plan.vecs = 1;
+  const int64_t a = compute_size(p.dtype), e = element_size(p.dtype), H = p.out_height(),
+                W = p.out_width(), P = H * W, m = p.intrinsic, pad = p.pad();
+  plan.group = m;
+  plan.band_rows = H;
+  if (P == 0 || p.batch == 0) return plan;
+  const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
+             plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
+  plan.pack = !(p.has_primary && plain && same && p.x_is_nhwc() == nhwc);
+  const int64_t ghosts = p.ghosts();
+  const bool y_in_out = nhwc && same && !p.has_residual && !p.has_tail;
+  const bool z_in_out = nhwc && same;
+
+  // What a pixel needs in L2 between the product and its ghosts.
+  const int64_t pixel =
+      a * ((plan.pack ? p.depth() : 0) + (y_in_out ? 0 : m) + (z_in_out ? 0 : ghosts)) +
+      e * (p.channels * p.stride * p.stride + p.out_channels);
+  const int64_t budget = cpu.l2_bytes / 2;
+  // Where the weights stay in L1 or near it, y does so too, in bands of a few rows.
+  const int64_t row = W * e * (p.channels * p.stride * p.stride + p.out_channels);
+  const bool light = p.depth() * m * a <= cpu.l1_bytes * 3 / 2 && H * row > cpu.l1_bytes;
+  if (light) {
+    const int64_t fewest = ceil_div(24, W);
+    plan.band_rows = std::clamp<int64_t>(cpu.l1_bytes * 3 / 4 / row, std::min(fewest, H), H);
+  } else if (P * pixel <= budget) {
+    const int64_t share = ceil_div(p.batch, cpu.cores);
+    plan.images = std::clamp<int64_t>(budget / (P * pixel), 1, share);
+    plan.images = ceil_div(p.batch, ceil_div(p.batch, plan.images));
+  } else {
+    plan.band_rows = std::clamp<int64_t>(budget / 4 / (W * pixel), 1, H);
+  }
+  plan.fetch_results = p.batch * P * p.out_channels * e > cpu.l2_bytes;
+  const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
+  if (tiles < want) {
+    const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
+    if (plan.band_rows < H || (panels < split && H >= 4 * p.dw_size && plan.images == 1)) {
+      plan.row_splits = std::max<int64_t>(1, std::min(split, H / (4 * pad + 4)));
+      plan.band_rows = std::min(plan.band_rows, ceil_div(H, plan.row_splits));
+    } else {
+      plan.channel_splits =
+          std::min<int64_t>(plan.pack ? std::min(split, cpu.cores) : split, panels);
+    }
+  }
+  plan.items = tiles * plan.row_splits * plan.channel_splits;
+
+  const int64_t rows = std::min(H, plan.band_rows + 2 * pad),
+                y_pixels = plan.band_rows == H ? plan.images * P : rows * W,
+                z_pixels = std::min(H, plan.band_rows) * W, y_row = round_up(m, 16),
+                z_row = std::max(round_up(ghosts, 16), y_row);
+  const int64_t panel =
+      std::max(plan.pack ? y_pixels * p.depth() : 0, p.has_tail ? y_pixels * y_row : 0);
+  plan.scratch_bytes = a * (y_row + y_pixels * y_row + z_pixels * z_row + panel + 64);
+  return plan;
+}
+
+}  // namespace
+
 ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
+  if (takes_lanes(p)) return plan_lanes(p, cpu);
   ApplyPlan plan;
   const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W,
                 m = p.intrinsic;

@@ -33,7 +33,9 @@ struct Problem {
   int64_t batch = 0;
   int64_t channels = 0;           // C of x
   int64_t height = 0, width = 0;  // of x
-  int64_t stride = 1;             // of the 1x1 primary convolution
+  int64_t kernel = 1;             // k of the k x k primary convolution; more than 1: lanes only
+  int64_t padding = 0;            // zeros on every side of x
+  int64_t stride = 1;             // of the primary convolution
   int64_t intrinsic = 0;          // m
   int64_t out_channels = 0;       // oup
   int64_t ratio = 2;              // ghosts per intrinsic map, plus one
@@ -46,10 +48,19 @@ struct Problem {
   bool pooled = false;       // out is the mean over its pixels, [N, oup]; of ratio 1 only
   bool has_in_gate = false;  // x is multiplied by a gate [N, C] as it is read
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
-  bool joined = false;  // x is [C, N, H, W]: the images of a channel are adjacent
+  bool joined = false;    // x is [C, N, H, W]: the images of a channel are adjacent
+  bool lanes = false;     // for cpu/lane_tile.h: inference with ratio 1 or 2, without gate or PReLU
+  bool x_planes = false;  // x is NCHW, out is in `layout`; lanes only
+  bool has_tail = false;  // an affine map and act2 follow y in out; lanes only
 
-  int64_t out_height() const { return height > 0 ? (height - 1) / stride + 1 : 0; }
-  int64_t out_width() const { return width > 0 ? (width - 1) / stride + 1 : 0; }
+  int64_t out_size(int64_t size) const {
+    const int64_t padded = size + 2 * padding;
+    return size > 0 && padded >= kernel ? (padded - kernel) / stride + 1 : 0;
+  }
+  int64_t out_height() const { return out_size(height); }
+  int64_t out_width() const { return out_size(width); }
+  int64_t depth() const { return channels * kernel * kernel; }  // of the product
+  bool x_is_nhwc() const { return layout == Layout::kNHWC && !x_planes; }
   int64_t out_pixels() const { return out_height() * out_width(); }
   int64_t ghosts() const { return intrinsic * (ratio - 1); }
   int64_t pad() const { return dw_size / 2; }
@@ -64,16 +75,18 @@ inline int64_t compute_size(DType t) {
   return t == DType::kFloat64 ? 8 : 4;
 }
 
-// Primary weights are packed in panels of this many output channels, so that every register block
-// of the GEMM (3, 4, 6 or 12 channels) is a contiguous slice of one panel.
-inline constexpr int64_t kPanel = 12;
+// Primary weights are packed in panels of this many output channels: whole vectors of them, and
+// every register block of the GEMM (2, 4, 8 or 16 channels) is a contiguous slice of one panel.
+inline constexpr int64_t kPanel = 16;
 inline int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
 }
 
 // Offsets (in elements of the compute type) inside the packed parameter vector of `ghost_pack`.
 struct PackedLayout {
-  int64_t w1 = 0, shift1 = 0, w2 = 0, shift2 = 0, scale1 = 0, numel = 0;
+  int64_t w1 = 0, shift1 = 0, w2 = 0, shift2 = 0, scale1 = 0;
+  int64_t lane_taps = 0;        // w2 again, as [d * d][ghosts]
+  int64_t tail = 0, numel = 0;  // behind all of these, if there is a tail: its scale and its shift
   PackedLayout(int64_t channels, int64_t intrinsic, int64_t ghosts, int64_t dw_size,
                bool has_primary) {
     const int64_t padded = round_up(intrinsic, kPanel);
@@ -85,8 +98,11 @@ struct PackedLayout {
       w2 = 2 * intrinsic;
     }
     shift2 = w2 + ghosts * dw_size * dw_size;
-    numel = shift2 + ghosts;
+    lane_taps = shift2 + ghosts;
+    tail = numel = lane_taps + ghosts * dw_size * dw_size;
   }
+  explicit PackedLayout(const Problem& p)
+      : PackedLayout(p.depth(), p.intrinsic, p.ghosts(), p.dw_size, p.has_primary) {}
 };
 
 }  // namespace ghost

@@ -16,6 +16,7 @@
 #include "cpu/gate.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/lane_tile.h"
 #include "cpu/scratch.h"
 #include "cpu/storage.h"
 
@@ -100,7 +101,7 @@ class ApplyTile {
       : args(args_),
         p(args.problem),
         plan(args.plan),
-        at(p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary),
+        at(p),
         packed(static_cast<const A*>(args.packed)),
         H(p.out_height()),
         W(p.out_width()),
@@ -504,6 +505,13 @@ class ApplyTile {
 
 template <class T, class O>
 void apply_items(const ApplyArgs& args, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<T, O>) {
+    if (args.plan.lanes) {
+      const LaneTile<T> tile(args);
+      for (int64_t i = begin; i < end; ++i) tile.run(i);
+      return;
+    }
+  }
   const ApplyTile<T, O> tile(args);
   for (int64_t i = begin; i < end; ++i) tile.run(i);
 }

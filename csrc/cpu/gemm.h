@@ -140,10 +140,10 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
 // Register budget: 32 vector registers with AVX-512 and NEON, 16 elsewhere.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kRegisters = 32, kMaxVecs = max_vecs(kRegisters);
-inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 12, 6, 6, 4, 4};
+inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 16, 8, 8, 4, 4, 4};
 #else
 inline constexpr int kRegisters = 16, kMaxVecs = max_vecs(kRegisters);
-inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 12, 6, 4};
+inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 8, 4, 4};
 #endif
 // float64 has the two narrow blocks only: every further one adds seconds to the build.
 template <class A>
@@ -183,7 +183,7 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
   gemm_block<A, (n <= R ? n : R), kVecs, kTail, Fetch::kNothing>(x, ldx, w, K, s, o, col, rows, \
                                                                  tail, nullptr, walks)
     if (rows > 8)
-      GHOST_ROWS(12);
+      GHOST_ROWS(16);
     else if (rows > 4)
       GHOST_ROWS(8);
     else if (rows > 2)
@@ -267,7 +267,7 @@ __attribute__((noinline)) void gemm_tail(const A* x, int64_t ldx, const A* panel
   gemm_pixels<A, kPixels, 1>(x, ldx, panels, ldpanel, K, shift, M, out, row);
 }
 
-inline constexpr int64_t kDepth = 256;  // of a slice of K
+inline constexpr int64_t kSlice = 24 << 10;  // bytes of a slice of K: `vecs` vectors for each k
 
 // From beyond L2, planes of kLongPlane pixels and more are read kLongDepth side by side, few enough
 // for the hardware to follow each of them, and kLongRun pixels of each before the next planes'
@@ -309,7 +309,8 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
   }
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
-  int64_t slices = K > kDepth * 3 / 2 ? (K + kDepth - 1) / kDepth : 1, run = 1;
+  const int64_t most_depth = kSlice / (vecs * kVectorBytes);
+  int64_t slices = K > most_depth * 3 / 2 ? (K + most_depth - 1) / most_depth : 1, run = 1;
   if (meanwhile.columns && pixels >= kLongPlane) {
     slices = K > kLongDepth * 3 / 2 ? (K + kLongDepth - 1) / kLongDepth : 1;
     run = kLongRun / (vecs * L);

@@ -48,6 +48,12 @@ void scale_taps(const A* w, int64_t g, int64_t taps, const A* scale, A* out) {
   for (int64_t i = 0; i < g * taps; ++i) out[i] = w[i] * scale[i / taps];
 }
 
+// w [g][taps] -> out [taps][g].
+template <class A>
+void transpose_taps(const A* w, int64_t g, int64_t taps, A* out) {
+  for (int64_t i = 0; i < g * taps; ++i) out[i % taps * g + i / taps] = w[i];
+}
+
 // running = (1 - momentum) * running + momentum * factor * stat; factor makes a variance unbiased.
 template <class A>
 void blend_running(A* running, const A* stat, int64_t n, double momentum, double factor) {

@@ -101,7 +101,9 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
     }
     std::copy(shift1.begin(), shift1.end(), p + at.shift1);
     scale_taps(cheap.as<A>(), g, d * d, scale2.data(), p + at.w2);
-    A* end = std::copy(shift2.begin(), shift2.end(), p + at.shift2);
+    transpose_taps(p + at.w2, g, d * d, p + at.lane_taps);
+    std::copy(shift2.begin(), shift2.end(), p + at.shift2);
+    A* end = p + at.numel;
     if (prelu1) end = std::copy_n(slopes1.as<A>(), m, end);
     if (prelu2) std::copy_n(slopes2.as<A>(), g, end);
   });
@@ -135,6 +137,7 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
     factor = set_gate(p, *gate, x.scalar_type());
   }
   ApplyArgs args;
+  p.lanes = ratio <= 2 && !gate && slopes1 == 0 && slopes2 == 0;
   args.problem = p;
   args.plan = plan_apply(p, cpu_machine(threads()));
   args.x = x.const_data_ptr();
