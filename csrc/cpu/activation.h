@@ -10,53 +10,48 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// exp in the compute type. float32: range reduction to |r| <= ln2/2 and a degree-6 Taylor
-// polynomial, 2 ulp; the result saturates to 0 and +Inf like expf, NaN in gives NaN out. float64
-// exists for gradcheck and takes the C library's.
-GHOST_INLINE VecF exp_v(VecF x) {
-  const VecF c = at_least(at_most(x, 88.8f), -103.9f);
-  const VecF magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const VecF t = c * 1.44269504088896341f + magic;
-  const VecF n = t - magic;
-  const VecF r = c - n * 0.693145751953125f - n * 1.42860682030941723212e-6f;
-  VecF p = r * 1.388888888888889e-3f + 8.333333333333333e-3f;
-  p = p * r + 4.1666666666666664e-2f;
-  p = p * r + 1.6666666666666666e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (VecF)_mm512_maskz_scalef_ps((__mmask16)-1, (__m512)p, (__m512)n);
-#else
-  // 2^n in two factors, so that results in the subnormal range and just below overflow stay exact.
-  const VecI32 k = (VecI32)t - (VecI32)magic;
-  const VecI32 k1 = k >> 1, k2 = k - k1;
-  return p * (VecF)((k1 + 127) << 23) * (VecF)((k2 + 127) << 23);
-#endif
+// float32 is computed here; float64, which exists for gradcheck, by the C library.
+//
+// e^y = 2^n e^r with n = round(y / ln2). t = kRound + n holds n in its low bits, and shifting them
+// into the exponent gives 2^(n-1): zero at n = -126, the smallest n, and Inf at n = 129, the
+// largest. The polynomials are twice e^r for |r| <= ln2/2 and twice 2^f for |f| <= 1/2, within 1.1
+// ulp: twice, so that n = 128 needs no second factor.
+inline constexpr float kRound = 12582912.0f + 126.0f;  // adding 1.5 * 2^23 rounds to an integer
+GHOST_INLINE VecF half_pow2(VecF t) {
+  return (VecF)((VecI32)t << 23);
 }
-GHOST_INLINE VecD exp_v(VecD x) {
+
+// e^-x, 2 ulp; zero for x > 87, Inf for x < -88.73.
+GHOST_INLINE VecF exp_neg(VecF x) {
+  const VecF c = at_most(at_least(x, -89.0f), 87.5f);
+  const VecF t = c * -1.44269504088896341f + kRound, n = t - kRound;
+  const VecF r = -c - n * 0.693145751953125f - n * 1.42860682030941723212e-6f;
+  VecF p = r * 0.0165246949f + 0.0837970227f;
+  p = p * r + 0.333363533f;
+  p = p * r + 0.999982893f;
+  p = p * r + 1.99999893f;
+  p = p * r + 2.0f;
+  return p * half_pow2(t);
+}
+GHOST_INLINE VecD exp_neg(VecD x) {
   VecD r = x;
-  for (int l = 0; l < kLanes<double>; ++l) r[l] = std::exp(x[l]);
+  for (int l = 0; l < kLanes<double>; ++l) r[l] = std::exp(-x[l]);
   return r;
 }
-template <class V, class F>
-GHOST_INLINE V by_lane(V x, F f) {
-  V r = x;
-  for (size_t l = 0; l < sizeof(V) / sizeof(x[0]); ++l) r[l] = f(x[l]);
-  return r;
-}
-template <class V>
-GHOST_INLINE V erf_v(V x) {
-  return by_lane(x, [](auto v) { return std::erf(v); });
-}
-template <class V>
-GHOST_INLINE V tanh_v(V x) {
-  return by_lane(x, [](auto v) { return std::tanh(v); });
+// 2^(m k), for n = -126 .. 129; half of that, n one more, with round = kRound - 1.
+GHOST_INLINE VecF exp2_product(VecF m, VecF k, float round) {
+  const VecF t = m * k + round, f = m * k - (t - round);
+  VecF p = f * 0.00264488766f + 0.0193434563f;
+  p = p * f + 0.111017928f;
+  p = p * f + 0.480444759f;
+  p = p * f + 1.38629365f;
+  p = p * f + 2.0f;
+  return p * half_pow2(t);
 }
 
 template <class A>
 GHOST_INLINE Vec<A> sigmoid(Vec<A> x) {
-  return A(1) / (A(1) + exp_v(-x));
+  return A(1) / (A(1) + exp_neg(x));
 }
 
 template <class A>
@@ -64,37 +59,61 @@ GHOST_INLINE Vec<A> clamp6(Vec<A> x) {
   return at_most(relu(x), A(6));
 }
 
-// x * sigmoid(x).
-GHOST_INLINE VecD silu(VecD x) {
-  return x / (1.0 + exp_v(-x));
+inline constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
+inline constexpr double kLog2E = 1.44269504088896340736;
+// GELU's tanh approximation is x sigmoid(u) with u = kGeluTanhScale * (x + kGeluTanhCubic x^3).
+inline constexpr double kGeluTanhScale = 1.59576912160573071176, kGeluTanhCubic = 0.044715;
+
+// e^-u. At the two clamps n is 129 and -126.
+GHOST_INLINE VecF gelu_tanh_exp(VecF x) {
+  constexpr float k1 = -kLog2E * kGeluTanhScale, k3 = k1 * kGeluTanhCubic;
+  const VecF c = at_most(at_least(x, -10.08f), 10.0f);
+  return exp2_product(c, c * c * k3 + k1, kRound);
 }
-GHOST_INLINE VecF silu(VecF x) {
-#if defined(__AVX512F__)
-  // A division costs as much as the whole exponential: take the 14-bit reciprocal and one Newton
-  // step (28 bits). The clamp keeps the reciprocal normal; what it changes is below 4e-36. -Inf /
-  // Inf is NaN, as in torch.
-  const VecF d = 1.0f + exp_v(at_most(-x, 86.0f));
-  const VecF r = (VecF)_mm512_maskz_rcp14_ps((__mmask16)-1, (__m512)d);
-  const VecF s = x * (r * (2.0f - d * r));
-  return x == -__builtin_inff() ? set1(__builtin_nanf("")) : s;
-#else
-  return x / (1.0f + exp_v(-x));
-#endif
+GHOST_INLINE VecD gelu_tanh_exp(VecD x) {
+  return exp_neg(kGeluTanhScale * (x + kGeluTanhCubic * x * x * x));
 }
 
-inline constexpr double kSqrtHalf = 0.70710678118654752440, kInvSqrt2Pi = 0.39894228040143267794;
-inline constexpr double kGeluTanhScale = 0.79788456080286535588, kGeluTanhCubic = 0.044715;
+GHOST_INLINE VecF minus_abs(VecF x) {
+  return (VecF)((VecI32)x | INT32_MIN);
+}
+GHOST_INLINE VecD minus_abs(VecD x) {
+  return (VecD)((VecI64)x | INT64_MIN);
+}
+// F(x) from F(-|x|), where F(x) = 1 - F(-x): the half where F is small loses no digits.
+template <class A>
+GHOST_INLINE Vec<A> from_lower_half(Vec<A> x, Vec<A> lower) {
+  return (typename Simd<A>::I)x < 0 ? lower : A(1) - lower;
+}
+
+// The normal distribution's F. F(m) = 2^(m k(m)) / 2 for m <= 0, with a fit of k that leaves F off
+// by at most 1e-8 down to m = -5.6 and lets it fall from there to zero at -9.94.
+GHOST_INLINE VecF normal_cdf(VecF x) {
+  const VecF m = at_least(minus_abs(x), -9.94f);
+  VecF k = m * -2.84151838e-6f - 3.94581548e-5f;
+  k = k * m - 1.86570178e-4f;
+  k = k * m + 1.35972383e-4f;
+  k = k * m + 7.06212455e-3f;
+  k = k * m + 5.24952486e-2f;
+  k = k * m - 0.459208518f;
+  k = k * m + 1.15110517f;
+  return from_lower_half<float>(x, exp2_product(m, k, kRound - 1.0f));
+}
+GHOST_INLINE VecD normal_cdf(VecD x) {
+  VecD r = x;
+  for (int l = 0; l < kLanes<double>; ++l) r[l] = 0.5 * std::erfc(-kSqrtHalf * x[l]);
+  return r;
+}
 
 template <Act kAct, class A>
 GHOST_INLINE Vec<A> activate(Vec<A> x, A slope) {
   if constexpr (kAct == Act::kReLU) return relu(x);
   if constexpr (kAct == Act::kReLU6) return clamp6<A>(x);
   if constexpr (kAct == Act::kLeakyReLU) return x > A(0) ? x : x * slope;
-  if constexpr (kAct == Act::kSiLU) return silu(x);
+  if constexpr (kAct == Act::kSiLU) return x / (A(1) + exp_neg(x));
   if constexpr (kAct == Act::kHardswish) return x * clamp6<A>(x + A(3)) / A(6);
-  if constexpr (kAct == Act::kGELU) return x * A(0.5) * (A(1) + erf_v(x * A(kSqrtHalf)));
-  if constexpr (kAct == Act::kGELUTanh)
-    return x * A(0.5) * (A(1) + tanh_v(A(kGeluTanhScale) * (x + A(kGeluTanhCubic) * x * x * x)));
+  if constexpr (kAct == Act::kGELU) return x * normal_cdf(x);
+  if constexpr (kAct == Act::kGELUTanh) return x / (A(1) + gelu_tanh_exp(x));
   return x;
 }
 
@@ -107,19 +126,17 @@ GHOST_INLINE Vec<A> activate_grad(Vec<A> x, Vec<A> g, A slope) {
   if constexpr (kAct == Act::kReLU6) return x <= zero ? zero : x >= set1(A(6)) ? zero : g;
   if constexpr (kAct == Act::kLeakyReLU) return x > zero ? g : g * slope;
   if constexpr (kAct == Act::kSiLU) {
-    const V s = sigmoid<A>(x);
-    return g * s * (A(1) + x * (A(1) - s));
+    const V q = sigmoid<A>(minus_abs(x));
+    return g * (from_lower_half<A>(x, q) + x * (q * (A(1) - q)));
   }
   if constexpr (kAct == Act::kHardswish)
     return x <= set1(A(-3)) ? zero : x >= set1(A(3)) ? g : g * (x / A(3) + A(0.5));
   if constexpr (kAct == Act::kGELU)
-    return g * (A(0.5) * (A(1) + erf_v(x * A(kSqrtHalf))) +
-                x * exp_v(x * x * A(-0.5)) * A(kInvSqrt2Pi));
+    return g * (normal_cdf(x) + x * exp_neg(x * x * A(0.5)) * A(kInvSqrt2Pi));
   if constexpr (kAct == Act::kGELUTanh) {
-    const V inner = A(kGeluTanhScale) * (x + A(kGeluTanhCubic) * x * x * x);
-    const V t = tanh_v(inner);
-    const V d_inner = A(kGeluTanhScale) * (A(1) + A(3 * kGeluTanhCubic) * x * x);
-    return g * (A(0.5) * (A(1) + t) + A(0.5) * x * (A(1) - t * t) * d_inner);
+    const V q = A(1) / (A(1) + gelu_tanh_exp(minus_abs(x)));
+    const V du = A(kGeluTanhScale) + A(3 * kGeluTanhCubic * kGeluTanhScale) * x * x;
+    return g * (from_lower_half<A>(x, q) + x * (q * (A(1) - q)) * du);
   }
   return g;
 }
