@@ -17,7 +17,7 @@ from ghost_ops import activations, model_ops
 # The largest error allowed, in ulps of the input: for |x| > 1 the terms of the formulas are of that
 # size, for |x| < 1 the result is below the input.
 ULPS = {"silu": 1.7, "hardswish": 1.7, "gelu": 1.8, "gelu_tanh": 1.8}
-STRIDE = 4093  # every so many of all 2^32 floats: a million points
+STRIDE = 8191  # every so many of all 2^32 floats: half a million points
 
 SMOOTH = pytest.mark.parametrize("act", ULPS)
 
