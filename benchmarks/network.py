@@ -1,12 +1,12 @@
 """Whole networks: how fast in inference and in training, and what do they keep for backward?
 
-    python -m benchmarks.network                      GhostNet 1.0x, 0.5x, 1.3x and a YOLO stack
+    python -m benchmarks.network            GhostNet 1.0x, 0.5x, 1.3x, a YOLO stack, Ghost-ResNets
     python -m benchmarks.network --networks ghostnet-1.0 --mode eval --batch 1
     python -m benchmarks.network --quick
 
 Three questions, each answered with ratios inside one run (candidates take turns, medians):
 
-- eval, on ``--threads``, batches 1 and 16: time of one call;
+- eval, on ``--threads``, batches 1 and 16 (1 and 32 for CIFAR networks): time of one call;
 - train, on ``--train-threads`` (all cores by default): time of one step, that is forward, cross
   entropy, backward and SGD;
 - saved: bytes that autograd keeps from the forward for the backward, parameters aside.
@@ -51,11 +51,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         choices=tuple(NETWORKS),
         help="(default: all, or ghostnet-0.5 and yolo with --quick)",
     )
-    parser.add_argument("--size", type=int, help="of the images (224, or 96 with --quick)")
     parser.add_argument(
-        "--batch", type=int, nargs="+", help="of eval (1 and 16; 1 and 4 with --quick)"
+        "--size", type=int, help="of the images (224, or 96 with --quick; CIFAR networks: 32)"
     )
-    parser.add_argument("--train-batch", type=int, help="of saved and train (16; 4 with --quick)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="of eval (1 and 16, CIFAR 1 and 32; --quick: 1 and 4)"
+    )
+    parser.add_argument(
+        "--train-batch", type=int, help="of saved and train (16, CIFAR 32; 4 with --quick)"
+    )
     parser.add_argument("--train-threads", type=int, help="of train (default: all cores)")
     parser.add_argument(
         "--providers",
@@ -70,20 +74,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if arguments.networks is None:
             arguments.networks = ["ghostnet-0.5", "yolo"] if quick else list(NETWORKS)
         one_thread = arguments.clock == "cpu"  # CPU time says nothing about more
-        defaults = {
-            "size": 96 if quick else 224,
-            "batch": [1, 4] if quick else [1, 16],
-            "train_batch": 4 if quick else 16,
-            "train_threads": 1 if one_thread else harness.core_count(),
-        }
-        for name, value in defaults.items():
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, value)
-        if arguments.size < 32:
+        if arguments.train_threads is None:
+            arguments.train_threads = 1 if one_thread else harness.core_count()
+        # What is not given depends on the network, see ``sizes``.
+        if arguments.size is not None and arguments.size < 32:
             raise ValueError(f"size: expected at least 32 pixels, got {arguments.size}")
-        if min(arguments.batch) < 1:
-            raise ValueError(f"batch: expected positive integers, got {arguments.batch}")
-        if arguments.train_batch < 2:
+        if arguments.batch is not None:
+            if min(arguments.batch) < 1:
+                raise ValueError(f"batch: expected positive integers, got {arguments.batch}")
+            arguments.batch = sorted(set(arguments.batch))
+        if arguments.train_batch is not None and arguments.train_batch < 2:
             got = arguments.train_batch
             raise ValueError(f"train-batch: expected 2 or more (batch norm), got {got}")
         if not 1 <= arguments.train_threads <= harness.core_count():
@@ -93,11 +93,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             )
         if one_thread and arguments.train_threads != 1:
             raise ValueError("clock: cpu time needs --train-threads 1")
-        arguments.batch = sorted(set(arguments.batch))
         arguments.providers = engines.choose(arguments.providers, PROVIDERS)
         session.check_compile_options(arguments, "all")
 
     return session.parse(parser, argv, check)
+
+
+def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[int], int]:
+    """Size of the images, batches of eval, batch of training: as given, or the network's own."""
+    size, batches, train_batch = network.size, list(network.batches), network.train_batch
+    if arguments.quick:
+        size, batches, train_batch = min(size, 96), [1, 4], 4
+    return arguments.size or size, arguments.batch or batches, arguments.train_batch or train_batch
 
 
 class NetworkBenchmark:
@@ -107,27 +114,30 @@ class NetworkBenchmark:
         self.measurer, self.arguments = measurer, arguments
         self._made: dict[str, tuple[nn.Module, int]] = {}
 
+    def _size(self, network: Network) -> int:
+        return sizes(network, self.arguments)[0]
+
     def _plain(self, network: Network) -> tuple[nn.Module, int]:
         """The plain network and its FLOPs an image, made once."""
         if network.key not in self._made:
-            size = self.arguments.size
+            size = self._size(network)
             plain = network.plain(size).to(self.measurer.dtype)
             self._made[network.key] = plain, networks.flops(plain, size)
         return self._made[network.key]
 
-    def _images(self, batch: int) -> Tensor:
-        size, generator = self.arguments.size, torch.Generator().manual_seed(1)
+    def _images(self, network: Network, batch: int) -> Tensor:
+        size, generator = self._size(network), torch.Generator().manual_seed(1)
         return torch.randn(batch, 3, size, size, generator=generator).to(self.measurer.dtype)
 
     def _row(
         self, mode: str, network: Network, batch: int, provider: Provider, **fields: Any
     ) -> dict[str, Any]:
-        (plain, flops), size = self._plain(network), self.arguments.size
+        (plain, flops), size = self._plain(network), self._size(network)
         training, itemsize = mode != "eval", self.measurer.dtype.itemsize
         return self.measurer.blank(
             mode,
             provider,
-            networks.least_bytes(plain, batch, size, itemsize, training),
+            networks.least_bytes(plain, batch, size, itemsize, training, network.classes),
             (3 if training else 1) * batch * flops,
             batch,
             shape=network.name(size),
@@ -138,7 +148,7 @@ class NetworkBenchmark:
 
     def eval(self, network: Network, batch: int) -> None:
         """One call in eval mode under inference_mode."""
-        (plain, _), x = self._plain(network), self._images(batch)
+        (plain, _), x = self._plain(network), self._images(network, batch)
         eps = torch.finfo(x.dtype).eps
 
         def make(provider: Provider) -> Call:
@@ -163,8 +173,8 @@ class NetworkBenchmark:
             self._train(network, batch)
 
     def _train(self, network: Network, batch: int) -> None:
-        (plain, _), x = self._plain(network), self._images(batch)
-        y = torch.arange(batch) % networks.CLASSES
+        (plain, _), x = self._plain(network), self._images(network, batch)
+        y = torch.arange(batch) % network.classes
 
         def gradients(module: Any, own: Tensor) -> Sequence[Tensor]:
             loss = F.cross_entropy(module(own), y)
@@ -185,7 +195,7 @@ class NetworkBenchmark:
 
     def saved(self, network: Network, batch: int) -> None:
         """Bytes kept for backward, parameters aside."""
-        (plain, _), x = self._plain(network), self._images(batch)
+        (plain, _), x = self._plain(network), self._images(network, batch)
         for provider in self.measurer.chosen:
             # A compiled graph's saved tensors do not pass the hooks, and folded ones do not train.
             if provider.family in ("eager", "fused"):
@@ -211,17 +221,14 @@ def tasks(benchmark: NetworkBenchmark, arguments: argparse.Namespace) -> list[Ta
     """The work of all modes asked for; training last, since a larger thread pool stays."""
     chosen = [NETWORKS[key] for key in NETWORKS if key in arguments.networks]
     work: list[Task] = []
-    for mode, batches in (
-        ("saved", [arguments.train_batch]),
-        ("eval", arguments.batch),
-        ("train", [arguments.train_batch]),
-    ):
+    for mode in ("saved", "eval", "train"):
         run = getattr(benchmark, mode)
-        work += [
-            (f"{mode} b{batch} {network.title}", functools.partial(run, network, batch))
-            for network in (chosen if mode in arguments.mode else ())
-            for batch in batches
-        ]
+        for network in chosen if mode in arguments.mode else ():
+            _, batches, train_batch = sizes(network, arguments)
+            work += [
+                (f"{mode} b{batch} {network.title}", functools.partial(run, network, batch))
+                for batch in (batches if mode == "eval" else [train_batch])
+            ]
     return work
 
 

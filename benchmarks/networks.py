@@ -2,8 +2,10 @@
 
 GhostNet comes from ``ghost_ops.models``, unfused. The YOLO stack is the backbone of Ultralytics'
 Ghost models (YOLOv8s-ghost: GhostConv with SiLU, a 5 x 5 cheap operation and eps 1e-3, C3 blocks of
-Ghost bottlenecks) with a linear classifier in the place of the detection head. Every network maps
-images [N, 3, size, size] to logits [N, 1000].
+Ghost bottlenecks) with a linear classifier in the place of the detection head. Ghost-ResNet is the
+form for CIFAR: Ghost modules in the place of convolutions, without norms of their own, and the
+batch norm of the ResNet behind each. Every network maps images [N, 3, size, size] to logits
+[N, classes].
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import providers
@@ -89,6 +92,58 @@ def yolo_stack(width: float = 0.5) -> nn.Sequential:
     return nn.Sequential(*layers, *head)
 
 
+class GhostUnit(nn.Module):
+    """Two convolutions, and neither bias, norm nor activation: in the place of one convolution."""
+
+    def __init__(self, inp: int, oup: int, k: int = 3, s: int = 1) -> None:
+        super().__init__()
+        half = oup // 2
+        self.primary_conv = nn.Conv2d(inp, half, k, s, k // 2, bias=False)
+        self.cheap_operation = nn.Conv2d(half, half, 3, 1, 1, groups=half, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.primary_conv(x)
+        return torch.cat([y, self.cheap_operation(y)], dim=1)
+
+
+class BasicBlock(nn.Module):
+    """A ResNet's block of two 3 x 3 units; where the shape changes, a 1 x 1 unit as shortcut."""
+
+    def __init__(self, inp: int, oup: int, s: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = GhostUnit(inp, oup, 3, s), nn.BatchNorm2d(oup)
+        self.conv2, self.bn2 = GhostUnit(oup, oup), nn.BatchNorm2d(oup)
+        self.shortcut = nn.Sequential()
+        if s > 1 or inp != oup:
+            self.shortcut = nn.Sequential(GhostUnit(inp, oup, 1, s), nn.BatchNorm2d(oup))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+def ghost_resnet(depth: int = 56) -> nn.Sequential:
+    """Ghost-ResNet for CIFAR: a stem, three stages of (depth - 2) / 6 blocks, pooling, classifier.
+
+    Args:
+        depth: 6 n + 2; it has depth + 1 Ghost modules (the stem's, the blocks', two shortcuts').
+
+    Raises:
+        ValueError: depth is not 6 n + 2 with n at least 1.
+    """
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth: expected 6 n + 2 with n at least 1, got {depth}")
+    layers: list[nn.Module] = [GhostUnit(3, 16), nn.BatchNorm2d(16), nn.ReLU()]
+    inp = 16
+    for oup in (16, 32, 64):
+        for index in range((depth - 2) // 6):
+            layers.append(BasicBlock(inp, oup, 2 if oup > 16 and index == 0 else 1))
+            inp = oup
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inp, 10))
+
+
 def small_modules() -> dict[str, nn.Module]:
     """Modules of 8 input channels that ``fuse`` knows, by form."""
     from ghost_ops.reference import GhostBottleneck, GhostModule
@@ -119,11 +174,18 @@ class Network:
         key: how command lines name it.
         title: how tables name it.
         make: gives the plain network.
+        classes: length of its logits.
+        size: height and width of its images.
+        batches, train_batch: what it is run on in inference and in training.
     """
 
     key: str
     title: str
     make: Callable[[], nn.Module]
+    classes: int = CLASSES
+    size: int = 224
+    batches: tuple[int, ...] = (1, 16)
+    train_batch: int = 16
 
     def name(self, size: int) -> str:
         """Title and size of the images: the ``shape`` of its rows."""
@@ -151,6 +213,11 @@ def ghostnet(width: float) -> Network:
     return Network(f"ghostnet-{width}", f"GhostNet {width}x", functools.partial(_ghostnet, width))
 
 
+def _cifar(depth: int) -> Network:
+    make = functools.partial(ghost_resnet, depth)
+    return Network(f"ghost-resnet-{depth}", f"Ghost-ResNet-{depth}", make, 10, 32, (1, 32), 32)
+
+
 NETWORKS: dict[str, Network] = {
     network.key: network
     for network in (
@@ -158,12 +225,18 @@ NETWORKS: dict[str, Network] = {
         Network("yolo", "Ghost YOLO stack", yolo_stack),
         ghostnet(0.5),
         ghostnet(1.3),
+        _cifar(56),
+        _cifar(20),
     )
 }
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """A copy in eval mode with each batch norm folded into its convolution."""
+    """A copy in eval mode with each batch norm folded into its convolution.
+
+    A norm of a concatenation stays: it scales the intrinsic maps after the cheap operation has read
+    them, and zero padding keeps its shift out of the convolutions before.
+    """
     from torch.fx.experimental import optimization
 
     return optimization.fuse(copy.deepcopy(network).eval())
@@ -186,13 +259,20 @@ def build(provider: Provider, network: nn.Module, *, training: bool) -> nn.Modul
     return providers.arrange(provider, network)
 
 
-def least_bytes(network: nn.Module, batch: int, size: int, itemsize: int, training: bool) -> int:
+def least_bytes(
+    network: nn.Module,
+    batch: int,
+    size: int,
+    itemsize: int,
+    training: bool,
+    classes: int = CLASSES,
+) -> int:
     """Traffic that no implementation avoids: images and parameters read, logits written.
 
     In training both are read twice, forward and backward, and a gradient of each parameter is
     written; maps between layers count as if they stayed in caches.
     """
-    images, logits = 3 * batch * size * size, batch * CLASSES
+    images, logits = 3 * batch * size * size, batch * classes
     parameters = sum(p.numel() for p in network.parameters())
     count = 2 * images + logits + 3 * parameters if training else images + logits + parameters
     return count * itemsize

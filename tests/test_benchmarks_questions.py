@@ -17,6 +17,7 @@ from benchmarks import (
     floor,
     means,
     memory,
+    network,
     networks,
     page,
     paper,
@@ -129,20 +130,45 @@ def test_means_of_the_plan_by_hand() -> None:
 
 @pytest.mark.parametrize("key", networks.NETWORKS)
 def test_networks_are_there_and_fuse(key: str) -> None:
-    network = networks.NETWORKS[key].plain(64).eval()
+    known = networks.NETWORKS[key]
+    plain = known.plain(64).eval()
+    # Of a Ghost-ResNet every norm is one of a concatenation.
+    stay = sum(isinstance(m, networks.GhostUnit) for m in plain.modules())
     with torch.inference_mode():
         x = torch.randn(2, 3, 64, 64)
-        expected = network(x)
-        assert expected.shape == (2, networks.CLASSES)
-        folded = networks.folded(network)
-        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+        expected = plain(x)
+        assert expected.shape == (2, known.classes)
+        folded = networks.folded(plain)
+        assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules()) == stay
         torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
     import ghost_ops
 
-    report = ghost_ops.fuse(network)
-    names = [type(module).__name__ for module in network.modules()]
-    modules = sum(name in ("FusedGhostModule", "FusedGhostConv") for name in names)
-    assert modules == (4 + 2 * 6 if key == "yolo" else 32), report
+    report = ghost_ops.fuse(plain)
+    names = [type(module).__name__ for module in plain.modules()]
+    fused = ("FusedGhostModule", "FusedGhostConv", "FusedGhostUnit")
+    expected = {"yolo": 4 + 2 * 6, "ghost-resnet-56": 57, "ghost-resnet-20": 21}.get(key, 32)
+    assert sum(name in fused for name in names) == expected, report
+
+
+def test_ghost_resnet_by_hand() -> None:
+    # The paper has 0.43 M parameters.
+    plain = networks.ghost_resnet()
+    assert sum(p.numel() for p in plain.parameters()) == pytest.approx(0.43e6, rel=0.03)
+    assert plain(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ValueError, match="6 n"):
+        networks.ghost_resnet(57)
+
+
+def test_sizes_are_the_networks_own_or_as_given() -> None:
+    def of(key: str, *argv: str) -> tuple[int, list[int], int]:
+        return network.sizes(networks.NETWORKS[key], network.parse_arguments(argv))
+
+    assert of("ghostnet-1.0") == (224, [1, 16], 16)
+    assert of("ghost-resnet-56") == (32, [1, 32], 32)
+    assert of("ghostnet-1.0", "--quick") == (96, [1, 4], 4)
+    assert of("ghost-resnet-56", "--quick") == (32, [1, 4], 4)
+    given = ("--size", "64", "--batch", "8", "2", "8", "--train-batch", "3")
+    assert of("yolo", *given) == of("ghost-resnet-20", "--quick", *given) == (64, [2, 8], 3)
 
 
 def test_network_model_by_hand() -> None:
