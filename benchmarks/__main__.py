@@ -57,6 +57,7 @@ SCRIPTS: dict[str, Script] = {
     "plan": Script(
         "time predicted from bytes and FLOPs against time measured", True, ("--rounds", "9")
     ),
+    "product": Script("the primary product alone, against the GEMM peak", True, ("--rounds", "9")),
     "paper": Script(
         "the paper's questions: speed-up by FLOPs and measured; redundancy", True, ("--rounds", "9")
     ),

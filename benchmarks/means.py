@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import memory, paper, plan, report
+from benchmarks import memory, paper, plan, product, report
 from benchmarks.providers import BASELINE
 
 AGREE = 0.10  # two runs whose means differ by less agree
@@ -122,6 +122,16 @@ def of_plan(rows: Sequence[report.Row]) -> dict[str, Mean]:
     )
 
 
+def of_product(rows: Sequence[report.Row]) -> dict[str, Mean]:
+    """Rate over the GEMM peak of the deep products."""
+    return {
+        f"product, batch {batch}, K >= {product.DEEP}: share of the GEMM peak, {provider}": Mean.of(
+            [product.share(row) for row in part]
+        )
+        for (batch, provider), part in product.deep(rows).items()
+    }
+
+
 def of_paper(rows: Sequence[report.Row]) -> dict[str, Mean]:
     """Measured speed-up over that by FLOPs."""
     return _collect(
@@ -141,6 +151,7 @@ OF: dict[str, Callable[[Sequence[report.Row]], dict[str, Mean]]] = {
     "scaling": of_scaling,
     "memory": of_memory,
     "plan": of_plan,
+    "product": of_product,
     "paper": of_paper,
 }
 

@@ -23,6 +23,7 @@ QUESTIONS = {
     "scaling": "How the cost grows",
     "memory": "Memory of a training step",
     "plan": "Predicted and measured",
+    "product": "The primary product alone",
     "paper": "The paper's questions",
 }
 

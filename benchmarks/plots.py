@@ -26,6 +26,7 @@ PICTURES: dict[str, dict[str, Callable[[Mapping[str, Any]], Any]]] = {
     "scaling": {"curves": plots_questions.draw_scaling},
     "memory": {"bars": plots_questions.draw_memory},
     "plan": {"scatter": plots_questions.draw_plan},
+    "product": {"roofline": plots_module.draw_roofline},
     "paper": {
         "speedup": plots_questions.draw_speedup,
         "redundancy": plots_questions.draw_redundancy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import memory, network, paper, plan, report, scaling
+from benchmarks import memory, network, paper, plan, product, report, scaling
 from benchmarks.providers import BASELINE
 
 Document = Mapping[str, Any]
@@ -85,6 +85,17 @@ def worst_plan(document: Document) -> list[str]:
         f"factor {s['factor']:.2f}"
         for name, s in plan.summarize(document["rows"]).items()
     ]
+
+
+def worst_product(document: Document) -> list[str]:
+    """The products of ours that stay furthest below the GEMM peak, K from ``product.DEEP`` on."""
+    lines = []
+    for (batch, provider), rows in product.deep(document["rows"]).items():
+        if report.family(provider) == "ours":
+            shares = sorted((product.share(row)[0], row["shape"]) for row in rows)
+            few = ", ".join(f"{shape} {share:.0%}" for share, shape in shares[:3])
+            lines.append(f"- product, {provider}, batch {batch}, of the GEMM peak: {few}")
+    return lines
 
 
 def worst_paper(document: Document) -> list[str]:
@@ -264,6 +275,13 @@ def plan_section(document: Document) -> list[str]:
     return table(headings, body)
 
 
+def product_section(document: Document) -> list[str]:
+    """Every product: ours in both layouts and the best peer's."""
+    rows = document["rows"]
+    lines = ["Ours in NCHW, ours in NHWC, the best peer.", ""]
+    return lines + table(product.HEADINGS, product.table_lines(rows)) + _notes(rows)
+
+
 def paper_section(document: Document) -> list[str]:
     """Speed-up by FLOPs and measured; maps from other maps."""
     lines: list[str] = []
@@ -300,6 +318,7 @@ WORST: dict[str, Callable[[Document], list[str]]] = {
     "scaling": worst_scaling,
     "memory": worst_memory,
     "plan": worst_plan,
+    "product": worst_product,
     "paper": worst_paper,
 }
 SECTIONS: dict[str, Callable[[Document], list[str]]] = {
@@ -308,5 +327,6 @@ SECTIONS: dict[str, Callable[[Document], list[str]]] = {
     "scaling": scaling_section,
     "memory": memory_section,
     "plan": plan_section,
+    "product": product_section,
     "paper": paper_section,
 }

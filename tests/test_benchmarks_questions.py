@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from benchmark_rows import LIMITS, SCRIPTS, installed, row
+from benchmark_rows import LIMITS, installed, row
+from benchmark_rows import SCRIPTS as OTHERS
 
 from benchmarks import (
     compare,
@@ -22,6 +23,7 @@ from benchmarks import (
     page,
     paper,
     plan,
+    product,
     providers,
     scaling,
     session,
@@ -30,6 +32,7 @@ from benchmarks import (
 
 for package in ("numpy", "rich"):
     pytest.importorskip(package)
+SCRIPTS = {**OTHERS, "product": product}
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -83,6 +86,46 @@ def test_plan_errors_by_hand() -> None:
     assert found["error"] == pytest.approx(0.5)
     assert (found["worst"], found["worst_shape"]) == (pytest.approx(4.0), "c")
     assert found["rank"] == pytest.approx(1.0)
+
+
+# ---- the product alone
+
+
+def test_products_are_the_primary_convolutions() -> None:
+    found = product.products(shapes.ALL)
+    # Two modules differ in their activation alone: 16 -> 8 at 112.
+    assert len(found) == len(shapes.ALL) - 1
+    names = [s.name for s in found]
+    assert {"16-8@112-linear", "960-80@7-linear", "64-64@80-linear"} <= {*names}
+    assert len({*names}) == len(names)
+    deepest = next(s for s in found if s.inp == 960)
+    assert floor.forward_flops(deepest, 16) == 2 * 16 * 49 * 960 * 80
+
+
+def test_shares_of_the_peak_by_hand() -> None:
+    # 8 FLOPs in 2 s (1 s, 4 s) at a peak of 16 a second.
+    times = {"median_s": 2.0, "p20_s": 1.0, "p80_s": 4.0, "flops": 8, "gemm_peak": 16.0}
+    rows = [
+        row(question="product", group="ghostnet", shape=f"{k}-8@7-linear", inner=k, **times)
+        for k in (40, product.DEEP, 960)
+    ]
+    rows[2]["gemm_peak"] = 4.0
+    assert product.share(rows[0]) == (0.25, 0.125, 0.5)
+    (mean,) = product.mean_shares(rows)
+    assert (mean["shapes"], mean["share"]) == (2, pytest.approx(0.5)), "of a quarter and one"
+    (mean,) = means.of_document({"rows": rows}).values()
+    assert (mean.value, mean.low, mean.high) == tuple(map(pytest.approx, (0.5, 0.25, 1.0)))
+
+
+def test_bad_products_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--batch", "0"], "batch: expected positive"),
+        (["--shapes", "1-2@3-relu"], "matches no shape"),
+        (["--providers", "tensorflow"], "matches none"),
+    ):
+        with pytest.raises(SystemExit):
+            product.parse_arguments(arguments)
+        assert message in capsys.readouterr().err
 
 
 # ---- geometric means
@@ -245,6 +288,8 @@ TINY = {
                 "--train-threads", "1", "--providers", "eager", "fused"],
     "scaling": ["--axis", "ratio", "--providers", "fused"],
     "plan": ["--shapes", "672-160@7-linear", "160-960@7-relu", "--batch", "1"],
+    "product": ["--shapes", "672-160@7-linear", "160-960@7-relu", "--batch", "1", "--providers",
+                "eager", "fused"],
     "memory": ["--shapes", "160-960@7-relu", "--batch", "2", "--size", "32"],
     "paper": ["--ratio", "2", "3", "--dw-size", "3", "--kernel-size", "1", "--digits", "200",
               "--epochs", "1"],
