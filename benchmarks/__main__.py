@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -164,7 +163,7 @@ class RunState:
 
     def __init__(self, path: Path, argv: Sequence[str]) -> None:
         self.path, self.commit = path, harness.git_commit()
-        self.command = shlex.join(["python", "-m", "benchmarks", *argv])
+        self.command = harness.command_line(["python", "-m", "benchmarks", *argv])
         self.done: list[str] = []
         self.seconds: dict[str, float] = {}
 

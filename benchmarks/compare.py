@@ -229,8 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = report.console_for_tables()
         for one, two in _pairs(arguments.before, arguments.after):
             old, new = load(one), load(two)
-            for key in ("cpu", "torch", "threads", "clock"):
-                values = old["meta"].get(key), new["meta"].get(key)
+            setups = [{**d["meta"], "instructions": harness.instructions(d["meta"])}
+                      for d in (old, new)]  # fmt: skip
+            for key in ("cpu", "torch", "threads", "clock", "instructions"):
+                values = [setup.get(key) for setup in setups]
                 if values[0] != values[1]:
                     console.print(f"[yellow]{one.name}: {key} differs: {values[0]}, {values[1]}[/]")
             part = changes(

@@ -4,7 +4,9 @@ Both come with the pip extra ``engines``. They compute in float32 (OpenVINO is t
 bfloat16 by itself) on as many threads as PyTorch has, and are called the cheapest way that they
 offer: input and output are bound once, in memory that both sides share, so that a call copies
 nothing and allocates nothing. Slices that keep everything, which tracing makes of ``[:, :oup]`` and
-ONNX Runtime would copy for, are taken out of the graph.
+ONNX Runtime would copy for, are taken out of the graph. Where libraries are held to an instruction
+set (``harness.ISA_VARIABLES``), oneDNN's limit is OpenVINO's too; ONNX Runtime has none and is left
+out.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ def unavailable(provider: Provider, dtype: torch.dtype) -> str | None:
         return None
     if dtype is not torch.float32:
         return f"{provider.family} is measured in float32 only, not in {dtype}"
+    if provider.family == "onnxruntime" and (limits := harness.forced(harness.ISA_VARIABLES)):
+        return f"onnxruntime cannot be held to an instruction set ({', '.join(limits)})"
     lacking = missing(provider)
     return None if lacking is None else str(lacking)
 

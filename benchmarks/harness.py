@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -32,6 +33,15 @@ Clock = Callable[[], float]
 # CPU time leaves out the slices that other processes take of a shared machine; it means something
 # only where this thread does all the work.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+# Environment variables that hold a library to fewer instructions than the processor has: ours,
+# ATen and torch.compile, oneDNN (PyTorch's and OpenVINO's, by either name), MKL.
+ISA_VARIABLES = (
+    "GHOST_OPS_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)  # fmt: skip
+# Others that make a run one that must not be taken for an ordinary one.
+FORCING = (*ISA_VARIABLES, "GHOST_OPS_CPU_MACHINE", "GHOST_OPS_BACKEND")
 
 # Before anything is pinned: set_threads may be called again with more threads.
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -292,6 +302,33 @@ def processor_name() -> str:
     return name
 
 
+def forced(names: Sequence[str] = FORCING) -> dict[str, str]:
+    """Those of the variables ``names`` that are set to something."""
+    found = {name: os.environ.get(name, "").strip() for name in names}
+    return {name: value for name, value in found.items() if value not in ("", "auto")}
+
+
+def not_held(held: Mapping[str, str]) -> str:
+    """The variables that hold the peers to an instruction set, where only ours is held to one."""
+    if "GHOST_OPS_CPU_ISA" not in held:
+        return ""
+    old = "ONEDNN_MAX_CPU_ISA" if "DNNL_MAX_CPU_ISA" in held else "DNNL_MAX_CPU_ISA"
+    return ", ".join(name for name in ISA_VARIABLES if name not in held and name != old)
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as a shell takes it, with the variables of ``FORCING`` that are in force."""
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in forced().items()), shlex.join(words)])
+
+
+def instructions(meta: Mapping[str, Any]) -> str:
+    """The instruction sets of a results file's run in words, and the variables that forced them."""
+    ours = meta.get("ghost_ops", {}).get("isa", "none")
+    words = f"ghost_ops {ours}, ATen {meta.get('cpu_capability', 'unknown')}"
+    variables = " ".join(f"{name}={value}" for name, value in meta.get("forced", {}).items())
+    return f"{words}; forced: {variables}" if variables else words
+
+
 def git_commit() -> str:
     """The commit, with ``-dirty`` if the tree was changed; ``unknown`` outside a checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -332,12 +369,13 @@ def metadata(
     return {
         "schema": SCHEMA_VERSION,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.executable).name, "-m", _main_module(), *sys.argv[1:]]),
+        "command": command_line([Path(sys.executable).name, "-m", _main_module(), *sys.argv[1:]]),
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "forced": forced(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -366,6 +404,9 @@ def print_header(console: Any, meta: Mapping[str, Any]) -> None:
         f"torch {meta['torch']}, Python {meta['python']}, commit {meta['commit']}, "
         f"ghost_ops {library.get('version', 'missing')} (native: {native})"
     )
+    console.print(f"Instruction sets: {instructions(meta)}")
+    if free := not_held(meta["forced"]):
+        console.print(f"[yellow]The peers and the peak are not held to it: set {free} as well[/]")
     pinned = f"pinned to cores {meta['pinned_to']}" if meta["pinned_to"] else "not pinned"
     clock = {"wall": "wall clock", "cpu": "CPU time of the thread"}[meta["clock"]]
     console.print(f"{meta['threads']} thread(s), {pinned}; {clock}")

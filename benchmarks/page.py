@@ -34,6 +34,8 @@ def _machine(documents: Mapping[str, Document]) -> list[str]:
     for key in ("cpu", "torch", "python", "commit", "threads", "clock"):
         found = dict.fromkeys(str(meta.get(key, "unknown")) for meta in metas)
         lines.append(f"- {key}: {'; '.join(found)}")
+    sets = dict.fromkeys(map(harness.instructions, metas))
+    lines.append(f"- instruction sets: {'; or '.join(sets)}")
     dates = sorted(meta["date"] for meta in metas)
     lines.append(f"- measured from {dates[0]} to {dates[-1]} (UTC)")
     loads = [meta["load_average"] for meta in metas if meta.get("load_average") is not None]

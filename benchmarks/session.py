@@ -180,7 +180,7 @@ def _fingerprint(meta: Mapping[str, Any], arguments: argparse.Namespace) -> dict
     """What two runs must have in common for one to go on where the other stopped."""
     given = {k: str(v) for k, v in sorted(vars(arguments).items()) if k not in ("out", "fresh")}
     machine = {key: str(meta.get(key)) for key in ("cpu", "torch", "commit", "allocation")}
-    return {**machine, "arguments": given}
+    return {**machine, "instructions": harness.instructions(meta), "arguments": given}
 
 
 def _earlier(path: Path, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import harness, report
 from benchmarks.extras import require
 
 EAGER, BEST, OURS, ENGINE, LOSS = "#7F7F7F", "#E69F00", "#0072B2", "#56B4E9", "#D55E00"
@@ -75,6 +75,8 @@ def caption(figure: Any, meta: Mapping[str, Any]) -> None:
     threads = f"{meta['threads']} thread" + ("s" if meta["threads"] != 1 else "")
     text = f"{meta['gpu'] if meta.get('device') == 'cuda' else meta['cpu']}, {threads}; torch "
     text += f"{meta['torch']}; commit {meta['commit']}; {meta['date'][:10]}"
+    if meta.get("forced"):
+        text = f"{harness.instructions(meta)}; {text}"
     room = 0.2 / figure.get_figheight()  # inches, below everything that is laid out
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     figure.text(0.995, 0.2 * room, text, ha="right", va="bottom", fontsize=6.5, color="#555555")

@@ -153,7 +153,8 @@ def test_interrupted_report_goes_on(
     (tmp_path / harness.RUN_FILE).write_text(json.dumps(state))
     ran.clear()
     assert listing.run_all(command) == 0
-    assert [name for name, _ in ran] == ["network", "scaling", "memory", "plan", "paper", "page"]
+    rest = ["network", "scaling", "memory", "plan", "product", "paper", "page"]
+    assert [name for name, _ in ran] == rest
     out = capsys.readouterr().out
     assert "module: done before the interruption" in out
     state = json.loads((tmp_path / harness.RUN_FILE).read_text())
@@ -250,6 +251,40 @@ def test_bad_arguments(
         SCRIPTS[name].parse_arguments(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# ---- forced instruction sets
+
+
+def test_a_forced_run_says_so(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in harness.FORCING:
+        monkeypatch.delenv(name, raising=False)
+    out, plain = tmp_path / "test.json", make_session(tmp_path / "test.json")
+    assert plain.meta["forced"] == {} and "forced" not in harness.instructions(plain.meta)
+    with pytest.raises(ZeroDivisionError):
+        plain.run([("a", lambda: plain.add(row())), ("b", lambda: 1 // 0)])
+    assert make_session(out).done == ["a"]
+
+    monkeypatch.setenv("GHOST_OPS_CPU_ISA", "avx2")
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
+    run = make_session(out)
+    assert run.done == [], "rows of another instruction set are not gone on with"
+    assert run.meta["forced"] == {"GHOST_OPS_CPU_ISA": "avx2", "DNNL_MAX_CPU_ISA": "AVX2"}
+    assert run.meta["command"].startswith("GHOST_OPS_CPU_ISA=avx2 DNNL_MAX_CPU_ISA=AVX2 ")
+    words = harness.instructions({**run.meta, "ghost_ops": {"isa": "avx2"}})
+    assert words.startswith("ghost_ops avx2, ATen ")
+    assert words.endswith("; forced: GHOST_OPS_CPU_ISA=avx2 DNNL_MAX_CPU_ISA=AVX2")
+    free = harness.not_held(run.meta["forced"])
+    assert free == "ATEN_CPU_CAPABILITY, MKL_ENABLE_INSTRUCTIONS"
+    assert "cannot be held" in (engines.unavailable(providers.ENGINES[0], torch.float32) or "")
+    state = listing.RunState(tmp_path / "run.json", ["all"])
+    assert state.command.startswith("GHOST_OPS_CPU_ISA=avx2 ")
+
+
+def test_auto_forces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHOST_OPS_CPU_ISA", "auto")
+    assert "GHOST_OPS_CPU_ISA" not in harness.forced()
+    assert harness.not_held({}) == ""
 
 
 # ---- engines
