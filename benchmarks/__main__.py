@@ -63,6 +63,7 @@ SCRIPTS: dict[str, Script] = {
     "page": Script("REPORT.md and pictures from a folder of results"),
     "plots": Script("pictures from one results file"),
     "compare": Script("regressions between two results files or folders, beyond noise"),
+    "beside": Script("one Markdown table from the results of several machines"),
     "demo": Script("train on real digits with the reference and the fused modules"),
     "gpu": Script("one GPU: correctness, times, networks, counters, tests"),
 }

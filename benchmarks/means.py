@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import memory, paper, plan, product, report
+from benchmarks.networks import CIFAR
 from benchmarks.providers import BASELINE
 
 AGREE = 0.10  # two runs whose means differ by less agree
@@ -71,7 +72,7 @@ def _ratios(named: Iterable[tuple[str, Cell]]) -> dict[str, Mean]:
 def _cells(rows: Iterable[report.Row], *keys: str) -> dict[tuple[Any, ...], dict[str, report.Row]]:
     cells: dict[tuple[Any, ...], dict[str, report.Row]] = {}
     for row in report.timed(rows):
-        cells.setdefault(tuple(row[key] for key in keys), {})[row["provider"]] = row
+        cells.setdefault(tuple(row.get(key) for key in keys), {})[row["provider"]] = row
     return cells
 
 
@@ -91,9 +92,12 @@ def of_modules(rows: Sequence[report.Row]) -> dict[str, Mean]:
 
 
 def of_networks(rows: Sequence[report.Row]) -> dict[str, Mean]:
-    """Over all networks of a mode and batch."""
-    cells = _cells(rows, "mode", "batch", "shape")
-    return _ratios((f"networks, {k[0]}, batch {k[1]}", cell) for k, cell in cells.items())
+    """Over all networks of a mode and batch, those for CIFAR apart."""
+    cells = _cells(rows, "group", "mode", "batch", "shape")
+    return _ratios(
+        (f"{'CIFAR ' if k[0] == CIFAR else ''}networks, {k[1]}, batch {k[2]}", cell)
+        for k, cell in cells.items()
+    )
 
 
 def of_scaling(rows: Sequence[report.Row]) -> dict[str, Mean]:

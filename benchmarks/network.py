@@ -141,7 +141,7 @@ class NetworkBenchmark:
             (3 if training else 1) * batch * flops,
             batch,
             shape=network.name(size),
-            group="network",
+            group=network.group,
             count=1,
             **fields,
         )

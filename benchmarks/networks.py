@@ -23,6 +23,7 @@ from benchmarks import providers
 from benchmarks.providers import Forward, Provider
 
 CLASSES = 1000
+CIFAR = "cifar"  # group of networks for images of 32 x 32
 
 
 class Conv(nn.Module):
@@ -177,6 +178,7 @@ class Network:
         classes: length of its logits.
         size: height and width of its images.
         batches, train_batch: what it is run on in inference and in training.
+        group: of its rows; means are taken within one.
     """
 
     key: str
@@ -186,6 +188,7 @@ class Network:
     size: int = 224
     batches: tuple[int, ...] = (1, 16)
     train_batch: int = 16
+    group: str = "network"
 
     def name(self, size: int) -> str:
         """Title and size of the images: the ``shape`` of its rows."""
@@ -215,7 +218,8 @@ def ghostnet(width: float) -> Network:
 
 def _cifar(depth: int) -> Network:
     make = functools.partial(ghost_resnet, depth)
-    return Network(f"ghost-resnet-{depth}", f"Ghost-ResNet-{depth}", make, 10, 32, (1, 32), 32)
+    name = f"Ghost-ResNet-{depth}"
+    return Network(name.lower(), name, make, 10, 32, (1, 32), 32, CIFAR)
 
 
 NETWORKS: dict[str, Network] = {

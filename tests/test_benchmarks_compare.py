@@ -9,7 +9,7 @@ import pathlib
 import pytest
 from benchmark_rows import row
 
-from benchmarks import compare
+from benchmarks import beside, compare
 
 for package in ("numpy", "rich"):
     pytest.importorskip(package)
@@ -134,3 +134,39 @@ def test_compare_refuses(
     assert compare.main([str(file), str(file)]) == 2
     assert compare.main([str(file), str(tmp_path)]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+# ---- beside
+
+
+def test_machines_stand_beside_each_other(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = {"question": "network", "shape": "Net at 224", "group": "network"}
+    setups = {
+        "wide": {"cpu": "A", "cpu_capability": "AVX512", "ghost_ops": {"isa": "avx512"}},
+        "narrow": {"cpu": "A", "cpu_capability": "AVX2", "ghost_ops": {"isa": "avx2"},
+                   "forced": {"GHOST_OPS_CPU_ISA": "avx2"}},
+    }  # fmt: skip
+    for (name, meta), ours in zip(setups.items(), (1.0, 2.0), strict=True):
+        rows = [{**r, **network} for r in pair(median_s=ours, p20_s=ours, p80_s=ours)]
+        if name == "narrow":
+            rows.append(row(median_s=3.0, provider="openvino_cl", **network))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    files = [str(tmp_path / f"{name}.json") for name in setups]
+    assert beside.main(files) == 0
+    out = capsys.readouterr().out
+    assert "- narrow: instruction sets ghost_ops avx2, ATen AVX2; forced: GHOST_OPS_CPU_ISA" in out
+    assert "|  | wide | narrow |" in out
+    assert "| networks, eval, batch 1: times faster than eager_nchw | 4.00 | 2.00 |" in out
+    what = "Net at 224, eval, batch 1, 1 thread(s): ms"
+    assert f"| {what}, fused_nchw | 1000.00 | 2000.00 |" in out
+    assert f"| {what}, openvino_cl |  | 3000.00 |" in out, "what one file has"
+
+
+def test_what_is_no_results_file_stands_nowhere(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    assert beside.main([str(tmp_path / "a.json")]) == 2
+    assert "not a results file" in capsys.readouterr().err

@@ -144,6 +144,11 @@ def cell(question: str, ours: float, **more: object) -> list[dict]:
     ("question", "places", "name"),
     [
         ("network", [{"shape": "a"}, {"shape": "b"}], "networks, eval, batch 1"),
+        (
+            "network",
+            [{"shape": s, "group": networks.CIFAR} for s in "ab"],
+            "CIFAR networks, eval, batch 1",
+        ),
         ("scaling", [{"axis": "d", "value": 1}, {"axis": "d", "value": 3}], "along d"),
     ],
 )
