@@ -89,14 +89,11 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
   plan.pack = !(p.has_primary && plain && same && p.x_is_nhwc() == nhwc);
-  const int64_t ghosts = p.ghosts();
-  const bool y_in_out = nhwc && same && !p.has_residual && !p.has_tail;
-  const bool z_in_out = nhwc && same;
 
   // What a pixel needs in L2 between the product and its ghosts.
+  const int64_t out_image = P * p.out_channels * e;
   const int64_t pixel =
-      a * ((plan.pack ? p.depth() : 0) + (y_in_out ? 0 : m) + (z_in_out ? 0 : ghosts)) +
-      e * (p.channels * p.stride * p.stride + p.out_channels);
+      a * ((plan.pack ? p.depth() : 0) + p.out_channels) + e * p.channels * p.stride * p.stride;
   const int64_t budget = cpu.l2_bytes / 2;
   // Where the weights stay in L1 or near it, y does so too, in bands of a few rows.
   const int64_t row = W * e * (p.channels * p.stride * p.stride + p.out_channels);
@@ -111,7 +108,7 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   } else {
     plan.band_rows = std::clamp<int64_t>(budget / 4 / (W * pixel), 1, H);
   }
-  plan.fetch_results = p.batch * P * p.out_channels * e > cpu.l2_bytes;
+  plan.fetch_results = p.batch * out_image > cpu.l2_bytes;
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
   if (tiles < want) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
@@ -125,13 +122,12 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
 
+  plan.in_place = nhwc && same && !p.has_residual && !p.has_tail && plan.row_splits == 1;
   const int64_t rows = std::min(H, plan.band_rows + 2 * pad),
-                y_pixels = plan.band_rows == H ? plan.images * P : rows * W,
-                z_pixels = std::min(H, plan.band_rows) * W, y_row = round_up(m, 16),
-                z_row = std::max(round_up(ghosts, 16), y_row);
-  const int64_t panel =
-      std::max(plan.pack ? y_pixels * p.depth() : 0, p.has_tail ? y_pixels * y_row : 0);
-  plan.scratch_bytes = a * (y_row + y_pixels * y_row + z_pixels * z_row + panel + 64);
+                pixels = plan.band_rows == H ? plan.images * P : rows * W;
+  const int64_t panel = std::max(plan.pack ? p.depth() : 0, p.has_tail ? p.out_channels : 0);
+  plan.scratch_bytes =
+      a * (m + pixels * ((plan.in_place ? 0 : p.intrinsic * p.ratio) + panel) + 64);
   return plan;
 }
 

@@ -34,8 +34,9 @@ enum class Fetch : int {
 inline constexpr int64_t kMostPixels = 4;
 
 struct ApplyPlan {
-  bool lanes = false;    // cpu/lane_tile.h: channels along the lanes; else cpu/apply.h: pixels
-  int64_t l1_bytes = 0;  // of the machine
+  bool lanes = false;     // cpu/lane_tile.h: channels along the lanes; else cpu/apply.h: pixels
+  bool in_place = false;  // lanes: y and z are made in out itself
+  int64_t l1_bytes = 0;   // of the machine
   bool pack = false;   // x tile converted / transposed / gathered into channel-major scratch first
   int64_t images = 1;  // whole images joined in one tile (small maps)
   int64_t band_rows = 0;       // output rows computed at a time

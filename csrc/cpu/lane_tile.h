@@ -6,9 +6,10 @@
 //   out = concat(y', z)[:, :oup] (+ residual)       y' = y, or act2(tail_scale * y + tail_shift)
 //
 // Tile map: an item is a run of whole images, or a range of rows of one image, walked in bands, of
-// a part of the channels. Where out is NHWC of the compute type, y is made in its place in out and
-// read back from there by the depthwise rows; else it lies in scratch, whole images or a ring of
-// rows, pixel by pixel. Binding resource: FMA ports, the memory bus for large maps of few channels.
+// a part of the channels. y and z of a pixel lie side by side, as in NHWC: in out itself, or in
+// scratch, from where finished rows go out converted, transposed or with the residual added.
+// Scratch holds whole images or a ring of rows. Binding resource: FMA ports, the memory bus for
+// large maps of few channels.
 #pragma once
 
 #include "core/plan.h"
@@ -28,14 +29,15 @@ class LaneTile {
   const PackedLayout at;
   const A* const packed;
   const int64_t H, W, P, m, K, d, pad;
-  const bool nhwc, in_place;  // y in place
-  const bool z_direct;        // the depthwise rows write to out
+  const bool nhwc, in_place;
   T* const out;
   const T* const residual;
 
-  struct Scratch {
-    A *y, *z, *panel, *zeros;
-    int64_t ldy, ldz;
+  // A part of the channels, and where its y and z are.
+  struct Part {
+    int64_t c0, channels, ghosts;  // from intrinsic channel c0 on
+    A *zeros, *panel, *pixels;
+    int64_t ring, ld;  // rows before they start anew; elements of a pixel
   };
 
  public:
@@ -53,10 +55,7 @@ class LaneTile {
         d(p.dw_size),
         pad(p.pad()),
         nhwc(p.layout == Layout::kNHWC),
-        in_place(nhwc && std::is_same_v<T, A> && !p.has_residual && !p.has_tail &&
-                 plan.row_splits == 1),
-        z_direct(nhwc && std::is_same_v<T, A> &&
-                 (!p.has_residual || p.act2.act == Act::kNone || p.act2.act == Act::kReLU)),
+        in_place(plan.in_place),
         out(static_cast<T*>(a.out)),
         residual(static_cast<const T*>(a.residual)) {}
 
@@ -68,40 +67,40 @@ class LaneTile {
     const int64_t c0 = panels * channel_part / plan.channel_splits * kPanel,
                   c1 = std::min(panels * (channel_part + 1) / plan.channel_splits * kPanel, m);
     const int64_t n0 = tile * plan.images, n1 = std::min(n0 + plan.images, p.batch);
-    const Scratch s = scratch(c1 - c0);
+    const Part part = make_part(n0, c0, c1);
     if (plan.band_rows >= H)
-      whole_images(n0, n1 - n0, c0, c1, s);
+      whole_images(n0, n1 - n0, part);
     else
-      bands(n0, H * row_part / plan.row_splits, H * (row_part + 1) / plan.row_splits, c0, c1, s);
+      bands(n0, H * row_part / plan.row_splits, H * (row_part + 1) / plan.row_splits, part);
   }
 
  private:
-  bool is_whole() const { return plan.band_rows >= H; }
-  int64_t ring_rows() const { return std::min(H, plan.band_rows + 2 * pad); }
-
-  Scratch scratch(int64_t count) const {
-    Scratch s;
-    s.ldy = round_up(count, 16);
-    s.ldz = round_up(count * (p.ratio - 1), 16);
-    s.zeros = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
-    std::fill(s.zeros, s.zeros + s.ldy, A(0));
-    s.y = s.zeros + s.ldy;
-    const int64_t y_pixels = is_whole() ? plan.images * P : ring_rows() * W;
-    s.z = s.y + (in_place ? 0 : y_pixels * s.ldy);
-    s.panel = s.z + (z_direct ? 0 : std::min(H, plan.band_rows) * W * std::max(s.ldz, s.ldy));
-    return s;
+  Part make_part(int64_t n, int64_t c0, int64_t c1) const {
+    Part part;
+    part.c0 = c0;
+    part.channels = c1 - c0;
+    part.ghosts = p.ratio > 1 ? std::clamp<int64_t>(p.out_channels - m - c0, 0, c1 - c0) : 0;
+    const bool whole = plan.band_rows >= H;
+    part.ring = whole || in_place ? H : std::min(H, plan.band_rows + 2 * pad);
+    part.ld = in_place ? p.out_channels : part.channels + part.ghosts;
+    part.zeros = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
+    std::fill(part.zeros, part.zeros + round_up(part.channels, 16), A(0));
+    part.panel = part.zeros + round_up(part.channels, 16);
+    if (in_place) {
+      part.pixels = reinterpret_cast<A*>(out) + n * args.out_image + c0;
+    } else {
+      part.pixels = part.panel;
+      part.panel += round_up((whole ? plan.images : 1) * part.ring * W * part.ld, 16);
+    }
+    return part;
   }
 
-  // y of image n, its row 0, channel c0; and its pixels' distance.
-  A* out_y(int64_t n, int64_t c0) const {
-    return reinterpret_cast<A*>(out) + n * args.out_image + c0;
-  }
-
-  // y of rows [row, row + rows) of `images` images, `to` [pixels][ld].
-  void primary(int64_t n, int64_t images, int64_t row, int64_t rows, int64_t c0, int64_t c1,
-               A* panel, A* to, int64_t ld) const {
-    const int64_t pixels = rows * W;
-    if (!p.has_primary) return given(n, images, row, rows, c0, c1, panel, to, ld);
+  // y of rows [row, row + rows) of `images` images, to pixels `to`.
+  void primary(int64_t n, int64_t images, int64_t row, int64_t rows, const Part& part,
+               A* to) const {
+    const int64_t pixels = rows * W, c0 = part.c0;
+    if (!p.has_primary) return given(n, images, row, rows, part, to);
+    A* const panel = part.panel;
     const A* x = static_cast<const A*>(args.x) + n * args.x_image;
     LaneSource<A> in{x, args.x_image, 1, args.x_channel, images, pixels};
     if (plan.pack) {
@@ -112,28 +111,28 @@ class LaneTile {
     } else {
       in.x += row * W;
     }
-    const LaneOut<A> o{to, ld, p.act1, plan.fetch_results && in_place, false};
-    lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, c1 - c0, plan.l1_bytes,
-                    o);
+    const bool fetch = plan.fetch_results && nhwc && !plan.pack;
+    const LaneOut<A> o{to, part.ld, p.act1, fetch, in_place, false};
+    lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, part.channels,
+                    plan.l1_bytes, o);
   }
 
   // Without a primary convolution x is u: y = act1(scale1 * u + shift1).
-  void given(int64_t n, int64_t images, int64_t row, int64_t rows, int64_t c0, int64_t c1, A* panel,
-             A* to, int64_t ld) const {
+  void given(int64_t n, int64_t images, int64_t row, int64_t rows, const Part& part, A* to) const {
     constexpr int L = kLanes<A>;
     for (int64_t j = 0; j < images; ++j) {
-      pack(n + j, row, rows, panel);
-      for (int64_t q = 0; q < rows * W; ++q, to += ld) {
-        const A* u = panel + q * p.channels;
-        for (int64_t c = c0; c < c1; c += L) {
-          const int64_t left = c1 - c;
-          store_first(to + c - c0,
-                      load_n(u + c, left) * load_n(packed + at.scale1 + c, left) +
-                          load_n(packed + at.shift1 + c, left),
+      pack(n + j, row, rows, part.panel);
+      for (int64_t q = 0; q < rows * W; ++q)
+        for (int64_t c = 0; c < part.channels; c += L) {
+          const int64_t left = part.channels - c, at_c = part.c0 + c;
+          store_first(to + q * part.ld + c,
+                      load_n(part.panel + q * p.channels + at_c, left) *
+                              load_n(packed + at.scale1 + at_c, left) +
+                          load_n(packed + at.shift1 + at_c, left),
                       left);
         }
-      }
-      activate_pixels(p.act1, to - rows * W * ld, ld, rows * W, c1 - c0);
+      activate_pixels(p.act1, to, part.ld, rows * W, part.channels);
+      to += rows * W * part.ld;
     }
   }
 
@@ -177,103 +176,98 @@ class LaneTile {
           }
   }
 
-  // Rows [row, row + rows) of y or z, pixel by pixel in scratch, to channels [ch, ch + count) of
-  // the output.
-  void write(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch,
-             int64_t count) const {
-    count = std::min(count, p.out_channels - ch);
-    if (count <= 0) return;
+  // z of rows [r0, r1) of an image whose pixels begin at `image`.
+  void cheap(const Part& part, A* image, int64_t r0, int64_t r1) const {
+    if (part.ghosts == 0) return;
+    const int64_t c0 = part.c0;
+    LaneDepthwise<A> rows{image,       part.ring,
+                          part.ld,     part.zeros,
+                          r0,          r1,
+                          H,           W,
+                          part.ghosts, packed + at.lane_taps + c0,
+                          p.ghosts(),  packed + at.shift2 + c0,
+                          p.act2,      in_place ? m : part.channels};
+    lane_depthwise<A>(d, rows);
+  }
+
+  // Finished rows [r0, r1) of image n from scratch to the output.
+  void write(const Part& part, const A* image, int64_t n, int64_t r0, int64_t r1) const {
+    for (int64_t r = r0; r < r1;) {
+      const int64_t stop = std::min(r1, (r / part.ring + 1) * part.ring);  // the ring's end
+      write_run(part, image + r % part.ring * W * part.ld, n, r, (stop - r) * W);
+      r = stop;
+    }
+  }
+  void write_run(const Part& part, const A* src, int64_t n, int64_t row, int64_t pixels) const {
+    const int64_t first = n * args.out_image;
+    if (p.has_tail) src = with_tail(part, src, pixels);
     if (!nhwc) {
-      const int64_t o = n * args.out_image + ch * P + row * W;
-      write_transposed(src, ld, out + o, P, count, rows * W, residual ? residual + o : nullptr);
+      const int64_t y = first + part.c0 * P + row * W, z = y + m * P;
+      write_transposed(src, part.ld, out + y, P, part.channels, pixels,
+                       residual ? residual + y : nullptr);
+      if (part.ghosts > 0)
+        write_transposed(src + part.channels, part.ld, out + z, P, part.ghosts, pixels,
+                         residual ? residual + z : nullptr);
       return;
     }
+    int64_t o = first + row * W * p.out_channels + part.c0;
+    if (part.ld == p.out_channels) return write_line(src, o, pixels * part.ld);
+    for (int64_t q = 0; q < pixels; ++q, src += part.ld, o += p.out_channels) {
+      write_line(src, o, part.channels);
+      write_line(src + part.channels, o + m, part.ghosts);
+    }
+  }
+  void write_line(const A* src, int64_t o, int64_t count) const {
     constexpr int L = kLanes<A>;
-    int64_t o = n * args.out_image + row * W * p.out_channels + ch;
-    for (int64_t q = 0; q < rows * W; ++q, o += p.out_channels, src += ld)
-      for (int64_t c = 0; c < count; c += L) {
-        Vec<A> v = load_n(src + c, count - c);
-        if (residual) v += Storage<T>::load_n(residual + o + c, count - c);
-        Storage<T>::store_n(out + o + c, v, count - c);
-      }
+    if (!residual) return write_row(src, out + o, count);
+    int64_t i = 0;
+    for (; i + L <= count; i += L)
+      Storage<T>::store(out + o + i, load(src + i) + Storage<T>::load(residual + o + i));
+    if (i < count)
+      Storage<T>::store_n(
+          out + o + i, load_n(src + i, count - i) + Storage<T>::load_n(residual + o + i, count - i),
+          count - i);
   }
 
-  // y of some rows to the output.
-  void write_y(const A* y, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t c0, int64_t c1,
-               A* temporary) const {
-    if (!p.has_tail) return write(y, ld, n, row, rows, c0, c1 - c0);
+  // A copy whose first half is act2(tail_scale * y + tail_shift).
+  const A* with_tail(const Part& part, const A* src, int64_t pixels) const {
     constexpr int L = kLanes<A>;
-    const A* const scale = packed + at.tail + c0;
+    const A* const scale = packed + at.tail + part.c0;
     const A* const shift = scale + m;
-    const int64_t count = c1 - c0;
-    for (int64_t q = 0; q < rows * W; ++q)
-      for (int64_t c = 0; c < count; c += L)
-        store_first(temporary + q * ld + c,
-                    load_n(y + q * ld + c, count - c) * load_n(scale + c, count - c) +
-                        load_n(shift + c, count - c),
-                    count - c);
-    activate_pixels(p.act2, temporary, ld, rows * W, count);
-    write(temporary, ld, n, row, rows, c0, count);
+    std::memcpy(part.panel, src, size_t(pixels * part.ld) * sizeof(A));
+    for (int64_t q = 0; q < pixels; ++q)
+      for (int64_t c = 0; c < part.channels; c += L) {
+        const int64_t left = part.channels - c;
+        A* const y = part.panel + q * part.ld + c;
+        store_first(y, load_n(y, left) * load_n(scale + c, left) + load_n(shift + c, left), left);
+      }
+    activate_pixels(p.act2, part.panel, part.ld, pixels, part.channels);
+    return part.panel;
   }
 
-  // Ghosts of channels [c0, c1), rows [r0, r1) of image n. y: row 0 of the image, or of the ring.
-  void cheap(int64_t n, int64_t r0, int64_t r1, int64_t c0, int64_t c1, const A* y, int64_t ring,
-             int64_t ldy, const Scratch& s) const {
-    const int64_t count = std::min(c1, p.out_channels - m) - c0;
-    if (p.ratio == 1 || count <= 0 || r1 <= r0) return;
-    LaneDepthwise<A> rows{y,          ring,
-                          ldy,        s.zeros,
-                          r0,         r1,
-                          H,          W,
-                          count,      packed + at.lane_taps + c0,
-                          p.ghosts(), packed + at.shift2 + c0,
-                          p.act2,     s.z,
-                          s.ldz,      nullptr};
-    if (z_direct) {
-      const int64_t o = n * args.out_image + r0 * W * p.out_channels + m + c0;
-      rows.out = reinterpret_cast<A*>(out) + o;
-      rows.ld_out = p.out_channels;
-      if (residual) rows.residual = reinterpret_cast<const A*>(residual) + o;
-    }
-    lane_depthwise<A>(d, rows);
-    if (!z_direct) write(s.z, s.ldz, n, r0, r1 - r0, m + c0, count);
-  }
-
-  void whole_images(int64_t n0, int64_t images, int64_t c0, int64_t c1, const Scratch& s) const {
-    A* const y = in_place ? out_y(n0, c0) : s.y;
-    const int64_t ldy = in_place ? p.out_channels : s.ldy;
-    primary(n0, images, 0, H, c0, c1, s.panel, y, ldy);
+  void whole_images(int64_t n0, int64_t images, const Part& part) const {
+    primary(n0, images, 0, H, part, part.pixels);
     for (int64_t j = 0; j < images; ++j) {
-      const A* const yj = y + j * P * ldy;
-      if (!in_place) write_y(yj, ldy, n0 + j, 0, H, c0, c1, temporary(s));
-      cheap(n0 + j, 0, H, c0, c1, yj, H, ldy, s);
+      A* const image = part.pixels + j * P * part.ld;
+      cheap(part, image, 0, H);
+      if (!in_place) write(part, image, n0 + j, 0, H);
     }
   }
-  // Room for a changed copy of y.
-  A* temporary(const Scratch& s) const { return z_direct ? s.panel : s.z; }
 
-  void bands(int64_t n, int64_t row0, int64_t row1, int64_t c0, int64_t c1,
-             const Scratch& s) const {
-    const int64_t ring = in_place ? H : ring_rows(), ldy = in_place ? p.out_channels : s.ldy;
-    A* const base = in_place ? out_y(n, c0) : s.y;
-    const auto y = [&](int64_t r) { return base + r % ring * W * ldy; };
+  void bands(int64_t n, int64_t row0, int64_t row1, const Part& part) const {
     const int64_t last = std::min(row1 + pad, H);
     int64_t have = std::max<int64_t>(row0 - pad, 0), done = row0;
     while (done < row1) {
       // Rows from done - pad on stay in the ring.
       const int64_t until = std::min(last, done + plan.band_rows + pad);
       while (have < until) {
-        const int64_t stop = std::min(until, (have / ring + 1) * ring);  // the ring's end
-        primary(n, 1, have, stop - have, c0, c1, s.panel, y(have), ldy);
-        const int64_t o0 = std::max(have, row0), o1 = std::min(stop, row1);
-        for (int64_t r = o0; !in_place && r < o1; r += plan.band_rows) {
-          const int64_t count = std::min(plan.band_rows, o1 - r);
-          write_y(y(r), ldy, n, r, count, c0, c1, temporary(s));
-        }
+        const int64_t stop = std::min(until, (have / part.ring + 1) * part.ring);
+        primary(n, 1, have, stop - have, part, part.pixels + have % part.ring * W * part.ld);
         have = stop;
       }
       const int64_t ready = std::min({have == H ? H : have - pad, done + plan.band_rows, row1});
-      cheap(n, done, ready, c0, c1, base, ring, ldy, s);
+      cheap(part, part.pixels, done, ready);
+      if (!in_place) write(part, part.pixels, n, done, ready);
       done = ready;
     }
   }

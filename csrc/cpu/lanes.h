@@ -59,11 +59,13 @@ GHOST_INLINE void store_first(A* p, Vec<A> v, int64_t n) {
 #endif
 }
 
-// Memory that is fetched while a product runs: `step` bytes for each k.
+// Memory that is fetched while a product runs, a step of bytes for each k: what is read next, and
+// the place of what is written next.
 struct Ahead {
-  const char* at = nullptr;
-  int64_t step = 0;
+  const char *read, *write;
+  int64_t read_step = 0, write_step = 0;
 };
+inline constexpr int64_t kDistance = 4096;  // bytes ahead of x and y
 
 // Where a product's x is: any order of pixels and channels.
 template <class A>
@@ -79,7 +81,8 @@ struct LaneOut {
   A* y;  // [pixels][ld], channel 0 of the product
   int64_t ld;
   Activation act;
-  bool fetch = false;       // fetch y's pixels, ld apart, a tile ahead
+  bool fetch = false;       // x is beyond L2 and lies there without gaps: fetch it
+  bool fetch_y = false;     // and y's pixels as well
   bool accumulate = false;  // a further slice of K: added to y, and nothing to the shift
 };
 
@@ -120,10 +123,12 @@ __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, c
 #pragma GCC unroll 4
   for (int g = 0; g < kGroups; ++g) p[g] = reinterpret_cast<const char*>(x + 3 * g * in.pixel);
   const int64_t step = in.pixel * int64_t(sizeof(A)), deeper = in.depth * int64_t(sizeof(A));
-  const char* fetched = ahead.at;
+  const char *read = ahead.read, *write = ahead.write;
   for (int64_t k = 0; k < K; ++k) {
-    __builtin_prefetch(fetched, 0, 2);
-    fetched += ahead.step;
+    __builtin_prefetch(read, 0, 2);
+    __builtin_prefetch(write, 1, 2);
+    read += ahead.read_step;
+    write += ahead.write_step;
     V wv[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)
@@ -175,14 +180,20 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
   static constexpr auto kBlocks = lane_blocks<A, kVecs>(std::make_index_sequence<kMost>{});
   const int64_t tiles = (in.pixels + kMost - 1) / kMost, small = in.pixels / tiles,
                 large = in.pixels % tiles;  // tiles of one pixel more
-  const int64_t rounds = in.images * tiles * K;
-  // Without anything to fetch the address stays where there is memory for certain.
-  Ahead fetch{ahead, ahead ? (ahead_bytes + rounds - 1) / rounds : 0};
-  if (out.fetch)
-    fetch = {reinterpret_cast<const char*>(y + kMost * out.ld),
-             int64_t(sizeof(A)) * out.ld * in.images * in.pixels / rounds};
-  else if (!ahead)
-    fetch.at = reinterpret_cast<const char*>(in.x);
+  const int64_t rounds = in.images * tiles * K, bytes = in.pixels * int64_t(sizeof(A));
+  // Without anything to fetch the addresses stay where there is memory for certain.
+  Ahead fetch{reinterpret_cast<const char*>(in.x), reinterpret_cast<const char*>(y)};
+  if (out.fetch) {
+    fetch.read += kDistance;
+    fetch.read_step = bytes * in.pixel / rounds;
+    if (out.fetch_y) {
+      fetch.write += kDistance;
+      fetch.write_step = bytes * out.ld / rounds;
+    }
+  } else if (ahead) {
+    fetch.read = ahead;
+    fetch.read_step = (ahead_bytes + rounds - 1) / rounds;
+  }
   for (int64_t n = 0; n < in.images; ++n) {
     const A* x = in.x + n * in.image;
     for (int64_t t = 0; t < tiles; ++t) {
@@ -190,7 +201,8 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
       kBlocks[size_t(count - 1)](x, in, w, ldpanel, K, shift, out, y, channels, fetch);
       x += count * in.pixel;
       y += count * out.ld;
-      fetch.at += fetch.step * K;
+      fetch.read += fetch.read_step * K;
+      fetch.write += fetch.write_step * K;
     }
   }
 }
@@ -254,17 +266,17 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
 // Rows [row0, row1) of ghosts.
 template <class A>
 struct LaneDepthwise {
-  const A* y;         // row 0 of the image, or of the ring
-  int64_t ring, ldy;  // rows of the ring; the pixels' distance
-  const A* zeros;     // [channels]: a pixel outside of the image
+  A* pixels;         // y, and z behind it; row 0 of the image, or of the ring
+  int64_t ring, ld;  // rows of the ring; elements of a pixel
+  const A* zeros;    // [channels]: a pixel outside of the image
   int64_t row0, row1, height, width, channels;
   const A* taps;  // [d * d][ld_taps]
   int64_t ld_taps;
   const A* shift;
   Activation act;
-  A* out;  // [row1 - row0][width][ld_out]
-  int64_t ld_out;
-  const A* residual;  // like out, or null: only without activation or with a ReLU
+  int64_t z;  // elements from a pixel's y to its z
+
+  A* row(int64_t r) const { return pixels + (r < ring ? r : r % ring) * width * ld; }
 };
 
 template <class A, int D, bool kFull>
@@ -280,20 +292,15 @@ GHOST_INLINE void lane_slide(const LaneDepthwise<A>& s, int64_t c, int64_t n) {
     for (int j = 0; j < D; ++j) tap[i][j] = get(s.taps + (i * D + j) * s.ld_taps + c);
   const V shift = get(s.shift + c);
   const bool with_relu = s.act.act == Act::kReLU;
-  const int64_t ld_out = s.ld_out, width = s.width, ldy = s.ldy;
-  A* out = s.out + c;
-  const A* residual = s.residual ? s.residual + c : nullptr;
+  const int64_t ld = s.ld, width = s.width;
+  A* out = nullptr;
   auto finish = [&](V r) __attribute__((always_inline)) {
     if (with_relu) r = relu(r);
-    if (residual) {
-      r += get(residual);
-      residual += ld_out;
-    }
     if (kFull)
       store(out, r);
     else
       store_first(out, r, n);
-    out += ld_out;
+    out += ld;
   };
   for (int64_t row = s.row0; row < s.row1; ++row) {
     const A* y[D];
@@ -302,9 +309,10 @@ GHOST_INLINE void lane_slide(const LaneDepthwise<A>& s, int64_t c, int64_t n) {
     for (int i = 0; i < D; ++i) {
       const int64_t r = row + i - R;
       const bool inside = r >= 0 && r < s.height;
-      y[i] = inside ? s.y + (r < s.ring ? r : r % s.ring) * width * ldy + c : s.zeros;
-      step[i] = inside ? ldy : 0;
+      y[i] = inside ? s.row(r) + c : s.zeros;
+      step[i] = inside ? ld : 0;
     }
+    out = s.row(row) + s.z + c;
     // While input column w is read, acc[a] belongs to output column w - R + a.
     V acc[D];
 #pragma GCC unroll 7
@@ -352,7 +360,8 @@ void lane_depthwise(int64_t d, const LaneDepthwise<A>& s) {
       break;
   }
   if (s.act.act != Act::kNone && s.act.act != Act::kReLU)
-    activate_pixels(s.act, s.out, s.ld_out, (s.row1 - s.row0) * s.width, s.channels);
+    for (int64_t r = s.row0; r < s.row1; ++r)
+      activate_pixels(s.act, s.row(r) + s.z, s.ld, s.width, s.channels);
 }
 
 }  // namespace GHOST_ISA
