@@ -71,51 +71,73 @@ GHOST_INLINE void unzip(Vec<A>& a, Vec<A>& b) {
     b[l] = l < L / 2 ? x[2 * l % L + 1] : y[2 * l % L + 1];
   }
 #else
-  typename Simd<A>::I even, odd;
+  // With AVX2 inside the halves of 16 bytes first, then whole pairs of elements: one instruction
+  // each.
+  constexpr bool kHalves = kVectorBytes == 32;
+  constexpr int H = kHalves ? L / 4 : L / 2;  // elements from x, then as many from y
+  typename Simd<A>::I even, odd, order;
 #pragma GCC unroll 16
   for (int l = 0; l < L; ++l) {
-    even[l] = 2 * l;
-    odd[l] = 2 * l + 1;
+    const int half = l / (2 * H) * 2 * H, in_half = l % (2 * H);
+    even[l] = in_half < H ? half + 2 * in_half : L + half + 2 * (in_half - H);
+    odd[l] = even[l] + 1;
+    order[l] = l / H == 1 ? l + H : l / H == 2 ? l - H : l;
   }
   a = __builtin_shuffle(x, y, even);
   b = __builtin_shuffle(x, y, odd);
+  if (kHalves) {
+    a = __builtin_shuffle(a, order);
+    b = __builtin_shuffle(b, order);
+  }
 #endif
 }
 
 // A band of a plane, or of two planes that share vectors, for a convolution of stride 2.
 template <class A>
 struct HalvedBand {
-  const A *even, *odd;  // columns of x, row 0 being the first that out's first row reads
-  int64_t ld;           // elements of a row of either
-  const A* taps;        // [k * k] vectors
+  // Rows of x, from the first that out's first row reads: ld elements of even columns, ld of odd
+  // ones; column 0 stands here.
+  const A* x;
+  int64_t ld;
+  const A* taps[2];  // [k * k] of each plane
   Vec<A> shift;
   A* out[2];  // the second plane's: null if there is none
   int64_t rows, width;
   Activation act;
 };
 
-// M rows by N vectors of out at a time, from vector column v on, down the band.
-template <class A, int K, int M, int N>
+// M rows by N vectors of out at a time, from vector column v on, down the band. kOnly: there are no
+// other vectors, so that ld is a constant and so are all distances.
+template <class A, int K, int M, int N, bool kOnly>
 __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
   constexpr int L = kLanes<A>, R = K / 2;
-  constexpr bool kTapsInRegisters = K <= 3;
+  constexpr bool kTapsInRegisters = K <= 3 || (K == 5 && M == 2 && N == 1);
+  // Two sums for a vector where there are too few to hide the latency of an FMA.
+  constexpr int kSums = kTapsInRegisters && K == 5 ? 2 : 1;
   using V = Vec<A>;
-  const int64_t ld = b.ld, width = b.width, rows = b.rows;
+  const int64_t ld = kOnly ? (N + 1) * L : b.ld, width = b.width, rows = b.rows;
   const MaskT<A> inside = lane_range<A>(0, width - (v + N - 1) * L);
   const MaskT<A> second = lane_range<A>(L / 2, L / 2 + width);
   const bool whole = width >= (v + N) * L;
-  const A *even = b.even + v * L, *odd = b.odd + v * L;
+  const A* x = b.x + v * L;
   // Column 2 w + j - R: even or odd by the parity of j - R.
-  auto at = [&](int64_t row, int j) __attribute__((always_inline)) {
-    return (j + R) % 2 == 0 ? even + row * ld + (j - R) / 2 : odd + row * ld + (j - R - 1) / 2;
+  auto at = [&](const A* from, int64_t row, int j) __attribute__((always_inline)) {
+    return from + row * 2 * ld + ((j + R) % 2 == 0 ? (j - R) / 2 : ld + (j - R - 1) / 2);
+  };
+  typename Simd<A>::I of_second;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) of_second[l] = l < L / 2 ? 0 : -1;
+  auto tap_at = [&](int t) __attribute__((always_inline)) {
+    const V first = set1(b.taps[0][t]);
+    return N == 1 && kOnly && b.out[1] ? (of_second ? set1(b.taps[1][t]) : first) : first;
   };
   V tap[kTapsInRegisters ? K * K : K];
   if constexpr (kTapsInRegisters) {
-#pragma GCC unroll 9
-    for (int t = 0; t < K * K; ++t) tap[t] = load(b.taps + t * L);
+#pragma GCC unroll 25
+    for (int t = 0; t < K * K; ++t) tap[t] = tap_at(t);
   }
-  for (int64_t h = 0; h < rows; h += M, even += 2 * M * ld, odd += 2 * M * ld) {
-    V acc[M * N];
+  for (int64_t h = 0; h < rows; h += M, x += 4 * M * ld) {
+    V acc[kSums * M * N] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < M * N; ++i) acc[i] = b.shift;
     if constexpr (kTapsInRegisters) {
@@ -125,21 +147,31 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
         for (int j = 0; j < K; ++j)
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n) {
-            const V x = load(at(r, j) + n * L);
+            V u = load(at(x, r, j) + n * L);
+            keep(u);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
-              if (r >= 2 * m && r < 2 * m + K) acc[m * N + n] += tap[(r - 2 * m) * K + j] * x;
+              if (r >= 2 * m && r < 2 * m + K)
+                acc[(kSums == 2 && j % 2 ? M * N : 0) + m * N + n] += tap[(r - 2 * m) * K + j] * u;
           }
-    } else {
-      for (int i = 0; i < K; ++i) {
-#pragma GCC unroll 7
-        for (int j = 0; j < K; ++j) tap[j] = load(b.taps + (i * K + j) * L);
+      if constexpr (kSums == 2) {
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
+        for (int i = 0; i < M * N; ++i) acc[i] += acc[M * N + i];
+      }
+    } else {
+      const A* from = x;
+      for (int i = 0; i < K; ++i, from += 2 * ld) {
 #pragma GCC unroll 7
-          for (int j = 0; j < K; ++j)
+        for (int j = 0; j < K; ++j) {
+          tap[j] = tap_at(i * K + j);
+          keep(tap[j]);
+        }
+#pragma GCC unroll 7
+        for (int j = 0; j < K; ++j)
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) acc[m * N + n] += tap[j] * load(at(2 * m + i, j) + n * L);
+            for (int n = 0; n < N; ++n) acc[m * N + n] += tap[j] * load(at(from, 2 * m, j) + n * L);
       }
     }
     activate_vectors<A, M * N>(b.act, acc);
@@ -153,7 +185,8 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
         store(out + (N - 1) * L, acc[m * N + N - 1]);
       else
         store_masked(out + (N - 1) * L, acc[m * N + N - 1], inside);
-      if (N == 1 && b.out[1]) store_masked(b.out[1] + (h + m) * width - L / 2, acc[m * N], second);
+      if (N == 1 && kOnly && b.out[1])
+        store_masked(b.out[1] + (h + m) * width - L / 2, acc[m * N], second);
     }
   }
 }
@@ -163,12 +196,20 @@ void halved_band(const HalvedBand<A>& b) {
   const int64_t n = (b.width + kLanes<A> - 1) / kLanes<A>;
   int64_t v = 0;
   if constexpr (K <= 3) {  // the taps leave AVX2 five accumulators
-    for (; v + 2 <= n; v += 2) halved_rows<A, K, 2, 2>(b, v);
-    if (v < n) halved_rows<A, K, 4, 1>(b, v);
+    if (n == 1) return halved_rows<A, K, 4, 1, true>(b, 0);
+    if (n == 2) return halved_rows<A, K, 2, 2, true>(b, 0);
+    for (; v + 2 <= n; v += 2) halved_rows<A, K, 2, 2, false>(b, v);
+    if (v < n) halved_rows<A, K, 4, 1, false>(b, v);
+  } else if constexpr (K == 5 && kVectorBytes == 64) {  // all taps in registers
+    if (n == 1) return halved_rows<A, K, 2, 1, true>(b, 0);
+    for (; v < n; ++v) halved_rows<A, K, 2, 1, false>(b, v);
   } else {
-    for (; v + 4 <= n; v += 4) halved_rows<A, K, 2, 4>(b, v);
-    for (; v + 2 <= n; v += 2) halved_rows<A, K, 4, 2>(b, v);
-    if (v < n) halved_rows<A, K, 7, 1>(b, v);
+    if (n == 1) return halved_rows<A, K, 7, 1, true>(b, 0);
+    if (n == 2) return halved_rows<A, K, 4, 2, true>(b, 0);
+    if (n == 4) return halved_rows<A, K, 2, 4, true>(b, 0);
+    for (; v + 4 <= n; v += 4) halved_rows<A, K, 2, 4, false>(b, v);
+    for (; v + 2 <= n; v += 2) halved_rows<A, K, 4, 2, false>(b, v);
+    if (v < n) halved_rows<A, K, 7, 1, false>(b, v);
   }
 }
 
@@ -184,25 +225,25 @@ class HalvedPlanes {
   const int64_t ld;
   // Two planes share vectors if both fit, with the zeros between them that the taps reach.
   const bool paired;
-  const MaskT<A> low, high;  // columns of x in the last pair of vectors of a row
-  A *even, *odd, *taps, *line, *band;
+  const int64_t pairs, step;  // whole pairs of vectors in a row of x; elements of a halved row
+  const MaskT<A> low, high;   // columns of x in the pair after them
+  A *halved, *line, *band;
 
  public:
   explicit HalvedPlanes(const DepthwiseArgs& args)
       : a(args),
         ld(round_up((a.width + 1) / 2, L) + L),
         paired(L >= 8 && (a.width + 1) / 2 + (R + 1) / 2 <= L / 2),
-        low(lane_range<A>(0, paired ? a.width : a.width - (ld / L - 2) * 2 * L)),
-        high(lane_range<A>(0, paired ? a.width : a.width - (ld / L - 2) * 2 * L - L)) {
-    const int64_t half = (kRows + 12) * ld + 2 * L, lines = kSame ? 0 : kRows * a.width + L,
+        pairs(a.width / (2 * L)),
+        step(2 * ld),
+        low(lane_range<A>(0, a.width - pairs * 2 * L)),
+        high(lane_range<A>(0, paired ? a.width : a.width - pairs * 2 * L - L)) {
+    const int64_t rows = (kRows + 12) * step + 2 * L, lines = kSame ? 0 : kRows * a.width + L,
                   out = kSame ? 0 : kBand * a.out_width + L;
-    even = static_cast<A*>(
-        thread_scratch(size_t(2 * half + K * K * L + 2 * lines + 2 * out) * sizeof(A)));
-    odd = even + half;
-    taps = odd + half;
-    line = taps + K * K * L;
+    halved = static_cast<A*>(thread_scratch(size_t(rows + 2 * lines + 2 * out) * sizeof(A)));
+    line = halved + rows;
     band = line + 2 * lines;
-    std::fill(even, taps, A(0));  // the borders stay zero
+    std::fill(halved, line, A(0));  // the borders stay zero
   }
 
   // Planes [begin, end) of [N, C].
@@ -213,24 +254,21 @@ class HalvedPlanes {
  private:
   void plane(int64_t i, int planes) const {
     const int64_t P = a.height * a.width, Po = a.out_height * a.out_width, Wo = a.out_width;
-    const int64_t channel[2] = {i % a.channels, (i + 1) % a.channels};
-    const A* const weight[2] = {static_cast<const A*>(a.weight) + channel[0] * K * K,
-                                static_cast<const A*>(a.weight) + channel[1] * K * K};
+    const int64_t c = i % a.channels, other = (i + planes - 1) % a.channels;
+    const A* const weight = static_cast<const A*>(a.weight);
     const A* const shift = static_cast<const A*>(a.shift);
-    auto both = [&](A first, A second) {
-      V v = set1(first);
-      if (planes == 2)
-        for (int l = L / 2; l < L; ++l) v[l] = second;
-      return v;
-    };
-    for (int t = 0; t < K * K; ++t) store(taps + t * L, both(weight[0][t], weight[1][t]));
-    HalvedBand<A> b{even + L, odd + L, ld, taps, both(shift[channel[0]], shift[channel[1]]),
-                    {},       0,       Wo, a.act};
+    HalvedBand<A> b{
+        halved + L, ld,   {weight + c * K * K, weight + other * K * K}, set1(shift[c]), {}, 0,
+        Wo,         a.act};
+    if (planes == 2) {
+      const V second = set1(shift[other]);
+      for (int l = L / 2; l < L; ++l) b.shift[l] = second[l];
+    }
     for (int64_t h = 0; h < a.out_height; h += kBand) {
       b.rows = std::min(a.out_height - h, kBand);
-      const int64_t first = std::max<int64_t>(2 * h - R, 0),
-                    last = std::min(2 * (h + b.rows - 1) + K - R, a.height);
-      const A* x[2] = {};
+      const int64_t top = 2 * h - R, bottom = 2 * (h + b.rows - 1) + K - R;
+      const int64_t first = std::max<int64_t>(top, 0), last = std::min(bottom, a.height);
+      const A* x[2];
       for (int q = 0; q < planes; ++q) {
         const T* const from = static_cast<const T*>(a.x) + (i + q) * P + first * a.width;
         T* const to = static_cast<T*>(a.out) + (i + q) * Po + h * Wo;
@@ -244,12 +282,12 @@ class HalvedPlanes {
           b.out[q] = band + q * (kBand * Wo + L);
         }
       }
-      for (int64_t r = 2 * h - R, to = 0; r < 2 * (h + b.rows - 1) + K - R; ++r, to += ld) {
-        if (r >= first && r < last)
-          split(x[0] + (r - first) * a.width, x[1] ? x[1] + (r - first) * a.width : nullptr, to);
-        else
-          for (int64_t w = 0; w < ld; w += L) store(even + to + w, V{}), store(odd + to + w, V{});
-      }
+      A* to = halved + L;
+      for (int64_t r = top; r < first; ++r, to += step) clear(to);
+      const int64_t distance = planes == 2 ? x[1] - x[0] : 0;
+      for (int64_t r = first; r < last; ++r, to += step)
+        split(x[0] + (r - first) * a.width, distance, to);
+      for (int64_t r = last; r < bottom; ++r, to += step) clear(to);
       halved_band<A, K>(b);
       if constexpr (!kSame)
         for (int q = 0; q < planes; ++q)
@@ -257,18 +295,26 @@ class HalvedPlanes {
     }
   }
 
-  void split(const A* x, const A* second, int64_t to) const {
-    A *e = even + L + to, *o = odd + L + to;
-    for (int64_t w = L; w < ld; w += L, x += 2 * L, e += L, o += L) {
-      const bool last = w + L == ld;
-      V u = last ? load_masked(x, low) : load(x);
-      V v = paired ? second ? load_masked(second, high) : V{}
-            : last ? load_masked(x + L, high)
-                   : load(x + L);
-      unzip<A>(u, v);
-      store(e, u);
-      store(o, v);
+  void clear(A* to) const {
+    for (int64_t w = 0; w + L < ld; w += L) {
+      store(to + w, V{});
+      store(to + ld + w, V{});
     }
+  }
+
+  // A row of x, or one of each plane.
+  void split(const A* x, int64_t distance, A* to) const {
+    for (int64_t k = 0; k < pairs; ++k, x += 2 * L, to += L) {
+      V u = load(x), v = load(x + L);
+      unzip<A>(u, v);
+      store(to, u);
+      store(to + ld, v);
+    }
+    if (a.width == pairs * 2 * L) return;
+    V u = load_masked(x, low), v = load_masked(x + (paired ? distance : L), high);
+    unzip<A>(u, v);
+    store(to, u);
+    store(to + ld, v);
   }
 };
 
