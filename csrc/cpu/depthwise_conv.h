@@ -161,10 +161,10 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
     } else {
       const A* from = x;
       for (int i = 0; i < K; ++i, from += 2 * ld) {
+        asm("" : "+r"(from));  // else what the next i loads again is carried there, and spilled
 #pragma GCC unroll 7
         for (int j = 0; j < K; ++j) {
           tap[j] = tap_at(i * K + j);
-          keep(tap[j]);
         }
 #pragma GCC unroll 7
         for (int j = 0; j < K; ++j)
@@ -302,19 +302,21 @@ class HalvedPlanes {
     }
   }
 
-  // A row of x, or one of each plane.
-  void split(const A* x, int64_t distance, A* to) const {
-    for (int64_t k = 0; k < pairs; ++k, x += 2 * L, to += L) {
-      V u = load(x), v = load(x + L);
+  // A row of x, or one of each plane. Locals, because a store could alias *this.
+  GHOST_INLINE void split(const A* x, int64_t distance, A* to) const {
+    const int64_t odd = ld, n = pairs, next = paired ? distance : L;
+    const bool rest = a.width != n * 2 * L;
+    for (int64_t k = 0; k < n; ++k) {
+      V u = load(x + k * 2 * L), v = load(x + k * 2 * L + L);
       unzip<A>(u, v);
-      store(to, u);
-      store(to + ld, v);
+      store(to + k * L, u);
+      store(to + k * L + odd, v);
     }
-    if (a.width == pairs * 2 * L) return;
-    V u = load_masked(x, low), v = load_masked(x + (paired ? distance : L), high);
+    if (!rest) return;
+    V u = load_masked(x + n * 2 * L, low), v = load_masked(x + n * 2 * L + next, high);
     unzip<A>(u, v);
-    store(to, u);
-    store(to + ld, v);
+    store(to + n * L, u);
+    store(to + n * L + odd, v);
   }
 };
 
