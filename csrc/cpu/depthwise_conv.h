@@ -302,17 +302,26 @@ class HalvedPlanes {
     }
   }
 
+  // x is read in bursts between the bands, too short for the hardware to run ahead.
+  GHOST_INLINE void fetch(const A* x) const {
+    constexpr int kLine = 64 / sizeof(A), kAhead = 2048 / sizeof(A);
+    if constexpr (kSame)
+      for (int i = 0; i < 2 * L; i += kLine) __builtin_prefetch(x + kAhead + i);
+  }
+
   // A row of x, or one of each plane. Locals, because a store could alias *this.
   GHOST_INLINE void split(const A* x, int64_t distance, A* to) const {
     const int64_t odd = ld, n = pairs, next = paired ? distance : L;
     const bool rest = a.width != n * 2 * L;
     for (int64_t k = 0; k < n; ++k) {
+      fetch(x + k * 2 * L);
       V u = load(x + k * 2 * L), v = load(x + k * 2 * L + L);
       unzip<A>(u, v);
       store(to + k * L, u);
       store(to + k * L + odd, v);
     }
     if (!rest) return;
+    fetch(x + n * 2 * L);
     V u = load_masked(x + n * 2 * L, low), v = load_masked(x + n * 2 * L + next, high);
     unzip<A>(u, v);
     store(to + n * L, u);
