@@ -75,6 +75,67 @@ def test_depthwise_conv(every_isa: str, row: dict) -> None:
     assert_close(got, want, eager.to(dtype), scale=want.abs().max() + u.abs().max())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("k", [3, 5, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_depthwise_conv_edges(every_isa: str, dtype: torch.dtype, k: int, layout: str) -> None:
+    """Widths and channels around the tiles of every kernel, bands of rows, an odd last plane."""
+    gen = torch.Generator().manual_seed(5)
+    wide = compute_dtype(dtype)
+    shapes = [(1, 3, 5, w) for w in range(1, 20)]  # narrow rows, two planes in a vector
+    shapes += [(2, c, 3, 9) for c in (2, 4, 7, 8, 9, 15, 16, 17, 31, 33)]
+    shapes += [(1, 2, 31, w) for w in (28, 33, 57, 63, 66, 130)] + [(1, 5, 29, 6), (1, 17, 4, 15)]
+    for shape in shapes:
+        c = shape[1]
+        x = torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
+        weight = torch.randn(c, 1, k, k, generator=gen, dtype=torch.float64).to(wide)
+        shift = torch.randn(c, generator=gen, dtype=torch.float64).to(wide)
+        for stride in (1, 2):
+            want = F.conv2d(x.double(), weight.double(), shift.double(), stride, k // 2, 1, c)
+            eager = F.conv2d(x.to(wide), weight, shift, stride, k // 2, 1, c).to(dtype)
+            got = model_ops.depthwise_conv(with_layout(x, layout), weight, shift, stride)
+            assert_close(got, want, eager, f"{shape} stride {stride}", scale=want.abs().max())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_conv_padding_is_skipped(every_isa: str, k: int, stride: int) -> None:
+    """A plane of NaN beside one without, in one vector or the next: nothing passes over."""
+    for width in (5, 6, 7, 13, 14, 28, 33):
+        for c in (2, 3, 16, 20):
+            x = torch.ones(1, c, 14, width)
+            x[:, ::2] = torch.nan
+            weight, shift = torch.ones(c, 1, k, k), torch.zeros(c)
+            for layout in LAYOUTS:
+                got = model_ops.depthwise_conv(with_layout(x, layout), weight, shift, stride)
+                assert got[:, ::2].isnan().all()
+                want = F.conv2d(x[:, 1::2], weight[1::2], None, stride, k // 2, 1, c // 2)
+                assert torch.equal(got[:, 1::2], want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_squeeze_excite_edges(every_isa: str, dtype: torch.dtype, layout: str) -> None:
+    """Channels, rows of the matrices, pixels and images around the tiles."""
+    gen = torch.Generator().manual_seed(6)
+    wide = compute_dtype(dtype)
+    cases = [((1, c, 2, 5), r) for c, r in ((1, 1), (3, 2), (8, 7), (15, 9), (17, 16), (67, 33))]
+    cases += [((n, 20, 3, 3), 13) for n in (2, 3, 4, 7)]
+    cases += [((1, 18, 1, p), 8) for p in (1, 3, 8, 15, 16, 17, 31, 33, 49, 65, 130)]
+    for shape, reduced in cases:
+        x = with_layout(torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype), layout)
+        p = gate_parameters(shape[1], reduced, wide)
+
+        def formula(x: Tensor, *p: Tensor) -> Tensor:
+            s = F.relu(x.mean((2, 3)) @ p[0].t() + p[1]) @ p[2] + p[3]
+            return x * torch.sigmoid(s)[:, :, None, None]
+
+        want = formula(x.double(), *(t.double() for t in p))
+        eager = formula(x.to(wide), *p).to(dtype)
+        model_ops.squeeze_excite_(x, *p, activations.RELU, 0.0, model_ops.SIGMOID)
+        assert_close(x, want, eager, f"{shape} {reduced}", scale=want.abs().max())
+
+
 def gate_parameters(channels: int, reduced: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     gen = torch.Generator().manual_seed(2)
     shapes = ((reduced, channels), (reduced,), (reduced, channels), (channels,))
@@ -111,20 +172,36 @@ def test_squeeze_excite(
     assert_close(x, want, eager)
 
 
-def test_threads_change_no_bit(native: str) -> None:
-    x = torch.randn(1, 200, 14, 14)
-    p = gate_parameters(200, 48, torch.float32)
-    weight, shift = torch.randn(200, 1, 5, 5), torch.randn(200)
-    results = []
-    for threads in (1, 2):
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("shape", [(1, 200, 14, 14), (1, 21, 33, 57), (3, 17, 9, 7)], ids=str)
+def test_threads_change_no_bit(every_isa: str, shape: tuple, k: int) -> None:
+    """Nor does the number of images: both cut the range of items elsewhere."""
+    x = torch.randn(shape)
+    p = gate_parameters(shape[1], 48, torch.float32)
+    weight, shift = torch.randn(shape[1], 1, k, k), torch.randn(shape[1])
+    before = torch.get_num_threads()
+
+    def results(threads: int, images: Tensor) -> list[Tensor]:
         torch.set_num_threads(threads)
+        found = []
         for layout in LAYOUTS:
-            y = with_layout(x, layout).clone(memory_format=torch.preserve_format)
+            y = with_layout(images, layout).clone(memory_format=torch.preserve_format)
             model_ops.squeeze_excite_(y, *p)
-            results.append(y.contiguous())
-            results.append(model_ops.depthwise_conv(with_layout(x, layout), weight, shift, 2))
-    for a, b in zip(results[:4], results[4:], strict=True):
+            found.append(y.contiguous())
+            for stride in (1, 2):
+                y = with_layout(images, layout)
+                found.append(model_ops.depthwise_conv(y, weight, shift, stride).contiguous())
+        return found
+
+    one, two, three = (results(threads, x) for threads in (1, 2, 3))
+    torch.set_num_threads(before)
+    last = results(1, x[-1:])
+    torch.set_num_threads(before)
+    for a, b, c, d in zip(one, two, three, last, strict=True):
         assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        if every_isa != "eager":
+            assert torch.equal(a[-1:], d)
 
 
 def test_special_values(backend: str) -> None:

@@ -3,11 +3,14 @@
 //   out[c][h][w] = act(shift[c] + sum_{i,j} weight[c][i][j] * x[c][h * s + i - k/2][w * s + j -
 //   k/2])
 //
-// NCHW, one plane an item. Stride 1 is the Ghost modules' stencil. Stride 2: every row of x that is
-// needed is taken apart once into its even and its odd columns, each with a border of zeros, in
-// scratch that stays in L1 / L2; then every tap reads consecutive elements of one of the two.
-// NHWC, one row of out an item: channels run along the lanes.
-// Binding resource: the memory bus for large maps, load ports for small ones.
+// NCHW, a plane an item, pixels along the lanes. Stride 1 is the Ghost modules' stencil. Stride 2:
+// a band of x's rows is taken apart into even and odd columns with borders of zeros, in scratch
+// that stays in L1; then every tap reads consecutive elements of one of the two. Tile: M rows by N
+// vectors of out. Rows of half a vector or less go in pairs of channels, one in each half.
+// NHWC, a row of out an item, channels along the lanes. Tile: 7 pixels of one vector of channels
+// (maps are multiples of 7 wide), the k taps of a row in registers; a column of x is loaded once
+// and feeds every pixel that it reaches. Binding resource: the memory bus for large maps; else FMA
+// ports, with load ports close behind.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +25,7 @@ namespace ghost {
 namespace GHOST_ISA {
 
 template <class A>
-void activate_row(const Activation& a, A* row, int64_t n) {
+__attribute__((noinline)) void activate_row(const Activation& a, A* row, int64_t n) {
   constexpr int L = kLanes<A>;
   with_activation(a.act, [&](auto act) {
     constexpr Act kAct = decltype(act)::value;
@@ -34,95 +37,297 @@ void activate_row(const Activation& a, A* row, int64_t n) {
   });
 }
 
-// One plane of a convolution of stride 2. Rows of x, taken apart, stand in `even` and `odd`, ld
-// elements a row, element 0 of the image at border.
+// The activation of N vectors in registers. Those with an exponential would be too much code in
+// every kernel: their vectors go through a buffer.
+template <class A, int N>
+GHOST_INLINE void activate_vectors(const Activation& a, Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+  if (a.act == Act::kSiLU || a.act == Act::kGELU || a.act == Act::kGELUTanh) {
+    A buffer[N * L];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(buffer + i * L, v[i]);
+    activate_row(a, buffer, N * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) v[i] = load(buffer + i * L);
+    return;
+  }
+  with_activation(a.act, [&](auto act) __attribute__((always_inline)) {
+    constexpr Act kAct = decltype(act)::value;
+    if constexpr (kAct != Act::kSiLU && kAct != Act::kGELU && kAct != Act::kGELUTanh) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) v[i] = activate<kAct, A>(v[i], A(a.slope));
+    }
+  });
+}
+
+// The even lanes of (a, b) into a, the odd ones into b.
+template <class A>
+GHOST_INLINE void unzip(Vec<A>& a, Vec<A>& b) {
+  constexpr int L = kLanes<A>;
+  const Vec<A> x = a, y = b;
+#if defined(__clang__)
+  for (int l = 0; l < L; ++l) {
+    a[l] = l < L / 2 ? x[2 * l % L] : y[2 * l % L];
+    b[l] = l < L / 2 ? x[2 * l % L + 1] : y[2 * l % L + 1];
+  }
+#else
+  // With AVX2 inside the halves of 16 bytes first, then whole pairs of elements: one instruction
+  // each.
+  constexpr bool kHalves = kVectorBytes == 32;
+  constexpr int H = kHalves ? L / 4 : L / 2;  // elements from x, then as many from y
+  typename Simd<A>::I even, odd, order;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    const int half = l / (2 * H) * 2 * H, in_half = l % (2 * H);
+    even[l] = in_half < H ? half + 2 * in_half : L + half + 2 * (in_half - H);
+    odd[l] = even[l] + 1;
+    order[l] = l / H == 1 ? l + H : l / H == 2 ? l - H : l;
+  }
+  a = __builtin_shuffle(x, y, even);
+  b = __builtin_shuffle(x, y, odd);
+  if (kHalves) {
+    a = __builtin_shuffle(a, order);
+    b = __builtin_shuffle(b, order);
+  }
+#endif
+}
+
+// A band of a plane, or of two planes that share vectors, for a convolution of stride 2.
+template <class A>
+struct HalvedBand {
+  // Rows of x, from the first that out's first row reads: ld elements of even columns, ld of odd
+  // ones; column 0 stands here.
+  const A* x;
+  int64_t ld;
+  const A* taps[2];  // [k * k] of each plane
+  Vec<A> shift;
+  A* out[2];  // the second plane's: null if there is none
+  int64_t rows, width;
+  Activation act;
+};
+
+// M rows by N vectors of out at a time, from vector column v on, down the band. kOnly: there are no
+// other vectors, so that ld is a constant and so are all distances.
+template <class A, int K, int M, int N, bool kOnly>
+__attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
+  constexpr int L = kLanes<A>, R = K / 2;
+  constexpr bool kTapsInRegisters = K <= 3 || (K == 5 && M == 2 && N == 1);
+  // Two sums for a vector where there are too few to hide the latency of an FMA.
+  constexpr int kSums = kTapsInRegisters && K == 5 ? 2 : 1;
+  using V = Vec<A>;
+  const int64_t ld = kOnly ? (N + 1) * L : b.ld, width = b.width, rows = b.rows;
+  const MaskT<A> inside = lane_range<A>(0, width - (v + N - 1) * L);
+  const MaskT<A> second = lane_range<A>(L / 2, L / 2 + width);
+  const bool whole = width >= (v + N) * L;
+  const A* x = b.x + v * L;
+  // Column 2 w + j - R: even or odd by the parity of j - R.
+  auto at = [&](const A* from, int64_t row, int j) __attribute__((always_inline)) {
+    return from + row * 2 * ld + ((j + R) % 2 == 0 ? (j - R) / 2 : ld + (j - R - 1) / 2);
+  };
+  typename Simd<A>::I of_second;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) of_second[l] = l < L / 2 ? 0 : -1;
+  auto tap_at = [&](int t) __attribute__((always_inline)) {
+    const V first = set1(b.taps[0][t]);
+    return N == 1 && kOnly && b.out[1] ? (of_second ? set1(b.taps[1][t]) : first) : first;
+  };
+  V tap[kTapsInRegisters ? K * K : K];
+  if constexpr (kTapsInRegisters) {
+#pragma GCC unroll 25
+    for (int t = 0; t < K * K; ++t) tap[t] = tap_at(t);
+  }
+  for (int64_t h = 0; h < rows; h += M, x += 4 * M * ld) {
+    V acc[kSums * M * N] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < M * N; ++i) acc[i] = b.shift;
+    if constexpr (kTapsInRegisters) {
+#pragma GCC unroll 15
+      for (int r = 0; r < 2 * (M - 1) + K; ++r)
+#pragma GCC unroll 7
+        for (int j = 0; j < K; ++j)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) {
+            V u = load(at(x, r, j) + n * L);
+            keep(u);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m)
+              if (r >= 2 * m && r < 2 * m + K)
+                acc[(kSums == 2 && j % 2 ? M * N : 0) + m * N + n] += tap[(r - 2 * m) * K + j] * u;
+          }
+      if constexpr (kSums == 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < M * N; ++i) acc[i] += acc[M * N + i];
+      }
+    } else {
+      const A* from = x;
+      for (int i = 0; i < K; ++i, from += 2 * ld) {
+        asm("" : "+r"(from));  // else what the next i loads again is carried there, and spilled
+#pragma GCC unroll 7
+        for (int j = 0; j < K; ++j) {
+          tap[j] = tap_at(i * K + j);
+        }
+#pragma GCC unroll 7
+        for (int j = 0; j < K; ++j)
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) acc[m * N + n] += tap[j] * load(at(from, 2 * m, j) + n * L);
+      }
+    }
+    activate_vectors<A, M * N>(b.act, acc);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      if (h + m >= rows) break;
+      A* const out = b.out[0] + (h + m) * width + v * L;
+#pragma GCC unroll 4
+      for (int n = 0; n + 1 < N; ++n) store(out + n * L, acc[m * N + n]);
+      if (whole)
+        store(out + (N - 1) * L, acc[m * N + N - 1]);
+      else
+        store_masked(out + (N - 1) * L, acc[m * N + N - 1], inside);
+      if (N == 1 && kOnly && b.out[1])
+        store_masked(b.out[1] + (h + m) * width - L / 2, acc[m * N], second);
+    }
+  }
+}
+
+template <class A, int K>
+void halved_band(const HalvedBand<A>& b) {
+  const int64_t n = (b.width + kLanes<A> - 1) / kLanes<A>;
+  int64_t v = 0;
+  if constexpr (K <= 3) {  // the taps leave AVX2 five accumulators
+    if (n == 1) return halved_rows<A, K, 4, 1, true>(b, 0);
+    if (n == 2) return halved_rows<A, K, 2, 2, true>(b, 0);
+    for (; v + 2 <= n; v += 2) halved_rows<A, K, 2, 2, false>(b, v);
+    if (v < n) halved_rows<A, K, 4, 1, false>(b, v);
+  } else if constexpr (K == 5 && kVectorBytes == 64) {  // all taps in registers
+    if (n == 1) return halved_rows<A, K, 2, 1, true>(b, 0);
+    for (; v < n; ++v) halved_rows<A, K, 2, 1, false>(b, v);
+  } else {
+    if (n == 1) return halved_rows<A, K, 7, 1, true>(b, 0);
+    if (n == 2) return halved_rows<A, K, 4, 2, true>(b, 0);
+    if (n == 4) return halved_rows<A, K, 2, 4, true>(b, 0);
+    for (; v + 4 <= n; v += 4) halved_rows<A, K, 2, 4, false>(b, v);
+    for (; v + 2 <= n; v += 2) halved_rows<A, K, 4, 2, false>(b, v);
+    if (v < n) halved_rows<A, K, 7, 1, false>(b, v);
+  }
+}
+
 template <class T, int K>
-class HalvedPlane {
+class HalvedPlanes {
   using A = ComputeOf<T>;
+  using V = Vec<A>;
   static constexpr int R = K / 2, L = kLanes<A>;
-  static constexpr int64_t kBorder = 16;
+  static constexpr bool kSame = sizeof(T) == sizeof(A);
+  // Rows of out in a band, and of x for them; a tile may compute, and not store, 6 rows more.
+  static constexpr int64_t kBand = 14, kRows = 2 * kBand + K - 2;
   const DepthwiseArgs& a;
   const int64_t ld;
-  A *even, *odd, *line;
+  // Two planes share vectors if both fit, with the zeros between them that the taps reach.
+  const bool paired;
+  const int64_t pairs, step;  // whole pairs of vectors in a row of x; elements of a halved row
+  const MaskT<A> low, high;   // columns of x in the pair after them
+  A *halved, *line, *band;
 
  public:
-  static int64_t row_elements(const DepthwiseArgs& a) {
-    return round_up(a.out_width, L) + 2 * kBorder;
-  }
-  static size_t bytes(const DepthwiseArgs& a) {
-    return size_t(2 * a.height * row_elements(a) + 2 * a.width + 128) * sizeof(A);
+  explicit HalvedPlanes(const DepthwiseArgs& args)
+      : a(args),
+        ld(round_up((a.width + 1) / 2, L) + L),
+        paired(L >= 8 && (a.width + 1) / 2 + (R + 1) / 2 <= L / 2),
+        pairs(a.width / (2 * L)),
+        step(2 * ld),
+        low(lane_range<A>(0, a.width - pairs * 2 * L)),
+        high(lane_range<A>(0, paired ? a.width : a.width - pairs * 2 * L - L)) {
+    const int64_t rows = (kRows + 12) * step + 2 * L, lines = kSame ? 0 : kRows * a.width + L,
+                  out = kSame ? 0 : kBand * a.out_width + L;
+    halved = static_cast<A*>(thread_scratch(size_t(rows + 2 * lines + 2 * out) * sizeof(A)));
+    line = halved + rows;
+    band = line + 2 * lines;
+    std::fill(halved, line, A(0));  // the borders stay zero
   }
 
-  explicit HalvedPlane(const DepthwiseArgs& args) : a(args), ld(row_elements(args)) {
-    even = static_cast<A*>(thread_scratch(bytes(args)));
-    odd = even + a.height * ld;
-    line = odd + a.height * ld;
-    std::fill(even, line, A(0));  // the borders stay zero from plane to plane
-  }
-
-  void run(const T* x, const A* weight, A shift, T* out, A* plane) const {
-    const int64_t W = a.width, Wo = a.out_width;
-    int64_t have = 0;
-    A taps[K * K];
-    for (int t = 0; t < K * K; ++t) taps[t] = weight[t];
-    for (int64_t h = 0; h < a.out_height; ++h) {
-      const int64_t last = std::min(2 * h - R + K, a.height);
-      for (; have < last; ++have) split(x + have * W, have);
-      const int64_t first = std::max<int64_t>(2 * h - R, 0);
-      A* const row = sizeof(T) == sizeof(A) ? reinterpret_cast<A*>(out) + h * Wo : plane;
-      for (int64_t w = 0; w < Wo; w += L) {
-        Vec<A> acc0 = set1(shift), acc1{};
-        for (int64_t r = first; r < last; ++r) {
-          const A* const t = taps + (r - 2 * h + R) * K;
-          const A *e = even + r * ld + kBorder + w, *o = odd + r * ld + kBorder + w;
-#pragma GCC unroll 7
-          for (int j = 0; j < K; ++j) {
-            // Column 2 w + j - R: even or odd by the parity of j - R.
-            const bool is_even = (j + R) % 2 == 0;
-            const int shift_by = is_even ? (j - R) / 2 : (j - R - 1) / 2;
-            const Vec<A> v = load((is_even ? e : o) + shift_by);
-            (is_even ? acc0 : acc1) += set1(t[j]) * v;
-          }
-        }
-        store_n(row + w, acc0 + acc1, Wo - w);
-      }
-      activate_row(a.act, row, Wo);
-      if (sizeof(T) != sizeof(A)) write_row(row, out + h * Wo, Wo);
-    }
+  // Planes [begin, end) of [N, C].
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i += paired ? 2 : 1) plane(i, paired && i + 1 < end ? 2 : 1);
   }
 
  private:
-  void split(const T* x, int64_t r) const {
-    const A* src;
-    if constexpr (sizeof(T) == sizeof(A)) {
-      src = reinterpret_cast<const A*>(x);
-    } else {
-      read_row(x, line, a.width);
-      src = line;
+  void plane(int64_t i, int planes) const {
+    const int64_t P = a.height * a.width, Po = a.out_height * a.out_width, Wo = a.out_width;
+    const int64_t c = i % a.channels, other = (i + planes - 1) % a.channels;
+    const A* const weight = static_cast<const A*>(a.weight);
+    const A* const shift = static_cast<const A*>(a.shift);
+    HalvedBand<A> b{
+        halved + L, ld,   {weight + c * K * K, weight + other * K * K}, set1(shift[c]), {}, 0,
+        Wo,         a.act};
+    if (planes == 2) {
+      const V second = set1(shift[other]);
+      for (int l = L / 2; l < L; ++l) b.shift[l] = second[l];
     }
-    A *e = even + r * ld + kBorder, *o = odd + r * ld + kBorder;
-    const int64_t pairs = a.width / 2;
-    for (int64_t w = 0; w < pairs; ++w) {
-      e[w] = src[2 * w];
-      o[w] = src[2 * w + 1];
+    for (int64_t h = 0; h < a.out_height; h += kBand) {
+      b.rows = std::min(a.out_height - h, kBand);
+      const int64_t top = 2 * h - R, bottom = 2 * (h + b.rows - 1) + K - R;
+      const int64_t first = std::max<int64_t>(top, 0), last = std::min(bottom, a.height);
+      const A* x[2];
+      for (int q = 0; q < planes; ++q) {
+        const T* const from = static_cast<const T*>(a.x) + (i + q) * P + first * a.width;
+        T* const to = static_cast<T*>(a.out) + (i + q) * Po + h * Wo;
+        if constexpr (kSame) {
+          x[q] = from;
+          b.out[q] = to;
+        } else {
+          A* const copy = line + q * (kRows * a.width + L);
+          read_row(from, copy, (last - first) * a.width);
+          x[q] = copy;
+          b.out[q] = band + q * (kBand * Wo + L);
+        }
+      }
+      A* to = halved + L;
+      for (int64_t r = top; r < first; ++r, to += step) clear(to);
+      const int64_t distance = planes == 2 ? x[1] - x[0] : 0;
+      for (int64_t r = first; r < last; ++r, to += step)
+        split(x[0] + (r - first) * a.width, distance, to);
+      for (int64_t r = last; r < bottom; ++r, to += step) clear(to);
+      halved_band<A, K>(b);
+      if constexpr (!kSame)
+        for (int q = 0; q < planes; ++q)
+          write_row(b.out[q], static_cast<T*>(a.out) + (i + q) * Po + h * Wo, b.rows * Wo);
     }
-    if (a.width % 2) e[pairs] = src[a.width - 1];
+  }
+
+  void clear(A* to) const {
+    for (int64_t w = 0; w + L < ld; w += L) {
+      store(to + w, V{});
+      store(to + ld + w, V{});
+    }
+  }
+
+  // x is read in bursts between the bands, too short for the hardware to run ahead.
+  GHOST_INLINE void fetch(const A* x) const {
+    constexpr int kLine = 64 / sizeof(A), kAhead = 2048 / sizeof(A);
+    if constexpr (kSame)
+      for (int i = 0; i < 2 * L; i += kLine) __builtin_prefetch(x + kAhead + i);
+  }
+
+  // A row of x, or one of each plane. Locals, because a store could alias *this.
+  GHOST_INLINE void split(const A* x, int64_t distance, A* to) const {
+    const int64_t odd = ld, n = pairs, next = paired ? distance : L;
+    const bool rest = a.width != n * 2 * L;
+    for (int64_t k = 0; k < n; ++k) {
+      fetch(x + k * 2 * L);
+      V u = load(x + k * 2 * L), v = load(x + k * 2 * L + L);
+      unzip<A>(u, v);
+      store(to + k * L, u);
+      store(to + k * L + odd, v);
+    }
+    if (!rest) return;
+    fetch(x + n * 2 * L);
+    V u = load_masked(x + n * 2 * L, low), v = load_masked(x + n * 2 * L + next, high);
+    unzip<A>(u, v);
+    store(to + n * L, u);
+    store(to + n * L + odd, v);
   }
 };
-
-template <class T, int K>
-void halved_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  using A = ComputeOf<T>;
-  const HalvedPlane<T, K> halved(a);
-  const int64_t P = a.height * a.width, Po = a.out_height * a.out_width;
-  A* const row = static_cast<A*>(thread_scratch(HalvedPlane<T, K>::bytes(a))) +
-                 2 * a.height * HalvedPlane<T, K>::row_elements(a) + a.width + 32;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t c = i % a.channels;
-    halved.run(static_cast<const T*>(a.x) + i * P, static_cast<const A*>(a.weight) + c * K * K,
-               static_cast<const A*>(a.shift)[c], static_cast<T*>(a.out) + i * Po, row);
-  }
-}
 
 // Stride 1: the stencil of the Ghost modules, from x's own plane where that is of the compute type.
 template <class T>
@@ -161,59 +366,107 @@ void full_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// One row of out, channels_last.
-template <class T>
-void channel_row(const DepthwiseArgs& a, int64_t item) {
+// P pixels of a row of out, channels_last: out[p][c] over all channels. x is the first of `rows`
+// rows of x, at the column that the first pixel's first tap reads; columns [q0, q1) of it are
+// inside the image. Channels past the last whole vector are computed with a vector that ends at the
+// last one.
+template <class T, int K, int S, int P, bool kInside, bool kWhole>
+__attribute__((noinline)) void channel_pixels(const DepthwiseArgs& a, const T* x, int64_t rows,
+                                              int64_t q0, int64_t q1, const ComputeOf<T>* weight,
+                                              T* out, int64_t pixels) {
   using A = ComputeOf<T>;
+  using V = Vec<A>;
   constexpr int L = kLanes<A>;
-  const int64_t C = a.channels, K = a.kernel, R = K / 2, n = item / a.out_height,
-                h = item % a.out_height;
-  const T* const x = static_cast<const T*>(a.x) + n * a.height * a.width * C;
-  T* const out = static_cast<T*>(a.out) + item * a.out_width * C;
-  const A* const weight = static_cast<const A*>(a.weight);
+  const int64_t C = a.channels, ld = a.width * C;
   const A* const shift = static_cast<const A*>(a.shift);
-  const int64_t r0 = std::max<int64_t>(h * a.stride - R, 0),
-                r1 = std::min(h * a.stride - R + K, a.height);
-  with_activation(a.act.act, [&](auto act) {
-    constexpr Act kAct = decltype(act)::value;
-    for (int64_t w = 0; w < a.out_width; ++w) {
-      const int64_t c0 = std::max<int64_t>(w * a.stride - R, 0),
-                    c1 = std::min(w * a.stride - R + K, a.width);
-      for (int64_t c = 0; c < C; c += L) {
-        const int64_t left = C - c;
-        Vec<A> acc = load_n(shift + c, left);
-        for (int64_t r = r0; r < r1; ++r)
-          for (int64_t q = c0; q < c1; ++q) {
-            const int64_t tap = (r - h * a.stride + R) * K + q - w * a.stride + R;
-            const T* p = x + (r * a.width + q) * C + c;
-            if (left >= L)
-              acc += load(weight + tap * C + c) * Storage<T>::load(p);
-            else
-              acc += load_n(weight + tap * C + c, left) * Storage<T>::load_n(p, left);
-          }
-        Storage<T>::store_n(out + w * C + c, activate<kAct, A>(acc, A(a.act.slope)), left);
+  const Activation activation = a.act;
+  auto load_a = [=](const A* p)
+                    __attribute__((always_inline)) { return kWhole ? load(p) : load_n(p, C); };
+  for (int64_t i = 0; i < C; i += L) {
+    const int64_t c = kWhole ? std::min(i, C - L) : 0;
+    V acc[P];
+    acc[0] = load_a(shift + c);
+#pragma GCC unroll 8
+    for (int p = 1; p < P; ++p) acc[p] = acc[0];
+    const T* row = x + c;
+    const A* w = weight + c;
+    for (int64_t r = 0; r < rows; ++r, row += ld, w += K * C) {
+      V tap[K];
+#pragma GCC unroll 7
+      for (int j = 0; j < K; ++j) tap[j] = load_a(w + j * C);
+#pragma GCC unroll 32
+      for (int q = 0; q < (P - 1) * S + K; ++q) {
+        if (!kInside && (q < q0 || q >= q1)) continue;
+        const V v = kWhole ? Storage<T>::load(row + q * C) : Storage<T>::load_n(row + q * C, C);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+          if (q >= p * S && q < p * S + K) acc[p] += tap[q - p * S] * v;
       }
     }
-  });
+    activate_vectors<A, P>(activation, acc);
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) {
+      if (!kInside && p >= pixels) break;
+      if (kWhole)
+        Storage<T>::store(out + p * C + c, acc[p]);
+      else
+        Storage<T>::store_n(out + p * C, acc[p], C);
+    }
+  }
+}
+
+// Rows of out, channels_last.
+template <class T, int K, int S>
+void channel_rows(const DepthwiseArgs& a, int64_t begin, int64_t end) {
+  using A = ComputeOf<T>;
+  constexpr int R = K / 2, kPixels = 7, kFew = 4;
+  const int64_t C = a.channels, W = a.width, Wo = a.out_width;
+  const bool whole = C >= kLanes<A>;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i / a.out_height, top = i % a.out_height * S - R;
+    const int64_t r0 = std::max<int64_t>(top, 0), r1 = std::min(top + K, a.height);
+    const T* const x = static_cast<const T*>(a.x) + (n * a.height + r0) * W * C;
+    const A* const weight = static_cast<const A*>(a.weight) + (r0 - top) * K * C;
+    T* const out = static_cast<T*>(a.out) + i * Wo * C;
+    for (int64_t w = 0; w < Wo;) {
+      const int64_t left = Wo - w;
+      const bool few = !whole || left <= kFew || left == 2 * kFew;
+      const int64_t pixels = std::min<int64_t>(left, few ? kFew : kPixels);
+      const int64_t column = w * S - R, columns = ((few ? kFew : kPixels) - 1) * S + K;
+      const int64_t q0 = std::max<int64_t>(-column, 0), q1 = std::min(columns, W - column);
+      const auto run = !whole ? channel_pixels<T, K, S, kFew, false, false>
+                       : few  ? channel_pixels<T, K, S, kFew, false, true>
+                       : q0 == 0 && q1 == columns && pixels == kPixels
+                           ? channel_pixels<T, K, S, kPixels, true, true>
+                           : channel_pixels<T, K, S, kPixels, false, true>;
+      run(a, x + column * C, r1 - r0, q0, q1, weight, out + w * C, pixels);
+      w += pixels;
+    }
+  }
+}
+
+template <class T, int K>
+void depthwise_of(const DepthwiseArgs& a, int64_t begin, int64_t end) {
+  if (a.layout == Layout::kNCHW)
+    HalvedPlanes<T, K>(a).run(begin, end);
+  else if (a.stride == 1)
+    channel_rows<T, K, 1>(a, begin, end);
+  else
+    channel_rows<T, K, 2>(a, begin, end);
 }
 
 template <class T>
 void depthwise_items(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  if (a.layout == Layout::kNHWC) {
-    for (int64_t i = begin; i < end; ++i) channel_row<T>(a, i);
-  } else if (a.stride == 1) {
-    full_planes<T>(a, begin, end);
-  } else {
-    switch (a.kernel) {
-      case 1:
-        return halved_planes<T, 1>(a, begin, end);
-      case 3:
-        return halved_planes<T, 3>(a, begin, end);
-      case 5:
-        return halved_planes<T, 5>(a, begin, end);
-      case 7:
-        return halved_planes<T, 7>(a, begin, end);
-    }
+  if (a.layout == Layout::kNCHW && a.stride == 1) return full_planes<T>(a, begin, end);
+  switch (a.kernel) {
+    case 1:
+      return depthwise_of<T, 1>(a, begin, end);
+    case 3:
+      return depthwise_of<T, 3>(a, begin, end);
+    case 5:
+      return depthwise_of<T, 5>(a, begin, end);
+    case 7:
+      return depthwise_of<T, 7>(a, begin, end);
   }
 }
 
