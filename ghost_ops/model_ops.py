@@ -11,8 +11,9 @@ needs (``layers``; these three contiguous only).
 
 Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops: on the CPU for
 ``depthwise_conv``, ``squeeze_excite_``, ``ghost_conv_apply`` and training's three, on CUDA for the
-others and ``depthwise_conv``. Elsewhere, and with the eager backend, PyTorch's operators. Parameters are in
-the compute dtype: float64 for float64, else float32; the two matrices of a gate on CUDA in x's.
+others and ``depthwise_conv``. Elsewhere, and with the eager backend, PyTorch's operators.
+Parameters are in the compute dtype: float64 for float64, else float32; the two matrices of a gate
+on CUDA in x's.
 """
 
 from __future__ import annotations
