@@ -222,15 +222,15 @@ class Tailed(nn.Module):
 
     def __init__(self, k: int = 3, oup: int = 7, act: nn.Module | None = None) -> None:
         super().__init__()
-        self.ghost = Raw(6, oup)
-        if k != 3:
-            self.ghost.primary = nn.Conv2d(6, -(-oup // 2), k, bias=False)
+        m = -(-oup // 2)
+        self.oup = oup
+        self.primary = nn.Conv2d(6, m, k, 1, k // 2, bias=False)
+        self.cheap = nn.Conv2d(m, m, 3, 1, 1, groups=m)
         self.bn, self.act = nn.BatchNorm2d(oup), act or nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.ghost.primary(x)
-        out = torch.cat([y, self.ghost.cheap(y)], 1)[:, : self.ghost.oup]
-        return self.act(self.bn(out))
+        y = self.primary(x)
+        return self.act(self.bn(torch.cat([y, self.cheap(y)], 1)[:, : self.oup]))
 
 
 class FrozenNorm(nn.Module):
@@ -308,6 +308,7 @@ def test_blocks_in_inference(convs: list[str], name: str, dtype: torch.dtype, la
     x = with_layout(torch.randn(2, 6, 9, 11).to(dtype), layout)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
+        convs.clear()
         got, eager = fused(x), plain(x)
         want = copy.deepcopy(plain).double()(x.double())
         assert got.dtype == dtype
@@ -423,8 +424,9 @@ def test_tail_is_folded(convs: list[str], k: int, act: nn.Module, oup: int) -> N
     plain = randomize(Tailed(k, oup, act)).double().eval()
     fused = copy.deepcopy(plain)
     assert ghost_ops.fuse(fused).swapped
+    convs.clear()
     agree(fused, plain)
-    assert len(convs) == (2 if not isinstance(act, nn.Tanh) else 2 * (k == 3))
+    assert len(convs) == (2 * (k == 3) if isinstance(act, nn.Tanh) else 2)
     for change in CHANGES:
         one, other = copy.deepcopy(fused), copy.deepcopy(plain)
         agree(one, other)
@@ -478,7 +480,6 @@ def test_eager_backend_and_autocast_run_the_own_forward(convs: list[str]) -> Non
 @pytest.mark.parametrize("k", [1, 3])
 def test_training_of_a_library_convolution_is_its_own_forward(native: str, k: int) -> None:
     model = randomize(nn.Sequential(Sliced(6, 8, k=k))).double()
-    plain = copy.deepcopy(model)
     report = ghost_ops.fuse(model)
     assert ("fused in inference only" in report.entries[0].detail) == (k == 3)
     x = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -486,7 +487,6 @@ def test_training_of_a_library_convolution_is_its_own_forward(native: str, k: in
         warnings.simplefilter("error")
         names = {type(node).__name__ for node in nodes_of(model(x).grad_fn)}
     assert ("GhostModuleFunctionBackward" in names) == (k == 1)
-    agree(model, copy.deepcopy(plain).train()) if k == 3 else None
     ours = ghost_ops.FusedGhostModule(6, 8, kernel_size=k).double()
     assert "GhostModuleFunction" in type(ours(x).grad_fn).__name__
 
