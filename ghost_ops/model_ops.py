@@ -412,11 +412,19 @@ ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
 native_ghost_conv_apply = torch.ops.ghost_ops.ghost_conv_apply.default
 
 
-@functools.cache
 def has_conv_kernel() -> bool:
     """Whether the native library has a kernel for ``ghost_conv_apply``; on the CPU only."""
+    return _has_conv_kernel()
+
+
+@functools.cache
+def _has_conv_kernel() -> bool:
     name = "ghost_ops::ghost_conv_apply"
     return backends.native.load() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
+# A constant of compiled graphs.
+has_conv_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_conv(kernel_size: tuple[int, ...]) -> bool:

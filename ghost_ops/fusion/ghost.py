@@ -232,8 +232,8 @@ class Ghost:
             0.0 if cheap is None or cheap.bn is None else cheap.bn.eps,
             primary.act, primary.slope, *act2,
         )  # fmt: skip
-        linear = primary.act == act2[0] == activations.NONE and cheap is not None
-        self.after = after if linear and self.is_conv() else None
+        linear = primary.act == act2[0] == activations.NONE
+        self.after = after if after is not None and linear and self.is_conv() else None
         if self.after is not None and self.after.bn is not None:
             self.layers += (self.after.bn,)  # behind the hooks, which leave it out
 
@@ -399,8 +399,8 @@ class PackedGhost:
         conv = backend == "native" and w1.device.type == "cpu" and ghost.is_conv()
         after = ghost.after if conv and not why_not_together(ghost.layers) else None
         # Whether x may come with a gate that is applied as it is read.
-        self.takes_gate = fused and backend == "native" and self.settings.stride == (1, 1)
-        self.takes_gate = self.takes_gate and after is None
+        gated = fused and backend == "native" and self.settings.stride == (1, 1)
+        self.takes_gate = gated and after is None
         self.library_w1 = None if fused or conv else w1
         with torch.no_grad():
             norms, slopes = ghost.norms(w1, w2), ghost.slopes()
@@ -584,7 +584,7 @@ class GhostForm(NamedTuple):
             tail.append(step if kind == "act" else at(module, step))
         after = None
         kinds = [kind for kind, _ in self.tail]
-        if kinds in (["bn"], ["act"], ["bn", "act"]):
+        if cheap is not None and kinds in (["bn"], ["act"], ["bn", "act"]):
             bn = tail[0] if kinds[0] == "bn" else None
             after = After(bn, *(tail[-1] if kinds[-1] == "act" else _NO_ACT))
             if bn is not None and (bn.num_features != out or bn._forward_pre_hooks):
