@@ -115,14 +115,13 @@ def slopes_need_layers(batch_stats: bool, grad: bool) -> str:
 
 def is_fused_primary(w1: Tensor, settings: Settings) -> bool:
     """Whether the primary convolution is one that the ops have in them."""
+    return is_fused_geometry(settings) and w1.size(2) == 1 and w1.size(3) == 1
+
+
+def is_fused_geometry(settings: Settings) -> bool:
+    """As ``is_fused_primary``, of a convolution that has a 1x1 kernel."""
     s = settings
-    return (
-        s.groups == 1
-        and s.padding == (0, 0)
-        and s.stride[0] == s.stride[1]
-        and w1.size(2) == 1
-        and w1.size(3) == 1
-    )
+    return s.groups == 1 and s.padding == (0, 0) and s.stride[0] == s.stride[1]
 
 
 def dense(x: Tensor) -> Tensor:

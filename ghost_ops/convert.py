@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from .fusion import check
+from . import model_ops
+from .fusion import check, timing
 from .fusion.bottleneck import FusedBottleneck
-from .fusion.fused import Fused, attach, fused_class
+from .fusion.conv import FusedConv
+from .fusion.fused import Fused, attach, detach, fused_class
 from .fusion.ghost import FusedGhost
 from .fusion.guards import Refusal
 from .fusion.network import FusedNetwork
 from .fusion.read import Failed, read
+from .fusion.residual import FusedResidual
 from .fusion.symbols import Node
 from .models import FusedGhostNet, GhostNet
 from .nn import FusedGhostBottleneck, FusedGhostModule
@@ -26,7 +29,7 @@ _PAIRS: dict[type[nn.Module], type[Fused]] = {
     GhostBottleneck: FusedGhostBottleneck,
     GhostNet: FusedGhostNet,
 }
-_KINDS: tuple[type[Fused], ...] = (FusedGhost, FusedBottleneck, FusedNetwork)
+_KINDS: tuple[type[Fused], ...] = (FusedGhost, FusedBottleneck, FusedResidual, FusedNetwork)
 _MOST_CONVS = 8  # in a Ghost module: V2 has five
 # Children that make a module one that is reported where it cannot be fused.
 _MARKS: dict[type[Fused], tuple[set[str], ...]] = {
@@ -35,7 +38,7 @@ _MARKS: dict[type[Fused], tuple[set[str], ...]] = {
     FusedNetwork: ({"conv_stem", "blocks", "global_pool", "conv_head", "classifier"},),
 }
 # The operation at the end of the forward of a module that is like one of the kind.
-_ENDS = {FusedGhost: ("cat",), FusedBottleneck: ("add",), FusedNetwork: ()}
+_ENDS = {FusedGhost: ("cat",), FusedBottleneck: ("add",)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Entry:
     Attributes:
         name: its path in the model; ``(model)`` for the model itself.
         kind: its class before.
-        action: ``swapped``, ``already`` (it was fused before), ``left`` or ``restored``.
+        action: ``swapped``, ``already`` (it was fused before), ``left``, ``kept`` (the plain
+            module is faster) or ``restored``.
         detail: what it is now, or why it was left as it is.
     """
 
@@ -87,13 +91,13 @@ class Report:
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]])
                  for row in rows]  # fmt: skip
         counts = {a: sum(e.action == a for e in self.entries)
-                  for a in ("swapped", "restored", "already", "left")}  # fmt: skip
+                  for a in ("swapped", "restored", "already", "kept", "left")}  # fmt: skip
         total = ", ".join(f"{n} {a}" for a, n in counts.items() if n) or "nothing changed"
         return "\n".join([lines[0].rstrip(), "-" * len(lines[0]), *map(str.rstrip, lines[1:]),
                           f"{kind}: {total}"])  # fmt: skip
 
 
-def fuse(model: nn.Module, inference: bool | None = None) -> Report:
+def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None = None) -> Report:
     """Make every Ghost module in a model run as one fused operator, in place.
 
     The modules stay the objects that they are: parameters, buffers, state_dict keys, mode,
@@ -108,6 +112,10 @@ def fuse(model: nn.Module, inference: bool | None = None) -> Report:
     their concatenation, each with or without bias, batch norm and one of the activations of
     ``ghost_ops.activations``, as modules or as functions; other layers may follow.
 
+    Where gradients are recorded, a module whose primary convolution is not a plain 1x1 runs its own
+    forward, which is faster there, and saves what its layers save. A ``reference.GhostModule``
+    becomes a ``FusedGhostModule``, which is fused in training as well.
+
     Whatever forward was seen to read is compared before every call: a change of weights, children,
     attributes, modes or hooks takes effect at once. Fusing twice changes nothing.
 
@@ -115,7 +123,12 @@ def fuse(model: nn.Module, inference: bool | None = None) -> Report:
         model: the model, or a Ghost module itself.
         inference: also let whole Ghost bottlenecks, and a GhostNet's stem and head, run as few
             operators with batch norms folded and weights packed once, whenever they are called in
-            eval mode without gradients (training goes on as before). None: yes.
+            eval mode without gradients (training goes on as before). None: yes. On a CPU with
+            native kernels also residual blocks of Ghost modules, and, where a Ghost module was
+            fused, the modules between that are a convolution with batch norm and activation.
+        example: an input of the model. If given, the model runs once on it, in eval mode, and each
+            module that was fused is timed on the input that it gets then: if it loses more than 5%
+            to its plain form, it gets that back. Modes and buffers stay as they are.
 
     Returns:
         The report; its ``model`` is the model, and its repr a table of what was done.
@@ -123,6 +136,7 @@ def fuse(model: nn.Module, inference: bool | None = None) -> Report:
     Raises:
         TypeError: model is not a module.
         RuntimeError: it is called inside torch.compile.
+        Whatever the model raises on the example.
 
     Example::
 
@@ -135,11 +149,19 @@ def fuse(model: nn.Module, inference: bool | None = None) -> Report:
             "fuse changes classes of modules: call it before torch.compile, not in it"
         )
     entries: dict[str, Entry] = {}
-    for kind in _KINDS if inference or inference is None else _KINDS[:1]:
+    inference = inference or inference is None
+    for kind in _KINDS if inference else _KINDS[:1]:
         for name, module in reversed(list(_named(model))):  # children first
             entry = _fuse(kind, name, module)
             if entry is not None:
                 entries[name] = entry
+    if inference and any(isinstance(module, FusedGhost) for module in model.modules()):
+        for name, module in _outside_of_fused(model):
+            entry = _fuse(FusedConv, name, module)
+            if entry is not None:
+                entries[name] = entry
+    if example is not None:
+        entries |= _keep_faster(model, entries, example)
     order = [name for name, _ in _named(model)]
     return Report(model, [entries[name] for name in order if name in entries])
 
@@ -159,10 +181,8 @@ def unfuse(model: nn.Module) -> Report:
         kind = type(module)
         if not isinstance(module, Fused) or not _is_made(kind):
             continue
-        plain = kind._ghost_ops_base  # type: ignore[attr-defined]
-        module.__class__ = plain
-        for attribute in ("_ghost_ops", "_ghost_handle"):
-            module.__dict__.pop(attribute, None)
+        plain = kind._ghost_ops_base
+        detach(module)
         entries.append(Entry(name, kind.__name__, "restored", f"{plain.__name__}"))
     return Report(model, entries)
 
@@ -205,6 +225,29 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name or "(model)", module
 
 
+def _outside_of_fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that are not inside of a fused one, those that are fused meanwhile among these."""
+    inside: set[int] = set()
+    for name, module in _named(model):
+        if id(module) in inside:
+            continue
+        yield name, module
+        if isinstance(module, Fused):
+            inside |= {id(m) for m in module.modules()}
+
+
+def _keep_faster(model: nn.Module, entries: dict[str, Entry], example: Tensor) -> dict[str, Entry]:
+    """Give swapped modules that lose on an example their plain form back; their new entries."""
+    named = [(name, module) for name, module in _named(model) if isinstance(module, Fused)]
+    swapped = {n: m for n, m in named if n in entries and entries[n].action == "swapped"}
+    made = [module for _, module in named if _is_made(type(module))]
+    kept = {}
+    for name, (fused, plain) in timing.slower(model, swapped, made, example).items():
+        detail = f"plain is faster here: {plain * 1e3:.3g} ms to {fused * 1e3:.3g}"
+        kept[name] = Entry(name, entries[name].kind, "kept", detail)
+    return kept
+
+
 def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
     base = type(module)
     if isinstance(module, kind):
@@ -226,7 +269,7 @@ def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
         parts = form.bind(module)
         check.compare(kind, module, form, reading.record)
     except Refusal as refusal:
-        return _left(kind, name, module, str(refusal), _ends(reading.out) in _ENDS[kind])
+        return _left(kind, name, module, str(refusal), _ends(reading.out) in _ENDS.get(kind, ()))
     module.__class__ = _PAIRS.get(base) or fused_class(kind, base)
     attach(module)  # type: ignore[arg-type]
     detail = "FusedGhostModule" if base is GhostModule else parts.description()
@@ -242,7 +285,7 @@ def _may_be(kind: type[Fused], module: nn.Module) -> bool:
         convs = [m for m in inside if isinstance(m, nn.modules.conv._ConvNd)]
         return (
             1 < len(convs) <= _MOST_CONVS
-            and not any(isinstance(m, Fused) for m in inside)
+            and not any(isinstance(m, Fused) and not isinstance(m, FusedConv) for m in inside)
             and sum(any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules())
                     for child in _children(module)) > 1
             and (_is_marked(kind, module) or any(1 < c.groups == c.in_channels for c in convs))
@@ -251,7 +294,21 @@ def _may_be(kind: type[Fused], module: nn.Module) -> bool:
         ghosts = sum(isinstance(m, FusedGhost) for m in inside)
         bottlenecks = sum(isinstance(m, FusedBottleneck) for m in inside)
         return (ghosts == 2 or _is_marked(kind, module)) and ghosts <= 2 and not bottlenecks
+    if kind is FusedResidual:
+        blocks = any(isinstance(m, (FusedBottleneck, FusedResidual)) for m in inside)
+        ghosts = sum(isinstance(m, FusedGhost) for m in inside)
+        return ghosts in (2, 3) and not blocks and _runs_convs(module)
+    if kind is FusedConv:
+        convs = sum(isinstance(m, nn.Conv2d) for m in inside)
+        ours = any(isinstance(m, Fused) for m in inside)
+        library = type(module).__module__.startswith("torch.nn.")
+        return convs == 1 and not ours and not library and _runs_convs(module)
     return _is_marked(kind, module) and not any(isinstance(m, FusedNetwork) for m in inside)
+
+
+def _runs_convs(module: nn.Module) -> bool:
+    """Whether there is a kernel of ``ghost_conv_apply`` for where a module's parameters are."""
+    return model_ops.has_conv_kernel() and all(p.device.type == "cpu" for p in module.parameters())
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:
@@ -265,7 +322,7 @@ def _children(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_marked(kind: type[Fused], module: nn.Module) -> bool:
     names = {name for name, child in module._modules.items() if child is not None}
-    return any(marks <= names for marks in _MARKS[kind])
+    return any(marks <= names for marks in _MARKS.get(kind, ()))
 
 
 def _ends(node: Node) -> str:

@@ -4,25 +4,29 @@
 ``squeeze_excite_``: x times its gate, in place. A GPU does without that pass over x: there
 ``depthwise_conv_sums`` also sums its output, ``squeeze_excite_gate`` makes the gate alone, and
 ``ghost_apply_gated`` multiplies x by it as it reads x. ``conv_stem`` is a network's first
-convolution, folded; ``ghost_apply_pooled`` its last one, with the pooling.
+convolution, folded; ``ghost_apply_pooled`` its last one, with the pooling. ``ghost_conv_apply`` is
+a Ghost module, or a convolution, with a kernel of any size.
 In training ``depthwise_conv_backward``, and the two passes over planes that the gradient of a gate
 needs (``layers``; these three contiguous only).
 
 Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops: on the CPU for
-``depthwise_conv``, ``squeeze_excite_`` and training's three, on CUDA for the others and
-``depthwise_conv``. Elsewhere, and with the eager backend, PyTorch's operators. Parameters are in
-the compute dtype: float64 for float64, else float32; the two matrices of a gate on CUDA in x's.
+``depthwise_conv``, ``squeeze_excite_``, ``ghost_conv_apply`` and training's three, on CUDA for the
+others and ``depthwise_conv``. Elsewhere, and with the eager backend, PyTorch's operators.
+Parameters are in the compute dtype: float64 for float64, else float32; the two matrices of a gate
+on CUDA in x's.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import activations, backends
+from . import activations, backends, eager_ops
 from .autograd import dense
 from .eager_ops import compute_dtype, memory_format
 from .ops import native
@@ -32,6 +36,7 @@ HARD_SIGMOID, SIGMOID = range(2)  # codes of the gate's function
 
 _library = torch.library.Library("ghost_ops", "FRAGMENT")
 _KERNEL_SIZES, _STRIDES = (1, 3, 5, 7), (1, 2)
+_LARGEST_CONV = 7  # kernel size that ``ghost_conv_apply`` is chosen for
 MOST_POOLED = 512  # pixels of a map that ``ghost_apply_pooled`` takes
 _FORMATS = (torch.contiguous_format, torch.channels_last)  # by (is channels_last)
 
@@ -54,6 +59,9 @@ SCHEMAS = (
     "ghost_apply_gated(Tensor x, Tensor in_gate, Tensor packed, Tensor? residual, Tensor? gate, "
     "int intrinsic, int out_channels, int ratio, int dw_size, int stride, int act1, float slope1, "
     "int act2, float slope2, bool has_primary) -> Tensor",
+    "ghost_conv_apply(Tensor x, Tensor packed, Tensor? residual, int kernel_size, int padding, "
+    "bool tail, int intrinsic, int out_channels, int ratio, int dw_size, int stride, int act1, "
+    "float slope1, int act2, float slope2) -> Tensor",
 )
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
@@ -241,6 +249,62 @@ def _eager_ghost_apply_gated(x: Tensor, in_gate: Tensor, *arguments: Any) -> Ten
     return native.ghost_apply(dense(x * in_gate[:, :, None, None]), *arguments)
 
 
+def _conv_apply(
+    apply: Callable[..., Tensor],
+    x: Tensor,
+    packed: Tensor,
+    residual: Tensor | None,
+    kernel_size: int,
+    padding: int,
+    tail: bool,
+    intrinsic: int,
+    out_channels: int,
+    ratio: int,
+    dw_size: int,
+    stride: int,
+    act1: int,
+    slope1: float,
+    act2: int,
+    slope2: float,
+) -> Tensor:
+    """``ghost_conv_apply`` through ``apply``, the ``ghost_apply`` that reads ``packed``.
+
+    The pixels under the kernel become channels of a 1x1 convolution, so that how the weights are
+    packed does not matter here.
+    """
+    m, wide = intrinsic, packed.dtype
+    taps = F.unfold(x.to(wide), kernel_size, padding=padding, stride=stride)
+    height = _conv_size(x.size(2), kernel_size, padding, stride)
+    width = _conv_size(x.size(3), kernel_size, padding, stride)
+    taps = taps.view(x.size(0), x.size(1), kernel_size * kernel_size, height, width)
+    taps = taps.transpose(1, 2).reshape(x.size(0), -1, height, width)
+    rows = packed[: packed.numel() - 2 * m] if tail else packed
+    numbers = (m, out_channels, ratio, dw_size, 1, act1, slope1, act2, slope2, True)
+    out = apply(taps, rows, None, None, *numbers)
+    if tail:
+        scale, shift = packed[packed.numel() - 2 * m :].view(2, m, 1, 1)
+        y = torch.addcmul(shift, out[:, :m], scale)
+        out[:, :m] = activations.apply(y, act2, slope2, inplace=True)
+    if residual is not None:
+        if residual.shape != out.shape or residual.dtype is not x.dtype:
+            raise RuntimeError(
+                f"residual must be {list(out.shape)} of {x.dtype}, got {list(residual.shape)} of "
+                f"{residual.dtype}"
+            )
+        out += residual
+    out = out.to(x.dtype)
+    # Its strides are those of a new tensor, also where they do not matter.
+    return torch.empty_like(out, memory_format=memory_format(x)).copy_(out)
+
+
+def _eager_ghost_conv_apply(*arguments: Any) -> Tensor:
+    return _conv_apply(native.ghost_apply, *arguments)
+
+
+def _conv_size(size: int, kernel_size: int, padding: int, stride: int) -> int:
+    return (size + 2 * padding - kernel_size) // stride + 1
+
+
 def _map(x: Tensor, channels: int, stride: int) -> Tensor:
     n, _, h, w = x.shape
     shape = (n, channels, (h - 1) // stride + 1, (w - 1) // stride + 1)
@@ -294,6 +358,15 @@ def _fake_ghost_apply_gated(
     return _map(x, out_channels, stride)
 
 
+def _fake_ghost_conv_apply(
+    x, packed, residual, kernel_size, padding, tail, intrinsic, out_channels, ratio, dw_size,
+    stride, act1, slope1, act2, slope2,
+):  # fmt: skip
+    size = [_conv_size(x.size(i), kernel_size, padding, stride) for i in (2, 3)]
+    shape = (x.size(0), out_channels, *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
 _EAGER = (
     _eager_depthwise_conv,
     _eager_depthwise_conv_sums,
@@ -305,6 +378,7 @@ _EAGER = (
     _eager_conv_stem,
     _eager_ghost_apply_pooled,
     _eager_ghost_apply_gated,
+    _eager_ghost_conv_apply,
 )
 _FAKES = (
     _fake_depthwise_conv,
@@ -317,6 +391,7 @@ _FAKES = (
     _fake_conv_stem,
     _fake_ghost_apply_pooled,
     _fake_ghost_apply_gated,
+    _fake_ghost_conv_apply,
 )
 
 for _schema, _name, _function, _fake in zip(SCHEMAS, NAMES, _EAGER, _FAKES, strict=True):
@@ -334,6 +409,57 @@ _squeeze_excite_gate = torch.ops.ghost_ops.squeeze_excite_gate.default
 _conv_stem = torch.ops.ghost_ops.conv_stem.default
 ghost_apply_pooled = torch.ops.ghost_ops.ghost_apply_pooled.default
 ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
+native_ghost_conv_apply = torch.ops.ghost_ops.ghost_conv_apply.default
+
+
+def has_conv_kernel() -> bool:
+    """Whether the native library has a kernel for ``ghost_conv_apply``; on the CPU only."""
+    return _has_conv_kernel()
+
+
+@functools.cache
+def _has_conv_kernel() -> bool:
+    name = "ghost_ops::ghost_conv_apply"
+    return backends.native.load() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+
+
+# A constant of compiled graphs.
+has_conv_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def has_conv(kernel_size: tuple[int, ...]) -> bool:
+    """Whether the kernel of ``ghost_conv_apply`` is there, and chosen for such a convolution."""
+    k = kernel_size[0]
+    return has_conv_kernel() and kernel_size == (k, k) and k <= _LARGEST_CONV
+
+
+def ghost_conv_apply(x: Tensor, packed: Tensor, residual: Tensor | None, *numbers: Any) -> Tensor:
+    """A Ghost module with a k x k primary convolution and folded norms. Not differentiable.
+
+    y = act1(conv(x, w1) + shift1); z = act2(depthwise(y, w2) + shift2);
+    out = concat(y', z)[:, :out_channels] + residual, where y' = act2(tail_scale * y + tail_shift)
+    with a tail, else y.
+
+    Args:
+        x: [N, C, H, W], dense, NCHW or channels_last.
+        packed: 1-D, what the ``ghost_pack`` of the backend in force gives for
+            ``w1.permute(0, 2, 3, 1).reshape(m, k * k * C, 1, 1)``, the norms and w2; with a tail
+            tail_scale [m] and tail_shift [m] come after it. In the compute dtype.
+        residual: like the output, or None.
+        numbers: kernel_size, padding, tail, intrinsic (m), out_channels, ratio, dw_size, stride,
+            act1, slope1, act2, slope2. The kernel is square; ratio 1 has no z, and dw_size 1. No
+            PReLU.
+
+    Returns:
+        [N, out_channels, Ho, Wo] with Ho = (H + 2 * padding - kernel_size) // stride + 1, and Wo
+        alike, in the dtype and layout of x.
+
+    Raises:
+        RuntimeError: a shape or dtype that does not fit.
+    """
+    if _native(x):
+        return native_ghost_conv_apply(x, packed, residual, *numbers)
+    return _conv_apply(eager_ops.ghost_apply, x, packed, residual, *numbers)
 
 
 def has_stem(conv: nn.Conv2d) -> bool:

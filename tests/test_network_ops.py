@@ -286,6 +286,10 @@ def test_opcheck(name: str, layout: str) -> None:
         "ghost_apply_gated": (
             x, torch.rand(2, 6), packed(6, 4), None, None, 4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True,
         ),
+        "ghost_conv_apply": (
+            x, packed(6 * 9, 4), with_layout(torch.randn(2, 7, 3, 4), layout), 3, 1, False, 4, 7, 2,
+            3, 2, 1, 0.0, 1, 0.0,
+        ),
     }[name]  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.ghost_ops, name).default, arguments)
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations, layers, model_ops
-from ..autograd import LOW_PRECISION
 from ..reference import hard_sigmoid
 from .fused import Fused
 from .ghost import (
@@ -45,6 +44,7 @@ from .ghost import (
     packed_conv,
     padding_of,
     small_gate,
+    why_not_together,
 )
 from .graph import OutputShape, numbers_of
 from .guards import Path, Refusal, at
@@ -147,30 +147,7 @@ class Bottleneck:
         return "bottleneck: " + " + ".join(words)
 
 
-def why_not_together(layers: tuple[nn.Module, ...]) -> str:
-    """Why layers cannot be packed for one operator; empty if they can.
-
-    They are of one device and dtype, but batch norms may be float32 behind convolutions of low
-    precision; and the norms use their running statistics.
-    """
-    first = next(layers[0].parameters(False), None)
-    if first is None:
-        return "its weights are computed at every call"
-    for layer in layers:
-        norm = isinstance(layer, nn.BatchNorm2d)
-        if norm and (layer.training or layer.running_mean is None):
-            return "a batch norm uses the batch's statistics"
-        wide = norm and first.dtype in LOW_PRECISION
-        dtypes = {t.dtype for t in layer.parameters(False)}
-        dtypes |= {t.dtype for t in layer.buffers(False) if t.is_floating_point()}
-        if dtypes and dtypes != {first.dtype} and not (wide and dtypes == {torch.float32}):
-            return "its layers have several dtypes"
-        if any(t.device != first.device for t in (*layer.parameters(False), *layer.buffers(False))):
-            return "its parameters are on several devices"
-    return ""
-
-
-class _PackedDepthwise:
+class PackedDepthwise:
     """A depthwise convolution with its batch norm folded in."""
 
     def __init__(self, branch: Branch) -> None:
@@ -214,14 +191,14 @@ class PackedBottleneck:
         self.short_conv = parts.ghost1.gate
         self.ghost1 = PackedGhost(parts.ghost1, backend)
         self.ghost2 = PackedGhost(parts.ghost2, backend)
-        self.dw = _PackedDepthwise(parts.dw) if parts.dw is not None else None
+        self.dw = PackedDepthwise(parts.dw) if parts.dw is not None else None
         self.gate = _PackedGate(parts.gate) if parts.gate is not None else None
         # Whether the gate is made apart from the map that it multiplies.
         self.makes_gate = self.gate is not None and model_ops.on_gpu(parts.first.weight)
-        self.shortcut: tuple[_PackedDepthwise, PackedGhost] | None = None
+        self.shortcut: tuple[PackedDepthwise, PackedGhost] | None = None
         if parts.shortcut is not None:
             dw, conv = parts.shortcut
-            self.shortcut = _PackedDepthwise(dw), packed_conv(conv, backend)
+            self.shortcut = PackedDepthwise(dw), packed_conv(conv, backend)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The bottleneck's output for a dense x that fits."""
@@ -286,12 +263,12 @@ class BottleneckForm(NamedTuple):
             conv = second.bind(module)
             if not _is_plain(conv.conv) or conv.prelu is not None:
                 raise Refusal("the shortcut's second convolution is not a plain 1x1")
-            shortcut = _depthwise(first, module), conv
+            shortcut = bind_depthwise(first, module), conv
         ghosts = [layer_at(module, path, nn.Module) for path in self.ghosts]
         parts = Bottleneck(
             (ghosts[0], ghosts[1]),
             self.ghost1.bind(module),
-            None if self.dw is None else _depthwise(self.dw, module),
+            None if self.dw is None else bind_depthwise(self.dw, module),
             None if self.gate is None else self.gate.bind(module),
             self.ghost2.bind(module),
             shortcut,
@@ -315,6 +292,16 @@ def _check_sum(parts: Bottleneck) -> None:
     """Raise ``Refusal`` if the shortcut may have another shape, or a weight is made by a hook."""
     main = [parts.ghost1.primary, parts.ghost2.primary, *([parts.dw] if parts.dw else [])]
     side = list(parts.shortcut or ())
+    channels = side[-1].conv.out_channels if side else parts.first.in_channels
+    check_shapes(main, side, (parts.ghost2.settings.out_channels, channels))
+    direct = [b.conv for b in (*main[2:], *side)]
+    direct += [] if parts.gate is None else [parts.gate.reduce, parts.gate.expand]
+    if any(len(conv._forward_pre_hooks) for conv in direct):
+        raise Refusal("a weight outside of its Ghost modules is made by a hook")
+
+
+def check_shapes(main: list[Branch], side: list[Branch], channels: tuple[int, int]) -> None:
+    """Raise ``Refusal`` if what two paths give, with these channels, may differ in shape."""
     for branch in (*main, *side):
         conv = branch.conv
         for pad, d, k in zip(branch.padding, conv.dilation, conv.kernel_size, strict=True):
@@ -327,13 +314,8 @@ def _check_sum(parts: Bottleneck) -> None:
             height *= branch.conv.stride[0]
             width *= branch.conv.stride[1]
         strides.append((height, width))
-    channels = side[-1].conv.out_channels if side else parts.first.in_channels
-    if strides[0] != strides[1] or channels != parts.ghost2.settings.out_channels:
+    if strides[0] != strides[1] or channels[0] != channels[1]:
         raise Refusal("its shortcut has another shape than what it is added to")
-    direct = [b.conv for b in (*main[2:], *side)]
-    direct += [] if parts.gate is None else [parts.gate.reduce, parts.gate.expand]
-    if any(len(conv._forward_pre_hooks) for conv in direct):
-        raise Refusal("a weight outside of its Ghost modules is made by a hook")
 
 
 def _is_plain(conv: nn.Conv2d) -> bool:
@@ -345,7 +327,7 @@ def _is_plain(conv: nn.Conv2d) -> bool:
     )
 
 
-def _depthwise(form: BranchForm, module: nn.Module) -> Branch:
+def bind_depthwise(form: BranchForm, module: nn.Module) -> Branch:
     branch, name = form.bind(module), ".".join(form.conv)
     conv = branch.conv
     if branch.prelu is not None:

@@ -190,6 +190,7 @@ class Fused(nn.Module):
     _ghost_backends: ClassVar[tuple[str, ...]] = ("native",)  # that it can be packed for
     _ghost_in_graph = True  # one operator of a compiled graph in inference
     _ghost_kind = "Ghost module"
+    _ghost_made = False  # whether ``fuse`` made its class
 
     @classmethod
     def _ghost_match(cls, reading: Reading) -> Form:
@@ -242,6 +243,10 @@ class Fused(nn.Module):
         """The forward of the module as it was before it was fused."""
         return self._ghost_ops_base.forward(self, *args, **kwargs)
 
+    def _ghost_learns(self, parts: Any) -> bool:
+        """Whether gradients may be recorded, and its own forward is the faster one then."""
+        return False
+
     def _ghost_say(self, reason: str) -> None:
         kind = type(self)
         name = (self._ghost_ops_base if "_ghost_made" in kind.__dict__ else kind).__name__
@@ -270,6 +275,8 @@ class Fused(nn.Module):
             return state.reason
         out: Tensor | str | None = self._ghost_infer(state, x)
         if out is None:
+            if self._ghost_learns(state.parts) and _records(state.parts, x):
+                return ""
             out = state.parts.run(x)
             if isinstance(out, str) and out:
                 self._ghost_say(out)
@@ -285,14 +292,16 @@ class Fused(nn.Module):
         out: Any = None
         if not torch.compiler.is_dynamo_compiling():
             # torch.export runs this code as it is, on stand-ins for the modules inside.
-            if state.parts is not None and state.guard is not None:
-                out = state.parts.run(x) if state.guard.unchanged(self.__dict__) else None
+            parts, guard = state.parts, state.guard
+            known = parts is not None and guard is not None and guard.unchanged(self.__dict__)
+            out = parts.run(x) if known and not self._ghost_learns(parts) else None
         else:
             if self._ghost_in_graph and record.gives_same_shape(self):
                 out = graph.call(self, x, form)
             if out is None and record.holds_in_graph(self):
                 with suppress(Refusal):
-                    out = form.bind(self).run(x)
+                    parts = form.bind(self)
+                    out = None if self._ghost_learns(parts) else parts.run(x)
         if out is not None and not isinstance(out, str):
             return out
         return self._ghost_plain(*args, **kwargs)
@@ -340,6 +349,23 @@ class Fused(nn.Module):
     def extra_repr(self) -> str:
         parts = (super().extra_repr(), "fused by ghost_ops")
         return ", ".join(part for part in parts if part)
+
+
+class FusedInference(Fused):
+    """A module that is fused in eval mode without gradients, and else its own forward."""
+
+    _ghost_in_graph = False
+    _ghost_device = ""  # the only one that it is fused on; empty: all
+
+    def _ghost_eager(self, x: Tensor) -> Tensor | str:
+        if self.training or torch.is_grad_enabled():
+            return ""
+        if self._ghost_device and x.device.type != self._ghost_device:
+            return ""
+        return super()._ghost_eager(x)
+
+    def _ghost_traced(self, args: tuple, kwargs: dict) -> Any:
+        return self._ghost_plain(*args, **kwargs)
 
 
 def fused_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -429,3 +455,10 @@ def attach(module: Fused) -> None:
     module.__dict__["_ghost_handle"] = graph.Handle(module)
     with suppress(Exception):  # while it is unpickled it may be incomplete: then it is read later
         module._ghost_state()
+
+
+def detach(module: Fused) -> None:
+    """Give a fused module its plain class back."""
+    module.__class__ = module._ghost_ops_base
+    for attribute in ("_ghost_ops", "_ghost_handle"):
+        module.__dict__.pop(attribute, None)

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from .. import activations, model_ops
 from ..autograd import (
+    LOW_PRECISION,
     RunningUpdate,
     apply_arguments,
     dense,
     direct,
+    is_fused_geometry,
     is_fused_primary,
     library_conv,
     ops_named,
@@ -187,8 +189,21 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
     return reach[0] // 2, reach[1] // 2
 
 
+class After(NamedTuple):
+    """A batch norm and an activation behind the concatenation, which can be folded."""
+
+    bn: nn.BatchNorm2d | None
+    act: int
+    slope: float
+
+
 class Ghost:
-    """The parts of a Ghost module, bound to its layers."""
+    """The parts of a Ghost module, bound to its layers.
+
+    Attributes:
+        tail: what follows the concatenation, to be called.
+        after: the same, if ``ghost_conv_apply`` can have it folded in.
+    """
 
     def __init__(
         self,
@@ -197,6 +212,7 @@ class Ghost:
         out_channels: int,
         gate: nn.Module | None = None,
         tail: tuple[nn.Module | tuple[int, float], ...] = (),
+        after: After | None = None,
     ) -> None:
         self.primary, self.cheap, self.gate, self.tail = primary, cheap, gate, tail
         self.first = conv = primary.conv
@@ -216,6 +232,27 @@ class Ghost:
             0.0 if cheap is None or cheap.bn is None else cheap.bn.eps,
             primary.act, primary.slope, *act2,
         )  # fmt: skip
+        linear = primary.act == act2[0] == activations.NONE
+        self.after = after if after is not None and linear and self.is_conv() else None
+        if self.after is not None and self.after.bn is not None:
+            self.layers += (self.after.bn,)  # behind the hooks, which leave it out
+
+    def is_conv(self) -> bool:
+        """Whether ``ghost_conv_apply`` computes it, and has a kernel."""
+        s = self.settings
+        return (
+            model_ops.has_conv(self.first.kernel_size)
+            and (s.groups, s.dilation) == (1, (1, 1))
+            and s.stride[0] == s.stride[1]
+            and s.padding[0] == s.padding[1]
+            and activations.PRELU not in (s.act1, s.act2)
+            and self.gate is None
+        )
+
+    def has_plain_primary(self) -> bool:
+        """Whether its primary convolution is one that training's ops have in them."""
+        s = self.settings
+        return self.first.kernel_size == (1, 1) and is_fused_geometry(s)
 
     # Tensors
 
@@ -320,9 +357,9 @@ class Ghost:
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         packed = PackedGhost(self, backend)
-        if packed.library_w1 is not None or not self.alone:
+        if packed.library_w1 is not None or packed.gate is not None or packed.tail:
             return packed.whole, ()
-        return packed.operator, (packed.packed, None, None, *packed.arguments)
+        return packed.operator, (packed.packed, None, *packed.arguments)
 
     def description(self) -> str:
         """In words, for the report."""
@@ -338,28 +375,59 @@ class Ghost:
             text += ", no batch norm"
         if any(branch.prelu is not None for branch in branches):
             text += ", PReLU (fused in inference only)"
+        elif not self.has_plain_primary():
+            text += ", fused in inference only"
         if self.gate is not None:
             text += ", attention gate"
         return text + (", then other layers" if self.tail else "")
 
 
 class PackedGhost:
-    """A Ghost module with its batch norms folded in, for one backend."""
+    """A Ghost module with its batch norms folded in, for one backend.
+
+    Attributes:
+        operator: takes x, ``packed``, a residual and ``arguments``.
+        library_w1: of a primary convolution that runs before it.
+        tail: what is to be called behind it.
+    """
 
     def __init__(self, ghost: Ghost, backend: str) -> None:
         w1, w2 = (w.detach() for w in ghost.weights())
         functions, self.settings = ops_named(backend), ghost.settings
+        self.gate, self.tail = ghost.gate, ghost.tail
         fused = is_fused_primary(w1, self.settings)
-        self.library_w1 = None if fused else w1
+        conv = backend == "native" and w1.device.type == "cpu" and ghost.is_conv()
+        after = ghost.after if conv and not why_not_together(ghost.layers) else None
+        # Whether x may come with a gate that is applied as it is read.
+        gated = fused and backend == "native" and self.settings.stride == (1, 1)
+        self.takes_gate = gated and after is None
+        self.library_w1 = None if fused or conv else w1
         with torch.no_grad():
-            weight = w1 if fused else None
             norms, slopes = ghost.norms(w1, w2), ghost.slopes()
+            if conv and (after is not None or not fused):
+                self._pack_conv(functions, w1, w2, norms, after)
+                return
+            weight = w1 if fused else None
             self.packed = pack(functions, weight, w2, norms, self.settings, slopes)
         self.operator = direct(functions.ghost_apply)
-        self.arguments = apply_arguments(w1.size(0), w2, self.settings, fused)
-        self.gate, self.tail = ghost.gate, ghost.tail
-        # Whether x may come with a gate that is applied as it is read.
-        self.takes_gate = fused and backend == "native" and self.settings.stride == (1, 1)
+        # The first is the gate.
+        self.arguments = (None, *apply_arguments(w1.size(0), w2, self.settings, fused))
+
+    def _pack_conv(
+        self, functions: Any, w1: Tensor, w2: Tensor, norms: Norms, after: After | None
+    ) -> None:
+        """For ``ghost_conv_apply``, with what follows the concatenation folded in."""
+        s, m, k = self.settings, w1.size(0), w1.size(-1)
+        rows = w1.permute(0, 2, 3, 1).reshape(m, -1, 1, 1)
+        ends: tuple[Tensor, ...] = ()
+        if after is not None:
+            s = s._replace(act2=after.act, slope2=after.slope)
+            rows, w2, norms, ends = _fold_after(rows, w2, norms, s, after.bn)
+            self.tail = ()
+        self.packed = torch.cat([pack(functions, rows, w2, norms, s), *ends])
+        *numbers, _ = apply_arguments(m, w2, s, True)
+        self.operator = direct(model_ops.native_ghost_conv_apply)
+        self.arguments = (k, s.padding[0], bool(ends), *numbers)
 
     def __call__(
         self,
@@ -373,12 +441,13 @@ class PackedGhost:
         in_gate: [N, C], multiplied to x as it is read; only where ``takes_gate``.
         """
         if in_gate is not None:
-            return model_ops.ghost_apply_gated(
-                x, in_gate, self.packed, residual, gate, *self.arguments
-            )
+            numbers = self.arguments[1:]
+            return model_ops.ghost_apply_gated(x, in_gate, self.packed, residual, gate, *numbers)
         if self.library_w1 is not None:
             x = dense(library_conv(x, self.library_w1, self.settings))
-        return self.operator(x, self.packed, residual, gate, *self.arguments)
+        if gate is not None:
+            return self.operator(x, self.packed, residual, gate, *self.arguments[1:])
+        return self.operator(x, self.packed, residual, *self.arguments)
 
     def whole(self, x: Tensor) -> Tensor:
         """The module's output for a dense x that fits, with its own gate and tail."""
@@ -394,16 +463,64 @@ class PackedGhost:
 
     def pooled(self, x: Tensor) -> Tensor:
         """The mean over the pixels of the output, [N, out_channels], for a dense x that fits."""
-        intrinsic, out_channels, *_ = self.arguments
         few = x.size(2) * x.size(3) <= model_ops.MOST_POOLED
-        if self.takes_gate and few and intrinsic == out_channels and model_ops.on_gpu(x):
-            act, slope = self.arguments[5:7]
+        if self.takes_gate and few and model_ops.on_gpu(x):
+            _, intrinsic, out_channels, _, _, _, act, slope, *_ = self.arguments
+            if intrinsic != out_channels:
+                return self(x).mean((2, 3))
             return model_ops.ghost_apply_pooled(x, self.packed, intrinsic, act, slope)
         return self(x).mean((2, 3))
 
 
+def _fold_after(
+    w1: Tensor, w2: Tensor, norms: Norms, settings: Settings, bn: nn.BatchNorm2d | None
+) -> tuple[Tensor, Tensor, Norms, tuple[Tensor, Tensor]]:
+    """w1, w2 and norms with a batch norm behind the concatenation folded into those of z.
+
+    All are in the compute dtype, and so are tail_scale and tail_shift [m], which are for y.
+    """
+    m, total, wide = w1.size(0), w1.size(0) + w2.size(0), compute_dtype(w1.dtype)
+    scale, shift = w2.new_ones(total, dtype=torch.float64), w2.new_zeros(total, dtype=torch.float64)
+    if bn is not None:
+        some = slice(settings.out_channels)  # the others are cut off
+        one = scale[some].view(-1, 1, 1, 1)
+        given = bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
+        factor, shift[some] = model_ops.fold(one, None, *given)
+        scale[some] = factor.flatten()
+    given2 = norms.gamma2, norms.beta2, norms.mean2, norms.var2, settings.eps2
+    w2, shift2 = model_ops.fold(w2.to(torch.float64), None, *given2)
+    w2 = w2 * scale[m:].view(-1, 1, 1, 1)
+    shift2 = torch.addcmul(shift[m:], shift2, scale[m:])
+    first = (None if t is None else t.to(wide) for t in norms[:4])
+    norms = Norms(*first, None, shift2.to(wide), None, None)
+    return w1.to(wide), w2.to(wide), norms, (scale[:m].to(wide), shift[:m].to(wide))
+
+
+def why_not_together(layers: tuple[nn.Module, ...]) -> str:
+    """Why layers cannot be packed for one operator; empty if they can.
+
+    They are of one device and dtype, but batch norms may be float32 behind convolutions of low
+    precision; and the norms use their running statistics.
+    """
+    first = next(layers[0].parameters(False), None)
+    if first is None:
+        return "its weights are computed at every call"
+    for layer in layers:
+        norm = isinstance(layer, nn.BatchNorm2d)
+        if norm and (layer.training or layer.running_mean is None):
+            return "a batch norm uses the batch's statistics"
+        wide = norm and first.dtype in LOW_PRECISION
+        dtypes = {t.dtype for t in layer.parameters(False)}
+        dtypes |= {t.dtype for t in layer.buffers(False) if t.is_floating_point()}
+        if dtypes and dtypes != {first.dtype} and not (wide and dtypes == {torch.float32}):
+            return "its layers have several dtypes"
+        if any(t.device != first.device for t in (*layer.parameters(False), *layer.buffers(False))):
+            return "its parameters are on several devices"
+    return ""
+
+
 def packed_conv(branch: Branch, backend: str) -> PackedGhost:
-    """A 1x1 convolution with its batch norm folded in: a Ghost module of ratio 1."""
+    """A convolution with its batch norm folded in: a Ghost module of ratio 1."""
     return PackedGhost(Ghost(branch, None, branch.conv.out_channels), backend)
 
 
@@ -435,7 +552,7 @@ class GhostForm(NamedTuple):
     Attributes:
         stop: the number of channels that the concatenation is cut to; None: it is not.
         gate: of GhostModuleV2's short_conv.
-        tail: paths of modules, or codes and slopes of activations.
+        tail: pairs of "act" with code and slope, or of "bn" or "module" with a path.
     """
 
     primary: BranchForm
@@ -465,7 +582,14 @@ class GhostForm(NamedTuple):
         tail: list[Any] = []
         for kind, step in self.tail:
             tail.append(step if kind == "act" else at(module, step))
-        return Ghost(primary, cheap, out, gate, tuple(tail))
+        after = None
+        kinds = [kind for kind, _ in self.tail]
+        if cheap is not None and kinds in (["bn"], ["act"], ["bn", "act"]):
+            bn = tail[0] if kinds[0] == "bn" else None
+            after = After(bn, *(tail[-1] if kinds[-1] == "act" else _NO_ACT))
+            if bn is not None and (bn.num_features != out or bn._forward_pre_hooks):
+                after = None
+        return Ghost(primary, cheap, out, gate, tuple(tail), after)
 
     def shape(self, module: nn.Module) -> OutputShape | None:
         if any(kind != "act" for kind, _ in self.tail):
@@ -523,6 +647,18 @@ def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, N
     return BranchForm(node.args[0], bn, *act, prelu, modules), node.inputs[0]
 
 
+def match_any_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:
+    """As ``match_branch``; timm's batch norm, which has its activation in it, calls a function."""
+    act, inner = _NO_ACT, node
+    if node.op == "act":
+        act, (inner,) = node.args, node.inputs  # type: ignore[assignment]
+    if inner.op != "frozen_bn" or inner.inputs[0].op != "conv":
+        return match_branch(reading, node, name)
+    conv = inner.inputs[0]
+    modules = tuple(dict.fromkeys(called(reading, node, inner, conv)))
+    return BranchForm(conv.args[0], inner.args[0], *act, None, modules), conv.inputs[0]
+
+
 def _what_it_is(node: Node) -> str:
     if node.op == "module":
         path, reason = node.args
@@ -538,7 +674,8 @@ def match_ghost(reading: Reading, node: Node) -> tuple[GhostForm, Node]:
     """
     tail: list[Any] = []
     while node.op in ("act", "bn", "prelu", "module"):
-        tail.insert(0, ("act", node.args) if node.op == "act" else ("module", node.args[0]))
+        kind = node.op if node.op in ("act", "bn") else "module"
+        tail.insert(0, (kind, node.args if kind == "act" else node.args[0]))
         (node,) = node.inputs
     gate, whole = None, node
     if node.op == "mul" and len(node.inputs) == 2:
@@ -584,3 +721,8 @@ class FusedGhost(Fused):
         if x.op != "input":
             raise Refusal("its primary convolution does not take its input")
         return form
+
+    def _ghost_learns(self, parts: Ghost) -> bool:
+        # Behind the library's convolution the fused ops and their recomputation cost more than
+        # they save: 0.57 to 0.77 of the speed of the layers, in a training step on a CPU.
+        return self._ghost_made and torch.is_grad_enabled() and not parts.has_plain_primary()

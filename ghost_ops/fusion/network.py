@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from .. import activations, model_ops
 from ..autograd import dense
 from ..eager_ops import memory_format
-from .bottleneck import FusedBottleneck, why_not_together
-from .fused import Fused
-from .ghost import Branch, BranchForm, FusedGhost, called, match_branch, packed_conv
+from .bottleneck import FusedBottleneck
+from .fused import FusedInference
+from .ghost import (
+    Branch,
+    BranchForm,
+    FusedGhost,
+    called,
+    match_any_branch,
+    match_branch,
+    packed_conv,
+    why_not_together,
+)
 from .guards import Path, Refusal, at
 from .read import Reading
 from .symbols import Node
@@ -178,7 +187,7 @@ def match_network(reading: Reading) -> NetworkForm:
     act = _expect(node, "act", "an activation")
     head = _expect(act.inputs[0], "conv", "a convolution")
     pool = _expect(head.inputs[0], "mean", "an average pooling")
-    last, node = _match_last(reading, pool.inputs[0])
+    last, node = match_any_branch(reading, pool.inputs[0], "the last stage")
     blocks: list[Path] = []
     while True:
         with suppress(Refusal):
@@ -202,32 +211,12 @@ def _expect(node: Node, op: str, what: str) -> Node:
     return node
 
 
-def _match_last(reading: Reading, node: Node) -> tuple[BranchForm, Node]:
-    """As ``match_branch``; timm's batch norm, which has its activation in it, calls a function."""
-    act = (activations.NONE, activations.DEFAULT_SLOPE)
-    inner = node
-    if node.op == "act":
-        act, (inner,) = node.args, node.inputs  # type: ignore[assignment]
-    if inner.op != "frozen_bn" or inner.inputs[0].op != "conv":
-        return match_branch(reading, node, "the last stage")
-    conv = inner.inputs[0]
-    modules = tuple(dict.fromkeys(called(reading, node, inner, conv)))
-    return BranchForm(conv.args[0], inner.args[0], *act, None, modules), conv.inputs[0]
-
-
-class FusedNetwork(Fused):
+class FusedNetwork(FusedInference):
     """A GhostNet made fused by ``fuse``."""
 
     _ghost_kind = "network"
     _ghost_whole = (FusedGhost, FusedBottleneck)
-    _ghost_in_graph = False
 
     @classmethod
     def _ghost_match(cls, reading: Reading) -> NetworkForm:
         return match_network(reading)
-
-    def _ghost_eager(self, x: Tensor) -> Tensor | str:
-        return "" if self.training or torch.is_grad_enabled() else super()._ghost_eager(x)
-
-    def _ghost_traced(self, args: tuple, kwargs: dict) -> Any:
-        return self._ghost_plain(*args, **kwargs)
