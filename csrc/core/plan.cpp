@@ -71,20 +71,27 @@ constexpr int64_t kRaggedImage = 64;
 bool takes_lanes(const Problem& p) {
   if (!p.lanes) return false;
   const bool planes = p.layout == Layout::kNCHW;
-  return !planes || (p.has_primary && p.kernel == 1 && p.padding == 0 && p.stride == 1 &&
-                     element_size(p.dtype) == compute_size(p.dtype) &&
-                     p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels);
+  return !planes ||
+         (p.has_primary && p.kernel == 1 && p.padding == 0 && p.stride == 1 &&
+          element_size(p.dtype) == compute_size(p.dtype) && p.out_pixels() <= kRaggedImage &&
+          p.channels >= p.out_channels) ||
+         (p.kernel > 1 || p.padding > 0 || p.has_tail);
 }
 
 ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   ApplyPlan plan;
   plan.lanes = true;
-  plan.l1_bytes = cpu.l1_bytes;
   plan.vecs = 1;
   const int64_t a = compute_size(p.dtype), e = element_size(p.dtype), H = p.out_height(),
                 W = p.out_width(), P = H * W, m = p.intrinsic, pad = p.pad();
   plan.group = m;
   plan.band_rows = H;
+  // A slice of the weights of a block takes half of L1. Not of the block that a part of the
+  // channels has: sums do not depend on how the work is shared out.
+  const int64_t lanes = cpu.lanes * 4 / a, widest = kPanel <= lanes ? 4 : 2;
+  const int64_t most = cpu.l1_bytes / 2 / (std::min(ceil_div(m, lanes), widest) * lanes * a);
+  const int64_t slices = p.depth() > most * 5 / 4 ? ceil_div(p.depth(), most) : 1;
+  plan.depth = std::max<int64_t>(ceil_div(p.depth(), slices), 1);
   if (P == 0 || p.batch == 0) return plan;
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
@@ -122,12 +129,19 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
 
-  plan.in_place = nhwc && same && !p.has_residual && !p.has_tail && plan.row_splits == 1;
+  plan.in_place =
+      nhwc && same && !p.has_residual && !p.has_tail && p.ratio <= 2 && plan.row_splits == 1;
   const int64_t rows = std::min(H, plan.band_rows + 2 * pad),
                 pixels = plan.band_rows == H ? plan.images * P : rows * W;
-  const int64_t panel = std::max(plan.pack ? p.depth() : 0, p.has_tail ? p.out_channels : 0);
+  const int64_t panel = std::max(plan.pack ? p.depth() : 0, p.has_tail ? 2 * m * p.ratio : 0);
+  const int64_t packed_rows = plan.band_rows == H ? H : rows;
+  const int64_t lines = plan.pack && !(same && p.x_is_nhwc())
+                            ? std::min(p.height, packed_rows * p.stride + p.kernel) * p.width
+                            : 0;  // of x that are converted or transposed first
   plan.scratch_bytes =
-      a * (m + pixels * ((plan.in_place ? 0 : p.intrinsic * p.ratio) + panel) + 64);
+      a *
+      (m + pixels * ((plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) + panel) +
+       lines * p.channels + 256);
   return plan;
 }
 

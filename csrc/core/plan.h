@@ -36,7 +36,7 @@ inline constexpr int64_t kMostPixels = 4;
 struct ApplyPlan {
   bool lanes = false;     // cpu/lane_tile.h: channels along the lanes; else cpu/apply.h: pixels
   bool in_place = false;  // lanes: y and z are made in out itself
-  int64_t l1_bytes = 0;   // of the machine
+  int64_t depth = 1;      // lanes: of a slice of the product's K
   bool pack = false;   // x tile converted / transposed / gathered into channel-major scratch first
   int64_t images = 1;  // whole images joined in one tile (small maps)
   int64_t band_rows = 0;       // output rows computed at a time

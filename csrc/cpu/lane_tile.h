@@ -35,7 +35,9 @@ class LaneTile {
 
   // A part of the channels, and where its y and z are.
   struct Part {
-    int64_t c0, channels, ghosts;  // from intrinsic channel c0 on
+    int64_t c0, channels;  // intrinsic ones
+    int64_t g0, ghosts;    // and their ghosts that are not cut off
+    int64_t repeated;      // for more than one ghost a channel: where y is once for each
     A *zeros, *panel, *pixels;
     int64_t ring, ld;  // rows before they start anew; elements of a pixel
   };
@@ -79,13 +81,17 @@ class LaneTile {
     Part part;
     part.c0 = c0;
     part.channels = c1 - c0;
-    part.ghosts = p.ratio > 1 ? std::clamp<int64_t>(p.out_channels - m - c0, 0, c1 - c0) : 0;
+    const int64_t per = p.ratio - 1;
+    part.g0 = c0 * per;
+    part.ghosts = std::clamp<int64_t>(p.out_channels - m - part.g0, 0, part.channels * per);
+    part.repeated = per > 1 ? part.channels + part.ghosts : 0;
     const bool whole = plan.band_rows >= H;
     part.ring = whole || in_place ? H : std::min(H, plan.band_rows + 2 * pad);
-    part.ld = in_place ? p.out_channels : part.channels + part.ghosts;
+    part.ld = in_place ? p.out_channels : part.channels + part.ghosts + (per > 1 ? part.ghosts : 0);
+    const int64_t zeros = std::max(part.channels, part.ghosts);
     part.zeros = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
-    std::fill(part.zeros, part.zeros + round_up(part.channels, 16), A(0));
-    part.panel = part.zeros + round_up(part.channels, 16);
+    std::fill(part.zeros, part.zeros + round_up(zeros, 16), A(0));
+    part.panel = part.zeros + round_up(zeros, 16);
     if (in_place) {
       part.pixels = reinterpret_cast<A*>(out) + n * args.out_image + c0;
     } else {
@@ -114,7 +120,7 @@ class LaneTile {
     const bool fetch = plan.fetch_results && nhwc && !plan.pack;
     const LaneOut<A> o{to, part.ld, p.act1, fetch, in_place, false};
     lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, part.channels,
-                    plan.l1_bytes, o);
+                    plan.depth, o);
   }
 
   // Without a primary convolution x is u: y = act1(scale1 * u + shift1).
@@ -139,55 +145,73 @@ class LaneTile {
   // The values of x under the taps of every pixel of some rows: dst [rows * W][K], K in the order
   // tap row, tap column, channel.
   void pack(int64_t n, int64_t row, int64_t rows, A* dst) const {
-    const int64_t C = p.channels, k = p.kernel, s = p.stride;
+    const int64_t C = p.channels, k = p.kernel, s = p.stride, width = p.width;
     const T* const x = static_cast<const T*>(args.x) + n * args.x_image;
-    if (!p.x_is_nhwc()) return pack_planes(x, row, rows, dst);
-    if (k == 1 && s == 1 && p.padding == 0) return read_row(x + row * W * C, dst, rows * W * C);
+    if (p.x_is_nhwc() && k == 1 && s == 1 && p.padding == 0)
+      return read_row(x + row * W * C, dst, rows * W * C);
+    const int64_t h0 = std::max<int64_t>(row * s - p.padding, 0),
+                  h1 = std::min((row + rows - 1) * s - p.padding + k, p.height);
+    if constexpr (std::is_same_v<T, A>)
+      if (p.x_is_nhwc()) return gather(x + h0 * width * C, h0, row, rows, dst);
+    // The rows that are needed, as NHWC of the compute type.
+    A* const lines = dst + round_up(rows * W * K, 16) + 16;
+    const int64_t pixels = std::max<int64_t>(h1 - h0, 0) * width;
+    if (p.x_is_nhwc()) {
+      read_row(x + h0 * width * C, lines, pixels * C);
+    } else if (C >= kLanes<A>) {
+      write_transposed_rows(x + h0 * width, lines, pixels);
+    } else {
+      for (int64_t c = 0; c < C; ++c)
+        for (int64_t q = 0; q < pixels; ++q)
+          lines[q * C + c] = Storage<T>::to_compute(x[c * args.x_channel + h0 * width + q]);
+    }
+    gather(lines, h0, row, rows, dst);
+  }
+
+  // Planes of x into dst [pixels][C].
+  void write_transposed_rows(const T* x, A* dst, int64_t pixels) const {
+    read_transposed(x, args.x_channel, dst, p.channels, p.channels, pixels);
+  }
+
+  // lines: rows of x from h0 on, NHWC. Runs of k pixels are adjacent there and in dst.
+  void gather(const A* lines, int64_t h0, int64_t row, int64_t rows, A* dst) const {
+    constexpr int L = kLanes<A>;
+    const int64_t C = p.channels, k = p.kernel, s = p.stride, run = k * C, whole = run / L * L;
+    const auto rest = lane_range<A>(0, run - whole);
     for (int64_t r = row; r < row + rows; ++r)
       for (int64_t w = 0; w < W; ++w)
-        for (int64_t i = 0; i < k; ++i, dst += k * C) {
-          const int64_t h = r * s + i - p.padding, from = w * s - p.padding,
-                        first = std::max<int64_t>(-from, 0),
-                        last = std::min(p.width - from, k);  // tap columns inside
-          if (h < 0 || h >= p.height || first >= last) {
-            std::fill(dst, dst + k * C, A(0));
+        for (int64_t i = 0; i < k; ++i, dst += run) {
+          const int64_t h = r * s + i - p.padding, from = w * s - p.padding;
+          const A* const src = lines + ((h - h0) * p.width + from) * C;
+          const bool inside = h >= 0 && h < p.height;
+          if (inside && from >= 0 && from + k <= p.width) {
+            for (int64_t c = 0; c < whole; c += L) store(dst + c, load(src + c));
+            // A whole vector: what comes behind the run is written after it.
+            if (whole < run) store(dst + whole, load_masked(src + whole, rest));
             continue;
           }
+          const int64_t first = inside ? std::clamp<int64_t>(-from, 0, k) : k,
+                        last = std::clamp<int64_t>(p.width - from, first, k);
           std::fill(dst, dst + first * C, A(0));
-          read_row(x + (h * p.width + from + first) * C, dst + first * C, (last - first) * C);
-          std::fill(dst + last * C, dst + k * C, A(0));
+          for (int64_t c = first * C; c < last * C; ++c) dst[c] = src[c];
+          std::fill(dst + last * C, dst + run, A(0));
         }
-  }
-  // The same from NCHW: made for images of a few channels.
-  void pack_planes(const T* x, int64_t row, int64_t rows, A* dst) const {
-    const int64_t C = p.channels, k = p.kernel, s = p.stride;
-    for (int64_t r = row; r < row + rows; ++r, dst += W * K)
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t j = 0; j < k; ++j)
-          for (int64_t c = 0; c < C; ++c) {
-            const int64_t h = r * s + i - p.padding, from = j - p.padding;
-            A* to = dst + (i * k + j) * C + c;
-            const T* src = x + c * args.x_channel + h * p.width + from;
-            for (int64_t w = 0; w < W; ++w) {
-              const int64_t col = w * s + from;
-              const bool inside = h >= 0 && h < p.height && col >= 0 && col < p.width;
-              to[w * K] = inside ? Storage<T>::to_compute(src[w * s]) : A(0);
-            }
-          }
   }
 
   // z of rows [r0, r1) of an image whose pixels begin at `image`.
   void cheap(const Part& part, A* image, int64_t r0, int64_t r1) const {
     if (part.ghosts == 0) return;
-    const int64_t c0 = part.c0;
-    LaneDepthwise<A> rows{image,       part.ring,
-                          part.ld,     part.zeros,
-                          r0,          r1,
-                          H,           W,
-                          part.ghosts, packed + at.lane_taps + c0,
-                          p.ghosts(),  packed + at.shift2 + c0,
-                          p.act2,      in_place ? m : part.channels};
-    lane_depthwise<A>(d, rows);
+    lane_depthwise<A>(d, {image, part.ring, part.ld, part.zeros, r0, r1, H, W, part.ghosts,
+                          packed + at.lane_taps + part.g0, p.ghosts(), packed + at.shift2 + part.g0,
+                          p.act2, part.repeated, in_place ? m : part.channels});
+  }
+
+  // y of some pixels once more for each of its ghosts.
+  void repeat(const Part& part, A* y, int64_t pixels) const {
+    if (part.repeated == 0) return;
+    const int64_t per = p.ratio - 1;
+    for (int64_t q = 0; q < pixels; ++q, y += part.ld)
+      for (int64_t g = 0; g < part.ghosts; ++g) y[part.repeated + g] = y[g / per];
   }
 
   // Finished rows [r0, r1) of image n from scratch to the output.
@@ -202,7 +226,7 @@ class LaneTile {
     const int64_t first = n * args.out_image;
     if (p.has_tail) src = with_tail(part, src, pixels);
     if (!nhwc) {
-      const int64_t y = first + part.c0 * P + row * W, z = y + m * P;
+      const int64_t y = first + part.c0 * P + row * W, z = first + (m + part.g0) * P + row * W;
       write_transposed(src, part.ld, out + y, P, part.channels, pixels,
                        residual ? residual + y : nullptr);
       if (part.ghosts > 0)
@@ -210,11 +234,11 @@ class LaneTile {
                          residual ? residual + z : nullptr);
       return;
     }
-    int64_t o = first + row * W * p.out_channels + part.c0;
+    int64_t o = first + row * W * p.out_channels;
     if (part.ld == p.out_channels) return write_line(src, o, pixels * part.ld);
     for (int64_t q = 0; q < pixels; ++q, src += part.ld, o += p.out_channels) {
-      write_line(src, o, part.channels);
-      write_line(src + part.channels, o + m, part.ghosts);
+      write_line(src, o + part.c0, part.channels);
+      write_line(src + part.channels, o + m + part.g0, part.ghosts);
     }
   }
   void write_line(const A* src, int64_t o, int64_t count) const {
@@ -247,6 +271,7 @@ class LaneTile {
 
   void whole_images(int64_t n0, int64_t images, const Part& part) const {
     primary(n0, images, 0, H, part, part.pixels);
+    repeat(part, part.pixels, images * P);
     for (int64_t j = 0; j < images; ++j) {
       A* const image = part.pixels + j * P * part.ld;
       cheap(part, image, 0, H);
@@ -262,7 +287,9 @@ class LaneTile {
       const int64_t until = std::min(last, done + plan.band_rows + pad);
       while (have < until) {
         const int64_t stop = std::min(until, (have / part.ring + 1) * part.ring);
-        primary(n, 1, have, stop - have, part, part.pixels + have % part.ring * W * part.ld);
+        A* const y = part.pixels + have % part.ring * W * part.ld;
+        primary(n, 1, have, stop - have, part, y);
+        repeat(part, y, (stop - have) * W);
         have = stop;
       }
       const int64_t ready = std::min({have == H ? H : have - pad, done + plan.band_rows, row1});

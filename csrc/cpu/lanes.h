@@ -208,16 +208,13 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
 }
 
 // Y[0..pixels)[0..M) from X[0..pixels)[0..K), the images' pixels one after the other in Y.
-//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; shift: padded to kPanel
+//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; shift: padded to kPanel; depth: of a slice
 template <class A>
 void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const A* shift,
-                  int64_t M, int64_t l1_bytes, const LaneOut<A>& out) {
+                  int64_t M, int64_t depth, const LaneOut<A>& out) {
   constexpr int L = kLanes<A>, kMost = kMostBlockVecs<A>;
   const int64_t ldpanel = K * kPanel, total = (M + L - 1) / L, blocks = (total + kMost - 1) / kMost;
-  // A slice of a block's weights takes half of L1.
-  const int64_t widest = (total + blocks - 1) / blocks * L * int64_t(sizeof(A));
-  const int64_t most_depth = std::max<int64_t>(l1_bytes / 2 / widest, 32);
-  const int64_t slices = K > most_depth * 5 / 4 ? (K + most_depth - 1) / most_depth : 1;
+  const int64_t slices = std::max<int64_t>((K + depth - 1) / depth, 1);
   for (int64_t s = 0; s < slices; ++s) {
     const int64_t k0 = K * s / slices, len = K * (s + 1) / slices - k0;
     LaneSource<A> in = source;
@@ -266,7 +263,7 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
 // Rows [row0, row1) of ghosts.
 template <class A>
 struct LaneDepthwise {
-  A* pixels;         // y, and z behind it; row 0 of the image, or of the ring
+  A* pixels;         // y and z of a pixel; row 0 of the image, or of the ring
   int64_t ring, ld;  // rows of the ring; elements of a pixel
   const A* zeros;    // [channels]: a pixel outside of the image
   int64_t row0, row1, height, width, channels;
@@ -274,7 +271,7 @@ struct LaneDepthwise {
   int64_t ld_taps;
   const A* shift;
   Activation act;
-  int64_t z;  // elements from a pixel's y to its z
+  int64_t y, z;  // of a pixel: the elements in front of its y, one for each of its z, and of its z
 
   A* row(int64_t r) const { return pixels + (r < ring ? r : r % ring) * width * ld; }
 };
@@ -309,7 +306,7 @@ GHOST_INLINE void lane_slide(const LaneDepthwise<A>& s, int64_t c, int64_t n) {
     for (int i = 0; i < D; ++i) {
       const int64_t r = row + i - R;
       const bool inside = r >= 0 && r < s.height;
-      y[i] = inside ? s.row(r) + c : s.zeros;
+      y[i] = inside ? s.row(r) + s.y + c : s.zeros;
       step[i] = inside ? ld : 0;
     }
     out = s.row(row) + s.z + c;

@@ -137,7 +137,7 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
     factor = set_gate(p, *gate, x.scalar_type());
   }
   ApplyArgs args;
-  p.lanes = ratio <= 2 && !gate && slopes1 == 0 && slopes2 == 0;
+  p.lanes = !gate && slopes1 == 0 && slopes2 == 0;
   args.problem = p;
   args.plan = plan_apply(p, cpu_machine(threads()));
   args.x = x.const_data_ptr();
@@ -156,6 +156,88 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   const auto kernel = active_kernels().apply[int(in.dtype)];
   parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   return out;
+}
+
+// The problem's plan run over x and packed parameters; the output is new, in the problem's layout.
+Tensor run_lanes(Problem& p, const Tensor& x, const Tensor& packed, const void* residual) {
+  const int64_t H = p.out_height(), W = p.out_width();
+  Tensor out = empty({p.batch, p.out_channels, H, W}, x.scalar_type(), p.layout);
+  p.lanes = true;
+  ApplyArgs args;
+  args.problem = p;
+  args.plan = plan_apply(p, cpu_machine(threads()));
+  args.x = x.const_data_ptr();
+  args.x_image = p.channels * p.height * p.width;
+  args.x_channel = p.height * p.width;
+  args.packed = packed.const_data_ptr();
+  args.residual = residual;
+  args.out = out.mutable_data_ptr();
+  args.out_layout = p.layout;
+  args.out_image = p.out_channels * H * W;
+  args.out_channel = H * W;
+  const auto kernel = active_kernels().apply[int(p.dtype)];
+  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return out;
+}
+
+Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
+                        int64_t kernel_size, int64_t padding, bool tail, int64_t intrinsic,
+                        int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride,
+                        int64_t act1, double slope1, int64_t act2, double slope2) {
+  const Image in = image_of(x, "x");
+  Problem p = problem_of(in);
+  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2, true);
+  STD_TORCH_CHECK(kernel_size >= 1 && padding >= 0,
+                  "kernel_size must be positive and padding not negative, got ", kernel_size,
+                  " and ", padding);
+  STD_TORCH_CHECK(p.act1.act != Act::kPReLU && p.act2.act != Act::kPReLU,
+                  "ghost_conv_apply has no PReLU");
+  STD_TORCH_CHECK(!tail || p.act1.act == Act::kNone, "with tail act1 must be none");
+  p.kernel = kernel_size;
+  p.padding = padding;
+  p.has_tail = tail;
+  STD_TORCH_CHECK(p.out_pixels() > 0, "x of ", in.h, " x ", in.w, " pixels with padding ", padding,
+                  " is smaller than the kernel of ", kernel_size);
+  const int64_t expected = PackedLayout(p).numel + (tail ? 2 * intrinsic : 0);
+  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() &&
+                      packed.scalar_type() == compute_type(in.dtype) && packed.numel() == expected,
+                  "packed does not belong to this module: expected ", expected, " elements, got ",
+                  packed.numel());
+  Tensor res;
+  if (residual) res = set_residual(p, *residual, x.scalar_type());
+  return run_lanes(p, x, packed, residual ? res.const_data_ptr() : nullptr);
+}
+
+// A network's first convolution: x of any layout, out in the one asked for.
+Tensor conv_stem(const Tensor& x, const Tensor& weight, const Tensor& shift, int64_t stride,
+                 int64_t act, double slope, bool channels_last) {
+  const Image in = image_of(x, "x");
+  Problem p = problem_of(in);
+  const int64_t O = weight.size(0);
+  set_apply(p, O, O, 1, 1, stride, act, slope, 0, 0.0, true);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == in.c && weight.size(2) == 3 &&
+                      weight.size(3) == 3 && shift.numel() == O,
+                  "weight must be [O, ", in.c, ", 3, 3] and shift [O]");
+  p.kernel = 3;
+  p.padding = 1;
+  STD_TORCH_CHECK(channels_last || in.layout == Layout::kNCHW,
+                  "conv_stem makes no contiguous output of a channels_last x");
+  p.x_planes = channels_last && in.layout == Layout::kNCHW;
+  p.layout = channels_last ? Layout::kNHWC : Layout::kNCHW;
+  const PackedLayout at(p);
+  Tensor packed = empty({at.numel}, compute_type(in.dtype));
+  const Param w(weight, in.dtype, weight.numel(), "weight"), b(shift, in.dtype, O, "shift");
+  with_dtype(in.dtype, [&](auto zero) {
+    using A = decltype(zero);
+    A* to = static_cast<A*>(packed.mutable_data_ptr());
+    std::vector<A> rows(static_cast<size_t>(O * in.c * 9));
+    for (int64_t o = 0; o < O; ++o)
+      transpose_taps(w.as<A>() + o * in.c * 9, in.c, 9, rows.data() + o * in.c * 9);
+    pack_panels<A>(rows.data(), O, in.c * 9, in.c * 9, 1, static_cast<const A*>(nullptr), to);
+    std::fill(to + at.shift1, to + at.numel, A(0));
+    std::copy_n(b.as<A>(), O, to + at.shift1);
+  });
+  return run_lanes(p, x, packed, nullptr);
 }
 
 // ----------------------------------------------------------------------------------------------
@@ -586,6 +668,8 @@ void ghost_update_running_(const OptionalTensor& running_mean1, const OptionalTe
 STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {
   m.impl("ghost_pack", TORCH_BOX(&ghost::ghost_pack));
   m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
+  m.impl("ghost_conv_apply", TORCH_BOX(&ghost::ghost_conv_apply));
+  m.impl("conv_stem", TORCH_BOX(&ghost::conv_stem));
   m.impl("ghost_primary_stats", TORCH_BOX(&ghost::ghost_primary_stats));
   m.impl("ghost_cheap_stats", TORCH_BOX(&ghost::ghost_cheap_stats));
   m.impl("ghost_train_forward", TORCH_BOX(&ghost::ghost_train_forward));
