@@ -173,29 +173,52 @@ class LaneTile {
     read_transposed(x, args.x_channel, dst, p.channels, p.channels, pixels);
   }
 
-  // lines: rows of x from h0 on, NHWC. Runs of k pixels are adjacent there and in dst.
+  // lines: rows of x from h0 on, NHWC. The k pixels under a tap row are adjacent there and in dst.
   void gather(const A* lines, int64_t h0, int64_t row, int64_t rows, A* dst) const {
+    const int64_t k = p.kernel, s = p.stride, run = k * p.channels;
+    // Columns of out whose taps are all inside of the image.
+    const int64_t first = std::min((p.padding + s - 1) / s, W),
+                  last = std::clamp((p.width + p.padding - k) / s + 1, first, W);
+    for (int64_t r = row; r < row + rows; ++r, dst += W * K)
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t h = r * s + i - p.padding;
+        const bool inside = h >= 0 && h < p.height;
+        const A* const line = lines + (inside ? h - h0 : 0) * p.width * p.channels;
+        for (int64_t w = 0; w < first; ++w) edge(line, inside, w, dst + w * K + i * run);
+        for (int64_t w = last; w < W; ++w) edge(line, inside, w, dst + w * K + i * run);
+        A* const to = dst + first * K + i * run;
+        const A* const from = line + (first * s - p.padding) * p.channels;
+        if (!inside)
+          for (int64_t w = 0; w < last - first; ++w) std::fill_n(to + w * K, run, A(0));
+        else if (run <= kLanes<A>)
+          copy_runs<1>(from, to, last - first, run);
+        else if (run <= 4 * kLanes<A>)
+          copy_runs<4>(from, to, last - first, run);
+        else
+          for (int64_t w = 0; w < last - first; ++w)
+            read_row(from + w * s * p.channels, to + w * K, run);
+      }
+  }
+  template <int kVecs>
+  void copy_runs(const A* from, A* to, int64_t count, int64_t run) const {
     constexpr int L = kLanes<A>;
-    const int64_t C = p.channels, k = p.kernel, s = p.stride, run = k * C, whole = run / L * L;
-    const auto rest = lane_range<A>(0, run - whole);
-    for (int64_t r = row; r < row + rows; ++r)
-      for (int64_t w = 0; w < W; ++w)
-        for (int64_t i = 0; i < k; ++i, dst += run) {
-          const int64_t h = r * s + i - p.padding, from = w * s - p.padding;
-          const A* const src = lines + ((h - h0) * p.width + from) * C;
-          const bool inside = h >= 0 && h < p.height;
-          if (inside && from >= 0 && from + k <= p.width) {
-            for (int64_t c = 0; c < whole; c += L) store(dst + c, load(src + c));
-            // A whole vector: what comes behind the run is written after it.
-            if (whole < run) store(dst + whole, load_masked(src + whole, rest));
-            continue;
-          }
-          const int64_t first = inside ? std::clamp<int64_t>(-from, 0, k) : k,
-                        last = std::clamp<int64_t>(p.width - from, first, k);
-          std::fill(dst, dst + first * C, A(0));
-          for (int64_t c = first * C; c < last * C; ++c) dst[c] = src[c];
-          std::fill(dst + last * C, dst + run, A(0));
-        }
+    const int64_t whole = (run - 1) / L, step = p.stride * p.channels;
+    const auto rest = lane_range<A>(0, run - whole * L);
+    for (int64_t w = 0; w < count; ++w, from += step, to += K) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs - 1; ++v)
+        if (v < whole) store(to + v * L, load(from + v * L));
+      store_first(to + whole * L, load_masked(from + whole * L, rest), run - whole * L);
+    }
+  }
+  // A run that reaches over the left or the right edge.
+  void edge(const A* line, bool inside, int64_t w, A* dst) const {
+    const int64_t C = p.channels, k = p.kernel, from = w * p.stride - p.padding,
+                  first = inside ? std::clamp<int64_t>(-from, 0, k) : k,
+                  last = std::clamp<int64_t>(p.width - from, first, k);
+    std::fill_n(dst, first * C, A(0));
+    std::copy(line + (from + first) * C, line + (from + last) * C, dst + first * C);
+    std::fill(dst + last * C, dst + k * C, A(0));
   }
 
   // z of rows [r0, r1) of an image whose pixels begin at `image`.
