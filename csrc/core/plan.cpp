@@ -95,7 +95,7 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   if (P == 0 || p.batch == 0) return plan;
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
-  plan.pack = !(p.has_primary && plain && same && p.x_is_nhwc() == nhwc);
+  plan.pack = !(p.has_primary && plain && same);
 
   // What a pixel needs in L2 between the product and its ghosts.
   const int64_t out_image = P * p.out_channels * e;
@@ -135,7 +135,7 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
                 pixels = plan.band_rows == H ? plan.images * P : rows * W;
   const int64_t panel = std::max(plan.pack ? p.depth() : 0, p.has_tail ? 2 * m * p.ratio : 0);
   const int64_t packed_rows = plan.band_rows == H ? H : rows;
-  const int64_t lines = plan.pack && !(same && p.x_is_nhwc())
+  const int64_t lines = plan.pack && !(same && nhwc)
                             ? std::min(p.height, packed_rows * p.stride + p.kernel) * p.width
                             : 0;  // of x that are converted or transposed first
   plan.scratch_bytes =

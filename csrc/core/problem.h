@@ -50,7 +50,6 @@ struct Problem {
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
   bool joined = false;    // x is [C, N, H, W]: the images of a channel are adjacent
   bool lanes = false;     // for cpu/lane_tile.h: inference with ratio 1 or 2, without gate or PReLU
-  bool x_planes = false;  // x is NCHW, out is in `layout`; lanes only
   bool has_tail = false;  // an affine map and act2 follow y in out; lanes only
 
   int64_t out_size(int64_t size) const {
@@ -60,7 +59,6 @@ struct Problem {
   int64_t out_height() const { return out_size(height); }
   int64_t out_width() const { return out_size(width); }
   int64_t depth() const { return channels * kernel * kernel; }  // of the product
-  bool x_is_nhwc() const { return layout == Layout::kNHWC && !x_planes; }
   int64_t out_pixels() const { return out_height() * out_width(); }
   int64_t ghosts() const { return intrinsic * (ratio - 1); }
   int64_t pad() const { return dw_size / 2; }

@@ -147,16 +147,16 @@ class LaneTile {
   void pack(int64_t n, int64_t row, int64_t rows, A* dst) const {
     const int64_t C = p.channels, k = p.kernel, s = p.stride, width = p.width;
     const T* const x = static_cast<const T*>(args.x) + n * args.x_image;
-    if (p.x_is_nhwc() && k == 1 && s == 1 && p.padding == 0)
+    if (nhwc && k == 1 && s == 1 && p.padding == 0)
       return read_row(x + row * W * C, dst, rows * W * C);
     const int64_t h0 = std::max<int64_t>(row * s - p.padding, 0),
                   h1 = std::min((row + rows - 1) * s - p.padding + k, p.height);
     if constexpr (std::is_same_v<T, A>)
-      if (p.x_is_nhwc()) return gather(x + h0 * width * C, h0, row, rows, dst);
+      if (nhwc) return gather(x + h0 * width * C, h0, row, rows, dst);
     // The rows that are needed, as NHWC of the compute type.
     A* const lines = dst + round_up(rows * W * K, 16) + 16;
     const int64_t pixels = std::max<int64_t>(h1 - h0, 0) * width;
-    if (p.x_is_nhwc()) {
+    if (nhwc) {
       read_row(x + h0 * width * C, lines, pixels * C);
     } else if (C >= kLanes<A>) {
       write_transposed_rows(x + h0 * width, lines, pixels);

@@ -40,8 +40,12 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
                       weight.size(2) == k && weight.size(3) == k,
                   "weight must be [", C, ", 1, ", k, ", ", k, "]");
+  // The weight may lie in memory as NHWC reads it, [k, k, 1, C].
+  const bool taps_first =
+      weight.stride(0) == 1 && weight.stride(3) == C && weight.stride(2) == k * C;
   for (const Tensor* t : {&weight, &shift})
-    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == compute_type(dtype) && t->is_contiguous(),
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == compute_type(dtype) &&
+                        (t->is_contiguous() || (t == &weight && taps_first)),
                     "weight and shift must be contiguous and in the compute dtype of x");
   STD_TORCH_CHECK(shift.numel() == C, "shift must have ", C, " elements, got ", shift.numel());
   a.act = activation(act, slope, "act");
@@ -49,9 +53,11 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift
   Tensor out = empty({a.batch, C, a.out_height, a.out_width}, x.scalar_type(), layout);
   if (out.numel() == 0) return out;
   Tensor taps = weight;
-  if (layout == Layout::kNHWC)  // [C, k * k] -> [k * k, C]
-    taps = torch::stable::contiguous(
-        torch::stable::transpose(torch::stable::view(weight, {C, k * k}), 0, 1));
+  if (layout == Layout::kNCHW)
+    taps = torch::stable::contiguous(weight);
+  else if (!taps_first)  // [C, k * k] -> [k * k, C]
+    taps = torch::stable::contiguous(torch::stable::transpose(
+        torch::stable::view(torch::stable::contiguous(weight), {C, k * k}), 0, 1));
   a.x = x.const_data_ptr();
   a.weight = taps.const_data_ptr();
   a.shift = shift.const_data_ptr();

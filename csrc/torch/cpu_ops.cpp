@@ -7,6 +7,7 @@
 
 #include "core/plan.h"
 #include "cpu/dispatch.h"
+#include "cpu/layers.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
 #include "torch/cpu_common.h"
@@ -208,36 +209,23 @@ Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTen
   return run_lanes(p, x, packed, residual ? res.const_data_ptr() : nullptr);
 }
 
-// A network's first convolution: x of any layout, out in the one asked for.
-Tensor conv_stem(const Tensor& x, const Tensor& weight, const Tensor& shift, int64_t stride,
-                 int64_t act, double slope, bool channels_last) {
-  const Image in = image_of(x, "x");
-  Problem p = problem_of(in);
-  const int64_t O = weight.size(0);
-  set_apply(p, O, O, 1, 1, stride, act, slope, 0, 0.0, true);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == in.c && weight.size(2) == 3 &&
-                      weight.size(3) == 3 && shift.numel() == O,
-                  "weight must be [O, ", in.c, ", 3, 3] and shift [O]");
-  p.kernel = 3;
-  p.padding = 1;
-  STD_TORCH_CHECK(channels_last || in.layout == Layout::kNCHW,
-                  "conv_stem makes no contiguous output of a channels_last x");
-  p.x_planes = channels_last && in.layout == Layout::kNCHW;
-  p.layout = channels_last ? Layout::kNHWC : Layout::kNCHW;
-  const PackedLayout at(p);
-  Tensor packed = empty({at.numel}, compute_type(in.dtype));
-  const Param w(weight, in.dtype, weight.numel(), "weight"), b(shift, in.dtype, O, "shift");
-  with_dtype(in.dtype, [&](auto zero) {
-    using A = decltype(zero);
-    A* to = static_cast<A*>(packed.mutable_data_ptr());
-    std::vector<A> rows(static_cast<size_t>(O * in.c * 9));
-    for (int64_t o = 0; o < O; ++o)
-      transpose_taps(w.as<A>() + o * in.c * 9, in.c, 9, rows.data() + o * in.c * 9);
-    pack_panels<A>(rows.data(), O, in.c * 9, in.c * 9, 1, static_cast<const A*>(nullptr), to);
-    std::fill(to + at.shift1, to + at.numel, A(0));
-    std::copy_n(b.as<A>(), O, to + at.shift1);
-  });
-  return run_lanes(p, x, packed, nullptr);
+// The mean over the pixels of a 1x1 convolution with its batch norm and activation, [N, channels].
+Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channels, int64_t act,
+                          double slope) {
+  const Tensor y =
+      ghost_apply(x, packed, {}, {}, channels, channels, 1, 1, 1, act, slope, 0, 0.0, true);
+  const DType dtype = dtype_of(y, "x");
+  Tensor means = empty({y.size(0), channels}, compute_type(dtype));
+  GateArgs a{};
+  a.x = const_cast<void*>(y.const_data_ptr());
+  a.means = means.mutable_data_ptr();
+  a.batch = y.size(0);
+  a.channels = channels;
+  a.pixels = y.size(2) * y.size(3);
+  a.layout = layout_of(y, "x");
+  const auto kernel = active_layers().gate_means[int(dtype)];
+  parallel(a.batch, [&](int64_t b, int64_t e) { kernel(a, b, e, 0, channels); });
+  return means.scalar_type() == y.scalar_type() ? means : torch::stable::to(means, y.scalar_type());
 }
 
 // ----------------------------------------------------------------------------------------------
@@ -669,7 +657,7 @@ STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {
   m.impl("ghost_pack", TORCH_BOX(&ghost::ghost_pack));
   m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
   m.impl("ghost_conv_apply", TORCH_BOX(&ghost::ghost_conv_apply));
-  m.impl("conv_stem", TORCH_BOX(&ghost::conv_stem));
+  m.impl("ghost_apply_pooled", TORCH_BOX(&ghost::ghost_apply_pooled));
   m.impl("ghost_primary_stats", TORCH_BOX(&ghost::ghost_primary_stats));
   m.impl("ghost_cheap_stats", TORCH_BOX(&ghost::ghost_cheap_stats));
   m.impl("ghost_train_forward", TORCH_BOX(&ghost::ghost_train_forward));

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations, layers, model_ops
+from ..eager_ops import memory_format
 from ..reference import hard_sigmoid
 from .fused import Fused
 from .ghost import (
@@ -156,10 +157,14 @@ class PackedDepthwise:
         if bn is not None:
             norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
         self.weight, self.shift = model_ops.fold(conv.weight, conv.bias, *norm)
+        # The same numbers in the order in which channels_last reads them.
+        self.taps_first = self.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
         self.arguments = (conv.stride[0], branch.act, branch.slope)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return model_ops.depthwise_conv(x, self.weight, self.shift, *self.arguments)
+        nchw = memory_format(x) == torch.contiguous_format
+        weight = self.weight if nchw else self.taps_first
+        return model_ops.depthwise_conv(x, weight, self.shift, *self.arguments)
 
     def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and its sums over pixels."""

@@ -464,7 +464,7 @@ class PackedGhost:
     def pooled(self, x: Tensor) -> Tensor:
         """The mean over the pixels of the output, [N, out_channels], for a dense x that fits."""
         few = x.size(2) * x.size(3) <= model_ops.MOST_POOLED
-        if self.takes_gate and few and model_ops.on_gpu(x):
+        if self.takes_gate and few:
             _, intrinsic, out_channels, _, _, _, act, slope, *_ = self.arguments
             if intrinsic != out_channels:
                 return self(x).mean((2, 3))

@@ -26,6 +26,8 @@ from .ghost import (
     Branch,
     BranchForm,
     FusedGhost,
+    Ghost,
+    PackedGhost,
     called,
     match_any_branch,
     match_branch,
@@ -86,13 +88,17 @@ class Network:
 class _PackedStem:
     """A convolution with its batch norm folded in, and its activation.
 
-    On a GPU one operator, ``ghost_ops::conv_stem``, where that computes it; else the library's
+    One operator where there is one: ``ghost_ops::conv_stem`` on a GPU, ``ghost_conv_apply`` on a
+    CPU, there in channels_last, in which the whole network is faster; else the library's
     convolution.
     """
 
-    def __init__(self, branch: Branch) -> None:
+    def __init__(self, branch: Branch, backend: str) -> None:
         conv, bn = branch.conv, branch.bn
         assert bn is not None
+        ghost = Ghost(branch, None, conv.out_channels)
+        on_cpu = backend == "native" and conv.weight.device.type == "cpu" and ghost.is_conv()
+        self.packed = PackedGhost(ghost, backend) if on_cpu else None
         self.weight, self.shift = model_ops.fold(
             conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
         )
@@ -106,6 +112,8 @@ class _PackedStem:
             self.shift = self.shift.to(conv.weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed(x.contiguous(memory_format=torch.channels_last))
         if self.direct:
             channels_last = torch.channels_last in (self.format, memory_format(x))
             stride = self.arguments[0][0]
@@ -121,10 +129,10 @@ class PackedNetwork:
     """The ends of a GhostNet in inference, and its bottlenecks between them."""
 
     def __init__(self, parts: Network, backend: str) -> None:
-        self.stem, self.blocks = _PackedStem(parts.stem), parts.blocks
+        self.stem, self.blocks = _PackedStem(parts.stem, backend), parts.blocks
         self.last = packed_conv(parts.last, backend)
-        self.head = parts.head.weight.detach().flatten(1)
-        self.head_bias, self.head_act = parts.head.bias, parts.head_act
+        head = Branch(parts.head, None, *parts.head_act, None, (0, 0), ())
+        self.head = packed_conv(head, backend)
         self.classifier = parts.classifier
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -133,9 +141,9 @@ class PackedNetwork:
         for block in self.blocks:
             x = block(x)
         x = self.last.pooled(dense(x))
-        x = F.linear(x, self.head, self.head_bias)
-        x = activations.apply(x, *self.head_act, inplace=True)
-        return self.classifier(x)
+        # The images are the pixels of one channels_last map.
+        x = self.head(x[None, :, None].permute(0, 3, 1, 2))
+        return self.classifier(x[0, :, :, 0].t())
 
 
 class NetworkForm(NamedTuple):
