@@ -267,7 +267,7 @@ def ghost_cheap_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [g] of v; ``packed`` was built without batch norm 2."""
     g = intrinsic * (ratio - 1)
-    _, second, third, fourth, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
+    _, second, third, _, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
     if packed.numel() != end:
         raise RuntimeError(f"packed has {packed.numel()} elements, expected {end}")
     if g == 0:

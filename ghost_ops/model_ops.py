@@ -411,6 +411,10 @@ ghost_apply_pooled = torch.ops.ghost_ops.ghost_apply_pooled.default
 ghost_apply_gated = torch.ops.ghost_ops.ghost_apply_gated.default
 native_ghost_conv_apply = torch.ops.ghost_ops.ghost_conv_apply.default
 
+# Only the CPU has it, and nothing that is traced calls it.
+_library.define("run_program(Tensor x, Tensor[] tensors, Tensor code) -> Tensor")
+native_run_program = torch.ops.ghost_ops.run_program.default
+
 
 def has_conv_kernel() -> bool:
     """Whether the native library has a kernel for ``ghost_conv_apply``; on the CPU only."""

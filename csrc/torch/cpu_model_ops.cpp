@@ -8,6 +8,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/layers.h"
 #include "torch/cpu_common.h"
+#include "torch/cpu_operators.h"
 
 namespace ghost {
 namespace {
@@ -30,6 +31,8 @@ Args depthwise_shape(const Tensor& x, int64_t kernel_size, int64_t stride) {
   a.stride = stride;
   return a;
 }
+
+}  // namespace
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift,
                       int64_t kernel_size, int64_t stride, int64_t act, double slope) {
@@ -66,6 +69,8 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift
   parallel(depthwise_items(a), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return out;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad, const Tensor& x,
                                                    const Tensor& weight, int64_t kernel_size,
@@ -133,6 +138,8 @@ Tensor plane_dot(const Tensor& x, const Tensor& other) {
   parallel(x.size(0) * x.size(1), [&](int64_t b, int64_t e) { kernel(a, b, e); });
   return out;
 }
+
+}  // namespace
 
 void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
                      const Tensor& w_expand, const Tensor& b_expand, int64_t act, double slope,
@@ -203,7 +210,6 @@ void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
   });
 }
 
-}  // namespace
 }  // namespace ghost
 
 STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {

@@ -11,6 +11,7 @@
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
 #include "torch/cpu_common.h"
+#include "torch/cpu_operators.h"
 
 namespace ghost {
 namespace {
@@ -114,6 +115,8 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
 // ----------------------------------------------------------------------------------------------
 // eval
 
+}  // namespace
+
 Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
                    const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
                    int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
@@ -159,6 +162,8 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   return out;
 }
 
+namespace {
+
 // The problem's plan run over x and packed parameters; the output is new, in the problem's layout.
 Tensor run_lanes(Problem& p, const Tensor& x, const Tensor& packed, const void* residual) {
   const int64_t H = p.out_height(), W = p.out_width();
@@ -180,6 +185,8 @@ Tensor run_lanes(Problem& p, const Tensor& x, const Tensor& packed, const void* 
   parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   return out;
 }
+
+}  // namespace
 
 Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
                         int64_t kernel_size, int64_t padding, bool tail, int64_t intrinsic,
@@ -208,6 +215,8 @@ Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTen
   if (residual) res = set_residual(p, *residual, x.scalar_type());
   return run_lanes(p, x, packed, residual ? res.const_data_ptr() : nullptr);
 }
+
+namespace {
 
 // The mean over the pixels of a 1x1 convolution with its batch norm and activation, [N, channels].
 Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channels, int64_t act,

@@ -49,6 +49,7 @@ from .ghost import (
 )
 from .graph import OutputShape, numbers_of
 from .guards import Path, Refusal, at
+from .program import Program
 from .read import Reading
 from .symbols import Node
 
@@ -82,9 +83,11 @@ class Bottleneck:
         ghosts: the two Ghost modules, called as they are in training.
         ghost1, ghost2: their parts.
         inplace: the shortcut is added in place, which keeps the dtype.
+        program: what ``pack`` made last, if that is one operator of the CPU.
     """
 
     alone = False
+    program: Program | None = None
 
     def __init__(
         self,
@@ -134,7 +137,12 @@ class Bottleneck:
         return y + x
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
-        return PackedBottleneck(self, backend), ()
+        packed = PackedBottleneck(self, backend)
+        if not packed.is_program(backend):
+            return packed, ()
+        self.program = Program()
+        packed.add_to(self.program, 0)
+        return self.program.packed()
 
     def description(self) -> str:
         """In words, for the report."""
@@ -165,6 +173,11 @@ class PackedDepthwise:
         nchw = memory_format(x) == torch.contiguous_format
         weight = self.weight if nchw else self.taps_first
         return model_ops.depthwise_conv(x, weight, self.shift, *self.arguments)
+
+    def add_to(self, program: Program, x: int, release: tuple[int, ...]) -> int:
+        """The number of the output in a program, for the value x of it."""
+        weights = self.weight, self.taps_first, self.shift
+        return program.depthwise(x, *weights, self.arguments, release=release)
 
     def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and its sums over pixels."""
@@ -204,6 +217,28 @@ class PackedBottleneck:
         if parts.shortcut is not None:
             dw, conv = parts.shortcut
             self.shortcut = PackedDepthwise(dw), packed_conv(conv, backend)
+
+    def is_program(self, backend: str) -> bool:
+        """Whether it can be one of the CPU's operators."""
+        ghosts = [self.ghost1, self.ghost2, *([self.shortcut[1]] if self.shortcut else [])]
+        return (
+            backend == "native"
+            and self.ghost1.packed.device.type == "cpu"
+            and all(ghost.is_one_operator() for ghost in ghosts)
+        )
+
+    def add_to(self, program: Program, x: int) -> int:
+        """The number of its output in a program, for the value x of it."""
+        given, y = x, self.ghost1.add_to(program, x)
+        if self.dw is not None:
+            y = self.dw.add_to(program, y, release=(y,))
+        if self.gate is not None:
+            y = program.excite(y, self.gate.tensors, self.gate.arguments)
+        if self.shortcut is not None:
+            dw, conv = self.shortcut
+            x = dw.add_to(program, x, release=(given,))
+            x = conv.add_to(program, x, release=(x,))
+        return self.ghost2.add_to(program, y, x, release=(y, x))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The bottleneck's output for a dense x that fits."""

@@ -227,17 +227,26 @@ class Fused(nn.Module):
         backend = backend_for(x, parts.dw_size)
         if backend not in self._ghost_backends or (backend == "eager" and x.dtype in LOW_PRECISION):
             return None
-        cached = state.cached
-        if cached is None or not cached.is_current(self, backend):
-            if not watchable(parts.layers) or parts.why_not_packed():
-                return None
-            parts.check(x)
-            state.cached = cached = Cached(self, state, parts, backend)
-        elif to is not None:
+        cached = self._ghost_cached(state, backend, x)
+        if cached is None:
+            return None
+        if to is not None:
             parts.check(x)
         if to is None and not cached.fits(x):
             return None
         return cached.operator(dense(x), *cached.arguments)
+
+    def _ghost_cached(self, state: State, backend: str, x: Tensor | None) -> Cached | None:
+        """Packed weights, kept or new; None where these cannot be. x is checked before packing."""
+        cached, parts = state.cached, state.parts
+        assert parts is not None
+        if cached is None or not cached.is_current(self, backend):
+            if not watchable(parts.layers) or parts.why_not_packed():
+                return None
+            if x is not None:
+                parts.check(x)
+            state.cached = cached = Cached(self, state, parts, backend)
+        return cached
 
     def _ghost_plain(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of the module as it was before it was fused."""

@@ -42,6 +42,7 @@ from ..reference import Norms, Settings, Slopes
 from .fused import Fused
 from .graph import OutputShape, numbers_of
 from .guards import Path, Refusal, at
+from .program import Program
 from .read import PARAMETER_HOOKS, Reading
 from .symbols import Node
 
@@ -387,6 +388,7 @@ class PackedGhost:
 
     Attributes:
         operator: takes x, ``packed``, a residual and ``arguments``.
+        is_conv: it is ``ghost_conv_apply``, else ``ghost_apply``.
         library_w1: of a primary convolution that runs before it.
         tail: what is to be called behind it.
     """
@@ -397,6 +399,7 @@ class PackedGhost:
         self.gate, self.tail = ghost.gate, ghost.tail
         fused = is_fused_primary(w1, self.settings)
         conv = backend == "native" and w1.device.type == "cpu" and ghost.is_conv()
+        self.is_conv = False
         after = ghost.after if conv and not why_not_together(ghost.layers) else None
         # Whether x may come with a gate that is applied as it is read.
         gated = fused and backend == "native" and self.settings.stride == (1, 1)
@@ -424,6 +427,7 @@ class PackedGhost:
             s = s._replace(act2=after.act, slope2=after.slope)
             rows, w2, norms, ends = _fold_after(rows, w2, norms, s, after.bn)
             self.tail = ()
+        self.is_conv = True
         self.packed = torch.cat([pack(functions, rows, w2, norms, s), *ends])
         *numbers, _ = apply_arguments(m, w2, s, True)
         self.operator = direct(model_ops.native_ghost_conv_apply)
@@ -448,6 +452,19 @@ class PackedGhost:
         if gate is not None:
             return self.operator(x, self.packed, residual, gate, *self.arguments[1:])
         return self.operator(x, self.packed, residual, *self.arguments)
+
+    def is_one_operator(self) -> bool:
+        """Whether all of it, but for a gate from outside, is the operator."""
+        return self.library_w1 is None and self.gate is None and not self.tail
+
+    def add_to(
+        self, program: Program, x: int, residual: int | None = None, release: tuple[int, ...] = ()
+    ) -> int:
+        """The number of the module's output in a program, for the value x of it."""
+        arguments = self.arguments if self.is_conv else self.arguments[1:]
+        return program.ghost(
+            x, self.packed, arguments, residual, is_conv=self.is_conv, release=release
+        )
 
     def whole(self, x: Tensor) -> Tensor:
         """The module's output for a dense x that fits, with its own gate and tail."""

@@ -4,7 +4,8 @@ A GhostNet is a stem (convolution, batch norm, activation), bottlenecks, a last 
 batch norm and activation, average pooling, one more 1x1 convolution, an activation and a linear
 layer. In eval mode without gradients the norms are folded, the last convolution runs as a Ghost
 module of ratio 1 and the one behind the pooling as the matrix product that it is. The bottlenecks
-run as the modules that they are.
+run as the modules that they are; on a CPU, if nobody would see the difference, together as one
+operator (``program``).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from .. import activations, model_ops
 from ..autograd import dense
 from ..eager_ops import memory_format
-from .bottleneck import FusedBottleneck
-from .fused import FusedInference
+from ..watch import Watch
+from .bottleneck import Bottleneck, FusedBottleneck
+from .fused import Cached, FusedInference, State
 from .ghost import (
     Branch,
     BranchForm,
@@ -34,7 +36,8 @@ from .ghost import (
     packed_conv,
     why_not_together,
 )
-from .guards import Path, Refusal, at
+from .guards import Path, Refusal, at, hooks_of
+from .program import Program
 from .read import Reading
 from .symbols import Node
 
@@ -44,6 +47,8 @@ class Network:
 
     Attributes:
         blocks: the modules between the stem and the last convolution, in the order of their calls.
+        inner: the same, where a block calls several modules in a row these; and all that are called
+            for them.
         pools: modules that are called for the pooling; head_modules: for the head and its
             activation.
     """
@@ -61,10 +66,13 @@ class Network:
         classifier: nn.Linear,
         pools: tuple[nn.Module, ...],
         head_modules: tuple[nn.Module, ...],
+        inner: tuple[nn.Module, ...],
+        inner_calls: tuple[nn.Module, ...],
     ) -> None:
         self.stem, self.blocks, self.last = stem, blocks, last
         self.head, self.head_act, self.classifier = head, head_act, classifier
         self.pools, self.head_modules = pools, head_modules
+        self.inner, self.inner_calls = inner, inner_calls
         self.first = stem.conv
         self.layers: tuple[nn.Module, ...] = (*stem.layers, *last.layers, head)
 
@@ -130,6 +138,8 @@ class PackedNetwork:
 
     def __init__(self, parts: Network, backend: str) -> None:
         self.stem, self.blocks = _PackedStem(parts.stem, backend), parts.blocks
+        self.inner, self.inner_calls, self.backend = parts.inner, parts.inner_calls, backend
+        self.together: _Together | None = None
         self.last = packed_conv(parts.last, backend)
         head = Branch(parts.head, None, *parts.head_act, None, (0, 0), ())
         self.head = packed_conv(head, backend)
@@ -138,12 +148,52 @@ class PackedNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits for a dense x that fits."""
         x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
+        together = self.together
+        if together is not None and together.holds():
+            x = together.operator(dense(x), *together.arguments)
+        else:
+            for block in self.blocks:
+                x = block(x)
+            self.together = self._together()
         x = self.last.pooled(dense(x))
         # The images are the pixels of one channels_last map.
         x = self.head(x[None, :, None].permute(0, 3, 1, 2))
         return self.classifier(x[0, :, :, 0].t())
+
+    def _together(self) -> _Together | None:
+        """The bottlenecks as one operator; None if not all can be, or somebody looks on."""
+        if any(map(len, (hook for m in self.inner_calls for hook in hooks_of(m)))):
+            return None
+        program, x, kept = Program(), 0, []
+        for module in self.inner:
+            state = module._ghost_state() if isinstance(module, FusedBottleneck) else None
+            if state is None or not isinstance(state.parts, Bottleneck):
+                return None
+            cached = module._ghost_cached(state, self.backend, None)
+            if cached is None or cached.watch is None or state.parts.program is None:
+                return None
+            x = program.append(state.parts.program, x)
+            kept.append((module.__dict__, state, cached, cached.watch))
+        return _Together(*program.packed(), kept) if kept else None
+
+
+class _Together(NamedTuple):
+    """Bottlenecks as one operator, and all that it was made from.
+
+    Attributes:
+        kept: of every bottleneck its attributes, its state and packed weights, and their watch.
+    """
+
+    operator: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    kept: list[tuple[dict, State, Cached, Watch]]
+
+    def holds(self) -> bool:
+        """Whether packing now would give the same."""
+        return all(
+            own.get("_ghost_ops") is state and state.cached is cached and watch.unchanged(own)
+            for own, state, cached, watch in self.kept
+        )
 
 
 class NetworkForm(NamedTuple):
@@ -157,6 +207,8 @@ class NetworkForm(NamedTuple):
     classifier: Path
     pools: tuple[Path, ...]
     head_modules: tuple[Path, ...]
+    inner: tuple[Path, ...]
+    inner_calls: tuple[Path, ...]
 
     def bind(self, module: nn.Module) -> Network:
         stem, last = self.stem.bind(module), self.last.bind(module)
@@ -169,12 +221,10 @@ class NetworkForm(NamedTuple):
                 raise Refusal(f"its {name} is not a plain 1x1 convolution")
         if last.prelu is not None:
             raise Refusal("its last stage has a PReLU, which only Ghost modules compute")
-        blocks, pools, heads = (
-            tuple(at(module, path) for path in paths)
-            for paths in (self.blocks, self.pools, self.head_modules)
-        )
+        paths = self.blocks, self.pools, self.head_modules, self.inner, self.inner_calls
+        blocks, *rest = (tuple(at(module, path) for path in some) for some in paths)
         classifier: Any = at(module, self.classifier)
-        return Network(stem, blocks, last, head, self.head_act, classifier, pools, heads)  # type: ignore[arg-type]
+        return Network(stem, blocks, last, head, self.head_act, classifier, *rest)  # type: ignore[arg-type]
 
     def shape(self, module: nn.Module) -> None:
         return None  # it is no operator of a graph
@@ -197,6 +247,8 @@ def match_network(reading: Reading) -> NetworkForm:
     pool = _expect(head.inputs[0], "mean", "an average pooling")
     last, node = match_any_branch(reading, pool.inputs[0], "the last stage")
     blocks: list[Path] = []
+    inner: list[Path] = []
+    inner_calls: list[Path] = []
     while True:
         with suppress(Refusal):
             stem, x = match_branch(reading, node, "the stem")
@@ -206,10 +258,16 @@ def match_network(reading: Reading) -> NetworkForm:
         if not calls:
             raise Refusal("its forward is not stem, blocks and head")
         blocks.insert(0, calls[-1].path)
-        node = calls[-1].x
+        end = calls[-1].x
+        while node is not end and (calls := reading.calls.get(node)):
+            inner.insert(0, calls[0].path)
+            inner_calls += [call.path for call in calls]
+            node = calls[0].x
+        if node is not end:
+            raise Refusal("one of its blocks is not modules in a row")
     return NetworkForm(
         stem, tuple(blocks), last, head.args[0], act.args, path,  # type: ignore[arg-type]
-        called(reading, pool), called(reading, act, head),
+        called(reading, pool), called(reading, act, head), tuple(inner), tuple(inner_calls),
     )  # fmt: skip
 
 
