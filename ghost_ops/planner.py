@@ -81,7 +81,11 @@ class Plan:
     """The tile plan of one evaluation pass on the CPU and its cost model.
 
     Attributes:
-        pack: x is first converted, transposed or gathered into channel-major scratch, tile by tile.
+        lanes: what lies along the lanes of a vector: ``"pixels"``, or ``"channels"`` (channels_last,
+            and small maps that narrow).
+        depth: with channels along the lanes, input channels of a slice of the matrix product.
+        in_place: the output itself is the scratch for y; with channels along the lanes.
+        pack: x is first converted, transposed or gathered into scratch, tile by tile.
         images: whole images joined in one tile.
         band_rows: output rows that one band of an image computes (all rows: no banding).
         row_splits: independent row ranges an image is cut into for threads.
@@ -102,6 +106,9 @@ class Plan:
         machine: the machine the plan is for.
     """
 
+    lanes: str
+    depth: int
+    in_place: bool
     pack: bool
     images: int
     band_rows: int
@@ -122,12 +129,14 @@ class Plan:
 
     def __str__(self) -> str:
         source = "packed into scratch" if self.pack else "read in place"
+        block = f"{self.vecs} vectors of {self.machine.lanes} wide"
+        if self.lanes == "channels":
+            block = f"channels along the lanes, {self.depth} of x in a slice"
         tile = f"{self.images} whole images" if self.images > 1 else f"{self.band_rows} rows"
         return "\n".join(
             (
                 f"x            {source}",
-                f"tile         {tile}, {self.group} intrinsic channels at a time, "
-                f"{self.vecs} vectors of {self.machine.lanes} wide",
+                f"tile         {tile}, {self.group} intrinsic channels at a time, {block}",
                 f"parallel     {self.items} items (rows / {self.row_splits}, "
                 f"channels / {self.channel_splits}), "
                 f"{self.scratch_bytes / 1024:.0f} KiB scratch a thread",

@@ -6,6 +6,7 @@ import csv
 import math
 import pathlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,8 +146,29 @@ def test_readable() -> None:
     assert f"{2 * 16 * 28 * 28 * (40 * 120 + 120 * 9):,}" in text
 
 
+def test_channels_along_the_lanes() -> None:
+    """In channels_last; in NCHW where pixels would leave lanes idle and the module narrows."""
+    for shape, oup, nchw in (((1, 960, 7, 7), 160, True), ((1, 160, 7, 7), 960, False),
+                             ((16, 480, 14, 14), 112, False)):  # fmt: skip
+        assert (planner.explain(shape, oup, machine=XEON).lanes == "channels") is nchw
+        last = planner.explain(shape, oup, machine=XEON, channels_last=True)
+        assert last.lanes == "channels"
+        assert last.in_place
+        assert not last.pack
+        residual = planner.explain(shape, oup, machine=XEON, channels_last=True, residual=True)
+        assert not residual.in_place
+
+
+def test_sums_do_not_depend_on_the_cores() -> None:
+    """Threads share out channels, not the slices of a sum."""
+    for problem in PROBLEMS:
+        plans = [planner.explain(**{**problem, "machine": replace(problem["machine"], cores=c)})
+                 for c in (1, 2, 64)]  # fmt: skip
+        assert len({plan.depth for plan in plans}) == 1, problem
+
+
 GOLDEN = pathlib.Path(__file__).with_name("golden_plans.csv")
-DECISIONS = ("pack", "images", "band_rows", "row_splits", "channel_splits", "group", "vecs",
+DECISIONS = ("lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits", "channel_splits", "group", "vecs",
              "fetch", "fetch_results", "stream", "items")  # fmt: skip
 
 
@@ -155,10 +177,11 @@ def golden_rows() -> Iterator[dict[str, str]]:
     for (isa, vectors), l2_bytes in ((v, b) for v in VECTORS.items() for b in L2_BYTES):
         machine = CpuMachine(*vectors, 32 << 10, l2_bytes, cores=2)
         for size, inp, oup, _ in sorted(set(GHOSTNET)):
-            for batch in (1, 16):
-                plan = planner.explain((batch, inp, size, size), oup, machine=machine)
+            for batch, layout in ((b, layout) for b in (1, 16) for layout in LAYOUTS):
+                plan = planner.explain((batch, inp, size, size), oup, machine=machine,
+                                       channels_last=layout == "nhwc")  # fmt: skip
                 row = {"isa": isa, "l2_kib": l2_bytes >> 10, "shape": f"{inp}->{oup}@{size}",
-                       "batch": batch}  # fmt: skip
+                       "batch": batch, "layout": layout}  # fmt: skip
                 row |= {name: getattr(plan, name) for name in DECISIONS}
                 yield {key: str(value) for key, value in row.items()}
 

@@ -1,0 +1,117 @@
+"""Kernels with channels along the lanes: bands and rings of rows, shares of the work, several
+operators as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import native_module
+from helpers import DTYPES, LAYOUTS, assert_close, covering, same_bits
+from test_convs import Given, ids
+
+from ghost_ops import _env, model_ops, ops, planner
+from ghost_ops.fusion.program import Program
+
+pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
+
+CASES = covering(
+    {
+        "shape": [(2, 5, 23, 11), (1, 16, 40, 33), (3, 19, 17, 24), (1, 3, 61, 5)],
+        "k": [1, 3],
+        "stride": [1, 2],
+        "padding": [0, 1],
+        "m": [5, 16, 37],
+        "ghosts": [(1, 1), (2, 3), (3, 5), (2, 7), (4, 3)],
+        "cut": [0, 3],
+        "tail": [False, True],
+        "residual": [False, True],
+        "act": ["relu", "silu", "none"],
+        "layout": list(LAYOUTS),
+        "dtype": list(DTYPES),
+    }
+)  # fmt: skip
+
+
+@pytest.fixture(params=["4K", "24K"])
+def small_caches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Caches so small that an image goes in bands of a few rows, and K in slices."""
+    library = native_module()
+    l1_bytes = {"4K": 4 << 10, "24K": 24 << 10}[request.param]
+    library.force_machine(l1_bytes=l1_bytes, l2_bytes=64 << 10)
+    yield
+    library.force_machine(**_env.cpu_machine())
+
+
+@pytest.mark.parametrize("row", CASES, ids=ids)
+def test_bands(native: str, small_caches: None, row: dict) -> None:
+    given = Given(row)
+    packed = given.packed(ops.native)
+    arguments = given.x, packed, given.residual, *given.numbers
+    got = model_ops.native_ghost_conv_apply(*arguments)
+    exact = given.formula(torch.float64)
+    assert_close(got, exact, given.formula(row["dtype"]))
+    assert planner.cpu_machine().l2_bytes == 64 << 10
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert same_bits(model_ops.native_ghost_conv_apply(*arguments), got), threads
+
+
+def weights(*size: int) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_program_is_its_operators(native: str, layout: str) -> None:
+    """The values of a program are those of its operators, bit for bit, and x stays as it is."""
+    x = weights(2, 6, 9, 8)
+    if layout == "nhwc":
+        x = x.contiguous(memory_format=torch.channels_last)
+    norm = (None, None, torch.zeros(5), torch.ones(5), 1e-5)
+    packed = ops.native.ghost_pack(weights(5, 6, 1, 1), *norm, weights(5, 1, 3, 3), *norm)
+    ghost = (None, 5, 10, 2, 3, 1, 1, 0.0, 0, 0.0, True)
+    w, shift = weights(10, 1, 3, 3), weights(10)
+    taps_first = w.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    gate = weights(4, 10), weights(4), weights(4, 10), weights(10)
+
+    y = ops.native.ghost_apply(x, packed, None, *ghost)
+    z = model_ops.depthwise_conv(y, w, shift, 1, 1, 0.0)
+    model_ops.squeeze_excite_(z, *gate)
+    want = z + 0
+
+    program = Program()
+    v = program.ghost(0, packed, ghost[1:], None, is_conv=False)
+    v = program.depthwise(v, w, taps_first, shift, (1, 1, 0.0), release=(v,))
+    program.excite(v, gate, (1, 0.01, 0))
+    operator, arguments = program.packed()
+    before = x.clone()
+    assert same_bits(operator(x, *arguments), want)
+    assert same_bits(x, before)
+
+    twice = Program()
+    first = twice.ghost(0, packed, ghost[1:], None, is_conv=False)
+    assert first == 1
+    outer = Program()
+    outer.append(twice, 0)
+    operator, arguments = outer.packed()
+    assert same_bits(operator(x, *arguments), y)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [[], [7], [-1], [0, 0], [1, 0, 0, 0, 0, 3, 1, 0, 0, -1, -1], [1, 3, 0, 0, 0, 3, 1, 0, 0, 9, -1]],
+    ids=str,
+)
+def test_no_program(native: str, code: list[int]) -> None:
+    if not code:  # no instruction: x itself
+        got = model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([], dtype=int))
+        assert torch.equal(got, torch.ones(1, 2, 3, 4))
+        return
+    with pytest.raises(RuntimeError, match="program: no"):
+        model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor(code))
+
+
+def test_code_of_another_type(native: str) -> None:
+    with pytest.raises(RuntimeError, match="code must be"):
+        model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([1.0]))
