@@ -81,8 +81,8 @@ class Plan:
     """The tile plan of one evaluation pass on the CPU and its cost model.
 
     Attributes:
-        lanes: what lies along the lanes of a vector: ``"pixels"``, or ``"channels"`` (channels_last,
-            and small maps that narrow).
+        lanes: what lies along the lanes of a vector: ``"pixels"``, or ``"channels"`` (in
+            channels_last, and for small maps that narrow).
         depth: with channels along the lanes, input channels of a slice of the matrix product.
         in_place: the output itself is the scratch for y; with channels along the lanes.
         pack: x is first converted, transposed or gathered into scratch, tile by tile.

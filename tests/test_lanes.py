@@ -100,7 +100,14 @@ def test_program_is_its_operators(native: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     "code",
-    [[], [7], [-1], [0, 0], [1, 0, 0, 0, 0, 3, 1, 0, 0, -1, -1], [1, 3, 0, 0, 0, 3, 1, 0, 0, 9, -1]],
+    [
+        [],
+        [7],
+        [-1],
+        [0, 0],
+        [1, 0, 0, 0, 0, 3, 1, 0, 0, -1, -1],
+        [1, 3, 0, 0, 0, 3, 1, 0, 0, 9, -1],
+    ],
     ids=str,
 )
 def test_no_program(native: str, code: list[int]) -> None:

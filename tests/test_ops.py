@@ -43,8 +43,8 @@ def compute(case: Case) -> torch.dtype:
 
 
 def packed_numel(m: int, c: int, g: int, d: int, has_primary: bool) -> int:
-    padded = math.ceil(m / 12) * 12
-    return (padded * c + padded if has_primary else 2 * m) + g * d * d + g
+    padded = math.ceil(m / 16) * 16
+    return (padded * c + padded if has_primary else 2 * m) + 2 * g * d * d + g
 
 
 def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[Any, ...]]:

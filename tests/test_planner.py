@@ -168,7 +168,8 @@ def test_sums_do_not_depend_on_the_cores() -> None:
 
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_plans.csv")
-DECISIONS = ("lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits", "channel_splits", "group", "vecs",
+DECISIONS = ("lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits",
+             "channel_splits", "group", "vecs",
              "fetch", "fetch_results", "stream", "items")  # fmt: skip
 
 

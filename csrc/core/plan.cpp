@@ -95,12 +95,12 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
   if (P == 0 || p.batch == 0) return plan;
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
-  plan.pack = !(p.has_primary && plain && same);
+  plan.pack = !(p.has_primary && same && p.padding == 0 && (nhwc ? p.kernel == 1 : plain));
 
   // What a pixel needs in L2 between the product and its ghosts.
   const int64_t out_image = P * p.out_channels * e;
-  const int64_t pixel =
-      a * ((plan.pack ? p.depth() : 0) + p.out_channels) + e * p.channels * p.stride * p.stride;
+  const int64_t pixel = a * ((plan.pack ? p.channels * p.stride * p.stride : 0) + p.out_channels) +
+                        e * p.channels * p.stride * p.stride;
   const int64_t budget = cpu.l2_bytes / 2;
   // Where the weights stay in L1 or near it, y does so too, in bands of a few rows.
   const int64_t row = W * e * (p.channels * p.stride * p.stride + p.out_channels);
@@ -113,14 +113,16 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
     plan.images = std::clamp<int64_t>(budget / (P * pixel), 1, share);
     plan.images = ceil_div(p.batch, ceil_div(p.batch, plan.images));
   } else {
-    plan.band_rows = std::clamp<int64_t>(budget / 4 / (W * pixel), 1, H);
+    // As many rows as L2 holds: every band reads all weights.
+    plan.band_rows = std::clamp<int64_t>(budget / (W * pixel), std::min(ceil_div(48, W), H), H);
   }
   plan.fetch_results = p.batch * out_image > cpu.l2_bytes;
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
   if (tiles < want) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
-    if (plan.band_rows < H || (panels < split && H >= 4 * p.dw_size && plan.images == 1)) {
-      plan.row_splits = std::max<int64_t>(1, std::min(split, H / (4 * pad + 4)));
+    const int64_t cuts = H / (4 * pad + 4);  // of the rows, enough in each for their halo
+    if (plan.images == 1 && cuts > 1 && (plan.band_rows < H || panels < split)) {
+      plan.row_splits = std::min(split, cuts);
       plan.band_rows = std::min(plan.band_rows, ceil_div(H, plan.row_splits));
     } else {
       plan.channel_splits =
@@ -133,15 +135,16 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
       nhwc && same && !p.has_residual && !p.has_tail && p.ratio <= 2 && plan.row_splits == 1;
   const int64_t rows = std::min(H, plan.band_rows + 2 * pad),
                 pixels = plan.band_rows == H ? plan.images * P : rows * W;
-  const int64_t panel = std::max(plan.pack ? p.depth() : 0, p.has_tail ? 2 * m * p.ratio : 0);
-  const int64_t packed_rows = plan.band_rows == H ? H : rows;
-  const int64_t lines = plan.pack && !(same && nhwc)
-                            ? std::min(p.height, packed_rows * p.stride + p.kernel) * p.width
-                            : 0;  // of x that are converted or transposed first
+  // Rows of x with their padding, or a copy of y and z.
+  const int64_t height = plan.band_rows == H ? H : rows,
+                lines = plan.pack ? ((height - 1) * p.stride + p.kernel) *
+                                        (p.width + 2 * p.padding) * p.channels * plan.images
+                                  : 0;
+  const int64_t panel = std::max(lines, p.has_tail ? pixels * 2 * m * p.ratio : 0);
   plan.scratch_bytes =
       a *
-      (m + pixels * ((plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) + panel) +
-       lines * p.channels + 256);
+      (m * p.ratio + pixels * (plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) +
+       panel + 256);
   return plan;
 }
 

@@ -108,14 +108,18 @@ class LaneTile {
     if (!p.has_primary) return given(n, images, row, rows, part, to);
     A* const panel = part.panel;
     const A* x = static_cast<const A*>(args.x) + n * args.x_image;
+    const int64_t C = p.channels, k = p.kernel, s = p.stride;
     LaneSource<A> in{x, args.x_image, 1, args.x_channel, images, pixels};
     if (plan.pack) {
-      for (int64_t j = 0; j < images; ++j) pack(n + j, row, rows, panel + j * pixels * K);
-      in = {panel, 0, K, 1, 1, images * pixels};
-    } else if (nhwc) {
-      in = {x + row * W * p.channels, 0, p.channels, 1, 1, images * pixels};
-    } else {
+      const int64_t line = (p.width + 2 * p.padding) * C, lines = line * ((rows - 1) * s + k);
+      for (int64_t j = 0; j < images; ++j) pad_rows(n + j, row, rows, panel + j * lines);
+      in = {panel, lines, s * C, 1, images, W, rows, s * line, k, line};
+    } else if (!nhwc) {
       in.x += row * W;
+    } else if (s == 1) {
+      in = {x + row * W * C, 0, C, 1, 1, images * pixels};
+    } else {
+      in = {x + row * s * p.width * C, args.x_image, s * C, 1, images, W, rows, s * p.width * C};
     }
     const bool fetch = plan.fetch_results && nhwc && !plan.pack;
     const LaneOut<A> o{to, part.ld, p.act1, fetch, in_place, false};
@@ -127,7 +131,7 @@ class LaneTile {
   void given(int64_t n, int64_t images, int64_t row, int64_t rows, const Part& part, A* to) const {
     constexpr int L = kLanes<A>;
     for (int64_t j = 0; j < images; ++j) {
-      pack(n + j, row, rows, part.panel);
+      pad_rows(n + j, row, rows, part.panel);
       for (int64_t q = 0; q < rows * W; ++q)
         for (int64_t c = 0; c < part.channels; c += L) {
           const int64_t left = part.channels - c, at_c = part.c0 + c;
@@ -142,83 +146,35 @@ class LaneTile {
     }
   }
 
-  // The values of x under the taps of every pixel of some rows: dst [rows * W][K], K in the order
-  // tap row, tap column, channel.
-  void pack(int64_t n, int64_t row, int64_t rows, A* dst) const {
-    const int64_t C = p.channels, k = p.kernel, s = p.stride, width = p.width;
+  // The rows of x that rows [row, row + rows) of the output read, NHWC of the compute type with the
+  // padding in it: dst [(rows - 1) * stride + kernel][width + 2 * padding][C].
+  void pad_rows(int64_t n, int64_t row, int64_t rows, A* dst) const {
+    const int64_t C = p.channels, border = p.padding * C, line = p.width * C;
     const T* const x = static_cast<const T*>(args.x) + n * args.x_image;
-    if (nhwc && k == 1 && s == 1 && p.padding == 0)
-      return read_row(x + row * W * C, dst, rows * W * C);
-    const int64_t h0 = std::max<int64_t>(row * s - p.padding, 0),
-                  h1 = std::min((row + rows - 1) * s - p.padding + k, p.height);
-    if constexpr (std::is_same_v<T, A>)
-      if (nhwc) return gather(x + h0 * width * C, h0, row, rows, dst);
-    // The rows that are needed, as NHWC of the compute type.
-    A* const lines = dst + round_up(rows * W * K, 16) + 16;
-    const int64_t pixels = std::max<int64_t>(h1 - h0, 0) * width;
-    if (nhwc) {
-      read_row(x + h0 * width * C, lines, pixels * C);
-    } else if (C >= kLanes<A>) {
-      write_transposed_rows(x + h0 * width, lines, pixels);
-    } else {
-      for (int64_t c = 0; c < C; ++c)
-        for (int64_t q = 0; q < pixels; ++q)
-          lines[q * C + c] = Storage<T>::to_compute(x[c * args.x_channel + h0 * width + q]);
-    }
-    gather(lines, h0, row, rows, dst);
-  }
-
-  // Planes of x into dst [pixels][C].
-  void write_transposed_rows(const T* x, A* dst, int64_t pixels) const {
-    read_transposed(x, args.x_channel, dst, p.channels, p.channels, pixels);
-  }
-
-  // lines: rows of x from h0 on, NHWC. The k pixels under a tap row are adjacent there and in dst.
-  void gather(const A* lines, int64_t h0, int64_t row, int64_t rows, A* dst) const {
-    const int64_t k = p.kernel, s = p.stride, run = k * p.channels;
-    // Columns of out whose taps are all inside of the image.
-    const int64_t first = std::min((p.padding + s - 1) / s, W),
-                  last = std::clamp((p.width + p.padding - k) / s + 1, first, W);
-    for (int64_t r = row; r < row + rows; ++r, dst += W * K)
-      for (int64_t i = 0; i < k; ++i) {
-        const int64_t h = r * s + i - p.padding;
-        const bool inside = h >= 0 && h < p.height;
-        const A* const line = lines + (inside ? h - h0 : 0) * p.width * p.channels;
-        for (int64_t w = 0; w < first; ++w) edge(line, inside, w, dst + w * K + i * run);
-        for (int64_t w = last; w < W; ++w) edge(line, inside, w, dst + w * K + i * run);
-        A* const to = dst + first * K + i * run;
-        const A* const from = line + (first * s - p.padding) * p.channels;
-        if (!inside)
-          for (int64_t w = 0; w < last - first; ++w) std::fill_n(to + w * K, run, A(0));
-        else if (run <= kLanes<A>)
-          copy_runs<1>(from, to, last - first, run);
-        else if (run <= 4 * kLanes<A>)
-          copy_runs<4>(from, to, last - first, run);
-        else
-          for (int64_t w = 0; w < last - first; ++w)
-            read_row(from + w * s * p.channels, to + w * K, run);
+    for (int64_t r = 0; r < (rows - 1) * p.stride + p.kernel; ++r, dst += line + 2 * border) {
+      const int64_t h = row * p.stride + r - p.padding;
+      if (h < 0 || h >= p.height) {
+        std::fill_n(dst, line + 2 * border, A(0));
+        continue;
       }
-  }
-  template <int kVecs>
-  void copy_runs(const A* from, A* to, int64_t count, int64_t run) const {
-    constexpr int L = kLanes<A>;
-    const int64_t whole = (run - 1) / L, step = p.stride * p.channels;
-    const auto rest = lane_range<A>(0, run - whole * L);
-    for (int64_t w = 0; w < count; ++w, from += step, to += K) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs - 1; ++v)
-        if (v < whole) store(to + v * L, load(from + v * L));
-      store_first(to + whole * L, load_masked(from + whole * L, rest), run - whole * L);
+      std::fill_n(dst, border, A(0));
+      std::fill_n(dst + border + line, border, A(0));
+      if (nhwc)
+        read_row(x + h * line, dst + border, line);
+      else
+        planes_to_pixels(x + h * p.width, dst + border);
     }
   }
-  // A run that reaches over the left or the right edge.
-  void edge(const A* line, bool inside, int64_t w, A* dst) const {
-    const int64_t C = p.channels, k = p.kernel, from = w * p.stride - p.padding,
-                  first = inside ? std::clamp<int64_t>(-from, 0, k) : k,
-                  last = std::clamp<int64_t>(p.width - from, first, k);
-    std::fill_n(dst, first * C, A(0));
-    std::copy(line + (from + first) * C, line + (from + last) * C, dst + first * C);
-    std::fill(dst + last * C, dst + k * C, A(0));
+  void planes_to_pixels(const T* x, A* dst) const {
+    const int64_t C = p.channels;
+    if (C >= kLanes<A>) {
+      // [C][width] to [width][C]: what reads NHWC, with pixels and channels exchanged.
+      read_transposed(x, args.x_channel, dst, C, C, p.width);
+      return;
+    }
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t w = 0; w < p.width; ++w)
+        dst[w * C + c] = Storage<T>::to_compute(x[c * args.x_channel + w]);
   }
 
   // z of rows [r0, r1) of an image whose pixels begin at `image`.

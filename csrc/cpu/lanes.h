@@ -67,12 +67,15 @@ struct Ahead {
 };
 inline constexpr int64_t kDistance = 4096;  // bytes ahead of x and y
 
-// Where a product's x is: any order of pixels and channels.
+// Where a product's x is: any order of pixels and channels. K is a row of channels, or several:
+// what lies under the rows of taps of a convolution.
 template <class A>
 struct LaneSource {
   const A* x;                   // image 0, pixel 0, channel 0
   int64_t image, pixel, depth;  // elements to the next image, pixel and channel
-  int64_t images, pixels;       // pixels of an image
+  int64_t images, pixels;       // pixels of a row
+  int64_t rows = 1, row = 0;    // of an image; elements from row to row
+  int64_t taps = 1, tap = 0;    // rows of taps; elements from one to the next
 };
 
 // What a product does with its sums.
@@ -102,7 +105,8 @@ void activate_pixels(const Activation& a, A* y, int64_t ld, int64_t pixels, int6
   });
 }
 
-// One register block. w: the block's first vector in its panel, further panels ldpanel apart.
+// One register block. w: the block's first vector in its panel, further panels ldpanel apart; K: of
+// one row of taps.
 template <class A, int kVecs, int kPixels>
 __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, const A* w,
                                           int64_t ldpanel, int64_t K, const A* shift,
@@ -118,30 +122,33 @@ __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, c
 #pragma GCC unroll 12
     for (int q = 0; q < kPixels; ++q) acc[q][v] = s;
   }
-  // Three pixels a pointer: base, base + step and base + 2 * step are addresses of one instruction.
-  const char* p[kGroups];
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) p[g] = reinterpret_cast<const char*>(x + 3 * g * in.pixel);
   const int64_t step = in.pixel * int64_t(sizeof(A)), deeper = in.depth * int64_t(sizeof(A));
   const char *read = ahead.read, *write = ahead.write;
-  for (int64_t k = 0; k < K; ++k) {
-    __builtin_prefetch(read, 0, 2);
-    __builtin_prefetch(write, 1, 2);
-    read += ahead.read_step;
-    write += ahead.write_step;
-    V wv[kVecs];
+  for (int64_t tap = 0; tap < in.taps; ++tap, x += in.tap) {
+    // Three pixels a pointer: base, base + step and base + 2 * step are addresses of one
+    // instruction.
+    const char* p[kGroups];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v)
-      wv[v] = load(w + v / kPanelVecs<A> * ldpanel + v % kPanelVecs<A> * L);
+    for (int g = 0; g < kGroups; ++g) p[g] = reinterpret_cast<const char*>(x + 3 * g * in.pixel);
+    for (int64_t k = 0; k < K; ++k) {
+      __builtin_prefetch(read, 0, 2);
+      __builtin_prefetch(write, 1, 2);
+      read += ahead.read_step;
+      write += ahead.write_step;
+      V wv[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        wv[v] = load(w + v / kPanelVecs<A> * ldpanel + v % kPanelVecs<A> * L);
 #pragma GCC unroll 12
-    for (int q = 0; q < kPixels; ++q) {
-      const V xv = set1(*reinterpret_cast<const A*>(p[q / 3] + q % 3 * step));
+      for (int q = 0; q < kPixels; ++q) {
+        const V xv = set1(*reinterpret_cast<const A*>(p[q / 3] + q % 3 * step));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[q][v] += xv * wv[v];
+        for (int v = 0; v < kVecs; ++v) acc[q][v] += xv * wv[v];
+      }
+      w += kPanel;
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) p[g] += deeper;
     }
-    w += kPanel;
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) p[g] += deeper;
   }
   const bool with_relu = out.act.act == Act::kReLU;
 #pragma GCC unroll 12
@@ -180,7 +187,8 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
   static constexpr auto kBlocks = lane_blocks<A, kVecs>(std::make_index_sequence<kMost>{});
   const int64_t tiles = (in.pixels + kMost - 1) / kMost, small = in.pixels / tiles,
                 large = in.pixels % tiles;  // tiles of one pixel more
-  const int64_t rounds = in.images * tiles * K, bytes = in.pixels * int64_t(sizeof(A));
+  const int64_t rounds = in.images * in.rows * tiles * in.taps * K,
+                bytes = in.rows * in.pixels * int64_t(sizeof(A));
   // Without anything to fetch the addresses stay where there is memory for certain.
   Ahead fetch{reinterpret_cast<const char*>(in.x), reinterpret_cast<const char*>(y)};
   if (out.fetch) {
@@ -194,15 +202,15 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
     fetch.read = ahead;
     fetch.read_step = (ahead_bytes + rounds - 1) / rounds;
   }
-  for (int64_t n = 0; n < in.images; ++n) {
-    const A* x = in.x + n * in.image;
+  for (int64_t r = 0; r < in.images * in.rows; ++r) {
+    const A* x = in.x + r / in.rows * in.image + r % in.rows * in.row;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t count = small + (t < large ? 1 : 0);
       kBlocks[size_t(count - 1)](x, in, w, ldpanel, K, shift, out, y, channels, fetch);
       x += count * in.pixel;
       y += count * out.ld;
-      fetch.read += fetch.read_step * K;
-      fetch.write += fetch.write_step * K;
+      fetch.read += fetch.read_step * in.taps * K;
+      fetch.write += fetch.write_step * in.taps * K;
     }
   }
 }
@@ -214,11 +222,19 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
                   int64_t M, int64_t depth, const LaneOut<A>& out) {
   constexpr int L = kLanes<A>, kMost = kMostBlockVecs<A>;
   const int64_t ldpanel = K * kPanel, total = (M + L - 1) / L, blocks = (total + kMost - 1) / kMost;
-  const int64_t slices = std::max<int64_t>((K + depth - 1) / depth, 1);
+  // Slices are several rows of taps, or parts of one.
+  const int64_t per_tap = K / source.taps,
+                some = std::max<int64_t>(depth / std::max<int64_t>(per_tap, 1), 1),
+                parts = std::max<int64_t>((per_tap + depth - 1) / depth, 1),
+                slices = parts > 1 ? source.taps * parts : (source.taps + some - 1) / some;
   for (int64_t s = 0; s < slices; ++s) {
-    const int64_t k0 = K * s / slices, len = K * (s + 1) / slices - k0;
+    const int64_t tap = parts > 1 ? s / parts : s * some, part = s % parts,
+                  from = parts > 1 ? per_tap * part / parts : 0,
+                  len = (parts > 1 ? per_tap * (part + 1) / parts : per_tap) - from;
     LaneSource<A> in = source;
-    in.x += k0 * in.depth;
+    in.x += tap * in.tap + from * in.depth;
+    in.taps = parts > 1 ? 1 : std::min(some, source.taps - tap);
+    const int64_t k0 = tap * per_tap + from, deep = in.taps * len;
     LaneOut<A> o = out;
     o.accumulate = s > 0;
     if (s + 1 < slices) o.act = {};
@@ -234,13 +250,13 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
       if (b + 1 < blocks)
         next = panels + v1 * L / kPanel * ldpanel + k0 * kPanel;
       else if (s + 1 < slices)
-        next = panels + (k0 + len) * kPanel;
+        next = panels + (k0 + deep) * kPanel;
       const auto pass = [&](auto vecs) {
         constexpr int kVecs = decltype(vecs)::value;
         if constexpr (kVecs <= kMost)
           lane_pixels<A, kVecs>(in, w, ldpanel, len, shift + c, o, out.y + c, channels,
                                 reinterpret_cast<const char*>(next),
-                                len * kPanel * int64_t(sizeof(A)));
+                                deep * kPanel * int64_t(sizeof(A)));
       };
       switch (int(v1 - v0)) {
         case 1:

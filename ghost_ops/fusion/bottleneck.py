@@ -223,7 +223,7 @@ class PackedBottleneck:
         ghosts = [self.ghost1, self.ghost2, *([self.shortcut[1]] if self.shortcut else [])]
         return (
             backend == "native"
-            and self.ghost1.packed.device.type == "cpu"
+            and not model_ops.on_gpu(self.ghost1.packed)
             and all(ghost.is_one_operator() for ghost in ghosts)
         )
 

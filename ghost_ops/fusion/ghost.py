@@ -398,7 +398,7 @@ class PackedGhost:
         functions, self.settings = ops_named(backend), ghost.settings
         self.gate, self.tail = ghost.gate, ghost.tail
         fused = is_fused_primary(w1, self.settings)
-        conv = backend == "native" and w1.device.type == "cpu" and ghost.is_conv()
+        conv = backend == "native" and not model_ops.on_gpu(w1) and ghost.is_conv()
         self.is_conv = False
         after = ghost.after if conv and not why_not_together(ghost.layers) else None
         # Whether x may come with a gate that is applied as it is read.

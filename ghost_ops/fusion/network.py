@@ -105,7 +105,7 @@ class _PackedStem:
         conv, bn = branch.conv, branch.bn
         assert bn is not None
         ghost = Ghost(branch, None, conv.out_channels)
-        on_cpu = backend == "native" and conv.weight.device.type == "cpu" and ghost.is_conv()
+        on_cpu = backend == "native" and not model_ops.on_gpu(conv.weight) and ghost.is_conv()
         self.packed = PackedGhost(ghost, backend) if on_cpu else None
         self.weight, self.shift = model_ops.fold(
             conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
@@ -141,8 +141,12 @@ class PackedNetwork:
         self.inner, self.inner_calls, self.backend = parts.inner, parts.inner_calls, backend
         self.together: _Together | None = None
         self.last = packed_conv(parts.last, backend)
-        head = Branch(parts.head, None, *parts.head_act, None, (0, 0), ())
-        self.head = packed_conv(head, backend)
+        self.head = parts.head.weight.detach().flatten(1)
+        self.head_bias, self.head_act = parts.head.bias, parts.head_act
+        self.packed_head: PackedGhost | None = None
+        if backend == "native" and not model_ops.on_gpu(self.head):
+            head = Branch(parts.head, None, *parts.head_act, None, (0, 0), ())
+            self.packed_head = packed_conv(head, backend)
         self.classifier = parts.classifier
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -156,9 +160,13 @@ class PackedNetwork:
                 x = block(x)
             self.together = self._together()
         x = self.last.pooled(dense(x))
-        # The images are the pixels of one channels_last map.
-        x = self.head(x[None, :, None].permute(0, 3, 1, 2))
-        return self.classifier(x[0, :, :, 0].t())
+        if self.packed_head is not None:
+            # The images are the pixels of one channels_last map.
+            x = self.packed_head(x[None, :, None].permute(0, 3, 1, 2))[0, :, :, 0].t()
+        else:
+            x = F.linear(x, self.head, self.head_bias)
+            x = activations.apply(x, *self.head_act, inplace=True)
+        return self.classifier(x)
 
     def _together(self) -> _Together | None:
         """The bottlenecks as one operator; None if not all can be, or somebody looks on."""

@@ -30,6 +30,9 @@ class Program:
         self._tensors: list[Tensor] = []
         self._code: list[list[int]] = []
 
+    def __len__(self) -> int:
+        return len(self._code)
+
     def _tensor(self, t: Tensor) -> int:
         self._tensors.append(t)
         return len(self._tensors) - 1
