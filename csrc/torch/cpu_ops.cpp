@@ -115,68 +115,16 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
 // ----------------------------------------------------------------------------------------------
 // eval
 
-}  // namespace
-
-Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
-                   const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
-                   int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
-                   int64_t act2, double slope2, bool has_primary) {
-  const Image in = image_of(x, "x");
-  Problem p = problem_of(in);
-  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
-            has_primary);
-  const PackedLayout at(in.c, intrinsic, p.ghosts(), dw_size, has_primary);
-  const int64_t slopes1 = p.act1.act == Act::kPReLU ? intrinsic : 0,
-                slopes2 = p.act2.act == Act::kPReLU ? p.ghosts() : 0;
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) &&
-                      packed.numel() == at.numel + slopes1 + slopes2,
-                  "packed does not belong to this module: expected ", at.numel + slopes1 + slopes2,
-                  " elements, got ", packed.numel());
-  const int64_t H = p.out_height(), W = p.out_width();
-  Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
-  Tensor res, factor;
-  if (residual) res = set_residual(p, *residual, x.scalar_type());
-  if (gate) {
-    STD_TORCH_CHECK(gate->is_cpu(), "gate must be on the CPU, as x is");
-    factor = set_gate(p, *gate, x.scalar_type());
-  }
-  ApplyArgs args;
-  p.lanes = !gate && slopes1 == 0 && slopes2 == 0;
-  args.problem = p;
-  args.plan = plan_apply(p, cpu_machine(threads()));
-  args.x = x.const_data_ptr();
-  args.x_image = in.c * in.h * in.w;
-  args.x_channel = in.h * in.w;
-  args.packed = packed.const_data_ptr();
-  const char* slopes = static_cast<const char*>(args.packed) + at.numel * compute_size(in.dtype);
-  if (slopes1 > 0) args.slopes1 = slopes;
-  if (slopes2 > 0) args.slopes2 = slopes + slopes1 * compute_size(in.dtype);
-  args.residual = residual ? res.const_data_ptr() : nullptr;
-  args.gate = gate ? factor.const_data_ptr() : nullptr;
-  args.out = out.mutable_data_ptr();
-  args.out_layout = in.layout;
-  args.out_image = out_channels * H * W;
-  args.out_channel = H * W;
-  const auto kernel = active_kernels().apply[int(in.dtype)];
-  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
-  return out;
-}
-
-namespace {
-
-// The problem's plan run over x and packed parameters; the output is new, in the problem's layout.
-Tensor run_lanes(Problem& p, const Tensor& x, const Tensor& packed, const void* residual) {
+// The kernel run over x; the output is new, in the problem's layout. args: all that is neither x,
+// the output nor the plan.
+Tensor run_apply(const Problem& p, const Tensor& x, ApplyArgs args) {
   const int64_t H = p.out_height(), W = p.out_width();
   Tensor out = empty({p.batch, p.out_channels, H, W}, x.scalar_type(), p.layout);
-  p.lanes = true;
-  ApplyArgs args;
   args.problem = p;
   args.plan = plan_apply(p, cpu_machine(threads()));
   args.x = x.const_data_ptr();
   args.x_image = p.channels * p.height * p.width;
   args.x_channel = p.height * p.width;
-  args.packed = packed.const_data_ptr();
-  args.residual = residual;
   args.out = out.mutable_data_ptr();
   args.out_layout = p.layout;
   args.out_image = p.out_channels * H * W;
@@ -187,6 +135,38 @@ Tensor run_lanes(Problem& p, const Tensor& x, const Tensor& packed, const void* 
 }
 
 }  // namespace
+
+Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
+                   const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
+                   int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
+                   int64_t act2, double slope2, bool has_primary) {
+  const Image in = image_of(x, "x");
+  Problem p = problem_of(in);
+  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
+            has_primary);
+  const PackedLayout at(p);
+  const int64_t slopes1 = p.act1.act == Act::kPReLU ? intrinsic : 0,
+                slopes2 = p.act2.act == Act::kPReLU ? p.ghosts() : 0;
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) &&
+                      packed.numel() == at.numel + slopes1 + slopes2,
+                  "packed does not belong to this module: expected ", at.numel + slopes1 + slopes2,
+                  " elements, got ", packed.numel());
+  Tensor res, factor;
+  if (residual) res = set_residual(p, *residual, x.scalar_type());
+  if (gate) {
+    STD_TORCH_CHECK(gate->is_cpu(), "gate must be on the CPU, as x is");
+    factor = set_gate(p, *gate, x.scalar_type());
+  }
+  p.lanes = !gate && slopes1 == 0 && slopes2 == 0;
+  ApplyArgs args;
+  args.packed = packed.const_data_ptr();
+  const char* slopes = static_cast<const char*>(args.packed) + at.numel * compute_size(in.dtype);
+  if (slopes1 > 0) args.slopes1 = slopes;
+  if (slopes2 > 0) args.slopes2 = slopes + slopes1 * compute_size(in.dtype);
+  args.residual = residual ? res.const_data_ptr() : nullptr;
+  args.gate = gate ? factor.const_data_ptr() : nullptr;
+  return run_apply(p, x, args);
+}
 
 Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
                         int64_t kernel_size, int64_t padding, bool tail, int64_t intrinsic,
@@ -213,7 +193,11 @@ Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTen
                   packed.numel());
   Tensor res;
   if (residual) res = set_residual(p, *residual, x.scalar_type());
-  return run_lanes(p, x, packed, residual ? res.const_data_ptr() : nullptr);
+  p.lanes = true;
+  ApplyArgs args;
+  args.packed = packed.const_data_ptr();
+  args.residual = residual ? res.const_data_ptr() : nullptr;
+  return run_apply(p, x, args);
 }
 
 namespace {

@@ -170,14 +170,16 @@ class PackedNetwork:
 
     def _together(self) -> _Together | None:
         """The bottlenecks as one operator; None if not all can be, or somebody looks on."""
+        if not all(isinstance(module, FusedBottleneck) for module in self.inner):
+            return None
         if any(map(len, (hook for m in self.inner_calls for hook in hooks_of(m)))):
             return None
         program, x, kept = Program(), 0, []
         for module in self.inner:
-            state = module._ghost_state() if isinstance(module, FusedBottleneck) else None
-            if state is None or not isinstance(state.parts, Bottleneck):
+            state = module._ghost_state()  # type: ignore[operator]
+            if not isinstance(state.parts, Bottleneck):
                 return None
-            cached = module._ghost_cached(state, self.backend, None)
+            cached = module._ghost_cached(state, self.backend, None)  # type: ignore[operator]
             if cached is None or cached.watch is None or state.parts.program is None:
                 return None
             x = program.append(state.parts.program, x)
