@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import types
 import warnings
 
 import pytest
 import torch
 from ghost_forms import randomize
+from test_bottleneck import recorded
 from torch import nn
 
 import ghost_ops
@@ -130,6 +132,53 @@ def test_network_notices_changes(native: str, change: str) -> None:
         for _ in range(2):
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-8, atol=1e-9)
     assert len(calls) == (4 if change == "hook" else 0)
+
+
+def triple(module: nn.Module, name: str) -> None:
+    """Make the forward of this object alone give three times its output."""
+    forward = type(module).forward
+    patched = types.MethodType(lambda self, x: forward(self, x) * 3, module)
+    setattr(module, name, patched)
+
+
+INSIDE = {
+    "weight": lambda stages: stages[2][-1].ghost1.primary_conv[0].weight.mul_(3),
+    "eps": lambda stages: setattr(stages[1][0].ghost2.cheap_operation[1], "eps", 0.5),
+    "hook of a stage": lambda stages: stages[3].register_forward_hook(lambda m, x, out: out * 3),
+    "hook of a bottleneck": lambda stages: stages[3][0].register_forward_pre_hook(
+        lambda m, x: (x[0] * 3,)
+    ),
+    "hook of a convolution": lambda stages: (
+        stages[3][0].ghost1.primary_conv[0].register_forward_hook(lambda m, x, out: out * 3)
+    ),
+    "forward": lambda stages: triple(stages[1][0], "forward"),
+    "another bottleneck": lambda stages: stages[2].append(copy.deepcopy(stages[2][-1])),
+    "a layer more": lambda stages: stages[2].append(nn.ReLU()),
+    "mode of a norm": lambda stages: stages[1][0].ghost1.primary_conv[1].train(),
+    "data": lambda stages: stages[1][0].ghost1.primary_conv[0].weight.data.mul_(3),
+}
+
+
+@pytest.mark.parametrize("change", INSIDE)
+def test_bottlenecks_together_notice_changes(native: str, change: str) -> None:
+    """The bottlenecks run as one operator, and not an instant longer than nobody would see it."""
+    fused = small_ghostnet().double().eval()
+    plain = copy.deepcopy(fused)
+    ghost_ops.unfuse(plain)
+    x = torch.randn(2, 1, 40, 40, dtype=torch.float64)
+    with torch.no_grad():
+        fused(x)
+        with recorded() as names:
+            before = fused(x)
+        assert names.count("ghost_ops::run_program") == 1, names
+        for model in (fused, plain):
+            INSIDE[change](model.blocks)
+        if change == "data":
+            ghost_ops.reset_cache(fused.blocks[1][0])
+        # Norms that use the batch's statistics move their running ones at every call.
+        for _ in range(3):
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-8, atol=1e-9)
+        assert not torch.allclose(plain(x), before, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
