@@ -81,7 +81,7 @@ class Plan:
     """The tile plan of one evaluation pass on the CPU and its cost model.
 
     Attributes:
-        lanes: what lies along the lanes of a vector: ``"pixels"``, or ``"channels"`` (in
+        along_lanes: what lies along the lanes of a vector: ``"pixels"``, or ``"channels"`` (in
             channels_last, and for small maps that narrow).
         depth: with channels along the lanes, input channels of a slice of the matrix product.
         in_place: the output itself is the scratch for y; with channels along the lanes.
@@ -106,7 +106,7 @@ class Plan:
         machine: the machine the plan is for.
     """
 
-    lanes: str
+    along_lanes: str
     depth: int
     in_place: bool
     pack: bool
@@ -130,7 +130,7 @@ class Plan:
     def __str__(self) -> str:
         source = "packed into scratch" if self.pack else "read in place"
         block = f"{self.vecs} vectors of {self.machine.lanes} wide"
-        if self.lanes == "channels":
+        if self.along_lanes == "channels":
             block = f"channels along the lanes, {self.depth} of x in a slice"
         tile = f"{self.images} whole images" if self.images > 1 else f"{self.band_rows} rows"
         return "\n".join(

@@ -150,9 +150,9 @@ def test_channels_along_the_lanes() -> None:
     """In channels_last; in NCHW where pixels would leave lanes idle and the module narrows."""
     for shape, oup, nchw in (((1, 960, 7, 7), 160, True), ((1, 160, 7, 7), 960, False),
                              ((16, 480, 14, 14), 112, False)):  # fmt: skip
-        assert (planner.explain(shape, oup, machine=XEON).lanes == "channels") is nchw
+        assert (planner.explain(shape, oup, machine=XEON).along_lanes == "channels") is nchw
         last = planner.explain(shape, oup, machine=XEON, channels_last=True)
-        assert last.lanes == "channels"
+        assert last.along_lanes == "channels"
         assert last.in_place
         assert not last.pack
         residual = planner.explain(shape, oup, machine=XEON, channels_last=True, residual=True)
@@ -168,7 +168,7 @@ def test_sums_do_not_depend_on_the_cores() -> None:
 
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_plans.csv")
-DECISIONS = ("lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits",
+DECISIONS = ("along_lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits",
              "channel_splits", "group", "vecs",
              "fetch", "fetch_results", "stream", "items")  # fmt: skip
 

@@ -68,26 +68,23 @@ namespace {
 // NCHW maps up to this size leave vectors of pixels partly idle.
 constexpr int64_t kRaggedImage = 64;
 
-bool takes_lanes(const Problem& p) {
-  if (!p.lanes) return false;
-  const bool planes = p.layout == Layout::kNCHW;
-  return !planes ||
-         (p.has_primary && p.kernel == 1 && p.padding == 0 && p.stride == 1 &&
-          element_size(p.dtype) == compute_size(p.dtype) && p.out_pixels() <= kRaggedImage &&
-          p.channels >= p.out_channels) ||
-         (p.kernel > 1 || p.padding > 0 || p.has_tail);
+bool takes_channel_lanes(const Problem& p) {
+  if (!p.allows_channel_lanes) return false;
+  if (p.layout == Layout::kNHWC || p.kernel > 1 || p.padding > 0 || p.has_tail) return true;
+  return p.has_primary && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype) &&
+         p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels;
 }
 
-ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
+ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   ApplyPlan plan;
-  plan.lanes = true;
+  plan.channel_lanes = true;
   plan.vecs = 1;
   const int64_t a = compute_size(p.dtype), e = element_size(p.dtype), H = p.out_height(),
                 W = p.out_width(), P = H * W, m = p.intrinsic, pad = p.pad();
   plan.group = m;
   plan.band_rows = H;
-  // A slice of the weights of a block takes half of L1. Not of the block that a part of the
-  // channels has: sums do not depend on how the work is shared out.
+  // The weights of a block's slice take half of L1. The slice depends on all m channels, not on the
+  // channels of one item: the order of a sum is the same for any number of threads.
   const int64_t lanes = cpu.lanes * 4 / a, widest = kPanel <= lanes ? 4 : 2;
   const int64_t most = cpu.l1_bytes / 2 / (std::min(ceil_div(m, lanes), widest) * lanes * a);
   const int64_t slices = p.depth() > most * 5 / 4 ? ceil_div(p.depth(), most) : 1;
@@ -116,7 +113,7 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
     // As many rows as L2 holds: every band reads all weights.
     plan.band_rows = std::clamp<int64_t>(budget / (W * pixel), std::min(ceil_div(48, W), H), H);
   }
-  plan.fetch_results = p.batch * out_image > cpu.l2_bytes;
+  plan.fetch_results = nhwc && !plan.pack && p.batch * out_image > cpu.l2_bytes;
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
   if (tiles < want) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
@@ -151,7 +148,7 @@ ApplyPlan plan_lanes(const Problem& p, const CpuMachine& cpu) {
 }  // namespace
 
 ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
-  if (takes_lanes(p)) return plan_lanes(p, cpu);
+  if (takes_channel_lanes(p)) return plan_channel_lanes(p, cpu);
   ApplyPlan plan;
   const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W,
                 m = p.intrinsic;
@@ -257,6 +254,22 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
   plan.scratch_bytes = a * (tile_px * ((plan.pack ? p.channels : 0) + plan.group * s) +
                             lanes_slack * (p.channels + plan.group * s + 8));
   return plan;
+}
+
+Share share_of(const Problem& p, const ApplyPlan& plan, int64_t item) {
+  const int64_t channel_part = item % plan.channel_splits,
+                row_part = item / plan.channel_splits % plan.row_splits,
+                tile = item / plan.channel_splits / plan.row_splits,
+                panels = ceil_div(p.intrinsic, kPanel), H = p.out_height();
+  const auto channel = [&](int64_t part) {
+    return std::min(panels * part / plan.channel_splits * kPanel, p.intrinsic);
+  };
+  return {tile * plan.images,
+          std::min((tile + 1) * plan.images, p.batch),
+          H * row_part / plan.row_splits,
+          H * (row_part + 1) / plan.row_splits,
+          channel(channel_part),
+          channel(channel_part + 1)};
 }
 
 }  // namespace ghost

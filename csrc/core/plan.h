@@ -34,9 +34,10 @@ enum class Fetch : int {
 inline constexpr int64_t kMostPixels = 4;
 
 struct ApplyPlan {
-  bool lanes = false;     // cpu/lane_tile.h: channels along the lanes; else cpu/apply.h: pixels
-  bool in_place = false;  // lanes: y and z are made in out itself
-  int64_t depth = 1;      // lanes: of a slice of the product's K
+  bool channel_lanes =
+      false;              // channels along the lanes, cpu/lane_tile.h; else pixels, cpu/apply.h
+  bool in_place = false;  // channel lanes: y and z are computed in out itself
+  int64_t depth = 1;      // channel lanes: input values of a slice of the product's K
   bool pack = false;   // x tile converted / transposed / gathered into channel-major scratch first
   int64_t images = 1;  // whole images joined in one tile (small maps)
   int64_t band_rows = 0;       // output rows computed at a time
@@ -46,10 +47,18 @@ struct ApplyPlan {
       0;  // intrinsic channels computed before their ghosts are (a multiple of kPanel, or all)
   int vecs = 4;  // GEMM block width in vectors
   Fetch fetch = Fetch::kNothing;
-  bool fetch_results = false;  // in the GEMM, the place of the next columns' results
+  bool fetch_results = false;  // the product prefetches the place of its next results (channel
+                               // lanes: and the next pixels of x)
   bool stream = false;         // non-temporal stores for the output
   int64_t items = 0;           // tiles * row_splits * channel_splits: the parallel loop's length
   int64_t scratch_bytes = 0;   // per thread
+};
+
+// The part of a problem that one item computes.
+struct Share {
+  int64_t image0, image1;      // images
+  int64_t row0, row1;          // rows of the output
+  int64_t channel0, channel1;  // intrinsic channels, cut at panels
 };
 
 struct Traffic {
@@ -59,6 +68,7 @@ struct Traffic {
 };
 
 ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu);
+Share share_of(const Problem& p, const ApplyPlan& plan, int64_t item);
 Traffic traffic(const Problem& p);
 // Keep u for backward? Only where it is a quarter of x or less: one GEMM saved for little memory.
 bool keep_primary(const Problem& p);

@@ -33,13 +33,13 @@ struct Problem {
   int64_t batch = 0;
   int64_t channels = 0;           // C of x
   int64_t height = 0, width = 0;  // of x
-  int64_t kernel = 1;             // k of the k x k primary convolution; more than 1: lanes only
-  int64_t padding = 0;            // zeros on every side of x
-  int64_t stride = 1;             // of the primary convolution
-  int64_t intrinsic = 0;          // m
-  int64_t out_channels = 0;       // oup
-  int64_t ratio = 2;              // ghosts per intrinsic map, plus one
-  int64_t dw_size = 3;            // d
+  int64_t kernel = 1;        // k of the k x k primary convolution; more than 1: channel lanes only
+  int64_t padding = 0;       // zeros on every side of x
+  int64_t stride = 1;        // of the primary convolution
+  int64_t intrinsic = 0;     // m
+  int64_t out_channels = 0;  // oup
+  int64_t ratio = 2;         // ghosts per intrinsic map, plus one
+  int64_t dw_size = 3;       // d
   Activation act1, act2;
   DType dtype = DType::kFloat32;
   Layout layout = Layout::kNCHW;
@@ -48,9 +48,9 @@ struct Problem {
   bool pooled = false;       // out is the mean over its pixels, [N, oup]; of ratio 1 only
   bool has_in_gate = false;  // x is multiplied by a gate [N, C] as it is read
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
-  bool joined = false;    // x is [C, N, H, W]: the images of a channel are adjacent
-  bool lanes = false;     // for cpu/lane_tile.h: inference with ratio 1 or 2, without gate or PReLU
-  bool has_tail = false;  // an affine map and act2 follow y in out; lanes only
+  bool joined = false;                // x is [C, N, H, W]: the images of a channel are adjacent
+  bool allows_channel_lanes = false;  // inference without a gate and without a PReLU
+  bool has_tail = false;              // an affine map and act2 follow y in out; channel lanes only
 
   int64_t out_size(int64_t size) const {
     const int64_t padded = size + 2 * padding;

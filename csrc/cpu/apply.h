@@ -130,19 +130,11 @@ class ApplyTile {
         gate(args, H, W, plan.band_rows >= H) {}
 
   void run(int64_t item) const {
-    const int64_t channel_part = item % plan.channel_splits,
-                  row_part = item / plan.channel_splits % plan.row_splits;
-    const int64_t tile = item / plan.channel_splits / plan.row_splits;
-    const int64_t panels = (m + kPanel - 1) / kPanel;
-    const int64_t c0 = panels * channel_part / plan.channel_splits * kPanel;
-    int64_t c1 = panels * (channel_part + 1) / plan.channel_splits * kPanel;
-    if (c1 > m) c1 = m;
-    const int64_t n0 = tile * plan.images,
-                  n1 = n0 + plan.images < p.batch ? n0 + plan.images : p.batch;
+    const Share s = share_of(p, plan, item);
     if (plan.band_rows >= H)
-      whole_images(n0, n1 - n0, c0, c1);
+      whole_images(s.image0, s.image1 - s.image0, s.channel0, s.channel1);
     else
-      bands(n0, H * row_part / plan.row_splits, H * (row_part + 1) / plan.row_splits, c0, c1);
+      bands(s.image0, s.row0, s.row1, s.channel0, s.channel1);
     if (plan.stream) stream_fence();
   }
 
@@ -506,7 +498,7 @@ class ApplyTile {
 template <class T, class O>
 void apply_items(const ApplyArgs& args, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<T, O>) {
-    if (args.plan.lanes) {
+    if (args.plan.channel_lanes) {
       const LaneTile<T> tile(args);
       for (int64_t i = begin; i < end; ++i) tile.run(i);
       return;

@@ -33,13 +33,14 @@ class LaneTile {
   T* const out;
   const T* const residual;
 
-  // A part of the channels, and where its y and z are.
+  // The channels of an item, and the memory of their y and z.
   struct Part {
-    int64_t c0, channels;  // intrinsic ones
-    int64_t g0, ghosts;    // and their ghosts that are not cut off
-    int64_t repeated;      // for more than one ghost a channel: where y is once for each
+    int64_t c0, channels;  // first intrinsic channel, and their number
+    int64_t g0, ghosts;  // first ghost map, and their number: without those that the slice cuts off
+    int64_t
+        repeated;  // ratio > 2: offset in a pixel of the copies of y, one for each ghost; else 0
     A *zeros, *panel, *pixels;
-    int64_t ring, ld;  // rows before they start anew; elements of a pixel
+    int64_t ring, ld;  // rows of the buffer, which row r enters at r % ring; elements of a pixel
   };
 
  public:
@@ -62,18 +63,12 @@ class LaneTile {
         residual(static_cast<const T*>(a.residual)) {}
 
   void run(int64_t item) const {
-    const int64_t channel_part = item % plan.channel_splits,
-                  row_part = item / plan.channel_splits % plan.row_splits,
-                  tile = item / plan.channel_splits / plan.row_splits;
-    const int64_t panels = (m + kPanel - 1) / kPanel;
-    const int64_t c0 = panels * channel_part / plan.channel_splits * kPanel,
-                  c1 = std::min(panels * (channel_part + 1) / plan.channel_splits * kPanel, m);
-    const int64_t n0 = tile * plan.images, n1 = std::min(n0 + plan.images, p.batch);
-    const Part part = make_part(n0, c0, c1);
+    const Share s = share_of(p, plan, item);
+    const Part part = make_part(s.image0, s.channel0, s.channel1);
     if (plan.band_rows >= H)
-      whole_images(n0, n1 - n0, part);
+      whole_images(s.image0, s.image1 - s.image0, part);
     else
-      bands(n0, H * row_part / plan.row_splits, H * (row_part + 1) / plan.row_splits, part);
+      bands(s.image0, s.row0, s.row1, part);
   }
 
  private:
@@ -121,8 +116,7 @@ class LaneTile {
     } else {
       in = {x + row * s * p.width * C, args.x_image, s * C, 1, images, W, rows, s * p.width * C};
     }
-    const bool fetch = plan.fetch_results && nhwc && !plan.pack;
-    const LaneOut<A> o{to, part.ld, p.act1, fetch, in_place, false};
+    const LaneOut<A> o{to, part.ld, p.act1, plan.fetch_results, in_place, false};
     lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, part.channels,
                     plan.depth, o);
   }
@@ -185,7 +179,7 @@ class LaneTile {
                           p.act2, part.repeated, in_place ? m : part.channels});
   }
 
-  // y of some pixels once more for each of its ghosts.
+  // Copies y of some pixels, once for each ghost of a channel, for the depthwise rows to read.
   void repeat(const Part& part, A* y, int64_t pixels) const {
     if (part.repeated == 0) return;
     const int64_t per = p.ratio - 1;

@@ -59,8 +59,8 @@ GHOST_INLINE void store_first(A* p, Vec<A> v, int64_t n) {
 #endif
 }
 
-// Memory that is fetched while a product runs, a step of bytes for each k: what is read next, and
-// the place of what is written next.
+// Addresses that a product prefetches, advancing by a step of bytes for each k: of values that it
+// reads later, and of results that it writes later.
 struct Ahead {
   const char *read, *write;
   int64_t read_step = 0, write_step = 0;
@@ -84,9 +84,9 @@ struct LaneOut {
   A* y;  // [pixels][ld], channel 0 of the product
   int64_t ld;
   Activation act;
-  bool fetch = false;       // x is beyond L2 and lies there without gaps: fetch it
-  bool fetch_y = false;     // and y's pixels as well
-  bool accumulate = false;  // a further slice of K: added to y, and nothing to the shift
+  bool fetch = false;       // prefetch x, which is contiguous and larger than L2
+  bool fetch_y = false;     // prefetch y too
+  bool accumulate = false;  // add to y instead of to the shift: not the first slice of K
 };
 
 template <class A>
@@ -287,7 +287,8 @@ struct LaneDepthwise {
   int64_t ld_taps;
   const A* shift;
   Activation act;
-  int64_t y, z;  // of a pixel: the elements in front of its y, one for each of its z, and of its z
+  int64_t y,
+      z;  // offsets in a pixel: of the y that channel c of z is computed from, at y + c; of z
 
   A* row(int64_t r) const { return pixels + (r < ring ? r : r % ring) * width * ld; }
 };

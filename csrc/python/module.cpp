@@ -41,17 +41,17 @@ ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int
   return p;
 }
 
-// Of a Ghost module in inference, without a gate or a PReLU.
+// The plan of a Ghost module in inference, without a gate and without a PReLU.
 py::dict describe(ghost::Problem p, const ghost::CpuMachine& cpu) {
-  p.lanes = true;
+  p.allows_channel_lanes = true;
   const ghost::ApplyPlan plan = ghost::plan_apply(p, cpu);
   const ghost::Traffic t = ghost::traffic(p);
   static constexpr const char* kFetch[] = {"nothing", "columns", "images"};
-  return py::dict("lanes"_a = plan.lanes ? "channels" : "pixels", "depth"_a = plan.depth,
-                  "in_place"_a = plan.in_place, "pack"_a = plan.pack, "images"_a = plan.images,
-                  "band_rows"_a = plan.band_rows, "row_splits"_a = plan.row_splits,
-                  "channel_splits"_a = plan.channel_splits, "group"_a = plan.group,
-                  "vecs"_a = plan.vecs, "fetch"_a = kFetch[int(plan.fetch)],
+  return py::dict("along_lanes"_a = plan.channel_lanes ? "channels" : "pixels",
+                  "depth"_a = plan.depth, "in_place"_a = plan.in_place, "pack"_a = plan.pack,
+                  "images"_a = plan.images, "band_rows"_a = plan.band_rows,
+                  "row_splits"_a = plan.row_splits, "channel_splits"_a = plan.channel_splits,
+                  "group"_a = plan.group, "vecs"_a = plan.vecs, "fetch"_a = kFetch[int(plan.fetch)],
                   "fetch_results"_a = plan.fetch_results, "stream"_a = plan.stream,
                   "items"_a = plan.items, "scratch_bytes"_a = plan.scratch_bytes,
                   "bytes_fused"_a = t.bytes_fused, "bytes_eager"_a = t.bytes_eager,

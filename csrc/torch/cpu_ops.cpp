@@ -157,7 +157,7 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
     STD_TORCH_CHECK(gate->is_cpu(), "gate must be on the CPU, as x is");
     factor = set_gate(p, *gate, x.scalar_type());
   }
-  p.lanes = !gate && slopes1 == 0 && slopes2 == 0;
+  p.allows_channel_lanes = !gate && slopes1 == 0 && slopes2 == 0;
   ApplyArgs args;
   args.packed = packed.const_data_ptr();
   const char* slopes = static_cast<const char*>(args.packed) + at.numel * compute_size(in.dtype);
@@ -193,7 +193,7 @@ Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTen
                   packed.numel());
   Tensor res;
   if (residual) res = set_residual(p, *residual, x.scalar_type());
-  p.lanes = true;
+  p.allows_channel_lanes = true;
   ApplyArgs args;
   args.packed = packed.const_data_ptr();
   args.residual = residual ? res.const_data_ptr() : nullptr;
