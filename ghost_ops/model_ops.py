@@ -432,7 +432,7 @@ has_conv_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_conv(kernel_size: tuple[int, ...]) -> bool:
-    """Whether the kernel of ``ghost_conv_apply`` is there, and chosen for such a convolution."""
+    """Whether ``ghost_conv_apply`` has a kernel, and is chosen for this kernel size."""
     k = kernel_size[0]
     return has_conv_kernel() and kernel_size == (k, k) and k <= _LARGEST_CONV
 

@@ -42,7 +42,8 @@ from torch import nn
 from . import activations, backends, model_ops
 from .autograd import is_fused_primary
 from .fusion.bottleneck import Bottleneck
-from .fusion.ghost import Branch, Ghost
+from .fusion.branch import Branch
+from .fusion.ghost import Ghost
 from .fusion.network import Network
 from .network_trace import Call, Op, Shape, Unit, conv_shape, trace
 from .ops import allow_tf32

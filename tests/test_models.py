@@ -161,7 +161,7 @@ INSIDE = {
 
 @pytest.mark.parametrize("change", INSIDE)
 def test_bottlenecks_together_notice_changes(native: str, change: str) -> None:
-    """The bottlenecks run as one operator, and not an instant longer than nobody would see it."""
+    """The bottlenecks run as one operator until one of them changes or a hook observes them."""
     fused = small_ghostnet().double().eval()
     plain = copy.deepcopy(fused)
     ghost_ops.unfuse(plain)

@@ -1,4 +1,4 @@
-// What the operators on the CPU share: the parallel loop and the checks of arguments.
+// What the operators on the CPU share: the parallel loop, and the problem of an input.
 #pragma once
 
 #include "torch/checks.h"
@@ -21,6 +21,39 @@ void parallel(int64_t items, const F& f) {
 inline Layout layout_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
   return dense_layout(x, name);
+}
+
+// Calls f with a zero of the compute type of t.
+template <class F>
+auto with_dtype(DType t, F&& f) {
+  switch (t) {
+    case DType::kFloat64:
+      return f(double{});
+    default:
+      return f(float{});
+  }
+}
+
+struct Image {
+  int64_t n, c, h, w;
+  Layout layout;
+  DType dtype;
+};
+
+inline Image image_of(const Tensor& x, const char* name) {
+  const Layout layout = layout_of(x, name);
+  return {x.size(0), x.size(1), x.size(2), x.size(3), layout, dtype_of(x, name)};
+}
+
+inline Problem problem_of(const Image& x) {
+  Problem p;
+  p.batch = x.n;
+  p.channels = x.c;
+  p.height = x.h;
+  p.width = x.w;
+  p.layout = x.layout;
+  p.dtype = x.dtype;
+  return p;
 }
 
 }  // namespace ghost

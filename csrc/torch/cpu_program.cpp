@@ -1,5 +1,5 @@
-// Several operators as one: no Python and no dispatcher between the layers of a block, whose code
-// would have to come back into the caches every time that a layer has filled them.
+// Several operators as one. Python and the dispatcher do not run between the layers of a block: each
+// layer evicts their code from the caches.
 //
 // A program is a row of numbers, instruction after instruction: code, then
 //   ghost       x, residual, packed, slope1, slope2, kernel_size, padding, tail, intrinsic,

@@ -31,21 +31,23 @@ from torch import Tensor, nn
 from .. import activations, layers, model_ops
 from ..eager_ops import memory_format
 from ..reference import hard_sigmoid
-from .fused import Fused
-from .ghost import (
+from .branch import (
     Branch,
     BranchForm,
-    Ghost,
-    GhostForm,
-    PackedGhost,
     called,
     layer_at,
     match_branch,
+    padding_of,
+    why_not_together,
+)
+from .fused import Fused
+from .ghost import (
+    Ghost,
+    GhostForm,
+    PackedGhost,
     match_ghost,
     packed_conv,
-    padding_of,
     small_gate,
-    why_not_together,
 )
 from .graph import OutputShape, numbers_of
 from .guards import Path, Refusal, at

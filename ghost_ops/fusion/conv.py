@@ -12,8 +12,17 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .bottleneck import PackedDepthwise, bind_depthwise
+from .branch import (
+    Branch,
+    BranchForm,
+    match_any_branch,
+    why_not_together,
+)
 from .fused import FusedInference
-from .ghost import Branch, BranchForm, Ghost, PackedGhost, match_any_branch, why_not_together
+from .ghost import (
+    Ghost,
+    PackedGhost,
+)
 from .guards import Refusal
 from .read import PARAMETER_HOOKS, Reading
 

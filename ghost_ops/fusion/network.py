@@ -4,8 +4,8 @@ A GhostNet is a stem (convolution, batch norm, activation), bottlenecks, a last 
 batch norm and activation, average pooling, one more 1x1 convolution, an activation and a linear
 layer. In eval mode without gradients the norms are folded, the last convolution runs as a Ghost
 module of ratio 1 and the one behind the pooling as the matrix product that it is. The bottlenecks
-run as the modules that they are; on a CPU, if nobody would see the difference, together as one
-operator (``program``).
+run as the modules that they are; on a CPU, if no hook observes what is between them, together as
+one operator (``program``).
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from ..autograd import dense
 from ..eager_ops import memory_format
 from ..watch import Watch
 from .bottleneck import Bottleneck, FusedBottleneck
-from .fused import Cached, FusedInference, State
-from .ghost import (
+from .branch import (
     Branch,
     BranchForm,
-    FusedGhost,
-    Ghost,
-    PackedGhost,
     called,
     match_any_branch,
     match_branch,
-    packed_conv,
     why_not_together,
+)
+from .fused import Cached, FusedInference, State
+from .ghost import (
+    FusedGhost,
+    Ghost,
+    PackedGhost,
+    packed_conv,
 )
 from .guards import Path, Refusal, at, hooks_of
 from .program import Program
@@ -47,8 +49,8 @@ class Network:
 
     Attributes:
         blocks: the modules between the stem and the last convolution, in the order of their calls.
-        inner: the same, where a block calls several modules in a row these; and all that are called
-            for them.
+        inner: the innermost modules that are called in the blocks, in the order of their calls.
+        inner_calls: ``inner``, and the modules that contain them.
         pools: modules that are called for the pooling; head_modules: for the head and its
             activation.
     """
@@ -169,7 +171,7 @@ class PackedNetwork:
         return self.classifier(x)
 
     def _together(self) -> _Together | None:
-        """The bottlenecks as one operator; None if not all can be, or somebody looks on."""
+        """The bottlenecks as one operator; None if one cannot be part of it, or a hook observes it."""
         if not all(isinstance(module, FusedBottleneck) for module in self.inner):
             return None
         if any(map(len, (hook for m in self.inner_calls for hook in hooks_of(m)))):

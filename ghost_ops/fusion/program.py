@@ -1,8 +1,8 @@
 """Several operators in a row as one operator of the CPU, ``ghost_ops::run_program``.
 
-At batch 1 a layer's arithmetic takes as long as the interpreter, the dispatcher and the checks
-between two layers do, whose code the layer has driven out of the caches. The instructions are
-described in ``csrc/torch/cpu_program.cpp``.
+At batch 1 the interpreter, the dispatcher and the guards between two layers take a good part of the
+time, because each layer evicts their code from the caches. ``csrc/torch/cpu_program.cpp`` describes
+the instructions.
 """
 
 from __future__ import annotations

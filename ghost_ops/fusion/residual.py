@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from .. import activations
 from .bottleneck import check_shapes
+from .branch import (
+    match_branch,
+)
 from .conv import why_not_on_cpu
 from .fused import FusedInference
-from .ghost import Ghost, GhostForm, PackedGhost, match_branch, match_ghost
+from .ghost import (
+    Ghost,
+    GhostForm,
+    PackedGhost,
+    match_ghost,
+)
 from .guards import Refusal
 from .read import Reading
 from .symbols import Node

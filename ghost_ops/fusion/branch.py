@@ -1,0 +1,226 @@
+"""A branch of a module: a convolution, and the batch norm and the activation that follow it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import activations
+from ..autograd import LOW_PRECISION, RunningUpdate
+from ..eager_ops import compute_dtype
+from .guards import Path, Refusal, at
+from .read import Reading
+from .symbols import Node
+
+NO_ACT = (activations.NONE, activations.DEFAULT_SLOPE)
+_WORDS = {"conv": "a convolution", "bn": "a batch norm", "act": "an activation"}
+
+
+class Branch(NamedTuple):
+    """A convolution and what follows it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d | None
+    act: int
+    slope: float
+    prelu: nn.PReLU | None
+    padding: tuple[int, int]  # of the convolution
+    modules: tuple[nn.Module, ...]  # all that are called in it
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Its modules with parameters."""
+        return tuple(m for m in (self.conv, self.bn, self.prelu) if m is not None)
+
+    def uses_batch_stats(self) -> bool:
+        """Whether its norm takes the statistics of the batch."""
+        bn = self.bn
+        return bn is not None and (
+            bn.training or (bn.running_mean is None and bn.running_var is None)
+        )
+
+    def norm(self, weight: Tensor) -> tuple[Tensor | None, ...]:
+        """gamma, beta, mean and var; without a norm those of one that does nothing.
+
+        The convolution's bias is part of beta. Statistics of the batch take it out again (but for
+        NaN and infinity), and its gradient is zero.
+
+        Args:
+            weight: the convolution's, which may be computed at every access.
+        """
+        bn, bias = self.bn, self.conv.bias
+        if bn is None:
+            size = weight.size(0)
+            return None, bias, weight.new_zeros(size), weight.new_ones(size)
+        gamma, beta, mean, var = bn.weight, bn.bias, bn.running_mean, bn.running_var
+        if bn.training and not bn.track_running_stats:
+            mean = var = None
+        if bias is not None:
+            wide = compute_dtype(bias.dtype)
+            if self.uses_batch_stats():
+                shift = bias.to(wide) * 0
+            else:
+                shift = bias.to(wide) * torch.rsqrt(var.to(wide) + bn.eps)
+                shift = shift if gamma is None else shift * gamma
+            beta = shift if beta is None else beta + shift
+        return gamma, beta, mean, var
+
+    def running_update(self) -> RunningUpdate:
+        """How a training step changes its running statistics."""
+        bn = self.bn
+        if bn is None:
+            return RunningUpdate()
+        counts = bn.training and bn.track_running_stats
+        batches = bn.num_batches_tracked if counts else None
+        if bn.momentum is None and batches is None:
+            return RunningUpdate()
+        return RunningUpdate(bn.momentum, batches)
+
+    def add_bias_to_running_mean(self) -> None:
+        """After a training step without the bias, which the batch's mean has in it."""
+        bn, bias = self.bn, self.conv.bias
+        if bn is None or bias is None or bn.running_mean is None:
+            return
+        if not (bn.training and bn.track_running_stats):
+            return
+        share = bn.momentum
+        if share is None and bn.num_batches_tracked is None:
+            return
+        if share is None:
+            share = 1.0 / float(bn.num_batches_tracked)  # type: ignore[arg-type]
+        with torch.no_grad():
+            bn.running_mean.add_(bias.to(bn.running_mean.dtype), alpha=share)
+
+    def slopes(self) -> Tensor | None:
+        """The slopes per channel of its PReLU."""
+        if self.prelu is None:
+            return None
+        return activations.slopes_of(self.prelu, self.conv.out_channels)
+
+    def then(self, x: Tensor) -> Tensor:
+        """What follows the convolution, as layers."""
+        if self.bn is not None:
+            x = self.bn(x)
+        return activations.apply(x, self.act, self.slope)
+
+
+class BranchForm(NamedTuple):
+    """Where the layers of a branch are."""
+
+    conv: Path
+    bn: Path | None
+    act: int
+    slope: float
+    prelu: Path | None
+    modules: tuple[Path, ...]
+
+    def bind(self, module: nn.Module) -> Branch:
+        """The branch in a module. Raises ``Refusal`` if a layer is none that the ops compute."""
+        conv = layer_at(module, self.conv, nn.Conv2d)
+        bn = None if self.bn is None else layer_at(module, self.bn, nn.BatchNorm2d)
+        prelu = None if self.prelu is None else layer_at(module, self.prelu, nn.PReLU)
+        name = ".".join(self.conv)
+        if conv.padding_mode != "zeros":
+            raise Refusal(f"{name} pads with {conv.padding_mode!r}, not with zeros")
+        m = conv.out_channels
+        if bn is not None and bn.num_features != m:
+            raise Refusal(
+                f"{name} has a batch norm of {bn.num_features} channels behind a convolution of {m}"
+            )
+        if prelu is not None and prelu.num_parameters not in (1, m):
+            raise Refusal(
+                f"{name} has a PReLU of {prelu.num_parameters} slopes behind {m} channels"
+            )
+        modules: list[Any] = [at(module, path) for path in self.modules]
+        padding = padding_of(conv)
+        return Branch(conv, bn, self.act, self.slope, prelu, padding, tuple(modules))
+
+
+def layer_at(module: nn.Module, path: Path, kind: type[nn.Module]) -> Any:
+    """The layer at a path. Raises ``Refusal`` if it is of another kind."""
+    layer = at(module, path)
+    if not isinstance(layer, kind):
+        raise Refusal(f"{'.'.join(path)} is no {kind.__name__}")
+    return layer
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """Its padding as numbers. Raises ``Refusal`` if that is not the same on both sides."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding != "same":
+        return conv.padding  # type: ignore[return-value]
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(r % 2 for r in reach):
+        raise Refusal(f"a convolution of kernel {conv.kernel_size} pads one side more")
+    return reach[0] // 2, reach[1] // 2
+
+
+def why_not_together(layers: tuple[nn.Module, ...]) -> str:
+    """Why layers cannot be packed for one operator; empty if they can.
+
+    They are of one device and dtype, but batch norms may be float32 behind convolutions of low
+    precision; and the norms use their running statistics.
+    """
+    first = next(layers[0].parameters(False), None)
+    if first is None:
+        return "its weights are computed at every call"
+    for layer in layers:
+        norm = isinstance(layer, nn.BatchNorm2d)
+        if norm and (layer.training or layer.running_mean is None):
+            return "a batch norm uses the batch's statistics"
+        wide = norm and first.dtype in LOW_PRECISION
+        dtypes = {t.dtype for t in layer.parameters(False)}
+        dtypes |= {t.dtype for t in layer.buffers(False) if t.is_floating_point()}
+        if dtypes and dtypes != {first.dtype} and not (wide and dtypes == {torch.float32}):
+            return "its layers have several dtypes"
+        if any(t.device != first.device for t in (*layer.parameters(False), *layer.buffers(False))):
+            return "its parameters are on several devices"
+    return ""
+
+
+def called(reading: Reading, *nodes: Node) -> tuple[Path, ...]:
+    """The modules that were called for these results."""
+    return tuple(call.path for node in nodes for call in reading.calls.get(node, ()))
+
+
+def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:
+    """The branch whose result a node is, and the node of its input.
+
+    Raises:
+        Refusal: it is none.
+    """
+    act, prelu, bn, nodes = NO_ACT, None, None, [node]
+    if node.op == "act":
+        act, (node,) = node.args, node.inputs  # type: ignore[assignment]
+    elif node.op == "prelu":
+        act, prelu, (node,) = (activations.PRELU, NO_ACT[1]), node.args[0], node.inputs
+    nodes.append(node)
+    if node.op == "bn":
+        bn, (node,) = node.args[0], node.inputs
+        nodes.append(node)
+    if node.op != "conv":
+        raise Refusal(f"{name} is not convolution, norm and activation: it has {what_it_is(node)}")
+    modules = tuple(dict.fromkeys(called(reading, *nodes)))
+    return BranchForm(node.args[0], bn, *act, prelu, modules), node.inputs[0]
+
+
+def match_any_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:
+    """As ``match_branch``; timm's batch norm, which has its activation in it, calls a function."""
+    act, inner = NO_ACT, node
+    if node.op == "act":
+        act, (inner,) = node.args, node.inputs  # type: ignore[assignment]
+    if inner.op != "frozen_bn" or inner.inputs[0].op != "conv":
+        return match_branch(reading, node, name)
+    conv = inner.inputs[0]
+    modules = tuple(dict.fromkeys(called(reading, node, inner, conv)))
+    return BranchForm(conv.args[0], inner.args[0], *act, None, modules), conv.inputs[0]
+
+
+def what_it_is(node: Node) -> str:
+    if node.op == "module":
+        path, reason = node.args
+        return reason or ".".join(path)
+    return _WORDS.get(node.op, node.op)
