@@ -29,8 +29,8 @@ from torch.utils.flop_counter import flop_registry
 
 from . import convert
 from .fusion.bottleneck import Bottleneck
-from .fusion.fused import Fused
 from .fusion.branch import Branch
+from .fusion.fused import Fused
 from .fusion.ghost import Ghost
 from .fusion.guards import watchable
 from .fusion.network import Network

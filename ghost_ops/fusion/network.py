@@ -171,7 +171,7 @@ class PackedNetwork:
         return self.classifier(x)
 
     def _together(self) -> _Together | None:
-        """The bottlenecks as one operator; None if one cannot be part of it, or a hook observes it."""
+        """The bottlenecks as one operator; None if one cannot be in it or a hook observes it."""
         if not all(isinstance(module, FusedBottleneck) for module in self.inner):
             return None
         if any(map(len, (hook for m in self.inner_calls for hook in hooks_of(m)))):
