@@ -1,5 +1,5 @@
-// Several operators as one. Python and the dispatcher do not run between the layers of a block: each
-// layer evicts their code from the caches.
+// Several operators as one. Python and the dispatcher do not run between the layers of a block:
+// each layer evicts their code from the caches.
 //
 // A program is a row of numbers, instruction after instruction: code, then
 //   ghost       x, residual, packed, slope1, slope2, kernel_size, padding, tail, intrinsic,
