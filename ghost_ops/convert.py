@@ -11,13 +11,12 @@ from torch import Tensor, fx, nn
 from . import model_ops
 from .fusion import check, timing
 from .fusion.bottleneck import FusedBottleneck
-from .fusion.conv import FusedConv
+from .fusion.expression import ExpressionForm, FusedExpression
 from .fusion.fused import Fused, attach, detach, fused_class
 from .fusion.ghost import FusedGhost
 from .fusion.guards import Refusal
 from .fusion.network import FusedNetwork
-from .fusion.read import Failed, read
-from .fusion.residual import FusedResidual
+from .fusion.read import Failed
 from .fusion.symbols import Node
 from .models import FusedGhostNet, GhostNet
 from .nn import FusedGhostBottleneck, FusedGhostModule
@@ -29,7 +28,7 @@ _PAIRS: dict[type[nn.Module], type[Fused]] = {
     GhostBottleneck: FusedGhostBottleneck,
     GhostNet: FusedGhostNet,
 }
-_KINDS: tuple[type[Fused], ...] = (FusedGhost, FusedBottleneck, FusedResidual, FusedNetwork)
+_KINDS: tuple[type[Fused], ...] = (FusedGhost, FusedBottleneck, FusedNetwork)
 _MOST_CONVS = 8  # in a Ghost module: V2 has five
 # Children that make a module one that is reported where it cannot be fused.
 _MARKS: dict[type[Fused], tuple[set[str], ...]] = {
@@ -124,8 +123,9 @@ def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None
         inference: also let whole Ghost bottlenecks, and a GhostNet's stem and head, run as few
             operators with batch norms folded and weights packed once, whenever they are called in
             eval mode without gradients (training goes on as before). None: yes. On a CPU with
-            native kernels also residual blocks of Ghost modules, and, where a Ghost module was
-            fused, the modules between that are a convolution with batch norm and activation.
+            native kernels also, where a Ghost module was fused, every module that is a convolution
+            with batch norm and activation, or that is made of such convolutions, Ghost modules,
+            sums, concatenations and pooling, up to the whole model.
         example: an input of the model. If given, the model runs once on it, in eval mode, and each
             module that was fused is timed on the input that it gets then: if it loses more than 5%
             to its plain form, it gets that back. Modes and buffers stay as they are.
@@ -155,9 +155,9 @@ def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None
             entry = _fuse(kind, name, module)
             if entry is not None:
                 entries[name] = entry
-    if inference and any(isinstance(module, FusedGhost) for module in model.modules()):
+    if inference and _has_fused(model):
         for name, module in _outside_of_fused(model):
-            entry = _fuse(FusedConv, name, module)
+            entry = _fuse(FusedExpression, name, module)
             if entry is not None:
                 entries[name] = entry
     if example is not None:
@@ -215,6 +215,11 @@ def _is_compiling() -> bool:
     return callable(callback)
 
 
+def _has_fused(module: nn.Module) -> bool:
+    """Whether a Ghost module that is fused is inside, or it is one."""
+    return any(isinstance(m, FusedGhost) for m in module.modules())
+
+
 def _is_made(kind: type) -> bool:
     """Whether ``fuse`` gives modules this class."""
     return "_ghost_made" in kind.__dict__ or kind in _PAIRS.values()
@@ -226,13 +231,13 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _outside_of_fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that are not inside of a fused one, those that are fused meanwhile among these."""
+    """Modules that are not inside of a fused one, but for expressions; outer ones first."""
     inside: set[int] = set()
     for name, module in _named(model):
         if id(module) in inside:
             continue
         yield name, module
-        if isinstance(module, Fused):
+        if isinstance(module, Fused) and not isinstance(module, FusedExpression):
             inside |= {id(m) for m in module.modules()}
 
 
@@ -258,15 +263,17 @@ def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
             return None
         what = "an FX graph" if isinstance(module, fx.GraphModule) else "compiled by torch.jit"
         return Entry(name, base.__name__, "left", f"it is {what}; fuse the module it was made of")
-    if isinstance(module, Fused) or type(module) is nn.Sequential or not _may_be(kind, module):
+    if isinstance(module, Fused) or not _may_be(kind, module, is_model=name == "(model)"):
         return None
     try:
-        reading = read(module, training=False, whole=kind._ghost_whole)
+        reading = kind._ghost_read(module, training=False)
     except Failed as failed:
         return _left(kind, name, module, str(failed), marked=False)
     try:
         form = kind._ghost_match(reading)
         parts = form.bind(module)
+        if isinstance(form, ExpressionForm) and len(form.steps) == 1 and _has_fused(module):
+            return None  # it only calls a module that is fused
         check.compare(kind, module, form, reading.record)
     except Refusal as refusal:
         return _left(kind, name, module, str(refusal), _ends(reading.out) in _ENDS.get(kind, ()))
@@ -276,16 +283,18 @@ def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
     return Entry(name, base.__name__, "swapped", detail)
 
 
-def _may_be(kind: type[Fused], module: nn.Module) -> bool:
+def _may_be(kind: type[Fused], module: nn.Module, is_model: bool) -> bool:
     """Whether a module can be one of a kind, by what it is made of."""
     inside = list(module.modules())
+    if type(module) is nn.Sequential and not (is_model and kind is FusedExpression):
+        return False
     if any(isinstance(m, (torch.jit.ScriptModule, fx.GraphModule)) for m in inside):
         return False
     if kind is FusedGhost:
         convs = [m for m in inside if isinstance(m, nn.modules.conv._ConvNd)]
         return (
             1 < len(convs) <= _MOST_CONVS
-            and not any(isinstance(m, Fused) and not isinstance(m, FusedConv) for m in inside)
+            and not any(isinstance(m, Fused) and not isinstance(m, FusedExpression) for m in inside)
             and sum(any(isinstance(m, nn.modules.conv._ConvNd) for m in child.modules())
                     for child in _children(module)) > 1
             and (_is_marked(kind, module) or any(1 < c.groups == c.in_channels for c in convs))
@@ -294,15 +303,10 @@ def _may_be(kind: type[Fused], module: nn.Module) -> bool:
         ghosts = sum(isinstance(m, FusedGhost) for m in inside)
         bottlenecks = sum(isinstance(m, FusedBottleneck) for m in inside)
         return (ghosts == 2 or _is_marked(kind, module)) and ghosts <= 2 and not bottlenecks
-    if kind is FusedResidual:
-        blocks = any(isinstance(m, (FusedBottleneck, FusedResidual)) for m in inside)
-        ghosts = sum(isinstance(m, FusedGhost) for m in inside)
-        return ghosts in (2, 3) and not blocks and _runs_convs(module)
-    if kind is FusedConv:
-        convs = sum(isinstance(m, nn.Conv2d) for m in inside)
-        ours = any(isinstance(m, Fused) for m in inside)
+    if kind is FusedExpression:
+        convs = any(isinstance(m, nn.Conv2d) for m in inside)
         library = type(module).__module__.startswith("torch.nn.")
-        return convs == 1 and not ours and not library and _runs_convs(module)
+        return convs and _runs_convs(module) and (is_model or not library)
     return _is_marked(kind, module) and not any(isinstance(m, FusedNetwork) for m in inside)
 
 

@@ -66,6 +66,21 @@ struct GateArgs {
   Layout layout;
 };
 
+// out = act(x + other) over values that lie in one order in all three. In place is allowed.
+struct SumArgs {
+  const void* x;
+  const void* other;  // or null: out = act(x)
+  void* out;
+  int64_t count;
+  Activation act;
+};
+
+// Values of an item: a multiple of every vector's lanes, so that a cut changes no bit.
+inline constexpr int64_t kSumValues = 4096;
+inline int64_t sum_items(const SumArgs& a) {
+  return (a.count + kSumValues - 1) / kSumValues;
+}
+
 // Channels of one image are cut into this many for threads. A multiple of every vector's lanes, so
 // that a cut changes no bit.
 inline constexpr int64_t kGateChannels = 64;
@@ -83,6 +98,7 @@ struct LayerKernels {
   void (*gate_means[4])(const GateArgs&, int64_t n0, int64_t n1, int64_t c0, int64_t c1);
   void (*gate_values[2])(const GateArgs&, int64_t n0, int64_t n1);  // indexed by (is float64)
   void (*gate_scale[4])(const GateArgs&, int64_t n0, int64_t n1, int64_t c0, int64_t c1);
+  void (*sum[4])(const SumArgs&, int64_t begin, int64_t end);
 };
 
 const LayerKernels* layers_generic();

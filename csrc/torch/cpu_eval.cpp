@@ -6,7 +6,6 @@
 
 #include "core/plan.h"
 #include "cpu/dispatch.h"
-#include "cpu/layers.h"
 #include "cpu/pack.h"
 #include "torch/cpu_common.h"
 #include "torch/cpu_operators.h"
@@ -159,18 +158,8 @@ Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channel
                           double slope) {
   const Tensor y =
       ghost_apply(x, packed, {}, {}, channels, channels, 1, 1, 1, act, slope, 0, 0.0, true);
-  const DType dtype = dtype_of(y, "x");
-  Tensor means = empty({y.size(0), channels}, compute_type(dtype));
-  GateArgs a{};
-  a.x = const_cast<void*>(y.const_data_ptr());
-  a.means = means.mutable_data_ptr();
-  a.batch = y.size(0);
-  a.channels = channels;
-  a.pixels = y.size(2) * y.size(3);
-  a.layout = layout_of(y, "x");
-  const auto kernel = active_layers().gate_means[int(dtype)];
-  parallel(a.batch, [&](int64_t b, int64_t e) { kernel(a, b, e, 0, channels); });
-  return means.scalar_type() == y.scalar_type() ? means : torch::stable::to(means, y.scalar_type());
+  const Tensor means = pixel_means(y);
+  return torch::stable::view(torch::stable::transpose(means, 1, 3), {y.size(0), channels});
 }
 
 }  // namespace

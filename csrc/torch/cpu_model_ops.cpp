@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "cpu/dispatch.h"
@@ -208,6 +209,74 @@ void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
       scale(a, n0, n1, 0, C);
     }
   });
+}
+
+Tensor sum(Tensor x, const OptionalTensor& other, const Activation& act, bool in_place) {
+  const Layout layout = layout_of(x, "x");
+  const DType dtype = dtype_of(x, "x");
+  if (other) {
+    bool same = other->dim() == 4 && other->scalar_type() == x.scalar_type();
+    for (int d = 0; d < 4; ++d) same = same && other->size(d) == x.size(d);
+    STD_TORCH_CHECK(same && is_dense(*other, layout),
+                    "the terms of a sum must have one shape, dtype and layout");
+  }
+  Tensor out =
+      in_place ? x : empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), layout);
+  const SumArgs a{x.const_data_ptr(), other ? other->const_data_ptr() : nullptr,
+                  out.mutable_data_ptr(), x.numel(), act};
+  const auto kernel = active_layers().sum[int(dtype)];
+  parallel(sum_items(a), [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  return out;
+}
+
+Tensor concat(const std::vector<Tensor>& values) {
+  const Tensor& first = values.at(0);
+  const Layout layout = layout_of(first, "x");
+  int64_t channels = 0;
+  for (const Tensor& t : values) {
+    bool same = t.dim() == 4 && t.scalar_type() == first.scalar_type();
+    for (int d : {0, 2, 3}) same = same && t.size(d) == first.size(d);
+    STD_TORCH_CHECK(same && is_dense(t, layout),
+                    "what is concatenated must have one size, dtype and layout");
+    channels += t.size(1);
+  }
+  Tensor out =
+      empty({first.size(0), channels, first.size(2), first.size(3)}, first.scalar_type(), layout);
+  // Bytes of a channel that lie together, and how many such runs there are.
+  const bool nhwc = layout == Layout::kNHWC;
+  const int64_t pixels = first.size(2) * first.size(3), runs = first.size(0) * (nhwc ? pixels : 1),
+                bytes = element_size(dtype_of(first, "x")) * (nhwc ? 1 : pixels);
+  char* const to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t per = std::max<int64_t>(int64_t{1 << 14} / std::max<int64_t>(channels * bytes, 1), 1);
+  parallel((runs + per - 1) / per, [&](int64_t b, int64_t e) {
+    int64_t offset = 0;
+    for (const Tensor& t : values) {
+      const int64_t some = t.size(1) * bytes;
+      const char* const from = static_cast<const char*>(t.const_data_ptr());
+      for (int64_t r = b * per; r < std::min(e * per, runs); ++r)
+        std::memcpy(to + r * channels * bytes + offset, from + r * some, size_t(some));
+      offset += some;
+    }
+  });
+  return out;
+}
+
+Tensor pixel_means(const Tensor& x) {
+  const DType dtype = dtype_of(x, "x");
+  const int64_t N = x.size(0), C = x.size(1);
+  const Layout layout = layout_of(x, "x");
+  Tensor means = empty({1, C, 1, N}, compute_type(dtype), Layout::kNHWC);
+  GateArgs a{};
+  a.x = const_cast<void*>(x.const_data_ptr());
+  a.means = means.mutable_data_ptr();
+  a.batch = N;
+  a.channels = C;
+  a.pixels = x.size(2) * x.size(3);
+  a.layout = layout;
+  const auto kernel = active_layers().gate_means[int(dtype)];
+  parallel(N, [&](int64_t b, int64_t e) { kernel(a, b, e, 0, C); });
+  return means.scalar_type() == x.scalar_type() ? means
+                                                : torch::stable::to(means, x.scalar_type());
 }
 
 }  // namespace ghost

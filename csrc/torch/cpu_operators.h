@@ -20,4 +20,11 @@ void squeeze_excite_(Tensor x, const Tensor& w_reduce, const Tensor& b_reduce,
                      const Tensor& w_expand, const Tensor& b_expand, int64_t act, double slope,
                      int64_t gate);
 
+// act(x + other), or act(x); x and other of one shape and order in memory. A new tensor, or x.
+Tensor sum(Tensor x, const OptionalTensor& other, const Activation& act, bool in_place);
+// The values next to each other along channels.
+Tensor concat(const std::vector<Tensor>& values);
+// The mean over the pixels of x [N, C, H, W], [1, C, 1, N] in channels_last: images as pixels.
+Tensor pixel_means(const Tensor& x);
+
 }  // namespace ghost

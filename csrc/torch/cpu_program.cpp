@@ -1,16 +1,21 @@
-// Several operators as one. Python and the dispatcher do not run between the layers of a block:
+// Several operators as one. Python and the dispatcher do not run between the layers of a network:
 // each layer evicts their code from the caches.
 //
-// A program is a row of numbers, instruction after instruction: code, then
+// A program is a row of numbers. An instruction is its code, how many numbers follow, how many
+// values are released after it, these values, and
 //   ghost       x, residual, packed, slope1, slope2, kernel_size, padding, tail, intrinsic,
 //               out_channels, ratio, dw_size, stride, act1, act2, has_primary; kernel_size 0 is
 //               ghost_apply, else ghost_conv_apply
 //   depthwise   x, weight, the same weight with its taps first, shift, kernel_size, stride, act,
 //               slope
 //   excite      x, four tensors from the first on, act, slope, gate; in place
+//   sum         x, other, act, slope, in_place: act(x + other), or act(x) without other
+//   concat      values
+//   mean        x; the images become pixels, [1, C, 1, N] in channels_last
+//   nhwc        x; the same in channels_last
+//   rows        x [1, C, 1, N] in channels_last, dims; [N, C] or [N, C, 1, 1]
 // x and residual are values: 0 is the input, k the result of instruction k. Tensors are numbered as
-// they are given; -1 is none; slopes are the bits of a double. The last two numbers of an
-// instruction are values that are released after it, or -1.
+// they are given; -1 is none; slopes are the bits of a double.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -21,8 +26,9 @@
 namespace ghost {
 namespace {
 
-enum class Code : int64_t { kGhost, kDepthwise, kExcite };
-constexpr int64_t kLength[] = {18, 10, 7};  // of the instructions, without the code
+enum class Code : int64_t { kGhost, kDepthwise, kExcite, kSum, kConcat, kMean, kNHWC, kRows };
+// Numbers behind the released values; concat: one at least.
+constexpr int64_t kLength[] = {16, 8, 5, 5, 1, 1, 1, 2};
 
 double real(int64_t bits) {
   double value;
@@ -43,9 +49,12 @@ class Program {
                     "program: no value ", i);
     return *values_[size_t(i)];
   }
+  OptionalTensor optional(int64_t i) const {
+    return i < 0 ? OptionalTensor() : OptionalTensor(value(i));
+  }
 
   Tensor ghost(const int64_t* a) const {
-    const OptionalTensor residual = a[1] < 0 ? OptionalTensor() : OptionalTensor(value(a[1]));
+    const OptionalTensor residual = optional(a[1]);
     const double slope1 = real(a[3]), slope2 = real(a[4]);
     if (a[5] == 0)
       return ghost_apply(value(a[0]), tensor(a[2]), residual, {}, a[8], a[9], a[10], a[11], a[12],
@@ -59,6 +68,40 @@ class Program {
     return depthwise_conv(x, tensor(nchw ? a[1] : a[2]), tensor(a[3]), a[4], a[5], a[6],
                           real(a[7]));
   }
+  Tensor rows(const Tensor& x, int64_t dims) const {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == 1 && x.size(2) == 1, "program: no rows");
+    const Tensor t = torch::stable::transpose(x, 1, 3);
+    if (dims == 2) return torch::stable::view(t, {x.size(3), x.size(1)});
+    return torch::stable::view(t, {x.size(3), x.size(1), 1, 1});
+  }
+
+  // The result of an instruction of n numbers.
+  Tensor result(Code code, const int64_t* a, int64_t n) const {
+    switch (code) {
+      case Code::kGhost:
+        return ghost(a);
+      case Code::kDepthwise:
+        return depthwise(a);
+      case Code::kExcite:
+        squeeze_excite_(value(a[0]), tensor(a[1]), tensor(a[1] + 1), tensor(a[1] + 2),
+                        tensor(a[1] + 3), a[2], real(a[3]), a[4]);
+        return value(a[0]);
+      case Code::kSum:
+        return sum(value(a[0]), optional(a[1]), activation(a[2], real(a[3]), "act"), a[4] != 0);
+      case Code::kConcat: {
+        std::vector<Tensor> parts;
+        for (int64_t i = 0; i < n; ++i) parts.push_back(value(a[i]));
+        return concat(parts);
+      }
+      case Code::kMean:
+        return pixel_means(value(a[0]));
+      case Code::kNHWC:
+        return in_layout(value(a[0]), Layout::kNHWC);
+      case Code::kRows:
+        return rows(value(a[0]), a[1]);
+    }
+    STD_TORCH_CHECK(false, "program: not an instruction");
+  }
 
  public:
   Program(const Tensor& x, const std::vector<Tensor>& tensors) : tensors_(tensors) {
@@ -67,28 +110,19 @@ class Program {
 
   Tensor run(const int64_t* code, int64_t length) {
     for (const int64_t *at = code, *end = code + length; at < end;) {
-      STD_TORCH_CHECK(*at >= 0 && *at <= 2 && at + 1 + kLength[*at] <= end,
+      const auto known = int64_t(std::size(kLength));
+      STD_TORCH_CHECK(at[0] >= 0 && at[0] < known && at + 3 <= end && at + 2 + at[1] <= end &&
+                          at[2] >= 0,
                       "program: not an instruction");
-      const int64_t* const a = at + 1;
-      switch (Code(*at)) {
-        case Code::kGhost:
-          values_.emplace_back(ghost(a));
-          break;
-        case Code::kDepthwise:
-          values_.emplace_back(depthwise(a));
-          break;
-        case Code::kExcite:
-          squeeze_excite_(value(a[0]), tensor(a[1]), tensor(a[1] + 1), tensor(a[1] + 2),
-                          tensor(a[1] + 3), a[2], real(a[3]), a[4]);
-          values_.emplace_back(value(a[0]));
-          break;
+      const int64_t *const released = at + 3, *const a = released + at[2];
+      const int64_t n = at[1] - 1 - at[2];
+      STD_TORCH_CHECK(n >= kLength[at[0]], "program: not an instruction");
+      values_.emplace_back(result(Code(at[0]), a, n));
+      for (const int64_t* r = released; r < a; ++r) {
+        value(*r);
+        values_[size_t(*r)].reset();
       }
-      for (int64_t k = kLength[*at] - 2; k < kLength[*at]; ++k)
-        if (a[k] >= 0) {
-          value(a[k]);
-          values_[size_t(a[k])].reset();
-        }
-      at += 1 + kLength[*at];
+      at += 2 + at[1];
     }
     return value(int64_t(values_.size()) - 1);
   }

@@ -85,11 +85,9 @@ class Bottleneck:
         ghosts: the two Ghost modules, called as they are in training.
         ghost1, ghost2: their parts.
         inplace: the shortcut is added in place, which keeps the dtype.
-        program: what ``pack`` made last, if that is one operator of the CPU.
     """
 
     alone = False
-    program: Program | None = None
 
     def __init__(
         self,
@@ -140,11 +138,7 @@ class Bottleneck:
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         packed = PackedBottleneck(self, backend)
-        if not packed.is_program(backend):
-            return packed, ()
-        self.program = Program()
-        packed.add_to(self.program, 0)
-        return self.program.packed()
+        return packed.program().packed() if packed.is_program(backend) else (packed, ())
 
     def description(self) -> str:
         """In words, for the report."""
@@ -176,17 +170,16 @@ class PackedDepthwise:
         weight = self.weight if nchw else self.taps_first
         return model_ops.depthwise_conv(x, weight, self.shift, *self.arguments)
 
-    def add_to(self, program: Program, x: int, release: tuple[int, ...]) -> int:
+    def add_to(self, program: Program, x: int) -> int:
         """The number of the output in a program, for the value x of it."""
-        weights = self.weight, self.taps_first, self.shift
-        return program.depthwise(x, *weights, self.arguments, release=release)
+        return program.depthwise(x, self.weight, self.taps_first, self.shift, self.arguments)
 
     def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and its sums over pixels."""
         return model_ops.depthwise_conv_sums(x, self.weight, self.shift, *self.arguments)
 
 
-class _PackedGate:
+class PackedGate:
     """The packed tensors of a squeeze-and-excitation."""
 
     def __init__(self, gate: Gate) -> None:
@@ -212,7 +205,7 @@ class PackedBottleneck:
         self.ghost1 = PackedGhost(parts.ghost1, backend)
         self.ghost2 = PackedGhost(parts.ghost2, backend)
         self.dw = PackedDepthwise(parts.dw) if parts.dw is not None else None
-        self.gate = _PackedGate(parts.gate) if parts.gate is not None else None
+        self.gate = PackedGate(parts.gate) if parts.gate is not None else None
         # Whether the gate is made apart from the map that it multiplies.
         self.makes_gate = self.gate is not None and model_ops.on_gpu(parts.first.weight)
         self.shortcut: tuple[PackedDepthwise, PackedGhost] | None = None
@@ -229,18 +222,19 @@ class PackedBottleneck:
             and all(ghost.is_one_operator() for ghost in ghosts)
         )
 
-    def add_to(self, program: Program, x: int) -> int:
-        """The number of its output in a program, for the value x of it."""
-        given, y = x, self.ghost1.add_to(program, x)
+    def program(self) -> Program:
+        """All of it."""
+        program = Program()
+        x, y = 0, self.ghost1.add_to(program, 0)
         if self.dw is not None:
-            y = self.dw.add_to(program, y, release=(y,))
+            y = self.dw.add_to(program, y)
         if self.gate is not None:
             y = program.excite(y, self.gate.tensors, self.gate.arguments)
         if self.shortcut is not None:
             dw, conv = self.shortcut
-            x = dw.add_to(program, x, release=(given,))
-            x = conv.add_to(program, x, release=(x,))
-        return self.ghost2.add_to(program, y, x, release=(y, x))
+            x = conv.add_to(program, dw.add_to(program, x))
+        self.ghost2.add_to(program, y, x)
+        return program
 
     def __call__(self, x: Tensor) -> Tensor:
         """The bottleneck's output for a dense x that fits."""
@@ -408,7 +402,7 @@ def _match_first_half(
     reading: Reading, ghost2: GhostForm, path2: Path, node: Node, short: Node
 ) -> BottleneckForm:
     gate = dw = None
-    found = _find_gate(reading, node)
+    found = find_gate(reading, node)
     if found is not None:
         gate, node = found
     try:
@@ -450,7 +444,7 @@ def _match_shortcut(reading: Reading, node: Node) -> tuple[BranchForm, BranchFor
     return first, second
 
 
-def _find_gate(reading: Reading, node: Node) -> tuple[GateForm, Node] | None:
+def find_gate(reading: Reading, node: Node) -> tuple[GateForm, Node] | None:
     """The squeeze-and-excitation whose result a node is, and the node of its input."""
     pairs = (node.inputs, node.inputs[::-1]) if node.op == "mul" and len(node.inputs) == 2 else ()
     for x, gate in pairs:

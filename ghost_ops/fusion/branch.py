@@ -182,8 +182,8 @@ def why_not_together(layers: tuple[nn.Module, ...]) -> str:
 
 
 def called(reading: Reading, *nodes: Node) -> tuple[Path, ...]:
-    """The modules that were called for these results."""
-    return tuple(call.path for node in nodes for call in reading.calls.get(node, ()))
+    """The modules that computed these results, without those that only passed them on."""
+    return tuple(c.path for node in nodes for c in reading.calls.get(node, ()) if c.x is not node)
 
 
 def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:

@@ -34,7 +34,12 @@ from .guards import Record, Refusal, watchable
 from .read import Failed, Reading, read
 
 _classes: dict[tuple[type, type], type] = {}
-_GUARDED_MODES = ((forward_ad.__dict__, "_current_level"), (backends.__dict__, "_requested"))
+_resets = {"count": 0}  # calls of ``reset_cache``: of a module inside, packed with its parents
+_GUARDED_MODES = (
+    (forward_ad.__dict__, "_current_level"),
+    (backends.__dict__, "_requested"),
+    (_resets, "count"),
+)
 _QUESTIONS: tuple[kept_call.Question, ...] = (
     (torch.is_grad_enabled, ()),
     (torch._C._are_functorch_transforms_active, ()),
@@ -116,7 +121,7 @@ class State:
             if old is not None and old.form is not None and old.record.holds(module):
                 self.record, self.form = old.record, old.form
             else:
-                reading = module._ghost_read()
+                reading = module._ghost_read(module)
                 self.record = reading.record
                 self.form = module._ghost_match(reading)
             self.parts = self.form.bind(module)
@@ -186,7 +191,6 @@ class Fused(nn.Module):
     """
 
     _ghost_ops_base: type[nn.Module]
-    _ghost_whole: ClassVar[tuple[type[nn.Module], ...]] = ()
     _ghost_backends: ClassVar[tuple[str, ...]] = ("native",)  # that it can be packed for
     _ghost_in_graph = True  # one operator of a compiled graph in inference
     _ghost_kind = "Ghost module"
@@ -197,8 +201,9 @@ class Fused(nn.Module):
         """The form of a module. Raises ``Refusal`` if it is not of this kind."""
         raise NotImplementedError
 
-    def _ghost_read(self) -> Reading:
-        return read(self, whole=self._ghost_whole)
+    @classmethod
+    def _ghost_read(cls, module: nn.Module, training: bool | None = None) -> Reading:
+        return read(module, training)
 
     def _ghost_state(self) -> State:
         """What is true of the module now."""
@@ -318,8 +323,10 @@ class Fused(nn.Module):
     def reset_cache(self) -> None:
         """Forget the packed weights of this module and those inside; the next call packs anew.
 
-        Needed after writes through ``parameter.data``, which PyTorch does not record.
+        Needed after writes through ``parameter.data``, which PyTorch does not record. What was
+        packed of modules around this one is packed anew too.
         """
+        _resets["count"] += 1
         for module in self.modules():
             if isinstance(module, Fused):
                 module._ghost_forget()

@@ -323,14 +323,10 @@ class PackedGhost:
         """Whether all of it, but for a gate from outside, is the operator."""
         return self.library_w1 is None and self.gate is None and not self.tail
 
-    def add_to(
-        self, program: Program, x: int, residual: int | None = None, release: tuple[int, ...] = ()
-    ) -> int:
+    def add_to(self, program: Program, x: int, residual: int | None = None) -> int:
         """The number of the module's output in a program, for the value x of it."""
         arguments = self.arguments if self.is_conv else self.arguments[1:]
-        return program.ghost(
-            x, self.packed, arguments, residual, is_conv=self.is_conv, release=release
-        )
+        return program.ghost(x, self.packed, arguments, residual, is_conv=self.is_conv)
 
     def whole(self, x: Tensor) -> Tensor:
         """The module's output for a dense x that fits, with its own gate and tail."""

@@ -183,6 +183,10 @@ class Record(NamedTuple):
     items: tuple[tuple[dict, str, Any], ...]
     attributes: tuple[tuple[Any, str, Any], ...]
 
+    def with_that_of(self, other: Record) -> Record:
+        """All that was read for either of two."""
+        return Record(*(mine + others for mine, others in zip(self, other, strict=True)))
+
     def holds(self, module: nn.Module) -> bool:
         """Whether reading ``module`` would give the same."""
         return (

@@ -4,8 +4,8 @@ A GhostNet is a stem (convolution, batch norm, activation), bottlenecks, a last 
 batch norm and activation, average pooling, one more 1x1 convolution, an activation and a linear
 layer. In eval mode without gradients the norms are folded, the last convolution runs as a Ghost
 module of ratio 1 and the one behind the pooling as the matrix product that it is. The bottlenecks
-run as the modules that they are; on a CPU, if no hook observes what is between them, together as
-one operator (``program``).
+run as the modules that they are. On a CPU, where the whole forward is an ``expression`` that has
+kernels, all of it is one operator.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from .. import activations, model_ops
 from ..autograd import dense
 from ..eager_ops import memory_format
-from ..watch import Watch
-from .bottleneck import Bottleneck, FusedBottleneck
+from .bottleneck import FusedBottleneck
 from .branch import (
     Branch,
     BranchForm,
@@ -31,16 +30,11 @@ from .branch import (
     match_branch,
     why_not_together,
 )
-from .fused import Cached, FusedInference, State
-from .ghost import (
-    FusedGhost,
-    Ghost,
-    PackedGhost,
-    packed_conv,
-)
-from .guards import Path, Refusal, at, hooks_of
-from .program import Program
-from .read import Reading
+from .expression import Expression, ExpressionForm, match_expression
+from .fused import FusedInference
+from .ghost import FusedGhost, Ghost, PackedGhost, packed_conv
+from .guards import Path, Refusal, at
+from .read import Failed, Reading, read
 from .symbols import Node
 
 
@@ -49,10 +43,9 @@ class Network:
 
     Attributes:
         blocks: the modules between the stem and the last convolution, in the order of their calls.
-        inner: the innermost modules that are called in the blocks, in the order of their calls.
-        inner_calls: ``inner``, and the modules that contain them.
         pools: modules that are called for the pooling; head_modules: for the head and its
             activation.
+        expression: all of it, where the CPU has kernels for all of it.
     """
 
     alone = False
@@ -68,15 +61,16 @@ class Network:
         classifier: nn.Linear,
         pools: tuple[nn.Module, ...],
         head_modules: tuple[nn.Module, ...],
-        inner: tuple[nn.Module, ...],
-        inner_calls: tuple[nn.Module, ...],
+        expression: Expression | None,
     ) -> None:
         self.stem, self.blocks, self.last = stem, blocks, last
         self.head, self.head_act, self.classifier = head, head_act, classifier
         self.pools, self.head_modules = pools, head_modules
-        self.inner, self.inner_calls = inner, inner_calls
+        self.expression = expression
         self.first = stem.conv
         self.layers: tuple[nn.Module, ...] = (*stem.layers, *last.layers, head)
+        if expression is not None:
+            self.layers = expression.layers
 
     def check(self, x: Tensor) -> None:
         """Nothing: what does not fit goes to the network's own forward."""
@@ -88,6 +82,9 @@ class Network:
         return ""  # its own forward, without a warning
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        expression = self.expression
+        if backend == "native" and expression is not None and not expression.why_not_packed():
+            return expression.pack(backend)
         return PackedNetwork(self, backend), ()
 
     def description(self) -> str:
@@ -140,8 +137,6 @@ class PackedNetwork:
 
     def __init__(self, parts: Network, backend: str) -> None:
         self.stem, self.blocks = _PackedStem(parts.stem, backend), parts.blocks
-        self.inner, self.inner_calls, self.backend = parts.inner, parts.inner_calls, backend
-        self.together: _Together | None = None
         self.last = packed_conv(parts.last, backend)
         self.head = parts.head.weight.detach().flatten(1)
         self.head_bias, self.head_act = parts.head.bias, parts.head_act
@@ -154,13 +149,8 @@ class PackedNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         """Logits for a dense x that fits."""
         x = self.stem(x)
-        together = self.together
-        if together is not None and together.holds():
-            x = together.operator(dense(x), *together.arguments)
-        else:
-            for block in self.blocks:
-                x = block(x)
-            self.together = self._together()
+        for block in self.blocks:
+            x = block(x)
         x = self.last.pooled(dense(x))
         if self.packed_head is not None:
             # The images are the pixels of one channels_last map.
@@ -169,43 +159,6 @@ class PackedNetwork:
             x = F.linear(x, self.head, self.head_bias)
             x = activations.apply(x, *self.head_act, inplace=True)
         return self.classifier(x)
-
-    def _together(self) -> _Together | None:
-        """The bottlenecks as one operator; None if one cannot be in it or a hook observes it."""
-        if not all(isinstance(module, FusedBottleneck) for module in self.inner):
-            return None
-        if any(map(len, (hook for m in self.inner_calls for hook in hooks_of(m)))):
-            return None
-        program, x, kept = Program(), 0, []
-        for module in self.inner:
-            state = module._ghost_state()  # type: ignore[operator]
-            if not isinstance(state.parts, Bottleneck):
-                return None
-            cached = module._ghost_cached(state, self.backend, None)  # type: ignore[operator]
-            if cached is None or cached.watch is None or state.parts.program is None:
-                return None
-            x = program.append(state.parts.program, x)
-            kept.append((module.__dict__, state, cached, cached.watch))
-        return _Together(*program.packed(), kept) if kept else None
-
-
-class _Together(NamedTuple):
-    """Bottlenecks as one operator, and all that it was made from.
-
-    Attributes:
-        kept: of every bottleneck its attributes, its state and packed weights, and their watch.
-    """
-
-    operator: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
-    kept: list[tuple[dict, State, Cached, Watch]]
-
-    def holds(self) -> bool:
-        """Whether packing now would give the same."""
-        return all(
-            own.get("_ghost_ops") is state and state.cached is cached and watch.unchanged(own)
-            for own, state, cached, watch in self.kept
-        )
 
 
 class NetworkForm(NamedTuple):
@@ -219,8 +172,7 @@ class NetworkForm(NamedTuple):
     classifier: Path
     pools: tuple[Path, ...]
     head_modules: tuple[Path, ...]
-    inner: tuple[Path, ...]
-    inner_calls: tuple[Path, ...]
+    expression: ExpressionForm | None
 
     def bind(self, module: nn.Module) -> Network:
         stem, last = self.stem.bind(module), self.last.bind(module)
@@ -233,10 +185,15 @@ class NetworkForm(NamedTuple):
                 raise Refusal(f"its {name} is not a plain 1x1 convolution")
         if last.prelu is not None:
             raise Refusal("its last stage has a PReLU, which only Ghost modules compute")
-        paths = self.blocks, self.pools, self.head_modules, self.inner, self.inner_calls
-        blocks, *rest = (tuple(at(module, path) for path in some) for some in paths)
+        paths = self.blocks, self.pools, self.head_modules
+        blocks, pools, modules = (tuple(at(module, path) for path in some) for some in paths)
         classifier: Any = at(module, self.classifier)
-        return Network(stem, blocks, last, head, self.head_act, classifier, *rest)  # type: ignore[arg-type]
+        expression = None
+        with suppress(Refusal):
+            expression = None if self.expression is None else self.expression.bind(module)
+        return Network(
+            stem, blocks, last, head, self.head_act, classifier, pools, modules, expression  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def shape(self, module: nn.Module) -> None:
         return None  # it is no operator of a graph
@@ -259,27 +216,22 @@ def match_network(reading: Reading) -> NetworkForm:
     pool = _expect(head.inputs[0], "mean", "an average pooling")
     last, node = match_any_branch(reading, pool.inputs[0], "the last stage")
     blocks: list[Path] = []
-    inner: list[Path] = []
-    inner_calls: list[Path] = []
     while True:
         with suppress(Refusal):
             stem, x = match_branch(reading, node, "the stem")
             if x.op == "input":
                 break
-        calls = reading.calls.get(node)
+        calls = [call for call in reading.calls.get(node, ()) if call.x is not node]
         if not calls:
             raise Refusal("its forward is not stem, blocks and head")
         blocks.insert(0, calls[-1].path)
-        end = calls[-1].x
-        while node is not end and (calls := reading.calls.get(node)):
-            inner.insert(0, calls[0].path)
-            inner_calls += [call.path for call in calls]
-            node = calls[0].x
-        if node is not end:
-            raise Refusal("one of its blocks is not modules in a row")
+        node = calls[-1].x
+    expression = None
+    with suppress(Refusal):
+        expression = match_expression(reading)
     return NetworkForm(
         stem, tuple(blocks), last, head.args[0], act.args, path,  # type: ignore[arg-type]
-        called(reading, pool), called(reading, act, head), tuple(inner), tuple(inner_calls),
+        called(reading, pool), called(reading, act, head), expression,
     )  # fmt: skip
 
 
@@ -293,7 +245,20 @@ class FusedNetwork(FusedInference):
     """A GhostNet made fused by ``fuse``."""
 
     _ghost_kind = "network"
-    _ghost_whole = (FusedGhost, FusedBottleneck)
+
+    @classmethod
+    def _ghost_read(cls, module: nn.Module, training: bool | None = None) -> Reading:
+        # Where something inside of a bottleneck cannot be followed, its ends still can be.
+        try:
+            reading = read(module, training)
+            match_expression(reading)
+            return reading
+        except Failed as failed:
+            seen = failed.record
+        except Refusal:
+            seen = reading.record
+        reading = read(module, training, whole=(FusedGhost, FusedBottleneck))
+        return reading._replace(record=reading.record.with_that_of(seen))
 
     @classmethod
     def _ghost_match(cls, reading: Reading) -> NetworkForm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +17,25 @@ from torch import Tensor
 from ..autograd import direct
 from ..model_ops import native_run_program
 
-_GHOST, _DEPTHWISE, _EXCITE = range(3)
+_GHOST, _DEPTHWISE, _EXCITE, _SUM, _CONCAT, _MEAN, _NHWC, _ROWS = range(8)
 _NONE = -1
-# Where an instruction's tensors are among its numbers; values stand before them.
-_TENSORS = {_GHOST: (2, 3), _DEPTHWISE: (1, 4), _EXCITE: (1, 2)}
+
+
+class _Instruction(NamedTuple):
+    code: int
+    values: tuple[int, ...]
+    numbers: tuple[int, ...]
 
 
 class Program:
-    """Instructions in the order in which they run; values are numbered, 0 is the input."""
+    """Instructions in the order in which they run; values are numbered, 0 is the input.
+
+    A value is released after the last instruction that takes it.
+    """
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
-        self._code: list[list[int]] = []
+        self._code: list[_Instruction] = []
 
     def __len__(self) -> int:
         return len(self._code)
@@ -37,64 +44,69 @@ class Program:
         self._tensors.append(t)
         return len(self._tensors) - 1
 
-    def _add(self, *numbers: int, release: tuple[int, ...] = ()) -> int:
-        self._code.append([*numbers, *(*release, _NONE, _NONE)[:2]])
+    def _add(self, code: int, values: tuple[int, ...], *numbers: int) -> int:
+        self._code.append(_Instruction(code, values, numbers))
         return len(self._code)
 
     def ghost(
-        self, x: int, packed: Tensor, arguments: tuple, residual: int | None, *, is_conv: bool,
-        release: tuple[int, ...] = (),
-    ) -> int:  # fmt: skip
+        self, x: int, packed: Tensor, arguments: tuple, residual: int | None, *, is_conv: bool
+    ) -> int:
         """``ghost_apply``, or ``ghost_conv_apply``, with the arguments after x and a residual."""
         conv = (0, 0, False)
         if is_conv:
             conv, arguments = arguments[:3], (*arguments[3:], True)
         *sizes, act1, slope1, act2, slope2, has_primary = arguments
         return self._add(
-            _GHOST, x, _NONE if residual is None else residual, self._tensor(packed),
+            _GHOST, (x, _NONE if residual is None else residual), self._tensor(packed),
             _bits(slope1), _bits(slope2), *map(int, conv), *sizes, act1, act2, int(has_primary),
-            release=release,
         )  # fmt: skip
 
     def depthwise(
-        self, x: int, weight: Tensor, taps_first: Tensor, shift: Tensor, arguments: tuple,
-        *, release: tuple[int, ...] = (),
-    ) -> int:  # fmt: skip
+        self, x: int, weight: Tensor, taps_first: Tensor, shift: Tensor, arguments: tuple
+    ) -> int:
         """``depthwise_conv`` with stride, act and slope."""
         stride, act, slope = arguments
         tensors = map(self._tensor, (weight, taps_first, shift))
-        k = weight.size(-1)
-        return self._add(_DEPTHWISE, x, *tensors, k, stride, act, _bits(slope), release=release)
+        return self._add(
+            _DEPTHWISE, (x,), *tensors, weight.size(-1), stride, act, _bits(slope)
+        )  # fmt: skip
 
     def excite(self, x: int, tensors: tuple[Tensor, ...], arguments: tuple) -> int:
         """``squeeze_excite_`` with act, slope and gate: x itself, changed."""
         act, slope, gate = arguments
         first, *_ = [self._tensor(t) for t in tensors]
-        return self._add(_EXCITE, x, first, act, _bits(slope), gate, release=(x,))
+        return self._add(_EXCITE, (x,), first, act, _bits(slope), gate)
 
-    def append(self, other: Program, x: int) -> int:
-        """The number of another program's output, for the value x of its input."""
-        values, tensors = len(self._code), len(self._tensors)
+    def sum(self, x: int, other: int | None, act: tuple[int, float], *, in_place: bool) -> int:
+        """act(x + other), or act(x); of one shape, and in place x itself."""
+        values = (x, _NONE if other is None else other)
+        return self._add(_SUM, values, act[0], _bits(act[1]), int(in_place))
 
-        def value(number: int) -> int:
-            return x if number == 0 else number if number == _NONE else number + values
+    def concat(self, values: tuple[int, ...]) -> int:
+        """The values next to each other along channels; of one shape otherwise."""
+        return self._add(_CONCAT, values)
 
-        for code, *numbers in other._code:
-            first, last = _TENSORS[code]
-            self._code.append([
-                code,
-                *map(value, numbers[:first]),
-                *(n + tensors for n in numbers[first:last]),
-                *numbers[last:-2],
-                *map(value, numbers[-2:]),
-            ])  # fmt: skip
-        self._tensors += other._tensors
-        return len(self._code)
+    def mean(self, x: int) -> int:
+        """The means over pixels: [1, C, 1, N] in channels_last for x [N, C, H, W]."""
+        return self._add(_MEAN, (x,))
+
+    def channels_last(self, x: int) -> int:
+        """x in channels_last: itself, or a copy."""
+        return self._add(_NHWC, (x,))
+
+    def rows(self, x: int, dims: int) -> int:
+        """[N, C], or [N, C, 1, 1], for x as ``mean`` gives it."""
+        return self._add(_ROWS, (x,), dims)
 
     def packed(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         """The operator, and its arguments after x."""
-        code = torch.tensor([n for numbers in self._code for n in numbers], dtype=torch.int64)
-        return direct(native_run_program), (self._tensors, code)
+        last = {v: at for at, step in enumerate(self._code) for v in step.values if v != _NONE}
+        numbers: list[int] = []
+        for at, (code, values, rest) in enumerate(self._code):
+            released = [v for v in dict.fromkeys(values) if last.get(v) == at]
+            body = [len(released), *released, *values, *rest]
+            numbers += [code, len(body), *body]
+        return direct(native_run_program), (self._tensors, torch.tensor(numbers))
 
 
 def _bits(value: float) -> int:

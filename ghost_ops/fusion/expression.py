@@ -1,0 +1,401 @@
+"""Modules of convolutions, Ghost modules, sums and concatenations as one operator of the CPU.
+
+Everything from one convolution with its batch norm and activation up to a whole network: residual
+blocks such as Ghost-ResNet's, cross-stage blocks such as Ultralytics' C3Ghost, a GhostNet with its
+stem and its head. What a forward computes (``read``) is an expression; here it becomes steps, each
+of which is an instruction of a ``Program``::
+
+    ghost       a Ghost module, or a convolution (ratio 1), with the norm and activation behind it;
+                a sum that only it goes to is its residual
+    depthwise   a depthwise convolution
+    excite      x times its squeeze-and-excitation
+    sum         of two maps, and the activation behind it; or the activation alone
+    concat      along channels
+    mean        over pixels; what follows it has one vector an image
+    linear      a linear layer, on vectors
+
+In eval mode without gradients, on a CPU with native kernels. Everything else is the module's own
+forward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .bottleneck import Gate, PackedDepthwise, PackedGate, bind_depthwise, find_gate
+from .branch import (
+    NO_ACT,
+    Branch,
+    layer_at,
+    match_any_branch,
+    what_it_is,
+    why_not_together,
+)
+from .fused import FusedInference
+from .ghost import Ghost, GhostForm, PackedGhost, match_ghost, packed_conv
+from .guards import Refusal
+from .program import Program
+from .read import PARAMETER_HOOKS, Reading
+from .symbols import Node
+
+
+class Step(NamedTuple):
+    """One instruction, before it is bound to modules.
+
+    Attributes:
+        op: as in the table above.
+        values: what it takes: 0 is the input, k the result of step k - 1.
+        form: where its layers are; of a sum its activation.
+    """
+
+    op: str
+    values: tuple[int, ...]
+    form: Any = None
+
+
+class Shape(NamedTuple):
+    """What is known of the shape of a value.
+
+    Attributes:
+        channels: of it.
+        pixels: equal where height and width are, whatever those of the input. None: a vector.
+        flat: a vector that was flattened, [N, C].
+    """
+
+    channels: int
+    pixels: tuple[Any, ...] | None
+    flat: bool = False
+
+    def behind(self, conv: nn.Conv2d, padding: tuple[int, int], out_channels: int) -> Shape:
+        """Of what a convolution makes of it. Raises ``Refusal`` if that cannot be computed."""
+        if conv.in_channels != self.channels:
+            raise Refusal(f"a convolution of {conv.in_channels} channels gets {self.channels}")
+        if self.pixels is None:
+            plain = (conv.kernel_size, conv.stride, padding) == ((1, 1), (1, 1), (0, 0))
+            if self.flat or not plain or conv.groups > 1:
+                raise Refusal("a convolution other than a plain 1x1 follows a pooling")
+            return Shape(out_channels, None)
+        base, *strides = self.pixels
+        for i, (pad, k, d) in enumerate(zip(padding, conv.kernel_size, conv.dilation, strict=True)):
+            strides[i] *= conv.stride[i]
+            if 2 * pad != d * (k - 1):
+                base = object()  # of no known relation to the sizes of other maps
+        return Shape(out_channels, (base, *strides))
+
+
+class Expression:
+    """The steps of a forward, bound to its modules.
+
+    Attributes:
+        steps: its instructions.
+        parts: of each step: a ``Ghost``, a ``Branch``, a ``Gate``, a linear layer, or the code and
+            slope of an activation.
+        result: the shape of the last value.
+    """
+
+    alone = False
+
+    def __init__(self, steps: tuple[Step, ...], parts: tuple[Any, ...], result: Shape) -> None:
+        self.steps, self.parts, self.result = steps, parts, result
+        self.layers = tuple(layer for part in parts for layer in _layers(part))
+        self.first = _first_conv(steps, parts)
+        ghosts = [part for part in parts if isinstance(part, Ghost)]
+        self.dw_size = max((ghost.dw_size for ghost in ghosts), default=1)
+
+    def check(self, x: Tensor) -> None:
+        """Nothing: what does not fit goes to the module's own forward."""
+
+    def why_not_packed(self) -> str:
+        hooks = (hook for layer in self.layers for hook in layer._forward_pre_hooks.values())
+        if any(isinstance(hook, PARAMETER_HOOKS) for hook in hooks):
+            return "its weights are computed at every call"
+        if self.first.weight.device.type != "cpu":
+            return "only the CPU has kernels for it"
+        reasons = [part.why_not_packed() for part in self.parts if isinstance(part, Ghost)]
+        shapes = map(_why_not_shape, self.layers)
+        return why_not_together(self.layers) or next(filter(None, (*reasons, *shapes)), "")
+
+    def run(self, x: Tensor) -> str:
+        return ""  # its own forward, without a warning
+
+    def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        parts = [_pack(part, backend) for part in self.parts]
+        if len(parts) == 1 and isinstance(parts[0], PackedGhost):
+            return parts[0].operator, (parts[0].packed, None, *parts[0].arguments)
+        return self._program(parts).packed()
+
+    def _program(self, parts: list[Any]) -> Program:
+        program = Program()
+        # Whole networks are faster in channels_last; what gives a map gives it in the layout of x.
+        vector = self.result.pixels is None
+        numbers = [program.channels_last(0) if vector else 0]
+        uses = Counter(value for step in self.steps for value in step.values)
+        for (op, values, _), part in zip(self.steps, parts, strict=True):
+            x, *others = [numbers[value] for value in values]
+            other = others[0] if others else None
+            if op == "ghost":
+                made = part.add_to(program, x, other)
+            elif op == "depthwise":
+                made = part.add_to(program, x)
+            elif op == "excite":
+                made = program.excite(x, part.tensors, part.arguments)
+            elif op == "sum":
+                in_place = values[0] > 0 and uses[values[0]] == 1
+                made = program.sum(x, other, part, in_place=in_place)
+            elif op == "concat":
+                made = program.concat((x, *others))
+            elif op == "mean":
+                made = program.mean(x)
+            else:  # flatten: the same values
+                made = x
+            numbers.append(made)
+        if vector:
+            program.rows(numbers[-1], 2 if self.result.flat else 4)
+        return program
+
+    def description(self) -> str:
+        """In words, for the report."""
+        if len(self.steps) > 1:
+            words = Counter(map(_word, self.steps, self.parts))
+            return "one operator: " + ", ".join(f"{n} {word}" for word, n in words.items() if word)
+        conv = self.first
+        k, s = conv.kernel_size[0], conv.stride[0]
+        text = f"conv {conv.in_channels} -> {conv.out_channels}, {k}x{k}"
+        if conv.groups > 1:
+            text = f"depthwise {conv.in_channels}, {k}x{k}"
+        return text + (f" stride {s}" if s > 1 else "")
+
+
+def _layers(part: Any) -> tuple[nn.Module, ...]:
+    """The modules with parameters of a part."""
+    if isinstance(part, Gate):
+        return part.reduce, part.expand
+    if isinstance(part, nn.Linear):
+        return (part,)
+    return part.layers if isinstance(part, (Ghost, Branch)) else ()
+
+
+def _why_not_shape(layer: nn.Module) -> str:
+    """Why a layer's weight is not what the layer says of itself; empty if it is."""
+    if isinstance(layer, nn.Conv2d):
+        want = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    elif isinstance(layer, nn.Linear):
+        want = (layer.out_features, layer.in_features)
+    else:
+        return ""
+    bias = layer.bias
+    if layer.weight.shape == want and (bias is None or bias.shape == want[:1]):
+        return ""
+    return f"a {type(layer).__name__} has a weight or bias of another shape than it says"
+
+
+def _conv_of(part: Any) -> nn.Conv2d | None:
+    if isinstance(part, Ghost):
+        return part.first
+    return part.conv if isinstance(part, Branch) else None
+
+
+def _first_conv(steps: tuple[Step, ...], parts: tuple[Any, ...]) -> nn.Conv2d:
+    """A convolution that the input goes to. Raises ``Refusal`` if there is none."""
+    for step, part in zip(steps, parts, strict=True):
+        conv = _conv_of(part)
+        if conv is not None and step.values[0] == 0:
+            return conv
+    raise Refusal("its input goes to no convolution")
+
+
+def _pack(part: Any, backend: str) -> Any:
+    if isinstance(part, Ghost):
+        return PackedGhost(part, backend)
+    if isinstance(part, Branch):
+        return PackedDepthwise(part)
+    if isinstance(part, Gate):
+        return PackedGate(part)
+    if isinstance(part, nn.Linear):
+        conv = nn.Conv2d(part.in_features, part.out_features, 1, device="meta")
+        bias = None if part.bias is None else part.bias.detach()
+        conv._parameters.update(weight=part.weight.detach()[:, :, None, None], bias=bias)
+        return packed_conv(Branch(conv, None, *NO_ACT, None, (0, 0), ()), backend)
+    return part
+
+
+def _word(step: Step, part: Any) -> str:
+    if isinstance(part, nn.Linear):
+        return "linear"
+    if isinstance(part, Ghost):
+        return "conv" if part.cheap is None else "ghost"
+    return {"excite": "squeeze-excite", "flatten": ""}.get(step.op, step.op)
+
+
+class ExpressionForm(NamedTuple):
+    """The steps of a forward, and where the parts of them are."""
+
+    steps: tuple[Step, ...]
+
+    def bind(self, module: nn.Module) -> Expression:
+        parts = tuple(_bind(step, module) for step in self.steps)
+        first = _first_conv(self.steps, parts)
+        shapes = [Shape(first.in_channels, (None, 1, 1))]
+        for step, part in zip(self.steps, parts, strict=True):
+            shapes.append(_shape(step, part, [shapes[value] for value in step.values]))
+        return Expression(self.steps, parts, shapes[-1])
+
+    def shape(self, module: nn.Module) -> None:
+        return None  # it is no operator of a graph
+
+
+def _bind(step: Step, module: nn.Module) -> Any:
+    """The part of a step. Raises ``Refusal`` if there is no kernel for it."""
+    op, _, form = step
+    if op == "depthwise":
+        return bind_depthwise(form, module)
+    if op == "excite":
+        return form.bind(module)
+    if isinstance(form, GhostForm):
+        ghost = form.bind(module)
+        known = ghost.is_conv() or ghost.has_plain_primary()
+        if not known or ghost.gate is not None or (ghost.tail and ghost.after is None):
+            raise Refusal(f"there is no kernel for {'.'.join(form.primary.conv)}")
+        return ghost
+    return layer_at(module, form, nn.Linear) if op == "ghost" else form
+
+
+def _shape(step: Step, part: Any, given: list[Shape]) -> Shape:
+    """The shape of a step's result. Raises ``Refusal`` if it cannot be computed for these."""
+    x, *others = given
+    if isinstance(part, Ghost):
+        out = x.behind(part.first, part.primary.padding, part.settings.out_channels)
+        return _same(out, others)
+    if isinstance(part, Branch):
+        return x.behind(part.conv, part.padding, part.conv.out_channels)
+    if isinstance(part, Gate):
+        return x.behind(part.reduce, (0, 0), x.channels)
+    if isinstance(part, nn.Linear):
+        if not x.flat or x.channels != part.in_features:
+            raise Refusal("a linear layer gets something other than pooled channels")
+        return _same(x._replace(channels=part.out_features), others)
+    if step.op == "concat":
+        _same(x, [other._replace(channels=x.channels) for other in others])
+        return x._replace(channels=sum(shape.channels for shape in given))
+    if step.op in ("mean", "flatten"):
+        if (x.pixels is None) != (step.op == "flatten"):
+            raise Refusal("it pools twice, or flattens what is not pooled")
+        return Shape(x.channels, None, flat=step.op == "flatten")
+    return _same(x, others)
+
+
+def _same(shape: Shape, others: list[Shape]) -> Shape:
+    if any(other != shape for other in others):
+        raise Refusal("it joins tensors whose shapes may differ")
+    return shape
+
+
+def match_expression(reading: Reading) -> ExpressionForm:
+    """The steps of the result of a reading.
+
+    Raises:
+        Refusal: one of its operations is none of ours.
+    """
+    return ExpressionForm(_Matcher(reading).steps())
+
+
+class _Matcher:
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.layers = {entry.path: dict(entry.own) for entry in reading.record.entries}
+        self.uses: Counter[Node] = Counter()  # by how many operations a node is used
+        seen, todo = {reading.out}, [reading.out]
+        while todo:
+            for node in todo.pop().inputs:
+                self.uses[node] += 1
+                if node not in seen:
+                    seen.add(node)
+                    todo.append(node)
+
+    def steps(self) -> tuple[Step, ...]:
+        """In an order in which each comes after what it takes."""
+        steps: list[Step] = []
+        numbers: dict[Node, int] = {}
+        found: dict[Node, tuple[str, tuple[Node, ...], Any]] = {}
+        todo = [self.reading.out]
+        while todo:
+            node = todo[-1]
+            if node in numbers:
+                todo.pop()
+            elif node.op == "input":
+                numbers[node] = 0
+            else:
+                op, inputs, form = found[node] = found.get(node) or self.match(node)
+                missing = [x for x in reversed(inputs) if x not in numbers]
+                todo += missing
+                if not missing:
+                    steps.append(Step(op, tuple(numbers[x] for x in inputs), form))
+                    numbers[node] = len(steps)
+        if not steps:
+            raise Refusal("its forward gives its input")
+        uses = Counter(value for step in steps for value in step.values)
+        if any(s.op == "excite" and (s.values[0] == 0 or uses[s.values[0]] > 1) for s in steps):
+            raise Refusal("a gate multiplies what is used elsewhere")
+        return tuple(steps)
+
+    def match(self, node: Node) -> tuple[str, tuple[Node, ...], Any]:
+        """The step whose result a node is: its op, the nodes that it takes, and its form."""
+        found = self.find_layers(node)
+        if found is not None:
+            return found
+        if node.op == "add" and len(node.inputs) == 2:
+            return self.match_sum(node) or ("sum", node.inputs, NO_ACT)
+        if node.op == "act":
+            (x,) = node.inputs
+            terms = x.op == "add" and len(x.inputs) == 2 and self.uses[x] == 1
+            if terms and self.match_sum(x) is None:
+                return "sum", x.inputs, node.args
+            return "sum", (x,), node.args
+        if node.op == "cat":
+            return "concat", node.inputs, None
+        if node.op in ("mean", "flatten"):
+            return node.op, node.inputs, None
+        if node.op == "linear":
+            return "ghost", node.inputs, node.args[0]
+        gate = find_gate(self.reading, node)
+        if gate is not None:
+            return "excite", (gate[1],), gate[0]
+        raise Refusal(f"its forward has {what_it_is(node)}, for which there is no kernel")
+
+    def find_layers(self, node: Node) -> tuple[str, tuple[Node, ...], Any] | None:
+        """The step of a convolution or a Ghost module; None if it is none."""
+        try:
+            branch, x = match_any_branch(self.reading, node, "it")
+        except Refusal:
+            try:
+                ghost, x = match_ghost(self.reading, node)
+            except Refusal:
+                return None
+            return "ghost", (x,), ghost
+        if self.layers[branch.conv]["groups"] > 1:
+            return "depthwise", (x,), branch
+        return "ghost", (x,), GhostForm(branch, None, None, None, ())
+
+    def match_sum(self, node: Node) -> tuple[str, tuple[Node, ...], Any] | None:
+        """A sum as a Ghost module or convolution with a residual; None if it is none."""
+        for main, short in (node.inputs, node.inputs[::-1]):
+            if self.uses[main] == 1 and main is not short:
+                op, inputs, form = self.find_layers(main) or ("", (), None)
+                if op == "ghost":
+                    return op, (*inputs, short), form
+        return None
+
+
+class FusedExpression(FusedInference):
+    """A module of several operations, or a convolution, made fused by ``fuse``."""
+
+    _ghost_kind = "expression"
+    _ghost_device = "cpu"
+
+    @classmethod
+    def _ghost_match(cls, reading: Reading) -> ExpressionForm:
+        return match_expression(reading)
