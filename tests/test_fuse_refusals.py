@@ -85,7 +85,7 @@ def test_look_alikes(name: str) -> None:
     make, message = LOOK_ALIKES[name]
     model = nn.Sequential(make(), Sliced(8, 8))
     kinds, state = [type(m) for m in model.modules()], model.state_dict(keep_vars=True)
-    report = ghost_ops.fuse(model)
+    report = ghost_ops.fuse(model, inference=False)
     assert [e.action for e in report.entries] == ["left", "swapped"]
     assert message in report.left[0].detail
     assert type(model[0]) is kinds[1]

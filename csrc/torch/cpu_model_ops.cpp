@@ -247,7 +247,8 @@ Tensor concat(const std::vector<Tensor>& values) {
   const int64_t pixels = first.size(2) * first.size(3), runs = first.size(0) * (nhwc ? pixels : 1),
                 bytes = element_size(dtype_of(first, "x")) * (nhwc ? 1 : pixels);
   char* const to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t per = std::max<int64_t>(int64_t{1 << 14} / std::max<int64_t>(channels * bytes, 1), 1);
+  const int64_t per =
+      std::max<int64_t>(int64_t{1 << 14} / std::max<int64_t>(channels * bytes, 1), 1);
   parallel((runs + per - 1) / per, [&](int64_t b, int64_t e) {
     int64_t offset = 0;
     for (const Tensor& t : values) {
@@ -275,8 +276,7 @@ Tensor pixel_means(const Tensor& x) {
   a.layout = layout;
   const auto kernel = active_layers().gate_means[int(dtype)];
   parallel(N, [&](int64_t b, int64_t e) { kernel(a, b, e, 0, C); });
-  return means.scalar_type() == x.scalar_type() ? means
-                                                : torch::stable::to(means, x.scalar_type());
+  return means.scalar_type() == x.scalar_type() ? means : torch::stable::to(means, x.scalar_type());
 }
 
 }  // namespace ghost

@@ -36,6 +36,34 @@ double real(int64_t bits) {
   return value;
 }
 
+// Planes to pixels, for images of few channels: several times as fast as the library's copy.
+template <int C, class T>
+void interleave(const T* x, T* out, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int c = 0; c < C; ++c) out[i * C + c] = x[c * pixels + i];
+}
+
+Tensor channels_last(const Tensor& x) {
+  const int64_t N = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3);
+  const int64_t size = element_size(dtype_of(x, "x"));
+  if (C != 3 || layout_of(x, "x") == Layout::kNHWC || size > 4) return in_layout(x, Layout::kNHWC);
+  Tensor out = empty({N, C, x.size(2), x.size(3)}, x.scalar_type(), Layout::kNHWC);
+  const char* const from = static_cast<const char*>(x.const_data_ptr());
+  char* const to = static_cast<char*>(out.mutable_data_ptr());
+  parallel(N, [&](int64_t b, int64_t e) {
+    for (int64_t n = b; n < e; ++n) {
+      const int64_t at = n * C * pixels * size;
+      if (size == 4)
+        interleave<3>(reinterpret_cast<const uint32_t*>(from + at),
+                      reinterpret_cast<uint32_t*>(to + at), pixels);
+      else
+        interleave<3>(reinterpret_cast<const uint16_t*>(from + at),
+                      reinterpret_cast<uint16_t*>(to + at), pixels);
+    }
+  });
+  return out;
+}
+
 class Program {
   const std::vector<Tensor>& tensors_;
   std::vector<OptionalTensor> values_;
@@ -96,7 +124,7 @@ class Program {
       case Code::kMean:
         return pixel_means(value(a[0]));
       case Code::kNHWC:
-        return in_layout(value(a[0]), Layout::kNHWC);
+        return channels_last(value(a[0]));
       case Code::kRows:
         return rows(value(a[0]), a[1]);
     }
@@ -111,9 +139,9 @@ class Program {
   Tensor run(const int64_t* code, int64_t length) {
     for (const int64_t *at = code, *end = code + length; at < end;) {
       const auto known = int64_t(std::size(kLength));
-      STD_TORCH_CHECK(at[0] >= 0 && at[0] < known && at + 3 <= end && at + 2 + at[1] <= end &&
-                          at[2] >= 0,
-                      "program: not an instruction");
+      STD_TORCH_CHECK(
+          at[0] >= 0 && at[0] < known && at + 3 <= end && at + 2 + at[1] <= end && at[2] >= 0,
+          "program: not an instruction");
       const int64_t *const released = at + 3, *const a = released + at[2];
       const int64_t n = at[1] - 1 - at[2];
       STD_TORCH_CHECK(n >= kLength[at[0]], "program: not an instruction");

@@ -375,6 +375,9 @@ class _Matcher:
                 ghost, x = match_ghost(self.reading, node)
             except Refusal:
                 return None
+            acts = ghost.primary.act, NO_ACT[0] if ghost.cheap is None else ghost.cheap.act
+            if ghost.tail and acts != (NO_ACT[0],) * 2:
+                return None  # the epilogue has one activation
             return "ghost", (x,), ghost
         if self.layers[branch.conv]["groups"] > 1:
             return "depthwise", (x,), branch
