@@ -467,6 +467,12 @@ def dense(m: Any, x: Tensor) -> Tensor:
     return torch.cat([x, y, m.b(y), x], 1)
 
 
+def shared_vector(m: Any, x: Tensor) -> Tensor:
+    y = m.pool(m.wide(m.ghost(x)))
+    z = F.relu(y.flatten(1))
+    return m.linear(z) + m.linear(y.flatten(1))
+
+
 FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "used twice": (twice_used, "1 ghost, 1 conv, 2 sum"),
     "in place": (changed_in_place, "1 ghost"),
@@ -479,6 +485,7 @@ FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda m, x: torch.cat([m.pool(m.ghost(x)), m.wide(m.pool(m.a(x)))], 1).flatten(1),
         "1 ghost, 2 mean, 2 conv, 1 concat",
     ),
+    "flattened": (shared_vector, "1 mean"),
     "means": (lambda m, x: m.down(m.ghost(x)).mean((2, 3)), "1 ghost, 1 conv, 1 mean"),
     "down": (lambda m, x: F.relu(m.down(x) + m.down(m.ghost(x))), "1 sum"),
 }  # fmt: skip
@@ -547,6 +554,8 @@ def test_forwards_agree(convs: list[str], name: str) -> None:
         lambda m, x: x * m.gate(x) + m.ghost(x),
         lambda m, x: (lambda y: m.a(y * m.gate(y)) + y)(m.ghost(x)),
         lambda m, x: F.silu(x) + F.relu(x),
+        lambda m, x: m.ghost(m.pool(m.a(x))),
+        lambda m, x: (lambda y: y * m.gate(y))(m.pool(m.ghost(x))),
     ],
 )
 def test_what_is_no_program_runs_itself(convs: list[str], forward: Callable) -> None:

@@ -133,7 +133,13 @@ class Expression:
         # Whole networks are faster in channels_last; what gives a map gives it in the layout of x.
         vector = self.result.pixels is None
         numbers = [program.channels_last(0) if vector else 0]
-        uses = Counter(value for step in self.steps for value in step.values)
+        uses: Counter[int] = Counter()  # of the memory of a value, which flattening shares
+        owners = list(range(len(self.steps) + 1))
+        for number, (op, values, _) in enumerate(self.steps, 1):
+            if op == "flatten":
+                owners[number] = owners[values[0]]
+            else:
+                uses.update(owners[value] for value in values)
         for (op, values, _), part in zip(self.steps, parts, strict=True):
             x, *others = [numbers[value] for value in values]
             other = others[0] if others else None
@@ -144,7 +150,8 @@ class Expression:
             elif op == "excite":
                 made = program.excite(x, part.tensors, part.arguments)
             elif op == "sum":
-                in_place = values[0] > 0 and uses[values[0]] == 1
+                owner = owners[values[0]]
+                in_place = owner > 0 and uses[owner] == 1
                 made = program.sum(x, other, part, in_place=in_place)
             elif op == "concat":
                 made = program.concat((x, *others))
@@ -267,6 +274,8 @@ def _bind(step: Step, module: nn.Module) -> Any:
 def _shape(step: Step, part: Any, given: list[Shape]) -> Shape:
     """The shape of a step's result. Raises ``Refusal`` if it cannot be computed for these."""
     x, *others = given
+    if x.pixels is None and (isinstance(part, Gate) or getattr(part, "dw_size", 1) > 1):
+        raise Refusal("a gate or a Ghost module follows a pooling")
     if isinstance(part, Ghost):
         out = x.behind(part.first, part.primary.padding, part.settings.out_channels)
         return _same(out, others)
