@@ -22,7 +22,7 @@ CASES = covering(
         "k": [1, 3],
         "stride": [1, 2],
         "padding": [0, 1],
-        "m": [5, 16, 37],
+        "m": [5, 16, 20, 37],
         "ghosts": [(1, 1), (2, 3), (3, 5), (2, 7), (4, 3)],
         "cut": [0, 3],
         "tail": [False, True],
@@ -56,6 +56,23 @@ def test_bands(native: str, small_caches: None, row: dict) -> None:
     for threads in (2, 3):
         torch.set_num_threads(threads)
         assert same_bits(model_ops.native_ghost_conv_apply(*arguments), got), threads
+
+
+@pytest.mark.parametrize("m", [5, 12, 20, 36, 40])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_stores_past_the_caches(native: str, small_caches: None, m: int, act: str) -> None:
+    """An output so large that it is written past the caches, and half vectors of channels."""
+    row = {
+        "shape": (6, 4, 40, 33), "k": 1, "stride": 1, "padding": 0, "m": m, "ghosts": (2, 3),
+        "cut": 1, "tail": False, "residual": False, "act": act, "layout": "nhwc",
+        "dtype": torch.float32,
+    }  # fmt: skip
+    given = Given(row)
+    assert planner.explain(row["shape"], 2 * m - 1, channels_last=True).stream
+    got = model_ops.native_ghost_conv_apply(
+        given.x, given.packed(ops.native), given.residual, *given.numbers
+    )
+    assert_close(got, given.formula(torch.float64), given.formula(torch.float32))
 
 
 def weights(*size: int) -> torch.Tensor:

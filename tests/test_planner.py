@@ -107,12 +107,15 @@ def test_threads_have_work_where_there_is_some() -> None:
 
 
 def test_stores_past_the_caches() -> None:
-    """Only for large outputs that are written once, in whole vectors of their own type."""
+    """Only for large outputs that are written once, in whole vectors of their own type; with
+    channels along the lanes, only where more is written than read."""
     large: dict[str, Any] = {"shape": (16, 16, 112, 112), "out_channels": 96, "machine": XEON}
     assert planner.explain(**large).stream
     assert not planner.explain((1, 16, 28, 28), 16, machine=XEON).stream
     assert not planner.explain(**large, residual=True).stream
-    assert not planner.explain(**large, channels_last=True).stream
+    assert planner.explain(**large, channels_last=True).stream
+    narrow: dict[str, Any] = {**large, "shape": (16, 96, 112, 112)}
+    assert not planner.explain(**narrow, channels_last=True).stream
     assert not planner.explain(**large, dtype=torch.bfloat16).stream
 
 

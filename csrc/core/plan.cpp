@@ -113,7 +113,8 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
     // As many rows as L2 holds: every band reads all weights.
     plan.band_rows = std::clamp<int64_t>(budget / (W * pixel), std::min(ceil_div(48, W), H), H);
   }
-  plan.fetch_results = nhwc && !plan.pack && p.batch * out_image > cpu.l2_bytes;
+  plan.fetch_results =
+      nhwc && !plan.pack && p.batch * (out_image + P * p.channels * e) > cpu.l2_bytes;
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
   if (tiles < want) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
@@ -130,6 +131,10 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
 
   plan.in_place =
       nhwc && same && !p.has_residual && !p.has_tail && p.ratio <= 2 && plan.row_splits == 1;
+  // Stores past the caches write whole rows at once, which cannot lie in out before.
+  plan.stream = plan.in_place && plan.channel_splits == 1 && p.out_channels > p.channels &&
+                p.batch * out_image > 3 * cpu.l2_bytes;
+  plan.in_place = plan.in_place && !plan.stream;
   const int64_t rows = std::min(H, plan.band_rows + 2 * pad),
                 pixels = plan.band_rows == H ? plan.images * P : rows * W;
   // Rows of x with their padding, or a copy of y and z.
@@ -137,11 +142,11 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
                 lines = plan.pack ? ((height - 1) * p.stride + p.kernel) *
                                         (p.width + 2 * p.padding) * p.channels * plan.images
                                   : 0;
+  const int64_t folded = (p.depth() + 2) * 2 * kPanel;  // a copy of the last channels' weights
   const int64_t panel = std::max(lines, p.has_tail ? pixels * 2 * m * p.ratio : 0);
   plan.scratch_bytes =
-      a *
-      (m * p.ratio + pixels * (plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) +
-       panel + 256);
+      a * (pixels * (plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) + folded +
+           panel + 256);
   return plan;
 }
 

@@ -161,5 +161,41 @@ GHOST_INLINE void with_activation(Act act, F&& f) {
 #undef GHOST_ACT
 }
 
+template <class A>
+__attribute__((noinline)) void activate_row(const Activation& a, A* row, int64_t n) {
+  constexpr int L = kLanes<A>;
+  with_activation(a.act, [&](auto act) {
+    constexpr Act kAct = decltype(act)::value;
+    if constexpr (kAct == Act::kNone) return;
+    for (int64_t i = 0; i < n; i += L) {
+      const Vec<A> v = activate<kAct, A>(load_n(row + i, n - i), A(a.slope));
+      store_n(row + i, v, n - i);
+    }
+  });
+}
+
+// The activation of N vectors in registers. Those with an exponential would be too much code in
+// every kernel: their vectors go through a buffer.
+template <class A, int N>
+GHOST_INLINE void activate_vectors(const Activation& a, Vec<A>* v) {
+  constexpr int L = kLanes<A>;
+  if (a.act == Act::kSiLU || a.act == Act::kGELU || a.act == Act::kGELUTanh) {
+    A buffer[N * L];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(buffer + i * L, v[i]);
+    activate_row(a, buffer, N * L);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) v[i] = load(buffer + i * L);
+    return;
+  }
+  with_activation(a.act, [&](auto act) __attribute__((always_inline)) {
+    constexpr Act kAct = decltype(act)::value;
+    if constexpr (kAct != Act::kSiLU && kAct != Act::kGELU && kAct != Act::kGELUTanh) {
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) v[i] = activate<kAct, A>(v[i], A(a.slope));
+    }
+  });
+}
+
 }  // namespace GHOST_ISA
 }  // namespace ghost

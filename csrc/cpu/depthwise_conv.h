@@ -7,90 +7,21 @@
 // a band of x's rows is taken apart into even and odd columns with borders of zeros, in scratch
 // that stays in L1; then every tap reads consecutive elements of one of the two. Tile: M rows by N
 // vectors of out. Rows of half a vector or less go in pairs of channels, one in each half.
-// NHWC, a row of out an item, channels along the lanes. Tile: 7 pixels of one vector of channels
-// (maps are multiples of 7 wide), the k taps of a row in registers; a column of x is loaded once
-// and feeds every pixel that it reaches. Binding resource: the memory bus for large maps; else FMA
-// ports, with load ports close behind.
+// NHWC, a row of out an item, channels along the lanes: lane_depthwise.h. Binding resource: the
+// memory bus for large maps; else FMA ports, with load ports close behind.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/activation.h"
 #include "cpu/depthwise.h"
+#include "cpu/lane_depthwise.h"
 #include "cpu/layers.h"
 #include "cpu/scratch.h"
 #include "cpu/storage.h"
 
 namespace ghost {
 namespace GHOST_ISA {
-
-template <class A>
-__attribute__((noinline)) void activate_row(const Activation& a, A* row, int64_t n) {
-  constexpr int L = kLanes<A>;
-  with_activation(a.act, [&](auto act) {
-    constexpr Act kAct = decltype(act)::value;
-    if constexpr (kAct == Act::kNone) return;
-    for (int64_t i = 0; i < n; i += L) {
-      const Vec<A> v = activate<kAct, A>(load_n(row + i, n - i), A(a.slope));
-      store_n(row + i, v, n - i);
-    }
-  });
-}
-
-// The activation of N vectors in registers. Those with an exponential would be too much code in
-// every kernel: their vectors go through a buffer.
-template <class A, int N>
-GHOST_INLINE void activate_vectors(const Activation& a, Vec<A>* v) {
-  constexpr int L = kLanes<A>;
-  if (a.act == Act::kSiLU || a.act == Act::kGELU || a.act == Act::kGELUTanh) {
-    A buffer[N * L];
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) store(buffer + i * L, v[i]);
-    activate_row(a, buffer, N * L);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) v[i] = load(buffer + i * L);
-    return;
-  }
-  with_activation(a.act, [&](auto act) __attribute__((always_inline)) {
-    constexpr Act kAct = decltype(act)::value;
-    if constexpr (kAct != Act::kSiLU && kAct != Act::kGELU && kAct != Act::kGELUTanh) {
-#pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) v[i] = activate<kAct, A>(v[i], A(a.slope));
-    }
-  });
-}
-
-// The even lanes of (a, b) into a, the odd ones into b.
-template <class A>
-GHOST_INLINE void unzip(Vec<A>& a, Vec<A>& b) {
-  constexpr int L = kLanes<A>;
-  const Vec<A> x = a, y = b;
-#if defined(__clang__)
-  for (int l = 0; l < L; ++l) {
-    a[l] = l < L / 2 ? x[2 * l % L] : y[2 * l % L];
-    b[l] = l < L / 2 ? x[2 * l % L + 1] : y[2 * l % L + 1];
-  }
-#else
-  // With AVX2 inside the halves of 16 bytes first, then whole pairs of elements: one instruction
-  // each.
-  constexpr bool kHalves = kVectorBytes == 32;
-  constexpr int H = kHalves ? L / 4 : L / 2;  // elements from x, then as many from y
-  typename Simd<A>::I even, odd, order;
-#pragma GCC unroll 16
-  for (int l = 0; l < L; ++l) {
-    const int half = l / (2 * H) * 2 * H, in_half = l % (2 * H);
-    even[l] = in_half < H ? half + 2 * in_half : L + half + 2 * (in_half - H);
-    odd[l] = even[l] + 1;
-    order[l] = l / H == 1 ? l + H : l / H == 2 ? l - H : l;
-  }
-  a = __builtin_shuffle(x, y, even);
-  b = __builtin_shuffle(x, y, odd);
-  if (kHalves) {
-    a = __builtin_shuffle(a, order);
-    b = __builtin_shuffle(b, order);
-  }
-#endif
-}
 
 // A band of a plane, or of two planes that share vectors, for a convolution of stride 2.
 template <class A>
@@ -366,107 +297,47 @@ void full_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// P pixels of a row of out, channels_last: out[p][c] over all channels. x is the first of `rows`
-// rows of x, at the column that the first pixel's first tap reads; columns [q0, q1) of it are
-// inside the image. Channels past the last whole vector are computed with a vector that ends at the
-// last one.
-template <class T, int K, int S, int P, bool kInside, bool kWhole>
-__attribute__((noinline)) void channel_pixels(const DepthwiseArgs& a, const T* x, int64_t rows,
-                                              int64_t q0, int64_t q1, const ComputeOf<T>* weight,
-                                              T* out, int64_t pixels) {
-  using A = ComputeOf<T>;
-  using V = Vec<A>;
-  constexpr int L = kLanes<A>;
-  const int64_t C = a.channels, ld = a.width * C;
-  const A* const shift = static_cast<const A*>(a.shift);
-  const Activation activation = a.act;
-  auto load_a = [=](const A* p)
-                    __attribute__((always_inline)) { return kWhole ? load(p) : load_n(p, C); };
-  for (int64_t i = 0; i < C; i += L) {
-    const int64_t c = kWhole ? std::min(i, C - L) : 0;
-    V acc[P];
-    acc[0] = load_a(shift + c);
-#pragma GCC unroll 8
-    for (int p = 1; p < P; ++p) acc[p] = acc[0];
-    const T* row = x + c;
-    const A* w = weight + c;
-    for (int64_t r = 0; r < rows; ++r, row += ld, w += K * C) {
-      V tap[K];
-#pragma GCC unroll 7
-      for (int j = 0; j < K; ++j) tap[j] = load_a(w + j * C);
-#pragma GCC unroll 32
-      for (int q = 0; q < (P - 1) * S + K; ++q) {
-        if (!kInside && (q < q0 || q >= q1)) continue;
-        const V v = kWhole ? Storage<T>::load(row + q * C) : Storage<T>::load_n(row + q * C, C);
-#pragma GCC unroll 8
-        for (int p = 0; p < P; ++p)
-          if (q >= p * S && q < p * S + K) acc[p] += tap[q - p * S] * v;
-      }
-    }
-    activate_vectors<A, P>(activation, acc);
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
-      if (!kInside && p >= pixels) break;
-      if (kWhole)
-        Storage<T>::store(out + p * C + c, acc[p]);
-      else
-        Storage<T>::store_n(out + p * C, acc[p], C);
-    }
-  }
-}
-
-// Rows of out, channels_last.
-template <class T, int K, int S>
+// Rows of out, channels_last. Row by row, because x may be larger than the caches.
+template <class T>
 void channel_rows(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
-  constexpr int R = K / 2, kPixels = 7, kFew = 4;
-  const int64_t C = a.channels, W = a.width, Wo = a.out_width;
-  const bool whole = C >= kLanes<A>;
+  const int64_t C = a.channels;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t n = i / a.out_height, top = i % a.out_height * S - R;
-    const int64_t r0 = std::max<int64_t>(top, 0), r1 = std::min(top + K, a.height);
-    const T* const x = static_cast<const T*>(a.x) + (n * a.height + r0) * W * C;
-    const A* const weight = static_cast<const A*>(a.weight) + (r0 - top) * K * C;
-    T* const out = static_cast<T*>(a.out) + i * Wo * C;
-    for (int64_t w = 0; w < Wo;) {
-      const int64_t left = Wo - w;
-      const bool few = !whole || left <= kFew || left == 2 * kFew;
-      const int64_t pixels = std::min<int64_t>(left, few ? kFew : kPixels);
-      const int64_t column = w * S - R, columns = ((few ? kFew : kPixels) - 1) * S + K;
-      const int64_t q0 = std::max<int64_t>(-column, 0), q1 = std::min(columns, W - column);
-      const auto run = !whole ? channel_pixels<T, K, S, kFew, false, false>
-                       : few  ? channel_pixels<T, K, S, kFew, false, true>
-                       : q0 == 0 && q1 == columns && pixels == kPixels
-                           ? channel_pixels<T, K, S, kPixels, true, true>
-                           : channel_pixels<T, K, S, kPixels, false, true>;
-      run(a, x + column * C, r1 - r0, q0, q1, weight, out + w * C, pixels);
-      w += pixels;
-    }
+    const int64_t n = i / a.out_height, h = i % a.out_height;
+    const LaneDepthwise<T> rows{static_cast<const T*>(a.x) + n * a.height * a.width * C,
+                                static_cast<T*>(a.out) + n * a.out_height * a.out_width * C,
+                                C,
+                                C,
+                                a.height,
+                                h,
+                                h + 1,
+                                a.height,
+                                a.width,
+                                C,
+                                static_cast<const A*>(a.weight),
+                                C,
+                                static_cast<const A*>(a.shift),
+                                a.act};
+    if (a.stride == 1)
+      lane_depthwise<T, 1>(a.kernel, rows);
+    else
+      lane_depthwise<T, 2>(a.kernel, rows);
   }
-}
-
-template <class T, int K>
-void depthwise_of(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  if (a.layout == Layout::kNCHW)
-    HalvedPlanes<T, K>(a).run(begin, end);
-  else if (a.stride == 1)
-    channel_rows<T, K, 1>(a, begin, end);
-  else
-    channel_rows<T, K, 2>(a, begin, end);
 }
 
 template <class T>
 void depthwise_items(const DepthwiseArgs& a, int64_t begin, int64_t end) {
-  if (a.layout == Layout::kNCHW && a.stride == 1) return full_planes<T>(a, begin, end);
+  if (a.layout == Layout::kNHWC) return channel_rows<T>(a, begin, end);
+  if (a.stride == 1) return full_planes<T>(a, begin, end);
   switch (a.kernel) {
     case 1:
-      return depthwise_of<T, 1>(a, begin, end);
+      return HalvedPlanes<T, 1>(a).run(begin, end);
     case 3:
-      return depthwise_of<T, 3>(a, begin, end);
+      return HalvedPlanes<T, 3>(a).run(begin, end);
     case 5:
-      return depthwise_of<T, 5>(a, begin, end);
+      return HalvedPlanes<T, 5>(a).run(begin, end);
     case 7:
-      return depthwise_of<T, 7>(a, begin, end);
+      return HalvedPlanes<T, 7>(a).run(begin, end);
   }
 }
 

@@ -14,6 +14,7 @@
 
 #include "core/plan.h"
 #include "cpu/kernels.h"
+#include "cpu/lane_depthwise.h"
 #include "cpu/lanes.h"
 #include "cpu/scratch.h"
 
@@ -39,7 +40,8 @@ class LaneTile {
     int64_t g0, ghosts;  // first ghost map, and their number: without those that the slice cuts off
     int64_t
         repeated;  // ratio > 2: offset in a pixel of the copies of y, one for each ghost; else 0
-    A *zeros, *panel, *pixels;
+    A *panel, *pixels;
+    Folded<A> folded;  // of the product's channels
     int64_t ring, ld;  // rows of the buffer, which row r enters at r % ring; elements of a pixel
   };
 
@@ -69,6 +71,7 @@ class LaneTile {
       whole_images(s.image0, s.image1 - s.image0, part);
     else
       bands(s.image0, s.row0, s.row1, part);
+    if (plan.stream) stream_fence();
   }
 
  private:
@@ -83,10 +86,8 @@ class LaneTile {
     const bool whole = plan.band_rows >= H;
     part.ring = whole || in_place ? H : std::min(H, plan.band_rows + 2 * pad);
     part.ld = in_place ? p.out_channels : part.channels + part.ghosts + (per > 1 ? part.ghosts : 0);
-    const int64_t zeros = std::max(part.channels, part.ghosts);
-    part.zeros = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
-    std::fill(part.zeros, part.zeros + round_up(zeros, 16), A(0));
-    part.panel = part.zeros + round_up(zeros, 16);
+    part.panel = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
+    fold(part);
     if (in_place) {
       part.pixels = reinterpret_cast<A*>(out) + n * args.out_image + c0;
     } else {
@@ -94,6 +95,19 @@ class LaneTile {
       part.panel += round_up((whole ? plan.images : 1) * part.ring * W * part.ld, 16);
     }
     return part;
+  }
+
+  // Packs the weights of the part's last channels where they fill half a vector at most. The choice
+  // depends on all m channels: the order of a sum is the same for any number of threads.
+  void fold(Part& part) const {
+    const bool in_lanes = p.has_primary && (plan.pack || nhwc) && p.channels % 2 == 0;
+    Folded<A>& f = part.folded;
+    f.from = std::clamp<int64_t>((in_lanes ? Folded<A>::first(m) : m) - part.c0, 0, part.channels);
+    f.channels = part.channels - f.from;
+    f.shift = part.panel;
+    f.panels = f.shift + f.panel_count() * kPanel;
+    part.panel = f.panels + f.panel_count() * K / 2 * kPanel;
+    f.pack(packed + at.w1 + part.c0 * K, packed + at.shift1 + part.c0, K);
   }
 
   // y of rows [row, row + rows) of `images` images, to pixels `to`.
@@ -116,9 +130,10 @@ class LaneTile {
     } else {
       in = {x + row * s * p.width * C, args.x_image, s * C, 1, images, W, rows, s * p.width * C};
     }
-    const LaneOut<A> o{to, part.ld, p.act1, plan.fetch_results, in_place, false};
-    lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, part.channels,
-                    plan.depth, o);
+    const LaneOut<A> o{to,   part.ld, p.act1, plan.fetch_results, plan.fetch_results && in_place,
+                       false};
+    lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, part.folded.from,
+                    plan.depth, o, part.folded);
   }
 
   // Without a primary convolution x is u: y = act1(scale1 * u + shift1).
@@ -174,9 +189,10 @@ class LaneTile {
   // z of rows [r0, r1) of an image whose pixels begin at `image`.
   void cheap(const Part& part, A* image, int64_t r0, int64_t r1) const {
     if (part.ghosts == 0) return;
-    lane_depthwise<A>(d, {image, part.ring, part.ld, part.zeros, r0, r1, H, W, part.ghosts,
-                          packed + at.lane_taps + part.g0, p.ghosts(), packed + at.shift2 + part.g0,
-                          p.act2, part.repeated, in_place ? m : part.channels});
+    lane_depthwise<A>(
+        d, {image + part.repeated, image + (in_place ? m : part.channels), part.ld, part.ld,
+            part.ring, r0, r1, H, W, part.ghosts, packed + at.lane_taps + part.g0, p.ghosts(),
+            packed + at.shift2 + part.g0, p.act2});
   }
 
   // Copies y of some pixels, once for each ghost of a channel, for the depthwise rows to read.
@@ -216,6 +232,9 @@ class LaneTile {
   }
   void write_line(const A* src, int64_t o, int64_t count) const {
     constexpr int L = kLanes<A>;
+    if constexpr (std::is_same_v<A, T>) {
+      if (plan.stream) return stream_row(src, out + o, count);
+    }
     if (!residual) return write_row(src, out + o, count);
     int64_t i = 0;
     for (; i + L <= count; i += L)

@@ -168,6 +168,38 @@ GHOST_INLINE void exchange_lanes(Vec<A>& a, Vec<A>& b, int s) {
 #endif
 }
 
+// The even lanes of (a, b) into a, the odd ones into b.
+template <class A>
+GHOST_INLINE void unzip(Vec<A>& a, Vec<A>& b) {
+  constexpr int L = kLanes<A>;
+  const Vec<A> x = a, y = b;
+#if defined(__clang__)
+  for (int l = 0; l < L; ++l) {
+    a[l] = l < L / 2 ? x[2 * l % L] : y[2 * l % L];
+    b[l] = l < L / 2 ? x[2 * l % L + 1] : y[2 * l % L + 1];
+  }
+#else
+  // With AVX2 inside the halves of 16 bytes first, then whole pairs of elements: one instruction
+  // each.
+  constexpr bool kHalves = kVectorBytes == 32;
+  constexpr int H = kHalves ? L / 4 : L / 2;  // elements from x, then as many from y
+  typename Simd<A>::I even, odd, order;
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    const int half = l / (2 * H) * 2 * H, in_half = l % (2 * H);
+    even[l] = in_half < H ? half + 2 * in_half : L + half + 2 * (in_half - H);
+    odd[l] = even[l] + 1;
+    order[l] = l / H == 1 ? l + H : l / H == 2 ? l - H : l;
+  }
+  a = __builtin_shuffle(x, y, even);
+  b = __builtin_shuffle(x, y, odd);
+  if (kHalves) {
+    a = __builtin_shuffle(a, order);
+    b = __builtin_shuffle(b, order);
+  }
+#endif
+}
+
 // v[lanes[0]], v[lanes[1]], ...
 template <class A>
 GHOST_INLINE Vec<A> permute(Vec<A> v, typename Simd<A>::I lanes) {
