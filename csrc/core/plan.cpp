@@ -90,9 +90,12 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const int64_t slices = p.depth() > most * 5 / 4 ? ceil_div(p.depth(), most) : 1;
   plan.depth = std::max<int64_t>(ceil_div(p.depth(), slices), 1);
   if (P == 0 || p.batch == 0) return plan;
+  plan.amx = cpu.amx && p.has_pairs && p.dtype == DType::kBFloat16 && p.depth() > 0;
+  if (plan.amx) plan.depth = p.depth();
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
-  plan.pack = !(p.has_primary && same && p.padding == 0 && (nhwc ? p.kernel == 1 : plain));
+  const bool direct = same ? (nhwc ? p.kernel == 1 : plain) : plan.amx && nhwc && p.kernel == 1;
+  plan.pack = !(p.has_primary && p.padding == 0 && direct);
 
   // What a pixel needs in L2 between the product and its ghosts.
   const int64_t out_image = P * p.out_channels * e;
@@ -104,7 +107,9 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const bool light = p.depth() * m * a <= cpu.l1_bytes * 3 / 2 && H * row > cpu.l1_bytes;
   if (light) {
     const int64_t fewest = ceil_div(24, W);
-    plan.band_rows = std::clamp<int64_t>(cpu.l1_bytes * 3 / 4 / row, std::min(fewest, H), H);
+    // On tiles the depthwise rows take more time than the product, and a call has its costs.
+    const int64_t room = plan.amx ? cpu.l1_bytes * 3 : cpu.l1_bytes * 3 / 4;
+    plan.band_rows = std::clamp<int64_t>(room / row, std::min(fewest, H), H);
   } else if (P * pixel <= budget) {
     const int64_t share = ceil_div(p.batch, cpu.cores);
     plan.images = std::clamp<int64_t>(budget / (P * pixel), 1, share);
