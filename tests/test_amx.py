@@ -35,7 +35,7 @@ CASES = covering(
         "k": [1, 3, 5],
         "stride": [1, 2],
         "padding": [0, 1, 2],
-        "m": [4, 16, 37],
+        "m": [4, 16, 50],
         "ghosts": [(1, 1), (2, 3), (3, 5)],
         "cut": [0, 1],
         "tail": [False, True],

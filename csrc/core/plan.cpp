@@ -67,10 +67,18 @@ namespace {
 
 // NCHW maps up to this size leave vectors of pixels partly idle.
 constexpr int64_t kRaggedImage = 64;
+// NCHW modules of this many intrinsic channels and more are transposed for tiles.
+constexpr int64_t kFewestForTiles = 48;
 
-bool takes_channel_lanes(const Problem& p) {
+bool takes_tiles(const Problem& p, const CpuMachine& cpu) {
+  return cpu.amx && p.has_pairs && p.dtype == DType::kBFloat16 && p.depth() > 0;
+}
+
+bool takes_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   if (!p.allows_channel_lanes) return false;
   if (p.layout == Layout::kNHWC || p.kernel > 1 || p.padding > 0 || p.has_tail) return true;
+  // From here on tiles save more than it takes to transpose x and out.
+  if (takes_tiles(p, cpu) && p.intrinsic >= kFewestForTiles) return true;
   return p.has_primary && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype) &&
          p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels;
 }
@@ -90,7 +98,7 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const int64_t slices = p.depth() > most * 5 / 4 ? ceil_div(p.depth(), most) : 1;
   plan.depth = std::max<int64_t>(ceil_div(p.depth(), slices), 1);
   if (P == 0 || p.batch == 0) return plan;
-  plan.amx = cpu.amx && p.has_pairs && p.dtype == DType::kBFloat16 && p.depth() > 0;
+  plan.amx = takes_tiles(p, cpu);
   if (plan.amx) plan.depth = p.depth();
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
@@ -153,7 +161,7 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
 }  // namespace
 
 ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
-  if (takes_channel_lanes(p)) return plan_channel_lanes(p, cpu);
+  if (takes_channel_lanes(p, cpu)) return plan_channel_lanes(p, cpu);
   ApplyPlan plan;
   const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W,
                 m = p.intrinsic;

@@ -126,6 +126,7 @@ class LaneTile {
       E* const panel = reinterpret_cast<E*>(part.panel);
       const int64_t line = (p.width + 2 * p.padding) * C, lines = line * ((rows - 1) * s + k);
       for (int64_t j = 0; j < images; ++j) pad_rows(n + j, row, rows, panel + j * lines);
+      if (k == 1 && s == 1 && p.padding == 0) return {panel, 0, C, 1, 1, images * rows * W};
       return {panel, lines, s * C, 1, images, W, rows, s * line, k, line};
     }
     if (!nhwc) return {x + row * W, args.x_image, 1, args.x_channel, images, rows * W};
@@ -152,12 +153,34 @@ class LaneTile {
     }
   }
 
+  // [C][pixels] to [pixels][C] of T: what write_transposed does, but from T.
+  void transpose_planes(const T* x, int64_t pixels, T* dst) const {
+    constexpr int L = kLanes<A>;
+    const int64_t C = p.channels;
+    if (C < L || pixels < L) {
+      for (int64_t q = 0; q < pixels; ++q)
+        for (int64_t c = 0; c < C; ++c) dst[q * C + c] = x[c * args.x_channel + q];
+      return;
+    }
+    for_blocks<L>(C, pixels, [&](int64_t c, int64_t q) {
+      Vec<A> r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) r[i] = Storage<T>::load(x + (c + i) * args.x_channel + q);
+      transpose_registers<A>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) Storage<T>::store(dst + (q + i) * C + c, r[i]);
+    });
+  }
+
   // The rows of x that rows [row, row + rows) of the output read, NHWC of the compute type or of T
   // with the padding in it: dst [(rows - 1) * stride + kernel][width + 2 * padding][C].
   template <class E>
   void pad_rows(int64_t n, int64_t row, int64_t rows, E* dst) const {
     const int64_t C = p.channels, border = p.padding * C, line = p.width * C;
     const T* const x = static_cast<const T*>(args.x) + n * args.x_image;
+    if constexpr (!std::is_same_v<E, A>)
+      if (!nhwc && p.kernel == 1 && p.stride == 1 && p.padding == 0)
+        return transpose_planes(x + row * p.width, rows * p.width, dst);
     for (int64_t r = 0; r < (rows - 1) * p.stride + p.kernel; ++r, dst += line + 2 * border) {
       const int64_t h = row * p.stride + r - p.padding;
       if (h < 0 || h >= p.height) {
@@ -170,9 +193,7 @@ class LaneTile {
         if (nhwc)
           std::copy_n(x + h * line, line, dst + border);
         else
-          for (int64_t w = 0; w < p.width; ++w)
-            for (int64_t c = 0; c < C; ++c)
-              dst[border + w * C + c] = x[c * args.x_channel + h * p.width + w];
+          transpose_planes(x + h * p.width, p.width, dst + border);
       } else if (nhwc)
         read_row(x + h * line, dst + border, line);
       else
