@@ -108,10 +108,11 @@ test-isa: $(STAMPS)/library $(call extra,test)  ## run the numerical tests under
 	@for isa in $(ISA); do \
 		case $$isa in \
 			avx512) settings="DNNL_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512";; \
+			avx512_amx) settings="DNNL_MAX_CPU_ISA=AVX512_CORE_AMX ATEN_CPU_CAPABILITY=avx512";; \
 			avx2) settings="DNNL_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2";; \
 			generic) settings="DNNL_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default";; \
 			no-mkldnn) settings="";; \
-			*) echo "ISA: $$isa is none of avx512, avx2, generic, no-mkldnn" >&2; exit 2;; \
+			*) echo "ISA: $$isa is none of avx512_amx, avx512, avx2, generic, no-mkldnn" >&2; exit 2;; \
 		esac; \
 		case $$isa in no-mkldnn) more=--no-mkldnn;; \
 			*) more=; settings="$$settings GHOST_OPS_CPU_ISA=$$isa";; esac; \

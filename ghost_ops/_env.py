@@ -39,12 +39,14 @@ BACKEND = Variable(
     "What runs: native (compiled kernels), triton (on GPUs), eager (plain PyTorch); auto: the "
     "first of them that can.",
 )
+EMULATED = "generic_amx"  # for tests: AMX in software
 CPU_ISA = Variable(
     "GHOST_OPS_CPU_ISA",
     "auto",
-    ("auto", "avx512", "avx2", "generic"),
+    ("auto", "avx512_amx", "avx512", "avx2", "generic", EMULATED),
     "import",
-    "Instruction set of the native CPU kernels; auto takes the widest that the processor has.",
+    "Instruction set of the native CPU kernels; auto takes the widest that the processor has. "
+    f"{EMULATED} is for tests: AMX in software.",
 )
 CPU_MACHINE = Variable(
     "GHOST_OPS_CPU_MACHINE",

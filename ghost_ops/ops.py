@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager_ops
+from . import backends, eager_ops
 from .backends.triton.layout import packed_numel as triton_packed_numel
 from .eager_ops import compute_dtype, memory_format, packed_offsets
 
@@ -53,9 +53,27 @@ SCHEMAS = (
 NAMES = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 
-def packed_numel(channels: int, m: int, g: int, d: int, has_primary: bool) -> int:
-    """Number of elements of a packed tensor without slopes, for eager and native backends."""
-    return packed_offsets(channels, m, g, d, has_primary)[-1]
+def packed_numel(
+    channels: int, m: int, g: int, d: int, has_primary: bool, has_pairs: bool = False
+) -> int:
+    """Number of elements of a packed tensor without slopes, for eager and native backends.
+
+    has_pairs: see ``packs_pairs``.
+    """
+    numel, rows = packed_offsets(channels, m, g, d, has_primary)[-1], -(-m // 16) * 16
+    return -(-numel // 16) * 16 + rows * channels // 2 + rows if has_pairs else numel
+
+
+def packs_pairs(w1: Tensor | None, w2: Tensor) -> bool:
+    """Whether the CPU's ``ghost_pack`` adds bfloat16 weights, for a product on AMX tiles."""
+    return (
+        w1 is not None
+        and (w1.device.type, w1.dtype) == ("cpu", torch.bfloat16)
+        and w2.dtype is not torch.float64
+        and w1.size(1) % 2 == 0
+        and backends.native.load()
+        and backends.native.library().machine(1)["amx"]
+    )
 
 
 def _numel(*given: Tensor | None) -> int:
@@ -81,7 +99,8 @@ def _fake_pack(
 ):  # fmt: skip
     m = eager_ops.intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
-    numel = packed_numel(channels, m, w2.size(0), w2.size(-1), w1 is not None)
+    sizes = channels, m, w2.size(0), w2.size(-1)
+    numel = packed_numel(*sizes, w1 is not None, packs_pairs(w1, w2))
     numel += _numel(prelu1, prelu2)
     return w2.new_empty(numel, dtype=compute_dtype(w2.dtype))
 

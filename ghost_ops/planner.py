@@ -43,6 +43,7 @@ class CpuMachine:
         registers: vector registers, 8 or more.
         l1_bytes, l2_bytes: data caches of a core, 4 KiB and 64 KiB or more.
         cores: threads that share the work, 1 or more.
+        amx: whether it multiplies tiles of bfloat16.
 
     Raises:
         ValueError: a value is not allowed.
@@ -53,6 +54,7 @@ class CpuMachine:
     l1_bytes: int
     l2_bytes: int
     cores: int = 1
+    amx: bool = False
 
     def __post_init__(self) -> None:
         if self.lanes not in (4, 8, 16):
@@ -84,6 +86,7 @@ class Plan:
         along_lanes: what lies along the lanes of a vector: ``"pixels"``, or ``"channels"`` (in
             channels_last, and for small maps that narrow).
         depth: with channels along the lanes, input channels of a slice of the matrix product.
+        amx: the product runs in bfloat16 on the processor's tiles, with float32 sums.
         in_place: the output itself is the scratch for y; with channels along the lanes.
         pack: x is first converted, transposed or gathered into scratch, tile by tile.
         images: whole images joined in one tile.
@@ -108,6 +111,7 @@ class Plan:
 
     along_lanes: str
     depth: int
+    amx: bool
     in_place: bool
     pack: bool
     images: int
@@ -132,6 +136,8 @@ class Plan:
         block = f"{self.vecs} vectors of {self.machine.lanes} wide"
         if self.along_lanes == "channels":
             block = f"channels along the lanes, {self.depth} of x in a slice"
+            if self.amx:
+                block = "channels along the lanes, bfloat16 on AMX tiles"
         tile = f"{self.images} whole images" if self.images > 1 else f"{self.band_rows} rows"
         return "\n".join(
             (

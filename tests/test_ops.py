@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
+from ghost_ops.ops import packs_pairs
 from ghost_ops.reference import GhostModule
 
 OPS = torch.ops.ghost_ops
@@ -42,9 +43,10 @@ def compute(case: Case) -> torch.dtype:
     return torch.float64 if case.dtype == torch.float64 else torch.float32
 
 
-def packed_numel(m: int, c: int, g: int, d: int, has_primary: bool) -> int:
+def packed_numel(m: int, c: int, g: int, d: int, has_primary: bool, has_pairs: bool) -> int:
     padded = math.ceil(m / 16) * 16
-    return (padded * c + padded if has_primary else 2 * m) + 2 * g * d * d + g
+    numel = (padded * c + padded if has_primary else 2 * m) + 2 * g * d * d + g
+    return math.ceil(numel / 16) * 16 + padded * c // 2 + padded if has_pairs else numel
 
 
 def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[Any, ...]]:
@@ -149,7 +151,8 @@ def strides(t: Tensor) -> list[int]:
 def test_packed_size(case: Case, has_primary: bool) -> None:
     args = samples(case, has_primary)["ghost_pack"]
     packed = OPS.ghost_pack(*args)
-    assert packed.shape == (packed_numel(case.m, case.c, case.g, case.d, has_primary),)
+    pairs = packs_pairs(args[0], args[6])
+    assert packed.shape == (packed_numel(case.m, case.c, case.g, case.d, has_primary, pairs),)
     assert packed.dtype == compute(case)
 
 

@@ -162,6 +162,21 @@ def test_channels_along_the_lanes() -> None:
         assert not residual.in_place
 
 
+def test_products_on_tiles() -> None:
+    """For an even number of bfloat16 channels along the lanes, on a machine that has them."""
+    tiles = replace(XEON, amx=True)
+    given: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True}
+    plan = planner.explain((1, 960, 7, 7), 160, machine=tiles, **given)
+    assert plan.amx
+    assert not plan.pack
+    assert "AMX" in str(plan)
+    for shape, change in (((1, 960, 7, 7), {"machine": XEON}), ((1, 35, 7, 7), {}),
+                          ((1, 960, 7, 7), {"dtype": torch.float32}),
+                          ((1, 960, 7, 7), {"dtype": torch.float16})):  # fmt: skip
+        other = planner.explain(shape, 160, **({"machine": tiles} | given | change))
+        assert not other.amx, (shape, change)
+
+
 def test_sums_do_not_depend_on_the_cores() -> None:
     """Threads share out channels, not the slices of a sum."""
     for problem in PROBLEMS:
@@ -177,15 +192,29 @@ DECISIONS = ("along_lanes", "depth", "in_place", "pack", "images", "band_rows", 
 
 
 def golden_rows() -> Iterator[dict[str, str]]:
-    """The decisions for GhostNet's shapes, on every described machine with two cores."""
-    for (isa, vectors), l2_bytes in ((v, b) for v in VECTORS.items() for b in L2_BYTES):
-        machine = CpuMachine(*vectors, 32 << 10, l2_bytes, cores=2)
+    """The decisions for GhostNet's shapes, on every described machine with two cores.
+
+    In float32, but for machines that multiply tiles of bfloat16: in that.
+    """
+    machines = [
+        (isa, CpuMachine(*vectors, 32 << 10, l2_bytes, cores=2))
+        for isa, vectors in VECTORS.items()
+        for l2_bytes in L2_BYTES
+    ]
+    machines.append(("amx", replace(XEON, cores=2, amx=True)))
+    for isa, machine in machines:
         for size, inp, oup, _ in sorted(set(GHOSTNET)):
             for batch, layout in ((b, layout) for b in (1, 16) for layout in LAYOUTS):
                 plan = planner.explain((batch, inp, size, size), oup, machine=machine,
+                                       dtype=torch.bfloat16 if machine.amx else torch.float32,
                                        channels_last=layout == "nhwc")  # fmt: skip
-                row = {"isa": isa, "l2_kib": l2_bytes >> 10, "shape": f"{inp}->{oup}@{size}",
-                       "batch": batch, "layout": layout}  # fmt: skip
+                row = {
+                    "isa": isa,
+                    "l2_kib": machine.l2_bytes >> 10,
+                    "shape": f"{inp}->{oup}@{size}",
+                    "batch": batch,
+                    "layout": layout,
+                }
                 row |= {name: getattr(plan, name) for name in DECISIONS}
                 yield {key: str(value) for key, value in row.items()}
 

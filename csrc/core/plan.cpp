@@ -67,10 +67,18 @@ namespace {
 
 // NCHW maps up to this size leave vectors of pixels partly idle.
 constexpr int64_t kRaggedImage = 64;
+// NCHW modules of this many intrinsic channels and more are transposed for tiles.
+constexpr int64_t kFewestForTiles = 48;
 
-bool takes_channel_lanes(const Problem& p) {
+bool takes_tiles(const Problem& p, const CpuMachine& cpu) {
+  return cpu.amx && p.has_pairs && p.dtype == DType::kBFloat16 && p.depth() > 0;
+}
+
+bool takes_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   if (!p.allows_channel_lanes) return false;
   if (p.layout == Layout::kNHWC || p.kernel > 1 || p.padding > 0 || p.has_tail) return true;
+  // From here on tiles save more than it takes to transpose x and out.
+  if (takes_tiles(p, cpu) && p.intrinsic >= kFewestForTiles) return true;
   return p.has_primary && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype) &&
          p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels;
 }
@@ -90,9 +98,12 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const int64_t slices = p.depth() > most * 5 / 4 ? ceil_div(p.depth(), most) : 1;
   plan.depth = std::max<int64_t>(ceil_div(p.depth(), slices), 1);
   if (P == 0 || p.batch == 0) return plan;
+  plan.amx = takes_tiles(p, cpu);
+  if (plan.amx) plan.depth = p.depth();
   const bool nhwc = p.layout == Layout::kNHWC, same = e == a,
              plain = p.kernel == 1 && p.stride == 1 && p.padding == 0;
-  plan.pack = !(p.has_primary && same && p.padding == 0 && (nhwc ? p.kernel == 1 : plain));
+  const bool direct = same ? (nhwc ? p.kernel == 1 : plain) : plan.amx && nhwc && p.kernel == 1;
+  plan.pack = !(p.has_primary && p.padding == 0 && direct);
 
   // What a pixel needs in L2 between the product and its ghosts.
   const int64_t out_image = P * p.out_channels * e;
@@ -104,7 +115,9 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const bool light = p.depth() * m * a <= cpu.l1_bytes * 3 / 2 && H * row > cpu.l1_bytes;
   if (light) {
     const int64_t fewest = ceil_div(24, W);
-    plan.band_rows = std::clamp<int64_t>(cpu.l1_bytes * 3 / 4 / row, std::min(fewest, H), H);
+    // On tiles the depthwise rows take more time than the product, and a call has its costs.
+    const int64_t room = plan.amx ? cpu.l1_bytes * 3 : cpu.l1_bytes * 3 / 4;
+    plan.band_rows = std::clamp<int64_t>(room / row, std::min(fewest, H), H);
   } else if (P * pixel <= budget) {
     const int64_t share = ceil_div(p.batch, cpu.cores);
     plan.images = std::clamp<int64_t>(budget / (P * pixel), 1, share);
@@ -153,7 +166,7 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
 }  // namespace
 
 ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
-  if (takes_channel_lanes(p)) return plan_channel_lanes(p, cpu);
+  if (takes_channel_lanes(p, cpu)) return plan_channel_lanes(p, cpu);
   ApplyPlan plan;
   const int64_t a = compute_size(p.dtype), H = p.out_height(), W = p.out_width(), P = H * W,
                 m = p.intrinsic;

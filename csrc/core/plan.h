@@ -17,6 +17,7 @@ struct CpuMachine {
   int64_t l1_bytes = 32 << 10;
   int64_t l2_bytes = 1 << 20;
   int64_t cores = 1;  // threads that share the items of a plan
+  bool amx = false;   // tiles for products of bfloat16
 };
 // Widest GEMM block, in vectors of pixels.
 constexpr int max_vecs(int64_t registers) {
@@ -38,6 +39,7 @@ struct ApplyPlan {
       false;              // channels along the lanes, cpu/lane_tile.h; else pixels, cpu/apply.h
   bool in_place = false;  // channel lanes: y and z are computed in out itself
   int64_t depth = 1;      // channel lanes: input values of a slice of the product's K
+  bool amx = false;       // channel lanes: the product of bfloat16 on tiles, cpu/amx.h
   bool pack = false;   // x tile converted / transposed / gathered into channel-major scratch first
   int64_t images = 1;  // whole images joined in one tile (small maps)
   int64_t band_rows = 0;       // output rows computed at a time

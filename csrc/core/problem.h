@@ -51,6 +51,7 @@ struct Problem {
   bool joined = false;                // x is [C, N, H, W]: the images of a channel are adjacent
   bool allows_channel_lanes = false;  // inference without a gate and without a PReLU
   bool has_tail = false;              // an affine map and act2 follow y in out; channel lanes only
+  bool has_pairs = false;             // packed holds the primary weights in bfloat16 too
 
   int64_t out_size(int64_t size) const {
     const int64_t padded = size + 2 * padding;
@@ -83,7 +84,11 @@ inline int64_t round_up(int64_t a, int64_t b) {
 // Offsets (in elements of the compute type) inside the packed parameter vector of `ghost_pack`.
 struct PackedLayout {
   int64_t w1 = 0, shift1 = 0, w2 = 0, shift2 = 0, scale1 = 0;
-  int64_t lane_taps = 0;        // w2 again, as [d * d][ghosts]
+  int64_t lane_taps = 0;  // w2 again, as [d * d][ghosts]
+  // bfloat16 weights as they are, [ceil(m / kPanel)][K / 2][kPanel][2], and bn1's scale: products
+  // in bfloat16 apply the scale to their sums, because weights times scale would have to be
+  // rounded.
+  int64_t pairs = 0, pair_scale = 0;
   int64_t tail = 0, numel = 0;  // behind all of these, if there is a tail: its scale and its shift
   PackedLayout(int64_t channels, int64_t intrinsic, int64_t ghosts, int64_t dw_size,
                bool has_primary) {
@@ -100,7 +105,16 @@ struct PackedLayout {
     tail = numel = lane_taps + ghosts * dw_size * dw_size;
   }
   explicit PackedLayout(const Problem& p)
-      : PackedLayout(p.depth(), p.intrinsic, p.ghosts(), p.dw_size, p.has_primary) {}
+      : PackedLayout(p.depth(), p.intrinsic, p.ghosts(), p.dw_size, p.has_primary) {
+    if (p.has_pairs) add_pairs(p.depth(), p.intrinsic);
+  }
+  // For an even number of input values.
+  void add_pairs(int64_t channels, int64_t intrinsic) {
+    const int64_t padded = round_up(intrinsic, kPanel);
+    pairs = round_up(numel, kPanel);
+    pair_scale = pairs + padded * channels / 2;
+    tail = numel = pair_scale + padded;
+  }
 };
 
 }  // namespace ghost

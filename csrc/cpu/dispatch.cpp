@@ -1,6 +1,10 @@
 #include "cpu/dispatch.h"
 
 #include <unistd.h>
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -12,29 +16,55 @@ namespace {
 
 struct Entry {
   const char* name;
-  const Kernels* (*table)();
+  const Kernels* (*table)(bool amx);
   bool (*supported)();
+  bool amx = false, for_tests = false;
 };
 
+#if defined(GHOST_OPS_HAVE_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+
+// Whether the processor multiplies tiles of bfloat16, and Linux lets this process use them: their
+// registers make its saved state 8 KiB larger, so that it has to ask.
+bool has_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  constexpr unsigned kTiles = 1u << 24, kBFloat16 = 1u << 22;
+  static const bool found = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kBFloat16) &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Best first.
 const Entry kEntries[] = {
 #if defined(GHOST_OPS_HAVE_AVX512)
-    {"avx512", kernels_avx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("fma");
-     }},
+    {"avx512_amx", kernels_avx512,
+     [] { return has_avx512() && has_amx() && kernels_avx512(true) != nullptr; }, true},
+    {"avx512", kernels_avx512, has_avx512},
 #endif
 #if defined(GHOST_OPS_HAVE_AVX2)
     {"avx2", kernels_avx2,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {"generic", kernels_generic, [] { return true; }},
+    // For tests: the instructions of AMX in software.
+    {"generic_amx", kernels_generic, [] { return kernels_generic(true) != nullptr; }, true, true},
 };
 
 const Kernels* find(const std::string& name) {
   for (const Entry& e : kEntries)
-    if (name == e.name && e.supported()) return e.table();
+    if (name == e.name && e.supported()) return e.table(e.amx);
   std::string all;
   for (const std::string& s : available_isas()) all += (all.empty() ? "" : ", ") + s;
   throw std::invalid_argument("GHOST_OPS_CPU_ISA: \"" + name +
@@ -58,7 +88,7 @@ int64_t cache_bytes(int name, int64_t fallback) {
 std::vector<std::string> available_isas() {
   std::vector<std::string> out;
   for (const Entry& e : kEntries)
-    if (e.supported()) out.push_back(e.name);
+    if (!e.for_tests && e.supported()) out.push_back(e.name);
   return out;
 }
 
@@ -91,6 +121,7 @@ CpuMachine cpu_machine(int64_t threads) {
   CpuMachine machine;
   machine.lanes = k.lanes;
   machine.registers = k.registers;
+  machine.amx = k.amx;
   machine.l1_bytes = forced_or(g_l1_bytes, std::max<int64_t>(l1, 16 << 10));
   machine.l2_bytes = forced_or(g_l2_bytes, std::clamp<int64_t>(l2, 256 << 10, 4 << 20));
   machine.cores = forced_or(g_cores, threads);

@@ -79,6 +79,7 @@ struct Kernels {
   const char* name;
   int64_t lanes;      // of float32
   int64_t registers;  // vector registers
+  bool amx;           // products of bfloat16 on tiles
   // Indexed by DType. Ranges are of items of the respective parallel loop.
   void (*apply[4])(const ApplyArgs&, int64_t begin, int64_t end);
   void (*apply_to_compute[4])(const ApplyArgs&, int64_t begin,
@@ -99,8 +100,9 @@ int64_t channel_block(const Problem& p);
 int64_t channel_items(const Problem& p);
 int64_t weight_grad_items(const Problem& p);
 
-const Kernels* kernels_generic();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
+// amx: with products of bfloat16 on tiles; null if the compiler has no such instructions.
+const Kernels* kernels_generic(bool amx);
+const Kernels* kernels_avx2(bool amx);
+const Kernels* kernels_avx512(bool amx);
 
 }  // namespace ghost

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "core/plan.h"
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
 #include "cpu/lane_depthwise.h"
 #include "cpu/lanes.h"
@@ -113,27 +114,39 @@ class LaneTile {
   // y of rows [row, row + rows) of `images` images, to pixels `to`.
   void primary(int64_t n, int64_t images, int64_t row, int64_t rows, const Part& part,
                A* to) const {
-    const int64_t pixels = rows * W, c0 = part.c0;
+    const int64_t c0 = part.c0;
     if (!p.has_primary) return given(n, images, row, rows, part, to);
-    A* const panel = part.panel;
-    const A* x = static_cast<const A*>(args.x) + n * args.x_image;
-    const int64_t C = p.channels, k = p.kernel, s = p.stride;
-    LaneSource<A> in{x, args.x_image, 1, args.x_channel, images, pixels};
-    if (plan.pack) {
-      const int64_t line = (p.width + 2 * p.padding) * C, lines = line * ((rows - 1) * s + k);
-      for (int64_t j = 0; j < images; ++j) pad_rows(n + j, row, rows, panel + j * lines);
-      in = {panel, lines, s * C, 1, images, W, rows, s * line, k, line};
-    } else if (!nhwc) {
-      in.x += row * W;
-    } else if (s == 1) {
-      in = {x + row * W * C, 0, C, 1, 1, images * pixels};
-    } else {
-      in = {x + row * s * p.width * C, args.x_image, s * C, 1, images, W, rows, s * p.width * C};
+    if constexpr (kHasTiles && std::is_same_v<T, BFloat16>) {
+      if (plan.amx) {
+        const auto pairs = reinterpret_cast<const T*>(packed + at.pairs) + c0 * K;
+        tile_product(source<T>(n, images, row, rows, part), pairs, K, packed + at.pair_scale + c0,
+                     packed + at.shift1 + c0, part.channels, to, part.ld, p.act1,
+                     !plan.pack && p.stride == 1);
+        return;
+      }
     }
     const LaneOut<A> o{to,   part.ld, p.act1, plan.fetch_results, plan.fetch_results && in_place,
                        false};
-    lane_product<A>(in, packed + at.w1 + c0 * K, K, packed + at.shift1 + c0, part.folded.from,
-                    plan.depth, o, part.folded);
+    lane_product<A>(source<A>(n, images, row, rows, part), packed + at.w1 + c0 * K, K,
+                    packed + at.shift1 + c0, part.folded.from, plan.depth, o, part.folded);
+  }
+
+  // Where the product finds x, in the compute type or as it is.
+  template <class E>
+  LaneSource<E> source(int64_t n, int64_t images, int64_t row, int64_t rows,
+                       const Part& part) const {
+    const int64_t C = p.channels, k = p.kernel, s = p.stride;
+    const E* const x = static_cast<const E*>(args.x) + n * args.x_image;
+    if (plan.pack) {
+      E* const panel = reinterpret_cast<E*>(part.panel);
+      const int64_t line = (p.width + 2 * p.padding) * C, lines = line * ((rows - 1) * s + k);
+      for (int64_t j = 0; j < images; ++j) pad_rows(n + j, row, rows, panel + j * lines);
+      if (k == 1 && s == 1 && p.padding == 0) return {panel, 0, C, 1, 1, images * rows * W};
+      return {panel, lines, s * C, 1, images, W, rows, s * line, k, line};
+    }
+    if (!nhwc) return {x + row * W, args.x_image, 1, args.x_channel, images, rows * W};
+    if (s == 1) return {x + row * W * C, 0, C, 1, 1, images * rows * W};
+    return {x + row * s * p.width * C, args.x_image, s * C, 1, images, W, rows, s * p.width * C};
   }
 
   // Without a primary convolution x is u: y = act1(scale1 * u + shift1).
@@ -155,20 +168,48 @@ class LaneTile {
     }
   }
 
-  // The rows of x that rows [row, row + rows) of the output read, NHWC of the compute type with the
-  // padding in it: dst [(rows - 1) * stride + kernel][width + 2 * padding][C].
-  void pad_rows(int64_t n, int64_t row, int64_t rows, A* dst) const {
+  // [C][pixels] to [pixels][C] of T: what write_transposed does, but from T.
+  void transpose_planes(const T* x, int64_t pixels, T* dst) const {
+    constexpr int L = kLanes<A>;
+    const int64_t C = p.channels;
+    if (C < L || pixels < L) {
+      for (int64_t q = 0; q < pixels; ++q)
+        for (int64_t c = 0; c < C; ++c) dst[q * C + c] = x[c * args.x_channel + q];
+      return;
+    }
+    for_blocks<L>(C, pixels, [&](int64_t c, int64_t q) {
+      Vec<A> r[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) r[i] = Storage<T>::load(x + (c + i) * args.x_channel + q);
+      transpose_registers<A>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) Storage<T>::store(dst + (q + i) * C + c, r[i]);
+    });
+  }
+
+  // The rows of x that rows [row, row + rows) of the output read, NHWC of the compute type or of T
+  // with the padding in it: dst [(rows - 1) * stride + kernel][width + 2 * padding][C].
+  template <class E>
+  void pad_rows(int64_t n, int64_t row, int64_t rows, E* dst) const {
     const int64_t C = p.channels, border = p.padding * C, line = p.width * C;
     const T* const x = static_cast<const T*>(args.x) + n * args.x_image;
+    if constexpr (!std::is_same_v<E, A>)
+      if (!nhwc && p.kernel == 1 && p.stride == 1 && p.padding == 0)
+        return transpose_planes(x + row * p.width, rows * p.width, dst);
     for (int64_t r = 0; r < (rows - 1) * p.stride + p.kernel; ++r, dst += line + 2 * border) {
       const int64_t h = row * p.stride + r - p.padding;
       if (h < 0 || h >= p.height) {
-        std::fill_n(dst, line + 2 * border, A(0));
+        std::fill_n(dst, line + 2 * border, E{});
         continue;
       }
-      std::fill_n(dst, border, A(0));
-      std::fill_n(dst + border + line, border, A(0));
-      if (nhwc)
+      std::fill_n(dst, border, E{});
+      std::fill_n(dst + border + line, border, E{});
+      if constexpr (!std::is_same_v<E, A>) {
+        if (nhwc)
+          std::copy_n(x + h * line, line, dst + border);
+        else
+          transpose_planes(x + h * p.width, p.width, dst + border);
+      } else if (nhwc)
         read_row(x + h * line, dst + border, line);
       else
         planes_to_pixels(x + h * p.width, dst + border);
@@ -231,18 +272,27 @@ class LaneTile {
     }
   }
   void write_line(const A* src, int64_t o, int64_t count) const {
+    if constexpr (kHasTiles && std::is_same_v<T, BFloat16>)
+      if (plan.amx) return write_line<TileStorage>(src, o, count);
+    write_line<Storage<T>>(src, o, count);
+  }
+  template <class S>
+  void write_line(const A* src, int64_t o, int64_t count) const {
     constexpr int L = kLanes<A>;
     if constexpr (std::is_same_v<A, T>) {
       if (plan.stream) return stream_row(src, out + o, count);
     }
-    if (!residual) return write_row(src, out + o, count);
+    T* const to = out + o;
     int64_t i = 0;
-    for (; i + L <= count; i += L)
-      Storage<T>::store(out + o + i, load(src + i) + Storage<T>::load(residual + o + i));
+    if (!residual) {
+      for (; i + L <= count; i += L) S::store(to + i, load(src + i));
+      if (i < count) S::store_n(to + i, load_n(src + i, count - i), count - i);
+      return;
+    }
+    const T* const add = residual + o;
+    for (; i + L <= count; i += L) S::store(to + i, load(src + i) + S::load(add + i));
     if (i < count)
-      Storage<T>::store_n(
-          out + o + i, load_n(src + i, count - i) + Storage<T>::load_n(residual + o + i, count - i),
-          count - i);
+      S::store_n(to + i, load_n(src + i, count - i) + S::load_n(add + i, count - i), count - i);
   }
 
   // A copy whose first half is act2(tail_scale * y + tail_shift).

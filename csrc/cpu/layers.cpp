@@ -10,7 +10,7 @@ namespace ghost {
 const LayerKernels& active_layers() {
   const char* name = active_kernels().name;
 #if defined(GHOST_OPS_HAVE_AVX512)
-  if (std::strcmp(name, "avx512") == 0) return *layers_avx512();
+  if (std::strncmp(name, "avx512", 6) == 0) return *layers_avx512();
 #endif
 #if defined(GHOST_OPS_HAVE_AVX2)
   if (std::strcmp(name, "avx2") == 0) return *layers_avx2();

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "core/problem.h"
 
@@ -18,6 +19,18 @@ void pack_panels(const T* w, int64_t rows, int64_t cols, int64_t ld, int64_t ste
     for (int64_t k = 0; k < cols; ++k)
       for (int64_t i = 0; i < kPanel; ++i, ++out)
         *out = p + i < rows ? A(w[(p + i) * ld + k * step]) * (scale ? scale[p + i] : A(1)) : A(0);
+}
+
+// w [rows][cols] with an even number of columns -> [ceil(rows/kPanel)][cols/2][kPanel][2], zero
+// padded, the upper halves of float32: bfloat16 weights as they are.
+inline void pack_pairs(const float* w, int64_t rows, int64_t cols, uint16_t* out) {
+  for (int64_t p = 0; p < rows; p += kPanel)
+    for (int64_t k = 0; k < cols; k += 2)
+      for (int64_t i = 0; i < 2 * kPanel; ++i, ++out) {
+        uint32_t bits = 0;
+        if (p + i / 2 < rows) std::memcpy(&bits, w + (p + i / 2) * cols + k + i % 2, sizeof bits);
+        *out = uint16_t(bits >> 16);
+      }
 }
 
 // scale = gamma / sqrt(var + eps), shift = beta - mean * scale; null gamma, beta, mean or var mean

@@ -31,10 +31,28 @@ inline constexpr int kHalfVectorBytes = kVectorBytes / 2;
 typedef uint16_t VecU16 __attribute__((vector_size(kHalfVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 
+// GCC 12 takes five instructions for __builtin_convertvector.
+GHOST_INLINE VecU32 widen_bits(VecU16 h) {
+#if defined(__AVX512F__)
+  return (VecU32)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (VecU32)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, VecU32);
+#endif
+}
+// Values below 2^16.
+GHOST_INLINE VecU16 narrow_bits(VecU32 u) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i v = (__m256i)u;
+  return (VecU16)_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+#else
+  return __builtin_convertvector(u, VecU16);
+#endif
+}
+
 struct Widen {
-  static GHOST_INLINE VecF apply(VecU16 h, BFloat16) {
-    return (VecF)(__builtin_convertvector(h, VecU32) << 16);
-  }
+  static GHOST_INLINE VecF apply(VecU16 h, BFloat16) { return (VecF)(widen_bits(h) << 16); }
   static GHOST_INLINE VecF apply(VecU16 h, Float16) {
 #if defined(__AVX512F__)
     return (VecF)_mm512_cvtph_ps((__m256i)h);
@@ -58,7 +76,7 @@ struct Narrow {
     const VecU32 u = (VecU32)v;
     const VecU32 rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;  // to nearest, ties to even
     const VecU32 nan = (VecU32)(v != v);
-    return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), VecU16);
+    return narrow_bits((rounded & ~nan) | (0x7fc0u & nan));
   }
   static GHOST_INLINE VecU16 apply(VecF v, Float16) {
 #if defined(__AVX512F__)

@@ -44,12 +44,13 @@ ghost::Problem make_problem(int64_t batch, int64_t channels, int64_t height, int
 // The plan of a Ghost module in inference, without a gate and without a PReLU.
 py::dict describe(ghost::Problem p, const ghost::CpuMachine& cpu) {
   p.allows_channel_lanes = true;
+  p.has_pairs = p.dtype == ghost::DType::kBFloat16 && p.has_primary && p.depth() % 2 == 0;
   const ghost::ApplyPlan plan = ghost::plan_apply(p, cpu);
   const ghost::Traffic t = ghost::traffic(p);
   static constexpr const char* kFetch[] = {"nothing", "columns", "images"};
   return py::dict("along_lanes"_a = plan.channel_lanes ? "channels" : "pixels",
-                  "depth"_a = plan.depth, "in_place"_a = plan.in_place, "pack"_a = plan.pack,
-                  "images"_a = plan.images, "band_rows"_a = plan.band_rows,
+                  "depth"_a = plan.depth, "amx"_a = plan.amx, "in_place"_a = plan.in_place,
+                  "pack"_a = plan.pack, "images"_a = plan.images, "band_rows"_a = plan.band_rows,
                   "row_splits"_a = plan.row_splits, "channel_splits"_a = plan.channel_splits,
                   "group"_a = plan.group, "vecs"_a = plan.vecs, "fetch"_a = kFetch[int(plan.fetch)],
                   "fetch_results"_a = plan.fetch_results, "stream"_a = plan.stream,
@@ -76,7 +77,7 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t threads) {
         const ghost::CpuMachine c = ghost::cpu_machine(threads);
         return py::dict("lanes"_a = c.lanes, "registers"_a = c.registers, "l1_bytes"_a = c.l1_bytes,
-                        "l2_bytes"_a = c.l2_bytes, "cores"_a = c.cores);
+                        "l2_bytes"_a = c.l2_bytes, "cores"_a = c.cores, "amx"_a = c.amx);
       },
       "threads"_a);
   m.def("force_machine", &ghost::force_machine, "l1_bytes"_a = 0, "l2_bytes"_a = 0, "cores"_a = 0);
@@ -85,16 +86,16 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,
          int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2,
          int dtype, bool channels_last, bool has_primary, bool has_residual, int64_t lanes,
-         int64_t registers, int64_t l1_bytes, int64_t l2_bytes, int64_t cores) {
+         int64_t registers, int64_t l1_bytes, int64_t l2_bytes, int64_t cores, bool amx) {
         return describe(
             make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size,
                          stride, act1, act2, dtype, channels_last, has_primary, has_residual),
-            {lanes, registers, l1_bytes, l2_bytes, cores});
+            {lanes, registers, l1_bytes, l2_bytes, cores, amx});
       },
       "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a,
       "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
       "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false, py::kw_only(),
-      "lanes"_a, "registers"_a, "l1_bytes"_a, "l2_bytes"_a, "cores"_a);
+      "lanes"_a, "registers"_a, "l1_bytes"_a, "l2_bytes"_a, "cores"_a, "amx"_a = false);
   m.def(
       "cuda_plan",
       [](int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t intrinsic,

@@ -56,4 +56,20 @@ inline Problem problem_of(const Image& x) {
   return p;
 }
 
+// The layout of packed parameters, followed by `more` elements. Whether bfloat16 weights are among
+// them is told by their size, and told to p: the kernels that packed them may have been others.
+inline PackedLayout layout_of_packed(Problem& p, const Tensor& packed, int64_t more) {
+  PackedLayout at(p);
+  const int64_t numel = packed.numel(), expected = at.numel + more;
+  if (p.has_primary && p.depth() % 2 == 0 && numel != expected) {
+    p.has_pairs = true;
+    at = PackedLayout(p);
+  }
+  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() &&
+                      packed.scalar_type() == compute_type(p.dtype) && numel == at.numel + more,
+                  "packed does not belong to this module: expected ", expected, " elements, got ",
+                  numel);
+  return at;
+}
+
 }  // namespace ghost

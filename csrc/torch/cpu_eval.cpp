@@ -31,7 +31,10 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
   STD_TORCH_CHECK(m >= 0,
                   "without w1 one of gamma1, beta1, mean1, var1 must tell the number of channels");
   const int64_t C = w1.has_value() ? w1->size(1) : 0, g = w2.size(0), d = w2.size(3);
-  const PackedLayout at(C, m, g, d, w1.has_value());
+  PackedLayout at(C, m, g, d, w1.has_value());
+  const bool pairs = w1.has_value() && dtype_of(*w1, "w1") == DType::kBFloat16 &&
+                     dtype != DType::kFloat64 && C % 2 == 0 && active_kernels().amx;
+  if (pairs) at.add_pairs(C, m);
   const Param g1(gamma1, dtype, m, "gamma1"), b1(beta1, dtype, m, "beta1"),
       m1(mean1, dtype, m, "mean1"), v1(var1, dtype, m, "var1"), g2(gamma2, dtype, g, "gamma2"),
       b2(beta2, dtype, g, "beta2"), m2(mean2, dtype, g, "mean2"), v2(var2, dtype, g, "var2"),
@@ -59,6 +62,13 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
     scale_taps(cheap.as<A>(), g, d * d, scale2.data(), p + at.w2);
     transpose_taps(p + at.w2, g, d * d, p + at.lane_taps);
     std::copy(shift2.begin(), shift2.end(), p + at.shift2);
+    if constexpr (std::is_same_v<A, float>) {
+      if (pairs) {
+        std::fill(p + at.lane_taps + g * d * d, p + at.pairs, A(0));
+        pack_pairs(primary.as<A>(), m, C, reinterpret_cast<uint16_t*>(p + at.pairs));
+        std::fill(std::copy(scale1.begin(), scale1.end(), p + at.pair_scale), p + at.numel, A(0));
+      }
+    }
     A* end = p + at.numel;
     if (prelu1) end = std::copy_n(slopes1.as<A>(), m, end);
     if (prelu2) std::copy_n(slopes2.as<A>(), g, end);
@@ -95,13 +105,9 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
   Problem p = problem_of(in);
   set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
             has_primary);
-  const PackedLayout at(p);
   const int64_t slopes1 = p.act1.act == Act::kPReLU ? intrinsic : 0,
                 slopes2 = p.act2.act == Act::kPReLU ? p.ghosts() : 0;
-  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == compute_type(in.dtype) &&
-                      packed.numel() == at.numel + slopes1 + slopes2,
-                  "packed does not belong to this module: expected ", at.numel + slopes1 + slopes2,
-                  " elements, got ", packed.numel());
+  const PackedLayout at = layout_of_packed(p, packed, slopes1 + slopes2);
   Tensor res, factor;
   if (residual) res = set_residual(p, *residual, x.scalar_type());
   if (gate) {
@@ -137,11 +143,7 @@ Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTen
   p.has_tail = tail;
   STD_TORCH_CHECK(p.out_pixels() > 0, "x of ", in.h, " x ", in.w, " pixels with padding ", padding,
                   " is smaller than the kernel of ", kernel_size);
-  const int64_t expected = PackedLayout(p).numel + (tail ? 2 * intrinsic : 0);
-  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() &&
-                      packed.scalar_type() == compute_type(in.dtype) && packed.numel() == expected,
-                  "packed does not belong to this module: expected ", expected, " elements, got ",
-                  packed.numel());
+  layout_of_packed(p, packed, tail ? 2 * intrinsic : 0);
   Tensor res;
   if (residual) res = set_residual(p, *residual, x.scalar_type());
   p.allows_channel_lanes = true;

@@ -162,11 +162,8 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   p.act1 = activation(act1, slope1, "act1");
   p.has_primary = has_primary;
   const int64_t g = p.ghosts(), P = p.out_pixels();
-  const PackedLayout at(in.c, intrinsic, g, dw_size, has_primary);
+  const PackedLayout at = layout_of_packed(p, packed, 0);
   const ScalarType ct = compute_type(in.dtype);
-  STD_TORCH_CHECK(packed.scalar_type() == ct && packed.numel() == at.numel,
-                  "packed does not belong to this module: expected ", at.numel, " elements, got ",
-                  packed.numel());
   Tensor y = empty({intrinsic, in.n, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
   ApplyArgs apply;
   apply.problem = p;

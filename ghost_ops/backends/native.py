@@ -52,7 +52,7 @@ def load() -> bool:
             return False
         if isa != "auto":
             available = list(library.available_isas())
-            if isa not in available:
+            if isa not in available and isa != _env.EMULATED:
                 raise RuntimeError(
                     f"{_env.CPU_ISA.name}={isa!r}: not available here, only {', '.join(available)}"
                 )

@@ -356,7 +356,7 @@ def _fold_after(
 ) -> tuple[Tensor, Tensor, Norms, tuple[Tensor, Tensor]]:
     """w1, w2 and norms with a batch norm behind the concatenation folded into those of z.
 
-    All are in the compute dtype, and so are tail_scale and tail_shift [m], which are for y.
+    All but w1 are in the compute dtype, and so are tail_scale and tail_shift [m], which are for y.
     """
     m, total, wide = w1.size(0), w1.size(0) + w2.size(0), compute_dtype(w1.dtype)
     scale, shift = w2.new_ones(total, dtype=torch.float64), w2.new_zeros(total, dtype=torch.float64)
@@ -372,7 +372,7 @@ def _fold_after(
     shift2 = torch.addcmul(shift[m:], shift2, scale[m:])
     first = (None if t is None else t.to(wide) for t in norms[:4])
     norms = Norms(*first, None, shift2.to(wide), None, None)
-    return w1.to(wide), w2.to(wide), norms, (scale[:m].to(wide), shift[:m].to(wide))
+    return w1, w2.to(wide), norms, (scale[:m].to(wide), shift[:m].to(wide))
 
 
 def packed_conv(branch: Branch, backend: str) -> PackedGhost:
