@@ -4,7 +4,9 @@ A batch norm and an activation may follow each Ghost module, outside of it, as i
 ``relu(bn2(ghost2(relu(bn1(ghost1(x))))) + x)``. In eval mode without gradients, on a CPU with
 native kernels, they are folded, so that each Ghost module is one operator and the sum is part of
 the second; an activation of the sum is computed in place. A shortcut that is a convolution or a
-Ghost module is one more operator. Everything else is the block's own forward.
+Ghost module is one more operator. In training, all that follows a Ghost module's primary
+convolution is one operator, with the sum and its activation behind the second. Everything else is
+the block's own forward.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..autograd import autocast_dtype
 from .bottleneck import check_shapes
 from .branch import (
     match_branch,
@@ -52,6 +56,24 @@ class Residual:
     def why_not_packed(self) -> str:
         reasons = (ghost.why_not_packed() for ghost in self.ghosts)
         return why_not_on_cpu(self.first, self.layers) or next(filter(None, reasons), "")
+
+    def learns(self, x: Tensor) -> bool:
+        """Whether ``learn`` computes it on x."""
+        if self.shortcut is None and autocast_dtype(x.device.type) not in (None, x.dtype):
+            return False  # the sum's dtype depends on whether it is in place
+        return all(g.cheap is None or g.learns(x) for g in self.ghosts)
+
+    def learn(self, x: Tensor) -> Tensor | str:
+        """The output, differentiable; or why it has to be the block's own forward."""
+        side: Tensor | str = x
+        if self.shortcut is not None and self.shortcut.cheap is not None:
+            side = self.shortcut.learn(x)
+        elif self.shortcut is not None:
+            side = self.shortcut.primary.then(self.shortcut.first(x))
+        y = self.ghost1.learn(x)
+        if isinstance(y, str) or isinstance(side, str):
+            return y if isinstance(y, str) else side
+        return self.ghost2.learn(y, side, self.act)
 
     def run(self, x: Tensor) -> str:
         return ""  # its own forward, without a warning
@@ -161,3 +183,9 @@ class FusedResidual(FusedInference):
     @classmethod
     def _ghost_match(cls, reading: Reading) -> ResidualForm:
         return match_residual(reading)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor | str:
+        if self.training or torch.is_grad_enabled():
+            parts = self._ghost_state().parts
+            return parts.learn(x) if isinstance(parts, Residual) and parts.learns(x) else ""
+        return super()._ghost_eager(x)
