@@ -289,13 +289,11 @@ class TailLanes {
           const A* const x = part.src + q * channels + c;
           const Vec<A> mean =
               sum_pixels<A, false>(x, pixels, channels, Vec<A>{}, lanes) / set1(A(pixels));
-          A means[L] = {}, squares[L] = {};
-          store(means, mean);
-          store(squares, sum_pixels<A, true>(x, pixels, channels, mean, lanes));
+          const Vec<A> squares = sum_pixels<A, true>(x, pixels, channels, mean, lanes);
           double* const of = partial + part.offset + c;
           for (int64_t l = 0; l < lanes.count; ++l) {
             Moments all{double(part.before + q), of[l], of[oup + l]};
-            all.merge(double(pixels), double(means[l]), double(squares[l]));
+            all.merge(double(pixels), double(mean[l]), double(squares[l]));
             of[l] = all.mean;
             of[oup + l] = all.m2;
           }
@@ -363,12 +361,9 @@ class TailLanes {
               sum += g;
               sum_x += g * ((x - mu) * inv);
             }
-            A g[L] = {}, gx[L] = {};
-            store(g, sum);
-            store(gx, sum_x);
             for (int64_t l = 0; l < lanes.count; ++l) {
-              partial[o + lanes.channel(l)] += double(g[l]);
-              partial[oup + o + lanes.channel(l)] += double(gx[l]);
+              partial[o + lanes.channel(l)] += double(sum[l]);
+              partial[oup + o + lanes.channel(l)] += double(sum_x[l]);
             }
           });
         });
