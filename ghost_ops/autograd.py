@@ -11,6 +11,7 @@ ops. Any other runs through the library convolution, and what comes after it is 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from .reference import NO_SLOPES, Norms, Settings, Slopes, ghost_formula
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
-_LARGEST_DW_SIZE = 7
+LARGEST_DW_SIZE = 7
 _announced: set[str] = set()
 
 
@@ -47,13 +48,13 @@ def backend_for(x: Tensor, dw_size: int) -> str:
         RuntimeError: a fused one was requested explicitly and has no such kernel.
     """
     backend = backends.select(x.device.type, x.dtype)
-    if backend != "eager" and dw_size > _LARGEST_DW_SIZE:
+    if backend != "eager" and dw_size > LARGEST_DW_SIZE:
         return _without_kernel(dw_size)
     return backend
 
 
 def _without_kernel(dw_size: int) -> str:
-    reason = f"there is no fused kernel for dw_size={dw_size}, only up to {_LARGEST_DW_SIZE}"
+    reason = f"there is no fused kernel for dw_size={dw_size}, only up to {LARGEST_DW_SIZE}"
     if (requested := backends.requested()) != "auto":
         raise RuntimeError(f"backend {requested!r} was requested and cannot run: {reason}")
     _announce(reason)
@@ -309,12 +310,12 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         dx if need_dx else None,
         dw1 if need_dw1 else None,
         dw2 if needs[2] and ghosts else None,
-        _gradient(dgamma1, gamma1, needs[3]),
-        _gradient(dbeta1, beta1, needs[4]),
+        gradient(dgamma1, gamma1, needs[3]),
+        gradient(dbeta1, beta1, needs[4]),
         None,
         None,
-        _gradient(dgamma2, gamma2, needs[7] and ghosts),
-        _gradient(dbeta2, beta2, needs[8] and ghosts),
+        gradient(dgamma2, gamma2, needs[7] and ghosts),
+        gradient(dbeta2, beta2, needs[8] and ghosts),
         None,
         None,
         None,
@@ -322,7 +323,7 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
+def gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
     """The gradient in the parameter's dtype, if it is wanted."""
     if parameter is None or not needed:
         return None
@@ -332,19 +333,30 @@ def _gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | 
 def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Backward with a graph of its own, through the reference formula."""
     *tensors, _ = ctx.saved_tensors
-    needs = ctx.needs_input_grad[: len(tensors)]
+
+    def formula(x: Tensor, w1: Tensor | None, w2: Tensor, *rest: Tensor | None) -> Tensor:
+        norms = _without_stats(Norms(*rest)) if ctx.batch_stats else Norms(*rest)
+        return ghost_formula(x, w1, w2, norms, ctx.settings, ctx.batch_stats)
+
+    return *differentiate(formula, tensors, ctx.needs_input_grad, grad_out), None, None
+
+
+def differentiate(
+    formula: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_out: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a formula of tensors, with a graph of their own; None where none is needed."""
+    needs = needs[: len(tensors)]
     # Aliases, so that the gradient of one input does not run on into another that depends on it.
     tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
-    x, w1, w2, *rest = tensors
-    norms = Norms(*rest)
-    if ctx.batch_stats:
-        norms = _without_stats(norms)
     with _without_autocast(grad_out.device.type):
-        out = ghost_formula(x, w1, w2, norms, ctx.settings, ctx.batch_stats)
+        out = formula(*tensors)
         wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
         grads = torch.autograd.grad(out, wanted, grad_out, create_graph=True, allow_unused=True)
     found = iter(grads)
-    return *(next(found) if need else None for need in needs), None, None
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _without_stats(norms: Norms) -> Norms:
@@ -379,7 +391,7 @@ def run(
         _announce(
             "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
-        shares = [_share(update) for update in (update1, update2)]
+        shares = [share(update) for update in (update1, update2)]
         out = ghost_formula(x, w1, w2, norms, settings, batch_stats, *shares, slopes)
         for update in (update1, update2):
             if batch_stats and update.batches is not None:
@@ -411,7 +423,7 @@ def run(
         return result
     out, *stats = result[:5]
     ghosts = w2.size(0) > 0
-    _update_running(
+    update_running(
         ops_for(x, w2), n if ghosts else n._replace(mean2=None, var2=None), stats,
         update1, update2 if ghosts else RunningUpdate(), out.numel() // out.size(1),
     )  # fmt: skip
@@ -432,14 +444,14 @@ def _with_constants(settings: Settings) -> Settings:
     return settings._replace(**numbers)
 
 
-def _share(update: RunningUpdate) -> float:
+def share(update: RunningUpdate) -> float:
     """The share of this batch in the running statistics, as a number."""
     if update.momentum is not None:
         return update.momentum
     return 0.0 if update.batches is None else 1.0 / (float(update.batches) + 1.0)
 
 
-def _update_running(
+def update_running(
     functions: Any,
     norms: Norms,
     stats: list[Tensor],

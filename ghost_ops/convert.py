@@ -112,8 +112,9 @@ def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None
     ``ghost_ops.activations``, as modules or as functions; other layers may follow.
 
     Where gradients are recorded, a module whose primary convolution is not a plain 1x1 runs its own
-    forward, which is faster there, and saves what its layers save. A ``reference.GhostModule``
-    becomes a ``FusedGhostModule``, which is fused in training as well.
+    forward, which is faster there, and saves what its layers save; on a CPU with native kernels it
+    is fused behind the convolution if its only batch norm follows the concatenation. A
+    ``reference.GhostModule`` becomes a ``FusedGhostModule``, which is fused in training as well.
 
     Whatever forward was seen to read is compared before every call: a change of weights, children,
     attributes, modes or hooks takes effect at once. Fusing twice changes nothing.

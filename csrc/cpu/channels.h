@@ -116,15 +116,16 @@ GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::false_ty
   store_n(p + i, v, n - i);
 }
 
+// dst = act(f(src) + add), add null for none.
 template <class A>
-void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* dst, int64_t n) {
+void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* dst, int64_t n,
+                     const A* add = nullptr) {
   const Vec<A> scale = set1(f.scale), shift = set1(f.shift);
   with_activation(a.act, [&](auto act) {
     for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
-      store_part(
-          dst, i, n,
-          activate<decltype(act)::value, A>(load_part(src, i, n, full) * scale + shift, A(a.slope)),
-          full);
+      Vec<A> v = load_part(src, i, n, full) * scale + shift;
+      if (add) v += load_part(add, i, n, full);
+      store_part(dst, i, n, activate<decltype(act)::value, A>(v, A(a.slope)), full);
     });
   });
 }
@@ -134,18 +135,21 @@ struct GradSums {
   double g = 0, gx = 0;
 };
 
-// g = grad * act'(pre) with pre = scale * x + shift; stored to `dst`, summed into `sums`.
+// g = grad * act'(pre) with pre = scale * x + shift + add (null: 0); stored to `dst`, summed into
+// `sums`.
 template <class A>
 void activation_backward(const Activation& a, const Affine<A>& f, const A* x, const A* grad, A* dst,
-                         int64_t n, GradSums& sums) {
+                         int64_t n, GradSums& sums, const A* add = nullptr) {
   const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean),
                inv = set1(f.inv_std);
   Vec<A> s{}, sx{};
   with_activation(a.act, [&](auto act) {
     for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
       const Vec<A> xv = load_part(x, i, n, full);
-      Vec<A> g = activate_grad<decltype(act)::value, A>(xv * scale + shift,
-                                                        load_part(grad, i, n, full), A(a.slope));
+      Vec<A> pre = xv * scale + shift;
+      if (add) pre += load_part(add, i, n, full);
+      const Vec<A> g =
+          activate_grad<decltype(act)::value, A>(pre, load_part(grad, i, n, full), A(a.slope));
       store_part(dst, i, n, g, full);
       s += g;
       // Lanes past the end read x = 0 and grad = 0, so they add nothing to either sum.

@@ -14,8 +14,9 @@ of which is an instruction of a ``Program``::
     mean        over pixels; what follows it has one vector an image
     linear      a linear layer, on vectors
 
-In eval mode without gradients, on a CPU with native kernels. Everything else is the module's own
-forward.
+In eval mode without gradients, on a CPU with native kernels. With gradients there, a residual block
+whose batch norms stand behind its concatenations runs the tails of its Ghost modules as operators
+(``tail``). Everything else is the module's own forward.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from .. import activations
+from ..autograd import autocast_dtype
 from .bottleneck import Gate, PackedDepthwise, PackedGate, bind_depthwise, find_gate
 from .branch import (
     NO_ACT,
@@ -121,6 +125,45 @@ class Expression:
 
     def run(self, x: Tensor) -> str:
         return ""  # its own forward, without a warning
+
+    def learns(self, x: Tensor) -> bool:
+        """Whether ``learn`` computes it on x: Ghost modules with tails, convolutions, and sums."""
+        if autocast_dtype(x.device.type) not in (None, x.dtype):
+            return False  # the dtype of a sum depends on whether it is in place
+        ghosts = [part for part in self.parts if isinstance(part, Ghost)]
+        others = [step for step, part in zip(self.steps, self.parts, strict=True)
+                  if step.op != "sum" and not isinstance(part, Ghost)]  # fmt: skip
+        tails = [ghost.learns(x) for ghost in ghosts if ghost.cheap is not None]
+        if others or not tails or not all(tails) or any(map(_why_not_shape, self.layers)):
+            return False
+        # A layer of two steps, or of one that is made twice, would move its statistics twice.
+        return len({id(layer) for layer in self.layers}) == len(self.layers)
+
+    def learn(self, x: Tensor) -> Tensor | str:
+        """The output, differentiable; or why it has to be the module's own forward."""
+        values, uses = [x], Counter(value for step in self.steps for value in step.values)
+        done = False  # the step before has this one's activation in it
+        for number, (step, part) in enumerate(zip(self.steps, self.parts, strict=True), 1):
+            given = [values[value] for value in step.values]
+            other = given[1] if len(given) > 1 else None
+            out: Tensor | str
+            if isinstance(part, Ghost) and part.cheap is not None:
+                # An activation alone behind a sum.
+                then = self.steps[number] if number < len(self.steps) else None
+                ends = then is not None and (then.op, then.values) == ("sum", (number,))
+                done = ends and other is not None and uses[number] == 1
+                out = part.learn(given[0], other, self.parts[number] if done else NO_ACT)
+                if isinstance(out, str):
+                    return out
+            elif isinstance(part, Ghost):
+                out = part.primary.then(part.first(given[0]))
+                out = out if other is None else out + other
+            else:
+                out = given[0] if other is None else given[0] + other
+                out = out if done else activations.apply(out, *part)
+                done = False
+            values.append(out)
+        return values[-1]
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         parts = [_pack(part, backend) for part in self.parts]
@@ -411,3 +454,9 @@ class FusedExpression(FusedInference):
     @classmethod
     def _ghost_match(cls, reading: Reading) -> ExpressionForm:
         return match_expression(reading)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor | str:
+        if self.training or torch.is_grad_enabled():
+            parts = self._ghost_state().parts
+            return parts.learn(x) if isinstance(parts, Expression) and parts.learns(x) else ""
+        return super()._ghost_eager(x)

@@ -257,7 +257,7 @@ class Fused(nn.Module):
         """The forward of the module as it was before it was fused."""
         return self._ghost_ops_base.forward(self, *args, **kwargs)
 
-    def _ghost_learns(self, parts: Any) -> bool:
+    def _ghost_learns(self, parts: Any, x: Tensor) -> bool:
         """Whether gradients may be recorded, and its own forward is the faster one then."""
         return False
 
@@ -289,7 +289,7 @@ class Fused(nn.Module):
             return state.reason
         out: Tensor | str | None = self._ghost_infer(state, x)
         if out is None:
-            if self._ghost_learns(state.parts) and _records(state.parts, x):
+            if self._ghost_learns(state.parts, x) and _records(state.parts, x):
                 return ""
             out = state.parts.run(x)
             if isinstance(out, str) and out:
@@ -308,14 +308,14 @@ class Fused(nn.Module):
             # torch.export runs this code as it is, on stand-ins for the modules inside.
             parts, guard = state.parts, state.guard
             known = parts is not None and guard is not None and guard.unchanged(self.__dict__)
-            out = parts.run(x) if known and not self._ghost_learns(parts) else None
+            out = parts.run(x) if known and not self._ghost_learns(parts, x) else None
         else:
             if self._ghost_in_graph and record.gives_same_shape(self):
                 out = graph.call(self, x, form)
             if out is None and record.holds_in_graph(self):
                 with suppress(Refusal):
                     parts = form.bind(self)
-                    out = None if self._ghost_learns(parts) else parts.run(x)
+                    out = None if self._ghost_learns(parts, x) else parts.run(x)
         if out is not None and not isinstance(out, str):
             return out
         return self._ghost_plain(*args, **kwargs)

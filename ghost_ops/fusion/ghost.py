@@ -38,6 +38,7 @@ from ..autograd import (
 from ..eager_ops import compute_dtype
 from ..functional import check
 from ..reference import Norms, Settings, Slopes
+from ..tail import Norm, TailSettings, ghost_tail, has_kernel
 from .branch import (
     NO_ACT,
     Branch,
@@ -70,6 +71,8 @@ class Ghost:
     Attributes:
         tail: what follows the concatenation, to be called.
         after: the same, if ``ghost_conv_apply`` can have it folded in.
+        normed: the cheap branch with the norm and activation of ``after``, if ``ghost_tail``
+            computes them in training.
     """
 
     def __init__(
@@ -101,8 +104,12 @@ class Ghost:
         )  # fmt: skip
         linear = primary.act == act2[0] == activations.NONE
         self.after = after if after is not None and linear and self.is_conv() else None
+        self.normed: Branch | None = None
         if self.after is not None and self.after.bn is not None:
             self.layers += (self.after.bn,)  # behind the hooks, which leave it out
+            assert cheap is not None
+            if primary.bn is None and cheap.bn is None and cheap.conv.bias is None:
+                self.normed = cheap._replace(**self.after._asdict())
 
     def is_conv(self) -> bool:
         """Whether ``ghost_conv_apply`` computes it, and has a kernel."""
@@ -198,7 +205,40 @@ class Ghost:
             return f"its cheap convolution has a weight of shape {list(w2.shape)}"
         return ""
 
+    def learns(self, x: Tensor) -> bool:
+        """Whether ``learn`` computes it on x."""
+        if self.normed is None or not has_kernel(x, self.dw_size):
+            return False
+        bn = self.normed.bn
+        return bn is not None and (bn.running_mean is None) == (bn.running_var is None)
+
+    def learn(
+        self, x: Tensor, residual: Tensor | None = None, act: tuple[int, float] = NO_ACT
+    ) -> Tensor | str:
+        """act(output + residual), differentiable, the tail being one operator; or why not."""
+        assert self.normed is not None and self.normed.bn is not None
+        for hook, layer in self.hooks:
+            hook(layer, None)
+        normed, (w1, w2) = self.normed, self.weights()
+        reason = self.why_not_shapes(w1, w2)
+        if reason:
+            return reason
+        s, own = self.settings, (normed.act, normed.slope)
+        y = F.conv2d(x, w1, self.first.bias, s.stride, s.padding, s.dilation, s.groups)
+        # An activation between the norm and the sum keeps the sum out of the operator.
+        inside = residual is not None and own[0] == activations.NONE
+        settings = TailSettings(
+            s.out_channels, normed.bn.eps, *(act if inside else own), normed.uses_batch_stats()
+        )
+        norm, update = Norm(*normed.norm(w2)), normed.running_update()
+        out = ghost_tail(y, w2, norm, residual if inside else None, settings, update)
+        if residual is None or inside:
+            return out
+        return activations.apply(out + residual, *act)
+
     def run(self, x: Tensor) -> Tensor | str:
+        if self.learns(x):
+            return self.learn(x)
         reason = self.why_not_fused() or self.why_not_slopes(x)
         if reason:
             return reason
@@ -242,7 +282,7 @@ class Ghost:
             text += ", no batch norm"
         if any(branch.prelu is not None for branch in branches):
             text += ", PReLU (fused in inference only)"
-        elif not self.has_plain_primary():
+        elif not self.has_plain_primary() and self.normed is None:
             text += ", fused in inference only"
         if self.gate is not None:
             text += ", attention gate"
@@ -533,7 +573,8 @@ class FusedGhost(Fused):
             raise Refusal("its primary convolution does not take its input")
         return form
 
-    def _ghost_learns(self, parts: Ghost) -> bool:
+    def _ghost_learns(self, parts: Ghost, x: Tensor) -> bool:
         # Behind the library's convolution the fused ops and their recomputation cost more than
         # they save: 0.57 to 0.77 of the speed of the layers, in a training step on a CPU.
-        return self._ghost_made and torch.is_grad_enabled() and not parts.has_plain_primary()
+        fused = parts.has_plain_primary() or parts.learns(x)
+        return self._ghost_made and torch.is_grad_enabled() and not fused

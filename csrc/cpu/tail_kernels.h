@@ -1,0 +1,69 @@
+// Training of Ghost modules whose batch norm and activation follow the concatenation, as a table of
+// functions, one table an instruction set. Plain data and raw pointers, as in kernels.h.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace ghost {
+
+// The formula stands in tail.h.
+struct TailArgs {
+  Problem problem;       // of y, height and width too; act2 and layout are those of out
+  const void* y;         // [N, m, H, W]; it and the other maps are dense in problem.layout
+  const void* w2;        // [g, d*d], compute type
+  NormArgs norm;         // [oup]
+  bool batch_stats;      // mean and var are functions of y; forward: they are results
+  const void* residual;  // [N, oup, H, W], added before the activation; or null
+  // forward
+  void* out;
+  void* mean;
+  void* var;  // [oup], compute type
+  // backward
+  const void* grad_out;  // [N, oup, H, W]
+  void* dy;              // or null
+  void* dresidual;       // or null
+  void* dw2;
+  void* dgamma;
+  void* dbeta;      // compute type
+  double* partial;  // NHWC: sums of the items, [items][2 * oup], or [items][g * d * d] of kGrads
+};
+
+// NHWC goes through the images in two passes, with merges, of one item, in between.
+enum class TailStep {
+  kMoments,
+  kMergeMoments,
+  kForward,
+  kGradSums,
+  kMergeGradSums,
+  kGrads,
+  kMergeGrads
+};
+
+// Items of these passes: some images each, by groups of a few.
+struct TailItems {
+  int64_t batch, group, item, count;
+  explicit TailItems(const Problem& p) : batch(p.batch) {
+    const int64_t map = p.height * p.width * p.intrinsic;
+    group = map < 8192 ? 8192 / (map + (map == 0)) : 1;
+    const int64_t groups = 65536 / (group * map + 1);
+    item = group * (groups > 1 ? groups : 1);
+    count = (batch + item - 1) / item;
+  }
+  int64_t images(int64_t i) const { return batch - i * item < item ? batch - i * item : item; }
+};
+
+struct TailKernels {
+  // Indexed by DType. NCHW, items are channels of y; NHWC, items are those of TailItems.
+  void (*forward[4])(const TailArgs&, int64_t begin, int64_t end);
+  void (*backward[4])(const TailArgs&, int64_t begin, int64_t end);
+  void (*lanes[4])(const TailArgs&, TailStep, int64_t begin, int64_t end);
+};
+
+const TailKernels* tail_generic();
+const TailKernels* tail_avx2();
+const TailKernels* tail_avx512();
+
+// The table of the instruction set that the Ghost kernels run with.
+const TailKernels& active_tail();
+
+}  // namespace ghost

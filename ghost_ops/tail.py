@@ -1,0 +1,229 @@
+"""Training of a Ghost module whose batch norm and activation follow the concatenation.
+
+From the primary convolution's output y on::
+
+    v   = depthwise(y, w2)
+    out = act(bn(concat(y, v)[:, :out_channels]) + residual)        perhaps without residual
+
+The form of Ghost-ResNet. Native kernels on a CPU, forward and backward; y comes from PyTorch's
+convolution. Saved for backward are y, residual, the parameters and the statistics per channel:
+neither the concatenation nor what the norm gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import activations, backends
+from .autograd import (
+    LARGEST_DW_SIZE,
+    RunningUpdate,
+    autocast_dtype,
+    dense,
+    differentiate,
+    gradient,
+    in_transform,
+    share,
+    update_running,
+)
+from .eager_ops import compute_dtype
+from .ops import native
+from .reference import Norms
+
+_library = torch.library.Library("ghost_ops", "FRAGMENT")
+# Only the CPU has them, and nothing that is traced calls them.
+_library.define(
+    "ghost_tail_forward(Tensor y, Tensor w2, Tensor? gamma, Tensor? beta, Tensor? mean, "
+    "Tensor? var, float eps, Tensor? residual, int out_channels, int act, float slope) "
+    "-> (Tensor out, Tensor mean, Tensor var)"
+)
+_library.define(
+    "ghost_tail_backward(Tensor grad_out, Tensor y, Tensor w2, Tensor? gamma, Tensor? beta, "
+    "Tensor mean, Tensor var, float eps, Tensor? residual, int act, float slope, "
+    "bool batch_stats, bool need_dy, bool need_dresidual) "
+    "-> (Tensor dy, Tensor dw2, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
+)
+_forward = torch.ops.ghost_ops.ghost_tail_forward.default
+_backward = torch.ops.ghost_ops.ghost_tail_backward.default
+
+
+class Norm(NamedTuple):
+    """Tensors [out_channels] of the batch norm, or None; the statistics are the running ones."""
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class TailSettings(NamedTuple):
+    """What is not a tensor."""
+
+    out_channels: int
+    eps: float
+    act: int
+    slope: float
+    batch_stats: bool
+
+
+def has_kernel(x: Tensor, dw_size: int) -> bool:
+    """Whether native kernels compute on x with a depthwise kernel of this size."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and dw_size <= LARGEST_DW_SIZE
+        and not in_transform()
+        and backends.select("cpu", x.dtype) == "native"
+    )
+
+
+def tail_formula(
+    y: Tensor,
+    w2: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    settings: TailSettings,
+    momentum: float = 0.0,
+) -> Tensor:
+    """The formula of this file's docstring in plain PyTorch, differentiable any number of times.
+
+    Args:
+        y: [N, m, H, W].
+        w2: [g, 1, d, d].
+        residual: [N, out_channels, H, W], or None.
+        momentum: share of the batch's statistics in the running ones, which are changed.
+    """
+    n, s = norm, settings
+    v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
+    u = torch.cat([y, v], 1)[:, : s.out_channels]
+    u = F.batch_norm(u, n.mean, n.var, n.gamma, n.beta, s.batch_stats, momentum, s.eps)
+    return activations.apply(u if residual is None else u + residual, s.act, s.slope)
+
+
+class GhostTailFunction(torch.autograd.Function):
+    """``tail_formula`` with fused forward and backward, differentiable twice.
+
+    Inputs: y, w2, gamma, beta, mean, var, residual, settings; mean and var are None with the
+    batch's statistics. The result is (out, mean, var); the statistics are the batch's, or empty,
+    and not differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        w2: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        residual: Tensor | None,
+        settings: TailSettings,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
+        out, *stats = _run(y, w2, Norm(gamma, beta, mean, var), residual, settings)
+        ctx.mark_non_differentiable(*stats)
+        if settings.batch_stats:
+            mean, var = stats
+        ctx.save_for_backward(y, w2, gamma, beta, mean, var, residual)
+        return out, *stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 8
+        tensors, s, needs = ctx.saved_tensors, ctx.settings, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return *differentiate(functools.partial(_formula, s), tensors, needs, grad_out), None
+        y, w2, gamma, beta, mean, var, residual = tensors
+        dy, dw2, dgamma, dbeta, dresidual = _backward(
+            grad_out, dense(y), w2, gamma, beta, mean, var, s.eps, residual, s.act, s.slope,
+            s.batch_stats, needs[0], needs[6],
+        )  # fmt: skip
+        return (
+            dy if needs[0] else None,
+            dw2 if needs[1] else None,
+            gradient(dgamma, gamma, needs[2]),
+            gradient(dbeta, beta, needs[3]),
+            None,
+            None,
+            dresidual if needs[6] else None,
+            None,
+        )
+
+
+def _run(
+    y: Tensor, w2: Tensor, norm: Norm, residual: Tensor | None, settings: TailSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    s = settings
+    return _forward(dense(y), w2, *norm, s.eps, residual, s.out_channels, s.act, s.slope)
+
+
+def _formula(
+    settings: TailSettings,
+    y: Tensor,
+    w2: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    stats = (None, None) if settings.batch_stats else (mean, var)
+    return tail_formula(y, w2, Norm(gamma, beta, *stats), residual, settings)
+
+
+def ghost_tail(
+    y: Tensor,
+    w2: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    settings: TailSettings,
+    update: RunningUpdate,
+) -> Tensor:
+    """``tail_formula`` where ``has_kernel``, by the path that grad mode and autocast ask for.
+
+    With the batch's statistics those of norm are the running ones to update, or None. What the
+    kernels do not compute, such as an empty batch, is left to PyTorch.
+    """
+    if autocast_dtype("cpu") is not None:
+        with torch.autocast("cpu", enabled=False):
+            w2 = w2 if w2.dtype is y.dtype else w2.to(y.dtype)
+            return ghost_tail(y, w2, norm, residual, settings, update)
+    s = settings
+    if not _fits(y, w2, norm, residual, s):
+        out = tail_formula(y, w2, norm, residual, s, share(update))
+        if s.batch_stats and update.batches is not None:
+            update.batches.add_(1)
+        return out
+    given = norm._replace(mean=None, var=None) if s.batch_stats else norm
+    differentiable = (y, w2, norm.gamma, norm.beta, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        out, mean, var = GhostTailFunction.apply(y, w2, *given, residual, s)
+    else:
+        out, mean, var = _run(y, w2, given, residual, s)
+    if s.batch_stats:
+        norms = Norms(None, None, norm.mean, norm.var, None, None, None, None)
+        stats = [mean, var, mean, var]
+        update_running(native, norms, stats, update, RunningUpdate(), out.numel() // out.size(1))
+    return out
+
+
+def _fits(
+    y: Tensor, w2: Tensor, norm: Norm, residual: Tensor | None, settings: TailSettings
+) -> bool:
+    """Whether the kernels compute it; PyTorch's layers do the rest, or raise."""
+    dtypes, size = (y.dtype, compute_dtype(y.dtype)), (settings.out_channels,)
+    n, _, h, w = y.shape
+    return (
+        n * h * w > settings.batch_stats
+        and w2.dtype is y.dtype
+        and all(t is None or (t.dtype in dtypes and t.shape == size) for t in norm)
+        and (residual is None or (residual.dtype is y.dtype and residual.shape == (n, *size, h, w)))
+    )
