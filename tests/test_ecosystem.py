@@ -242,7 +242,7 @@ def test_parametrised_weights(native: str) -> None:
     parametrize.register_parametrization(model[0].cv2.conv, "weight", Symmetric())
     torch.nn.utils.parametrizations.weight_norm(model[1].primary_conv[0])
     fused = copy.deepcopy(model)
-    assert len(ghost_ops.fuse(fused).swapped) == 2
+    assert {"0", "1"} <= {e.name for e in ghost_ops.fuse(fused).swapped}
     x = images(dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -83,7 +83,8 @@ class Network:
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         expression = self.expression
-        if backend == "native" and expression is not None and not expression.why_not_packed():
+        on_cpu = backend == "native" and not model_ops.on_gpu(self.first.weight)
+        if on_cpu and expression is not None and not expression.why_not_packed():
             return expression.pack(backend)
         return PackedNetwork(self, backend), ()
 
