@@ -14,7 +14,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import native_module
+from conftest import native_isas, native_module
 from helpers import Case, make_input, make_module
 
 import ghost_ops
@@ -300,3 +300,15 @@ def test_public_names() -> None:
         assert hasattr(ghost_ops, name), name
     assert set(getattr(ghost_ops, "__all__", ())) <= set(dir(ghost_ops))
     importlib.import_module("ghost_ops.planner")
+
+
+@pytest.mark.parametrize("isa", native_isas())
+def test_all_kernels_are_of_one_instruction_set(native: str, isa: str) -> None:
+    library = backends.native.library()
+    before = library.isa()
+    library.set_isa(isa)
+    try:
+        names = {name.split("_")[0] for name in library.tables()}
+    finally:
+        library.set_isa(before)
+    assert names == {isa.split("_")[0]}

@@ -1,22 +1,18 @@
 #include "cpu/layers.h"
 
-#include <cstring>
-
 #include "cpu/dispatch.h"
-#include "cpu/kernels.h"
 
 namespace ghost {
 
 const LayerKernels& active_layers() {
-  const char* name = active_kernels().name;
+  const LayerKernels *avx512 = nullptr, *avx2 = nullptr;
 #if defined(GHOST_OPS_HAVE_AVX512)
-  if (std::strncmp(name, "avx512", 6) == 0) return *layers_avx512();
+  avx512 = layers_avx512();
 #endif
 #if defined(GHOST_OPS_HAVE_AVX2)
-  if (std::strcmp(name, "avx2") == 0) return *layers_avx2();
+  avx2 = layers_avx2();
 #endif
-  (void)name;
-  return *layers_generic();
+  return table_in_use(avx512, avx2, layers_generic());
 }
 
 }  // namespace ghost

@@ -1,22 +1,18 @@
 #include "cpu/tail_kernels.h"
 
-#include <cstring>
-
 #include "cpu/dispatch.h"
-#include "cpu/kernels.h"
 
 namespace ghost {
 
 const TailKernels& active_tail() {
-  const char* name = active_kernels().name;
+  const TailKernels *avx512 = nullptr, *avx2 = nullptr;
 #if defined(GHOST_OPS_HAVE_AVX512)
-  if (std::strcmp(name, "avx512") == 0) return *tail_avx512();
+  avx512 = tail_avx512();
 #endif
 #if defined(GHOST_OPS_HAVE_AVX2)
-  if (std::strcmp(name, "avx2") == 0) return *tail_avx2();
+  avx2 = tail_avx2();
 #endif
-  (void)name;
-  return *tail_generic();
+  return table_in_use(avx512, avx2, tail_generic());
 }
 
 }  // namespace ghost

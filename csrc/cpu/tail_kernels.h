@@ -53,6 +53,7 @@ struct TailItems {
 };
 
 struct TailKernels {
+  const char* name;
   // Indexed by DType. NCHW, items are channels of y; NHWC, items are those of TailItems.
   void (*forward[4])(const TailArgs&, int64_t begin, int64_t end);
   void (*backward[4])(const TailArgs&, int64_t begin, int64_t end);

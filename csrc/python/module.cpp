@@ -5,6 +5,8 @@
 
 #include "core/plan.h"
 #include "cpu/dispatch.h"
+#include "cpu/layers.h"
+#include "cpu/tail_kernels.h"
 #include "python/kept_call.h"
 #include "python/watch.h"
 
@@ -72,6 +74,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &ghost::available_isas);
   m.def("isa", [] { return std::string(ghost::active_kernels().name); });
   m.def("set_isa", &ghost::set_isa, "name"_a);
+  m.def("tables", [] {
+    return std::vector<std::string>{ghost::active_kernels().name, ghost::active_layers().name,
+                                    ghost::active_tail().name};
+  });
   m.def(
       "machine",
       [](int64_t threads) {
