@@ -587,3 +587,21 @@ def test_a_module_inside_is_packed_anew_with_all_of_it(convs: list[str]) -> None
             model.ghost.primary_conv[0].weight.data.mul_(3)
         ghost_ops.reset_cache(fused.ghost)
         torch.testing.assert_close(fused(x), plain(x))
+
+
+class NormTwice(Tailed):
+    """What the norm gives goes to two places, for each of which it would be computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.primary(x)
+        u = self.bn(torch.cat([y, self.cheap(y)], 1)[:, : self.oup])
+        return self.act(u) + u
+
+
+def test_statistics_move_once(convs: list[str]) -> None:
+    plain = randomize(nn.Sequential(Sliced(6, 6), NormTwice())).double()
+    fused = copy.deepcopy(plain)
+    report = ghost_ops.fuse(fused)
+    assert "1" in {entry.name for entry in report.swapped}
+    agree(fused.train(), plain.train())
+    agree(fused.eval(), plain.eval())
