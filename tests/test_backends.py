@@ -302,6 +302,13 @@ def test_public_names() -> None:
     importlib.import_module("ghost_ops.planner")
 
 
+def test_auto_is_the_widest(native: str) -> None:
+    code = f"{RUN}; from ghost_ops import backends; print(backends.native.library().isa())"
+    results = [python(code, GHOST_OPS_CPU_ISA=isa) for isa in ("auto", "")]
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr
+    assert results[0].stdout == results[1].stdout
+
+
 @pytest.mark.parametrize("isa", native_isas())
 def test_all_kernels_are_of_one_instruction_set(native: str, isa: str) -> None:
     library = backends.native.library()

@@ -96,7 +96,8 @@ const Kernels& active_kernels() {
   const Kernels* k = g_active.load(std::memory_order_acquire);
   if (k == nullptr) {
     const char* forced = std::getenv("GHOST_OPS_CPU_ISA");
-    k = find(forced != nullptr && *forced ? std::string(forced) : available_isas().front());
+    const std::string name = forced == nullptr ? "" : forced;
+    k = find(name.empty() || name == "auto" ? available_isas().front() : name);
     g_active.store(k, std::memory_order_release);
   }
   return *k;
