@@ -210,7 +210,7 @@ def ghost_tail(
         out, mean, var = _run(y, w2, given, residual, s)
     if s.batch_stats:
         norms = Norms(None, None, norm.mean, norm.var, None, None, None, None)
-        stats = [mean, var, mean, var]
+        stats = [mean, var, mean, var]  # there is no second norm
         update_running(native, norms, stats, update, RunningUpdate(), out.numel() // out.size(1))
     return out
 

@@ -155,10 +155,10 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
                 lines = plan.pack ? ((height - 1) * p.stride + p.kernel) *
                                         (p.width + 2 * p.padding) * p.channels * plan.images
                                   : 0;
-  const int64_t folded = (p.depth() + 2) * 2 * kPanel;  // a copy of the last channels' weights
+  const int64_t halves = (p.depth() + 2) * 2 * kPanel;  // a copy of the last channels' weights
   const int64_t panel = std::max(lines, p.has_tail ? pixels * 2 * m * p.ratio : 0);
   plan.scratch_bytes =
-      a * (pixels * (plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) + folded +
+      a * (pixels * (plan.in_place ? 0 : m * p.ratio + (p.ratio > 2 ? p.ghosts() : 0)) + halves +
            panel + 256);
   return plan;
 }

@@ -42,7 +42,7 @@ class LaneTile {
     int64_t
         repeated;  // ratio > 2: offset in a pixel of the copies of y, one for each ghost; else 0
     A *panel, *pixels;
-    Folded<A> folded;  // of the product's channels
+    HalfVectors<A> halves;  // of the product's channels
     int64_t ring, ld;  // rows of the buffer, which row r enters at r % ring; elements of a pixel
   };
 
@@ -88,7 +88,7 @@ class LaneTile {
     part.ring = whole || in_place ? H : std::min(H, plan.band_rows + 2 * pad);
     part.ld = in_place ? p.out_channels : part.channels + part.ghosts + (per > 1 ? part.ghosts : 0);
     part.panel = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
-    fold(part);
+    pack_halves(part);
     if (in_place) {
       part.pixels = reinterpret_cast<A*>(out) + n * args.out_image + c0;
     } else {
@@ -100,15 +100,16 @@ class LaneTile {
 
   // Packs the weights of the part's last channels where they fill half a vector at most. The choice
   // depends on all m channels: the order of a sum is the same for any number of threads.
-  void fold(Part& part) const {
-    const bool in_lanes = p.has_primary && (plan.pack || nhwc) && p.channels % 2 == 0;
-    Folded<A>& f = part.folded;
-    f.from = std::clamp<int64_t>((in_lanes ? Folded<A>::first(m) : m) - part.c0, 0, part.channels);
-    f.channels = part.channels - f.from;
-    f.shift = part.panel;
-    f.panels = f.shift + f.panel_count() * kPanel;
-    part.panel = f.panels + f.panel_count() * K / 2 * kPanel;
-    f.pack(packed + at.w1 + part.c0 * K, packed + at.shift1 + part.c0, K);
+  void pack_halves(Part& part) const {
+    const bool in_lanes = p.has_primary && !plan.amx && (plan.pack || nhwc) && p.channels % 2 == 0;
+    HalfVectors<A>& h = part.halves;
+    h.from =
+        std::clamp<int64_t>((in_lanes ? HalfVectors<A>::first(m) : m) - part.c0, 0, part.channels);
+    h.channels = part.channels - h.from;
+    h.shift = part.panel;
+    h.panels = h.shift + h.panel_count() * kPanel;
+    part.panel = h.panels + h.panel_count() * K / 2 * kPanel;
+    h.pack(packed + at.w1 + part.c0 * K, packed + at.shift1 + part.c0, K);
   }
 
   // y of rows [row, row + rows) of `images` images, to pixels `to`.
@@ -128,7 +129,7 @@ class LaneTile {
     const LaneOut<A> o{to,   part.ld, p.act1, plan.fetch_results, plan.fetch_results && in_place,
                        false};
     lane_product<A>(source<A>(n, images, row, rows, part), packed + at.w1 + c0 * K, K,
-                    packed + at.shift1 + c0, part.folded.from, plan.depth, o, part.folded);
+                    packed + at.shift1 + c0, part.halves.from, plan.depth, o, part.halves);
   }
 
   // Where the product finds x, in the compute type or as it is.

@@ -56,20 +56,21 @@ GHOST_INLINE void store_first(A* p, Vec<A> v, int64_t n) {
 #endif
 }
 
-// Where half a vector of channels is left, it takes two values of a pixel at once: lane 2 * c + j
-// sums the products of channel c with the values 2 * i + j.
+// Where a product's last channels fill half a vector, a vector sums two values of a pixel at once:
+// its lane 2 * c + j the products of channel c with the values 2 * i + j. Both are added at the
+// end.
 #if defined(__AVX512F__) || defined(__AVX2__)
 template <class A>
-inline constexpr bool kFolds = sizeof(A) == 4;
+inline constexpr bool kHasHalves = sizeof(A) == 4;
 #else
 template <class A>
-inline constexpr bool kFolds = false;
+inline constexpr bool kHasHalves = false;
 #endif
 
-// The last channels of a product, from `from` on, and their weights with the lanes above: panels
-// [ceil(channels / 8)][K / 2][kPanel]; shift: likewise, in the even lanes.
+// The last channels of a product, from `from` on, with their weights in the order of these lanes:
+// panels [ceil(channels / 8)][K / 2][kPanel]; shift [ceil(channels / 8)][kPanel], in even lanes.
 template <class A>
-struct Folded {
+struct HalfVectors {
   int64_t from, channels;
   A *panels, *shift;
 
@@ -77,7 +78,7 @@ struct Folded {
   static int64_t first(int64_t m) {
     constexpr int kHalf = kLanes<A> / 2;
     const int64_t halves = (m + kHalf - 1) / kHalf;
-    return !kFolds<A> || halves % 2 == 0 ? m : halves <= 3 ? 0 : (halves - 1) * kHalf;
+    return !kHasHalves<A> || halves % 2 == 0 ? m : halves <= 3 ? 0 : (halves - 1) * kHalf;
   }
   int64_t panel_count() const { return (channels + kPanel / 2 - 1) / (kPanel / 2); }
   // from * K elements into the packed weights; K is even.
@@ -95,9 +96,9 @@ struct Folded {
 };
 
 // p[0], or p[0] and p[1] in turn.
-template <int kFold, class A>
+template <int kValues, class A>
 GHOST_INLINE Vec<A> broadcast(const A* p) {
-  if constexpr (kFold == 1) {
+  if constexpr (kValues == 1) {
     return set1(*p);
   } else {
     double pair;
@@ -171,18 +172,19 @@ void activate_pixels(const Activation& a, A* y, int64_t ld, int64_t pixels, int6
 }
 
 // `tiles` register blocks, pixels after pixels. w: the block's first vector in its panel, further
-// panels ldpanel apart; K: of one row of taps, divided by kFold.
-template <class A, int kFold, int kVecs, int kPixels>
+// panels ldpanel apart; K: of one row of taps, divided by kValues, the values of a pixel that a
+// vector sums at once.
+template <class A, int kValues, int kVecs, int kPixels>
 __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, const A* weights,
                                           int64_t ldpanel, int64_t K, const A* shift,
                                           const LaneOut<A>& out, A* y, int64_t channels,
                                           Ahead& ahead, int64_t tiles) {
-  constexpr int L = kLanes<A>, kChannels = L / kFold, kGroups = (kPixels + 2) / 3;
+  constexpr int L = kLanes<A>, kChannels = L / kValues, kGroups = (kPixels + 2) / 3;
   using V = Vec<A>;
   const int64_t last = channels - (kVecs - 1) * kChannels;  // channels of the last vector
   // Locals, because a store could alias the structures.
   const int64_t next = in.pixel * int64_t(sizeof(A)),
-                deeper = in.depth * kFold * int64_t(sizeof(A)), pixel = in.pixel, taps = in.taps,
+                deeper = in.depth * kValues * int64_t(sizeof(A)), pixel = in.pixel, taps = in.taps,
                 tap = in.tap, ld = out.ld;
   const Activation act = out.act;
   const bool accumulate = out.accumulate, with_relu = act.act == Act::kReLU;
@@ -214,7 +216,7 @@ __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, c
           wv[v] = load(w + v / kPanelVecs<A> * ldpanel + v % kPanelVecs<A> * L);
 #pragma GCC unroll 12
         for (int q = 0; q < kPixels; ++q) {
-          const V xv = broadcast<kFold>(reinterpret_cast<const A*>(p[q / 3] + q % 3 * next));
+          const V xv = broadcast<kValues>(reinterpret_cast<const A*>(p[q / 3] + q % 3 * next));
 #pragma GCC unroll 4
           for (int v = 0; v < kVecs; ++v) acc[q][v] += xv * wv[v];
         }
@@ -224,11 +226,11 @@ __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, c
       }
     }
 #pragma GCC unroll 12
-    for (int q = 0; q < kPixels; q += kFold)
+    for (int q = 0; q < kPixels; q += kValues)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         A* const to = y + q * ld + v * kChannels;
-        if constexpr (kFold == 2) {
+        if constexpr (kValues == 2) {
           V even = acc[q][v], odd = acc[q + 1 < kPixels ? q + 1 : q][v];
           unzip<A>(even, odd);
           V r = even + odd;
@@ -256,17 +258,17 @@ template <class A>
 using LaneBlock = void (*)(const A*, const LaneSource<A>&, const A*, int64_t, int64_t, const A*,
                            const LaneOut<A>&, A*, int64_t, Ahead&, int64_t);
 
-template <class A, int kFold, int kVecs, size_t... kIndex>
+template <class A, int kValues, int kVecs, size_t... kIndex>
 constexpr std::array<LaneBlock<A>, sizeof...(kIndex)> lane_blocks(std::index_sequence<kIndex...>) {
-  return {lane_block<A, kFold, kVecs, int(kIndex) + 1>...};
+  return {lane_block<A, kValues, kVecs, int(kIndex) + 1>...};
 }
 
 // All pixels of one block of channels, in tiles of nearly equal size.
-template <class A, int kFold, int kVecs>
+template <class A, int kValues, int kVecs>
 void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K, const A* shift,
                  const LaneOut<A>& out, A* y, int64_t channels, Ahead ahead) {
   constexpr int kMost = most_pixels(kVecs);
-  static constexpr auto kBlocks = lane_blocks<A, kFold, kVecs>(std::make_index_sequence<kMost>{});
+  static constexpr auto kBlocks = lane_blocks<A, kValues, kVecs>(std::make_index_sequence<kMost>{});
   const int64_t tiles = (in.pixels + kMost - 1) / kMost, small = in.pixels / tiles,
                 large = in.pixels % tiles;  // tiles of one pixel more
   const int64_t rounds = in.images * in.rows * tiles * in.taps * K;
@@ -287,10 +289,10 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
 
 // Y[0..pixels)[0..M) from X[0..pixels)[0..K), the images' pixels one after the other in Y.
 //   panels: [ceil(M/kPanel)][K][kPanel], zero padded; shift: padded to kPanel; depth: of a slice;
-//   folded: channels from M on
+//   halves: channels from M on
 template <class A>
 void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const A* shift,
-                  int64_t M, int64_t depth, const LaneOut<A>& out, const Folded<A>& folded) {
+                  int64_t M, int64_t depth, const LaneOut<A>& out, const HalfVectors<A>& halves) {
   constexpr int L = kLanes<A>, kMost = kMostBlockVecs<A>;
   const int64_t ldpanel = K * kPanel, total = (M + L - 1) / L, blocks = (total + kMost - 1) / kMost;
   // Slices are several rows of taps, or parts of one.
@@ -302,7 +304,7 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
   const int64_t pixels = source.images * source.rows * source.pixels, e = sizeof(A),
                 results = pixels * out.ld * e;
   const bool large = results > kFewResults;
-  const int64_t passes = large ? slices * blocks + (folded.channels > 0 ? 1 : 0) : 1;
+  const int64_t passes = large ? slices * blocks + (halves.channels > 0 ? 1 : 0) : 1;
   // Without anything to fetch the addresses stay where there is memory for certain.
   const auto ahead = [&](int64_t pass) {
     Ahead a{reinterpret_cast<const char*>(source.x), reinterpret_cast<const char*>(out.y)};
@@ -365,16 +367,16 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
       }
     }
   }
-  if constexpr (kFolds<A>) {
-    if (folded.channels == 0) return;
+  if constexpr (kHasHalves<A>) {
+    if (halves.channels == 0) return;
     const auto pass = [&](auto vecs) {
-      lane_pixels<A, 2, decltype(vecs)::value>(source, folded.panels, K / 2 * kPanel, per_tap / 2,
-                                               folded.shift, out, out.y + folded.from,
-                                               folded.channels, ahead(slices * blocks));
+      lane_pixels<A, 2, decltype(vecs)::value>(source, halves.panels, K / 2 * kPanel, per_tap / 2,
+                                               halves.shift, out, out.y + halves.from,
+                                               halves.channels, ahead(slices * blocks));
     };
-    if (folded.channels > L)
+    if (halves.channels > L)
       pass(std::integral_constant<int, 3>{});
-    else if (folded.channels > L / 2)
+    else if (halves.channels > L / 2)
       pass(std::integral_constant<int, 2>{});
     else
       pass(std::integral_constant<int, 1>{});

@@ -22,8 +22,8 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// out[h][i] (+)= sum_{a,b} taps[a][b][i % q] * in[h + a - D/2][i + (b - D/2) * q], for i < F = W *
-// q. taps: [D * D][ld], the q of a tap repeated to q + a vector.
+// out[h][i] (+)= sum_{a,b} taps[a][b][i % q] * in[h + a - D/2][i + (b - D/2) * q]
+//   i < F, which is W * q; taps: [D * D][ld], the q of a tap repeated to q + a vector
 template <class A, int D>
 __attribute__((noinline)) void lane_stencil(const A* in, const A* taps, int64_t ld, A* out,
                                             int64_t H, int64_t F, int64_t q, bool accumulate) {
@@ -77,8 +77,8 @@ __attribute__((noinline)) void lane_stencil(const A* in, const A* taps, int64_t 
   }
 }
 
-// sums[a][b][i] += sum_{n,h} dv[n][h][i] * in[n][h + a - D/2][i + (b - D/2) * q]; sums: [D *
-// D][ld].
+// sums[a][b][i] += sum_{n,h} dv[n][h][i] * in[n][h + a - D/2][i + (b - D/2) * q]
+//   sums: [D * D][ld]
 template <class A, int D>
 __attribute__((noinline)) void lane_weight_grad(const A* in_all, const A* dv_all, int64_t N,
                                                 int64_t H, int64_t F, int64_t q, A* sums,
@@ -291,7 +291,7 @@ class TailLanes {
               sum_pixels<A, false>(x, pixels, channels, Vec<A>{}, lanes) / set1(A(pixels));
           const Vec<A> squares = sum_pixels<A, true>(x, pixels, channels, mean, lanes);
           double* const of = partial + part.offset + c;
-          for (int64_t l = 0; l < lanes.count; ++l) {
+          for (int64_t l = 0; l < std::min<int64_t>(lanes.count, L); ++l) {
             Moments all{double(part.before + q), of[l], of[oup + l]};
             all.merge(double(pixels), double(mean[l]), double(squares[l]));
             of[l] = all.mean;

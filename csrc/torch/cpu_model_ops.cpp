@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 
+#include "cpu/copies.h"
 #include "cpu/dispatch.h"
 #include "cpu/layers.h"
 #include "torch/cpu_common.h"
@@ -253,9 +253,8 @@ Tensor concat(const std::vector<Tensor>& values) {
     int64_t offset = 0;
     for (const Tensor& t : values) {
       const int64_t some = t.size(1) * bytes;
-      const char* const from = static_cast<const char*>(t.const_data_ptr());
-      for (int64_t r = b * per; r < std::min(e * per, runs); ++r)
-        std::memcpy(to + r * channels * bytes + offset, from + r * some, size_t(some));
+      spread_runs(static_cast<const char*>(t.const_data_ptr()), some, to + offset, channels * bytes,
+                  b * per, std::min(e * per, runs));
       offset += some;
     }
   });

@@ -20,6 +20,7 @@
 
 #include <cstring>
 
+#include "cpu/copies.h"
 #include "torch/cpu_common.h"
 #include "torch/cpu_operators.h"
 
@@ -36,13 +37,7 @@ double real(int64_t bits) {
   return value;
 }
 
-// Planes to pixels, for images of few channels: several times as fast as the library's copy.
-template <int C, class T>
-void interleave(const T* x, T* out, int64_t pixels) {
-  for (int64_t i = 0; i < pixels; ++i)
-    for (int c = 0; c < C; ++c) out[i * C + c] = x[c * pixels + i];
-}
-
+// x in channels_last. For images of three channels several times as fast as the library's copy.
 Tensor channels_last(const Tensor& x) {
   const int64_t N = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3);
   const int64_t size = element_size(dtype_of(x, "x"));
@@ -54,11 +49,11 @@ Tensor channels_last(const Tensor& x) {
     for (int64_t n = b; n < e; ++n) {
       const int64_t at = n * C * pixels * size;
       if (size == 4)
-        interleave<3>(reinterpret_cast<const uint32_t*>(from + at),
-                      reinterpret_cast<uint32_t*>(to + at), pixels);
+        planes_to_pixels<3>(reinterpret_cast<const uint32_t*>(from + at),
+                            reinterpret_cast<uint32_t*>(to + at), pixels);
       else
-        interleave<3>(reinterpret_cast<const uint16_t*>(from + at),
-                      reinterpret_cast<uint16_t*>(to + at), pixels);
+        planes_to_pixels<3>(reinterpret_cast<const uint16_t*>(from + at),
+                            reinterpret_cast<uint16_t*>(to + at), pixels);
     }
   });
   return out;
