@@ -283,7 +283,7 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         shape: of its input, such as (1, 3, 224, 224).
     """
 
-    twin = copy.deepcopy(model).to("meta").eval()
+    twin = copy.deepcopy(model).to("meta").float().eval()
     from .convert import unfuse
 
     unfuse(twin)

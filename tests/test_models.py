@@ -48,6 +48,12 @@ def test_ratio_halves_the_work() -> None:
     assert macs[0] / macs[2] == pytest.approx(4, rel=0.05)
 
 
+def test_macs_of_any_dtype() -> None:
+    model = ghostnet(0.5)
+    macs = count_macs(model, (1, 3, 64, 64))
+    assert all(count_macs(model.to(t), (1, 3, 64, 64)) == macs for t in (torch.half, torch.double))
+
+
 def test_counting_changes_nothing() -> None:
     model = ghostnet(0.5)
     before = {key: t.clone() for key, t in model.state_dict().items()}
