@@ -193,8 +193,8 @@ class Expression:
             elif op == "excite":
                 made = program.excite(x, part.tensors, part.arguments)
             elif op == "sum":
-                owner = owners[values[0]]
-                in_place = owner > 0 and uses[owner] == 1
+                # Never the input, which a convolution takes as well.
+                in_place = uses[owners[values[0]]] == 1
                 made = program.sum(x, other, part, in_place=in_place)
             elif op == "concat":
                 made = program.concat((x, *others))
