@@ -348,6 +348,17 @@ def test_eager_backend_and_autocast_run_the_own_forward(convs: list[str]) -> Non
 # --- in training ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name.startswith("residual")])
+def test_training_under_autocast(convs: list[str], name: str) -> None:
+    """A sum in place keeps the dtype of what it changes."""
+    fused, plain = (model.train()[1] for model in pair(name, torch.float32))
+    x = torch.randn(2, 6, 9, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = fused(x), plain(x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_training_of_a_library_convolution_is_its_own_forward(native: str, k: int) -> None:
     model = randomize(nn.Sequential(Sliced(6, 8, k=k))).double()
