@@ -133,6 +133,20 @@ def test_no_program(native: str, code: list[int]) -> None:
         model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor(code))
 
 
+def test_values_of_other_shapes(native: str) -> None:
+    x = torch.ones(2, 3, 4, 5)
+    for join, message in (("sum", "terms of a sum"), ("concat", "what is concatenated")):
+        program = Program()
+        y = program.mean(0)
+        if join == "sum":
+            program.sum(0, y, (0, 0.0), in_place=False)
+        else:
+            program.concat((0, y))
+        operator, arguments = program.packed()
+        with pytest.raises(RuntimeError, match=message):
+            operator(x, *arguments)
+
+
 def test_code_of_another_type(native: str) -> None:
     with pytest.raises(RuntimeError, match="code must be"):
         model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([1.0]))
