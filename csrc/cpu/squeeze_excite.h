@@ -114,10 +114,10 @@ void gate_means(const GateArgs& a, int64_t n0, int64_t n1, int64_t c0, int64_t c
 }
 
 // sums[image][q] = w[q] * mean[image] by lanes, for Q rows of w (the last one again where there are
-// fewer) and I images.
+// fewer) and I images. next: the rows to be read after them, which may come from beyond L2.
 template <class A, int Q, int I>
 __attribute__((noinline)) void reduce_rows(const A* w, int64_t rows, int64_t C, const A* mean,
-                                           A* sums) {
+                                           A* sums, const A* next) {
   constexpr int L = kLanes<A>;
   using V = Vec<A>;
   const A* row[Q];
@@ -131,6 +131,7 @@ __attribute__((noinline)) void reduce_rows(const A* w, int64_t rows, int64_t C, 
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const V v = at(row[q] + c);
+      __builtin_prefetch(next + q * C + c);
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) s[q * I + i] += v * m[i];
     }
@@ -163,6 +164,7 @@ __attribute__((noinline)) void expand_rows(const A* w, int64_t C, const A* h, in
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const V v = at(w + q * C + c);
+      __builtin_prefetch(w + (Q + q) * C + c);
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) g[i] += v * hidden[i * Q + q];
     }
@@ -196,7 +198,8 @@ void gate_images(const GateArgs& a, int64_t n) {
   for (int64_t r = 0; r < R; r += L) {
     const int64_t rows = R - r < L ? R - r : L;
     for (int64_t q = 0; q < rows; q += Q)
-      reduce_rows<A, Q, I>(wr + (r + q) * C, rows - q, C, mean, sums + q * L);
+      reduce_rows<A, Q, I>(wr + (r + q) * C, rows - q, C, mean, sums + q * L,
+                           r + q + Q < R ? wr + (r + q + Q) * C : we);
     with_activation(a.act.act, [&](auto act) {
       for (int i = 0; i < I; ++i) {
         const Vec<A> v = sum_rows(sums + i * L * L) + load_n(br + r, rows);
