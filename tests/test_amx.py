@@ -153,6 +153,8 @@ def test_other_kernels_read_what_was_packed(packed_by: str) -> None:
     assert_close(got, given.formula(torch.float64), plain)
     with pytest.raises(RuntimeError, match="packed does not belong"):
         model_ops.native_ghost_conv_apply(given.x, packed[1:], *arguments[2:])
+    with pytest.raises(RuntimeError, match=r"packed must be .* in the compute dtype"):
+        model_ops.native_ghost_conv_apply(given.x, packed.double(), *arguments[2:])
 
 
 def test_modules(tiles: Any) -> None:

@@ -65,10 +65,11 @@ inline PackedLayout layout_of_packed(Problem& p, const Tensor& packed, int64_t m
     p.has_pairs = true;
     at = PackedLayout(p);
   }
-  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() &&
-                      packed.scalar_type() == compute_type(p.dtype) && numel == at.numel + more,
-                  "packed does not belong to this module: expected ", expected, " elements, got ",
-                  numel);
+  STD_TORCH_CHECK(
+      packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == compute_type(p.dtype),
+      "packed must be contiguous, on the CPU and in the compute dtype of x");
+  STD_TORCH_CHECK(numel == at.numel + more, "packed does not belong to this module: expected ",
+                  expected, " elements, got ", numel);
   return at;
 }
 
