@@ -146,7 +146,8 @@ __attribute__((noinline)) void reduce_rows(const A* w, int64_t rows, int64_t C, 
     for (int i = 0; i < I; ++i) store(sums + (i * L + q) * L, s[q * I + i]);
 }
 
-// gate[image] = from[image] + the sum of w[q] * h[image][q] over Q rows of w, for I images.
+// gate[image] = from[image] + the sum of w[q] * h[image][q] over Q rows of w, for I images. The
+// next Q rows are prefetched; a prefetch beyond the last row does nothing.
 template <class A, int Q, int I>
 __attribute__((noinline)) void expand_rows(const A* w, int64_t C, const A* h, int64_t R,
                                            const A* from, int64_t ld_from, A* gate) {
