@@ -65,7 +65,8 @@ class Planner {
         element_(element_size(p.dtype)),
         compute_(compute_size(p.dtype)),
         tensor_(element_ == 2 || (p.dtype == DType::kFloat32 && allow_tf32)),
-        direct_(element_ == 2 && p.layout == Layout::kNHWC),
+        direct_(element_ == 2 && p.layout == Layout::kNHWC && p.has_primary &&
+                p.channels % 8 == 0 && p.aligned),
         halo_(kernel_primary() ? 0 : p.pad()),
         ghosts_(kernel_primary() ? 0 : p.ratio - 1),
         H_(p.out_height()),
@@ -84,6 +85,7 @@ class Planner {
     };
     std::vector<int64_t> instances = {32};
     if (tensor_) instances = {32, 64, 128};
+    if (element_ == 2 && p_.layout == Layout::kNHWC && !direct_) instances = {32, 64};
     if (direct_ && kernel_ == CudaKernel::kApply) instances.insert(instances.begin(), 16);
     if (backward()) instances.resize(element_ == 2 ? 2 : 1);
     for (int64_t instance : instances) {
@@ -94,7 +96,7 @@ class Planner {
           const int64_t slice = slice_bytes / element_;
           if (!direct_ && slice_bytes > 32 && slice / 2 >= p_.channels) continue;
           if (!p_.has_primary && slice_bytes > 32) continue;
-          if (direct_ && p_.has_primary && slice_bytes != kDirectSlice) continue;
+          if (direct_ && slice_bytes != kDirectSlice) continue;
           for (bool resident : {true, false}) {
             if (!p_.has_primary && !resident) continue;
             // Narrow instances have no ring; and w1 of two stages is no larger than a ring.
@@ -169,6 +171,7 @@ class Planner {
     if (channels > c.instance) return false;
     if (direct_ && c.resident && c.instance > 32 && 2 * channels < c.instance) return false;
     t.instance = int32_t(c.instance);
+    t.direct = direct_;
     t.channels = int32_t(channels);
     t.channel_blocks = int32_t(ceil_div(p_.intrinsic, channels));
     t.ghosts = int32_t(ghosts);
@@ -289,7 +292,7 @@ class Planner {
       tile_l2 += source * c * e;
       if (!t.resident) tile_l2 += chunks * channels * c * e;
       if (direct_)
-        cycles += direct_product(t, x_width, chunks, latency, pipe);
+        cycles += direct_product(t, chunks, latency, pipe);
       else
         cycles += staged_product(t, x_width, chunks);
     } else {
@@ -380,18 +383,13 @@ class Planner {
   // shift); positions (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes
   // the memory pipe four cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory,
   // 200 for a stage of w1.
-  double direct_product(const CudaTile& t, double x_width, double chunks, double& latency,
-                        double& pipe) const {
+  double direct_product(const CudaTile& t, double chunks, double& latency, double& pipe) const {
     const DirectTiles tiles(t.instance, kernel_);
     const double m = double(tiles.m), n = double(tiles.n);
     const double active = double(ceil_div(t.channels, 16)) / double(tiles.warps_n);
     const double blocks = double(ceil_div(p_.channels, 32));
     const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
-    const double row = (x_width == 16  ? 2
-                        : x_width == 8 ? 6
-                        : x_width == 4 ? 36
-                                       : 60) +
-                       (p_.has_in_gate ? 8 : 0);
+    const double row = p_.has_in_gate ? 10 : 2;
     const double block = 38 + m * row + active * (3 + 2 * m);
     const double chunk = 54 + m * (6 + 6 * n) + active * (4 + 4 * m);
     const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
@@ -411,16 +409,17 @@ class Planner {
   CudaKernel kernel_;
   const CudaArch& arch_;
   int64_t element_, compute_;
-  bool tensor_, direct_;  // direct: x goes to registers, not through shared memory (product.cuh)
+  bool tensor_, direct_;  // CudaTile::direct
   int64_t halo_, ghosts_, H_, W_;
 };
 
-using Key = std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+using Key = std::tuple<int, bool, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                        int64_t, int64_t, int64_t, int, int, bool, bool, bool, bool, int64_t,
                        int64_t, int64_t, int64_t>;
 
 Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
   return {int(kernel),
+          p.aligned,
           arch.sm,
           allow_tf32,
           p.batch,

@@ -38,6 +38,7 @@ enum class CudaKernel : int {
 // times a block of intrinsic channels with their ghosts. Strides in elements, offsets in bytes.
 struct CudaTile {
   int32_t instance = 64;  // channels that the kernel instance has room for: 16 ... 128
+  int32_t direct = 0;     // x goes straight to registers, not through shared memory
   int32_t channels = 64;  // intrinsic channels a block owns: a multiple of 8
   int32_t channel_blocks = 1;
   int32_t ghosts = 1;  // ghost maps per intrinsic map a block computes

@@ -319,7 +319,8 @@ BackwardPlan plan_cuda_backward(const Problem& p, const CudaArch& arch, bool all
   static std::mutex mutex;
   static std::map<Key, BackwardPlan> known;
   const int64_t flags = allow_tf32 | u_given << 1 | u_rows << 2 | need_dx << 3 | need_dw1 << 4 |
-                        p.has_primary << 5 | int(p.layout) << 6 | int(p.dtype) << 7;
+                        p.has_primary << 5 | int(p.layout) << 6 | p.aligned << 7 |
+                        int(p.dtype) << 8;
   const Key key = {p.batch,
                    p.channels,
                    p.height,

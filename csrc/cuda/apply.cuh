@@ -29,40 +29,57 @@ struct ApplyParams {
   bool pooled = false;  // output.out is [n, m], the means over the pixels of y
 };
 
+inline constexpr int kLeanSize = 3;  // d of a lean instance
+
 // Scales, shifts, slopes and taps of the block's channels into shared memory. The second batch
 // norm's scale goes into the taps, its shift is where the sums begin.
-template <class T>
+template <Scope kScope, class T>
 __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& params,
                                                       unsigned char* shared) {
   using A = Accumulator<T>;
+  constexpr bool kLean = kScope == Scope::kLean;
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
   const Place place(t, p);
-  const int step = p.ratio - 1, taps_count = p.d * p.d;
+  const int step = p.ratio - 1, taps_count = kLean ? kLeanSize * kLeanSize : p.d * p.d;
   const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
   // [3][channels] of the intrinsic maps, then of each ghost.
   A* const affine = reinterpret_cast<A*>(shared + t.affine_at) + 3 * t.channels;
   A* const taps = reinterpret_cast<A*>(shared + t.taps_at);
-  load_intrinsic(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
+  load_intrinsic<kScope>(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
     A* const own = affine + j * 3 * t.channels;
-    load_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, place.slot == 0, own,
-              own + t.channels);
-    load_slopes(params.act2, first_ghost + j, step, place.valid, t.channels, own + 2 * t.channels);
+    if constexpr (kLean) {
+      load_ready_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, own,
+                      own + t.channels);
+    } else {
+      load_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, place.slot == 0, own,
+                own + t.channels);
+      load_slopes(params.act2, first_ghost + j, step, place.valid, t.channels,
+                  own + 2 * t.channels);
+    }
   }
   prim::sync_threads();
 #pragma unroll 1
-  for (int j = 0; j < place.ghosts; ++j)
-    load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
-              t.channels, taps_count, affine + j * 3 * t.channels);
+  for (int j = 0; j < place.ghosts; ++j) {
+    const auto load = [&](const auto& w2) {
+      load_taps(taps + j * taps_count * t.channels, w2, first_ghost + j, step, place.valid,
+                t.channels, taps_count, affine + j * 3 * t.channels);
+    };
+    if constexpr (kLean)
+      load(static_cast<const A*>(params.w2.data));
+    else
+      load(params.w2);
+  }
 }
 
 // z of a tile from its y, into shared memory; a thread makes strips of kRows rows.
-template <int kRows, class T>
+template <Scope kScope, class T>
 __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int index,
                                             unsigned char* shared) {
   using A = Accumulator<T>;
+  constexpr int kRows = kWindowRows<T>, kD = kScope == Scope::kLean ? kLeanSize : 0;
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
   const Place place(t, p);
@@ -71,16 +88,17 @@ __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int in
   const T* y = reinterpret_cast<const T*>(shared + t.y_at);
   const A* const shared_affine = reinterpret_cast<const A*>(shared + t.affine_at);
   const A* const taps = reinterpret_cast<const A*>(shared + t.taps_at);
+  const int taps_count = kD > 0 ? kD * kD : p.d * p.d;
   T* z = reinterpret_cast<T*>(shared + t.stage_at) + 2 * own.pair * place.ghosts;
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
     const A* const affine = shared_affine + (j + 1) * 3 * t.channels;
-    depthwise_tile<kRows>(
-        y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels, affine + t.channels,
+    depthwise_tile<kRows, kD>(
+        y, t, p, params.windows, tile, own, taps + j * taps_count * t.channels, affine + t.channels,
         [&](Strip<A>(&v)[kRows], int count, int first, int rows) {
           constexpr int kValues = kRows * kStripValues;
           PairOf<T> pairs[kValues / 2];
-          activate_pairs<T>(
+          activate_pairs<T, kScope != Scope::kLean>(
               params.act2.act, [&](int i) { return affine[2 * (t.channels + own.pair) + (i & 1)]; },
               reinterpret_cast<A(&)[kValues]>(v), pairs);
           const int stride = t.z_stride;
@@ -88,7 +106,11 @@ __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int in
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             if (r >= rows) break;
-            if (place.ghosts == 1 && count == kStrip) {  // the common case, unmasked
+            if constexpr (kScope == Scope::kLean) {
+#pragma unroll
+              for (int s = 0; s < kStrip; ++s)
+                if (s < count) store_pair(to + s * stride, pairs[r * kStrip + s]);
+            } else if (place.ghosts == 1 && count == kStrip) {  // the common case, unmasked
 #pragma unroll
               for (int s = 0; s < kStrip; ++s) store_pair(to + s * stride, pairs[r * kStrip + s]);
             } else {
@@ -106,7 +128,7 @@ __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int in
 }
 
 // y and z of a tile from shared memory to the output.
-template <Layout kLayout, class T>
+template <Layout kLayout, Scope kScope, class T>
 __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, int index,
                                                  unsigned char* shared) {
   const CudaTile& t = params.tile;
@@ -134,9 +156,9 @@ __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, i
                        first_z,
                        place.ghosts,
                        step};
-  store_tile<kLayout>(params.output, p, tile,
-                      reinterpret_cast<const PixelEntry*>(shared + t.inner_at),
-                      reinterpret_cast<const int32_t*>(shared + t.gate_at), y, z);
+  store_tile<kLayout, kScope != Scope::kLean>(
+      params.output, p, tile, reinterpret_cast<const PixelEntry*>(shared + t.inner_at),
+      reinterpret_cast<const int32_t*>(shared + t.gate_at), y, z);
 }
 
 // Means of y over the pixels of a tile's images, to the output [n, m]. A thread takes one channel
@@ -165,26 +187,28 @@ __device__ __forceinline__ void pool_tile(const ApplyParams<T>& params, int inde
   }
 }
 
-template <class P, Layout kLayout, int kChannels>
+template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     ghost_apply_kernel(const ApplyParams<typename P::T> params) {
+  constexpr int kTiles = kChannels == 64 ? 16 : 8;
   GHOST_DYN_SHARED(unsigned char, shared);
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
-  load_apply_parameters(params, shared);
+  load_apply_parameters<kScope>(params, shared);
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
-    make_y_tile<P, kLayout, kChannels, kChannels == 64 ? 16 : 8, true>(
-        t, p, params.intrinsic, index, params.output.channels, shared);
-    if (params.output.gate != nullptr)
+    make_y_tile<P, kLayout, kScope, kChannels, kTiles, true>(t, p, params.intrinsic, index,
+                                                             params.output.channels, shared);
+    const bool gated = kScope != Scope::kLean && params.output.gate != nullptr;
+    if (gated)
       build_gate_table<kLayout>(reinterpret_cast<int32_t*>(shared + t.gate_at),
                                 locate_tile(t, p, prim::opaque(index)), params.output);
-    if (t.ghosts > 0) make_z_tile<kWindowRows<typename P::T>>(params, index, shared);
-    if (t.ghosts > 0 || params.output.gate != nullptr) prim::sync_threads();
-    if (params.pooled)
+    if (t.ghosts > 0) make_z_tile<kScope>(params, index, shared);
+    if (t.ghosts > 0 || gated) prim::sync_threads();
+    if (kScope != Scope::kLean && params.pooled)
       pool_tile(params, index, shared);
     else
-      store_apply_tile<kLayout>(params, index, shared);
+      store_apply_tile<kLayout, kScope>(params, index, shared);
   }
 }
 

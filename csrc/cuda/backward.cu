@@ -135,7 +135,7 @@ class BackwardLaunch {
     }
     SumsParams<T> params;
     params.tile = t;
-    params.maps = maps_of(forward.problem);
+    params.maps = maps_of(forward.problem, t);
     params.intrinsic = intrinsic_of<T>(forward);
     if (plan_.stores_u) {
       params.u_rows = at<T>(plan_.u);
@@ -152,7 +152,7 @@ class BackwardLaunch {
     c.v_strips = Window(t.images, t.rows, (t.cols + kStrip - 1) / kStrip);
     c.y_at = {t.image_rows, t.pitch, t.y_stride};
     c.grad_at = {t.rows, t.cols, grad_ld(c, t.channels)};
-    return Sums::run(params, unsigned(plan_.sums.blocks), stream_);
+    return Sums::run(params, stream_);
   }
 
   cudaError_t grads() const {

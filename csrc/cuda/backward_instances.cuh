@@ -6,6 +6,7 @@
 #include "cuda/backward_grads.cuh"
 #include "cuda/backward_primary.cuh"
 #include "cuda/backward_sums.cuh"
+#include "cuda/typed.cuh"
 
 namespace ghost::cuda {
 
@@ -22,8 +23,7 @@ struct BackwardProducts {
 };
 template <class P, Layout kLayout>
 struct BackwardSums {
-  static cudaError_t run(const SumsParams<typename P::T>& params, unsigned blocks,
-                         cudaStream_t stream);
+  static cudaError_t run(const SumsParams<typename P::T>& params, cudaStream_t stream);
 };
 
 }  // namespace ghost::cuda
@@ -54,24 +54,25 @@ struct BackwardSums {
   }                                                                                            \
   }
 
-#define GHOST_BACKWARD_SUMS_CASE(P, L, width)                                                    \
-  case width:                                                                                    \
-    return GHOST_LAUNCH((ghost_backward_sums_kernel<P, L, width>), dim3(blocks), dim3(kThreads), \
-                        size_t(params.tile.smem_bytes), stream, params);
+#define GHOST_BACKWARD_SUMS_CASE(P, L, width, scope)                                            \
+  if (chosen == scope && params.tile.instance == width)                                         \
+    return GHOST_LAUNCH((ghost_backward_sums_kernel<P, L, width, scope>), grid_of(params.tile), \
+                        dim3(kThreads), size_t(params.tile.smem_bytes), stream, params);
+#define GHOST_BACKWARD_WIDE_CASES(P, L) GHOST_BACKWARD_SUMS_CASE(P, L, 32, Scope::kAny)
 #define GHOST_BACKWARD_HALF_CASES(P, L) \
-  GHOST_BACKWARD_SUMS_CASE(P, L, 32) GHOST_BACKWARD_SUMS_CASE(P, L, 64)
-#define GHOST_BACKWARD_WIDE_CASES(P, L) GHOST_BACKWARD_SUMS_CASE(P, L, 32)
+  GHOST_BACKWARD_WIDE_CASES(P, L) GHOST_BACKWARD_SUMS_CASE(P, L, 64, Scope::kAny)
+#define GHOST_BACKWARD_DIRECT_CASES(P, L)            \
+  GHOST_BACKWARD_HALF_CASES(P, L)                    \
+  GHOST_BACKWARD_SUMS_CASE(P, L, 32, Scope::kDirect) \
+  GHOST_BACKWARD_SUMS_CASE(P, L, 64, Scope::kDirect)
 
 // CASES: the channel widths that the plan may choose.
-#define GHOST_BACKWARD_SUMS_INSTANCES(P, L, CASES)                                     \
-  namespace ghost::cuda {                                                              \
-  template <>                                                                          \
-  cudaError_t BackwardSums<P, L>::run(const SumsParams<P::T>& params, unsigned blocks, \
-                                      cudaStream_t stream) {                           \
-    switch (params.tile.instance) {                                                    \
-      CASES(P, L)                                                                      \
-      default:                                                                         \
-        return cudaErrorInvalidValue;                                                  \
-    }                                                                                  \
-  }                                                                                    \
+#define GHOST_BACKWARD_SUMS_INSTANCES(P, L, CASES)                                           \
+  namespace ghost::cuda {                                                                    \
+  template <>                                                                                \
+  cudaError_t BackwardSums<P, L>::run(const SumsParams<P::T>& params, cudaStream_t stream) { \
+    const Scope chosen = params.tile.direct ? Scope::kDirect : Scope::kAny;                  \
+    CASES(P, L)                                                                              \
+    return cudaErrorInvalidValue;                                                            \
+  }                                                                                          \
   }

@@ -139,7 +139,7 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
   }
 }
 
-template <class P, Layout kLayout, int kChannels>
+template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
     ghost_backward_sums_kernel(const SumsParams<typename P::T> params) {
   using T = typename P::T;
@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
       if (params.intrinsic.in.w1 == nullptr && params.u_rows != nullptr && place.writes_y)
         copy_given_u<kLayout, T>(params, me, o, tile);
     }
-    make_y_tile<P, kLayout, kChannels, 4>(t, params.maps, params.intrinsic, tile, place,
-                                          index < t.slots, 0, shared,
-                                          KeepRows<T>(params, tile, place));
+    make_y_tile<P, kLayout, kScope, kChannels, 4>(t, params.maps, params.intrinsic, tile, place,
+                                                  index < t.slots, 0, shared,
+                                                  KeepRows<T>(params, tile, place));
     add_sums(params, index, shared);
   }
 

@@ -54,25 +54,25 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
     const int mine = 2 * (j * kThreads + prim::opaque(int(threadIdx.x)));
     load_pair(moments.mean + mine, mean);
     load_pair(moments.m2 + mine, m2);
-    depthwise_tile<1>(y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels,
-                      nullptr, [&](Strip<A>(&v)[1], int count, int, int) {
-                        const A share = A(count) / A(n + count);
+    depthwise_tile<1, 0>(y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels,
+                         nullptr, [&](Strip<A>(&v)[1], int count, int, int) {
+                           const A share = A(count) / A(n + count);
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                          A values[kStrip];
+                           for (int e = 0; e < 2; ++e) {
+                             A values[kStrip];
 #pragma unroll
-                          for (int s = 0; s < kStrip; ++s) values[s] = v[0][s][e];
-                          add_values(values, count, A(n), share, mean[e], m2[e]);
-                        }
-                        n += count;
-                      });
+                             for (int s = 0; s < kStrip; ++s) values[s] = v[0][s][e];
+                             add_values(values, count, A(n), share, mean[e], m2[e]);
+                           }
+                           n += count;
+                         });
     store_pair(moments.mean + mine, mean[0], mean[1]);
     store_pair(moments.m2 + mine, m2[0], m2[1]);
   }
   return n;
 }
 
-template <class P, Layout kLayout, int kChannels>
+template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     ghost_cheap_stats_kernel(const CheapStatsParams<typename P::T> params) {
   using T = typename P::T;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
   int seen = 0;
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
-    make_y_tile<P, kLayout, kChannels>(t, p, params.intrinsic, index, 0, shared);
+    make_y_tile<P, kLayout, kScope, kChannels, 8>(t, p, params.intrinsic, index, 0, shared);
     seen = add_tile(params, index, seen, shared);
   }
 

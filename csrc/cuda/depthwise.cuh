@@ -90,11 +90,13 @@ __device__ __forceinline__ void depthwise_two(const T* y, int stride, int row_st
     if (i > 0 && both) add_row<kD, 1>(row, taps + 2 * (i - 1) * kD, acc[1]);
   }
 }
-// kRows windows, one or two, with the size of the kernel known at run time.
-template <int kRows, class T, class A>
+// kRows windows, one or two, with the size of the kernel: kD, or d if that is 0.
+template <int kRows, int kD, class T, class A>
 __device__ __forceinline__ void depthwise_rows(int d, const T* y, int stride, int row_stride,
                                                const A* taps, bool both, Strip<A> (&acc)[kRows]) {
-  if constexpr (kRows == 1) {
+  if constexpr (kRows == 2 && kD > 0) {
+    depthwise_two<kD>(y, stride, row_stride, taps, both, acc);
+  } else if constexpr (kRows == 1) {
     depthwise_window(d, y, stride, row_stride, taps, acc[0]);
   } else {
     switch (d) {
@@ -110,17 +112,14 @@ __device__ __forceinline__ void depthwise_rows(int d, const T* y, int stride, in
   }
 }
 
-// The windows of a tile: `per_row` strips side by side, `groups` of t.window_rows rows an image.
+// The windows of a tile: strips side by side in a row, groups of t.window_rows rows in an image.
 struct WindowGrid {
-  int per_row = 1, groups = 1;
-  FastDiv by_row, by_image;
+  FastDiv by_row, by_group;
 
   WindowGrid() = default;
   explicit WindowGrid(const CudaTile& t)
-      : per_row((t.cols + kStrip - 1) / kStrip),
-        groups((t.rows + t.window_rows - 1) / t.window_rows),
-        by_row(per_row),
-        by_image(groups) {}
+      : by_row((t.cols + kStrip - 1) / kStrip),
+        by_group((t.rows + t.window_rows - 1) / t.window_rows) {}
 };
 
 // How the threads of a block share pairs of channels and strips; the same for all its tiles.
@@ -143,9 +142,9 @@ __device__ __forceinline__ int tap_at(int c, int k, int taps_count) {
 
 // Taps of one ghost map for each channel of a block, in shared memory, zeros past `valid`; scale
 // (may be null) [channels] is multiplied in. Channel i is ghost first + i * step of w2 [ghosts, d,
-// d].
-template <class A>
-__device__ __forceinline__ void load_taps(A* taps, const ParamRef& w2, int64_t first, int step,
+// d], a ParamRef or a const A*.
+template <class A, class Taps>
+__device__ __forceinline__ void load_taps(A* taps, const Taps& w2, int64_t first, int step,
                                           int valid, int channels, int taps_count, const A* scale) {
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < channels * taps_count; i += kThreads) {
@@ -159,17 +158,21 @@ __device__ __forceinline__ void load_taps(A* taps, const ParamRef& w2, int64_t f
 // v of one ghost map of every channel over the tile's own pixels, from start [channels] (nullptr:
 // 0) on: f(v, count, inner, rows) for kRows strips of this thread, one below the other; v[r][s] are
 // its two channels at inner pixel inner + r * tile.cols + s, valid for s < count and r < rows.
-template <int kRows, class T, class A, class Start, class F>
+// kD: the size of the kernel, or 0 if it is known only at run time.
+template <int kRows, int kD, class T, class A, class Start, class F>
 __device__ __forceinline__ void depthwise_tile(const T* y, const CudaTile& t, const Maps& p,
                                                const WindowGrid& windows, const Tile& tile,
                                                const StripOwner& own, const A* taps, Start start,
                                                F&& f) {
   if (own.slot >= own.slots) return;
-  const int total = tile.images * windows.groups * windows.per_row, pad = p.d / 2;
+  const int d = kD > 0 ? kD : p.d, pad = d / 2;
+  const int total = tile.images * windows.by_group.divisor * windows.by_row.divisor;
 #pragma unroll 1
   for (int s = own.slot; s < total; s += own.slots) {
-    const int row = windows.by_row(s), w = (s - row * windows.per_row) * kStrip;
-    const int image = windows.by_image(row), h = kRows * (row - image * windows.groups);
+    int w = s, h = windows.by_row.split(w);
+    const int image = windows.by_group.split(h);
+    w *= kStrip;
+    h *= kRows;
     const int count = min_of(tile.cols - w, kStrip), rows = min_of(tile.rows - h, kRows);
     if (rows <= 0 || count <= 0) continue;
     const int at = y_position(t, tile, image, tile.h0 + h - pad, tile.w0 + w - pad);
@@ -179,8 +182,9 @@ __device__ __forceinline__ void depthwise_tile(const T* y, const CudaTile& t, co
 #pragma unroll
     for (int i = 0; i < 2 * kRows * kStrip; ++i)
       v[i / kStripValues][i / 2 % kStrip][i & 1] = first[i & 1];
-    depthwise_rows(p.d, y + 2 * own.pair + at * t.y_stride, t.y_stride, t.pitch * t.y_stride,
-                   taps + tap_at(2 * own.pair, 0, p.d * p.d), rows > 1, v);
+    depthwise_rows<kRows, kD>(d, y + 2 * own.pair + at * t.y_stride, t.y_stride,
+                              t.pitch * t.y_stride, taps + tap_at(2 * own.pair, 0, d * d), rows > 1,
+                              v);
     f(v, count, (image * tile.rows + h) * tile.cols + w, rows);
   }
 }

@@ -210,11 +210,19 @@ __device__ __forceinline__ void store_one(T* p, const PairOf<T>& pair, int which
 
 // pairs = act(v), rounded. ReLU comes with the rounding of 16-bit types, ReLU6 after it with two
 // numbers at a time: rounding is monotonous and leaves 0 and 6 alone, the result is the same. v is
-// used up.
-template <class T, class A, int N, class Slope>
+// used up. Not kAny: the activation is ReLU or none, of a 16-bit type.
+template <class T, bool kAny = true, class A, int N, class Slope>
 __device__ __forceinline__ void activate_pairs(Act act, const Slope& slope, A (&v)[N],
                                                PairOf<T> (&pairs)[N / 2]) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (!kAny) {
+    static_assert(sizeof(T) == 2);
+    const bool relu = act == Act::kReLU;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      pairs[i].bits = relu ? prim::pack_pair_relu<T>(v[2 * i], v[2 * i + 1])
+                           : prim::pack_pair<T>(v[2 * i], v[2 * i + 1]);
+    return;
+  } else if constexpr (sizeof(T) == 2) {
     if (act == Act::kReLU || act == Act::kReLU6) {
 #pragma unroll
       for (int i = 0; i < N / 2; ++i)
@@ -251,6 +259,10 @@ __device__ __forceinline__ A load_param(const ParamRef& p, int64_t i) {
       break;
   }
   return A(static_cast<const float*>(p.data)[i]);
+}
+template <class A>
+__device__ __forceinline__ A load_param(const A* p, int64_t i) {
+  return p[i];
 }
 template <class A>
 __device__ __forceinline__ A load_param_or(const ParamRef& p, int64_t i, A otherwise) {
@@ -336,11 +348,25 @@ __device__ __forceinline__ void combine_partials(const Partials<A>& p, int64_t c
 }
 
 // scale[i], shift[i] for i < count in shared memory: bn(u) = u * scale + shift of channel
-// first + i * step; i >= valid gets zeros. `leader` blocks also write the statistics they combine.
-// All threads of the block call it; a sync_threads must follow.
+// first + i * step, from a norm whose source is kReady; i >= valid gets zeros. All threads of the
+// block call it; a sync_threads must follow.
+template <class A>
+__device__ __forceinline__ void load_ready_norm(const Norm<A>& norm, int64_t first, int step,
+                                                int valid, int count, A* scale, A* shift) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    const int64_t c = first + int64_t(i) * step;
+    scale[i] = i >= valid ? A(0) : norm.scale ? norm.scale[c] : A(1);
+    shift[i] = i < valid && norm.shift ? norm.shift[c] : A(0);
+  }
+}
+
+// The same from any source; `leader` blocks also write the statistics they combine.
 template <class A>
 __device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, int step, int valid,
                                           int count, bool leader, A* scale, A* shift) {
+  if (norm.source == NormSource::kReady)
+    return load_ready_norm(norm, first, step, valid, count, scale, shift);
   const int warps = int(blockDim.x >> 5), lane = int(prim::lane());
   if (norm.source == NormSource::kPartials) {
     constexpr int kAtOnce = 4;
@@ -384,14 +410,9 @@ __device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, in
     A a = A(0), b = A(0);
     if (i < valid) {
       const int64_t c = first + int64_t(i) * step;
-      if (norm.source == NormSource::kReady) {
-        a = norm.scale ? norm.scale[c] : A(1);
-        b = norm.shift ? norm.shift[c] : A(0);
-      } else {
-        a = load_param_or(norm.gamma, c, A(1)) *
-            prim::rsqrt(load_param_or(norm.var, c, A(1)) + norm.eps);
-        b = load_param_or(norm.beta, c, A(0)) - load_param_or(norm.mean, c, A(0)) * a;
-      }
+      a = load_param_or(norm.gamma, c, A(1)) *
+          prim::rsqrt(load_param_or(norm.var, c, A(1)) + norm.eps);
+      b = load_param_or(norm.beta, c, A(0)) - load_param_or(norm.mean, c, A(0)) * a;
     }
     scale[i] = a;
     shift[i] = b;

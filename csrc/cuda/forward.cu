@@ -38,6 +38,16 @@ Output<T> output_of(const ForwardArgs& args, int64_t channels) {
   return r;
 }
 
+// Whether a lean instance of ghost_apply does what is asked: Scope::kLean in forward.cuh.
+template <class T>
+bool is_lean(const ForwardArgs& args, const Output<T>& output) {
+  const Problem& p = args.problem;
+  const auto simple = [](Act act) { return act == Act::kNone || act == Act::kReLU; };
+  return args.norm1.source == NormSource::kReady && args.norm2.source == NormSource::kReady &&
+         args.w2.dtype == DType::kFloat32 && p.dw_size == 3 && p.ratio == 2 && simple(p.act1.act) &&
+         simple(p.act2.act) && !p.has_gate() && !p.pooled && output.bytes >= 8;
+}
+
 // Calls f with the policy and layout of a problem.
 template <class F>
 cudaError_t with_policy(const ForwardArgs& args, F&& f) {
@@ -66,7 +76,7 @@ cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream) {
     using T = typename decltype(policy)::T;
     ApplyParams<T> params;
     params.tile = args.plan.tile;
-    params.maps = maps_of(args.problem);
+    params.maps = maps_of(args.problem, args.plan.tile);
     params.windows = WindowGrid(args.plan.tile);
     params.intrinsic = intrinsic_of<T>(args);
     params.w2 = args.w2;
@@ -74,7 +84,7 @@ cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream) {
     params.act2 = typed<T>(args.problem.act2, args.slopes2);
     params.output = output_of<T>(args, args.problem.out_channels);
     params.pooled = args.problem.pooled;
-    return decltype(kernels)::apply(params, unsigned(args.plan.blocks), stream);
+    return decltype(kernels)::apply(params, is_lean(args, params.output), stream);
   });
 }
 
@@ -83,12 +93,12 @@ cudaError_t launch_ghost_cheap_stats(const ForwardArgs& args, cudaStream_t strea
     using T = typename decltype(policy)::T;
     CheapStatsParams<T> params;
     params.tile = args.plan.tile;
-    params.maps = maps_of(args.problem);
+    params.maps = maps_of(args.problem, args.plan.tile);
     params.windows = WindowGrid(args.plan.tile);
     params.intrinsic = intrinsic_of<T>(args);
     params.w2 = args.w2;
     params.partials = typed<T>(args.partials);
-    return decltype(kernels)::cheap_stats(params, unsigned(args.plan.blocks), stream);
+    return decltype(kernels)::cheap_stats(params, stream);
   });
 }
 
@@ -97,11 +107,11 @@ cudaError_t launch_ghost_primary_stats(const ForwardArgs& args, cudaStream_t str
     using T = typename decltype(policy)::T;
     PrimaryStatsParams<T> params;
     params.tile = args.plan.tile;
-    params.maps = maps_of(args.problem);
+    params.maps = maps_of(args.problem, args.plan.tile);
     params.in = primary_of<T>(args);
     params.u = output_of<T>(args, args.problem.intrinsic);
     params.partials = typed<T>(args.partials);
-    return decltype(kernels)::primary_stats(params, unsigned(args.plan.blocks), stream);
+    return decltype(kernels)::primary_stats(params, stream);
   });
 }
 

@@ -6,6 +6,14 @@
 
 namespace ghost::cuda {
 
+// What a kernel instance leaves to run time.
+//   kAny: everything. x goes through shared memory, or is u.
+//   kDirect: x goes straight to registers (product.cuh).
+//   kLean: as kDirect, with what most networks have in inference fixed: parameters packed, d = 3,
+//     ratio 2, activations ReLU or none, stores of 8 or 16 bytes, no gate on the output, no
+//     pooling. A quarter of the code, so that its loops stay in the instruction cache.
+enum class Scope { kAny, kDirect, kLean };
+
 // x -> y of a block: primary product (or u given), batch norm 1, activation 1.
 template <class T>
 struct Intrinsic {
@@ -14,8 +22,7 @@ struct Intrinsic {
   Activated<Accumulator<T>> act;
 };
 
-// The block's channels and the first of its tiles. Blocks that differ only in their channels are
-// neighbours in the grid: they run at the same time and find x in L2.
+// The block's channels and the first of its tiles: grid_of in typed.cuh.
 //
 // Every phase of a kernel makes its own, from an opaque block index: kept from phase to phase,
 // these numbers and all that is computed from them would take the registers that the phases need.
@@ -26,26 +33,28 @@ struct Place {
   bool writes_y;       // one block of those that share channels and tiles
 
   __device__ __forceinline__ Place(const CudaTile& t, const Maps& p) {
-    const int block = prim::opaque(int(blockIdx.x)), per_slot = t.channel_blocks * t.ghost_blocks;
-    slot = block / per_slot;
-    const int part = block - slot * per_slot, channel_block = part / t.ghost_blocks;
-    c0 = channel_block * t.channels;
+    c0 = prim::opaque(int(blockIdx.x)) * t.channels;
     valid = min_of(t.channels, p.m - c0);
-    ghost0 = (part - channel_block * t.ghost_blocks) * t.ghosts;
+    ghost0 = prim::opaque(int(blockIdx.y)) * t.ghosts;
     ghosts = min_of(t.ghosts, p.ratio - 1 - ghost0);
+    slot = prim::opaque(int(blockIdx.z));
     writes_y = ghost0 == 0;
   }
 };
 
 // Scale, shift and slope of the block's intrinsic channels to shared memory, where make_y_tile
 // looks for them. All threads call it; a sync_threads must follow. `leader`: see load_norm.
-template <class T>
+template <Scope kScope = Scope::kAny, class T>
 __device__ __forceinline__ void load_intrinsic(const CudaTile& t, const Place& place,
                                                const Intrinsic<T>& in, bool leader,
                                                unsigned char* shared) {
   Accumulator<T>* affine = reinterpret_cast<Accumulator<T>*>(shared + t.affine_at);
-  load_norm(in.norm, place.c0, 1, place.valid, t.channels, leader, affine, affine + t.channels);
-  load_slopes(in.act, place.c0, 1, place.valid, t.channels, affine + 2 * t.channels);
+  if constexpr (kScope == Scope::kLean) {
+    load_ready_norm(in.norm, place.c0, 1, place.valid, t.channels, affine, affine + t.channels);
+  } else {
+    load_norm(in.norm, place.c0, 1, place.valid, t.channels, leader, affine, affine + t.channels);
+    load_slopes(in.act, place.c0, 1, place.valid, t.channels, affine + 2 * t.channels);
+  }
 }
 
 // What make_y_tile does with u besides: nothing.
@@ -58,7 +67,7 @@ struct DropU {
 // keep_u(position, n, u0, u1) gets the products of channels c0 + n and c0 + n + 1 (not with u
 // given). out_channels: of the tensor that the inner table is for; 0 makes none. kGated: x may have
 // a gate.
-template <class P, Layout kLayout, int kChannels, int kTiles = 8, bool kGated = false,
+template <class P, Layout kLayout, Scope kScope, int kChannels, int kTiles, bool kGated = false,
           class KeepU = DropU>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             const Intrinsic<typename P::T>& in, const Tile& tile,
@@ -66,7 +75,8 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             unsigned char* shared, KeepU keep_u = KeepU()) {
   using T = typename P::T;
   using A = typename P::A;
-  using Grid = ProductGrid<P, kLayout, kChannels, kTiles>;
+  constexpr bool kDirect = kScope != Scope::kAny;
+  using Grid = ProductGrid<kDirect, kChannels, kTiles>;
   PixelEntry* source = reinterpret_cast<PixelEntry*>(shared + t.source_at);
   T* y = reinterpret_cast<T*>(shared + t.y_at);
   const A* scale = reinterpret_cast<const A*>(shared + t.affine_at);
@@ -84,17 +94,8 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
   clear_padding(y, t, tile);
   prim::sync_threads();
   const int sources = tile.sources();
-  if (in.in.w1 == nullptr) {
-    read_maps<kLayout>(y, t, p, in.in.x, in.in.x_bytes, tile, place.c0, place.valid, source,
-                       [&](auto& v, int n, int step) {
-                         constexpr int kVec = int(sizeof(v) / sizeof(v[0]));
-#pragma unroll
-                         for (int e = 0; e < kVec; ++e)
-                           v[e] = prim::fma(v[e], scale[n + e * step], shift[n + e * step]);
-                         activate(in.act.act, [&](int e) { return slope[n + e * step]; }, v);
-                       });
-  } else {
-    primary_product<P, kLayout, Grid, kGated>(
+  const auto multiply = [&] {
+    primary_product<P, kLayout, kDirect, Grid, kGated>(
         t, p, in.in, tile, place.c0, first_tile, shared,
         [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
 #pragma unroll
@@ -117,7 +118,7 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
           }
           constexpr int kValues = Grid::kTilesM * Grid::kTilesN * 4;
           PairOf<T> pairs[kValues / 2];
-          activate_pairs<T>(
+          activate_pairs<T, kScope != Scope::kLean>(
               in.act.act, [&](int i) { return slope[Grid::col(i / 4 % Grid::kTilesN) + (i & 1)]; },
               reinterpret_cast<A(&)[kValues]>(acc), pairs);
           int position[Grid::kTilesM * 2];
@@ -133,18 +134,34 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                 store_pair(to + Grid::col(nt), pairs[(i / 2 * Grid::kTilesN + nt) * 2 + i % 2]);
           }
         });
+  };
+  if constexpr (!kDirect) {
+    if (in.in.w1 == nullptr) {
+      read_maps<kLayout>(y, t, p, in.in.x, in.in.x_bytes, tile, place.c0, place.valid, source,
+                         [&](auto& v, int n, int step) {
+                           constexpr int kVec = int(sizeof(v) / sizeof(v[0]));
+#pragma unroll
+                           for (int e = 0; e < kVec; ++e)
+                             v[e] = prim::fma(v[e], scale[n + e * step], shift[n + e * step]);
+                           activate(in.act.act, [&](int e) { return slope[n + e * step]; }, v);
+                         });
+    } else {
+      multiply();
+    }
+  } else {
+    multiply();
   }
   prim::sync_threads();
 }
 
-template <class P, Layout kLayout, int kChannels, int kTiles = 8, bool kGated = false>
+template <class P, Layout kLayout, Scope kScope, int kChannels, int kTiles, bool kGated = false>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             const Intrinsic<typename P::T>& in, int index,
                                             int out_channels, unsigned char* shared) {
   const Place place(t, p);
-  make_y_tile<P, kLayout, kChannels, kTiles, kGated>(t, p, in,
-                                                     locate_tile(t, p, prim::opaque(index)), place,
-                                                     index < t.slots, out_channels, shared);
+  make_y_tile<P, kLayout, kScope, kChannels, kTiles, kGated>(
+      t, p, in, locate_tile(t, p, prim::opaque(index)), place, index < t.slots, out_channels,
+      shared);
 }
 
 }  // namespace ghost::cuda

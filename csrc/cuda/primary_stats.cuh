@@ -73,17 +73,18 @@ __device__ __forceinline__ void round_to(A (&acc)[kM][kN][4]) {
   }
 }
 
-template <class P, Layout kLayout, int kChannels>
+template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     ghost_primary_stats_kernel(const PrimaryStatsParams<typename P::T> params) {
   using T = typename P::T;
   using A = typename P::A;
-  using Grid = ProductGrid<P, kLayout, kChannels, 4>;
+  constexpr bool kDirect = kScope != Scope::kAny;
+  using Grid = ProductGrid<kDirect, kChannels, 4>;
   GHOST_DYN_SHARED(unsigned char, shared);
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
   T* u = reinterpret_cast<T*>(shared + t.y_at);
-  const bool given = params.in.w1 == nullptr, keeps = params.u.out != nullptr;
+  const bool given = !kDirect && params.in.w1 == nullptr, keeps = params.u.out != nullptr;
   ColumnMoments<A, Grid::kTilesN> moments;
 
 #pragma unroll 1
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
       prim::sync_threads();
       add_given(u, t, place.valid, sources, source, moments);
     } else {
-      primary_product<P, kLayout, Grid, false>(
+      primary_product<P, kLayout, kDirect, Grid, false>(
           t, p, params.in, tile, place.c0, index < t.slots, shared,
           [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
             constexpr int kRows = Grid::kTilesM * 2;

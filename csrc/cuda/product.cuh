@@ -1,18 +1,15 @@
 // u = w1 * x of a tile's source pixels, in the registers of the warps, chunk by chunk of rows.
 //
 // Two ways to get at x. Staged: it passes through shared memory, slice by slice of its channels,
-// the block in step. Direct, for 16-bit types in NHWC: a warp takes its own pixels from global
-// memory into registers, as operands of the product, and runs on without any barrier.
+// the block in step. Direct, for 16-bit types in NHWC whose pixels are whole 16-byte vectors: a
+// warp takes its own pixels from global memory into registers, as operands of the product, and runs
+// on without any barrier.
 #pragma once
 
 #include "cuda/stores.cuh"
 #include "cuda/tile.cuh"
 
 namespace ghost::cuda {
-
-// Which way a kernel takes.
-template <class P, Layout kLayout>
-inline constexpr bool kDirect = sizeof(typename P::T) == 2 && kLayout == Layout::kNHWC;
 
 // How the eight warps of a block share kRows pixels x kCols channels where x comes directly: tiles
 // of 8 pixels x 16 channels. With g = lane / 4 and t = lane % 4 a lane holds c[0], c[1] = (pixel
@@ -39,9 +36,8 @@ struct DirectGrid {
     return first_col(nt) + int(prim::lane() >> 2) * 2;
   }
 };
-template <class P, Layout kLayout, int kChannels, int kTiles = 8>
-using ProductGrid =
-    std::conditional_t<kDirect<P, kLayout>, DirectGrid<kChannels, kTiles>, WarpGrid<kChannels>>;
+template <bool kDirect, int kChannels, int kTiles>
+using ProductGrid = std::conditional_t<kDirect, DirectGrid<kChannels, kTiles>, WarpGrid<kChannels>>;
 
 // Operands of u = w1 * x.
 template <class T>
@@ -266,61 +262,27 @@ __device__ __forceinline__ void staged_product(const CudaTile& t, const Maps& p,
   }
 }
 
-// Eight columns of rows of a 16-bit type that are `pitch` apart, the first row's at `first`; `left`
-// of the columns exist, the others are zeros. If there are none, all rows are the same zeros: that
-// costs less than a choice for each. bytes: to which the rows are aligned.
+// Eight columns of rows that are `pitch` apart, the first row's at `first`, aligned to 16 bytes;
+// zeros if the columns do not exist: all rows are the same zeros then, which costs less than a
+// choice for each.
 template <class T>
 struct RowColumns {
   const T* first;
   uint32_t pitch;  // bytes
-  int left, bytes;
 
-  __device__ __forceinline__ RowColumns(const T* first_, int pitch_, int left_, int bytes_)
-      : first(left_ > 0 ? first_ : static_cast<const T*>(prim::zeros())),
-        pitch(left_ > 0 ? uint32_t(pitch_) * uint32_t(sizeof(T)) : 0),
-        left(left_ > 0 ? left_ : 8),
-        bytes(bytes_) {}
+  __device__ __forceinline__ RowColumns(const T* first_, int pitch_, bool exist)
+      : first(exist ? first_ : static_cast<const T*>(prim::zeros())),
+        pitch(exist ? uint32_t(pitch_) * uint32_t(sizeof(T)) : 0) {}
 
-  __device__ __forceinline__ const T* at(uint32_t row) const {
-    return byte_offset(first, row * uint64_t(pitch));
-  }
-  // Where `bytes` is 16.
-  __device__ __forceinline__ uint4 load_wide(uint32_t row) const {
-    return prim::load_readonly<uint4>(at(row));
-  }
-  __device__ __forceinline__ uint4 load_narrow(uint32_t row) const {
-    const T* const from = at(row);
-    uint4 r{0, 0, 0, 0};
-    if (bytes == 8) {
-      const uint2 low = prim::load_readonly<uint2>(from);
-      r.x = low.x;
-      r.y = low.y;
-      if (left > 4) {
-        const uint2 high = prim::load_readonly<uint2>(from + 4);
-        r.z = high.x;
-        r.w = high.y;
-      }
-      return r;
-    }
-#pragma unroll 1
-    for (int e = 0; e < 8; e += 2) {  // few registers rather than few instructions
-      uint32_t word = 0;
-      if (bytes == 4) {
-        if (e < left) word = prim::load_readonly<uint32_t>(from + e);
-      } else {
-        if (e < left) word = prim::load_readonly<uint16_t>(from + e);
-        if (e + 1 < left) word |= uint32_t(prim::load_readonly<uint16_t>(from + e + 1)) << 16;
-      }
-      r = {r.y, r.z, r.w, word};
-    }
-    return r;
+  __device__ __forceinline__ uint4 load(uint32_t row) const {
+    return prim::load_readonly<uint4>(byte_offset(first, row * uint64_t(pitch)));
   }
 };
 
-// w1 as operand of the direct product. A sum over channels has no order: where mma numbers those of
-// two steps so that lane t of four has 2t, 2t + 1, 2t + 8, ..., it gets 8t ... 8t + 7 here, 16
-// bytes of a pixel, and 16 of each of two rows of w1. Rows g and g + 8 of mma are channels 2g and
-// 2g + 1.
+// w1 as operand of the direct product, whose rows are aligned to 4 bytes. A sum over channels has
+// no order: where mma numbers those of two steps so that lane t of four has 2t, 2t + 1, 2t + 8,
+// ..., it gets 8t ... 8t + 7 here, 16 bytes of a pixel, and 16 of each of two rows of w1. Rows g
+// and g + 8 of mma are channels 2g and 2g + 1.
 constexpr int kBlockColumns = 32, kBlockBytes = 1024;  // a block: 16 rows x 32 columns
 
 // Copies columns [k0, k1) of w1 rows [c0, c0 + t.channels) to shared memory, block by block of
@@ -338,20 +300,13 @@ __device__ __forceinline__ void copy_weight_blocks(unsigned char* shared, const 
     const int block = task >> 1, kk = (lane >> 1 & 3) * 8;
     const int pair = (task & 1) * 4 + (lane >> 3), k = k0 + block / row_blocks * kBlockColumns + kk;
     const int c = c0 + block % row_blocks * 16 + pair * 2 + odd;
-    const int left = c < p.m ? p.c - k : 0;
-    const T* const from = left > 0 ? in.w1 + (int64_t(c) * p.c + k) : in.w1;
+    const bool exist = c < p.m && k < p.c;
+    const T* const from = exist ? in.w1 + (int64_t(c) * p.c + k) : in.w1;
     unsigned char* to = shared + block * kBlockBytes + (pair * 4 + kk / 8) * 16 + odd * 4;
     constexpr int kPlace[] = {0, 8, 512, 520};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      T* const pair_to = reinterpret_cast<T*>(to + kPlace[e]);
-      if (in.w1_bytes >= 4) {
-        copy_async<4>(pair_to, 2 * e < left ? from + 2 * e : in.w1, 2 * e < left);
-      } else {
-        copy_async<2>(pair_to, from + 2 * e, 2 * e < left);
-        copy_async<2>(pair_to + 1, from + 2 * e + 1, 2 * e + 1 < left);
-      }
-    }
+    for (int e = 0; e < 4; ++e)
+      copy_async<4>(reinterpret_cast<T*>(to + kPlace[e]), from + 2 * e, exist);
   }
 }
 
@@ -385,12 +340,6 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
   const int weights_at = prim::opaque(Grid::first_col(0) / 16 * kBlockBytes + lane * 16);
   const int stage_blocks = kCudaRing / kBlockColumns * row_blocks;
   int filling = 0;  // stage of the ring that the next copies go to
-  const auto fill = [&](int k) {
-    copy_weight_blocks(weights + filling * stage_blocks * kBlockBytes, t, p, in, c0, k,
-                       min_of(k + kCudaRing, p.c));
-    prim::cp_async_commit();
-    filling ^= 1;
-  };
 
   uint32_t pixel[kM];
   uint4 b[kBlocks][kM];
@@ -399,15 +348,9 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
     for (int mt = 0; mt < kM; ++mt) pixel[mt] = uint32_t(own[min_of(q0 + mt * 8, last_own)].offset);
   };
   const auto fetch = [&](uint4(&to)[kM], int k) {
-    const RowColumns<T> from(x + k, p.c, channels - k, in.x_bytes);
-    // One branch for all rows. At the join of a branch for each row a warp waits for that row.
-    if (in.x_bytes == 16) {
+    const RowColumns<T> from(x + k, p.c, k < channels);
 #pragma unroll
-      for (int mt = 0; mt < kM; ++mt) to[mt] = from.load_wide(pixel[mt]);
-    } else {
-#pragma unroll
-      for (int mt = 0; mt < kM; ++mt) to[mt] = from.load_narrow(pixel[mt]);
-    }
+    for (int mt = 0; mt < kM; ++mt) to[mt] = from.load(pixel[mt]);
   };
   // Channels k ... k + 7 of this lane's pixels of the chunk that begins with q0, times their gates.
   const auto scale = [&](uint4(&v)[kM], int k, int q0) {
@@ -454,11 +397,18 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
     for (int k = begun ? 0 : p.c - 1; k < p.c; k += kStep) {
       const bool last = k + kStep >= p.c;
       const int next = !last ? k + kStep : more ? 0 : p.c;
-      if (ring && begun && k % kCudaRing == 0) {
-        prim::cp_async_wait<0>();
-        prim::sync_threads();  // the stage has landed, and the other one is free
-        block = (filling ^ 1) * stage_blocks;
-        if (k + kCudaRing < p.c || more) fill(k + kCudaRing < p.c ? k + kCudaRing : 0);
+      if (begun ? ring && k % kCudaRing == 0 : ring || first_tile) {
+        int from = 0, to = p.c;  // columns of w1 to copy
+        if (begun) {
+          prim::cp_async_wait<0>();
+          prim::sync_threads();  // the stage has landed, and the other one is free
+          block = (filling ^ 1) * stage_blocks;
+          from = k + kCudaRing < p.c ? k + kCudaRing : more ? 0 : p.c;
+        }
+        if (ring) to = min_of(from + kCudaRing, p.c);
+        copy_weight_blocks(weights + filling * stage_blocks * kBlockBytes, t, p, in, c0, from, to);
+        prim::cp_async_commit();
+        filling ^= 1;
       }
       if (last && more) begin_chunk(q0 + Grid::kRows);
 #pragma unroll
@@ -476,11 +426,7 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
     }
     if (mine) {
       emit(acc, q0);
-    } else if (!begun && ring) {
-      fill(0);
-    } else if (!begun && first_tile) {
-      copy_weight_blocks(weights, t, p, in, c0, 0, p.c);
-      prim::cp_async_commit();
+    } else if (!begun && first_tile && !ring) {
       prim::cp_async_wait<0>();
       prim::sync_threads();
     }
@@ -495,12 +441,12 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
 // copies have landed; a sync_threads must come before the stages are used otherwise.
 //
 // kGated: x may have a gate, whose rows are in shared memory, visible to all threads.
-template <class P, Layout kLayout, class Grid, bool kGated, class Emit>
+template <class P, Layout kLayout, bool kDirect, class Grid, bool kGated, class Emit>
 __device__ __forceinline__ void primary_product(const CudaTile& t, const Maps& p,
                                                 const Primary<typename P::T>& in, const Tile& tile,
                                                 int c0, bool first_tile, unsigned char* shared,
                                                 Emit&& emit) {
-  if constexpr (kDirect<P, kLayout>)
+  if constexpr (kDirect)
     direct_product<P, Grid, kGated>(t, p, in, tile, c0, first_tile, shared, emit);
   else
     staged_product<P, kLayout, Grid, kGated>(t, p, in, tile, c0, first_tile, shared, emit);

@@ -35,13 +35,14 @@ __device__ __forceinline__ void build_gate_table(int32_t* table, const Tile& til
                                                  const Output<T>& o) {
   const int plane = o.gate_h * o.gate_w;
   const int image = (kLayout == Layout::kNHWC ? 1 : o.channels) * plane;
-  const FastDiv by_cols(tile.cols), by_rows(tile.rows);
+  const int warps = int(blockDim.x >> 5);
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < tile.inners(); i += kThreads) {
-    const int row = by_cols(i), n = by_rows(row);
-    const int h = tile.h0 + row - n * tile.rows, w = tile.w0 + i - row * tile.cols;
-    table[i] = n * image + min_of(int(float(h) * o.gate_rows), o.gate_h - 1) * o.gate_w +
-               min_of(int(float(w) * o.gate_cols), o.gate_w - 1);
+  for (int r = int(prim::warp()); r < tile.images * tile.rows; r += warps) {
+    const int n = r / tile.rows, h = tile.h0 + r - n * tile.rows;
+    const int row = n * image + min_of(int(float(h) * o.gate_rows), o.gate_h - 1) * o.gate_w;
+#pragma unroll 1
+    for (int c = int(prim::lane()); c < tile.cols; c += 32)
+      table[r * tile.cols + c] = row + min_of(int(float(tile.w0 + c) * o.gate_cols), o.gate_w - 1);
   }
 }
 
@@ -131,8 +132,8 @@ __device__ __forceinline__ BlockMaps<T> choose(bool second, const BlockMaps<T>& 
 // NHWC: neighbouring lanes write neighbouring addresses, through y and z of a pixel and on to the
 // next pixel. NCHW: a warp takes 32 pixels of as many channel pairs as a store has elements.
 // Every pixel of a vector must be inside the tile and, in NCHW, neighbours in memory. gates: of
-// build_gate_table, if there is a gate.
-template <Layout kLayout, class T>
+// build_gate_table, if there is a gate. Not kAny: there is none, and a store has 8 or 16 bytes.
+template <Layout kLayout, bool kAny = true, class T>
 __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, const Tile& tile,
                                            const PixelEntry* inner, const int32_t* gates,
                                            const BlockMaps<T>& y, const BlockMaps<T>& z) {
@@ -143,7 +144,8 @@ __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, co
   if (at.residual) at.residual += tile.n0 * image;
   const int64_t gate_plane = int64_t(o.gate_h) * o.gate_w;
   if (at.gate) at.gate += tile.n0 * o.channels * gate_plane;
-  with_bytes<T>(o.bytes, [&](auto width) {
+  if constexpr (!kAny) at.gate = nullptr;
+  with_bytes<T, kAny ? int(sizeof(T)) : 8>(o.bytes, [&](auto width) {
     constexpr int kVec = decltype(width)::value / int(sizeof(T));
     if constexpr (kLayout == Layout::kNHWC) {
       // A thread stays with its channels, pixel by pixel. More vectors than threads take turns.

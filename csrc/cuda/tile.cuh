@@ -18,17 +18,20 @@
 #include "core/cuda_plan.h"
 #include "core/problem.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/fast_div.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/prim.cuh"
 
 namespace ghost::cuda {
 
-// The maps that a kernel works on. x [n, c, in_h, in_w], output maps [h, w].
+// The maps that a kernel works on. x [n, c, in_h, in_w], output maps [h, w], and the tiles of an
+// image and of a row of them.
 struct Maps {
   int64_t n = 0;
   int32_t c = 0, in_h = 0, in_w = 0, stride = 1;
   int32_t m = 0, out_channels = 0, ratio = 2, d = 3;
   int32_t h = 0, w = 0;
+  FastDiv by_image, by_row;
 };
 
 // One tile: n0 its first image, [h0, h0 + rows) x [w0, w0 + cols) its own pixels, [src_h, src_h +
@@ -57,34 +60,14 @@ inline constexpr int kLog2 = 1 + kLog2<kPowerOfTwo / 2>;
 template <>
 inline constexpr int kLog2<1> = 0;
 
-// Quotients by a number that is only known at run time: one division, then multiplications. Exact
-// for dividends below 2^32 / divisor.
-struct FastDiv {
-  uint32_t magic = 0;
-
-  FastDiv() = default;
-  __host__ __device__ __forceinline__ explicit FastDiv(int divisor)
-      : magic(divisor <= 1 ? 0 : 0xffffffffu / uint32_t(divisor) + 1) {}
-  __device__ __forceinline__ int operator()(int n) const {
-    return magic == 0 ? n : int((uint64_t(uint32_t(n)) * magic) >> 32);
-  }
-};
-
 __device__ __forceinline__ Tile locate_tile(const CudaTile& t, const Maps& p, int index) {
   Tile tile;
-  if (t.images > 1 || (t.tiles_h == 1 && t.tiles_w == 1)) {
-    tile.n0 = int64_t(index) * t.images;
-    const int64_t left = p.n - tile.n0;
-    tile.images = left < t.images ? int(left) : t.images;
-    tile.h0 = tile.w0 = 0;
-  } else {
-    const int per_image = t.tiles_h * t.tiles_w, image = index / per_image;
-    const int r = index - image * per_image;
-    tile.n0 = image;
-    tile.images = 1;
-    tile.h0 = r / t.tiles_w * t.rows;
-    tile.w0 = r % t.tiles_w * t.cols;
-  }
+  const int group = p.by_image.split(index), row = p.by_row.split(index);
+  tile.n0 = int64_t(group) * t.images;
+  const int64_t left = p.n - tile.n0;
+  tile.images = left < t.images ? int(left) : t.images;
+  tile.h0 = row * t.rows;
+  tile.w0 = index * t.cols;
   tile.rows = min_of(t.rows, p.h - tile.h0);
   tile.cols = min_of(t.cols, p.w - tile.w0);
   tile.src_h = max_of(tile.h0 - t.halo, 0);
@@ -168,17 +151,18 @@ __device__ __forceinline__ void clear_padding(T* y, const CudaTile& t, const Til
 
 // ------------------------------------------------------------------------------------ vectors
 
-// Calls f with the run-time number of bytes (16, 8, 4, 2; not below one element) as a constant.
-template <class T, class F>
+// Calls f with the run-time number of bytes (16, 8, 4, 2; not below kLeast, at least one element)
+// as a constant.
+template <class T, int kLeast = int(sizeof(T)), class F>
 __device__ __forceinline__ void with_bytes(int bytes, F&& f) {
   if (bytes == 16)
     f(std::integral_constant<int, 16>{});
   else if (bytes == 8)
     f(std::integral_constant<int, 8>{});
-  else if constexpr (sizeof(T) <= 4) {
+  else if constexpr (kLeast <= 4) {
     if (bytes == 4)
       f(std::integral_constant<int, 4>{});
-    else if constexpr (sizeof(T) <= 2)
+    else if constexpr (kLeast <= 2)
       f(std::integral_constant<int, 2>{});
   }
 }
@@ -246,13 +230,14 @@ __device__ __forceinline__ void read_maps(T* y, const CudaTile& t, const Maps& p
   constexpr int kMost = 16 / int(sizeof(T));
   const T* base = u + tile.n0 * (int64_t(p.c) * p.in_h * p.in_w);
   const int vec = bytes / int(sizeof(T)), sources = tile.sources();
-  const int per_row = (kNhwc ? valid : sources) / vec;
-  const FastDiv by_row(per_row);
+  const int per_row = (kNhwc ? valid : sources) / vec;  // vectors
+  const int rows = kNhwc ? sources : valid;
   const int64_t plane = int64_t(p.in_h) * p.in_w;
-  const int count = (kNhwc ? sources : valid) * per_row;
+  int row = int(threadIdx.x) / per_row, next = int(threadIdx.x) - row * per_row;
+  const int row_step = kThreads / per_row, next_step = kThreads - row_step * per_row;
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < count; i += kThreads) {
-    const int row = by_row(i), k = (i - row * per_row) * vec;
+  while (row < rows) {
+    const int k = next * vec;
     const int q = kNhwc ? row : k, n = kNhwc ? k : row;
     const T* from = base + (kNhwc ? int64_t(source[q].offset) * p.c + c0 + n
                                   : source[q].offset + (c0 + n) * plane);
@@ -272,6 +257,12 @@ __device__ __forceinline__ void read_maps(T* y, const CudaTile& t, const Maps& p
       if (e < vec)
         y[source[kNhwc ? q : q + e].position * t.y_stride + n + (kNhwc ? e : 0)] =
             prim::from_float<T>(v[e]);
+    row += row_step;
+    next += next_step;
+    if (next >= per_row) {
+      next -= per_row;
+      ++row;
+    }
   }
 }
 

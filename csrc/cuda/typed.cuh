@@ -55,7 +55,7 @@ Activated<Accumulator<T>> typed(const Activation& act, const void* slopes) {
   return {act.act, A(act.slope), static_cast<const A*>(slopes)};
 }
 
-inline Maps maps_of(const Problem& p) {
+inline Maps maps_of(const Problem& p, const CudaTile& t) {
   Maps m;
   m.n = p.batch;
   m.c = int32_t(p.channels);
@@ -68,7 +68,15 @@ inline Maps maps_of(const Problem& p) {
   m.d = int32_t(p.dw_size);
   m.h = int32_t(p.out_height());
   m.w = int32_t(p.out_width());
+  m.by_image = FastDiv(t.tiles_h * t.tiles_w);
+  m.by_row = FastDiv(t.tiles_w);
   return m;
+}
+
+// Blocks that differ only in their channels are neighbours in the grid: they run at the same time
+// and find x in L2.
+inline dim3 grid_of(const CudaTile& t) {
+  return dim3(unsigned(t.channel_blocks), unsigned(t.ghost_blocks), unsigned(t.slots));
 }
 
 template <class T>

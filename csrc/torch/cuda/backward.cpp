@@ -71,7 +71,6 @@ Gradients ghost_backward(const Tensor& grad_out, const Tensor& x, const Optional
                     "u must be [", p.batch, ", ", m, ", ", H, ", ", W, "] of the dtype of x");
     kept = is_dense(*u, p.layout) ? *u : torch::stable::contiguous(*u, memory_format(p.layout));
   }
-  args.problem = p;
   args.grad_out = grad_out.const_data_ptr();
   for (int i = 0; i < 4; ++i) args.grad_strides[i] = grad_out.stride(i);
   args.x = x.const_data_ptr();
@@ -86,6 +85,8 @@ Gradients ghost_backward(const Tensor& grad_out, const Tensor& x, const Optional
   args.dw2 = dw2.mutable_data_ptr();
   args.dgamma2 = dgamma2.mutable_data_ptr();
   args.dbeta2 = dbeta2.mutable_data_ptr();
+  set_aligned(p, args.x, args.w1);
+  args.problem = p;
   const void* const given_u = p.has_primary ? args.u : args.x;
   args.plan = plan_cuda_backward(p, scope.arch(), allow_tf32(p), given_u != nullptr,
                                  cuda::is_pixel_rows(p, given_u), need_dx, need_dw1);

@@ -127,6 +127,11 @@ inline void check_sizes(const Problem& p) {
       "x is too large: a map may have ", kMost, " pixels, and the module as many ", "channels");
 }
 
+// Views with a storage offset may start anywhere. w1 may be null.
+inline void set_aligned(Problem& p, const void* x, const void* w1) {
+  p.aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(w1) % 4 == 0;
+}
+
 // Primary weights [m, C, 1, 1] of x's dtype.
 inline void check_primary(const Tensor& w1, const Tensor& x, const Problem& p) {
   check_device(w1, x, "w1");

@@ -101,6 +101,12 @@ void use_packed(ForwardArgs& args, const Tensor& packed) {
   if (prelu2) args.slopes2 = base + at.slopes2;
 }
 
+// The plan of a kernel for the problem and the pointers x and w1 of its arguments.
+void set_plan(ForwardArgs& args, CudaKernel kernel, const DeviceScope& scope) {
+  set_aligned(args.problem, args.x, args.w1);
+  args.plan = plan_cuda(args.problem, kernel, scope.arch(), allow_tf32(args.problem));
+}
+
 Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packed,
              const OptionalTensor& residual, const OptionalTensor& gate, int64_t intrinsic,
              int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1,
@@ -141,8 +147,8 @@ Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packe
   use_packed(args, packed);
   if (p.batch * H * W == 0) return out;
   args.in_gate = in_gate ? in_factor.const_data_ptr() : nullptr;
-  args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
   args.x = x.const_data_ptr();
+  set_plan(args, CudaKernel::kApply, scope);
   args.residual = residual ? res.const_data_ptr() : nullptr;
   args.gate = gate ? factor.const_data_ptr() : nullptr;
   args.out = out.mutable_data_ptr();
@@ -176,8 +182,8 @@ Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channel
   check_device(packed, x, "packed");
   use_packed(args, packed);
   if (p.batch == 0) return out;
-  args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
   args.x = x.const_data_ptr();
+  set_plan(args, CudaKernel::kApply, scope);
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_apply_pooled");
   return out;
@@ -206,8 +212,7 @@ std::tuple<Tensor, Tensor> combined(const Tensor& like, const PartialsRef& parti
 // Launches the statistics of u, into new partials; u is kept where it is not null.
 PartialsBuffer primary_pass(ForwardArgs args, const Tensor& x, void* u, const DeviceScope& scope) {
   const Problem& p = args.problem;
-  args.plan = plan_cuda(p, u ? CudaKernel::kPrimaryStatsKeep : CudaKernel::kPrimaryStats,
-                        scope.arch(), allow_tf32(p));
+  set_plan(args, u ? CudaKernel::kPrimaryStatsKeep : CudaKernel::kPrimaryStats, scope);
   PartialsBuffer partials = make_partials(x, p.dtype, p.intrinsic, args.plan.tile.slots);
   args.out = u;
   args.partials = partials.ref;
@@ -217,7 +222,7 @@ PartialsBuffer primary_pass(ForwardArgs args, const Tensor& x, void* u, const De
 
 PartialsBuffer cheap_pass(ForwardArgs args, const Tensor& x, const DeviceScope& scope) {
   const Problem& p = args.problem;
-  args.plan = plan_cuda(p, CudaKernel::kCheapStats, scope.arch(), allow_tf32(p));
+  set_plan(args, CudaKernel::kCheapStats, scope);
   PartialsBuffer partials = make_partials(x, p.dtype, p.ghosts(), args.plan.tile.slots);
   args.partials = partials.ref;
   check_launch(launch_ghost_cheap_stats(args, scope.stream()), "ghost_cheap_stats");
@@ -347,7 +352,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   }
   args.norm2 = norm2;
   args.problem = training.apply;
-  args.plan = plan_cuda(args.problem, CudaKernel::kApply, scope.arch(), allow_tf32(p));
+  set_plan(args, CudaKernel::kApply, scope);
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_train_forward");
   return {out, mean1, var1, mean2, var2, u};
