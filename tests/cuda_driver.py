@@ -26,6 +26,7 @@ from cuda_cases import (  # noqa: E402
     check_extras,
     check_statistics,
     check_train,
+    misaligned,
     norm_arguments,
     operands,
     poisoned_memory,
@@ -44,6 +45,7 @@ DEEP = Case(2, 150, 7, 7, 60, layout="nhwc", dtype=HALF, act1="silu", act2="silu
 HUGE = Case(1, 7300, 3, 3, 20, layout="nhwc", dtype=HALF)  # w1 does not fit into shared memory
 MANY = Case(30, 16, 14, 14, 24, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 BANDS = Case(4, 16, 44, 60, 16, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+LEAN = NHWC.replace(act1="relu", act2="relu")  # what Scope::kLean is for
 RATIO = Case(2, 16, 7, 7, 33, ratio=3, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 SINGLE = Case(2, 9, 8, 10, 14, layout="nhwc", act1="silu", act2="gelu")
 CHANNELS = Case(2, 12, 3, 3, 800, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
@@ -92,6 +94,10 @@ SMALL: dict[str, Check] = {
     "eval huge": lambda w: check_eval(w, HUGE),
     "eval many": lambda w: check_eval(w, MANY),
     "eval bands": lambda w: check_eval(w, BANDS),
+    "eval lean": lambda w: check_eval(w, LEAN),
+    "eval lean bands": lambda w: check_eval(w, BANDS.replace(act1="relu", act2="none")),
+    "eval ratio relu": lambda w: check_eval(w, RATIO.replace(act1="relu", act2="relu")),
+    "eval misaligned": lambda w: check_eval(w, NHWC, x=misaligned(operands(NHWC).x)),
     "eval ratio": lambda w: check_eval(w, RATIO),
     "eval single": lambda w: check_eval(w, SINGLE),
     "eval tf32": lambda w: check_eval(w, SINGLE, use_tf32=True),

@@ -21,6 +21,7 @@ from cuda_cases import (
     check_extras,
     check_statistics,
     check_train,
+    misaligned,
     norm_arguments,
     operands,
     tf32,
@@ -164,6 +165,41 @@ def test_gate_and_slopes_per_channel(
 ) -> None:
     with taking_turns(library, turn):
         check_extras(world, **row)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("has_primary", [True, False])
+def test_misaligned_views(world: World, layout: str, dtype: torch.dtype, has_primary: bool) -> None:
+    """A view of x may start at any element: no vector is loaded across its alignment."""
+    case = Case(2, 24, 9, 11, 48, layout=layout, dtype=dtype, act1="silu", act2="silu")
+    x = misaligned(operands(case, has_primary).x)
+    assert x.data_ptr() % 16
+    check_eval(world, case, x=x, has_primary=has_primary)
+    check_train(world, case, has_primary=has_primary, offset=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "scope"),
+    [
+        ({}, "kLean"),
+        ({"act1": "none", "act2": "none"}, "kLean"),
+        ({"d": 5}, "kDirect"),
+        ({"act1": "silu"}, "kDirect"),
+        ({"act2": "relu6"}, "kDirect"),
+        ({"ratio": 3}, "kDirect"),
+        ({"oup": 41}, "kDirect"),
+        ({"c": 12}, "kAny"),
+        ({"layout": "nchw"}, "kAny"),
+        ({"dtype": torch.float32}, "kAny"),
+    ],
+    ids=str,
+)
+def test_scope(world: World, library: emulator.Library, change: dict[str, Any], scope: str) -> None:
+    """What an instance fixes at compile time holds for the problem that it is given."""
+    case = Case(2, 24, 9, 11, 40, layout="nhwc", dtype=torch.bfloat16, act1="relu", act2="relu")
+    check_eval(world, case.replace(**change))
+    assert f"Scope::{scope}" in library.last_kernel()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -64,7 +64,7 @@ class Mutant:
 SYNC = "prim::sync_threads();"
 TILE, FORWARD, APPLY = "cuda/tile.cuh", "cuda/forward.cuh", "cuda/apply.cuh"
 PRODUCT, STORES = "cuda/product.cuh", "cuda/stores.cuh"
-EVAL = ("eval nhwc", "eval deep", "eval wide")
+EVAL = ("eval nhwc", "eval deep", "eval wide", "eval lean")
 EVAL_STAGED = ("eval staged", "eval staged deep")
 DEPTHWISE, GATE = "cuda/depthwise_conv.cuh", "cuda/squeeze_excite.cuh"
 RING = ("eval huge",)  # w1 does not fit into shared memory
@@ -96,15 +96,15 @@ MUTANTS = [
     ),
     Mutant(
         "weights read before they are there", PRODUCT,
-        f"prim::cp_async_commit();\n      prim::cp_async_wait<0>();\n      {SYNC}",
-        "prim::cp_async_commit();\n      prim::cp_async_wait<0>();", NHWC, EVAL,
+        f"!ring) {{\n      prim::cp_async_wait<0>();\n      {SYNC}",
+        "!ring) {\n      prim::cp_async_wait<0>();", NHWC, EVAL,
     ),
     Mutant(
         "ring read before its stage has landed", PRODUCT,
-        f"prim::cp_async_wait<0>();\n        {SYNC}", SYNC, NHWC, RING,
+        f"prim::cp_async_wait<0>();\n          {SYNC}", SYNC, NHWC, RING,
     ),
     Mutant(
-        "ring filled while it is read", PRODUCT, f"prim::cp_async_wait<0>();\n        {SYNC}",
+        "ring filled while it is read", PRODUCT, f"prim::cp_async_wait<0>();\n          {SYNC}",
         "prim::cp_async_wait<0>();", NHWC, RING,
     ),
     Mutant(
@@ -139,11 +139,11 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier before the stores", APPLY,
-        f"    if (t.ghosts > 0 || params.output.gate != nullptr) {SYNC}\n", "", NHWC, EVAL,
+        f"    if (t.ghosts > 0 || gated) {SYNC}\n", "", NHWC, EVAL,
     ),
     Mutant(
-        "gate of another pixel", STORES, "int(float(w) * o.gate_cols)",
-        "int(float(w + 1) * o.gate_cols)", NHWC, ("eval gate",), schedules=("plain",),
+        "gate of another pixel", STORES, "int(float(tile.w0 + c) * o.gate_cols)",
+        "int(float(tile.w0 + c + 1) * o.gate_cols)", NHWC, ("eval gate",), schedules=("plain",),
     ),
     Mutant(
         "slope of another channel", "cuda/epilogue.cuh", "act.slopes[first + int64_t(i) * step]",
@@ -153,6 +153,18 @@ MUTANTS = [
         "scale left out of the taps", APPLY, "t.channels, taps_count, affine + j * 3 * t.channels",
         "t.channels, taps_count, static_cast<const A*>(nullptr)", NHWC, ("train nhwc",),
         schedules=("plain",),
+    ),
+    Mutant(
+        "strip not masked", APPLY, "if (s < count) store_pair(", "store_pair(", NHWC,
+        ("eval lean", "eval lean bands"), schedules=("plain",),
+    ),
+    Mutant(
+        "lean where it does not apply", "cuda/forward.cu", "p.ratio == 2 &&", "true &&",
+        ("cuda/forward.cu",), ("eval ratio relu",), schedules=("plain",),
+    ),
+    Mutant(
+        "whole vectors of a misaligned view", "core/cuda_plan.cpp", "% 8 == 0 && p.aligned",
+        "% 8 == 0", PLAN, ("eval misaligned",), schedules=("plain",),
     ),
     Mutant(
         "second row of a window one off", "cuda/depthwise.cuh",

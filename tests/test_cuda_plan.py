@@ -111,7 +111,7 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
     ("sm_90", (32, 960, 7, 7), 160, "float16", "NHWC", (("training", True),)): (
         "primary_stats: 1x4x7 px, 32x3 of 32, slice 32 resident, 192 blocks, 83200 B",
         "cheap_stats: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 11520 B",
-        "apply: 1x7x7 px, 16x5 of 16, slice 16 resident, 160 blocks, 9344 B",
+        "apply: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 9344 B",
     ),
     ("sm_90", (32, 64, 80, 80), 128, "float16", "NHWC", (("dw_size", 5),)): (
         "apply: 1x10x21 px, 64x1 of 64, slice 32 resident, 256 blocks, 103808 B",
