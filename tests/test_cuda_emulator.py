@@ -47,6 +47,17 @@ def run(library: emulator.Library, name: str, shared_bytes: int = 4 * BLOCK) -> 
         ("divergent barrier", "divergent barrier, other threads wait in sync_threads at"),
         ("divergent warp", r"divergent warp, other lanes wait in shuffle_(xor|down) at"),
         ("returned lane", "needs 32 lanes, 31 are there"),
+        ("bulk, no init", "the mbarrier is not initialised"),
+        ("bulk, no fence after init", "initialised without a fence_async after it"),
+        ("bulk, no fence before the store", "wrote to the shared memory of a bulk copy, without"),
+        ("bulk, wrong parity", "deadlock, |more arrivals than the phase has"),
+        ("bulk, no last wait", "ends while its bulk stores read"),
+        ("bulk, too many bytes expected", "deadlock, .* in phase 0 misses 0 arrivals and 16 bytes"),
+        ("bulk, too few bytes expected", "deadlock, .* in phase 0 misses 0 arrivals and -16 bytes"),
+        ("bulk, odd size", "bulk_load at .*: 120 bytes are no multiple of 16"),
+        ("bulk, misaligned", "bulk_load at .*: address misaligned for 16 bytes"),
+        ("bulk, out of range", "bulk_load at .*: address outside the 256 bytes"),
+        ("bulk, barrier overwritten", "the mbarrier was overwritten"),
     ],
 )
 @pytest.mark.parametrize("schedule", emulator.SCHEDULES)
@@ -77,6 +88,9 @@ REVERSED = {name for name, bits in emulator.SCHEDULES.items() if bits & emulator
         ("early read", list(range(BLOCK)), LAZY),
         ("early overwrite", list(range(BLOCK))[::-1], set(emulator.SCHEDULES) - LAZY),
         ("between blocks", list(range(BLOCK)) * 2, REVERSED),
+        ("bulk", list(range(1, BLOCK + 1)), set()),
+        ("bulk, no wait for the load", list(range(1, BLOCK + 1)), LAZY),
+        ("bulk, no wait for the read", list(range(1, BLOCK + 1)), LAZY),
     ],
 )
 def test_races_show_in_these_schedules(

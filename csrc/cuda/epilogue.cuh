@@ -216,11 +216,14 @@ __device__ __forceinline__ void activate_pairs(Act act, const Slope& slope, A (&
                                                PairOf<T> (&pairs)[N / 2]) {
   if constexpr (!kAny) {
     static_assert(sizeof(T) == 2);
-    const bool relu = act == Act::kReLU;
+    if (act == Act::kReLU) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i)
-      pairs[i].bits = relu ? prim::pack_pair_relu<T>(v[2 * i], v[2 * i + 1])
-                           : prim::pack_pair<T>(v[2 * i], v[2 * i + 1]);
+      for (int i = 0; i < N / 2; ++i)
+        pairs[i].bits = prim::pack_pair_relu<T>(v[2 * i], v[2 * i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) pairs[i].bits = prim::pack_pair<T>(v[2 * i], v[2 * i + 1]);
+    }
     return;
   } else if constexpr (sizeof(T) == 2) {
     if (act == Act::kReLU || act == Act::kReLU6) {

@@ -319,6 +319,84 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// ------------------------------------------------------------------------- bulk copies, sm_90
+
+// Code for older architectures than sm_90 has traps in the place of these functions. setup.py
+// compiles the sources named *_sm90.cu for the architectures from sm_90 on; all others come from
+// the oldest architecture's intermediate code.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline constexpr bool kBulkCopies = true;
+#define GHOST_SM90_ASM(...) asm volatile(__VA_ARGS__)
+#else
+inline constexpr bool kBulkCopies = false;
+#define GHOST_SM90_ASM(...) __trap()
+#endif
+
+// A barrier in shared memory, opaque. A phase completes when all arrivals have come and as many
+// bytes have landed as were expected; the next phase begins at once. The first phase is phase 0.
+using Mbarrier = uint64_t;
+
+// To be called by one thread, then fence_async by the same thread, then sync_threads.
+__device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, uint32_t arrivals) {
+  GHOST_SM90_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(arrivals) : "memory");
+}
+// One arrival, after it made the current phase expect so many bytes more.
+__device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, uint32_t bytes) {
+  GHOST_SM90_ASM(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes) : "memory");
+}
+// Waits while the current phase has this parity: until the phase with it completes. What arrived in
+// that phase is visible then.
+__device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
+  uint32_t done = 1;
+  do {
+    GHOST_SM90_ASM(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(barrier)),
+        "r"(parity) : "memory");
+  } while (done == 0);
+}
+// Bulk copies see what this thread wrote to shared memory before.
+__device__ __forceinline__ void fence_async() {
+  GHOST_SM90_ASM("fence.proxy.async.shared::cta;" :: : "memory");
+}
+// Copies bytes to shared memory in the background; they land in the current phase of the barrier.
+// Both addresses are aligned to 16 bytes, bytes is a multiple of 16.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes,
+                                          Mbarrier* barrier) {
+  GHOST_SM90_ASM(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+// Copies bytes from shared memory in the background, with the same rules.
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  GHOST_SM90_ASM("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+                 "r"(shared_address(shared)), "r"(bytes) : "memory");
+}
+// Closes a group of this thread's bulk stores; empty groups count.
+__device__ __forceinline__ void bulk_commit() {
+  GHOST_SM90_ASM("cp.async.bulk.commit_group;" :: : "memory");
+}
+// Waits until at most Pending of the youngest groups of this thread still read shared memory. A
+// thread must not end before none of them does.
+template <int Pending>
+__device__ __forceinline__ void bulk_wait_read() {
+  GHOST_SM90_ASM("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
+// Waits until at most Pending of them are under way: what the others wrote is visible.
+template <int Pending>
+__device__ __forceinline__ void bulk_wait() {
+  GHOST_SM90_ASM("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
+}
+#undef GHOST_SM90_ASM
+__device__ __forceinline__ void trap() {
+  __trap();
+}
+
 // -------------------------------------------------------------------------------- tensor cores
 
 // Four (or two) 8x8 matrices of 16-bit numbers from shared memory. Lane l gives the address,

@@ -175,6 +175,7 @@ SMALL_BLOCKS = {
     "40 KiB": Device(8, 6, 2, 40 << 10, 41 << 10, 1 << 20),
     "58 KiB": Device(8, 6, 2, 58 << 10, 59 << 10, 1 << 20),
     "72 KiB": Device(8, 6, 2, 72 << 10, 73 << 10, 1 << 20),
+    "tiny sm_90": Device(9, 0, 2, 99 << 10, 200 << 10, 1 << 20),
 }
 
 
@@ -206,6 +207,11 @@ class Library:
     def launches(self) -> int:
         """Kernels launched in this process so far."""
         return self.c.ghost_emu_launches()
+
+    def last_kernel(self) -> str:
+        """The kernel that was launched last in this process."""
+        self.c.ghost_emu_last_kernel.restype = ctypes.c_char_p
+        return self.c.ghost_emu_last_kernel().decode()
 
     def limits_set(self) -> int:
         """How often a kernel's limit of shared memory was set in this process so far."""

@@ -27,6 +27,11 @@ GHOST_EXPORT int64_t ghost_emu_launches() {
   return ghost::emu::counters().launches;
 }
 
+// The name of the last of them, "" before the first.
+GHOST_EXPORT const char* ghost_emu_last_kernel() {
+  return ghost::emu::counters().last_kernel;
+}
+
 // Calls in this process that set a kernel's limit of dynamic shared memory.
 GHOST_EXPORT int64_t ghost_emu_limits_set() {
   return ghost::emu::counters().limits_set;

@@ -32,6 +32,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;  // static shared memory
   int maxDynamicSharedSizeBytes;
+  int ptxVersion;  // 10 * major + minor of the intermediate code's architecture
 };
 
 // The emulated device. Each description that ghost_emu_set_device was given has its own number.

@@ -231,6 +231,7 @@ template <class Vector>
 inline void store(void* p, Vector v, GHOST_EMU_SITE) {
   emu::check_aligned(p, sizeof(Vector), {file, line, "store"});
   std::memcpy(p, &v, sizeof v);
+  emu::note_store(p, sizeof v);
 }
 template <class Vector>
 inline void store_streaming(void* p, Vector v, GHOST_EMU_SITE) {
@@ -248,6 +249,46 @@ inline void cp_async_commit() {
 template <int Pending>
 inline void cp_async_wait() {
   emu::copy_wait(Pending);
+}
+
+// ------------------------------------------------------------------------- bulk copies, sm_90
+
+inline constexpr bool kBulkCopies = true;
+
+using Mbarrier = uint64_t;
+
+inline void mbarrier_init(Mbarrier* barrier, uint32_t arrivals, GHOST_EMU_SITE) {
+  emu::mbarrier_init(barrier, arrivals, {file, line, "mbarrier_init"});
+}
+inline void mbarrier_arrive_expect(Mbarrier* barrier, uint32_t bytes, GHOST_EMU_SITE) {
+  emu::mbarrier_arrive_expect(barrier, bytes, {file, line, "mbarrier_arrive_expect"});
+}
+inline void mbarrier_wait(Mbarrier* barrier, uint32_t parity, GHOST_EMU_SITE) {
+  emu::mbarrier_wait(barrier, parity, {file, line, "mbarrier_wait"});
+}
+inline void fence_async() {
+  emu::fence_async();
+}
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, Mbarrier* barrier,
+                      GHOST_EMU_SITE) {
+  emu::bulk_load(shared, global, bytes, barrier, {file, line, "bulk_load"});
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes, GHOST_EMU_SITE) {
+  emu::bulk_store(global, shared, bytes, {file, line, "bulk_store"});
+}
+inline void bulk_commit() {
+  emu::bulk_commit();
+}
+template <int Pending>
+inline void bulk_wait_read() {
+  emu::bulk_wait(Pending, false);
+}
+template <int Pending>
+inline void bulk_wait() {
+  emu::bulk_wait(Pending, true);
+}
+inline void trap(GHOST_EMU_SITE) {
+  emu::fault({file, line, "trap"}, "code that must not run");
 }
 
 // -------------------------------------------------------------------------------- tensor cores

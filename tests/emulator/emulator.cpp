@@ -67,6 +67,47 @@ void perform(const Copy& copy) {
   }
 }
 
+// A bulk store; `data` is what it read, if it has.
+struct BulkStore {
+  void* to;
+  const void* from;
+  size_t bytes;
+  std::vector<unsigned char> data;
+
+  void read() {
+    if (!data.empty()) return;
+    const auto* first = static_cast<const unsigned char*>(from);
+    data.assign(first, first + bytes);
+  }
+  void write() const { std::memcpy(to, data.data(), bytes); }
+};
+struct BulkGroup {
+  std::vector<BulkStore> stores;
+  bool waited = false;  // for its reads
+};
+
+// State of a barrier in shared memory, whose 8 bytes only hold kMbarrierMark.
+struct Mbarrier {
+  unsigned arrivals, missing;  // of each phase; of the current one
+  int64_t bytes = 0;           // expected in the current phase, less those that have landed
+  unsigned phase = 0;
+  unsigned thread, fences;  // who initialised it, and the fences of that thread before
+  std::vector<Copy> loads;  // not landed yet
+
+  void settle() {
+    if (missing != 0 || bytes != 0) return;
+    ++phase;
+    missing = arrivals;
+  }
+};
+constexpr uint64_t kMbarrierMark = 0x7fff6d6261727fffu;
+
+// The last ordinary write to two bytes of shared memory.
+struct LastWrite {
+  int thread = -1;
+  unsigned fences = 0;  // of that thread before
+};
+
 // One CUDA thread.
 struct Thread {
   dim3 index;
@@ -77,6 +118,9 @@ struct Thread {
   Site site{};
   std::vector<Copy> copies;        // not performed yet, oldest first
   std::vector<size_t> group_ends;  // of the committed groups, as counts of copies
+  std::vector<BulkStore> bulk_open;
+  std::vector<BulkGroup> bulk_groups;
+  unsigned fences = 0;
   Context context;
 };
 
@@ -135,6 +179,8 @@ struct Block {
   SharedMemory shared;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  std::map<const void*, Mbarrier> mbarriers;
+  std::vector<LastWrite> last_writes;  // empty until there is an mbarrier
   unsigned alive = 0, arrived = 0, generation = 0;
   Site barrier{};
   std::exception_ptr failure;
@@ -194,6 +240,18 @@ void retire() {
   }
 }
 
+void finish_bulk_stores() {
+  Thread& self = *g_thread;
+  const auto waited = [](const BulkGroup& group) { return group.waited; };
+  if (!self.bulk_open.empty() ||
+      !std::all_of(self.bulk_groups.begin(), self.bulk_groups.end(), waited)) {
+    fault({"kernel end", 0, "bulk_store"}, "a thread ends while its bulk stores read");
+  }
+  for (const BulkGroup& group : self.bulk_groups) {
+    for (const BulkStore& store : group.stores) store.write();
+  }
+}
+
 void fiber_main() {
   Block& block = *g_block;
   Context::arrived(g_thread->context, &block.scheduler);
@@ -202,6 +260,7 @@ void fiber_main() {
     if (!g_thread->copies.empty()) {
       fault({"kernel end", 0, "cp_async"}, "a thread ends without waiting for its copies");
     }
+    finish_bulk_stores();
     retire();
   } catch (...) {
     g_thread->done = true;
@@ -222,6 +281,8 @@ void prepare(Block& block) {
   block.arrived = 0;
   block.failure = nullptr;
   block.shared.poison();
+  block.mbarriers.clear();
+  block.last_writes.clear();
   for (Warp& warp : block.warps) warp.arrived = warp.exited = warp.size = 0;
   for (unsigned i = 0; i < block.threads.size(); ++i) {
     Thread& t = block.threads[i];
@@ -233,6 +294,9 @@ void prepare(Block& block) {
     t.generation = nullptr;
     t.copies.clear();
     t.group_ends.clear();
+    t.bulk_open.clear();
+    t.bulk_groups.clear();
+    t.fences = 0;
     t.context.start(stack(i), fiber_main);
     ++block.warps[t.warp].size;
   }
@@ -254,6 +318,24 @@ bool run_warp(Block& block, unsigned warp) {
   return progress;
 }
 
+// Lands the loads of the first barrier that a thread waits for; tells whether there were any.
+bool land_loads(Block& block) {
+  for (auto& entry : block.mbarriers) {
+    Mbarrier& barrier = entry.second;
+    const auto waits = [&](const Thread& t) { return !t.done && t.generation == &barrier.phase; };
+    if (barrier.loads.empty() || std::none_of(block.threads.begin(), block.threads.end(), waits))
+      continue;
+    for (const Copy& copy : barrier.loads) {
+      perform(copy);
+      barrier.bytes -= int64_t(copy.bytes);
+    }
+    barrier.loads.clear();
+    barrier.settle();
+    return true;
+  }
+  return false;
+}
+
 [[noreturn]] void report_deadlock(const Block& block) {
   std::string where;
   unsigned waiting = 0;
@@ -265,6 +347,12 @@ bool run_warp(Block& block, unsigned warp) {
       where += (last ? "; thread " : " thread ") + name(t.index) + " in " + name(t.site);
     }
     last = &t.site;
+  }
+  for (const auto& entry : block.mbarriers) {
+    const Mbarrier& barrier = entry.second;
+    where += "; the mbarrier in phase " + std::to_string(barrier.phase) + " misses " +
+             std::to_string(barrier.missing) + " arrivals and " + std::to_string(barrier.bytes) +
+             " bytes";
   }
   throw make_fault(block, "deadlock, " + std::to_string(waiting) +
                               " threads wait for others that never come:" + where);
@@ -289,8 +377,12 @@ void run_block(Block& block) {
     if (!progress) {
       // A random draw may have missed the only warp that can go on.
       for (unsigned warp = 0; warp < warps && !progress; ++warp) progress = run_warp(block, warp);
-      if (!progress) report_deadlock(block);
+      if (!progress && !land_loads(block)) report_deadlock(block);
     }
+  }
+  for (const auto& entry : block.mbarriers) {
+    if (!entry.second.loads.empty() || entry.second.bytes != 0)
+      throw make_fault(block, "ends before its bulk loads have landed");
   }
   if (block.shared.overrun()) {
     throw make_fault(block, "wrote past the " + std::to_string(block.shared.bytes()) +
@@ -470,6 +562,130 @@ void copy_wait(size_t pending) {
   for (size_t& end : self.group_ends) end -= count;
 }
 
+namespace {
+
+// The first of the two-byte pieces of shared memory that hold [p, p + bytes), and how many.
+std::pair<size_t, size_t> pieces_of(const void* p, size_t bytes) {
+  const size_t at = size_t(static_cast<const unsigned char*>(p) -
+                           static_cast<const unsigned char*>(g_block->shared.data()));
+  return {at / 2, (at + bytes + 1) / 2 - at / 2};
+}
+
+Mbarrier& mbarrier_at(void* barrier, const Site& site) {
+  const auto found = g_block->mbarriers.find(barrier);
+  if (found == g_block->mbarriers.end()) fault(site, "the mbarrier is not initialised");
+  if (std::memcmp(barrier, &kMbarrierMark, sizeof kMbarrierMark) != 0)
+    fault(site, "the mbarrier was overwritten");
+  return found->second;
+}
+
+void check_bulk(const void* shared, const void* global, size_t bytes, const Site& site) {
+  check_aligned(shared, 16, site);
+  check_aligned(global, 16, site);
+  if (bytes % 16 != 0) fault(site, std::to_string(bytes) + " bytes are no multiple of 16");
+  check_shared(shared, bytes, site);
+  if (g_block->last_writes.empty()) return;
+  const auto [first, count] = pieces_of(shared, bytes);
+  for (size_t i = first; i < first + count; ++i) {
+    const LastWrite& last = g_block->last_writes[i];
+    if (last.thread >= 0 && g_block->threads[size_t(last.thread)].fences == last.fences)
+      fault(site, "thread " + std::to_string(last.thread) +
+                      " wrote to the shared memory of a bulk copy, without a fence_async after it");
+  }
+}
+
+}  // namespace
+
+void note_store(const void* p, size_t bytes) {
+  Block& block = *g_block;
+  if (block.last_writes.empty() || !block.shared.holds(p, bytes)) return;
+  const auto [first, count] = pieces_of(p, bytes);
+  const LastWrite last{int(g_thread - block.threads.data()), g_thread->fences};
+  std::fill_n(block.last_writes.begin() + ptrdiff_t(first), count, last);
+}
+
+void fence_async() {
+  ++g_thread->fences;
+}
+
+void mbarrier_init(void* barrier, unsigned arrivals, Site site) {
+  Block& block = *g_block;
+  check_aligned(barrier, 8, site);
+  check_shared(barrier, 8, site);
+  if (arrivals == 0 || arrivals >= 1u << 20) fault(site, "arrivals out of range");
+  std::memcpy(barrier, &kMbarrierMark, sizeof kMbarrierMark);
+  Mbarrier fresh{};
+  fresh.arrivals = fresh.missing = arrivals;
+  fresh.thread = unsigned(g_thread - block.threads.data());
+  fresh.fences = g_thread->fences;
+  if (!block.mbarriers.emplace(barrier, fresh).second) fault(site, "initialised twice");
+  if (block.last_writes.empty()) block.last_writes.resize((block.shared.bytes() + 1) / 2);
+}
+
+void mbarrier_arrive_expect(void* barrier, size_t bytes, Site site) {
+  Mbarrier& b = mbarrier_at(barrier, site);
+  b.bytes += int64_t(bytes);
+  if (std::abs(b.bytes) >= 1 << 20) fault(site, "too many bytes for one phase");
+  if (b.missing == 0) fault(site, "more arrivals than the phase has");
+  --b.missing;
+  b.settle();
+}
+
+void mbarrier_wait(void* barrier, unsigned parity, Site site) {
+  const Mbarrier& b = mbarrier_at(barrier, site);
+  if (parity > 1) fault(site, "the parity of a phase is 0 or 1");
+  while ((b.phase & 1) == parity) wait_for(b.phase, site);
+}
+
+void bulk_load(void* shared, const void* global, size_t bytes, void* barrier, Site site) {
+  check_bulk(shared, global, bytes, site);
+  Mbarrier& b = mbarrier_at(barrier, site);
+  if (g_block->threads[b.thread].fences == b.fences)
+    fault(site, "the mbarrier was initialised without a fence_async after it");
+  const auto [first, count] = pieces_of(shared, bytes);
+  std::fill_n(g_block->last_writes.begin() + ptrdiff_t(first), count, LastWrite{});
+  const Copy copy{shared, global, bytes, true};
+  if (g_block->schedule & kEagerCopies) {
+    perform(copy);
+    b.bytes -= int64_t(bytes);
+    b.settle();
+  } else {
+    for (size_t i = 0; i < bytes; i += sizeof kPoison)
+      std::memcpy(static_cast<unsigned char*>(shared) + i, &kPoison, sizeof kPoison);
+    b.loads.push_back(copy);
+  }
+}
+
+void bulk_store(void* global, const void* shared, size_t bytes, Site site) {
+  check_bulk(shared, global, bytes, site);
+  BulkStore store{global, shared, bytes, {}};
+  if (g_block->schedule & kEagerCopies) {
+    store.read();
+    store.write();
+  }
+  g_thread->bulk_open.push_back(std::move(store));
+}
+
+void bulk_commit() {
+  Thread& self = *g_thread;
+  self.bulk_groups.push_back({std::move(self.bulk_open), false});
+  self.bulk_open.clear();
+}
+
+void bulk_wait(size_t pending, bool written) {
+  std::vector<BulkGroup>& groups = g_thread->bulk_groups;
+  if (groups.size() <= pending) return;
+  const auto end = groups.end() - ptrdiff_t(pending);
+  for (auto group = groups.begin(); group != end; ++group) {
+    group->waited = true;
+    for (BulkStore& store : group->stores) {
+      store.read();
+      if (written) store.write();
+    }
+  }
+  if (written) groups.erase(groups.begin(), end);
+}
+
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
                      size_t shared_bytes, void (*body)(const void*), const void* context) {
   const Settings chosen = settings();
@@ -485,6 +701,7 @@ cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 b
     return cudaErrorInvalidValue;
   }
   counters().launches += 1;
+  counters().last_kernel = kernel;
   counters().blocks += int64_t(blocks);
 
   std::atomic<uint64_t> next{0};
@@ -553,7 +770,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
-  *attributes = {0, int(ghost::emu::smem_limits().get(kernel))};
+  *attributes = {0, int(ghost::emu::smem_limits().get(kernel)), 90};
   return cudaSuccess;
 }
 

@@ -4,6 +4,8 @@
 // to wait for each other. What makes mistakes show:
 //   - Shared memory starts out as NaN (as an integer a huge one), as do the tests' outputs.
 //   - cp.async really is late: the bytes arrive at the wait, or at once, whichever is worse.
+//   - A bulk load leaves NaN in its place and lands when no thread can go on before it has, or at
+//     once; a bulk store reads shared memory at the wait, or at once, whichever is worse.
 //   - Several schedules: an order of warps and threads that hides a missing barrier is undone by
 //     another one.
 //   - Misaligned and out-of-range shared memory addresses, barriers and collectives that not every
@@ -32,7 +34,7 @@ enum : unsigned {
   kReverseWarps = 1,  // the last warp, and the last block, goes first
   kReverseLanes = 2,  // the last lane goes first
   kGreedy = 4,        // a warp goes on until all of it waits for the block
-  kEagerCopies = 8,   // cp.async copies when issued, not when waited for
+  kEagerCopies = 8,   // cp.async and bulk copies are done when issued, not when waited for
   kRandomWarps = 16,  // which warp goes next is drawn anew each time
 };
 
@@ -55,6 +57,7 @@ Settings& settings();
 // kernel's shared memory limit was set. Several host threads may launch at the same time.
 struct Counters {
   std::atomic<int64_t> launches{0}, blocks{0}, limits_set{0};
+  std::atomic<const char*> last_kernel{""};
 };
 Counters& counters();
 
@@ -87,6 +90,18 @@ void warp_collective(Site site, WarpFunction function, const void* in, size_t in
 void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Site site);
 void copy_commit();
 void copy_wait(size_t pending);
+
+// Bulk copies see only writes to shared memory that note_store knows of and that their thread
+// fenced (fence_async); those of kernels that initialise no mbarrier are not recorded.
+void note_store(const void* p, size_t bytes);
+void fence_async();
+void mbarrier_init(void* barrier, unsigned arrivals, Site site);
+void mbarrier_arrive_expect(void* barrier, size_t bytes, Site site);
+void mbarrier_wait(void* barrier, unsigned parity, Site site);
+void bulk_load(void* shared, const void* global, size_t bytes, void* barrier, Site site);
+void bulk_store(void* global, const void* shared, size_t bytes, Site site);
+void bulk_commit();
+void bulk_wait(size_t pending, bool written);
 
 [[noreturn]] void fault(const Site& site, const std::string& what);
 void check_aligned(const void* p, size_t bytes, const Site& site);

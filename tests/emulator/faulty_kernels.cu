@@ -125,6 +125,70 @@ __global__ void returned_lane_kernel(Words, Out out) {
   out[0] = prim::shuffle_xor(1u, 1);
 }
 
+// out = in + 1, 32 words a round for two rounds, through one stage of shared memory by bulk copies.
+// Make leaves out or changes one of the steps.
+struct BulkSteps {
+  bool init = true, init_fence = true, load_wait = true, store_fence = true, read_wait = true,
+       last_wait = true;
+  unsigned parity = 0, expected = 128, bytes = 128;
+  int stage = 0;  // its first word
+  int mark = -1;  // a word that is overwritten
+};
+template <class Make>
+__global__ void bulk_kernel(Words in, Out out) {
+  constexpr BulkSteps kDo = Make{}();
+  GHOST_DYN_SHARED(uint32_t, word);
+  uint32_t* const stage = word + kDo.stage;
+  auto* const barrier = reinterpret_cast<prim::Mbarrier*>(word + kBlock - 4);
+  const int i = threadIdx.x;
+  if (i == 0 && kDo.init) {
+    prim::mbarrier_init(barrier, 1);
+    if (kDo.init_fence) prim::fence_async();
+  }
+  prim::sync_threads();
+  for (unsigned round = 0; round < 2; ++round) {
+    if (i == 0) {
+      prim::mbarrier_arrive_expect(barrier, kDo.expected);
+      prim::bulk_load(stage, in + 32 * round, kDo.bytes, barrier);
+    }
+    prim::sync_threads();  // the copy is under way for all threads
+    if (kDo.load_wait || i >= 32) prim::mbarrier_wait(barrier, (round ^ kDo.parity) & 1);
+    if (i < 32) prim::store(stage + i, stage[i] + 1);
+    if (kDo.mark >= 0) word[kDo.mark] = 0;
+    if (kDo.store_fence) prim::fence_async();
+    prim::sync_threads();
+    if (i == 0) {
+      prim::bulk_store(out + 32 * round, stage, kDo.bytes);
+      prim::bulk_commit();
+      if (round == 0 ? kDo.read_wait : kDo.last_wait) prim::bulk_wait_read<0>();
+    }
+    prim::sync_threads();
+  }
+}
+#define GHOST_BULK(name, change)             \
+  struct name {                              \
+    constexpr BulkSteps operator()() const { \
+      BulkSteps steps;                       \
+      change;                                \
+      return steps;                          \
+    }                                        \
+  }
+GHOST_BULK(BulkRight, );
+GHOST_BULK(BulkNoInit, steps.init = false);
+GHOST_BULK(BulkNoInitFence, steps.init_fence = false);
+GHOST_BULK(BulkNoLoadWait, steps.load_wait = false);
+GHOST_BULK(BulkWrongParity, steps.parity = 1);
+GHOST_BULK(BulkNoStoreFence, steps.store_fence = false);
+GHOST_BULK(BulkNoReadWait, steps.read_wait = false);
+GHOST_BULK(BulkNoLastWait, steps.last_wait = false);
+GHOST_BULK(BulkTooManyExpected, steps.expected = 144);
+GHOST_BULK(BulkTooFewExpected, steps.expected = 112);
+GHOST_BULK(BulkOddSize, steps.bytes = steps.expected = 120);
+GHOST_BULK(BulkMisaligned, steps.stage = 2);
+GHOST_BULK(BulkOutOfRange, steps.stage = 36);
+GHOST_BULK(BulkBarrierOverwritten, steps.mark = kBlock - 4);
+#undef GHOST_BULK
+
 // Every block reads what block 0 writes in the same launch.
 __global__ void between_blocks_kernel(Words in, Out out) {
   if (blockIdx.x == 0) out[threadIdx.x] = in[threadIdx.x];
@@ -155,6 +219,20 @@ const Entry kEntries[] = {
     {"divergent warp", divergent_warp_kernel},
     {"returned lane", returned_lane_kernel},
     {"between blocks", between_blocks_kernel},
+    {"bulk", bulk_kernel<BulkRight>},
+    {"bulk, no init", bulk_kernel<BulkNoInit>},
+    {"bulk, no fence after init", bulk_kernel<BulkNoInitFence>},
+    {"bulk, no wait for the load", bulk_kernel<BulkNoLoadWait>},
+    {"bulk, wrong parity", bulk_kernel<BulkWrongParity>},
+    {"bulk, no fence before the store", bulk_kernel<BulkNoStoreFence>},
+    {"bulk, no wait for the read", bulk_kernel<BulkNoReadWait>},
+    {"bulk, no last wait", bulk_kernel<BulkNoLastWait>},
+    {"bulk, too many bytes expected", bulk_kernel<BulkTooManyExpected>},
+    {"bulk, too few bytes expected", bulk_kernel<BulkTooFewExpected>},
+    {"bulk, odd size", bulk_kernel<BulkOddSize>},
+    {"bulk, misaligned", bulk_kernel<BulkMisaligned>},
+    {"bulk, out of range", bulk_kernel<BulkOutOfRange>},
+    {"bulk, barrier overwritten", bulk_kernel<BulkBarrierOverwritten>},
 };
 
 }  // namespace

@@ -15,7 +15,8 @@ namespace prim = ghost::prim;
 using prim::bfloat16_t;
 using prim::half_t;
 
-constexpr int kBlock = 64;  // two warps: thread i works on item i
+constexpr int kBlock = 64;                             // two warps: thread i works on item i
+constexpr size_t kSharedBytes = 2 * 16 * kBlock + 16;  // two stages and two mbarriers
 
 using Words = const uint32_t*;
 using Out = uint32_t*;
@@ -168,6 +169,82 @@ __global__ void cp_async_kernel(Words in, Out out, int n) {
   }
 }
 
+// ---- bulk copies
+
+// out[i] = the sum of in, by a tree that takes a phase of an mbarrier for each of its levels.
+__global__ void mbarrier_kernel(Words in, Out out, int) {
+  GHOST_DYN_SHARED(uint32_t, sum);
+  auto* const barrier = reinterpret_cast<prim::Mbarrier*>(sum + kBlock);
+  const int i = threadIdx.x;
+  if (i == 0) {
+    prim::mbarrier_init(barrier, kBlock);
+    prim::fence_async();
+  }
+  prim::sync_threads();
+  sum[i] = in[i];
+  uint32_t phase = 0;
+  for (int width = kBlock / 2; width > 0; width /= 2, ++phase) {
+    prim::mbarrier_arrive_expect(barrier, 0);
+    prim::mbarrier_wait(barrier, phase & 1);
+    if (i < width) sum[i] += sum[i + width];
+  }
+  prim::mbarrier_arrive_expect(barrier, 0);
+  prim::mbarrier_wait(barrier, phase & 1);
+  out[i] = sum[0];
+}
+// in [n, 64, 4] -> out the same, each step in reverse: two stages are filled ahead, a step in two
+// copies. An mbarrier a stage.
+__global__ void bulk_load_kernel(Words in, Out out, int n) {
+  GHOST_DYN_SHARED(uint32_t, buffer);  // [2, 64, 4]
+  auto* const full = reinterpret_cast<prim::Mbarrier*>(buffer + 2 * 4 * kBlock);
+  constexpr uint32_t kBytes = 16 * kBlock, kFirst = 48;
+  const auto load = [&](int step) {
+    if (threadIdx.x != 0 || step >= n) return;
+    uint32_t* const to = buffer + step % 2 * 4 * kBlock;
+    const uint32_t* const from = in + step * 4 * kBlock;
+    prim::bulk_load(to, from, kFirst, full + step % 2);
+    prim::mbarrier_arrive_expect(full + step % 2, kBytes);
+    prim::bulk_load(to + kFirst / 4, from + kFirst / 4, kBytes - kFirst, full + step % 2);
+  };
+  if (threadIdx.x == 0) {
+    prim::mbarrier_init(full, 1);
+    prim::mbarrier_init(full + 1, 1);
+    prim::fence_async();
+  }
+  prim::sync_threads();
+  load(0);
+  load(1);
+  for (int step = 0; step < n; ++step) {
+    prim::mbarrier_wait(full + step % 2, step / 2 % 2);
+    const int i = 4 * threadIdx.x, mirrored = 4 * (kBlock - 1 - int(threadIdx.x));
+    prim::store(out + step * 4 * kBlock + i,
+                prim::load<uint4>(buffer + step % 2 * 4 * kBlock + mirrored));
+    prim::sync_threads();
+    load(step + 2);
+  }
+}
+// The same with bulk stores, a step in two copies, from two stages. The last step is read again.
+__global__ void bulk_store_kernel(Words in, Out out, int n) {
+  GHOST_DYN_SHARED(uint32_t, buffer);  // [2, 64, 4]
+  constexpr uint32_t kBytes = 16 * kBlock, kFirst = 48;
+  const int i = 4 * threadIdx.x, mirrored = 4 * (kBlock - 1 - int(threadIdx.x));
+  for (int step = 0; step < n; ++step) {
+    uint32_t* const stage = buffer + step % 2 * 4 * kBlock;
+    prim::store(stage + mirrored, prim::load<uint4>(in + step * 4 * kBlock + i));
+    prim::fence_async();
+    if (threadIdx.x == 0) prim::bulk_wait_read<0>();  // of the step before: the next one's stage
+    prim::sync_threads();
+    if (threadIdx.x != 0) continue;
+    uint32_t* const to = out + step * 4 * kBlock;
+    prim::bulk_store(to, stage, kFirst);
+    prim::bulk_store(to + kFirst / 4, stage + kFirst / 4, kBytes - kFirst);
+    prim::bulk_commit();
+  }
+  if (threadIdx.x != 0) return;
+  prim::bulk_wait<0>();
+  out[n * 4 * kBlock] = out[n * 4 * kBlock - 1];
+}
+
 // ---- tensor cores: one warp
 
 // in: 32 rows of 8 numbers of 16 bits; matrix k has the rows 8k .. 8k + 7, in reverse.
@@ -253,6 +330,9 @@ const Entry kEntries[] = {
     {"cp_async_16", cp_async_kernel<16>, kBlock},
     {"cp_async_8", cp_async_kernel<8>, kBlock},
     {"cp_async_4", cp_async_kernel<4>, kBlock},
+    {"mbarrier", mbarrier_kernel, kBlock},
+    {"bulk_load", bulk_load_kernel, kBlock},
+    {"bulk_store", bulk_store_kernel, kBlock},
     {"ldmatrix_x4", ldmatrix_kernel<X4, 4>, 32},
     {"ldmatrix_x2", ldmatrix_kernel<X2, 2>, 32},
     {"ldmatrix_x4_trans", ldmatrix_kernel<X4Trans, 4>, 32},
@@ -274,7 +354,7 @@ extern "C" __attribute__((visibility("default"))) const char* ghost_prim_run(con
     for (const Entry& entry : kEntries) {
       if (std::strcmp(entry.name, name) != 0) continue;
       const cudaError_t status =
-          GHOST_LAUNCH(entry.kernel, dim3(1), dim3(entry.threads), 2 * 16 * kBlock,
+          GHOST_LAUNCH(entry.kernel, dim3(1), dim3(entry.threads), kSharedBytes,
                        cudaStream_t(nullptr), static_cast<Words>(in), static_cast<Out>(out), n);
       return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
     }

@@ -105,6 +105,7 @@ void use_packed(ForwardArgs& args, const Tensor& packed) {
 void set_plan(ForwardArgs& args, CudaKernel kernel, const DeviceScope& scope) {
   set_aligned(args.problem, args.x, args.w1);
   args.plan = plan_cuda(args.problem, kernel, scope.arch(), allow_tf32(args.problem));
+  if (kernel == CudaKernel::kApply) args.pipelined = choose_pipelined(args.problem, scope.arch());
 }
 
 Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packed,
