@@ -227,11 +227,12 @@ def ninja_path(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def gencode_flags(archs: str) -> list[str]:
+def gencode_flags(archs: str, since: int = 0) -> list[str]:
     """'8.0 9.0a 9.0+PTX' -> the -gencode arguments of nvcc.
 
     The sources use nothing that the oldest of these lacks: its intermediate code serves all of them
-    (those with a suffix have their own), which takes a third off the time of the build.
+    (those with a suffix have their own), which takes a third off the time of the build. A source
+    that does, from architecture ``since`` on, has that one's code for it and all newer ones.
     """
     entries = []
     for arch in archs.replace(";", " ").replace(",", " ").split():
@@ -241,7 +242,8 @@ def gencode_flags(archs: str) -> list[str]:
     oldest = min((number for number, suffix, _ in entries if not suffix), key=int, default="")
     flags = []
     for number, suffix, ptx in entries:
-        virtual = number + suffix if suffix else oldest
+        own = since if 0 < since <= int(number) else oldest
+        virtual = number + suffix if suffix else str(own)
         flags += ["-gencode", f"arch=compute_{virtual},code=sm_{number}{suffix}"]
         if ptx:
             flags += ["-gencode", f"arch=compute_{virtual},code=compute_{virtual}"]
@@ -329,7 +331,7 @@ class NinjaBuildExt(build_ext):
             objects[source] = ninja_path(obj)
             rule, flags = ("cxx", self.cxx_flags(source))
             if source.suffix == ".cu":
-                rule, flags = ("nvcc", self.nvcc_flags())
+                rule, flags = ("nvcc", self.nvcc_flags(source))
             lines += [
                 f"build {objects[source]}: {rule} {ninja_path(ROOT / source)}",
                 f"  flags = {join(flags)}",
@@ -357,13 +359,13 @@ class NinjaBuildExt(build_ext):
             flags += ["-DUSE_CUDA", "-isystem", str(self.cuda_root / "include")]
         return flags + shlex.split(os.environ.get("CXXFLAGS", ""))
 
-    def nvcc_flags(self) -> list[str]:
+    def nvcc_flags(self, source: Path) -> list[str]:
         host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
         return [
             *"-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden".split(),
             *host,
             f"-I{CSRC}",
-            *gencode_flags(env.CUDA_ARCHS.get()),
+            *gencode_flags(env.CUDA_ARCHS.get(), 90 if source.stem.endswith("_sm90") else 0),
         ]
 
     def torch_flags(self) -> list[str]:

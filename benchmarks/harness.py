@@ -41,7 +41,9 @@ ISA_VARIABLES = (
     "MKL_ENABLE_INSTRUCTIONS",
 )  # fmt: skip
 # Others that make a run one that must not be taken for an ordinary one.
-FORCING = (*ISA_VARIABLES, "GHOST_OPS_CPU_MACHINE", "GHOST_OPS_BACKEND")
+FORCING = (
+    *ISA_VARIABLES, "GHOST_OPS_CPU_MACHINE", "GHOST_OPS_BACKEND", "GHOST_OPS_CUDA_PIPELINE",
+)  # fmt: skip
 
 # Before anything is pinned: set_threads may be called again with more threads.
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

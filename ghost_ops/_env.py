@@ -77,7 +77,14 @@ CUDA_ARCHS = Variable(
     "build",
     "GPU architectures to compile for, separated by spaces; +PTX adds code for later ones.",
 )
-
+CUDA_PIPELINE = Variable(
+    "GHOST_OPS_CUDA_PIPELINE",
+    "0",
+    ("0", "1"),
+    "first use",
+    "1: evaluation and the last pass of training take the kernel that moves whole tiles in bulk "
+    "copies, from sm_90 on and where the shape allows it.",
+)
 TRITON_AUTOTUNE = Variable(
     "GHOST_OPS_TRITON_AUTOTUNE",
     "0",
@@ -124,6 +131,7 @@ VARIABLES: tuple[Variable, ...] = (
     BACKEND,
     CPU_ISA,
     CPU_MACHINE,
+    CUDA_PIPELINE,
     TRITON_AUTOTUNE,
     CACHE_DIR,
     BUILD_CPU,

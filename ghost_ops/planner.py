@@ -163,8 +163,8 @@ class CudaPass:
     A block of threads owns a tile of pixels times a block of intrinsic channels with their ghosts.
 
     Attributes:
-        kernel: ``ghost_apply``, ``ghost_primary_stats``, ``ghost_cheap_stats`` or
-            ``ghost_backward_sums``.
+        kernel: ``ghost_apply`` (``ghost_apply_pipelined``, if GHOST_OPS_CUDA_PIPELINE is 1),
+            ``ghost_primary_stats``, ``ghost_cheap_stats`` or ``ghost_backward_sums``.
         channels, channel_blocks: intrinsic channels a block owns, and into how many blocks of them
             the module is cut.
         ghosts, ghost_blocks: the same for the ghost maps of an intrinsic map.

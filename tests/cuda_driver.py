@@ -9,9 +9,11 @@ The sanitizers and the planted mistakes use it. Exit status: 0 all right, 1 a ch
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.flo
 
 # Ragged everywhere: odd channels, tiles that end inside a vector, halo on all sides.
 NHWC = Case(3, 24, 9, 11, 44, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+VECTORS = NHWC.replace(oup=40)  # whole 16-byte vectors of channels
 NCHW = Case(2, 20, 11, 13, 26, layout="nchw", dtype=HALF, d=5, act1="silu", act2="none")
 ODD = Case(2, 13, 7, 7, 21, layout="nhwc", dtype=BF16, ratio=3, act1="hardswish", act2="silu")
 WIDE = Case(1, 40, 30, 34, 32, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
@@ -59,9 +62,9 @@ IMAGES = Case(9, 72, 5, 5, 40, layout="nhwc", dtype=HALF, act1="silu", act2="sil
 Check = Callable[[World], object]
 
 
-def with_nan(world: World) -> None:
+def with_nan(world: World, case: Case = NHWC) -> None:
     """NaN in x comes out as NaN, at every pixel that sees it and at no other."""
-    case = NHWC.replace(act1="relu", act2="relu")
+    case = case.replace(act1="relu", act2="relu")
     x = torch.randn(case.n, case.c, case.h, case.w, dtype=torch.float64).to(case.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     clean = check_eval(world, case, x=x)
@@ -115,8 +118,10 @@ SMALL: dict[str, Check] = {
     "stem": lambda w: check_stem(w, STEM),
     "pooled": lambda w: check_pooled(w, IMAGES.replace(ratio=1)),
     "nan": with_nan,
+    "nan in vectors": lambda w: with_nan(w, VECTORS),
     "statistics": lambda w: check_statistics(w, NCHW),
     "train nhwc": lambda w: check_train(w, NHWC, keep_u=True),
+    "train vectors": lambda w: check_train(w, VECTORS),
     "train nchw": lambda w: check_train(w, NCHW),
     "train odd": lambda w: check_train(w, ODD, grad_style="expanded"),
     "train deep": lambda w: check_train(w, DEEP),
@@ -129,6 +134,34 @@ SMALL: dict[str, Check] = {
     "frozen nhwc": lambda w: check_train(w, NHWC, batch_stats=False),
     "frozen nchw": lambda w: check_train(w, NCHW, batch_stats=False),
 }
+
+
+# What runs on ghost_apply_pipelined where GHOST_OPS_CUDA_PIPELINE is 1. On "tiny sm_90": bands with
+# halo rows, a ragged last one, and several tiles a block; whole images, of which the last tile has
+# fewer; ghosts that are cut off; one channel block of several groups.
+BULK = {"layout": "nhwc", "dtype": HALF, "act1": "relu", "act2": "none"}
+PIPELINED: dict[str, Case] = {
+    "bands": Case(3, 16, 33, 45, 48, **BULK),
+    "bands d5": Case(2, 24, 31, 50, 24, d=5, **BULK),
+    "images": Case(37, 40, 7, 7, 40, **BULK),
+    "odd images": Case(21, 8, 5, 9, 24, **{**BULK, "dtype": BF16}),
+    "cut": Case(9, 64, 9, 6, 40, ratio=3, **BULK),
+    "ratio 4": Case(
+        4, 16, 11, 3, 32, ratio=4, d=5, **{**BULK, "act1": "silu", "act2": "hardswish"}
+    ),
+    "wide": Case(5, 80, 14, 14, 200, **{**BULK, "act2": "relu"}),
+    "deep": Case(3, 200, 14, 14, 80, **{**BULK, "act1": "leaky_relu", "act2": "relu6"}),
+    "two pixels": Case(70, 8, 1, 2, 16, **BULK),
+    "column": Case(3, 16, 130, 1, 16, **BULK),
+}
+
+
+def check_pipelined(world: World, case: Case, library: Any) -> None:
+    """Prints the kernel that ran and a digest of its output."""
+    got = check_eval(world, case)
+    bits = got.view(torch.int16).contiguous(memory_format=torch.channels_last)
+    digest = hashlib.sha256(bits.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest()
+    print("digest", library.last_kernel(), digest)
 
 
 # What needs emulator.SMALL_BLOCKS to be of interest.
@@ -148,7 +181,10 @@ def run(world: World, library: Any, names: Sequence[str], schedules: dict[str, i
         for name in names:
             try:
                 torch.manual_seed(0)
-                (SMALL | SHORT_OF_MEMORY)[name](world)
+                if name in PIPELINED:
+                    check_pipelined(world, PIPELINED[name], library)
+                else:
+                    (SMALL | SHORT_OF_MEMORY)[name](world)
             except (AssertionError, RuntimeError) as error:
                 failed += 1
                 print(f"{name} ({schedule}): {str(error).strip().splitlines()[0]}", flush=True)
@@ -167,8 +203,21 @@ def run_library(path: Path, names: Sequence[str], schedules: Sequence[str], devi
     return run(World(torch.ops.ghost_emu, "cpu"), library, names, bits)
 
 
+def results_of(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Jobs with what ``run_jobs`` adds to them, by name."""
+    import emulator
+
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    environment = {**os.environ, "PYTHONPATH": str(emulator.ROOT)}
+    command = [sys.executable, __file__, "--jobs", str(file)]
+    subprocess.run(command, env=environment, check=True)
+    return {job["name"]: job for job in json.loads(file.read_text())}
+
+
 def run_jobs(file: Path) -> None:
-    """Each job in a fork of this process, which has done the slow imports. Writes the results into
+    """Each job, with its environment, in a fork of this process, which has done the slow imports.
+    Writes the results into
     the same file: exit status (negative: the signal that ended it) and output."""
     jobs = json.loads(file.read_text())
     with poisoned_memory():
@@ -177,6 +226,7 @@ def run_jobs(file: Path) -> None:
         out = file.with_suffix(".out")
         child = os.fork()
         if child == 0:
+            os.environ.update(job["environment"])
             signal.alarm(120)  # a mistake may make a kernel run for ever
             with out.open("w") as stream:
                 os.dup2(stream.fileno(), 1)

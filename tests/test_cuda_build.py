@@ -246,6 +246,20 @@ def test_layer_kernels_load_wide(dtype: str) -> None:
     assert instructions()["ghost_squeeze_excite_gate_kernel", dtype]["LDG.E.128"] > 0
 
 
+def test_the_pipelined_kernel_copies_in_bulk() -> None:
+    """Its code for sm_90 does, and nothing is left of it in the code for sm_80."""
+    symbols = {u.symbol for u in usages() if u.name == "ghost_apply_pipelined_kernel"}
+    assert (
+        len(symbols) == 8
+    )  # two dtypes, two sizes of the depthwise kernel, all activations or two
+    for symbol in symbols:
+        code = cuobjdump("-sass", "-arch", "sm_90", "-fun", symbol)
+        for instruction in ("UBLKCP.S.G", "UBLKCP.G.S", "SYNCS.PHASECHK", "HMMA.16816.F32"):
+            assert instruction in code, symbol
+        assert "LDG.E.128" not in code
+    assert all(u.registers < 16 for u in usages() if u.arch == "sm_80" and u.symbol in symbols)
+
+
 def test_float64_and_reductions_use_no_atomics() -> None:
     for key, found in instructions().items():
         atomics = [n for n in found if n.startswith(("ATOM", "RED."))]

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import emulator
 import pytest
+from cuda_driver import results_of
 
 NHWC = ("cuda/instances/forward_half_nhwc.cu",)
 STAGED = ("cuda/instances/forward_tf32_nhwc.cu",)
@@ -29,6 +26,7 @@ PRIMARY = ("cuda/instances/backward_half.cu",)
 SUMS = ("cuda/instances/backward_sums_half.cu",)
 PLAN = ("core/cuda_plan.cpp",)
 LAYERS = ("cuda/instances/layers_half.cu",)
+PIPELINED = ("cuda/instances/pipelined_half_sm90.cu",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Mutant:
         schedules: under which to run them.
         device: what the emulator poses as.
         count: how often ``old`` occurs; all are replaced.
+        pipeline: the checks run with GHOST_OPS_CUDA_PIPELINE=1.
     """
 
     name: str
@@ -54,6 +53,11 @@ class Mutant:
     schedules: Sequence[str] = ("plain", "greedy-eager", "reversed")
     device: str = "sm_90"
     count: int = 1
+    pipeline: bool = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"GHOST_OPS_CUDA_PIPELINE": str(int(self.pipeline))}
 
     @property
     def quick(self) -> bool:
@@ -74,8 +78,50 @@ QUICK = (
     "pixels too many overwrite others", "weights read before they are there",
     "ring read before its stage has landed",
     "gate of another image", "row of taps one off", "hidden values without a barrier",
+    "load not waited for", "no fence before the bulk store", "output stage used again too early",
+    "one stage of x too few",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
 )  # fmt: skip
+
+
+def pipelined(
+    name: str, old: str, new: str, cases: Sequence[str] = ("bands", "images"), **changes: Any
+) -> Mutant:
+    """A mistake in ghost_apply_pipelined, where blocks take several tiles."""
+    where = {"file": "cuda/apply_pipelined.cuh", "compile": PIPELINED, **changes}
+    return Mutant(name, old=old, new=new, cases=cases, device="tiny sm_90", pipeline=True, **where)
+
+
+LOAD_WAIT = "prim::mbarrier_wait(full + stage, uint32_t(parity));"
+READ_WAIT = "if (leader) prim::bulk_wait_read<0>();  // the other"
+PIPELINED_MUTANTS = [
+    pipelined("load not waited for", LOAD_WAIT, ""),
+    pipelined("load waited for by one warp", LOAD_WAIT, f"if (prim::warp() == 0) {LOAD_WAIT}"),
+    pipelined("wrong parity", "parity ^= 1;", "parity = 0;"),
+    pipelined(
+        "no fence before the bulk store", f"prim::fence_async();\n    {READ_WAIT}", READ_WAIT
+    ),
+    pipelined("no fence after the barriers", "prim::fence_async();\n    for", "for"),
+    pipelined("output stage used again too early", READ_WAIT, "// the other"),
+    pipelined("one stage of x too few", "++stage == plan.stages", "++stage == plan.stages - 1"),
+    pipelined("one output stage", "half ^= 1;", ""),
+    pipelined("x loaded where it is read", f"{SYNC}\n    if (leader) load", "if (leader) load"),
+    pipelined("bulk store of unfinished results", f"the barrier\n    {SYNC}", "the barrier"),
+    pipelined("bulk store too short", "channels) * 2);", "channels) * 2 - 16);"),
+    pipelined("bulk load too short", "(p.c) * 2;\n    prim", "(p.c) * 2 - 16;\n    prim"),
+    pipelined("bulk load too long", "(full + stage, bytes)", "(full + stage, bytes - 16)"),
+    pipelined("rows outside the image", "+ t.halo > p.h)", "+ t.halo > p.h + 99)"),
+    pipelined("carried rows overwritten", f"own, out);\n        {SYNC}", "own, out);"),
+    pipelined("carried rows not stored", "if (r < 0 || r >=", "if (r <= 0 || r >="),
+    pipelined("image of a pixel", "row / p.h * t.pitch", "row / p.h"),
+    pipelined("past the last channel", "exists ? from : shared + kPipelinedZerosAt", "from"),
+    pipelined(
+        "shared memory of half a plan", "t.smem_bytes = int32_t(at);",
+        "t.smem_bytes = int32_t(at / 2);", file="core/cuda_plan_pipelined.cpp",
+        compile=("core/cuda_plan_pipelined.cpp",),
+    ),
+]  # fmt: skip
+
 MUTANTS = [
     Mutant(
         "no barrier after the copies", PRODUCT,
@@ -316,6 +362,7 @@ MUTANTS = [
         "y_position(t, tile, 0, h, 0)", NHWC, ("pooled",), schedules=("plain",),
         device="tiny sm_86",
     ),
+    *PIPELINED_MUTANTS,
     Mutant(
         "half of a derivative", "cuda/epilogue.cuh", "* (A(1) - s))", ")", SUMS, TRAIN,
         schedules=("plain",),
@@ -354,23 +401,21 @@ def build_and_run(mutants: Sequence[Mutant], folder: Path) -> dict[str, dict[str
         {
             "name": mutant.name, "library": str(path), "cases": mutant.cases,
             "schedules": mutant.schedules, "device": mutant.device,
+            "environment": mutant.environment,
         }
         for mutant, path in zip(mutants, libraries, strict=True)
     ]  # fmt: skip
-    for device in sorted({mutant.device for mutant in mutants}):
-        cases = sorted({case for m in mutants if m.device == device for case in m.cases})
+    for device, pipeline in sorted({(m.device, m.pipeline) for m in mutants}):
+        alike = [m for m in mutants if (m.device, m.pipeline) == (device, pipeline)]
         jobs.append(
             {
-                "name": f"good {device}", "library": str(good), "cases": cases,
+                "name": f"good {device} {pipeline}", "library": str(good),
+                "cases": sorted({case for m in alike for case in m.cases}),
                 "schedules": ["plain", "greedy-eager", "reversed"], "device": device,
+                "environment": alike[0].environment,
             }
         )  # fmt: skip
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    environment = {**os.environ, "PYTHONPATH": str(emulator.ROOT)}
-    driver = emulator.HERE.parent / "cuda_driver.py"
-    subprocess.run([sys.executable, str(driver), "--jobs", str(file)], env=environment, check=True)
-    return {job["name"]: job for job in json.loads(file.read_text())}
+    return results_of(jobs, folder)
 
 
 def verify(mutants: Sequence[Mutant], folder: Path) -> None:

@@ -62,6 +62,12 @@ cudaError_t with_policy(const ForwardArgs& args, F&& f) {
 }  // namespace
 
 cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream) {
+  if (args.pipelined.base.blocks > 0) {
+    const cudaError_t status = args.problem.dtype == DType::kFloat16
+                                   ? launch_pipelined_half(args, stream)
+                                   : launch_pipelined_bfloat16(args, stream);
+    if (status != cudaErrorNotSupported) return status;
+  }
   return with_policy(args, [&](auto policy, auto kernels) {
     using T = typename decltype(policy)::T;
     ApplyParams<T> params;

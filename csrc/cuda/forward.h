@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/cuda_plan.h"
+#include "core/cuda_plan_pipelined.h"
 #include "core/problem.h"
 #include "cuda/params.h"
 
@@ -33,6 +34,7 @@ struct NormArgs {
 struct ForwardArgs {
   Problem problem;
   CudaPlan plan;                  // of the kernel that is launched
+  PipelinedPlan pipelined;        // of ghost_apply_pipelined, which is tried first if it has blocks
   const void* x = nullptr;        // [N, C, H, W] dense in problem.layout; u if w1 is null
   const void* w1 = nullptr;       // [m, C]
   const void* in_gate = nullptr;  // [N, C] of x's dtype, multiplied to x, or null
@@ -47,6 +49,9 @@ struct ForwardArgs {
 };
 
 cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream);
+// cudaErrorNotSupported: launch_ghost_apply takes the other kernel.
+cudaError_t launch_pipelined_half(const ForwardArgs& args, cudaStream_t stream);
+cudaError_t launch_pipelined_bfloat16(const ForwardArgs& args, cudaStream_t stream);
 cudaError_t launch_ghost_cheap_stats(const ForwardArgs& args, cudaStream_t stream);
 cudaError_t launch_ghost_primary_stats(const ForwardArgs& args, cudaStream_t stream);
 

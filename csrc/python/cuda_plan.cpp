@@ -4,6 +4,7 @@
 #include "core/cuda_plan.h"
 #include "core/cuda_plan_backward.h"
 #include "core/cuda_plan_layers.h"
+#include "core/cuda_plan_pipelined.h"
 #include "core/plan.h"
 
 namespace py = pybind11;
@@ -48,6 +49,13 @@ py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32
   const ghost::CudaArch arch = ghost::cuda_arch(sm);
   py::list passes;
   const auto add = [&](const char* name, const ghost::Problem& p, CudaKernel kernel) {
+    if (kernel == CudaKernel::kApply) {
+      const ghost::PipelinedPlan pipelined = ghost::choose_pipelined(p, arch);
+      if (pipelined.base.blocks > 0) {
+        passes.append(describe("ghost_apply_pipelined", pipelined.base));
+        return;
+      }
+    }
     passes.append(describe(name, ghost::plan_cuda(p, kernel, arch, allow_tf32)));
   };
   if (!training) {

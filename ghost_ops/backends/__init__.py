@@ -29,6 +29,7 @@ BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, tr
 
 _requested: str = _env.BACKEND.get()
 _env.CPU_ISA.get()  # a wrong value is an error at import, not at the first call
+_env.CUDA_PIPELINE.get()  # read by the libraries, which take any other value than 1 for 0
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
 _announced: set[str] = set()

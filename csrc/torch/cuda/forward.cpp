@@ -142,6 +142,7 @@ Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packe
   if (p.batch * H * W == 0) return out;
   args.in_gate = in_gate ? in_factor.const_data_ptr() : nullptr;
   args.plan = plan_cuda(p, CudaKernel::kApply, scope.arch(), allow_tf32(p));
+  args.pipelined = choose_pipelined(p, scope.arch());
   args.x = x.const_data_ptr();
   args.residual = residual ? res.const_data_ptr() : nullptr;
   args.gate = gate ? factor.const_data_ptr() : nullptr;
@@ -348,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   args.norm2 = norm2;
   args.problem = training.apply;
   args.plan = plan_cuda(args.problem, CudaKernel::kApply, scope.arch(), allow_tf32(p));
+  args.pipelined = choose_pipelined(args.problem, scope.arch());
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_train_forward");
   return {out, mean1, var1, mean2, var2, u};

@@ -1,0 +1,30 @@
+// The tiles of ghost_apply_pipelined: x and out pass through shared memory in bulk copies, one each
+// a tile. For sm_90 and later, 16-bit types in NHWC; off unless GHOST_OPS_CUDA_PIPELINE=1.
+#pragma once
+
+#include "core/cuda_plan.h"
+
+namespace ghost {
+
+// base.tile: one block of channels; tiles are whole images or bands of rows across the full width,
+// so that the pixels that a tile reads, and those that it writes, follow each other in memory.
+struct PipelinedPlan {
+  CudaPlan base;            // blocks 0: the problem is not for this kernel
+  int32_t stages = 0;       // of x, filled ahead
+  int32_t pixel_swap = 0;   // lanes read pixels with bits 0 and pixel_swap of the number exchanged
+  int32_t pair_stride = 0;  // pairs of values from two channels of the y tile to the next two
+  int32_t positions_at = 0, x_at = 0, out_at = 0;  // offsets in shared memory
+  int32_t x_stage = 0, out_stage = 0;              // bytes of one stage; out has two
+};
+
+inline constexpr int kPipelinedMostStages = 3;
+inline constexpr int kPipelinedPixels = 32;    // of a warp's share of the product
+inline constexpr int kPipelinedChannels = 32;  // intrinsic
+inline constexpr int kPipelinedZerosAt = 32;   // 16 bytes of zeros, behind the mbarriers
+
+// The plan if the problem and the architecture allow one.
+PipelinedPlan plan_pipelined(const Problem& p, const CudaArch& arch);
+// The same if GHOST_OPS_CUDA_PIPELINE, read once, is 1.
+PipelinedPlan choose_pipelined(const Problem& p, const CudaArch& arch);
+
+}  // namespace ghost
