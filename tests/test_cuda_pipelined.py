@@ -13,6 +13,7 @@ from pathlib import Path
 
 import emulator
 import pytest
+import torch
 from conftest import native_module
 from cuda_driver import PIPELINED, results_of
 
@@ -58,6 +59,22 @@ def test_the_bits_of_ghost_apply(outputs: dict[str, list[tuple[str, str]]], devi
         assert ("pipelined" in kernel) == (device != "sm_80"), name
         assert "pipelined" not in other, name
         assert digest == want, name
+
+
+@pytest.mark.gpu
+def test_the_bits_of_ghost_apply_on_a_gpu() -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the device is older than sm_90")
+    driver, found = Path(__file__).with_name("cuda_driver.py"), []
+    for value in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, str(driver), "--gpu", "--cases", *PIPELINED, *OTHERS],
+            env={**os.environ, VARIABLE: value}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(digests(done.stdout))
+    assert len(found[0]) == len(PIPELINED)
+    assert found[0] == found[1]
 
 
 EXPLAIN = """
