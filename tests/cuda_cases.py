@@ -326,9 +326,14 @@ def check_train(
     grad_style: str = "dense",
     use_tf32: bool = False,
     rms: bool = False,
+    shift: int = 0,
 ) -> dict[str, Tensor]:
-    """``ghost_train_forward`` (frozen: none) and ``ghost_backward`` against the oracle."""
+    """``ghost_train_forward`` (frozen: none) and ``ghost_backward`` against the oracle. x begins
+    ``shift`` elements into its memory."""
     o = operands(case, has_primary, smooth=batch_stats)
+    if shift:
+        memory = torch.empty(o.x.numel() + shift, dtype=o.x.dtype)[shift:]
+        o.x = memory.as_strided(o.x.size(), o.x.stride()).copy_(o.x)
     case, dtype = o.case, tolerance_dtype(o.case, use_tf32)
     reference = o.p.to(torch.float64)
     with torch.no_grad():

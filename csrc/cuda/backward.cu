@@ -46,7 +46,7 @@ class BackwardLaunch {
     if (plan_.runs_sums)
       if (const cudaError_t status = sums<Sums>(); status != cudaSuccess) return status;
     if (const cudaError_t status = grads(); status != cudaSuccess) return status;
-    if (plan_.primary.dx_blocks > 0 || plan_.primary.dw1_splits > 0)
+    if (plan_.primary.blocks() > 0)
       if (const cudaError_t status = primary<Products>(); status != cudaSuccess) return status;
     return finish();
   }
@@ -209,6 +209,8 @@ class BackwardLaunch {
     q.dx_bytes = copy_bytes<T>(args_.dx, run);
     q.w1_bytes = copy_bytes<T>(args_.w1, p_.channels);
     q.plan = plan_.primary;
+    if constexpr (sizeof(T) == 2)
+      if (q.plan.du.workers > 0) return Products::du(q, stream_);
     return Products::primary(q, stream_);
   }
 
@@ -250,7 +252,7 @@ cudaError_t launch(const BackwardArgs& args, cudaStream_t stream) {
 cudaError_t launch_ghost_backward(const BackwardArgs& args, cudaStream_t stream) {
   const Problem& p = args.problem;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (p.batch * p.out_pixels() > kMost - kProductRows) return cudaErrorInvalidValue;
+  if (p.batch * p.out_pixels() > kMost - kMostDuPixels) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat16:
       return launch<HalfPolicy>(args, stream);

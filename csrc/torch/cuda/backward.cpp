@@ -87,8 +87,9 @@ Gradients ghost_backward(const Tensor& grad_out, const Tensor& x, const Optional
   args.dgamma2 = dgamma2.mutable_data_ptr();
   args.dbeta2 = dbeta2.mutable_data_ptr();
   const void* const given_u = p.has_primary ? args.u : args.x;
-  args.plan = plan_cuda_backward(p, scope.arch(), allow_tf32(p), given_u != nullptr,
-                                 cuda::is_pixel_rows(p, given_u), need_dx, need_dw1);
+  args.plan = plan_cuda_backward(
+      p, scope.arch(), allow_tf32(p), given_u != nullptr, cuda::is_pixel_rows(p, given_u),
+      cuda::has_wide_rows(p, args.x) && cuda::has_wide_rows(p, args.w1), need_dx, need_dw1);
   const Tensor scratch = empty_like_device(x, {args.plan.scratch_bytes + 256}, ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
   args.scratch = reinterpret_cast<void*>((address + 255) / 256 * 256);
