@@ -26,6 +26,7 @@ STAGED = ("cuda/instances/forward_tf32_nhwc.cu",)
 NCHW = ("cuda/instances/forward_half_nchw.cu",)
 GRADS = ("cuda/instances/backward_half.cu",)
 PRIMARY = ("cuda/instances/backward_half.cu",)
+BOTH = ("cuda/instances/backward_du_half.cu",)
 SUMS = ("cuda/instances/backward_sums_half.cu",)
 PLAN = ("core/cuda_plan.cpp",)
 LAYERS = ("cuda/instances/layers_half.cu",)
@@ -69,12 +70,14 @@ EVAL_STAGED = ("eval staged", "eval staged deep")
 DEPTHWISE, GATE = "cuda/depthwise_conv.cuh", "cuda/squeeze_excite.cuh"
 RING = ("eval huge",)  # w1 does not fit into shared memory
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
+DU = "cuda/backward_du.cuh"
 QUICK = (
     "no barrier after the copies", "one wait too few", "halo off by one",
     "pixels too many overwrite others", "weights read before they are there",
     "ring read before its stage has landed",
     "gate of another image", "row of taps one off", "hidden values without a barrier",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
+    "no barrier between du and its products", "next tile over the one at work",
 )  # fmt: skip
 MUTANTS = [
     Mutant(
@@ -221,13 +224,64 @@ MUTANTS = [
     ),
     Mutant(
         "dw1 overwrites its operands", "cuda/backward_primary.cuh",
-        f"    {SYNC}\n    copy_x<T>(", "    copy_x<T>(", PRIMARY, ("train many",),
+        f"    {SYNC}\n    copy_x<T>(", "    copy_x<T>(", PRIMARY, ("train many nchw",),
         device="tiny sm_86",
     ),
     Mutant(
         "weights not waited for", "cuda/backward_primary.cuh",
         f"        prim::cp_async_wait<0>();\n        {SYNC}\n        for (int k = 0; k < depth",
         f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY, TRAIN,
+    ),
+    Mutant(
+        "tile not waited for", DU, f"    prim::cp_async_wait<0>();\n    {SYNC}", f"    {SYNC}",
+        BOTH, TRAIN,
+    ),
+    Mutant(
+        "tile read before others have copied theirs", DU,
+        f"    prim::cp_async_wait<0>();\n    {SYNC}", "    prim::cp_async_wait<0>();", BOTH,
+        ("train many",), device="tiny sm_86",
+    ),
+    Mutant(
+        "next tile over the one at work", DU, "DuStage<T>(p, shared, stage ^ 1)",
+        "DuStage<T>(p, shared, stage)", BOTH, ("train many",), device="tiny sm_86",
+    ),
+    Mutant(
+        "the same stage for all tiles", DU, "stage ^= 1", "stage ^= 0", BOTH, ("train many",),
+        schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "no barrier between du and its products", DU,
+        f"    {SYNC}\n    if (p.dx != nullptr)", "    if (p.dx != nullptr)", BOTH,
+        (*TRAIN, "train slices"),
+    ),
+    Mutant(
+        "sums of dw1 over a tile in use", DU,
+        f"    {SYNC}\n#pragma unroll\n    for (int i = 0; i < kCount",
+        "#pragma unroll\n    for (int i = 0; i < kCount", BOTH, ("train many", *TRAIN),
+    ),
+    Mutant(
+        "sums of dw1 read before they are there", DU, f"    {SYNC}\n    if (tid >= kGroup) return;",
+        "    if (tid >= kGroup) return;", BOTH, TRAIN,
+    ),
+    Mutant(
+        "dw1 of one group of warps", DU, "k < Grid::kWarpsK; ++k", "k < 1; ++k", BOTH, TRAIN,
+        schedules=("plain",),
+    ),
+    Mutant(
+        "dx of another lane", DU, "(t & bit) ? low : high", "(t & bit) ? high : low", BOTH, TRAIN,
+        schedules=("plain",),
+    ),
+    Mutant(
+        "w1 of another slice", DU, "copy_rows(static_cast<const T*>(p.w1) + c0,",
+        "copy_rows(static_cast<const T*>(p.w1),", BOTH, ("train slices",), schedules=("plain",),
+    ),
+    Mutant(
+        "mean gradient left out", DU, "-(mean_grad + mean * hat) * scale", "-mean * hat * scale",
+        BOTH, TRAIN, schedules=("plain",),
+    ),
+    Mutant(
+        "u of other columns", DU, "w1 + col * Unit::kCols * s.x_ld", "w1", BOTH, ("train columns",),
+        schedules=("plain",),
     ),
     Mutant(
         "sums without a barrier", "cuda/backward_sums.cuh",
