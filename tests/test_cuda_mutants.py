@@ -276,6 +276,19 @@ MUTANTS = [
         "copy_rows(static_cast<const T*>(p.w1),", BOTH, ("train slices",), schedules=("plain",),
     ),
     Mutant(
+        "rows past the last pixel not zeroed", DU, "for (; r < rows;", "for (; r < there;", BOTH,
+        ("train many",), schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "padding of rows not cleared", DU, "i < p.plan.smem_bytes;", "i < 0;", BOTH, TRAIN,
+        schedules=("plain",),
+    ),
+    Mutant(
+        "padding cleared after the copies", DU,
+        f"uint4{{0, 0, 0, 0}});\n  {SYNC}\n  copy_rows", "uint4{0, 0, 0, 0});\n  copy_rows", BOTH,
+        (*TRAIN, "train many"),
+    ),
+    Mutant(
         "mean gradient left out", DU, "-(mean_grad + mean * hat) * scale", "-mean * hat * scale",
         BOTH, TRAIN, schedules=("plain",),
     ),

@@ -40,22 +40,23 @@ __device__ __forceinline__ void load_du_coefficients(const PrimaryParams& p, int
 }
 
 // Rows [first, first + rows) of a pixel-major map to shared memory [row][ld], in the background;
-// zeros past the last pixel and the `valid` channels. The vectors of a row belong to 1 << shift
-// neighbouring threads.
+// zeros past the last pixel. What lies past the `valid` channels stays. The vectors of a row belong
+// to 1 << shift neighbouring threads.
 template <class T>
 __device__ __forceinline__ void copy_rows(const T* map, int64_t pitch, int pixels, int first,
-                                          int rows, int valid, int padded, int shift, T* shared,
-                                          int ld) {
+                                          int rows, int valid, int shift, T* shared, int ld) {
   const int tid = static_cast<int>(threadIdx.x);
-  const int c = (tid & ((1 << shift) - 1)) * kVector<T>;
-  if (c >= padded) return;
-  const int step = kThreads >> shift;
-  const T* from = map + (first + (tid >> shift)) * pitch + c;
+  const int c = (tid & ((1 << shift) - 1)) * kVector<T>, step = kThreads >> shift;
+  if (c >= valid) return;
+  const int there = min_of(rows, pixels - first);
+  int r = tid >> shift;
+  const T* from = map + (first + r) * pitch + c;
+  T* to = shared + r * ld + c;
 #pragma unroll 4
-  for (int r = tid >> shift; r < rows; r += step, from += step * pitch) {
-    const bool wanted = first + r < pixels && c < valid;
-    prim::cp_async<16>(shared + r * ld + c, wanted ? from : map, wanted);
-  }
+  for (; r < there; r += step, from += step * pitch, to += step * ld)
+    prim::cp_async<16>(to, from, true);
+#pragma unroll 1
+  for (; r < rows; r += step, to += step * ld) prim::store<uint4>(to, uint4{0, 0, 0, 0});
 }
 
 // A tile's place in shared memory.
@@ -77,14 +78,22 @@ __device__ __forceinline__ void copy_du_tile(const PrimaryParams& p, int first, 
                                              const DuStage<T>& to) {
   const DuTile& t = p.plan.du;
   copy_rows(static_cast<const T*>(p.da1), p.da1_pitch, p.pixels, first, t.pixels,
-            static_cast<int>(p.da1_pitch), t.padded_m, t.m_shift, to.du, to.du_ld);
+            static_cast<int>(p.da1_pitch), t.m_shift, to.du, to.du_ld);
   if (t.makes_u || p.plan.dw1_splits > 0)
     copy_rows(static_cast<const T*>(p.x) + c0, p.channels, p.pixels, first, t.pixels, cols,
-              t.padded_c, t.c_shift, to.x, to.x_ld);
+              t.c_shift, to.x, to.x_ld);
   if (p.batch_stats && !t.makes_u)
     copy_rows(static_cast<const T*>(p.u), p.u_pitch, p.pixels, first, t.pixels,
-              static_cast<int>(p.u_pitch), t.padded_m, t.m_shift, to.u, to.du_ld);
+              static_cast<int>(p.u_pitch), t.m_shift, to.u, to.du_ld);
   prim::cp_async_commit();
+}
+
+__device__ __forceinline__ void load_four(const float* p, float (&v)[4]) {
+  const float4 raw = prim::load<float4>(p);
+  v[0] = raw.x;
+  v[1] = raw.y;
+  v[2] = raw.z;
+  v[3] = raw.w;
 }
 
 // du in the place of da1, a vector of channels a thread, with u from shared memory. Past the last
@@ -103,12 +112,22 @@ __device__ __forceinline__ void du_from_u(const PrimaryParams& p, const DuStage<
     unpack<T>(prim::load<uint4>(at), g);
     if (p.batch_stats) unpack<T>(prim::load<uint4>(s.u + r * s.du_ld + k), u);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e)
-      g[e] = prim::fma(g[e], coefficients[kDuGrad * padded + k + e],
-                       prim::fma(u[e], coefficients[kDuU * padded + k + e],
-                                 coefficients[kDuConst * padded + k + e]));
+    for (int e = 0; e < kVector<T>; e += 4) {
+      float a[4], b[4], c[4];
+      load_four(coefficients + kDuGrad * padded + k + e, a);
+      load_four(coefficients + kDuU * padded + k + e, b);
+      load_four(coefficients + kDuConst * padded + k + e, c);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        g[e + i] = prim::fma(g[e + i], a[i], prim::fma(u[e + i], b[i], c[i]));
+    }
     prim::store<uint4>(at, pack<T>(g));
   }
+}
+
+// The warp's number, as one lane has it: code that depends on it does not diverge.
+__device__ __forceinline__ int uniform_warp() {
+  return prim::shuffle(static_cast<int>(prim::warp()), 0);
 }
 
 // f(row, col) for each of this warp's units, of pixels from Unit::kRows * row and of columns from
@@ -116,7 +135,7 @@ __device__ __forceinline__ void du_from_u(const PrimaryParams& p, const DuStage<
 template <class Unit, class F>
 __device__ __forceinline__ void for_units(int pixels, int cols, const F& f) {
   const int rows = pixels / Unit::kRows, all = (cols + Unit::kCols - 1) / Unit::kCols;
-  int row = static_cast<int>(prim::warp()), col = 0;
+  int row = uniform_warp(), col = 0;
   while (true) {
     for (; row >= rows; row -= rows) ++col;
     if (col >= all) return;
@@ -126,14 +145,23 @@ __device__ __forceinline__ void for_units(int pixels, int cols, const F& f) {
 }
 
 // acc = one unit: a, b at the unit's first row and column, `depth` summed, a multiple of 16.
+template <class P, class Unit, bool kBTrans, int kPairs>
+__device__ __forceinline__ void sum_unit(const typename P::T* a, int lda, const typename P::T* b,
+                                         int ldb, int depth,
+                                         float (&acc)[Unit::kTilesM][Unit::kTilesN][4]) {
+  MmaStep<P, Unit, false, kBTrans> step(a, lda, b, ldb);
+#pragma unroll 1
+  for (int k = 0; k < depth; k += P::kStep, step.advance(P::kStep, P::kStep * (kBTrans ? ldb : 1)))
+    step.run(acc, Unit::kTilesM, kPairs);
+}
 template <class P, class Unit, bool kBTrans>
 __device__ __forceinline__ void unit_product(const typename P::T* a, int lda,
                                              const typename P::T* b, int ldb, int depth, int pairs,
                                              float (&acc)[Unit::kTilesM][Unit::kTilesN][4]) {
-  MmaStep<P, Unit, false, kBTrans> step(a, lda, b, ldb);
-#pragma unroll 1
-  for (int k = 0; k < depth; k += P::kStep, step.advance(P::kStep, P::kStep * (kBTrans ? ldb : 1)))
-    step.run(acc, Unit::kTilesM, pairs);
+  if (pairs == 2)
+    sum_unit<P, Unit, kBTrans, 2>(a, lda, b, ldb, depth, acc);
+  else
+    sum_unit<P, Unit, kBTrans, 1>(a, lda, b, ldb, depth, acc);
 }
 
 // du in the place of da1, with u = x w1^T.
@@ -262,13 +290,18 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   T* const w1 = reinterpret_cast<T*>(shared);  // [padded_m][padded_c + 8]
   float* const coefficients = reinterpret_cast<float*>(shared + t.coefficients_at);
 
+  // The padding of all rows is zero, and stays so.
+  for (int i = static_cast<int>(threadIdx.x) * 16; i < p.plan.smem_bytes; i += kThreads * 16)
+    prim::store<uint4>(shared + i, uint4{0, 0, 0, 0});
+  prim::sync_threads();
   copy_rows(static_cast<const T*>(p.w1) + c0, p.channels, p.intrinsic, 0, t.padded_m, cols,
-            t.padded_c, t.c_shift, w1, t.padded_c + 8);
+            t.c_shift, w1, t.padded_c + 8);
   copy_du_tile<T>(p, worker * t.pixels, c0, cols, DuStage<T>(p, shared, 0));
   load_du_coefficients<float>(p, t.padded_m, coefficients,
                               reinterpret_cast<float*>(shared + t.combine_at));
 
-  const int active_m = Grid::active_m(p.intrinsic), active_n = Grid::active_n(cols);
+  const int active_m = prim::shuffle(Grid::active_m(p.intrinsic), 0);
+  const int active_n = prim::shuffle(Grid::active_n(cols), 0);
   float acc[Grid::kTilesM][Grid::kTilesN][4] = {};
   int stage = 0;
   for (int tile = worker; tile < t.tiles; tile += t.workers, stage ^= 1) {
@@ -285,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
     if (p.dx != nullptr) make_dx<P, Unit>(p, tile * t.pixels, c0, cols, s, w1);
     if (p.plan.dw1_splits == 0) continue;
     constexpr int kStep = Grid::kWarpsK * P::kStep;
-    const int k0 = Grid::warp_k() * P::kStep;
+    const int k0 = prim::shuffle(Grid::warp_k(), 0) * P::kStep;
     MmaStep<P, Grid, true, true> step(s.du + k0 * s.du_ld, s.du_ld, s.x + k0 * s.x_ld, s.x_ld);
 #pragma unroll 1
     for (int k = k0; k < t.pixels; k += kStep, step.advance(kStep * s.du_ld, kStep * s.x_ld))
