@@ -70,7 +70,7 @@ EVAL_STAGED = ("eval staged", "eval staged deep")
 DEPTHWISE, GATE = "cuda/depthwise_conv.cuh", "cuda/squeeze_excite.cuh"
 RING = ("eval huge",)  # w1 does not fit into shared memory
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
-DU = "cuda/backward_du.cuh"
+DU, CHEAP = "cuda/backward_du.cuh", "cuda/backward_cheap.cuh"
 QUICK = (
     "no barrier after the copies", "one wait too few", "halo off by one",
     "pixels too many overwrite others", "weights read before they are there",
@@ -231,6 +231,20 @@ MUTANTS = [
         "weights not waited for", "cuda/backward_primary.cuh",
         f"        prim::cp_async_wait<0>();\n        {SYNC}\n        for (int k = 0; k < depth",
         f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY, TRAIN,
+    ),
+    Mutant(
+        "coefficients of dv without a barrier", "cuda/backward_grads.cuh",
+        f"= -scale * hat;\n  }}\n  {SYNC}", "= -scale * hat;\n  }",
+        ("cuda/instances/backward_float64.cu",), ("many ghosts",), device="58 KiB",
+    ),
+    Mutant(
+        "pixels past the image", CHEAP, "min_of(p.width - w, pixels)", "pixels", GRADS,
+        TRAIN, schedules=("plain",),
+    ),
+    Mutant(
+        "copies in one row", CHEAP, "      at.col -= window.cols;\n      ++at.row;",
+        "      at.col -= window.cols;", GRADS, ("train many",), schedules=("plain",),
+        device="tiny sm_86",
     ),
     Mutant(
         "tile not waited for", DU, f"    prim::cp_async_wait<0>();\n    {SYNC}", f"    {SYNC}",
