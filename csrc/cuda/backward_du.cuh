@@ -12,9 +12,9 @@
 // workers-th tile of pixels. Blocks that differ in the slice alone are neighbours: they read the
 // same da1 and u at the same time, once from memory and then from L2. w1 stays in shared memory. A
 // stage holds a tile's da1 (du in its place), u and x, [pixel][channel]; while one is worked on,
-// the next tile arrives in the other. A warp takes units of 16 pixels x 32 columns of u and dx, and
-// owns its part of dw1 (TileGrid) over all tiles. Binding resource: memory traffic: da1, x and dx
-// pass once.
+// the next tile arrives in the other. A warp takes units (Unit) of 16 or 32 pixels x 32 columns of
+// u and dx, and owns its part of dw1 (Grid) over all tiles. Binding resource: memory traffic: da1,
+// x and dx pass once.
 #pragma once
 
 #include "cuda/backward_primary.cuh"
