@@ -230,7 +230,8 @@ MUTANTS = [
     Mutant(
         "weights not waited for", "cuda/backward_primary.cuh",
         f"        prim::cp_async_wait<0>();\n        {SYNC}\n        for (int k = 0; k < depth",
-        f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY, TRAIN,
+        f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY,
+        ("train many nchw",),
     ),
     Mutant(
         "coefficients of dv without a barrier", "cuda/backward_grads.cuh",
