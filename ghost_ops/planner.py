@@ -236,6 +236,10 @@ class CudaBackward:
             da1): intrinsic channels of a block, pixels of a tile, and how many blocks share the
             tiles of a channel block.
         halo_rows, halo_cols: pixels around a tile where dv is recomputed.
+        du_workers, du_slices, du_channels, du_pixels: the third launch where one block makes dx and
+            dw1: how many blocks share the pixels of a slice of the channels of x, the slices, their
+            channels, and the pixels of a tile. No workers: dx and dw1 have blocks of their own.
+        makes_u: these blocks make u again from x instead of reading it.
         dx_blocks, dx_groups, dx_depth: the third launch: blocks for dx, independent parts of the
             channels of x, and intrinsic channels of du that stay in shared memory.
         dw1_blocks, dw1_splits, dw1_pixels: its blocks for dw1, the slices of the pixels among them,
@@ -257,6 +261,11 @@ class CudaBackward:
     tiles: int
     workers: int
     grads_smem_bytes: int
+    du_workers: int
+    du_slices: int
+    du_channels: int
+    du_pixels: int
+    makes_u: bool
     dx_blocks: int
     dx_groups: int
     dx_depth: int
@@ -281,15 +290,27 @@ class CudaBackward:
             f"{self.channels} intrinsic channels",
             f"  grid       {self.workers} x {self.channel_blocks} blocks for {self.tiles} tiles, "
             f"{self.grads_smem_bytes:,} bytes shared",
-            "ghost_backward_primary",
-            f"  dx         {self.dx_blocks} blocks, {self.dx_groups} parts of x's channels, "
-            f"{self.dx_depth} intrinsic channels at a time",
-            f"  dw1        {self.dw1_blocks} blocks, pixels in {self.dw1_splits} slices, "
-            f"{self.dw1_pixels} at a time",
+            *self._primary(),
             f"  memory     {self.primary_smem_bytes:,} bytes shared",
             f"scratch      {self.scratch_bytes:,} bytes",
         ]
         return "\n".join(lines)
+
+    def _primary(self) -> list[str]:
+        if self.du_workers:
+            return [
+                "ghost_backward_du",
+                f"  dx, dw1    {self.du_workers} x {self.du_slices} blocks, {self.du_pixels} "
+                f"pixels x {self.du_channels} channels at a time, "
+                f"u {'made again' if self.makes_u else 'read'}",
+            ]
+        return [
+            "ghost_backward_primary",
+            f"  dx         {self.dx_blocks} blocks, {self.dx_groups} parts of x's channels, "
+            f"{self.dx_depth} intrinsic channels at a time",
+            f"  dw1        {self.dw1_blocks} blocks, pixels in {self.dw1_splits} parts, "
+            f"{self.dw1_pixels} at a time",
+        ]
 
 
 @dataclass(frozen=True)

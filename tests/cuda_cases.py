@@ -171,10 +171,10 @@ def same_format(got: Tensor, x: Tensor) -> None:
         assert got.is_contiguous(memory_format=fmt), "memory format"
 
 
-def misaligned(x: Tensor) -> Tensor:
-    """The same numbers in the same format, one element behind the start of an allocation."""
-    memory = x.new_empty(x.numel() + 1)
-    return memory.as_strided(x.size(), x.stride(), 1).copy_(x)
+def misaligned(x: Tensor, shift: int = 1) -> Tensor:
+    """The same numbers in the same format, ``shift`` elements into an allocation."""
+    memory = x.new_empty(x.numel() + shift)
+    return memory.as_strided(x.size(), x.stride(), shift).copy_(x)
 
 
 def check_eval(
@@ -332,14 +332,14 @@ def check_train(
     grad_style: str = "dense",
     use_tf32: bool = False,
     rms: bool = False,
-    offset: bool = False,
+    shift: int = 0,
 ) -> dict[str, Tensor]:
-    """``ghost_train_forward`` (frozen: none) and ``ghost_backward`` against the oracle; offset: of
-    x and w1 that are ``misaligned``."""
+    """``ghost_train_forward`` (frozen: none) and ``ghost_backward`` against the oracle. x and w1
+    begin ``shift`` elements into their memory."""
     o = operands(case, has_primary, smooth=batch_stats)
-    if offset:
-        o.x = misaligned(o.x)
-        o.w1 = None if o.w1 is None else misaligned(o.w1)
+    if shift:
+        o.x = misaligned(o.x, shift)
+        o.w1 = None if o.w1 is None else misaligned(o.w1, shift)
     case, dtype = o.case, tolerance_dtype(o.case, use_tf32)
     reference = o.p.to(torch.float64)
     with torch.no_grad():

@@ -47,6 +47,7 @@ WIDE = Case(1, 40, 30, 34, 32, layout="nhwc", dtype=HALF, act1="silu", act2="sil
 DEEP = Case(2, 150, 7, 7, 60, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 HUGE = Case(1, 7300, 3, 3, 20, layout="nhwc", dtype=HALF)  # w1 does not fit into shared memory
 MANY = Case(30, 16, 14, 14, 24, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
+SLICES = Case(2, 272, 5, 4, 70, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 BANDS = Case(4, 16, 44, 60, 16, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
 LEAN = NHWC.replace(act1="relu", act2="relu")  # what Scope::kLean is for
 RATIO = Case(2, 16, 7, 7, 33, ratio=3, layout="nhwc", dtype=HALF, act1="silu", act2="silu")
@@ -133,6 +134,9 @@ SMALL: dict[str, Check] = {
     "train deep": lambda w: check_train(w, DEEP),
     "train wide": lambda w: check_train(w, WIDE),
     "train many": lambda w: check_train(w, MANY),
+    "train many nchw": lambda w: check_train(w, MANY.replace(n=12, layout="nchw")),
+    "train slices": lambda w: check_train(w, SLICES),
+    "train columns": lambda w: check_train(w, SLICES.replace(c=40, oup=130)),
     "train ratio": lambda w: check_train(w, RATIO),
     "train single": lambda w: check_train(w, SINGLE, grad_style="sliced"),
     "train double": lambda w: check_train(w, DOUBLE),

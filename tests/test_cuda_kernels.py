@@ -14,6 +14,7 @@ from typing import Any
 import emulator
 import pytest
 import torch
+from conftest import native_module
 from cuda_cases import (
     World,
     check_empty,
@@ -38,6 +39,8 @@ from helpers import (
     same_bits,
 )
 from torch import Tensor
+
+from ghost_ops import planner
 
 SCHEDULES = list(emulator.SCHEDULES.values())
 DEVICES = list(emulator.DEVICES.values())
@@ -176,7 +179,7 @@ def test_misaligned_views(world: World, layout: str, dtype: torch.dtype, has_pri
     x = misaligned(operands(case, has_primary).x)
     assert x.data_ptr() % 16
     check_eval(world, case, x=x, has_primary=has_primary)
-    check_train(world, case, has_primary=has_primary, offset=True)
+    check_train(world, case, has_primary=has_primary, shift=1)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +249,70 @@ def test_slopes_per_channel_belong_to_the_packed_parameters(world: World) -> Non
     forward = (o.x, o.w1, *bn1[:2], 1e-5, o.p.w2.detach(), *bn2[:2], 1e-5, 12, 1)
     with pytest.raises(RuntimeError, match="act1 must be a code from 0 to 7, got 8"):
         world.call("ghost_train_forward", *forward, 8, 0.0, 0, 0.0, False)
+
+
+# One block makes dx and dw1: intrinsic channels and channels of x around the accumulators of each
+# instance, several slices, several tiles a block, tiles that end inside a unit.
+HALF = {"layout": "nhwc", "dtype": torch.float16, "act1": "silu", "act2": "silu"}
+SHARED_DU = [
+    (Case(3, 8, 11, 13, 9, **HALF), "tiny sm_86", True),  # 32 x 32
+    (Case(9, 16, 14, 14, 24, **HALF), "tiny sm_86", True),
+    (Case(5, 40, 14, 13, 78, **HALF), "tiny sm_86", True),  # 64 x 64
+    (Case(5, 72, 14, 13, 36, **HALF), "tiny sm_86", True),  # 32 x 128
+    (Case(5, 128, 9, 13, 24, **HALF), "tiny sm_86", False),
+    (Case(3, 40, 9, 9, 205, **HALF), "tiny sm_86", True),  # 128 x 64
+    (Case(2, 104, 9, 7, 250, **HALF), "sm_80", True),  # 128 x 128
+    (Case(3, 200, 7, 9, 74, **HALF), "sm_80", False),  # 64 x 256
+    (Case(2, 56, 5, 9, 470, **HALF), "sm_80", True),  # 256 x 64
+    (Case(2, 72, 5, 9, 350, **HALF), "sm_90", False),  # in slices
+    (Case(3, 520, 5, 7, 70, **HALF), "sm_90", False),
+    (Case(3, 40, 9, 9, 60, ratio=3, d=5, **HALF).replace(dtype=torch.bfloat16), "sm_90", True),
+    (Case(2, 24, 8, 8, 30, ratio=1, **HALF), "sm_90", True),
+]
+
+
+def backward_plan(case: Case, device: str, stride: int = 1) -> planner.CudaBackward:
+    """The plan on a GPU with the shared memory of an emulated one."""
+    plan = planner.explain(
+        (case.n, case.c, case.h, case.w), case.oup, ratio=case.ratio, dw_size=case.d, stride=stride,
+        dtype=case.dtype, channels_last=case.layout == "nhwc", device=device.removeprefix("tiny "),
+        training=True,
+    )  # fmt: skip
+    assert isinstance(plan, planner.CudaPlan) and plan.backward is not None
+    return plan.backward
+
+
+@pytest.mark.skipif(native_module() is None, reason="the native library is not built")
+@pytest.mark.parametrize("keep_u", [False, True], ids=["u", "kept u"])
+@pytest.mark.parametrize(("turn", "row"), list(enumerate(SHARED_DU)), ids=str)
+def test_both_products_in_a_block(
+    world: World,
+    library: emulator.Library,
+    turn: int,
+    row: tuple[Case, str, bool],
+    keep_u: bool,
+) -> None:
+    case, device, makes_u = row
+    plan = backward_plan(case, device)
+    assert plan.du_workers > 0 and plan.makes_u == makes_u
+    library.set_device(emulator.DEVICES[device])
+    try:
+        with library.scheduled(SCHEDULES[turn % len(SCHEDULES)], seed=turn):
+            first = check_train(world, case, keep_u=keep_u)
+            if keep_u:  # frozen statistics have no u to keep
+                return
+            check_train(world, case, batch_stats=False)
+        for name in ("greedy-eager", "random"):
+            with library.scheduled(emulator.SCHEDULES[name], seed=turn, threads=2):
+                assert_same(first, check_train(world, case), f"under schedule {name}")
+    finally:
+        library.set_device(DEVICES[0])
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+def test_backward_of_x_at_any_address(world: World, shift: int) -> None:
+    """x that begins inside a vector has other blocks for dx than for dw1."""
+    check_train(world, Case(2, 16, 9, 8, 20, **HALF), shift=shift)
 
 
 # The coefficients of all channels, or the parameters of all ghosts, do not fit beside the rest of a

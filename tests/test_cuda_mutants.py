@@ -23,6 +23,7 @@ STAGED = ("cuda/instances/forward_tf32_nhwc.cu",)
 NCHW = ("cuda/instances/forward_half_nchw.cu",)
 GRADS = ("cuda/instances/backward_half.cu",)
 PRIMARY = ("cuda/instances/backward_half.cu",)
+BOTH = ("cuda/instances/backward_du_half.cu",)
 SUMS = ("cuda/instances/backward_sums_half.cu",)
 PLAN = ("core/cuda_plan.cpp",)
 LAYERS = ("cuda/instances/layers_half.cu",)
@@ -73,6 +74,7 @@ EVAL_STAGED = ("eval staged", "eval staged deep")
 DEPTHWISE, GATE = "cuda/depthwise_conv.cuh", "cuda/squeeze_excite.cuh"
 RING = ("eval huge",)  # w1 does not fit into shared memory
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
+DU, CHEAP = "cuda/backward_du.cuh", "cuda/backward_cheap.cuh"
 QUICK = (
     "no barrier after the copies", "one wait too few", "halo off by one",
     "pixels too many overwrite others", "weights read before they are there",
@@ -81,6 +83,7 @@ QUICK = (
     "load not waited for", "no fence before the bulk store", "output stage used again too early",
     "one stage of x too few",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
+    "no barrier between du and its products", "next tile over the one at work",
 )  # fmt: skip
 
 
@@ -209,8 +212,8 @@ MUTANTS = [
         ("cuda/forward.cu",), ("eval ratio relu",), schedules=("plain",),
     ),
     Mutant(
-        "whole vectors of a misaligned view", "core/cuda_plan.cpp", "% 8 == 0 && p.aligned",
-        "% 8 == 0", PLAN, ("eval misaligned",), schedules=("plain",),
+        "whole vectors of a misaligned view", "core/cuda_plan.h", "return p.aligned && ",
+        "return ", PLAN, ("eval misaligned",), schedules=("plain",),
     ),
     Mutant(
         "second row of a window one off", "cuda/depthwise.cuh",
@@ -279,13 +282,92 @@ MUTANTS = [
     ),
     Mutant(
         "dw1 overwrites its operands", "cuda/backward_primary.cuh",
-        f"    {SYNC}\n    copy_x<T>(", "    copy_x<T>(", PRIMARY, ("train many",),
+        f"    {SYNC}\n    copy_x<T>(", "    copy_x<T>(", PRIMARY, ("train many nchw",),
         device="tiny sm_86",
     ),
     Mutant(
         "weights not waited for", "cuda/backward_primary.cuh",
         f"        prim::cp_async_wait<0>();\n        {SYNC}\n        for (int k = 0; k < depth",
-        f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY, TRAIN,
+        f"        {SYNC}\n        for (int k = 0; k < depth", PRIMARY,
+        ("train many nchw",),
+    ),
+    Mutant(
+        "coefficients of dv without a barrier", "cuda/backward_grads.cuh",
+        f"= -scale * hat;\n  }}\n  {SYNC}", "= -scale * hat;\n  }",
+        ("cuda/instances/backward_float64.cu",), ("many ghosts",), device="58 KiB",
+    ),
+    Mutant(
+        "pixels past the image", CHEAP, "min_of(p.width - w, pixels)", "pixels", GRADS,
+        TRAIN, schedules=("plain",),
+    ),
+    Mutant(
+        "copies in one row", CHEAP, "      at.col -= window.cols;\n      ++at.row;",
+        "      at.col -= window.cols;", GRADS, ("train many",), schedules=("plain",),
+        device="tiny sm_86",
+    ),
+    Mutant(
+        "tile not waited for", DU, f"    prim::cp_async_wait<0>();\n    {SYNC}", f"    {SYNC}",
+        BOTH, TRAIN,
+    ),
+    Mutant(
+        "tile read before others have copied theirs", DU,
+        f"    prim::cp_async_wait<0>();\n    {SYNC}", "    prim::cp_async_wait<0>();", BOTH,
+        ("train many",), device="tiny sm_86",
+    ),
+    Mutant(
+        "next tile over the one at work", DU, "DuStage<T>(p, shared, stage ^ 1)",
+        "DuStage<T>(p, shared, stage)", BOTH, ("train many",), device="tiny sm_86",
+    ),
+    Mutant(
+        "the same stage for all tiles", DU, "stage ^= 1", "stage ^= 0", BOTH, ("train many",),
+        schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "no barrier between du and its products", DU,
+        f"    {SYNC}\n    if (p.dx != nullptr)", "    if (p.dx != nullptr)", BOTH,
+        (*TRAIN, "train slices"),
+    ),
+    Mutant(
+        "sums of dw1 over a tile in use", DU,
+        f"    {SYNC}\n#pragma unroll\n    for (int i = 0; i < kCount",
+        "#pragma unroll\n    for (int i = 0; i < kCount", BOTH, ("train many", *TRAIN),
+    ),
+    Mutant(
+        "sums of dw1 read before they are there", DU, f"    {SYNC}\n    if (tid >= kGroup) return;",
+        "    if (tid >= kGroup) return;", BOTH, TRAIN,
+    ),
+    Mutant(
+        "dw1 of one group of warps", DU, "k < Grid::kWarpsK; ++k", "k < 1; ++k", BOTH, TRAIN,
+        schedules=("plain",),
+    ),
+    Mutant(
+        "dx of another lane", DU, "(t & bit) ? low : high", "(t & bit) ? high : low", BOTH, TRAIN,
+        schedules=("plain",),
+    ),
+    Mutant(
+        "w1 of another slice", DU, "copy_rows(static_cast<const T*>(p.w1) + c0,",
+        "copy_rows(static_cast<const T*>(p.w1),", BOTH, ("train slices",), schedules=("plain",),
+    ),
+    Mutant(
+        "rows past the last pixel not zeroed", DU, "for (; r < rows;", "for (; r < there;", BOTH,
+        ("train many",), schedules=("plain",), device="tiny sm_86",
+    ),
+    Mutant(
+        "padding of rows not cleared", DU, "i < p.plan.smem_bytes;", "i < 0;", BOTH, TRAIN,
+        schedules=("plain",),
+    ),
+    Mutant(
+        "padding cleared after the copies", DU,
+        f"uint4{{0, 0, 0, 0}});\n  {SYNC}\n  copy_rows", "uint4{0, 0, 0, 0});\n  copy_rows", BOTH,
+        (*TRAIN, "train many"),
+    ),
+    Mutant(
+        "mean gradient left out", DU, "-(mean_grad + mean * hat) * scale", "-mean * hat * scale",
+        BOTH, TRAIN, schedules=("plain",),
+    ),
+    Mutant(
+        "u of other columns", DU, "w1 + col * Unit::kCols * s.x_ld", "w1", BOTH, ("train columns",),
+        schedules=("plain",),
     ),
     Mutant(
         "sums without a barrier", "cuda/backward_sums.cuh",

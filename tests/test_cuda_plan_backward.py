@@ -7,6 +7,7 @@ at each, then write the new ones down (``python tests/test_cuda_plan_backward.py
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,10 +39,16 @@ def backward(
 
 def line(b: planner.CudaBackward) -> str:
     """The decisions of a plan in a line. (The first launch has the forward's planner.)"""
-    return (
+    grads = (
         f"grads {b.images} x {b.rows} x {b.cols}, {b.channels} x {b.channel_blocks} "
-        f"channels, {b.workers} workers; dx {b.dx_blocks} x {b.dx_depth}; "
-        f"dw1 {b.dw1_blocks} in {b.dw1_splits} x {b.dw1_pixels}"
+        f"channels, {b.workers} workers; "
+    )
+    if b.du_workers:
+        u = "made" if b.makes_u else "read"
+        return f"{grads}du {b.du_workers} x {b.du_slices}, {b.du_pixels} x {b.du_channels}, u {u}"
+    return (
+        f"{grads}dx {b.dx_blocks} x {b.dx_depth}; dw1 {b.dw1_blocks} in {b.dw1_splits} x "
+        f"{b.dw1_pixels}"
     )
 
 
@@ -49,14 +56,18 @@ SHAPES: dict[str, tuple[tuple[int, int, int, int], int]] = {
     "112": ((256, 16, 112, 112), 16),
     "56": ((256, 24, 56, 56), 72),
     "14": ((256, 80, 14, 14), 480),
+    "14, wide": ((256, 112, 14, 14), 672),
     "7": ((256, 960, 7, 7), 160),
     "7, batch 1": ((1, 160, 7, 7), 960),
 }
 GOLDEN = {
-    "112": ("grads 1 x 14 x 112, 8 x 1 channels, 256 workers; dx 132 x 16; dw1 132 in 132 x 256"),
-    "56": ("grads 1 x 28 x 56, 8 x 5 channels, 52 workers; dx 131 x 48; dw1 133 in 133 x 128"),
-    "14": ("grads 1 x 14 x 14, 48 x 5 channels, 52 workers; dx 131 x 128; dw1 132 in 33 x 64"),
-    "7": ("grads 2 x 7 x 7, 40 x 2 channels, 128 workers; dx 98 x 80; dw1 165 in 11 x 128"),
+    "112": ("grads 1 x 14 x 112, 8 x 1 channels, 256 workers; du 262 x 1, 256 x 16, u made"),
+    "56": ("grads 1 x 28 x 56, 8 x 5 channels, 52 workers; du 262 x 1, 256 x 24, u made"),
+    "14": ("grads 1 x 14 x 14, 48 x 5 channels, 52 workers; du 131 x 2, 32 x 40, u read"),
+    "14, wide": (
+        "grads 1 x 14 x 14, 56 x 6 channels, 43 workers; dx 131 x 128; dw1 132 in 22 x 64"
+    ),
+    "7": ("grads 2 x 7 x 7, 40 x 2 channels, 128 workers; du 33 x 8, 64 x 120, u read"),
     "7, batch 1": ("grads 1 x 4 x 7, 8 x 60 channels, 2 workers; dx 3 x 128; dw1 12 in 1 x 64"),
 }
 
@@ -83,7 +94,15 @@ def test_every_plan(device: str, dtype: torch.dtype, channels_last: bool) -> Non
             assert b.images * b.rows * b.cols * b.tiles >= batch * size * size
             assert 1 <= b.workers <= b.tiles
             assert (b.halo_rows, b.halo_cols) == (b.rows < size, b.cols < size)
-            assert b.dx_blocks >= 1 and b.dw1_blocks >= b.dw1_splits >= 1
+            narrow = dtype.itemsize == 2 and channels_last and oup <= 512
+            assert not b.du_workers or narrow
+            assert b.du_workers or not narrow or SMEM[device] < 163
+            if b.du_workers:
+                assert b.du_slices * b.du_channels >= channels and b.du_channels % 8 == 0
+                assert b.dw1_splits == b.du_workers and not b.dx_blocks and not b.dw1_blocks
+                assert not b.makes_u or b.du_slices == 1
+            else:
+                assert b.dx_blocks >= 1 and b.dw1_blocks >= b.dw1_splits >= 1
             da1 = batch * size * size * math.ceil(oup / 2) * dtype.itemsize
             assert b.scratch_bytes >= da1 * (1 + b.stores_u)
 
@@ -115,6 +134,36 @@ def test_whatever_has_a_forward_has_a_backward(device: str, dtype: torch.dtype) 
             m = math.ceil(oup / settings.get("ratio", 2))
             assert b.launches <= 4
             assert b.channels * b.channel_blocks >= m
+
+
+@pytest.mark.parametrize(
+    ("changed", "one_block"),
+    [
+        ({}, True), ({"dtype": torch.bfloat16}, True), ({"dtype": torch.float32}, False),
+        ({"channels_last": False}, False), ({"stride": 2}, False),
+        ({"shape": (8, 44, 14, 14)}, False),  # rows of x that begin inside a vector
+        ({"oup": 512}, True), ({"oup": 514}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_which_modules_have_one_block_for_both_products(
+    changed: dict[str, Any], one_block: bool
+) -> None:
+    settings: dict[str, Any] = {"shape": (8, 40, 14, 14), "oup": 80, **changed}
+    b = backward("sm_90", **settings)
+    assert (b.du_workers > 0) == one_block
+    assert ("ghost_backward_du" in str(b)) == one_block
+    assert ("ghost_backward_primary" in str(b)) != one_block
+
+
+@pytest.mark.parametrize(
+    ("channels", "makes_u"), [(24, True), (96, True), (104, False), (520, False)]
+)
+def test_u_is_made_again_where_that_saves_bytes(channels: int, makes_u: bool) -> None:
+    """Where a block has all of x, and u is no small part of what it would read."""
+    b = backward("sm_90", (8, channels, 14, 14), 48)
+    assert b.makes_u == makes_u
+    assert f"u {'made again' if makes_u else 'read'}" in str(b)
 
 
 def test_eval_has_no_backward() -> None:

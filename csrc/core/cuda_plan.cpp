@@ -65,8 +65,7 @@ class Planner {
         element_(element_size(p.dtype)),
         compute_(compute_size(p.dtype)),
         tensor_(element_ == 2 || (p.dtype == DType::kFloat32 && allow_tf32)),
-        direct_(element_ == 2 && p.layout == Layout::kNHWC && p.has_primary &&
-                p.channels % 8 == 0 && p.aligned),
+        direct_(element_ == 2 && p.layout == Layout::kNHWC && p.has_primary && has_wide_rows(p)),
         halo_(kernel_primary() ? 0 : p.pad()),
         ghosts_(kernel_primary() ? 0 : p.ratio - 1),
         H_(p.out_height()),

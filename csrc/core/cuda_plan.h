@@ -71,6 +71,11 @@ inline constexpr int kCudaGatePad = 32;     // channels that the gates of an ima
 inline constexpr int kCudaStrip = 7;        // pixels of a depthwise register window
 inline constexpr int kCudaSpareRows = 128;  // source pixels that a last chunk may have too many
 
+// Whether the pixels of x in NHWC, and the rows of w1, are whole vectors of 16 bytes.
+inline bool has_wide_rows(const Problem& p) {
+  return p.aligned && p.channels * element_size(p.dtype) % 16 == 0;
+}
+
 struct CudaPlan {
   CudaTile tile;
   int64_t blocks = 0;

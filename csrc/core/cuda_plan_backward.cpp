@@ -201,6 +201,67 @@ class GradsPlanner {
 
 // ------------------------------------------------------------------------------ third launch
 
+int32_t log2_up(int64_t n) {
+  int32_t shift = 0;
+  while (int64_t{1} << shift < n) ++shift;
+  return shift;
+}
+
+// Both products from one tile of du, or a plan without workers where dw1 does not fit.
+PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
+  const int64_t m = p.intrinsic, c = p.channels, pixels = p.batch * p.out_pixels(), vector = 8;
+  PrimaryGradPlan plan;
+  const DuInstance* chosen = nullptr;
+  int64_t slices = 0;
+  for (const DuInstance& one : kDuInstances) {  // the fewest slices; of these, the first
+    if (m > one.intrinsic || (chosen != nullptr && ceil_div(c, one.channels) >= slices)) continue;
+    chosen = &one;
+    slices = ceil_div(c, one.channels);
+  }
+  if (chosen == nullptr) return plan;
+  DuTile t;
+  t.instance = int32_t(chosen - kDuInstances);
+  t.channels = int32_t(round_up(ceil_div(c, slices), vector));
+  t.slices = int32_t(ceil_div(c, t.channels));
+  // A product more for fewer bytes: not where u is few of them.
+  t.makes_u = t.slices == 1 && c <= 4 * m;
+  t.padded_m = int32_t(round_up(m, 16));
+  t.padded_c = int32_t(round_up(t.channels, 16));
+  t.m_shift = log2_up(t.padded_m / vector);
+  t.c_shift = log2_up(t.padded_c / vector);
+  Sections memory(kAlign);
+  memory.place(int64_t{t.padded_m} * (t.padded_c + vector) * 2);
+  t.coefficients_at = int32_t(memory.place(4 * int64_t{t.padded_m} * 4));
+  t.combine_at = int32_t(memory.place(kCudaThreads * 4));
+  t.stages_at = int32_t(memory.end());
+  const int64_t sums = chosen->warp_groups > 1 ? int64_t{chosen->sums()} * 4 : 0;
+  // Barriers and the latency of a tile cost about as much as so many pixels of it.
+  constexpr int64_t kTilePixels = 24;
+  const int64_t step = std::max(16 * chosen->warp_groups, chosen->unit_rows());
+  const int64_t limit = std::min(arch.smem_per_block, arch.smem_per_sm / 2 - 1024);
+  int64_t least = 0;
+  for (int64_t n = step; n <= std::max<int64_t>(step, kMostDuPixels); n += step) {
+    const int64_t stage = round_up(
+        n * ((t.makes_u ? 1 : 2) * (t.padded_m + vector) + t.padded_c + vector) * 2, kAlign);
+    const int64_t bytes = t.stages_at + std::max(2 * stage, sums);
+    if (bytes > limit) break;
+    const int64_t tiles = ceil_div(pixels, n);
+    const int64_t workers = std::min(
+        tiles, std::max<int64_t>(1, arch.multiprocessors * blocks_per_sm(arch, bytes) / t.slices));
+    const int64_t turns = ceil_div(tiles, workers), cost = turns * (n + kTilePixels);
+    if (t.workers > 0 && cost >= least) continue;
+    least = cost;
+    t.pixels = int32_t(n);
+    t.tiles = int32_t(tiles);
+    t.workers = int32_t(ceil_div(tiles, turns));
+    t.stage_bytes = int32_t(stage);
+    plan.smem_bytes = int32_t(bytes);
+  }
+  plan.du = t;
+  plan.dw1_splits = need_dw1 ? t.workers : 0;
+  return plan;
+}
+
 PrimaryGradPlan plan_primary(const Problem& p, const CudaArch& arch, bool need_dx, bool need_dw1) {
   const int64_t e = element_size(p.dtype), a = compute_size(p.dtype), vector = 16 / e;
   const int64_t m = p.intrinsic, padded_m = round_up(m, 16);
@@ -294,7 +355,11 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
   }
   plan.grads = GradsPlanner(p, arch).best();
   need_dw1 = need_dw1 && p.has_primary;
-  if (need_dx || need_dw1) plan.primary = plan_primary(p, arch, need_dx, need_dw1);
+  if (need_dx || need_dw1) {
+    if (e == 2 && p.layout == Layout::kNHWC && p.has_primary && p.stride == 1 && has_wide_rows(p))
+      plan.primary = plan_du(p, arch, need_dw1);
+    if (plan.primary.du.workers == 0) plan.primary = plan_primary(p, arch, need_dx, need_dw1);
+  }
   plan.launches = (plan.runs_sums ? 1 : 0) + 1 + (need_dx || need_dw1 ? 1 : 0) + 1;
 
   Sections memory(256);
@@ -319,7 +384,7 @@ BackwardPlan plan_cuda_backward(const Problem& p, const CudaArch& arch, bool all
   static std::mutex mutex;
   static std::map<Key, BackwardPlan> known;
   const int64_t flags = allow_tf32 | u_given << 1 | u_rows << 2 | need_dx << 3 | need_dw1 << 4 |
-                        p.has_primary << 5 | int(p.layout) << 6 | p.aligned << 7 |
+                        p.has_primary << 5 | p.aligned << 6 | int(p.layout) << 7 |
                         int(p.dtype) << 8;
   const Key key = {p.batch,
                    p.channels,

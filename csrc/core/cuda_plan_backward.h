@@ -30,9 +30,38 @@ struct CheapTile {
           combine_at = 0, smem_bytes = 0;
 };
 
-// The two products of the third launch: dx_blocks blocks for dx, then dw1_tiles_m * dw1_tiles_n *
-// dw1_splits for dw1. A block makes kProductRows x kProductCols results at a time.
+// Sums of dw1 that the blocks of an instance of ghost_backward_du_kernel keep in registers:
+// intrinsic channels x channels of x, and how many groups of warps share them.
+struct DuInstance {
+  int32_t intrinsic, channels, warp_groups;
+
+  constexpr int32_t sums() const { return intrinsic * channels * warp_groups; }
+  // Rows of a warp's unit of u or dx: as many as the sums leave registers for.
+  constexpr int32_t unit_rows() const { return sums() > 8192 ? 16 : 32; }
+};
+inline constexpr DuInstance kDuInstances[] = {
+    {32, 32, 8}, {64, 64, 2}, {32, 128, 2}, {128, 64, 1}, {128, 128, 1}, {64, 256, 1}, {256, 64, 1},
+};
+// The third launch where one block makes dx and dw1 of a slice of the channels of x: workers *
+// slices blocks, of which each takes every workers-th tile of pixels.
+struct DuTile {
+  int32_t instance = 0;  // of kDuInstances
+  int32_t channels = 0, slices = 1;
+  int32_t pixels = 0, tiles = 0, workers = 0;  // workers = 0: other blocks make dx than dw1
+  bool makes_u = false;                        // from x, which a block has whole; else it reads u
+  // Channels in shared memory, multiples of 16, and the binary logarithms of the threads that copy
+  // a row of them.
+  int32_t padded_m = 0, padded_c = 0, m_shift = 0, c_shift = 0;
+  // Bytes in shared memory: w1 is at 0, then come two stages.
+  int32_t coefficients_at = 0, combine_at = 0, stages_at = 0, stage_bytes = 0;
+};
+inline constexpr int kMostDuPixels = 256;
+
+// The two products of the third launch: those of `du`, or dx_blocks blocks for dx, then dw1_tiles_m
+// * dw1_tiles_n * dw1_splits for dw1. Such a block makes kProductRows x kProductCols results at a
+// time.
 struct PrimaryGradPlan {
+  DuTile du;
   int32_t dx_blocks = 0;
   int32_t dx_depth = 0;  // intrinsic channels of a tile of du that stay in shared memory
   // Intrinsic channels whose coefficients stay in shared memory: all, or where there are too many
@@ -41,10 +70,14 @@ struct PrimaryGradPlan {
   int32_t dx_groups = 1;   // independent parts of the channels of x
   int64_t dx_items = 0;    // tiles of kProductRows pixels, times dx_groups
   int32_t dw1_pixels = 0;  // summed at a time, a power of two
-  int32_t dw1_tiles_m = 0, dw1_tiles_n = 0, dw1_splits = 0;
+  int32_t dw1_tiles_m = 0, dw1_tiles_n = 0;
+  int32_t dw1_splits = 0;                                             // partial sums of dw1
   int32_t left_at = 0, right_at = 0, combine_at = 0, smem_bytes = 0;  // bytes in shared memory
 
   int64_t dw1_blocks() const { return int64_t{dw1_tiles_m} * dw1_tiles_n * dw1_splits; }
+  int64_t blocks() const {
+    return du.workers > 0 ? int64_t{du.workers} * du.slices : dx_blocks + dw1_blocks();
+  }
 };
 inline constexpr int kProductRows = 128;
 template <int kElementBytes>

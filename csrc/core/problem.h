@@ -51,7 +51,7 @@ struct Problem {
   bool joined = false;                // x is [C, N, H, W]: the images of a channel are adjacent
   bool allows_channel_lanes = false;  // inference without a gate and without a PReLU
   bool has_tail = false;              // an affine map and act2 follow y in out; channel lanes only
-  bool aligned = true;                // x starts at a multiple of 16 bytes, w1 of 4; CUDA only
+  bool aligned = true;                // x and w1 start at multiples of 16 bytes; CUDA only
   bool has_pairs = false;             // packed holds the primary weights in bfloat16 too
 
   int64_t out_size(int64_t size) const {

@@ -46,7 +46,7 @@ class BackwardLaunch {
     if (plan_.runs_sums)
       if (const cudaError_t status = sums<Sums>(); status != cudaSuccess) return status;
     if (const cudaError_t status = grads(); status != cudaSuccess) return status;
-    if (plan_.primary.dx_blocks > 0 || plan_.primary.dw1_splits > 0)
+    if (plan_.primary.blocks() > 0)
       if (const cudaError_t status = primary<Products>(); status != cudaSuccess) return status;
     return finish();
   }
@@ -69,8 +69,8 @@ class BackwardLaunch {
     c.per = per_;
     c.out_channels = int(p_.out_channels);
     c.d = dw_size_;
-    c.by_vectors = Divider(channels / kVector<T>);
-    c.by_pairs = Divider(channels / 2);
+    c.by_vectors = FastDiv(channels / kVector<T>);
+    c.by_pairs = FastDiv(channels / 2);
     c.act1 = p_.act1.act;
     c.act2 = p_.act2.act;
     c.slope1 = p_.act1.slope;
@@ -141,8 +141,8 @@ class BackwardLaunch {
       params.u_rows = at<T>(plan_.u);
       params.u_pitch = u_pitch_;
     }
-    params.by_pitch = Divider(t.pitch);
-    params.by_image_rows = Divider(t.image_rows);
+    params.by_pitch = FastDiv(t.pitch);
+    params.by_image_rows = FastDiv(t.image_rows);
     CheapParams& c = params.cheap = cheap_params(t.channels);
     c.tile.channels = t.channels;
     c.tile.images = t.images;
@@ -191,8 +191,8 @@ class BackwardLaunch {
     q.nhwc = p_.layout == Layout::kNHWC;
     q.has_primary = p_.has_primary;
     q.batch_stats = args_.batch_stats;
-    q.by_plane = Divider(height_ * width_);
-    q.by_width = Divider(width_);
+    q.by_plane = FastDiv(height_ * width_);
+    q.by_width = FastDiv(width_);
     q.da1 = at<T>(plan_.da1);
     q.da1_pitch = da1_pitch_;
     q.u = u_rows_;
@@ -209,6 +209,8 @@ class BackwardLaunch {
     q.dx_bytes = copy_bytes<T>(args_.dx, run);
     q.w1_bytes = copy_bytes<T>(args_.w1, p_.channels);
     q.plan = plan_.primary;
+    if constexpr (sizeof(T) == 2)
+      if (q.plan.du.workers > 0) return Products::du(q, stream_);
     return Products::primary(q, stream_);
   }
 
@@ -250,7 +252,7 @@ cudaError_t launch(const BackwardArgs& args, cudaStream_t stream) {
 cudaError_t launch_ghost_backward(const BackwardArgs& args, cudaStream_t stream) {
   const Problem& p = args.problem;
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  if (p.batch * p.out_pixels() > kMost - kProductRows) return cudaErrorInvalidValue;
+  if (p.batch * p.out_pixels() > kMost - kMostDuPixels) return cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat16:
       return launch<HalfPolicy>(args, stream);

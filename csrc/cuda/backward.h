@@ -6,7 +6,8 @@
 //                of da2 * vhat: dbeta2 and dgamma2
 //   2. grads     dv = bn2'(da2); dw2 = dv correlated with y; da1 = (dy + w2 backwards on dv)
 //                act1'(bn1(u)); sums of da1 and of da1 * uhat: dbeta1 and dgamma1
-//   3. primary   du = bn1'(da1) on the way; dx = du w1, and dw1 = du^T x in slices of the pixels
+//   3. primary   du = bn1'(da1) on the way; dx = du w1, and dw1 = du^T x in slices of the pixels;
+//                both by the same blocks where dw1 fits into registers
 //   4. finish    adds up the partial sums of dw1, dw2, dgamma and dbeta
 //
 // Every sum is made of partial sums in a fixed order: the same input gives the same bits.

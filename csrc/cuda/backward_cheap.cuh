@@ -14,7 +14,7 @@ namespace ghost::cuda {
 // A box of pixels of a tile, numbered image by image and row by row.
 struct Window {
   int rows = 0, cols = 0, count = 0;  // count: of all images
-  Divider by_cols, by_rows, by_count;
+  FastDiv by_cols, by_rows, by_count;
 
   Window() = default;
   Window(int images, int rows_, int cols_)
@@ -35,6 +35,30 @@ __device__ __forceinline__ Position locate(const Window& window, int index) {
   at.image = window.by_rows.split(at.row);
   return at;
 }
+
+// Every step-th position of a window from the first one on, with a division for the first and the
+// step alone.
+struct Walk {
+  int index, step;
+  Position at, ahead;
+
+  __device__ __forceinline__ Walk(const Window& window, int first, int step_)
+      : index(first), step(step_), at(locate(window, first)), ahead(locate(window, step_)) {}
+  __device__ __forceinline__ void advance(const Window& window) {
+    index += step;
+    at.col += ahead.col;
+    at.row += ahead.row;
+    at.image += ahead.image;
+    if (at.col >= window.cols) {
+      at.col -= window.cols;
+      ++at.row;
+    }
+    if (at.row >= window.rows) {
+      at.row -= window.rows;
+      ++at.image;
+    }
+  }
+};
 
 // Where a map of the tile lies in shared memory.
 struct Placement {
@@ -57,7 +81,7 @@ struct CheapParams {
   CheapTile tile;
   int batch = 0, height = 0, width = 0;  // of u
   int intrinsic = 0, per = 0, out_channels = 0, d = 1;
-  Divider by_vectors, by_pairs;  // 16-byte vectors and pairs of channels of a block
+  FastDiv by_vectors, by_pairs;  // 16-byte vectors and pairs of channels of a block
   Act act1 = Act::kNone, act2 = Act::kNone;
   double slope1 = 0, slope2 = 0;
   Window y, v, inner, v_strips, inner_strips;
@@ -92,6 +116,14 @@ __device__ __forceinline__ bool inside(const CheapParams& p, int n, int h, int w
          static_cast<unsigned>(w) < static_cast<unsigned>(p.width);
 }
 
+// Bit i: pixel i of a strip of so many pixels from (h, w) of image n on lies in the image.
+__device__ __forceinline__ unsigned pixels_inside(const CheapParams& p, int n, int h, int w,
+                                                  int pixels) {
+  const int begin = max_of(-w, 0), end = min_of(p.width - w, pixels);
+  const bool row = n < p.batch && static_cast<unsigned>(h) < static_cast<unsigned>(p.height);
+  return row && begin < end ? (1u << end) - (1u << begin) : 0;
+}
+
 // What a thread owns: a pair of the block's channels, and every groups-th strip.
 struct Owner {
   int tid, channels;  // channels of the block, masked ones included
@@ -111,6 +143,25 @@ struct Owner {
   __device__ __forceinline__ bool active() const { return group < groups; }
 };
 
+// The vector of a block's channels that a thread copies, and every groups-th pixel. Threads past
+// the last group copy nothing.
+struct Copier {
+  int channel;  // the vector's first
+  int group, groups;
+
+  template <class T>
+  static __device__ __forceinline__ Copier of(const CheapParams& p) {
+    Copier me;
+    int rest = kThreads;
+    me.channel = static_cast<int>(threadIdx.x);
+    me.group = p.by_vectors.split(me.channel);
+    me.groups = p.by_vectors.split(rest);
+    me.channel *= kVector<T>;
+    return me;
+  }
+  __device__ __forceinline__ bool active() const { return group < groups; }
+};
+
 // ------------------------------------------------------------------------------------- copies
 
 // One part of grad_out, `valid` channels from `channel` on and `step` apart, to `window` pixels of
@@ -126,11 +177,12 @@ __device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me,
            (o.w + at.col) * p.grad.col;
   };
   if (bytes > 0) {
-    const int items = window.count * p.by_vectors.divisor;
-    for (int i = me.tid; i < items; i += kThreads) {
-      int c = i;
-      const Position at = locate(window, p.by_vectors.split(c));
-      c *= kVector<T>;
+    const Copier mine = Copier::of<T>(p);
+    if (!mine.active()) return;
+    const int c = mine.channel;
+    for (Walk walk(window, mine.group, mine.groups); walk.index < window.count;
+         walk.advance(window)) {
+      const Position& at = walk.at;
       T* const out = shared + to.offset(at.image, at.row, at.col) + c;
       const bool wanted = inside(p, o.n + at.image, o.h + at.row, o.w + at.col);
       const T* const in = wanted ? source(at) + c : base;
@@ -202,6 +254,12 @@ __device__ __forceinline__ void copy_ghost_grad(const CheapParams& p, const Owne
                ghosts_kept(p, me, j), p.z_grad_bytes, window, o, to, shared);
 }
 
+// Rows of norm2 [per][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
+// With batch statistics dv = scale da2 + kDvV v + kDvConst; before, the two have the means of da2
+// and of da2 vhat.
+enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kDvConst = 4, kDvV = 5 };
+inline constexpr int kNorm2Rows = 6;
+
 // y = act1(bn1(u)) of the window's pixels from pixel-major u, zeros outside the image.
 // norm1 [4][channels]: scale, shift, ...
 template <class T>
@@ -209,49 +267,46 @@ __device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, co
                                        const Accumulator<T>* norm1, T* y) {
   using A = Accumulator<T>;
   constexpr int kUnroll = 2;
-  const int items = p.y.count * p.by_vectors.divisor;
-  for (int first = me.tid; first < items; first += kUnroll * kThreads) {
-    uint4 raw[kUnroll];
-    int out[kUnroll], channel[kUnroll];
+  const Copier mine = Copier::of<T>(p);
+  if (!mine.active()) return;
+  const int c = mine.channel;
+  const bool exists = me.first + c < p.u_pitch;
+  const T* const u = static_cast<const T*>(p.u) + me.first + c;
+  A scale[kVector<T>], shift[kVector<T>];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) {
-      const int i = first + k * kThreads;
+  for (int e = 0; e < kVector<T>; ++e) {
+    scale[e] = norm1[kScale * me.channels + c + e];
+    shift[e] = norm1[kShift * me.channels + c + e];
+  }
+  for (Walk walk(p.y, mine.group, mine.groups); walk.index < p.y.count;) {
+    uint4 raw[kUnroll];
+    int out[kUnroll];
+    bool pixel[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k, walk.advance(p.y)) {
+      const int n = o.n + walk.at.image, h = o.h + walk.at.row, w = o.w + walk.at.col;
+      out[k] =
+          walk.index < p.y.count ? p.y_at.offset(walk.at.image, walk.at.row, walk.at.col) + c : -1;
+      pixel[k] = out[k] >= 0 && exists && inside(p, n, h, w);
       raw[k] = uint4{0, 0, 0, 0};
-      out[k] = -1;
-      channel[k] = i;
-      if (i < items) {
-        const Position at = locate(p.y, p.by_vectors.split(channel[k]));
-        const int c = channel[k] *= kVector<T>;
-        const int n = o.n + at.image, h = o.h + at.row, w = o.w + at.col;
-        out[k] = (p.y_at.offset(at.image, at.row, at.col) + c) * 2;
-        if (inside(p, n, h, w) && me.first + c < p.u_pitch) {
-          const int64_t pixel = (int64_t{n} * p.height + h) * p.width + w;
-          raw[k] = prim::load_readonly<uint4>(static_cast<const T*>(p.u) + pixel * p.u_pitch +
-                                              me.first + c);
-          out[k] += 1;
-        }
-      }
+      if (pixel[k])
+        raw[k] =
+            prim::load_readonly<uint4>(u + ((int64_t{n} * p.height + h) * p.width + w) * p.u_pitch);
     }
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k) {
       if (out[k] < 0) continue;
-      const int c = channel[k];
       A v[kVector<T>];
       unpack<T>(raw[k], v);
 #pragma unroll
-      for (int e = 0; e < kVector<T>; ++e)
-        v[e] = prim::fma(v[e], norm1[c + e], norm1[me.channels + c + e]);
+      for (int e = 0; e < kVector<T>; ++e) v[e] = prim::fma(v[e], scale[e], shift[e]);
       activate(p.act1, [&](int) { return static_cast<A>(p.slope1); }, v);
-      prim::store<uint4>(y + (out[k] >> 1), (out[k] & 1) ? pack<T>(v) : uint4{0, 0, 0, 0});
+      prim::store<uint4>(y + out[k], pixel[k] ? pack<T>(v) : uint4{0, 0, 0, 0});
     }
   }
 }
 
 // -------------------------------------------------------------------------------- parameters
-
-// Rows of norm2 [per][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
-enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kMeanGrad = 4, kMeanGradHat = 5 };
-inline constexpr int kNorm2Rows = 6;
 
 // Batch norm 2 and taps of the block's ghosts j0 .. j0 + count to shared memory: [count][rows of
 // norm2][channels] and [count][taps of all channels] (tap_at). Zeros for masked channels.
@@ -270,8 +325,8 @@ __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& m
     out[kShift * me.channels] = f.shift;
     out[kMean * me.channels] = f.mean;
     out[kInvStd * me.channels] = f.inv_std;
-    out[kMeanGrad * me.channels] = 0;
-    out[kMeanGradHat * me.channels] = 0;
+    out[kDvConst * me.channels] = 0;
+    out[kDvV * me.channels] = 0;
   }
   const int owned = min_of(p.intrinsic - me.first, me.channels);
   for (int j = 0; j < count; ++j)
@@ -298,22 +353,21 @@ __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner
   const A* const norm = norm2 + me.pair;
 #pragma unroll 1
   for (int item = me.group; item < p.v_strips.count; item += me.groups) {
-    Position at = locate(p.v_strips, prim::opaque(item));
-    at.col *= kStrip;
-    Strip<A> rows = {};
-    depthwise_window(p.d, y + p.y_at.offset(at.image, at.row, at.col) + me.pair, p.y_at.ld,
-                     p.y_at.pitch * p.y_at.ld, w2 + tap_at(me.pair, 0, p.d * p.d), rows);
-    at = locate(p.v_strips, prim::opaque(item));  // again: the stencil needs the registers
+    Position at = locate(p.v_strips, item);
     at.col *= kStrip;
     const int offset = p.grad_at.offset(at.image, at.row + grads_row, at.col + grads_col) + me.pair;
     const int pixels = min_of(p.v.cols - at.col, kStrip);
+    const unsigned in_image = pixels_inside(p, o.n + at.image, o.h + at.row, o.w + at.col, pixels);
+    Strip<A> rows = {};
+    depthwise_window(p.d, y + p.y_at.offset(at.image, at.row, at.col) + me.pair, p.y_at.ld,
+                     p.y_at.pitch * p.y_at.ld, w2 + tap_at(me.pair, 0, p.d * p.d), rows);
     A scale[2], shift[2], v[kStripValues], da2[kStripValues];
     load_pair(norm + kScale * me.channels, scale);
     load_pair(norm + kShift * me.channels, shift);
     unsigned exists = 0;
 #pragma unroll
     for (int i = 0; i < kStrip; ++i) {
-      const bool pixel = i < pixels && inside(p, o.n + at.image, o.h + at.row, o.w + at.col + i);
+      const bool pixel = in_image >> i & 1u;
       if (pixel) exists |= channels << (2 * i);
       A g[2] = {0, 0};
       if (pixel) load_pair(grads + offset + i * p.grad_at.ld, g);

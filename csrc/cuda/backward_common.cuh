@@ -6,6 +6,7 @@
 
 #include "cuda/backward.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/fast_div.cuh"
 #include "cuda/gemm.cuh"
 #include "cuda/prim.cuh"
 
@@ -14,28 +15,6 @@ namespace ghost::cuda {
 // Blocks that a multiprocessor is to have registers for.
 template <class T>
 inline constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : 2;
-
-// ----------------------------------------------------------------------------------- division
-
-// n / divisor for 0 <= n < 2^31 as a multiplication and a shift.
-struct Divider {
-  uint64_t factor = 0;
-  int shift = 0;
-  int divisor = 1;
-
-  Divider() = default;
-  explicit Divider(int64_t d) : divisor(static_cast<int>(d)) {
-    while ((int64_t{1} << shift) < d) ++shift;
-    shift += 32;
-    factor = ((uint64_t{1} << shift) + static_cast<uint64_t>(d) - 1) / static_cast<uint64_t>(d);
-  }
-  // n becomes n % divisor; the quotient is returned.
-  __device__ __forceinline__ int split(int& n) const {
-    const int q = static_cast<int>((static_cast<uint64_t>(n) * factor) >> shift);
-    n -= q * divisor;
-    return q;
-  }
-};
 
 // ------------------------------------------------------------------------------------ vectors
 

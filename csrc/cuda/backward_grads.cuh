@@ -99,9 +99,19 @@ __device__ __forceinline__ void begin_ghosts(const CheapParams& p, const Owner& 
         p.sums2_rows, 2 * ghosts, owned * count, reinterpret_cast<A*>(shared + p.tile.combine_at),
         [&](int i, A sum) {
           const int c = i / count, j = i - c * count;
-          norm2[(j * kNorm2Rows + kMeanGrad + kind) * me.channels + c] = sum / pixels;
+          norm2[(j * kNorm2Rows + kDvConst + kind) * me.channels + c] = sum / pixels;
         },
         [&](int i) { return i / count * p.per + i % count; });
+  for (int i = me.tid; i < count * me.channels; i += kThreads) {
+    const int j = i / me.channels;
+    A* const norm = norm2 + j * kNorm2Rows * me.channels + i - j * me.channels;
+    const A hat = norm[kInvStd * me.channels] * norm[kDvV * me.channels];
+    const A scale = norm[kScale * me.channels];
+    norm[kDvConst * me.channels] =
+        scale * (norm[kMean * me.channels] * hat - norm[kDvConst * me.channels]);
+    norm[kDvV * me.channels] = -scale * hat;
+  }
+  prim::sync_threads();
 }
 
 // dw2 of ghosts j0 .. j0 + count: a tap's row and its pixel rows' owners are added up in their
@@ -197,33 +207,29 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         if (!all_kept) begin_ghosts<T>(p, me, j, 1, shared);
         const int kept = all_kept ? j : 0;  // the ghost's place in shared memory
         const A* const norm = norm2 + kept * kNorm2Rows * me.channels;
-        cheap_gradient<T>(p, me, j, v_origin, y, grads, grads_row, grads_col, norm,
-                          w2 + kept * taps * me.channels,
-                          [&](int offset, int pixels, const A(&v)[kStripValues],
-                              const A(&da2)[kStripValues], unsigned exists) {
-                            A scale[2], mean[2], inv_std[2], mean_grad[2], mean_grad_hat[2];
-                            load_pair(norm + kScale * me.channels + me.pair, scale);
-                            load_pair(norm + kMean * me.channels + me.pair, mean);
-                            load_pair(norm + kInvStd * me.channels + me.pair, inv_std);
-                            load_pair(norm + kMeanGrad * me.channels + me.pair, mean_grad);
-                            load_pair(norm + kMeanGradHat * me.channels + me.pair, mean_grad_hat);
+        cheap_gradient<T>(
+            p, me, j, v_origin, y, grads, grads_row, grads_col, norm,
+            w2 + kept * taps * me.channels,
+            [&](int offset, int pixels, const A(&v)[kStripValues], const A(&da2)[kStripValues],
+                unsigned exists) {
+              A scale[2], of_v[2], rest[2];
+              load_pair(norm + kScale * me.channels + me.pair, scale);
+              load_pair(norm + kDvV * me.channels + me.pair, of_v);
+              load_pair(norm + kDvConst * me.channels + me.pair, rest);
 #pragma unroll
-                            for (int i = 0; i < kStrip; ++i) {
-                              if (i >= pixels) break;
-                              A dv[2];
+              for (int i = 0; i < kStrip; ++i) {
+                if (i >= pixels) break;
+                A dv[2];
 #pragma unroll
-                              for (int e = 0; e < 2; ++e) {
-                                const int k = 2 * i + e;
-                                const A hat = (v[k] - mean[e]) * inv_std[e];
-                                // With frozen statistics v does not count, not even if it is Inf.
-                                const A g = p.batch_stats
-                                                ? da2[k] - mean_grad[e] - hat * mean_grad_hat[e]
-                                                : da2[k];
-                                dv[e] = (exists >> k & 1u) ? scale[e] * g : A(0);
-                              }
-                              store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
-                            }
-                          });
+                for (int e = 0; e < 2; ++e) {
+                  const int k = 2 * i + e;
+                  // With frozen statistics v does not count, not even if it is Inf.
+                  const A other = p.batch_stats ? prim::fma(of_v[e], v[k], rest[e]) : A(0);
+                  dv[e] = (exists >> k & 1u) ? prim::fma(scale[e], da2[k], other) : A(0);
+                }
+                store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
+              }
+            });
         prim::sync_threads();
         add_weight_gradient<T>(p.d, p, me, y, grads, slots + kept * tap_slots);
       }
@@ -235,7 +241,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         const int n = o.n + at.image, h = o.h + at.row, w = o.w + at.col;
         const int64_t first_pixel = (int64_t{n} * p.height + h) * p.width + w;
         T* const own = dy + p.dy_at.offset(at.image, at.row, at.col) + me.pair;
-        unsigned exists = 0;  // bit i: pixel i of the strip is in the tile and in the image
+        const unsigned exists =  // bit i: pixel i of the strip is in the tile and in the image
+            pixels_inside(p, n, h, w, min_of(p.inner.cols - at.col, kStrip));
         A u[kStripValues], g[kStripValues];
         if (p.per > 0) {
           Strip<A> back = {};
@@ -251,7 +258,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         }
 #pragma unroll
         for (int i = 0; i < kStrip; ++i) {
-          if (at.col + i < p.inner.cols && inside(p, n, h, w + i)) exists |= 1u << i;
           A pair[2] = {0, 0};
           if (exists >> i & 1u) load_pair(own + i * p.dy_at.ld, pair);
           g[2 * i] += pair[0];
@@ -281,9 +287,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
           for (int e = 0; e < 2; ++e) {
             // The sums must be those of the da1 that the next launch reads.
             g[2 * i + e] = prim::to_float(prim::from_float<T>(g[2 * i + e]));
-            const A hat = (u[2 * i + e] - mean1[e]) * inv_std1[e];
             sum[e] += g[2 * i + e];
-            sum_hat[e] = prim::fma(g[2 * i + e], hat, sum_hat[e]);
+            sum_hat[e] = prim::fma(g[2 * i + e], u[2 * i + e] - mean1[e], sum_hat[e]);
           }
           if (me.pair < stored)
             store_pair(
@@ -306,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   A* const own_hat = own + me.groups * me.channels;
   if (me.active()) {
     store_pair(own, sum[0], sum[1]);
-    store_pair(own_hat, sum_hat[0], sum_hat[1]);
+    store_pair(own_hat, sum_hat[0] * inv_std1[0], sum_hat[1] * inv_std1[1]);
   }
   prim::sync_threads();
   for (int i = me.tid; i < 2 * me.channels; i += kThreads) {

@@ -2,6 +2,7 @@
 // some of them with GHOST_BACKWARD_*_INSTANCES.
 #pragma once
 
+#include "cuda/backward_du.cuh"
 #include "cuda/backward_finish.cuh"
 #include "cuda/backward_grads.cuh"
 #include "cuda/backward_primary.cuh"
@@ -20,6 +21,7 @@ struct BackwardKernels {
 template <class P>
 struct BackwardProducts {
   static cudaError_t primary(const PrimaryParams& params, cudaStream_t stream);
+  static cudaError_t du(const PrimaryParams& params, cudaStream_t stream);  // of 16-bit types
 };
 template <class P, Layout kLayout>
 struct BackwardSums {
@@ -44,14 +46,43 @@ struct BackwardSums {
   }                                                                                         \
   }
 
-#define GHOST_BACKWARD_PRODUCT_INSTANCES(P)                                                    \
-  namespace ghost::cuda {                                                                      \
-  template <>                                                                                  \
-  cudaError_t BackwardProducts<P>::primary(const PrimaryParams& params, cudaStream_t stream) { \
-    const unsigned blocks = unsigned(params.plan.dx_blocks + params.plan.dw1_blocks());        \
-    return GHOST_LAUNCH((ghost_backward_primary_kernel<P>), dim3(blocks), dim3(kThreads),      \
-                        size_t(params.plan.smem_bytes), stream, params);                       \
-  }                                                                                            \
+#define GHOST_BACKWARD_PRODUCT_INSTANCES(P)                                                       \
+  namespace ghost::cuda {                                                                         \
+  template <>                                                                                     \
+  cudaError_t BackwardProducts<P>::primary(const PrimaryParams& params, cudaStream_t stream) {    \
+    return GHOST_LAUNCH((ghost_backward_primary_kernel<P>), dim3(unsigned(params.plan.blocks())), \
+                        dim3(kThreads), size_t(params.plan.smem_bytes), stream, params);          \
+  }                                                                                               \
+  }
+
+// The instance of that place in kDuInstances, by the warps' parts of dw1 (TileGrid).
+#define GHOST_BACKWARD_DU_CASE(P, place, tiles_m, tiles_n, warps_m, warps_n)                 \
+  case place: {                                                                              \
+    using Grid = TileGrid<tiles_m, tiles_n, warps_m, warps_n>;                               \
+    constexpr DuInstance kInstance = kDuInstances[place];                                    \
+    using Unit = TileGrid<kInstance.unit_rows() / 16, 4, 1, 1>;                              \
+    static_assert(kInstance.intrinsic == Grid::kRows && kInstance.channels == Grid::kCols && \
+                  kInstance.warp_groups == Grid::kWarpsK);                                   \
+    return GHOST_LAUNCH((ghost_backward_du_kernel<P, Grid, Unit>),                           \
+                        dim3(unsigned(params.plan.blocks())), dim3(kThreads),                \
+                        size_t(params.plan.smem_bytes), stream, params);                     \
+  }
+#define GHOST_BACKWARD_DU_INSTANCES(P)                                                    \
+  namespace ghost::cuda {                                                                 \
+  template <>                                                                             \
+  cudaError_t BackwardProducts<P>::du(const PrimaryParams& params, cudaStream_t stream) { \
+    switch (params.plan.du.instance) {                                                    \
+      GHOST_BACKWARD_DU_CASE(P, 0, 2, 4, 1, 1)                                            \
+      GHOST_BACKWARD_DU_CASE(P, 1, 2, 4, 2, 2)                                            \
+      GHOST_BACKWARD_DU_CASE(P, 2, 2, 4, 1, 4)                                            \
+      GHOST_BACKWARD_DU_CASE(P, 3, 2, 4, 4, 2)                                            \
+      GHOST_BACKWARD_DU_CASE(P, 4, 4, 4, 2, 4)                                            \
+      GHOST_BACKWARD_DU_CASE(P, 5, 2, 8, 2, 4)                                            \
+      GHOST_BACKWARD_DU_CASE(P, 6, 4, 4, 4, 2)                                            \
+      default:                                                                            \
+        return cudaErrorInvalidValue;                                                     \
+    }                                                                                     \
+  }                                                                                       \
   }
 
 #define GHOST_BACKWARD_SUMS_CASE(P, L, width, scope)                                            \

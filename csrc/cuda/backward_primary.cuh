@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/backward_common.cuh"
+#include "cuda/tile.cuh"
 
 namespace ghost::cuda {
 
@@ -21,7 +22,7 @@ struct PrimaryParams {
   int intrinsic = 0, channels = 0;
   int height = 0, width = 0, stride = 1;  // of x
   bool nhwc = false, has_primary = true, batch_stats = true;
-  Divider by_plane, by_width;  // of u
+  FastDiv by_plane, by_width;  // of u
   const void* da1 = nullptr;   // [pixel][da1_pitch]
   const void* u = nullptr;     // [pixel][u_pitch]
   int64_t da1_pitch = 0, u_pitch = 0;
@@ -392,12 +393,10 @@ __device__ __forceinline__ void dw1_role(const PrimaryParams& p, int block, unsi
                     reinterpret_cast<A*>(shared + p.plan.combine_at));
 
   const int slices = (p.pixels + p.plan.dw1_pixels - 1) / p.plan.dw1_pixels;
-  const int begin = static_cast<int>(int64_t{slices} * split / p.plan.dw1_splits);
-  const int end = static_cast<int>(int64_t{slices} * (split + 1) / p.plan.dw1_splits);
   const int du_ld = padded_m + 8, x_ld = p.nhwc ? padded_c + 8 : p.plan.dw1_pixels + kVector<T>;
   const int active_m = Grid::active_m(rows), active_n = Grid::active_n(cols);
   A acc[Grid::kTilesM][Grid::kTilesN][4] = {};
-  for (int slice = begin; slice < end; ++slice) {
+  for (int slice = split; slice < slices; slice += p.plan.dw1_splits) {
     const int first = slice * p.plan.dw1_pixels, left = p.pixels - first;
     const int pixels = left < p.plan.dw1_pixels ? (left + 15) & ~15 : p.plan.dw1_pixels;
     prim::sync_threads();

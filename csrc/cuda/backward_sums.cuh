@@ -23,7 +23,7 @@ struct SumsParams {
   Intrinsic<T> intrinsic;
   T* u_rows = nullptr;  // [pixel][u_pitch], or null: not wanted
   int64_t u_pitch = 0;
-  Divider by_pitch, by_image_rows;  // positions of the y tile to columns and rows
+  FastDiv by_pitch, by_image_rows;  // positions of the y tile to columns and rows
 };
 
 // u as it was given to pixel-major rows, for the block's channels and the tile's own pixels.
@@ -118,22 +118,22 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
     cheap_gradient<T>(
         p, me, j, o, y, grads, 0, 0, norm, taps + k * p.d * p.d * me.channels,
         [&](int, int, const A(&v)[kStripValues], const A(&da2)[kStripValues], unsigned exists) {
-          A mean[2], inv_std[2];
+          A mean[2];
           load_pair(norm + kMean * me.channels + me.pair, mean);
-          load_pair(norm + kInvStd * me.channels + me.pair, inv_std);
 #pragma unroll
           for (int i = 0; i < kStripValues; ++i) {
             if (!(exists >> i & 1u)) continue;
-            const A hat = (v[i] - mean[i & 1]) * inv_std[i & 1];
             sum[i & 1] += da2[i];
-            sum_hat[i & 1] = prim::fma(da2[i], hat, sum_hat[i & 1]);
+            sum_hat[i & 1] = prim::fma(da2[i], v[i] - mean[i & 1], sum_hat[i & 1]);
           }
         });
     if (me.active()) {
+      A inv_std[2];
+      load_pair(norm + kInvStd * me.channels + me.pair, inv_std);
       own[0] += sum[0];
       own[1] += sum[1];
-      own[slot_count] += sum_hat[0];
-      own[slot_count + 1] += sum_hat[1];
+      own[slot_count] = prim::fma(sum_hat[0], inv_std[0], own[slot_count]);
+      own[slot_count + 1] = prim::fma(sum_hat[1], inv_std[1], own[slot_count + 1]);
       own += 2 * slot_count;
     }
   }

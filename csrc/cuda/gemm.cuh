@@ -42,20 +42,23 @@ constexpr int min_blocks(Layout layout, int channels) {
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 
-// How the eight warps of a block share a product of kRows x kCols. Tiles are dealt out in turn, so
-// that a ragged last chunk leaves all warps about equally idle.
-template <int kCols_>
-struct WarpGrid {
-  static constexpr int kCols = kCols_;                   // 16, 32, 64 or 128
-  static constexpr int kRows = kCols >= 128 ? 64 : 128;  // rows of a chunk
-  static constexpr int kWarpsN = kCols >= 128 ? 4 : kCols >= 64 ? 2 : 1;
-  static constexpr int kWarpsM = kWarps / kWarpsN;
-  static constexpr int kTilesM = kRows / 16 / kWarpsM;  // of 16 rows, a warp
-  static constexpr int kTilesN = kCols / 8 / kWarpsN;   // of 8 columns, a warp; even
-  static constexpr int kLaneRows = 8;                   // lanes that share a column
+// How kWarpsM x kWarpsN warps share a product, kTilesM x kTilesN tiles of 16 rows and 8 columns
+// each (kTilesN even). Tiles are dealt out in turn, so that a ragged last chunk leaves all warps
+// about equally idle. Where the block has more warps, kWarpsK groups of them share the sum.
+template <int kTilesM_, int kTilesN_, int kWarpsM_, int kWarpsN_>
+struct TileGrid {
+  static constexpr int kTilesM = kTilesM_, kTilesN = kTilesN_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kWarpsK = kWarps / (kWarpsM * kWarpsN);
+  static constexpr int kRows = kTilesM * kWarpsM * 16, kCols = kTilesN * kWarpsN * 8;
+  static constexpr int kLaneRows = 8;  // lanes that share a column
 
-  static __device__ __forceinline__ int warp_m() { return int(prim::warp()) / kWarpsN; }
+  static __device__ __forceinline__ int warp_m() {
+    const int m = int(prim::warp()) / kWarpsN;
+    return kWarpsK == 1 ? m : m % kWarpsM;
+  }
   static __device__ __forceinline__ int warp_n() { return int(prim::warp()) % kWarpsN; }
+  static __device__ __forceinline__ int warp_k() { return int(prim::warp()) / (kWarpsM * kWarpsN); }
   static __device__ __forceinline__ int lane_row() { return int(prim::lane() >> 2); }
   // Row of the chunk of this lane's results c[0], c[1] (half = 0) or c[2], c[3] (half = 1).
   static __device__ __forceinline__ int row(int mt, int half) {
@@ -76,6 +79,18 @@ struct WarpGrid {
     const int n = left <= 0 ? 0 : (left + kWarpsN - 1) / kWarpsN;
     return n < kTilesN / 2 ? n : kTilesN / 2;
   }
+};
+
+// The eight warps of a block on kCols = 16, 32, 64 or 128 columns, 128 rows or, of 128 columns, 64.
+template <int kCols>
+inline constexpr int kGridWarpsN = kCols >= 128  ? 4
+                                   : kCols >= 64 ? 2
+                                                 : 1;
+template <int kCols>
+inline constexpr int kGridWarpsM = kWarps / kGridWarpsN<kCols>;
+template <int kCols>
+struct WarpGrid : TileGrid<(kCols >= 128 ? 64 : 128) / 16 / kGridWarpsM<kCols>,
+                           kCols / 8 / kGridWarpsN<kCols>, kGridWarpsM<kCols>, kGridWarpsN<kCols>> {
 };
 
 // acc += a b over one step of K after another.

@@ -279,7 +279,7 @@ struct RowColumns {
   }
 };
 
-// w1 as operand of the direct product, whose rows are aligned to 4 bytes. A sum over channels has
+// w1 as operand of the direct product, whose rows are whole vectors. A sum over channels has
 // no order: where mma numbers those of two steps so that lane t of four has 2t, 2t + 1, 2t + 8,
 // ..., it gets 8t ... 8t + 7 here, 16 bytes of a pixel, and 16 of each of two rows of w1. Rows g
 // and g + 8 of mma are channels 2g and 2g + 1.

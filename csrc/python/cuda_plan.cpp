@@ -27,17 +27,19 @@ py::dict describe(const char* kernel, const ghost::CudaPlan& plan) {
 py::dict describe_backward(const ghost::BackwardPlan& plan) {
   const ghost::CheapTile& g = plan.grads;
   const ghost::PrimaryGradPlan& q = plan.primary;
-  return py::dict("launches"_a = plan.launches, "stores_u"_a = plan.stores_u,
-                  "sums"_a = plan.runs_sums ? py::object(describe("ghost_backward_sums", plan.sums))
-                                            : py::object(py::none()),
-                  "channels"_a = g.channels, "channel_blocks"_a = g.channel_blocks,
-                  "images"_a = g.images, "rows"_a = g.rows, "cols"_a = g.cols,
-                  "halo_rows"_a = g.halo_rows, "halo_cols"_a = g.halo_cols, "tiles"_a = g.tiles,
-                  "workers"_a = g.workers, "grads_smem_bytes"_a = g.smem_bytes,
-                  "dx_blocks"_a = q.dx_blocks, "dx_groups"_a = q.dx_groups,
-                  "dx_depth"_a = q.dx_depth, "dw1_blocks"_a = q.dw1_blocks(),
-                  "dw1_splits"_a = q.dw1_splits, "dw1_pixels"_a = q.dw1_pixels,
-                  "primary_smem_bytes"_a = q.smem_bytes, "scratch_bytes"_a = plan.scratch_bytes);
+  return py::dict(
+      "launches"_a = plan.launches, "stores_u"_a = plan.stores_u,
+      "sums"_a = plan.runs_sums ? py::object(describe("ghost_backward_sums", plan.sums))
+                                : py::object(py::none()),
+      "channels"_a = g.channels, "channel_blocks"_a = g.channel_blocks, "images"_a = g.images,
+      "rows"_a = g.rows, "cols"_a = g.cols, "halo_rows"_a = g.halo_rows,
+      "halo_cols"_a = g.halo_cols, "tiles"_a = g.tiles, "workers"_a = g.workers,
+      "grads_smem_bytes"_a = g.smem_bytes, "du_workers"_a = q.du.workers,
+      "du_slices"_a = q.du.slices, "du_channels"_a = q.du.channels, "du_pixels"_a = q.du.pixels,
+      "makes_u"_a = q.du.makes_u, "dx_blocks"_a = q.dx_blocks, "dx_groups"_a = q.dx_groups,
+      "dx_depth"_a = q.dx_depth, "dw1_blocks"_a = q.dw1_blocks(), "dw1_splits"_a = q.dw1_splits,
+      "dw1_pixels"_a = q.dw1_pixels, "primary_smem_bytes"_a = q.smem_bytes,
+      "scratch_bytes"_a = plan.scratch_bytes);
 }
 
 }  // namespace

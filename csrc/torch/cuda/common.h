@@ -129,7 +129,7 @@ inline void check_sizes(const Problem& p) {
 
 // Views with a storage offset may start anywhere. w1 may be null.
 inline void set_aligned(Problem& p, const void* x, const void* w1) {
-  p.aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(w1) % 4 == 0;
+  p.aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(w1) % 16 == 0;
 }
 
 // Primary weights [m, C, 1, 1] of x's dtype.

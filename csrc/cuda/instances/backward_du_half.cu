@@ -1,0 +1,3 @@
+#include "cuda/backward_instances.cuh"
+
+GHOST_BACKWARD_DU_INSTANCES(HalfPolicy)
