@@ -131,7 +131,8 @@ class Planner {
   // Whether the registers of an instance are bounded so that a multiprocessor holds three blocks of
   // it, not two: min_blocks in gemm.cuh.
   bool three_blocks(int64_t instance) const {
-    return tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
+    const bool sums = kernel_primary() || kernel_ == CudaKernel::kCheapStats;  // registers for them
+    return !sums && tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
   }
 
   template <class F>
@@ -253,7 +254,7 @@ class Planner {
     CudaTile& t = plan.tile;
     const double e = double(element_), parts = double(t.channel_blocks) * t.ghost_blocks;
     const int64_t by_smem = arch_.smem_per_sm / (t.smem_bytes + 1024);
-    const bool three = three_blocks(t.instance) && kernel_ != CudaKernel::kCheapStats;
+    const bool three = three_blocks(t.instance);
     const int64_t by_registers = compute_ == 8 ? 1 : three ? 3 : 2;
     plan.blocks_per_sm = std::max<int64_t>(1, std::min(by_smem, by_registers));
     const int64_t room = arch_.multiprocessors * plan.blocks_per_sm;

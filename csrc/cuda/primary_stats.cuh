@@ -66,7 +66,7 @@ __device__ __forceinline__ void round_to(A (&acc)[kM][kN][4]) {
 }
 
 template <class P, Layout kLayout, int kChannels, Scope kScope>
-__global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
+__global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     ghost_primary_stats_kernel(const PrimaryStatsParams<typename P::T> params) {
   using T = typename P::T;
   using A = typename P::A;
