@@ -77,6 +77,14 @@ CUDA_ARCHS = Variable(
     "build",
     "GPU architectures to compile for, separated by spaces; +PTX adds code for later ones.",
 )
+CUDA_PDL = Variable(
+    "GHOST_OPS_CUDA_PDL",
+    "0",
+    ("0", "1"),
+    "first use",
+    "1: on GPUs of compute capability 9.0, kernels of the forward start before the kernel before "
+    "them has ended, and wait for it (programmatic dependent launch). Not measured.",
+)
 
 TRITON_AUTOTUNE = Variable(
     "GHOST_OPS_TRITON_AUTOTUNE",
@@ -126,6 +134,7 @@ VARIABLES: tuple[Variable, ...] = (
     CPU_MACHINE,
     TRITON_AUTOTUNE,
     CACHE_DIR,
+    CUDA_PDL,
     BUILD_CPU,
     BUILD_CUDA,
     CUDA_ARCHS,

@@ -146,6 +146,10 @@ MUTANTS = [
         "int(float(w + 1) * o.gate_cols)", NHWC, ("eval gate",), schedules=("plain",),
     ),
     Mutant(
+        "no wait for the kernel before", APPLY, "  prim::wait_for_previous_kernel();\n", "", NHWC,
+        ("eval nhwc",), schedules=("plain",),
+    ),
+    Mutant(
         "slope of another channel", "cuda/epilogue.cuh", "act.slopes[first + int64_t(i) * step]",
         "act.slopes[first]", NHWC, ("eval prelu",), schedules=("plain",),
     ),

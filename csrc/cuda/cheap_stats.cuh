@@ -102,6 +102,7 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
 template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     ghost_cheap_stats_kernel(const CheapStatsParams<typename P::T> params) {
+  prim::wait_for_previous_kernel();
   using T = typename P::T;
   using A = typename P::A;
   GHOST_DYN_SHARED(unsigned char, shared);

@@ -68,6 +68,7 @@ __device__ __forceinline__ void round_to(A (&acc)[kM][kN][4]) {
 template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     ghost_primary_stats_kernel(const PrimaryStatsParams<typename P::T> params) {
+  prim::wait_for_previous_kernel();
   using T = typename P::T;
   using A = typename P::A;
   constexpr bool kDirect = kScope != Scope::kAny;

@@ -88,6 +88,11 @@ void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Sit
 void copy_commit();
 void copy_wait(size_t pending);
 
+// In a grid that is launched early: until a thread has waited, an access to anything but shared
+// memory is a fault, and so is its end.
+void wait_for_previous_kernel();
+void check_waited(const void* p, const Site& site);
+
 [[noreturn]] void fault(const Site& site, const std::string& what);
 void check_aligned(const void* p, size_t bytes, const Site& site);
 void check_shared(const void* p, size_t bytes, const Site& site);
@@ -95,8 +100,9 @@ void check_shared(const void* p, size_t bytes, const Site& site);
 // ------------------------------------------------------------------------------- launches
 
 // Runs body(context) once for each thread of the grid; returns when all have. function: the kernel,
-// as cudaFuncSetAttribute names it.
+// as cudaFuncSetAttribute names it. early: the kernel before it may not have ended.
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
-                     size_t shared_bytes, void (*body)(const void*), const void* context);
+                     size_t shared_bytes, void (*body)(const void*), const void* context,
+                     bool early = false);
 
 }  // namespace ghost::emu
