@@ -85,6 +85,15 @@ CUDA_PIPELINE = Variable(
     "1: evaluation and the last pass of training take the kernel that moves whole tiles in bulk "
     "copies, from sm_90 on and where the shape allows it.",
 )
+CUDA_PDL = Variable(
+    "GHOST_OPS_CUDA_PDL",
+    "0",
+    ("0", "1"),
+    "first use",
+    "1: on GPUs of compute capability 9.0, kernels of the forward start before the kernel before "
+    "them has ended, and wait for it (programmatic dependent launch). Not measured.",
+)
+
 TRITON_AUTOTUNE = Variable(
     "GHOST_OPS_TRITON_AUTOTUNE",
     "0",
@@ -134,6 +143,7 @@ VARIABLES: tuple[Variable, ...] = (
     CUDA_PIPELINE,
     TRITON_AUTOTUNE,
     CACHE_DIR,
+    CUDA_PDL,
     BUILD_CPU,
     BUILD_CUDA,
     CUDA_ARCHS,

@@ -435,6 +435,66 @@ def check_statistics(world: World, case: Case, has_primary: bool = True) -> None
         near(var, frozen.var2, case.dtype, "var2")
 
 
+def moments(world: World, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of x from each pass, by way of an identity in the place of w1 and w2."""
+    c = x.size(1)
+    w1 = torch.eye(c, dtype=x.dtype)[:, :, None, None]
+    w2, gamma = torch.zeros(c, 1, 3, 3, dtype=x.dtype), torch.ones(c, dtype=x.dtype)
+    w2[:, 0, 1, 1] = 1
+    none = (None, None, None)
+    with tf32(False):
+        packed = world.pack(None, gamma, *none, 0.0, w2, *none, None, 0.0)
+        given = (x, None, None, None, 0.0, w2, None, None, 0.0, 2 * c, 1, 0, 0.0, 0, 0.0, False)
+        return {
+            "primary": world.call("ghost_primary_stats", x, w1, 1),
+            "u given": world.call("ghost_train_forward", *given)[1:3],
+            "cheap": world.call("ghost_cheap_stats", x, packed, c, 2, 3, 1, 0, 0.0, False),
+        }
+
+
+def welford(x: Tensor) -> Tensor:
+    """Variance in float32 as PyTorch's CUDA batch norm computes it, by 32 threads a channel."""
+    v = x.transpose(0, 1).flatten(1).float()
+    v = v[:, : v.size(1) // 32 * 32].unflatten(1, (-1, 32))
+    mean, m2 = v[:, 0], torch.zeros_like(v[:, 0])
+    for i in range(1, v.size(1)):
+        d = v[:, i] - mean
+        mean = mean + d / (i + 1)
+        m2 = m2 + d * (v[:, i] - mean)
+    count = v.size(1)
+    while mean.size(1) > 1:
+        half = mean.size(1) // 2
+        d = mean[:, half:] - mean[:, :half]
+        mean, m2 = mean[:, :half] + d / 2, m2[:, :half] + m2[:, half:] + d * d * count / 2
+        count *= 2
+    return m2[:, 0].double() / count
+
+
+def check_far_statistics(
+    world: World, mean: float, deviation: float, kind: str, dtype: torch.dtype, layout: str
+) -> None:
+    """As many digits as PyTorch's float32, with E[u^2] - E[u]^2 there would be none. ``kind``:
+    "normal", "outliers" (the first value of every image) or "drift" (of the images' means). The
+    last channel is constant."""
+    x = torch.randn(5, 8, 15, 16, generator=torch.Generator().manual_seed(0)).double()
+    if kind == "outliers":
+        x[:, :, 0, 0] = 300
+    elif kind == "drift":
+        x += 20 * torch.arange(5).view(5, 1, 1, 1)
+    x = x * deviation + mean
+    x[:, -1] = mean
+    x = with_layout(x.to(dtype), layout)
+    want, exact = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+    varies, eager = exact > 0, welford(x)
+    usual = 2 * ((eager - exact)[varies] / exact[varies]).abs().max() + 1e-6 if any(varies) else 0
+    for name, (got, var) in moments(world, x).items():
+        near = exact.sqrt() * 1e-6 + want.abs() * 1.2e-7
+        assert bool(((got.double() - want).abs() <= near).all()), name
+        assert not var[~varies].any(), name
+        error = ((var.double() - exact).abs() / exact)[varies]
+        assert bool((error <= usual).all()), (name, error, usual)
+
+
 def check_empty(world: World, case: Case, has_primary: bool = True) -> None:
     """All operators on a batch of no images, as PyTorch: outputs are empty, statistics and
     gradients of parameters are zero, running statistics stay as they are."""

@@ -58,6 +58,9 @@ def run(library: emulator.Library, name: str, shared_bytes: int = 4 * BLOCK) -> 
         ("bulk, misaligned", "bulk_load at .*: address misaligned for 16 bytes"),
         ("bulk, out of range", "bulk_load at .*: address outside the 256 bytes"),
         ("bulk, barrier overwritten", "the mbarrier was overwritten"),
+        ("early load", "load at .*: global memory before the wait for the last kernel"),
+        ("early copy", "cp_async at .*: global memory before the wait for the last kernel"),
+        ("never waiting", "a thread ends without waiting for the last kernel"),
     ],
 )
 @pytest.mark.parametrize("schedule", emulator.SCHEDULES)
@@ -72,8 +75,9 @@ def test_faults(library: emulator.Library, name: str, message: str, schedule: st
     assert "kernel" in str(error.value)
     assert "block (" in str(error.value)
     with library.scheduled(emulator.SCHEDULES[schedule]):  # a fault leaves nothing behind
-        exchanged = run(library, "nothing wrong")
+        exchanged, early = run(library, "nothing wrong"), run(library, "early")
     assert exchanged[:BLOCK].tolist() == list(range(BLOCK))[::-1]
+    assert early[:BLOCK].tolist() == list(range(BLOCK))
 
 
 LAZY = {name for name, bits in emulator.SCHEDULES.items() if not bits & emulator.EAGER_COPIES}

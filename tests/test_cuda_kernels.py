@@ -20,12 +20,13 @@ from cuda_cases import (
     check_empty,
     check_eval,
     check_extras,
+    check_far_statistics,
     check_statistics,
     check_train,
     misaligned,
+    moments,
     norm_arguments,
     operands,
-    tf32,
 )
 from cuda_driver import SMALL, nan_output
 from helpers import (
@@ -383,21 +384,45 @@ def test_statistics(world: World, case: Case, has_primary: bool) -> None:
     check_statistics(world, case, has_primary)
 
 
+FAR = [(0.0, 1.0), (1e4, 1.0), (1e4, 1e-2), (100.0, 1.0)]  # means and deviations
+
+
+@pytest.mark.parametrize("kind", ["normal", "outliers", "drift"])
+@pytest.mark.parametrize(("mean", "deviation"), FAR, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_far_from_zero(world: World, layout: str) -> None:
-    """Mean 1e4, deviation 1: E[u^2] - E[u]^2 in float32 would be off by several units."""
-    x = torch.randn(3, 2, 21, 23, generator=torch.Generator().manual_seed(0)) + 1e4
-    x[:, 1] = 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_statistics_far_from_zero(
+    world: World,
+    library: emulator.Library,
+    dtype: torch.dtype,
+    layout: str,
+    mean: float,
+    deviation: float,
+    kind: str,
+) -> None:
+    library.set_device(DEVICES[-1])  # several tiles a block
+    try:
+        check_far_statistics(world, mean, deviation, kind, dtype, layout)
+    finally:
+        library.set_device(DEVICES[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [(0, 0, 0), (1, 3, 5), (2, 8, 8)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_of_what_is_not_finite(
+    world: World, layout: str, at: tuple[int, int, int], value: float
+) -> None:
+    """A channel's NaN or infinity reaches its mean and variance, and no other's."""
+    x = torch.randn(3, 8, 9, 9, generator=torch.Generator().manual_seed(0)).half()
+    x[at[0], 2, at[1], at[2]] = value
     fmt = torch.channels_last if layout == "nhwc" else torch.contiguous_format
-    x = x.contiguous(memory_format=fmt)
-    w1 = torch.zeros(2, 2, 1, 1)
-    w1[:, 0] = 1
-    with tf32(False):
-        mean, var = world.call("ghost_primary_stats", x, w1, 1)
-    want = x[:, 0].double()
-    torch.testing.assert_close(mean.double(), want.mean().expand(2), rtol=1e-6, atol=0)
-    want_var = want.var(correction=0).expand(2)
-    torch.testing.assert_close(var.double(), want_var, rtol=2e-3, atol=0)
+    found = moments(world, x.contiguous(memory_format=fmt))
+    want = torch.arange(8) != 2
+    for name in ("u given", "cheap"):  # w1 would multiply it by 0
+        mean, var = found[name]
+        assert torch.equal(mean.isfinite(), want), name
+        assert torch.equal(~var.isnan(), want), name
 
 
 # --- determinism ------------------------------------------------------------------------------

@@ -195,6 +195,10 @@ MUTANTS = [
         "int(float(tile.w0 + c + 1) * o.gate_cols)", NHWC, ("eval gate",), schedules=("plain",),
     ),
     Mutant(
+        "no wait for the kernel before", APPLY, "  prim::wait_for_previous_kernel();\n", "", NHWC,
+        ("eval nhwc",), schedules=("plain",),
+    ),
+    Mutant(
         "slope of another channel", "cuda/epilogue.cuh", "act.slopes[first + int64_t(i) * step]",
         "act.slopes[first]", NHWC, ("eval prelu",), schedules=("plain",),
     ),
@@ -264,8 +268,26 @@ MUTANTS = [
         "prim::ldmatrix_x4(r, p);", NCHW, ("eval nchw",), count=2,
     ),
     Mutant(
-        "statistics without the spread of means", "cuda/stats.cuh", " + n[s] * d * d;", ";", NCHW,
-        ("statistics",),
+        "statistics without the spread of means", "cuda/stats.cuh",
+        "m2 += squares[at] + d * (A(2) * sum[at] + n[s] * d)", "m2 += squares[at]", NCHW,
+        ("statistics",), schedules=("plain",),
+    ),
+    Mutant(
+        "statistics of unused pixels", "cuda/cheap_stats.cuh", "if (s >= count || r >= rows)",
+        "if (r >= rows)", NCHW, ("statistics",), schedules=("plain",),
+    ),
+    Mutant(
+        "statistics of an unused row", "cuda/cheap_stats.cuh", "if (s >= count || r >= rows)",
+        "if (s >= count)", NCHW, ("statistics",), schedules=("plain",),
+    ),
+    Mutant(
+        "sums about zero", "cuda/cheap_stats.cuh", "if (n == 0) {", "if (n < 0) {", NCHW,
+        ("far statistics",), schedules=("plain",),
+    ),
+    Mutant(
+        "sums of a product's rows past the last pixel", "cuda/primary_stats.cuh",
+        "if (i >= count) acc[i / 2]", "if (i > count) acc[i / 2]", NCHW,
+        ("statistics", "far statistics"), schedules=("plain",),
     ),
     Mutant(
         "odd last channel not masked", STORES, "if (c + 1 < from.count)", "", NCHW, ("eval nchw",)

@@ -363,12 +363,12 @@ def test_json_report_agrees_with_the_process(tmp_path: Path) -> None:
     assert info["versions"]["ghost_ops"] == ghost_ops.__version__
 
 
-@pytest.mark.parametrize("name", ["GHOST_OPS_BACKEND", "GHOST_OPS_CPU_ISA"])
+@pytest.mark.parametrize("name", ["GHOST_OPS_BACKEND", "GHOST_OPS_CPU_ISA", "GHOST_OPS_CUDA_PDL"])
 def test_a_wrong_value_is_an_error_at_import(name: str, tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(PACKAGE.parent), name: "foo"}
     done = run("-c", "import ghost_ops", cwd=tmp_path, env=env)
     assert done.returncode != 0
-    assert f"ValueError: environment variable {name}='foo': expected one of 'auto'" in done.stderr
+    assert f"ValueError: environment variable {name}='foo': expected one of '" in done.stderr
 
 
 @in_checkout

@@ -130,7 +130,8 @@ class Planner {
   // Whether the registers of an instance are bounded so that a multiprocessor holds three blocks of
   // it, not two: min_blocks in gemm.cuh.
   bool three_blocks(int64_t instance) const {
-    return tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
+    const bool sums = kernel_primary() || kernel_ == CudaKernel::kCheapStats;  // registers for them
+    return !sums && tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
   }
 
   template <class F>
@@ -193,7 +194,7 @@ class Planner {
     const int64_t source =
         c.images * std::min(H_, c.rows + 2 * halo_) * std::min(W_, c.cols + 2 * halo_);
     const int64_t inner = c.images * c.rows * c.cols;
-    t.window_rows = kernel_ == CudaKernel::kApply && e == 2 ? 2 : 1;
+    t.window_rows = !kernel_primary() && !backward() && e == 2 ? 2 : 1;
     t.slice = int32_t(c.slice);
     t.slice_log2 = 0;
     while (1 << t.slice_log2 < t.slice) ++t.slice_log2;
@@ -213,7 +214,6 @@ class Planner {
     int64_t stage = kCudaStages * (int64_t(t.a_stage) + t.b_stage);
     if (kernel_ == CudaKernel::kApply && ghosts > 0)
       stage = std::max(stage, inner * t.z_stride * e);
-    if (kernel_primary()) stage = std::max(stage, (kCudaThreads + 4096) * a);
     int64_t at = 0;
     const auto place = [&](int64_t bytes) {
       const int64_t here = at;
@@ -232,7 +232,7 @@ class Planner {
     t.affine_at = place(kernel_primary() ? 0 : (3 + 3 * ghosts) * channels * a);
     t.taps_at = place(ghosts * taps * channels * a);
     const bool sums = kernel_ == CudaKernel::kCheapStats || backward();
-    t.moments_at = place(sums ? (ghosts * 4 + 1) * kCudaThreads * a : 0);
+    t.moments_at = place(sums ? (ghosts * (backward() ? 4 : 6) + 1) * kCudaThreads * a : 0);
     t.norm2_at = place(backward() ? ghosts * 6 * channels * a : 0);
     // The gradient of z, with a strip's unused pixels behind it.
     const int64_t grads = backward() && ghosts > 0 ? inner + kCudaStrip : 0;
@@ -241,6 +241,8 @@ class Planner {
     t.b_at = place(p_.has_primary ? rows16 * (c.resident ? t.b_stride : ring) * e : 0);
     t.y_at = place(has_y ? positions * t.y_stride * e : 0);
     t.stage_at = place(stage);
+    // The sums of a block's slots, after its last tile: ghost_primary_stats_kernel.
+    if (kernel_primary()) at = std::max(at, t.b_at + (kCudaThreads + 3 * 2048) * a);
     t.smem_bytes = int32_t(at);
     return at <= arch_.smem_per_block;
   }
@@ -251,7 +253,7 @@ class Planner {
     CudaTile& t = plan.tile;
     const double e = double(element_), parts = double(t.channel_blocks) * t.ghost_blocks;
     const int64_t by_smem = arch_.smem_per_sm / (t.smem_bytes + 1024);
-    const bool three = three_blocks(t.instance) && kernel_ != CudaKernel::kCheapStats;
+    const bool three = three_blocks(t.instance);
     const int64_t by_registers = compute_ == 8 ? 1 : three ? 3 : 2;
     plan.blocks_per_sm = std::max<int64_t>(1, std::min(by_smem, by_registers));
     const int64_t room = arch_.multiprocessors * plan.blocks_per_sm;
@@ -303,7 +305,8 @@ class Planner {
     if (!kernel_primary()) {
       // Windows are dealt out to groups of threads in rounds; a warp costs the same whether all of
       // its lanes have one. Per row of y: the strip with its halo (read, converted, addressed), and
-      // its products; then what a window costs besides.
+      // its products; then what a window costs besides, in ghost_cheap_stats three instructions a
+      // value (counted in the machine code of sm_90, as the others).
       const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
       const int64_t groups = kCudaThreads / pairs;
       const int64_t windows =
@@ -311,9 +314,10 @@ class Planner {
       const int64_t rounds = windows / groups, rest = windows % groups;
       const int64_t warps = rounds * ceil_div(groups * pairs, 32) + ceil_div(rest * pairs, 32);
       const double rows = d + t.window_rows - 1, each = element_ == 2 ? 4 : 2;
+      const double besides =
+          kernel_ == CudaKernel::kCheapStats ? 80 + 42 * t.window_rows : 64 + 36 * t.window_rows;
       const double window = rows * (kCudaStrip + d - 1) * each +
-                            t.window_rows * d * d * 2 * kCudaStrip + d * d + 64 +
-                            36 * t.window_rows;
+                            t.window_rows * d * d * 2 * kCudaStrip + d * d + besides;
       pipe += double(warps) * t.ghosts *
               (rows * (kCudaStrip + d - 1) + 2 * d * d + t.window_rows * kCudaStrip);
       cycles += double(warps) * t.ghosts * window / 4;
@@ -379,7 +383,8 @@ class Planner {
   // w1 (3) and two products a tile, and what the loop costs (38). Per stage of a ring: 20 for 16
   // bytes of w1, and the barrier. Per chunk: 32 x m x n / 8 results cleared, rounded and stored,
   // also where there is no channel (6 a tile); scaled where there is one (4 a tile, 4 for scale and
-  // shift); positions (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes
+  // shift), or summed (12 a tile and 3, and 4 to mask and shift; with u kept 10 to round and
+  // store); positions (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes
   // the memory pipe four cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory,
   // 200 for a stage of w1.
   double direct_product(const CudaTile& t, double chunks, double& latency, double& pipe) const {
@@ -390,7 +395,9 @@ class Planner {
     const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
     const double row = p_.has_in_gate ? 10 : 2;
     const double block = 38 + m * row + active * (3 + 2 * m);
-    const double chunk = 54 + m * (6 + 6 * n) + active * (4 + 4 * m);
+    const double chunk = 54 + m * (6 + 6 * n) +
+                         (kernel_primary() ? active * (3 + 12 * m) + m * n * (keeps() ? 14 : 4)
+                                           : active * (4 + 4 * m));
     const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
     latency = chunks * std::ceil(blocks / ahead) * 700;
     pipe = warp_chunks * (blocks * (4 * m + 8 * active) + 2 * m + active * (4 + 2 * m));

@@ -190,6 +190,7 @@ __device__ __forceinline__ void pool_tile(const ApplyParams<T>& params, int inde
 template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     ghost_apply_kernel(const ApplyParams<typename P::T> params) {
+  prim::wait_for_previous_kernel();
   constexpr int kTiles = kChannels == 64 ? 16 : 8;
   GHOST_DYN_SHARED(unsigned char, shared);
   const CudaTile& t = params.tile;

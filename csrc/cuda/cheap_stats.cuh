@@ -1,7 +1,7 @@
 // Partial statistics of v = w2 (*) y, y = act1(bn1(w1 * x)): the second pass of training.
 //
 // The tile and its y as in apply.cuh, the depthwise part likewise; instead of z a thread keeps the
-// mean and squared deviations of its pair of channels, in shared memory between tiles.
+// sums of its pair of channels (stats.cuh), in shared memory between tiles.
 // Binding resource: reading x (DRAM) for small C, the product for wide ones.
 #pragma once
 
@@ -20,21 +20,36 @@ struct CheapStatsParams {
   Partials<Accumulator<T>> partials;  // splits = tile.slots
 };
 
-// Of ghost j and thread i, in shared memory: means [j][2 i + {0, 1}], then squared deviations
-// likewise; then the number of values of each slot.
+// Sums of ghost j and thread i's pair of channels, in shared memory: shifts [j][2 i + {0, 1}], then
+// sums and squares likewise; then the number of values of each slot.
 template <class A>
 struct Moments {
-  A *mean, *m2, *count;
+  A *shift, *sum, *squares, *count;
 
   __device__ __forceinline__ Moments(const CudaTile& t, unsigned char* shared)
-      : mean(reinterpret_cast<A*>(shared + t.moments_at)),
-        m2(mean + t.ghosts * 2 * kThreads),
-        count(m2 + t.ghosts * 2 * kThreads) {}
+      : shift(reinterpret_cast<A*>(shared + t.moments_at)),
+        sum(shift + t.ghosts * 2 * kThreads),
+        squares(sum + t.ghosts * 2 * kThreads),
+        count(squares + t.ghosts * 2 * kThreads) {}
+
+  __device__ __forceinline__ void load(int at, ShiftedSums<A> (&sums)[2]) const {
+    A k[2], s[2], q[2];
+    load_pair(shift + at, k);
+    load_pair(sum + at, s);
+    load_pair(squares + at, q);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) sums[e] = {k[e], s[e], q[e]};
+  }
+  __device__ __forceinline__ void store(int at, const ShiftedSums<A> (&sums)[2]) const {
+    store_pair(shift + at, sums[0].shift, sums[1].shift);
+    store_pair(sum + at, sums[0].sum, sums[1].sum);
+    store_pair(squares + at, sums[0].squares, sums[1].squares);
+  }
 };
 
 // Adds the values of one tile, after `seen` of each channel of this thread; returns how many it has
-// seen then.
-template <class T>
+// seen then. A thread takes strips of kRows rows.
+template <int kRows, class T>
 __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int index, int seen,
                                         unsigned char* shared) {
   using A = Accumulator<T>;
@@ -50,24 +65,36 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
     n = seen;
-    A mean[2], m2[2];
     const int mine = 2 * (j * kThreads + prim::opaque(int(threadIdx.x)));
-    load_pair(moments.mean + mine, mean);
-    load_pair(moments.m2 + mine, m2);
-    depthwise_tile<1, 0>(y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels,
-                         nullptr, [&](Strip<A>(&v)[1], int count, int, int) {
-                           const A share = A(count) / A(n + count);
+    depthwise_tile<kRows, 0>(
+        y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels, nullptr,
+        [&](Strip<A>(&v)[kRows], int count, int, int rows) {
+          ShiftedSums<A> sums[2];  // from shared memory: the window needs the registers
+          moments.load(mine, sums);
+          if (n == 0) {
 #pragma unroll
-                           for (int e = 0; e < 2; ++e) {
-                             A values[kStrip];
+            for (int e = 0; e < 2; ++e) sums[e].shift = v[0][0][e];
+          }
+          if (count < kStrip || rows < kRows) {  // a value equal to the shift adds nothing
 #pragma unroll
-                             for (int s = 0; s < kStrip; ++s) values[s] = v[0][s][e];
-                             add_values(values, count, A(n), share, mean[e], m2[e]);
-                           }
-                           n += count;
-                         });
-    store_pair(moments.mean + mine, mean[0], mean[1]);
-    store_pair(moments.m2 + mine, m2[0], m2[1]);
+            for (int i = 0; i < kRows * kStripValues; ++i) {
+              const int r = i / kStripValues, s = i / 2 % kStrip;
+              if (s >= count || r >= rows) v[r][s][i & 1] = sums[i & 1].shift;
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < kRows * kStripValues; ++i)
+            sums[i & 1].add(v[i / kStripValues][i / 2 % kStrip][i & 1]);
+          n += count * rows;
+          moments.store(mine, sums);
+        });
+    if (seen == 0) {
+      ShiftedSums<A> sums[2];
+      moments.load(mine, sums);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) sums[e].center(A(n));
+      moments.store(mine, sums);
+    }
   }
   return n;
 }
@@ -75,6 +102,7 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
 template <class P, Layout kLayout, int kChannels, Scope kScope>
 __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     ghost_cheap_stats_kernel(const CheapStatsParams<typename P::T> params) {
+  prim::wait_for_previous_kernel();
   using T = typename P::T;
   using A = typename P::A;
   GHOST_DYN_SHARED(unsigned char, shared);
@@ -91,8 +119,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
       load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
                 t.channels, taps_count, static_cast<const A*>(nullptr));
       const int mine = 2 * (j * kThreads + int(threadIdx.x));
-      store_pair(moments.mean + mine, A(0), A(0));
-      store_pair(moments.m2 + mine, A(0), A(0));
+      moments.store(mine, {});
     }
   }
 
@@ -100,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
     make_y_tile<P, kLayout, kScope, kChannels, 8>(t, p, params.intrinsic, index, 0, shared);
-    seen = add_tile(params, index, seen, shared);
+    seen = add_tile<kWindowRows<T>>(params, index, seen, shared);
   }
 
   const Place place(t, p);
@@ -112,8 +139,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
   for (int j = 0; j < place.ghosts; ++j)
     write_partials(params.partials, place.slot, int64_t(place.c0) * step + place.ghost0 + j, step,
                    place.valid, place.c0 == 0 && place.ghost0 == 0 && j == 0, own.slots,
-                   moments.count, moments.mean + j * 2 * kThreads, moments.m2 + j * 2 * kThreads,
-                   2 * own.pairs);
+                   moments.count, moments.shift + j * 2 * kThreads, moments.sum + j * 2 * kThreads,
+                   moments.squares + j * 2 * kThreads, 2 * own.pairs);
 }
 
 }  // namespace ghost::cuda

@@ -97,6 +97,7 @@ __device__ __forceinline__ void stem_pixels(const StemParams<T>& p) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 2 : 1)
     ghost_conv_stem_kernel(const StemParams<T> params) {
+  prim::wait_for_previous_kernel();
   if constexpr (sizeof(T) == 2) {
     if (params.plan.vec == 8) return stem_pixels<8>(params);
   }

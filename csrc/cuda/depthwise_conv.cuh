@@ -214,6 +214,7 @@ __device__ __forceinline__ void depthwise_pixels(const DepthwiseParams<T>& p,
 template <class T, Layout kLayout, int kD, int kStride>
 __global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 2 : 1)
     ghost_depthwise_conv_kernel(const DepthwiseParams<T> params) {
+  prim::wait_for_previous_kernel();
   using A = Accumulator<T>;
   GHOST_DYN_SHARED(A, shared);
   if constexpr (kD == 0) {

@@ -296,40 +296,44 @@ struct Norm {
 };
 
 // Mean and biased variance of kCount channels (first, first + step, ...) from their partials, by
-// one warp, the same bits in every block: sum of n_s mean_s first, then of m2_s + n_s (mean_s -
-// mean)^2, lanes in a fixed tree. Several channels at once share the wait for memory.
+// one warp, the same bits in every block: sum of n_s d_s first, where d_s is the distance from the
+// first split's mean, which keeps the digits of a large mean; then of m2_s + n_s (d_s - d)^2. Lanes
+// in a fixed tree. Several channels at once share the wait for memory.
 template <int kCount, class A>
 __device__ __forceinline__ void combine_partials(const Partials<A>& p,
                                                  const int64_t (&channel)[kCount],
                                                  A (&mean)[kCount], A (&var)[kCount]) {
   const int lane = int(prim::lane());
-  A n = A(0), m2[kCount];
+  A n = A(0), base[kCount], d[kCount], m2[kCount];
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) mean[k] = m2[k] = A(0);
+  for (int k = 0; k < kCount; ++k) {
+    base[k] = p.splits > 0 ? p.mean[channel[k] * p.splits] : A(0);
+    d[k] = m2[k] = A(0);
+  }
 #pragma unroll 2
   for (int s = lane; s < p.splits; s += 32) {
     const A count = p.count[s];
     n += count;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) mean[k] += count * p.mean[channel[k] * p.splits + s];
+    for (int k = 0; k < kCount; ++k) d[k] += count * (p.mean[channel[k] * p.splits + s] - base[k]);
   }
 #pragma unroll
   for (int x = 16; x > 0; x >>= 1) {
     n += prim::shuffle_xor(n, x);
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) mean[k] += prim::shuffle_xor(mean[k], x);
+    for (int k = 0; k < kCount; ++k) d[k] += prim::shuffle_xor(d[k], x);
   }
   const A share = n > A(0) ? A(1) / n : A(0);
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) mean[k] *= share;
+  for (int k = 0; k < kCount; ++k) d[k] *= share;
 #pragma unroll 2
   for (int s = lane; s < p.splits; s += 32) {
     const A count = p.count[s];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const int64_t at = channel[k] * p.splits + s;
-      const A d = p.mean[at] - mean[k];
-      m2[k] += p.m2[at] + count * d * d;
+      const A from_mean = p.mean[at] - base[k] - d[k];
+      m2[k] += p.m2[at] + count * from_mean * from_mean;
     }
   }
 #pragma unroll
@@ -338,7 +342,10 @@ __device__ __forceinline__ void combine_partials(const Partials<A>& p,
     for (int k = 0; k < kCount; ++k) m2[k] += prim::shuffle_xor(m2[k], x);
   }
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) var[k] = m2[k] * share;
+  for (int k = 0; k < kCount; ++k) {
+    mean[k] = base[k] + d[k];
+    var[k] = m2[k] * share;
+  }
 }
 template <class A>
 __device__ __forceinline__ void combine_partials(const Partials<A>& p, int64_t channel, A& mean,

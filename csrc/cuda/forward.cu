@@ -126,12 +126,12 @@ cudaError_t launch_combine_stats(const PartialsRef& partials, DType dtype, int64
   if (channels == 0) return cudaSuccess;
   const unsigned blocks = unsigned((channels + kWarps - 1) / kWarps);
   if (dtype == DType::kFloat64)
-    return GHOST_LAUNCH(combine_stats_kernel<double>, dim3(blocks), dim3(kThreads), 0, stream,
-                        typed<double>(partials), channels, static_cast<double*>(mean),
-                        static_cast<double*>(var));
-  return GHOST_LAUNCH(combine_stats_kernel<float>, dim3(blocks), dim3(kThreads), 0, stream,
-                      typed<float>(partials), channels, static_cast<float*>(mean),
-                      static_cast<float*>(var));
+    return GHOST_LAUNCH_EARLY(combine_stats_kernel<double>, dim3(blocks), dim3(kThreads), 0, stream,
+                              typed<double>(partials), channels, static_cast<double*>(mean),
+                              static_cast<double*>(var));
+  return GHOST_LAUNCH_EARLY(combine_stats_kernel<float>, dim3(blocks), dim3(kThreads), 0, stream,
+                            typed<float>(partials), channels, static_cast<float*>(mean),
+                            static_cast<float*>(var));
 }
 
 namespace {
@@ -167,7 +167,7 @@ cudaError_t pack(const PackArgs& args, cudaStream_t stream) {
   p.rest_bytes = args.packed_bytes - at.bytes;
   const int64_t most = std::max({p.w1_count, p.g * p.taps, p.rest_bytes, p.m, int64_t(1)});
   const unsigned blocks = unsigned(std::min<int64_t>((most + kThreads - 1) / kThreads, 1024));
-  return GHOST_LAUNCH(ghost_pack_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, p);
+  return GHOST_LAUNCH_EARLY(ghost_pack_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace

@@ -39,10 +39,10 @@ GHOST_DECLARE_FORWARD_LAYOUTS(DoublePolicy)
 }  // namespace ghost::cuda
 
 // An instance by its scope and channel width.
-#define GHOST_LAUNCH_CASE(kernel, P, L, width, scope)                                       \
-  if (chosen == scope && params.tile.instance == width)                                     \
-    return GHOST_LAUNCH((kernel<P, L, width, scope>), grid_of(params.tile), dim3(kThreads), \
-                        size_t(params.tile.smem_bytes), stream, params);
+#define GHOST_LAUNCH_CASE(kernel, P, L, width, scope)                                             \
+  if (chosen == scope && params.tile.instance == width)                                           \
+    return GHOST_LAUNCH_EARLY((kernel<P, L, width, scope>), grid_of(params.tile), dim3(kThreads), \
+                              size_t(params.tile.smem_bytes), stream, params);
 
 // The widths that the plan may choose.
 #define GHOST_PLAIN_CASES(kernel, P, L) GHOST_LAUNCH_CASE(kernel, P, L, 32, Scope::kAny)

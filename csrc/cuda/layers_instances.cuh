@@ -18,9 +18,9 @@ struct LayerKernels {
 
 template <Layout kLayout, int kD, int kStride, class T>
 cudaError_t depthwise_instance(const DepthwiseParams<T>& params, cudaStream_t stream) {
-  return GHOST_LAUNCH((ghost_depthwise_conv_kernel<T, kLayout, kD, kStride>),
-                      dim3(unsigned(params.plan.blocks)), dim3(kThreads),
-                      size_t(params.plan.smem_bytes), stream, params);
+  return GHOST_LAUNCH_EARLY((ghost_depthwise_conv_kernel<T, kLayout, kD, kStride>),
+                            dim3(unsigned(params.plan.blocks)), dim3(kThreads),
+                            size_t(params.plan.smem_bytes), stream, params);
 }
 
 // The kernels by strips exist for 3x3, 5x5 and 7x7, stride 1 and 2, but not for double.
@@ -52,29 +52,29 @@ cudaError_t choose_depthwise(const DepthwiseParams<T>& params, Layout layout, cu
 
 template <Layout kLayout, class T>
 cudaError_t gate_instance(const GateParams<T>& params, cudaStream_t stream) {
-  return GHOST_LAUNCH((ghost_squeeze_excite_gate_kernel<T, kLayout>),
-                      dim3(unsigned(params.plan.blocks)), dim3(kGateThreads),
-                      size_t(params.plan.smem_bytes), stream, params);
+  return GHOST_LAUNCH_EARLY((ghost_squeeze_excite_gate_kernel<T, kLayout>),
+                            dim3(unsigned(params.plan.blocks)), dim3(kGateThreads),
+                            size_t(params.plan.smem_bytes), stream, params);
 }
 
-#define GHOST_LAYER_INSTANCES(T)                                                          \
-  namespace ghost::cuda {                                                                 \
-  template <>                                                                             \
-  cudaError_t LayerKernels<T>::depthwise(const DepthwiseParams<T>& params, Layout layout, \
-                                         cudaStream_t stream) {                           \
-    return choose_depthwise(params, layout, stream);                                      \
-  }                                                                                       \
-  template <>                                                                             \
-  cudaError_t LayerKernels<T>::stem(const StemParams<T>& params, cudaStream_t stream) {   \
-    return GHOST_LAUNCH(ghost_conv_stem_kernel<T>, dim3(unsigned(params.plan.blocks)),    \
-                        dim3(kThreads), 0, stream, params);                               \
-  }                                                                                       \
-  template <>                                                                             \
-  cudaError_t LayerKernels<T>::gate(const GateParams<T>& params, Layout layout,           \
-                                    cudaStream_t stream) {                                \
-    return layout == Layout::kNHWC ? gate_instance<Layout::kNHWC>(params, stream)         \
-                                   : gate_instance<Layout::kNCHW>(params, stream);        \
-  }                                                                                       \
+#define GHOST_LAYER_INSTANCES(T)                                                             \
+  namespace ghost::cuda {                                                                    \
+  template <>                                                                                \
+  cudaError_t LayerKernels<T>::depthwise(const DepthwiseParams<T>& params, Layout layout,    \
+                                         cudaStream_t stream) {                              \
+    return choose_depthwise(params, layout, stream);                                         \
+  }                                                                                          \
+  template <>                                                                                \
+  cudaError_t LayerKernels<T>::stem(const StemParams<T>& params, cudaStream_t stream) {      \
+    return GHOST_LAUNCH_EARLY(ghost_conv_stem_kernel<T>, dim3(unsigned(params.plan.blocks)), \
+                              dim3(kThreads), 0, stream, params);                            \
+  }                                                                                          \
+  template <>                                                                                \
+  cudaError_t LayerKernels<T>::gate(const GateParams<T>& params, Layout layout,              \
+                                    cudaStream_t stream) {                                   \
+    return layout == Layout::kNHWC ? gate_instance<Layout::kNHWC>(params, stream)            \
+                                   : gate_instance<Layout::kNCHW>(params, stream);           \
+  }                                                                                          \
   }
 
 #define GHOST_DECLARE_LAYERS(T)                                                            \

@@ -34,6 +34,7 @@ __device__ __forceinline__ A norm_shift(const Norm<A>& n, int64_t c) {
 
 template <class T>
 __global__ void __launch_bounds__(256) ghost_pack_kernel(const PackParams<T> p) {
+  prim::wait_for_previous_kernel();
   using A = Accumulator<T>;
   const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(256) ghost_pack_kernel(const PackParams<T> p) 
 template <class A>
 __global__ void __launch_bounds__(256)
     combine_stats_kernel(const Partials<A> partials, int64_t channels, A* mean, A* var) {
+  prim::wait_for_previous_kernel();
   const int64_t c = int64_t(blockIdx.x) * (blockDim.x / 32) + prim::warp();
   if (c >= channels) return;
   A m, v;

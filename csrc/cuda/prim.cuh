@@ -22,8 +22,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "cuda/smem_limit.h"
 
@@ -35,7 +38,11 @@
 // Starts a kernel and gives back a cudaError_t. A template kernel with commas stands in
 // parentheses. Arguments are converted to the kernel's parameter types.
 #define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::ghost::prim::launch(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+  ::ghost::prim::launch<false>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+// The same for a kernel of which every thread begins with wait_for_previous_kernel: it may start
+// before the kernel before it in the stream has ended (see starts_early).
+#define GHOST_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
+  ::ghost::prim::launch<true>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 namespace ghost::prim {
 
@@ -245,6 +252,16 @@ __device__ __forceinline__ void sync_threads() {
 }
 __device__ __forceinline__ void sync_warp() {
   __syncwarp();
+}
+
+// Waits until the kernels before this one in the stream have ended and what they wrote is visible.
+// Comes before every access to global memory in a kernel that is launched early. The next such
+// kernel may be launched from here on: it finds room where blocks of this one end, and waits there.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // The value of lane ^ mask, of lane + delta (its own past lane 31), of the given lane.
@@ -471,12 +488,50 @@ struct Unchanged {
   using type = T;
 };
 
-template <class... Params>
+// Whether GHOST_LAUNCH_EARLY launches early on the current device: with GHOST_OPS_CUDA_PDL=1, and
+// where the code that runs there has the wait. All kernels are compiled for the same architectures.
+inline bool starts_early(const void* kernel) {
+  static const bool wanted = [] {
+    const char* const value = std::getenv("GHOST_OPS_CUDA_PDL");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  if (!wanted) return false;
+  enum : int { kUnknown, kNo, kYes };
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = kDevices;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (answer == kUnknown) {
+    cudaFuncAttributes attributes;
+    const bool has_wait =
+        cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    answer = has_wait ? kYes : kNo;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == kYes;
+}
+
+template <bool kEarly, class... Params>
 inline cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                           cudaStream_t stream, typename Unchanged<Params>::type... args) {
-  const cudaError_t status =
-      allow_dynamic_smem(reinterpret_cast<const void*>(kernel), shared_bytes);
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t status = allow_dynamic_smem(function, shared_bytes);
   if (status != cudaSuccess) return status;
+  if (kEarly && starts_early(function)) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    (void)cudaLaunchKernelEx(&config, kernel, args...);
+    return cudaGetLastError();
+  }
   kernel<<<grid, block, shared_bytes, stream>>>(args...);
   return cudaGetLastError();
 }

@@ -1,9 +1,9 @@
 // Partial statistics of u = w1 * x, and u itself where it is kept: the first pass of training.
 //
-// Tiles without halo. From the accumulators of the product a lane keeps mean and squared deviations
-// of its columns; where u is kept it goes through shared memory to whole vectors. With u given the
-// tile is read into shared memory and a thread sums a pair of channels.
-// Binding resource: reading x (DRAM); writing u where it is kept.
+// Tiles without halo. From the accumulators of the product a lane keeps the sums of its columns
+// (stats.cuh); where u is kept it goes through shared memory to whole vectors. With u given the
+// tile is read into shared memory and a thread sums a pair of channels. Binding resource: reading x
+// (DRAM); writing u where it is kept.
 #pragma once
 
 #include "cuda/forward.cuh"
@@ -21,46 +21,38 @@ struct PrimaryStatsParams {
   Partials<Accumulator<T>> partials;  // splits = tile.slots
 };
 
-// The statistics that a thread keeps from tile to tile: of its columns of the product, or with u
-// given of one pair of channels (column 0).
+// The sums that a thread keeps from tile to tile: of its columns of the product, or with u given of
+// one pair of channels (column 0).
 template <class A, int kColumns>
-struct ColumnMoments {
+struct ColumnSums {
   int seen = 0;  // values of each channel
-  A mean[kColumns][2], m2[kColumns][2];
+  ShiftedSums<A> at[kColumns][2];
 
-  __device__ __forceinline__ ColumnMoments() {
+  // f(column, which of the pair, its sums)
+  template <class F>
+  __device__ __forceinline__ void each(F&& f) {
 #pragma unroll
-    for (int i = 0; i < kColumns * 2; ++i) mean[i / 2][i % 2] = m2[i / 2][i % 2] = A(0);
+    for (int i = 0; i < kColumns * 2; ++i) f(i / 2, i % 2, at[i / 2][i % 2]);
   }
 };
 
 // Adds one tile of u from shared memory.
-template <class T, class Moments>
+template <class T, class Sums>
 __device__ __forceinline__ void add_given(const T* u, const CudaTile& t, int valid, int sources,
-                                          const PixelEntry* source, Moments& moments) {
+                                          const PixelEntry* source, Sums& sums) {
   using A = Accumulator<T>;
   const StripOwner own(valid);
   if (own.slot >= own.slots) return;
-  constexpr int kGroup = 4;
-#pragma unroll 1
-  for (int i = own.slot; i < sources; i += kGroup * own.slots) {
-    A v[2][kGroup];
-    int count = 0;
+#pragma unroll 4
+  for (int i = own.slot; i < sources; i += own.slots) {
+    A v[2];
+    load_pair(u + source[i].position * t.y_stride + 2 * own.pair, v);
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      A two[2] = {A(0), A(0)};
-      if (i + k * own.slots < sources) {
-        load_pair(u + source[i + k * own.slots].position * t.y_stride + 2 * own.pair, two);
-        ++count;
-      }
-      v[0][k] = two[0];
-      v[1][k] = two[1];
+    for (int e = 0; e < 2; ++e) {
+      if (sums.seen == 0) sums.at[0][e].shift = v[e];
+      sums.at[0][e].add(v[e]);
     }
-    const A share = A(count) / A(moments.seen + count);
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      add_values(v[e], count, A(moments.seen), share, moments.mean[0][e], moments.m2[0][e]);
-    moments.seen += count;
+    ++sums.seen;
   }
 }
 
@@ -74,8 +66,9 @@ __device__ __forceinline__ void round_to(A (&acc)[kM][kN][4]) {
 }
 
 template <class P, Layout kLayout, int kChannels, Scope kScope>
-__global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
+__global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     ghost_primary_stats_kernel(const PrimaryStatsParams<typename P::T> params) {
+  prim::wait_for_previous_kernel();
   using T = typename P::T;
   using A = typename P::A;
   constexpr bool kDirect = kScope != Scope::kAny;
@@ -85,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
   const Maps& p = params.maps;
   T* u = reinterpret_cast<T*>(shared + t.y_at);
   const bool given = !kDirect && params.in.w1 == nullptr, keeps = params.u.out != nullptr;
-  ColumnMoments<A, Grid::kTilesN> moments;
+  ColumnSums<A, Grid::kTilesN> sums;
 
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
@@ -102,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
       read_maps<kLayout>(u, t, p, params.in.x, params.in.x_bytes, tile, place.c0, place.valid,
                          source, [](auto&, int, int) {});
       prim::sync_threads();
-      add_given(u, t, place.valid, sources, source, moments);
+      add_given(u, t, place.valid, sources, source, sums);
     } else {
       primary_product<P, kLayout, kDirect, Grid, false>(
           t, p, params.in, tile, place.c0, index < t.slots, shared,
@@ -114,21 +107,20 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
             if (count == 0) return;
             // The passes to come read the u that is kept: the statistics must be of the same.
             if (keeps) round_to<T>(acc);
-            const A share = A(count) / A(moments.seen + count);
+            if (sums.seen == 0)
+              sums.each([&](int nt, int e, auto& sum) { sum.shift = acc[0][nt][e]; });
+            if (count < kRows)  // a value equal to the shift adds nothing
+              sums.each([&](int nt, int e, auto& sum) {
 #pragma unroll
-            for (int nt = 0; nt < Grid::kTilesN; ++nt) {
-              const int n = Grid::col(nt);
-              if (n >= t.channels) continue;
+                for (int i = 1; i < kRows; ++i)
+                  if (i >= count) acc[i / 2][nt][i % 2 * 2 + e] = sum.shift;
+              });
+            sums.each([&](int nt, int e, auto& sum) {
+              if (Grid::col(nt) >= t.channels) return;
 #pragma unroll
-              for (int e = 0; e < 2; ++e) {
-                A v[kRows];
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) v[i] = acc[i / 2][nt][i % 2 * 2 + e];
-                add_values(v, count, A(moments.seen), share, moments.mean[nt][e],
-                           moments.m2[nt][e]);
-              }
-            }
-            moments.seen += count;
+              for (int i = 0; i < kRows; ++i) sum.add(acc[i / 2][nt][i % 2 * 2 + e]);
+            });
+            sums.seen += count;
             if (!keeps) return;
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
@@ -143,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
           });
       prim::sync_threads();
     }
+    if (index < t.slots) sums.each([&](int, int, auto& sum) { sum.center(A(sums.seen)); });
     if (keeps) {
       const BlockMaps<T> maps{u, t.y_stride, place.valid, true, place.c0, 1, 1};
       const BlockMaps<T> none{u, t.y_stride, 0, true, 0, 1, 1};
@@ -150,34 +143,34 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
     }
   }
 
-  // The stages are free now. A slot is a thread's share (u given) or a row of lanes (product).
+  // What the tiles took from b_at on is free now. A slot is a thread's share (u given) or a row of
+  // lanes (product).
   prim::sync_threads();
   const Place place(t, p);
   const StripOwner own(place.valid);
   const int slots = given ? own.slots : Grid::kWarpsM * Grid::kLaneRows;
-  const int stride = given ? 2 * own.pairs : kChannels;
-  A* counts = reinterpret_cast<A*>(shared + t.stage_at);
-  A* means = counts + kThreads;
-  A* squares = means + slots * stride;
+  const int stride = given ? 2 * own.pairs : kChannels, all = slots * stride;
+  A* const counts = reinterpret_cast<A*>(shared + t.b_at);
+  A* const shifts = counts + kThreads;
+  const auto keep = [&](int at, const ShiftedSums<A>(&pair)[2]) {
+    store_pair(shifts + at, pair[0].shift, pair[1].shift);
+    store_pair(shifts + all + at, pair[0].sum, pair[1].sum);
+    store_pair(shifts + 2 * all + at, pair[0].squares, pair[1].squares);
+  };
   if (given) {
     if (own.slot < own.slots) {
-      if (own.pair == 0) counts[own.slot] = A(moments.seen);
-      store_pair(means + own.slot * stride + 2 * own.pair, moments.mean[0][0], moments.mean[0][1]);
-      store_pair(squares + own.slot * stride + 2 * own.pair, moments.m2[0][0], moments.m2[0][1]);
+      if (own.pair == 0) counts[own.slot] = A(sums.seen);
+      keep(own.slot * stride + 2 * own.pair, sums.at[0]);
     }
   } else {
     const int row = Grid::warp_m() * Grid::kLaneRows + Grid::lane_row();
-    if (Grid::col(0) == 0) counts[row] = A(moments.seen);
+    if (Grid::col(0) == 0) counts[row] = A(sums.seen);
 #pragma unroll
-    for (int nt = 0; nt < Grid::kTilesN; ++nt) {
-      const int at = row * stride + Grid::col(nt);
-      store_pair(means + at, moments.mean[nt][0], moments.mean[nt][1]);
-      store_pair(squares + at, moments.m2[nt][0], moments.m2[nt][1]);
-    }
+    for (int nt = 0; nt < Grid::kTilesN; ++nt) keep(row * stride + Grid::col(nt), sums.at[nt]);
   }
   prim::sync_threads();
   write_partials(params.partials, place.slot, place.c0, 1, place.valid, place.c0 == 0, slots,
-                 counts, means, squares, stride);
+                 counts, shifts, shifts + all, shifts + 2 * all, stride);
 }
 
 }  // namespace ghost::cuda

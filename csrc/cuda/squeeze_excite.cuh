@@ -226,6 +226,7 @@ __device__ __forceinline__ void expand_channels(const GateParams<T>& p, int64_t 
 template <class T, Layout kLayout>
 __global__ void __launch_bounds__(kGateThreads, 1)
     ghost_squeeze_excite_gate_kernel(const GateParams<T> params) {
+  prim::wait_for_previous_kernel();
   using A = Accumulator<T>;
   GHOST_DYN_SHARED(unsigned char, shared);
   const GateParams<T>& p = params;

@@ -1,58 +1,68 @@
-// Partial statistics: mean and sum of squared deviations of a block's share, per channel. Sums of
-// squares minus squares of sums would lose digits, so groups of values are joined by Chan's formula
-// and the block's threads in a fixed order: the same input gives the same bits.
+// Partial statistics: mean and sum of squared deviations of a block's share, per channel.
+//
+// A thread sums v - k and (v - k)^2 of its values v, where the shift k is one of them and, from the
+// second tile on, the mean of the first tile: sums about 0 would lose the digits of a variance that
+// is small beside the mean. Slots (threads or lanes of a channel) and blocks are joined in a fixed
+// order: the same input gives the same bits.
 #pragma once
 
 #include "cuda/tile.cuh"
 
 namespace ghost::cuda {
 
-// Joins `count` > 0 of the N values v to (n, mean, m2); n is the number of values before and
-// share = count / (n + count).
-template <class A, int N>
-__device__ __forceinline__ void add_values(const A (&v)[N], int count, A n, A share, A& mean,
-                                           A& m2) {
-  A sum = A(0);
-#pragma unroll
-  for (int i = 0; i < N; ++i) sum += i < count ? v[i] : A(0);
-  const A center = sum / A(count);
-  A squares = A(0);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const A d = v[i] - center;
-    squares += i < count ? d * d : A(0);
+// Of some values of a channel: the sums of v - shift and of its square.
+template <class A>
+struct ShiftedSums {
+  A shift = A(0), sum = A(0), squares = A(0);
+
+  __device__ __forceinline__ void add(A v) {
+    const A d = v - shift;
+    sum += d;
+    squares = prim::fma(d, d, squares);
   }
-  const A d = center - mean;
-  mean += d * share;
-  m2 += squares + d * d * n * share;
-}
+  // Moves the shift to the mean of the n values.
+  __device__ __forceinline__ void center(A n) {
+    const A mean = n > A(0) ? shift + sum / n : shift, d = mean - shift, rest = sum - n * d;
+    squares -= d * (sum + rest);
+    sum = rest;
+    shift = mean;
+  }
+};
 
 // The statistics of a block from those of its slots, in shared memory: slot s saw n[s] values, with
-// mean[s * stride + c] and m2[s * stride + c] for channel c. Writes split `split` of the partials
-// of channel first + c * step, c < valid. All threads call it, after a sync_threads.
+// the sums at s * stride + c for channel c. Slot 0 has values if any has. Writes split `split` of
+// the partials of channel first + c * step, c < valid. All threads call it, after a sync_threads.
 template <class A>
 __device__ __forceinline__ void write_partials(const Partials<A>& out, int split, int64_t first,
                                                int step, int valid, bool writes_count, int slots,
-                                               const A* n, const A* mean, const A* m2, int stride) {
+                                               const A* n, const A* shift, const A* sum,
+                                               const A* squares, int stride) {
 #pragma unroll 1
   for (int c = int(threadIdx.x); c < valid; c += kThreads) {
-    A total = A(0), sum = A(0);
+    const A base = shift[c];
+    A total = A(0), from_base = A(0);
 #pragma unroll 2
     for (int s = 0; s < slots; ++s) {
+      const int at = s * stride + c;
       total += n[s];
-      sum += n[s] > A(0) ? n[s] * mean[s * stride + c] : A(0);
+      from_base += n[s] > A(0) ? sum[at] + n[s] * (shift[at] - base) : A(0);
     }
-    const A center = total > A(0) ? sum / total : A(0);
-    A squares = A(0);
+    from_base = total > A(0) ? from_base / total : A(0);
+    A m2 = A(0);
 #pragma unroll 2
     for (int s = 0; s < slots; ++s) {
+      const int at = s * stride + c;
       if (!(n[s] > A(0))) continue;
-      const A d = mean[s * stride + c] - center;
-      squares += m2[s * stride + c] + n[s] * d * d;
+      const A d = shift[at] - base - from_base;
+      m2 += squares[at] + d * (A(2) * sum[at] + n[s] * d);
     }
+    // The mean is rounded. Joined with others, m2 gains the squares of their rounding errors, less
+    // that of the mean of these errors: on average the share 1 - 1 / splits.
+    const A mean = base + from_base, error = mean - base - from_base;
+    m2 -= total * error * error * (A(1) - A(1) / A(out.splits));
     const int64_t at = (first + int64_t(c) * step) * out.splits + split;
-    out.mean[at] = center;
-    out.m2[at] = squares;
+    out.mean[at] = mean;
+    out.m2[at] = m2 < A(0) ? A(0) : m2;  // NaN stays NaN
     if (writes_count && c == 0) out.count[split] = total;
   }
 }

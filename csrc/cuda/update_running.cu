@@ -50,6 +50,7 @@ __device__ __forceinline__ void update(const Norm<Running, Stat>& norm, Stat unb
 template <typename Running, typename Stat>
 __global__ void __launch_bounds__(kThreads)
     update_running_kernel(Norm<Running, Stat> first, Norm<Running, Stat> second, Stat unbias) {
+  prim::wait_for_previous_kernel();
   if (blockIdx.x == 0)
     update(first, unbias);
   else
@@ -71,8 +72,8 @@ cudaError_t launch(const RunningNorm (&norms)[2], int64_t count, cudaStream_t st
   };
   const double n = static_cast<double>(count);
   const auto unbias = static_cast<Stat>(count > 1 ? n / (n - 1.0) : 1.0);
-  return GHOST_LAUNCH((update_running_kernel<Running, Stat>), 2, kThreads, 0, stream,
-                      typed(norms[0]), typed(norms[1]), unbias);
+  return GHOST_LAUNCH_EARLY((update_running_kernel<Running, Stat>), 2, kThreads, 0, stream,
+                            typed(norms[0]), typed(norms[1]), unbias);
 }
 
 }  // namespace

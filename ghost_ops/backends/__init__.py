@@ -28,8 +28,8 @@ from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_A
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
 _requested: str = _env.BACKEND.get()
-_env.CPU_ISA.get()  # a wrong value is an error at import, not at the first call
-_env.CUDA_PIPELINE.get()  # read by the libraries, which take any other value than 1 for 0
+for _variable in (_env.CPU_ISA, _env.CUDA_PDL, _env.CUDA_PIPELINE):
+    _variable.get()  # a wrong value is an error at import, not at the first call
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
 _announced: set[str] = set()

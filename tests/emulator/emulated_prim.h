@@ -39,7 +39,9 @@ struct alignas(16) float4 {
 
 #define GHOST_DYN_SHARED(T, name) T* name = static_cast<T*>(::ghost::emu::shared_memory())
 #define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::ghost::prim::launch(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+  ::ghost::prim::launch<false>(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define GHOST_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
+  ::ghost::prim::launch<true>(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 // Default arguments that name the line of the caller.
 #define GHOST_EMU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -173,6 +175,10 @@ inline void sync_warp(GHOST_EMU_SITE) {
       nullptr, 0);
 }
 
+inline void wait_for_previous_kernel() {
+  emu::wait_for_previous_kernel();
+}
+
 // Each lane leaves its value and the lane it wants to hear from.
 template <class T>
 inline T shuffle_from(T v, int source, const emu::Site& site) {
@@ -215,6 +221,7 @@ inline T shuffle(T v, int source_lane, GHOST_EMU_SITE) {
 template <class Vector>
 inline Vector load(const void* p, GHOST_EMU_SITE) {
   emu::check_aligned(p, sizeof(Vector), {file, line, "load"});
+  emu::check_waited(p, {file, line, "load"});
   Vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -230,6 +237,7 @@ inline Vector load_readonly(const void* p, GHOST_EMU_SITE) {
 template <class Vector>
 inline void store(void* p, Vector v, GHOST_EMU_SITE) {
   emu::check_aligned(p, sizeof(Vector), {file, line, "store"});
+  emu::check_waited(p, {file, line, "store"});
   std::memcpy(p, &v, sizeof v);
   emu::note_store(p, sizeof v);
 }
@@ -367,7 +375,7 @@ struct Unchanged {
   using type = T;
 };
 
-template <class... Params>
+template <bool kEarly, class... Params>
 inline cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
                           size_t shared_bytes, cudaStream_t,
                           typename Unchanged<Params>::type... args) {
@@ -379,7 +387,7 @@ inline cudaError_t launch(const char* name, void (*kernel)(Params...), dim3 grid
     const auto run = [](auto function, const auto&... arguments) { function(arguments...); };
     std::apply(run, *static_cast<const decltype(call)*>(context));
   };
-  return emu::run_grid(name, function, grid, block, shared_bytes, body, &call);
+  return emu::run_grid(name, function, grid, block, shared_bytes, body, &call, kEarly);
 }
 
 }  // namespace ghost::prim

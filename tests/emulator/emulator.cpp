@@ -112,7 +112,7 @@ struct LastWrite {
 struct Thread {
   dim3 index;
   unsigned lane = 0, warp = 0;
-  bool done = false;
+  bool done = false, waited = false;     // waited: for the kernel before this one
   const unsigned* generation = nullptr;  // what it waits for: until this is not `seen` any more
   unsigned seen = 0;
   Site site{};
@@ -174,6 +174,7 @@ struct Block {
   const char* kernel;
   dim3 index, size, grid;
   unsigned schedule, random;
+  bool early = false;
   void (*body)(const void*);
   const void* argument;
   SharedMemory shared;
@@ -261,6 +262,8 @@ void fiber_main() {
       fault({"kernel end", 0, "cp_async"}, "a thread ends without waiting for its copies");
     }
     finish_bulk_stores();
+    if (!g_thread->waited)
+      fault({"kernel end", 0, "early launch"}, "a thread ends without waiting for the last kernel");
     retire();
   } catch (...) {
     g_thread->done = true;
@@ -291,6 +294,7 @@ void prepare(Block& block) {
     t.lane = i % 32;
     t.warp = i / 32;
     t.done = false;
+    t.waited = !block.early;
     t.generation = nullptr;
     t.copies.clear();
     t.group_ends.clear();
@@ -495,6 +499,16 @@ void check_shared(const void* p, size_t bytes, const Site& site) {
   }
 }
 
+void wait_for_previous_kernel() {
+  g_thread->waited = true;
+}
+
+void check_waited(const void* p, const Site& site) {
+  if (!g_thread->waited && !g_block->shared.holds(p, 1)) {
+    fault(site, "global memory before the wait for the last kernel");
+  }
+}
+
 void block_barrier(Site site) {
   Block& block = *g_block;
   if (block.arrived == 0) {
@@ -539,6 +553,7 @@ void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Sit
   check_aligned(shared, bytes, site);
   check_aligned(global, bytes, site);
   check_shared(shared, bytes, site);
+  check_waited(global, site);
   const Copy copy{shared, global, bytes, wanted};
   if (g_block->schedule & kEagerCopies) perform(copy);
   // Even a copy that is done already has to be waited for.
@@ -687,7 +702,8 @@ void bulk_wait(size_t pending, bool written) {
 }
 
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
-                     size_t shared_bytes, void (*body)(const void*), const void* context) {
+                     size_t shared_bytes, void (*body)(const void*), const void* context,
+                     bool early) {
   const Settings chosen = settings();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -711,6 +727,7 @@ cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 b
     try {
       Block state(kernel, grid, block, shared_bytes);
       state.schedule = chosen.schedule;
+      state.early = early;
       state.body = body;
       state.argument = context;
       for (uint64_t turn; (turn = next++) < blocks;) {

@@ -102,6 +102,10 @@ void bulk_load(void* shared, const void* global, size_t bytes, void* barrier, Si
 void bulk_store(void* global, const void* shared, size_t bytes, Site site);
 void bulk_commit();
 void bulk_wait(size_t pending, bool written);
+// In a grid that is launched early: until a thread has waited, an access to anything but shared
+// memory is a fault, and so is its end.
+void wait_for_previous_kernel();
+void check_waited(const void* p, const Site& site);
 
 [[noreturn]] void fault(const Site& site, const std::string& what);
 void check_aligned(const void* p, size_t bytes, const Site& site);
@@ -110,8 +114,9 @@ void check_shared(const void* p, size_t bytes, const Site& site);
 // ------------------------------------------------------------------------------- launches
 
 // Runs body(context) once for each thread of the grid; returns when all have. function: the kernel,
-// as cudaFuncSetAttribute names it.
+// as cudaFuncSetAttribute names it. early: the kernel before it may not have ended.
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
-                     size_t shared_bytes, void (*body)(const void*), const void* context);
+                     size_t shared_bytes, void (*body)(const void*), const void* context,
+                     bool early = false);
 
 }  // namespace ghost::emu

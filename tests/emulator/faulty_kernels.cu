@@ -195,11 +195,33 @@ __global__ void between_blocks_kernel(Words in, Out out) {
   if (blockIdx.x == 1) out[kBlock + threadIdx.x] = out[threadIdx.x];
 }
 
+// Launched early: waits for the kernel before it at the first line, after a read, and never.
+__global__ void early_kernel(Words in, Out out) {
+  prim::wait_for_previous_kernel();
+  prim::store(out + threadIdx.x, prim::load<uint32_t>(in + threadIdx.x));
+}
+__global__ void early_load_kernel(Words in, Out out) {
+  const uint32_t word = prim::load_readonly<uint32_t>(in + threadIdx.x);
+  prim::wait_for_previous_kernel();
+  out[threadIdx.x] = word;
+}
+__global__ void early_copy_kernel(Words in, Out) {
+  GHOST_DYN_SHARED(uint32_t, word);
+  prim::cp_async<4>(word + threadIdx.x, in + threadIdx.x, true);
+  prim::wait_for_previous_kernel();
+  prim::cp_async_wait<0>();
+}
+__global__ void never_waiting_kernel(Words in, Out out) {
+  if (prim::warp() > 0) prim::wait_for_previous_kernel();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+
 __global__ void nothing_kernel(int) {}
 
 struct Entry {
   const char* name;
   void (*kernel)(Words, Out);
+  bool early = false;
 };
 
 const Entry kEntries[] = {
@@ -233,6 +255,10 @@ const Entry kEntries[] = {
     {"bulk, misaligned", bulk_kernel<BulkMisaligned>},
     {"bulk, out of range", bulk_kernel<BulkOutOfRange>},
     {"bulk, barrier overwritten", bulk_kernel<BulkBarrierOverwritten>},
+    {"early", early_kernel, true},
+    {"early load", early_load_kernel, true},
+    {"early copy", early_copy_kernel, true},
+    {"never waiting", never_waiting_kernel, true},
 };
 
 }  // namespace
@@ -245,9 +271,18 @@ extern "C" __attribute__((visibility("default"))) const char* ghost_faulty_run(c
   try {
     for (const Entry& entry : kEntries) {
       if (std::strcmp(entry.name, name) != 0) continue;
+      const auto start = [&](auto launch) {
+        return launch(dim3(2), dim3(kBlock), size_t(shared_bytes), static_cast<Words>(in),
+                      static_cast<Out>(out));
+      };
       const cudaError_t status =
-          GHOST_LAUNCH(entry.kernel, dim3(2), dim3(kBlock), size_t(shared_bytes), nullptr,
-                       static_cast<Words>(in), static_cast<Out>(out));
+          entry.early ? start([&](auto grid, auto block, size_t bytes, auto... arguments) {
+            return GHOST_LAUNCH_EARLY(entry.kernel, grid, block, bytes, nullptr, arguments...);
+          })
+                      : start([&](auto grid, auto block, size_t bytes, auto... arguments) {
+                          return GHOST_LAUNCH(entry.kernel, grid, block, bytes, nullptr,
+                                              arguments...);
+                        });
       return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
     }
     message = std::string("there is no kernel named ") + name;
