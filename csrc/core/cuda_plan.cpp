@@ -13,19 +13,6 @@
 namespace ghost {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Data sheets: A100, A10/L4 class, H100 SXM, B200.
-constexpr CudaArch kArchs[] = {
-    {80, 108, 164 << 10, 163 << 10, 40 << 20, 1555, 4500, 1.41, 2048},
-    {86, 72, 100 << 10, 99 << 10, 6 << 20, 600, 2400, 1.70, 1024},
-    {89, 58, 100 << 10, 99 << 10, 48 << 20, 300, 2400, 2.04, 1024},
-    {90, 132, 228 << 10, 227 << 10, 50 << 20, 3350, 5500, 1.76, 4096},
-    {100, 148, 228 << 10, 227 << 10, 126 << 20, 8000, 9000, 1.85, 4096},
-};
-
 // How a warp's results of the direct product are cut into tiles of 8 pixels x 16 channels:
 // DirectGrid in product.cuh, with the widths of ghost_apply and of the other kernels.
 struct DirectTiles {
@@ -58,10 +45,12 @@ struct Choice {
 
 class Planner {
  public:
-  Planner(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32)
+  Planner(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
+          const CudaCosts& costs = kCudaCosts)
       : p_(p),
         kernel_(kernel),
         arch_(arch),
+        costs_(costs),
         element_(element_size(p.dtype)),
         compute_(compute_size(p.dtype)),
         tensor_(element_ == 2 || (p.dtype == DType::kFloat32 && allow_tf32)),
@@ -79,7 +68,7 @@ class Planner {
       plan.tensor_cores = tensor_;
       if (!lay_out(c, plan.tile)) return;
       estimate(plan);
-      if (!any || plan.seconds < found.seconds * 0.999) found = plan;
+      if (!any || plan.seconds < found.seconds * (1 - costs_.least_gain)) found = plan;
       any = true;
     };
     std::vector<int64_t> instances = {32};
@@ -244,26 +233,24 @@ class Planner {
   }
 
   // Bytes and instructions of the tiles against what a multiprocessor can do, then how many blocks
-  // share one. Constants are counts of instructions in the kernels' loops.
+  // share one.
   void estimate(CudaPlan& plan) const {
     CudaTile& t = plan.tile;
     const double e = double(element_), parts = double(t.channel_blocks) * t.ghost_blocks;
-    const int64_t by_smem = arch_.smem_per_sm / (t.smem_bytes + 1024);
     const bool three = three_blocks(t.instance) && kernel_ != CudaKernel::kCheapStats;
-    const int64_t by_registers = compute_ == 8 ? 1 : three ? 3 : 2;
-    plan.blocks_per_sm = std::max<int64_t>(1, std::min(by_smem, by_registers));
-    const int64_t room = arch_.multiprocessors * plan.blocks_per_sm;
-    int64_t slots = std::max<int64_t>(1, room / int64_t(parts));
+    plan.blocks_per_sm = blocks_per_sm(arch_, t.smem_bytes, compute_ == 8 ? 1 : three ? 3 : 2);
+    int64_t most = arch_.multiprocessors * plan.blocks_per_sm / int64_t(parts);
     if (kernel_ != CudaKernel::kApply)  // every block of the next pass reads all partials
-      slots = std::min<int64_t>(slots, std::max<int64_t>(1, 8192 / t.channels));
-    slots = std::max<int64_t>(1, std::min(slots, t.tiles));
-    const int64_t turns = std::max<int64_t>(1, ceil_div(t.tiles, slots));
-    t.slots = int32_t(std::max<int64_t>(1, ceil_div(t.tiles, turns)));
+      most = std::min(most, int64_t(costs_.most_partials) / t.channels);
+    const CudaTurns turns(t.tiles, most);
+    t.slots = int32_t(turns.blocks);
     plan.blocks = int64_t(t.slots) * int64_t(parts);
 
     const double source = t.max_source, inner = t.max_inner, channels = t.channels;
     const double c = double(p_.channels), d = double(p_.dw_size);
-    double cycles = 0, product_cycles = 0, tile_l2 = 0;
+    CudaWork work;
+    double latency = 0;  // cycles that a warp waits for x
+    double tile_l2 = 0;
     // A narrow copy costs as much as a wide one.
     const auto width = [&](int64_t count) {
       int64_t bytes = 16;
@@ -277,54 +264,37 @@ class Planner {
     const double out_width = nhwc             ? width(std::gcd(p_.intrinsic, p_.out_channels))
                              : t.tiles_w == 1 ? width(run)
                                               : width(t.cols);
-    // Cycles that a warp waits for x; those of the pipe to shared memory and L1, where counted.
-    double latency = 0, pipe = 0;
     if (p_.has_primary) {
       const double mac = double(round_up(int64_t(source), 16)) * double(round_up(t.channels, 16)) *
                          std::ceil(c * e / 32) * 32 / e;
-      const double rate = !tensor_ ? (p_.dtype == DType::kFloat64 ? 32 : 64)
-                                   : double(arch_.tensor_flops_clock) / 2 / (e / 2) * 0.5;
+      const double plain = p_.dtype == DType::kFloat64 ? costs_.fma_clock_double : costs_.fma_clock;
+      const double rate =
+          tensor_ ? double(arch_.tensor_flops_clock) / 2 / (e / 2) * costs_.product_share
+                  : plain * costs_.plain_share;
       const double chunks = std::ceil(source / double(chunk_rows(t.instance)));
-      product_cycles = mac / rate;
+      work.product = mac / rate;
       tile_l2 += source * c * e;
       if (!t.resident) tile_l2 += chunks * channels * c * e;
       if (direct_)
-        cycles += direct_product(t, x_width, chunks, latency, pipe);
+        direct_product(t, x_width, chunks, work, latency);
       else
-        cycles += staged_product(t, x_width, chunks);
+        staged_product(t, x_width, chunks, work);
     } else {
       tile_l2 += source * channels * e;
-      cycles += source * channels * e / x_width * 20 / 128 + source * channels * 6 / 128;
+      work.issue +=
+          source * channels * (e / x_width * costs_.copy_vector + costs_.copy_element) / kCudaLanes;
     }
-    cycles += source * 12 / 128 + 300;
+    work.issue += source * costs_.pixel_table / kCudaLanes + costs_.tile_cycles;
     double serial = 0;  // instructions of one thread, where few threads have work
-    if (!kernel_primary()) {
-      // Windows are dealt out to groups of threads in rounds; a warp costs the same whether all of
-      // its lanes have one. Per row of y: the strip with its halo (read, converted, addressed), and
-      // its products; then what a window costs besides.
-      const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
-      const int64_t groups = kCudaThreads / pairs;
-      const int64_t windows =
-          t.images * ceil_div(t.rows, t.window_rows) * ceil_div(t.cols, kCudaStrip);
-      const int64_t rounds = windows / groups, rest = windows % groups;
-      const int64_t warps = rounds * ceil_div(groups * pairs, 32) + ceil_div(rest * pairs, 32);
-      const double rows = d + t.window_rows - 1, each = element_ == 2 ? 4 : 2;
-      const double window = rows * (kCudaStrip + d - 1) * each +
-                            t.window_rows * d * d * 2 * kCudaStrip + d * d + 64 +
-                            36 * t.window_rows;
-      pipe += double(warps) * t.ghosts *
-              (rows * (kCudaStrip + d - 1) + 2 * d * d + t.window_rows * kCudaStrip);
-      cycles += double(warps) * t.ghosts * window / 4;
-      serial = double(rounds + (rest > 0)) * t.ghosts * window;
-    }
+    if (!kernel_primary()) serial = windows(t, work);
     double out_bytes = 0;
     if (kernel_ == CudaKernel::kApply && !p_.pooled)
       out_bytes = inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + p_.has_gate());
     if (keeps()) out_bytes = inner * channels * e;
     if (backward()) out_bytes = inner * channels * (1 + t.ghosts) * e;
-    cycles += out_bytes / out_width * (nhwc ? 13 : 18) / 128;
+    work.issue += out_bytes / out_width * (nhwc ? costs_.out_nhwc : costs_.out_nchw) / kCudaLanes;
     tile_l2 += out_bytes;
-    pipe += out_bytes / 128 * 3;
+    work.pipe += out_bytes / 128 * costs_.out_pipe;
 
     const double weights = t.resident && p_.has_primary ? channels * c * e : 0;
     const double total_tiles = double(t.tiles) * parts;
@@ -339,77 +309,92 @@ class Planner {
         (keeps() ? px * p_.intrinsic * e : 0) + (p_.has_residual ? px * p_.out_channels * e : 0) +
         double(p_.batch * p_.out_channels * p_.gate_height * p_.gate_width) * e +
         double(p_.intrinsic) * c * e);
-    const double clock = arch_.clock_ghz * 1e9;
-    const double here = std::ceil(double(plan.blocks) / double(arch_.multiprocessors));
-    const double side_by_side = std::min(here, double(plan.blocks_per_sm));
-    const double issue = cycles / 0.7;
-    // A block alone cannot overlap its phases; several can. With its two warps a scheduler it is
-    // taken to issue half an instruction a cycle: an estimate from the dependences in the machine
-    // code, never measured.
-    const double alone =
-        2500 + std::max(cycles, serial) * 2 + std::max(product_cycles + pipe * 0.5, latency);
-    const double widest = std::max({issue, product_cycles, pipe});
-    const double shared = side_by_side * (widest + 0.15 * (issue + product_cycles + pipe - widest));
-    const double waves = std::ceil(here / double(plan.blocks_per_sm));
-    const double busy = double(turns) * waves * std::max(alone, shared) / clock;
-    // Too few bytes in flight do not fill the memory pipes.
-    const double filled = std::min(1.0, double(plan.blocks) / double(arch_.multiprocessors));
-    const double dram = double(plan.dram_bytes) / (arch_.dram_gb_s * 0.92e9 * filled);
-    const double l2 = double(plan.l2_bytes) / (arch_.l2_gb_s * 0.8e9 * filled);
-    const double prologue = (1500 + weights / 32 + channels * t.ghosts * d * d / 64) / clock;
-    const double most = std::max({busy, dram, l2});
-    plan.seconds = most + 0.15 * (busy + dram + l2 - most) + prologue + 2e-6;
+    work.blocks = plan.blocks;
+    work.blocks_per_sm = plan.blocks_per_sm;
+    work.turns = turns.turns;
+    work.alone = costs_.alone_cycles + std::max(work.issue, serial) * costs_.alone_issue +
+                 std::max(work.product + work.pipe * costs_.alone_pipe, latency);
+    work.prologue = costs_.prologue_cycles + weights / costs_.prologue_bytes +
+                    channels * t.ghosts * d * d / costs_.prologue_taps;
+    work.dram_bytes = double(plan.dram_bytes);
+    work.l2_bytes = double(plan.l2_bytes);
+    plan.seconds = cuda_seconds(work, arch_, costs_) + costs_.launch_us * 1e-6;
   }
 
-  // Cycles in which a scheduler issues the product of a tile. Staged: per slice the copies' and the
-  // operands' addresses, the barrier; per chunk scale, shift, activation, rounding and stores of a
-  // lane's results.
-  double staged_product(const CudaTile& t, double x_width, double chunks) const {
+  // Adds the depthwise windows of a tile. They are dealt out to groups of threads in rounds; a warp
+  // costs the same whether all of its lanes have one. Returns the instructions of the thread that
+  // has the most.
+  double windows(const CudaTile& t, CudaWork& work) const {
+    const double d = double(p_.dw_size), width = kCudaStrip + d - 1;
+    const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
+    const int64_t groups = kCudaThreads / pairs;
+    const int64_t windows =
+        t.images * ceil_div(t.rows, t.window_rows) * ceil_div(t.cols, kCudaStrip);
+    const int64_t rounds = windows / groups, rest = windows % groups;
+    const int64_t warps = rounds * ceil_div(groups * pairs, 32) + ceil_div(rest * pairs, 32);
+    const double rows = d + t.window_rows - 1;
+    const double window =
+        rows * width * (element_ == 2 ? costs_.window_read_half : costs_.window_read) +
+        d * d * (costs_.window_tap * kCudaStrip * t.window_rows + costs_.window_tap_load) +
+        costs_.window_setup + costs_.window_row * t.window_rows;
+    work.issue += double(warps) * t.ghosts * window / kCudaSchedulers;
+    work.pipe += double(warps) * t.ghosts *
+                 (rows * width * costs_.window_pipe_read + d * d * costs_.window_pipe_tap +
+                  t.window_rows * kCudaStrip * costs_.window_pipe_store);
+    return double(rounds + (rest > 0)) * t.ghosts * window;
+  }
+
+  // Adds the staged product of a tile. Its two warps a scheduler take every slice and chunk.
+  void staged_product(const CudaTile& t, double x_width, double chunks, CudaWork& work) const {
     const double c = double(p_.channels), e = double(element_);
     const double results = double(t.instance * chunk_rows(t.instance)) / kCudaThreads;
     const double slices = double(ceil_div(p_.channels, t.slice));
-    double cycles = t.max_source * c * e / x_width * 16 / 128;
-    if (!t.resident) cycles += chunks * t.channels * c * e / 16 * 23 / 128;
-    return cycles + chunks * (slices * 125 + 60 + 4 * results) * 2;
+    work.issue += t.max_source * c * e / x_width * costs_.staged_copy / kCudaLanes;
+    if (!t.resident)
+      work.issue += chunks * t.channels * c * e / 16 * costs_.staged_weights / kCudaLanes;
+    const double warps = kCudaThreads / 32 / kCudaSchedulers;
+    work.issue +=
+        chunks * warps *
+        (slices * costs_.staged_slice + costs_.staged_chunk + results * costs_.staged_result);
   }
-  // Direct: a warp has m tiles of 8 pixels times n of 16 channels. Instructions per block of 32
-  // channels of x: a row's address and load (2, with its gate 8 more), per 16 channels two reads of
-  // w1 (3) and two products a tile, and what the loop costs (38). Per stage of a ring: 20 for 16
-  // bytes of w1, and the barrier. Per chunk: 32 x m x n / 8 results cleared, rounded and stored,
-  // also where there is no channel (6 a tile); scaled where there is one (4 a tile, 4 for scale and
-  // shift); positions (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes
-  // the memory pipe four cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory,
-  // 200 for a stage of w1.
-  double direct_product(const CudaTile& t, double x_width, double chunks, double& latency,
-                        double& pipe) const {
+  // Adds the direct product of a tile, and the cycles that its warps wait for x and w1.
+  void direct_product(const CudaTile& t, double x_width, double chunks, CudaWork& work,
+                      double& latency) const {
     const DirectTiles tiles(t.instance, kernel_);
     const double m = double(tiles.m), n = double(tiles.n);
     const double active = double(ceil_div(t.channels, 16)) / double(tiles.warps_n);
     const double blocks = double(ceil_div(p_.channels, 32));
     const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
-    const double row = (x_width == 16  ? 2
-                        : x_width == 8 ? 6
-                        : x_width == 4 ? 36
-                                       : 60) +
-                       (p_.has_in_gate ? 8 : 0);
-    const double block = 38 + m * row + active * (3 + 2 * m);
-    const double chunk = 54 + m * (6 + 6 * n) + active * (4 + 4 * m);
+    const double row = (x_width == 16  ? costs_.direct_row_16
+                        : x_width == 8 ? costs_.direct_row_8
+                        : x_width == 4 ? costs_.direct_row_4
+                                       : costs_.direct_row_2) +
+                       (p_.has_in_gate ? costs_.direct_row_gate : 0);
+    const double block = costs_.direct_block + m * row +
+                         active * (costs_.direct_weights + costs_.direct_products * m);
+    const double chunk = costs_.direct_chunk +
+                         m * (costs_.direct_positions + costs_.direct_results * n) +
+                         active * (costs_.direct_affine_load + costs_.direct_affine * m);
     const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
-    latency = chunks * std::ceil(blocks / ahead) * 700;
-    pipe = warp_chunks * (blocks * (4 * m + 8 * active) + 2 * m + active * (4 + 2 * m));
-    double ring = 0;
+    work.issue += warp_chunks * (blocks * block + chunk) / kCudaSchedulers;
+    work.pipe +=
+        warp_chunks * (blocks * (costs_.direct_pipe_x * m + costs_.direct_pipe_weights * active) +
+                       costs_.direct_pipe_positions * m +
+                       active * (costs_.direct_pipe_affine + costs_.direct_pipe_results * m));
+    latency = chunks * std::ceil(blocks / ahead) * costs_.latency_x;
     if (!t.resident) {
       const double bytes = double(t.channels) * double(p_.channels) * double(element_);
       const double stages = double(ceil_div(p_.channels, kCudaRing));
-      ring = chunks * (bytes / 16 * 20 / 128 + stages * 100);
-      latency += chunks * stages * 200;
+      work.issue +=
+          chunks * (bytes / 16 * costs_.ring_copy / kCudaLanes + stages * costs_.ring_stage);
+      latency += chunks * stages * costs_.latency_weights;
     }
-    return warp_chunks * (blocks * block + chunk) / 4 + ring;
   }
 
   const Problem& p_;
   CudaKernel kernel_;
   const CudaArch& arch_;
+  const CudaCosts& costs_;
   int64_t element_, compute_;
   bool tensor_, direct_;  // direct: x goes to registers, not through shared memory (product.cuh)
   int64_t halo_, ghosts_, H_, W_;
@@ -445,25 +430,6 @@ Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow
 }
 
 }  // namespace
-
-CudaArch cuda_arch(int sm, int64_t multiprocessors, int64_t smem_per_block) {
-  CudaArch arch = kArchs[0];
-  for (const CudaArch& known : kArchs)
-    if (known.sm <= sm) arch = known;
-  arch.sm = sm;
-  if (multiprocessors > 0) {
-    // Bandwidth goes with the size of the chip, more or less.
-    const double share = double(multiprocessors) / double(arch.multiprocessors);
-    arch.dram_gb_s *= share;
-    arch.l2_gb_s *= share;
-    arch.multiprocessors = multiprocessors;
-  }
-  if (smem_per_block > 0) {
-    arch.smem_per_block = smem_per_block;
-    arch.smem_per_sm = smem_per_block + 1024;
-  }
-  return arch;
-}
 
 CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
   static std::mutex mutex;

@@ -5,25 +5,10 @@
 
 #include <cstdint>
 
+#include "core/cuda_costs.h"
 #include "core/problem.h"
 
 namespace ghost {
-
-// What the model knows of a GPU. Bandwidths are data sheet values: they weigh bytes against
-// arithmetic, nothing is claimed by them.
-struct CudaArch {
-  int sm = 80;  // compute capability, 10 * major + minor
-  int64_t multiprocessors = 108;
-  int64_t smem_per_sm = 164 << 10, smem_per_block = 163 << 10;
-  int64_t l2_bytes = 40 << 20;
-  double dram_gb_s = 1555, l2_gb_s = 4500;
-  double clock_ghz = 1.41;
-  int64_t tensor_flops_clock = 2048;  // float16 multiply-adds a clock of a multiprocessor, x 2
-};
-
-// The nearest entry of the table at or below the compute capability, with the real device's number
-// of multiprocessors and shared memory where they are known (> 0).
-CudaArch cuda_arch(int sm, int64_t multiprocessors = 0, int64_t smem_per_block = 0);
 
 // kPrimaryStatsKeep also writes u, as does kBackwardSums, the first launch of the backward pass.
 enum class CudaKernel : int {
