@@ -78,6 +78,14 @@ CUDA_ARCHS = Variable(
     "GPU architectures to compile for, separated by spaces; +PTX adds code for later ones.",
 )
 
+CUDA_PLAN = Variable(
+    "GHOST_OPS_CUDA_PLAN",
+    "1",
+    ("1", "2", "3"),
+    "first use",
+    "Tiles of the native CUDA kernels: the plan with the least predicted time, or the second or "
+    "third.",
+)
 TRITON_AUTOTUNE = Variable(
     "GHOST_OPS_TRITON_AUTOTUNE",
     "0",
@@ -124,6 +132,7 @@ VARIABLES: tuple[Variable, ...] = (
     BACKEND,
     CPU_ISA,
     CPU_MACHINE,
+    CUDA_PLAN,
     TRITON_AUTOTUNE,
     CACHE_DIR,
     BUILD_CPU,

@@ -6,7 +6,11 @@ at each, then write the new ones down (``python tests/test_cuda_plan.py`` prints
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -246,6 +250,84 @@ def test_text_names_every_launch() -> None:
         assert f"{one.smem_bytes:,} bytes shared" in text
     assert "not measured" in text
     assert text.startswith("sm_80, 3 launches")
+
+
+def tile_of(one: planner.CudaPass) -> tuple[Any, ...]:
+    return (
+        one.instance, one.channels, one.ghosts, one.images, one.rows, one.cols, one.slice,
+        one.resident,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_alternatives_are_different_plans_in_order(training: bool) -> None:
+    for size, c, oup, _ in GHOSTNET:
+        plan = planner.explain(
+            (256, c, size, size), oup, device="sm_90", training=training, alternatives=4,
+            **HALF_NHWC,
+        )  # fmt: skip
+        for one in plan.passes:
+            assert tile_of(one.alternatives[0]) == tile_of(one)
+            assert len({tile_of(other) for other in one.alternatives}) == 4
+            times = [other.seconds for other in one.alternatives]
+            assert all(a <= b * 1.0011 for a, b in itertools.pairwise(times))
+            assert all(other.alternatives == () for other in one.alternatives)
+    assert "plan 4" in str(plan)
+
+
+def test_fewer_alternatives_than_asked_for() -> None:
+    plan = planner.explain((1, 8, 1, 1), 16, device="sm_90", alternatives=1000, **HALF_NHWC)
+    assert 1 <= len(plan.passes[0].alternatives) < 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "sm_90", "alternatives": -1}, "alternatives must not be negative, got -1"),
+        ({"alternatives": 2}, "alternatives: only plans for a GPU"),
+    ],
+)
+def test_bad_alternatives(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planner.explain((1, 8, 4, 4), 16, **settings)
+
+
+RANKED = """
+import torch
+from ghost_ops import planner
+plan = planner.explain(
+    (256, 40, 28, 28), 240, device="sm_90", dtype=torch.float16, channels_last=True, training=True,
+    alternatives=3,
+)
+print([one.alternatives.index(replace(one, alternatives=())) for one in plan.passes])
+print(plan.backward.rows, plan.backward.cols, plan.backward.channels, plan.backward.images)
+"""
+
+
+def ranked(value: str, code: str = RANKED) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from dataclasses import replace\n" + code],
+        env={**os.environ, "GHOST_OPS_CUDA_PLAN": value}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_environment_chooses_among_the_best_plans() -> None:
+    found = [ranked(value) for value in ("", "1", "2", "3")]
+    assert not any(one.returncode for one in found), found[-1].stderr
+    passes, grads = zip(*(one.stdout.splitlines() for one in found), strict=True)
+    assert passes == ("[0, 0, 0]", "[0, 0, 0]", "[1, 1, 1]", "[2, 2, 2]")
+    assert len(set(grads)) == 3 and grads[0] == grads[1]
+
+
+@pytest.mark.parametrize("value", ["0", "4", "2x", "best"])
+def test_a_rank_that_makes_no_sense(value: str) -> None:
+    """Both where Python reads the variable and where the launchers do."""
+    direct = "import ghost_ops._C as c; c.cuda_plan(1, 8, 4, 4, 8, 16)"
+    for code in (RANKED, direct):
+        done = ranked(value, code)
+        expected = f"environment variable GHOST_OPS_CUDA_PLAN='{value}': expected one of '1', '2'"
+        assert done.returncode != 0 and expected in done.stderr
 
 
 @pytest.mark.parametrize("device", ["sm_70", "gpu", "", "sm_9"])

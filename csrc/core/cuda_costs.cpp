@@ -70,13 +70,16 @@ double cuda_seconds(const CudaWork& work, const CudaArch& arch, const CudaCosts&
   const double here = std::ceil(double(work.blocks) / double(arch.multiprocessors));
   const double side_by_side = std::min(here, double(work.blocks_per_sm));
   const double shared = side_by_side * overlapped(work.issue / costs.issue_share, work.product,
-                                                  work.pipe, costs.unhidden_units);
+                                                  work.pipe, costs.unhidden_units_share);
   const double waves = std::ceil(here / double(work.blocks_per_sm));
   const double busy = double(work.turns) * waves * std::max(work.alone, shared) / clock;
   const double dram = dram_seconds(work.dram_bytes, work.blocks, arch, costs);
   const double l2 =
       work.l2_bytes / (arch.l2_gb_s * costs.l2_share * 1e9 * filled(work.blocks, arch));
-  return overlapped(busy, dram, l2, costs.unhidden_memory) + work.prologue / clock;
+  const double unhidden = costs.unhidden_memory_share + (1 - costs.unhidden_memory_share) *
+                                                            costs.unhidden_turn_share /
+                                                            double(work.turns);
+  return overlapped(busy, dram, l2, unhidden) + work.prologue / clock;
 }
 
 }  // namespace ghost

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -20,11 +22,7 @@ struct DirectTiles {
   DirectTiles(int64_t instance, CudaKernel kernel)
       : warps_n(instance >= 128 ? 2 : 1),
         n(instance / 16 / warps_n),
-        m(tiles(instance, kernel) / n) {}
-  static int64_t tiles(int64_t instance, CudaKernel kernel) {
-    if (kernel == CudaKernel::kApply) return instance == 64 ? 16 : 8;
-    return kernel == CudaKernel::kCheapStats ? 8 : 4;
-  }
+        m(direct_tiles(instance, kernel) / n) {}
   int64_t rows() const { return 8 * m * (kCudaThreads / 32 / warps_n); }
 };
 
@@ -38,15 +36,10 @@ int64_t padded_stride(int64_t channels, Layout layout, int64_t element) {
 
 constexpr int64_t kDirectSlice = 64;  // bytes of a pixel that the direct product takes at a time
 
-struct Choice {
-  int64_t instance, channel_blocks, ghost_blocks, images, rows, cols, slice;
-  bool resident;
-};
-
 class Planner {
  public:
   Planner(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
-          const CudaCosts& costs = kCudaCosts)
+          const CudaCosts& costs)
       : p_(p),
         kernel_(kernel),
         arch_(arch),
@@ -60,16 +53,37 @@ class Planner {
         H_(p.out_height()),
         W_(p.out_width()) {}
 
-  CudaPlan best() {
-    CudaPlan found;
+  // The plan of the rank-th least time, or the last where there are fewer.
+  CudaPlan best(int rank) {
+    std::vector<CudaChoice> better;
+    std::optional<CudaPlan> found = search(better), next = found;
+    for (; next && rank > 1; --rank) {
+      better.push_back(choice_of(next->tile));
+      next = search(better);
+      if (next) found = next;
+    }
+    return *found;
+  }
+
+  std::optional<CudaPlan> plan_of(const CudaChoice& c) const {
+    CudaPlan plan;
+    plan.tensor_cores = tensor_;
+    if (!lay_out(c, plan.tile)) return {};
+    estimate(plan);
+    return plan;
+  }
+
+ private:
+  // The best plan that is none of these; nothing if there is no other.
+  std::optional<CudaPlan> search(const std::vector<CudaChoice>& better) const {
+    std::optional<CudaPlan> found;
     bool any = false;
-    const auto consider = [&](const Choice& c) {
-      CudaPlan plan;
-      plan.tensor_cores = tensor_;
-      if (!lay_out(c, plan.tile)) return;
-      estimate(plan);
-      if (!any || plan.seconds < found.seconds * (1 - costs_.least_gain)) found = plan;
+    const auto consider = [&](const CudaChoice& c) {
+      const std::optional<CudaPlan> plan = plan_of(c);
+      if (!plan) return;
       any = true;
+      if (std::find(better.begin(), better.end(), choice_of(plan->tile)) != better.end()) return;
+      if (!found || plan->seconds < found->seconds * (1 - costs_.least_gain)) found = plan;
     };
     std::vector<int64_t> instances = {32};
     if (tensor_) instances = {32, 64, 128};
@@ -104,7 +118,6 @@ class Planner {
     return found;
   }
 
- private:
   bool kernel_primary() const {
     return kernel_ == CudaKernel::kPrimaryStats || kernel_ == CudaKernel::kPrimaryStatsKeep;
   }
@@ -122,7 +135,7 @@ class Planner {
   }
 
   template <class F>
-  void tile_shapes(Choice c, const F& consider) {
+  void tile_shapes(CudaChoice c, const F& consider) const {
     constexpr int64_t kMost = 2048;  // pixels of a tile
     for (int64_t images = 1; images <= p_.batch && images * H_ * W_ <= kMost; ++images) {
       if (images > 8 && images % 4 != 0) continue;
@@ -151,7 +164,7 @@ class Planner {
   }
 
   // The tile of a choice with its place in shared memory; false if it does not fit.
-  bool lay_out(const Choice& c, CudaTile& t) const {
+  bool lay_out(const CudaChoice& c, CudaTile& t) const {
     const int64_t e = element_, a = compute_;
     const int64_t channels = round_up(ceil_div(p_.intrinsic, c.channel_blocks), 8);
     const int64_t ghosts = ceil_div(ghosts_, c.ghost_blocks), taps = p_.dw_size * p_.dw_size;
@@ -313,12 +326,25 @@ class Planner {
     work.blocks_per_sm = plan.blocks_per_sm;
     work.turns = turns.turns;
     work.alone = costs_.alone_cycles + std::max(work.issue, serial) * costs_.alone_issue +
-                 std::max(work.product + work.pipe * costs_.alone_pipe, latency);
+                 std::max(work.product + work.pipe * costs_.alone_pipe_share, latency);
     work.prologue = costs_.prologue_cycles + weights / costs_.prologue_bytes +
                     channels * t.ghosts * d * d / costs_.prologue_taps;
-    work.dram_bytes = double(plan.dram_bytes);
-    work.l2_bytes = double(plan.l2_bytes);
+    const double lost = total_tiles * runs(t) * costs_.run_bytes;
+    work.dram_bytes = double(plan.dram_bytes) + lost;
+    work.l2_bytes = double(plan.l2_bytes) + lost;
     plan.seconds = cuda_seconds(work, arch_, costs_) + costs_.launch_us * 1e-6;
+  }
+
+  // Pieces of consecutive addresses that a tile of ghost_apply reads and writes, channels_last.
+  double runs(const CudaTile& t) const {
+    if (p_.layout != Layout::kNHWC || kernel_ != CudaKernel::kApply) return 0;
+    const bool rows = t.tiles_w > 1, parts = t.channel_blocks * t.ghost_blocks > 1;
+    const double in =
+        rows ? double(t.max_source) / std::min<double>(double(W_), t.cols + 2.0 * t.halo) : 1;
+    const double out = parts  ? double(t.max_inner) * (1 + t.ghosts)
+                       : rows ? double(t.images) * t.rows
+                              : 1;
+    return in + out;
   }
 
   // Adds the depthwise windows of a tile. They are dealt out to groups of threads in rounds; a warp
@@ -402,9 +428,9 @@ class Planner {
 
 using Key = std::tuple<int, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                        int64_t, int64_t, int64_t, int, int, bool, bool, bool, bool, int64_t,
-                       int64_t, int64_t, int64_t>;
+                       int64_t, int64_t, int64_t, int>;
 
-Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
+Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32, int rank) {
   return {int(kernel),
           arch.sm,
           allow_tf32,
@@ -426,22 +452,60 @@ Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow
           p.gate_height,
           p.gate_width,
           arch.multiprocessors,
-          arch.smem_per_block};
+          arch.smem_per_block,
+          rank};
 }
 
 }  // namespace
 
-CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
+int64_t direct_tiles(int64_t instance, CudaKernel kernel) {
+  if (kernel == CudaKernel::kApply) return instance == 64 ? 16 : 8;
+  return kernel == CudaKernel::kCheapStats ? 8 : 4;
+}
+
+bool operator==(const CudaChoice& a, const CudaChoice& b) {
+  const auto all = [](const CudaChoice& c) {
+    return std::tie(c.instance, c.channel_blocks, c.ghost_blocks, c.images, c.rows, c.cols, c.slice,
+                    c.resident);
+  };
+  return all(a) == all(b);
+}
+
+CudaChoice choice_of(const CudaTile& t) {
+  return {t.instance, t.channel_blocks, t.ghost_blocks, t.images,
+          t.rows,     t.cols,           t.slice,        t.resident != 0};
+}
+
+std::optional<CudaPlan> plan_cuda_choice(const Problem& p, CudaKernel kernel, const CudaArch& arch,
+                                         bool allow_tf32, const CudaChoice& choice,
+                                         const CudaCosts& costs) {
+  return Planner(p, kernel, arch, allow_tf32, costs).plan_of(choice);
+}
+
+int cuda_plan_rank() {
+  static const int rank = [] {
+    const char* text = std::getenv("GHOST_OPS_CUDA_PLAN");
+    const std::string value = text == nullptr || *text == '\0' ? "1" : text;
+    if (value != "1" && value != "2" && value != "3")
+      throw std::runtime_error("environment variable GHOST_OPS_CUDA_PLAN='" + value +
+                               "': expected one of '1', '2', '3'");
+    return value[0] - '0';
+  }();
+  return rank;
+}
+
+CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
+                   int rank) {
   static std::mutex mutex;
   static std::map<Key, CudaPlan> known;
   constexpr size_t kMostPlans = 4096;
-  const Key key = key_of(p, kernel, arch, allow_tf32);
+  const Key key = key_of(p, kernel, arch, allow_tf32, rank);
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
   }
-  const CudaPlan plan = Planner(p, kernel, arch, allow_tf32).best();
+  const CudaPlan plan = Planner(p, kernel, arch, allow_tf32, kCudaCosts).best(rank);
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.size() >= kMostPlans) known.clear();  // shapes that never repeat must not pile up
   known.emplace(key, plan);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "core/cuda_costs.h"
 #include "core/problem.h"
@@ -68,8 +69,31 @@ struct CudaPlan {
 // the shared memory of every architecture and dtype.
 inline constexpr int64_t kCudaMostPooled = 512;
 
+// Which of the best plans the launchers take: 1, or 2 or 3 where GHOST_OPS_CUDA_PLAN says so when
+// it is first read. Raises std::runtime_error if it says something else.
+int cuda_plan_rank();
+
+// The plan of the rank-th least predicted time, or the last where there are fewer; remembered.
 // Raises std::runtime_error if no tile fits into shared memory.
-CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32);
+CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
+                   int rank = cuda_plan_rank());
+
+// What decides a tile; the rest follows.
+struct CudaChoice {
+  int64_t instance, channel_blocks, ghost_blocks, images, rows, cols, slice;
+  bool resident;
+};
+bool operator==(const CudaChoice& a, const CudaChoice& b);
+CudaChoice choice_of(const CudaTile& tile);
+
+// The plan of a choice, predicted with other constants than the table's; nothing if the kernels
+// have no such tile.
+std::optional<CudaPlan> plan_cuda_choice(const Problem& p, CudaKernel kernel, const CudaArch& arch,
+                                         bool allow_tf32, const CudaChoice& choice,
+                                         const CudaCosts& costs);
+
+// Tiles of 8 pixels x 16 channels that a warp of the direct product makes.
+int64_t direct_tiles(int64_t instance, CudaKernel kernel);
 
 // Does the first pass of training write u for the passes after it? Where reading x three times
 // moves more bytes than reading it once, writing u and reading that twice.

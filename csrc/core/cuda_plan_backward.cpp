@@ -7,6 +7,8 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 namespace ghost {
 namespace {
@@ -48,14 +50,28 @@ class GradsPlanner {
         per_(p.ratio - 1),
         r_(p.pad()) {}
 
-  CheapTile best() {
-    search(std::max<int64_t>(per_, 1));
-    if (!any_ && per_ > 1) search(1);
-    if (!any_) fail_for_memory(arch_);
-    return best_;
+  // The tile of the rank-th least time, or the last where there are fewer.
+  CheapTile best(int rank) {
+    for (; rank > 0 && find_next(); --rank) better_.push_back(best_);
+    if (better_.empty()) fail_for_memory(arch_);
+    return better_.back();
   }
 
  private:
+  // The best tile that is none of better_; false if there is no other.
+  bool find_next() {
+    any_ = false;
+    search(std::max<int64_t>(per_, 1));
+    if (!any_ && per_ > 1) search(1);
+    return any_;
+  }
+  bool is_better(const CheapTile& t) const {
+    const auto all = [](const CheapTile& c) {
+      return std::tie(c.channels, c.ghosts, c.images, c.rows, c.cols);
+    };
+    return std::any_of(better_.begin(), better_.end(),
+                       [&](const CheapTile& other) { return all(t) == all(other); });
+  }
   // All tiles that keep the parameters of so many ghosts of a channel.
   void search(int64_t ghosts) {
     ghosts_ = ghosts;
@@ -97,7 +113,7 @@ class GradsPlanner {
     t.tiles = int64_t{t.tiles_n} * t.tiles_h * t.tiles_w;
     t.ghosts = int32_t(ghosts_);
     // Every row of taps needs a thread.
-    if (kCudaThreads / (channels / 2) < p_.dw_size || !lay_out(t)) return;
+    if (kCudaThreads / (channels / 2) < p_.dw_size || is_better(t) || !lay_out(t)) return;
     const double seconds = estimate(t);
     if (any_ && seconds >= seconds_ * (1 - costs_.least_gain)) return;
     any_ = true;
@@ -185,6 +201,7 @@ class GradsPlanner {
   int64_t H_, W_, e_, a_, per_, r_;
   int64_t ghosts_ = 1;
   CheapTile best_;
+  std::vector<CheapTile> better_;
   double seconds_ = 0;
   bool any_ = false;
 };
@@ -282,7 +299,7 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
     }
     plan.sums = plan_cuda(first, CudaKernel::kBackwardSums, arch, allow_tf32);
   }
-  plan.grads = GradsPlanner(p, arch).best();
+  plan.grads = GradsPlanner(p, arch).best(cuda_plan_rank());
   need_dw1 = need_dw1 && p.has_primary;
   if (need_dx || need_dw1) plan.primary = plan_primary(p, arch, need_dx, need_dw1);
   plan.launches = (plan.runs_sums ? 1 : 0) + 1 + (need_dx || need_dw1 ? 1 : 0) + 1;
