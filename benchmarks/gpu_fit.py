@@ -143,7 +143,7 @@ def read(path: Path) -> File:
         seen = tuple(_number(row, number, column, int) for column in CHECKED)
         measured = _number(row, number, "measured_us", float)
         sm = _number({"sm": row.get("sm") or 90}, number, "sm", int)
-        devices.add(row.get("device") or path.stem)
+        devices.add(row.get("device") or "unnamed GPU")
         count += 1
         (now,) = Plans(known[row["shape"]], sm, {}).seen({}, [tile])
         if now is None or now[1:] != seen:

@@ -42,16 +42,16 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x16x112 px, 8x1 of 16, slice 32 resident, 256 blocks, 94592 B",
     ),
     ("sm_90", (1, 16, 112, 112), 16, "float16", "NHWC", ()): (
-        "apply: 1x4x14 px, 8x1 of 16, slice 32 resident, 224 blocks, 6528 B",
+        "apply: 1x2x28 px, 8x1 of 16, slice 32 resident, 224 blocks, 7168 B",
     ),
     ("sm_90", (256, 16, 112, 112), 48, "float16", "NHWC", ()): (
         "apply: 1x16x56 px, 24x1 of 32, slice 32 resident, 256 blocks, 113792 B",
     ),
     ("sm_90", (1, 16, 112, 112), 48, "float16", "NHWC", ()): (
-        "apply: 1x7x7 px, 24x1 of 32, slice 32 resident, 256 blocks, 12672 B",
+        "apply: 1x4x14 px, 24x1 of 32, slice 32 resident, 224 blocks, 13568 B",
     ),
     ("sm_90", (256, 24, 56, 56), 72, "float16", "NHWC", ()): (
-        "apply: 1x14x28 px, 40x1 of 64, slice 32 resident, 256 blocks, 84096 B",
+        "apply: 1x19x28 px, 40x1 of 64, slice 32 resident, 256 blocks, 109824 B",
     ),
     ("sm_90", (1, 24, 56, 56), 72, "float16", "NHWC", ()): (
         "apply: 1x2x14 px, 24x2 of 32, slice 32 resident, 224 blocks, 10240 B",
@@ -60,13 +60,13 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x10x28 px, 64x2 of 64, slice 32 resident, 256 blocks, 109696 B",
     ),
     ("sm_90", (1, 40, 28, 28), 240, "float16", "NHWC", ()): (
-        "apply: 1x4x7 px, 16x8 of 32, slice 32 resident, 224 blocks, 9344 B",
+        "apply: 1x2x14 px, 16x8 of 32, slice 32 resident, 224 blocks, 9728 B",
     ),
     ("sm_90", (256, 80, 14, 14), 480, "float16", "NHWC", ()): (
         "apply: 1x14x14 px, 64x4 of 64, slice 32 resident, 256 blocks, 84480 B",
     ),
     ("sm_90", (1, 80, 14, 14), 480, "float16", "NHWC", ()): (
-        "apply: 1x3x7 px, 16x15 of 32, slice 32 resident, 150 blocks, 9344 B",
+        "apply: 1x2x7 px, 64x4 of 128, slice 32 resident, 56 blocks, 26112 B",
     ),
     ("sm_90", (256, 672, 14, 14), 112, "float16", "NHWC", ()): (
         "apply: 1x14x14 px, 56x1 of 64, slice 32, 256 blocks, 90368 B",
@@ -78,10 +78,10 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 4x7x7 px, 64x8 of 64, slice 32 resident, 256 blocks, 96128 B",
     ),
     ("sm_90", (1, 160, 7, 7), 960, "float16", "NHWC", ()): (
-        "apply: 1x2x7 px, 8x60 of 32, slice 32 resident, 240 blocks, 8064 B",
+        "apply: 1x2x7 px, 16x30 of 32, slice 32 resident, 120 blocks, 10240 B",
     ),
     ("sm_90", (256, 960, 7, 7), 160, "float16", "NHWC", ()): (
-        "apply: 1x7x7 px, 80x1 of 128, slice 32, 256 blocks, 70656 B",
+        "apply: 3x7x7 px, 32x3 of 32, slice 32 resident, 258 blocks, 95360 B",
     ),
     ("sm_90", (1, 960, 7, 7), 160, "float16", "NHWC", ()): (
         "apply: 1x1x7 px, 8x10 of 32, slice 32 resident, 70 blocks, 33408 B",
@@ -90,19 +90,19 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x14x28 px, 32x2 of 32, slice 32 resident, 206 blocks, 82944 B",
     ),
     ("sm_86", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
-        "apply: 1x14x14 px, 32x2 of 32, slice 32 resident, 138 blocks, 47616 B",
+        "apply: 1x6x14 px, 64x1 of 64, slice 32 resident, 143 blocks, 46592 B",
     ),
     ("sm_100", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
         "apply: 1x10x28 px, 64x1 of 64, slice 32 resident, 256 blocks, 109696 B",
     ),
     ("sm_90", (256, 40, 28, 28), 120, "float16", "NCHW", ()): (
-        "apply: 1x7x28 px, 64x1 of 64, slice 64 resident, 256 blocks, 105600 B",
+        "apply: 1x10x28 px, 64x1 of 64, slice 32 resident, 256 blocks, 103168 B",
     ),
     ("sm_90", (256, 160, 7, 7), 960, "float16", "NCHW", ()): (
-        "apply: 1x7x7 px, 120x4 of 128, slice 64 resident, 256 blocks, 107776 B",
+        "apply: 2x7x7 px, 120x4 of 128, slice 32 resident, 256 blocks, 112256 B",
     ),
     ("sm_90", (256, 40, 28, 28), 120, "float32", "NHWC", ()): (
-        "apply: 1x7x28 px, 32x2 of 32, slice 32 resident, 256 blocks, 113792 B",
+        "apply: 1x10x14 px, 64x1 of 64, slice 16, 256 blocks, 111232 B",
     ),
     ("sm_90", (2, 40, 28, 28), 120, "float64", "NCHW", ()): (
         "apply: 1x7x7 px, 16x4 of 32, slice 16, 128 blocks, 76288 B",
@@ -115,7 +115,7 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
     ("sm_90", (32, 960, 7, 7), 160, "float16", "NHWC", (("training", True),)): (
         "primary_stats: 1x4x7 px, 32x3 of 32, slice 32 resident, 192 blocks, 83200 B",
         "cheap_stats: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 11520 B",
-        "apply: 1x7x7 px, 16x5 of 16, slice 16 resident, 160 blocks, 9344 B",
+        "apply: 1x2x7 px, 40x2 of 64, slice 16 resident, 256 blocks, 8320 B",
     ),
     ("sm_90", (32, 64, 80, 80), 128, "float16", "NHWC", (("dw_size", 5),)): (
         "apply: 1x10x21 px, 64x1 of 64, slice 32 resident, 256 blocks, 103808 B",
@@ -124,7 +124,7 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x2x20 px, 16x2 of 16, slice 32 resident, 160 blocks, 32384 B",
     ),
     ("sm_90", (32, 16, 112, 112), 48, "float16", "NHWC", (("residual", True),)): (
-        "apply: 1x14x56 px, 24x1 of 32, slice 32 resident, 256 blocks, 100864 B",
+        "apply: 1x14x28 px, 24x1 of 32, slice 32 resident, 256 blocks, 53888 B",
     ),
 }
 
