@@ -5,6 +5,8 @@
     python benchmarks/gpu.py --out FOLDER --resume          measures only what is missing
     python benchmarks/gpu.py --out FOLDER --steps           prints the table of FOLDER again
     python benchmarks/gpu.py --kit                          no GPU here: prepares what one needs
+    python benchmarks/gpu.py --fit FILE [--write]           fits the plans' model of time to rows of
+                                                            the steps plans-1, plans-2, plans-3
 
 Each step runs in a process of its own under a time limit, and every row is appended to
 FOLDER/rows.jsonl as it is measured: a crash or a time limit loses one step. ``ghost_ops._C`` is
@@ -47,8 +49,8 @@ KIT_ARCHS = "9.0"  # H100, H200
 NO_GPU = 3  # exit status of a step
 # Variables that would change what runs, or how.
 NOT_PASSED_ON = (
-    "CUDA_LAUNCH_BLOCKING GHOST_OPS_BACKEND GHOST_OPS_TRITON_AUTOTUNE PYTEST_ADDOPTS "
-    "PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TRITON_INTERPRET"
+    "CUDA_LAUNCH_BLOCKING GHOST_OPS_BACKEND GHOST_OPS_CUDA_PLAN GHOST_OPS_TRITON_AUTOTUNE "
+    "PYTEST_ADDOPTS PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF TRITON_INTERPRET"
 ).split()
 
 
@@ -86,6 +88,15 @@ STEPS = (
     Step("tests", "gpu-marked tests, memcheck, racecheck", 70),
     Step("more", "batch 1 and 32, Triton, YOLO shapes, NCHW, TF32, bfloat16", 75),
     Step("triton-tests", "gpu-marked tests of the Triton backend", 60),
+    *(
+        Step(
+            f"plans-{rank}",
+            f"every shape with the plan of rank {rank}, for --fit",
+            15,
+            environment=(("GHOST_OPS_CUDA_PLAN", rank),),
+        )
+        for rank in "123"
+    ),
 )
 
 
@@ -284,12 +295,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plans", type=Path, default=KIT / "plans.json", help="predicted times")
     parser.add_argument("--resume", action="store_true", help="keep rows that are still valid")
     parser.add_argument("--commit", default="", help="recorded where there is no .git")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the model to measured plans")
+    parser.add_argument("--write", action="store_true", help="and put the result into its table")
     parser.add_argument("--kit", action="store_true", help="prepare what a GPU machine needs")
     for hidden in ("--child", "--run"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.steps if name not in names]:
         parser.error(f"--steps: {', '.join(unknown)}: not one of {', '.join(names)}")
+    if arguments.write and arguments.fit is None:
+        parser.error("--write goes with --fit")
     if not arguments.budget > 0:
         parser.error(f"--budget: expected seconds above 0, got {arguments.budget}")
     default = KIT if arguments.kit else ROOT / "benchmarks" / "results" / "gpu"
@@ -304,6 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in STEPS:
             print(f"{step.name:13} {step.seconds:4.0f} s  {step.purpose}")
         return 0
+    if arguments.fit is not None:
+        from benchmarks import gpu_fit
+
+        return gpu_fit.main(arguments.fit, arguments.write)
     rows = arguments.out / "rows.jsonl"
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

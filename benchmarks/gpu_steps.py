@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import floor, gpu_clock, harness, networks, providers, shapes
+from benchmarks import floor, gpu_clock, gpu_fit, harness, networks, providers, shapes
 from benchmarks.gpu_clock import DEVICE, Call
 from benchmarks.gpu_sheet import Sheet, read_rows, write_row
 from benchmarks.measure import error_floors
@@ -150,9 +150,11 @@ def measure(
     dtype: torch.dtype,
     mode: str,
     candidates: Sequence[Candidate],
+    **fields: Any,
 ) -> None:
-    """Check and time one module: eval (forward) or train (forward and backward)."""
-    where = {"case": shape.name, "batch": batch, "mode": mode}
+    """Check and time one module: eval (forward) or train (forward and backward). Its rows have the
+    ``fields``, too."""
+    where = {"case": shape.name, "batch": batch, "mode": mode, **fields}
     if not any(sheet.wants({**where, **c.fields(dtype)}) for c in candidates):
         return
     training, autocast = mode == "train", candidates[0].autocast
@@ -228,6 +230,22 @@ def evaluate(sheet: Sheet) -> None:
         sheet.add({"case": "copy", "copy_bytes_per_s": COPY_BYTES / timed["us"] * 1e6}, timed)
     for shape in shapes.GHOSTNET:
         measure(sheet, shape, BATCH, torch.float16, "eval", (EAGER, EAGER_NCHW, OURS))
+
+
+def plans(sheet: Sheet) -> None:
+    """Every GhostNet 1.0x shape with the plan that GHOST_OPS_CUDA_PLAN names: rows for --fit."""
+    from ghost_ops import backends
+
+    major, minor = torch.cuda.get_device_capability()
+    sm, properties = 10 * major + minor, torch.cuda.get_device_properties(DEVICE)
+    modelled = backends.native.library().cuda_arch(sm)["multiprocessors"]
+    if (count := properties.multi_processor_count) != modelled:
+        note = f"skipped: {count} multiprocessors, planner.explain plans for {modelled}"
+        sheet.add({"case": "plans", "note": note})
+        return
+    for shape in shapes.GHOSTNET:
+        plan = {**gpu_fit.planned(shape, sm), "device": properties.name}
+        measure(sheet, shape, BATCH, torch.float16, "eval", (OURS,), plan=plan)
 
 
 def more(sheet: Sheet) -> None:
@@ -568,7 +586,7 @@ def sanitize(sheet: Sheet, tool: str, *options: str) -> None:
 STEPS: dict[str, Callable[[Sheet], None]] = {
     "correct": correct, "eval": evaluate, "network": network, "train": train, "ncu": ncu,
     "compile": compiled, "tests": tests, "more": more, "triton-tests": triton_tests,
-    "ncu-target": ncu_target,
+    "ncu-target": ncu_target, **{f"plans-{rank}": plans for rank in "123"},
 }  # fmt: skip
 
 

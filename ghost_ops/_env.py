@@ -94,6 +94,14 @@ CUDA_PDL = Variable(
     "them has ended, and wait for it (programmatic dependent launch). Not measured.",
 )
 
+CUDA_PLAN = Variable(
+    "GHOST_OPS_CUDA_PLAN",
+    "1",
+    ("1", "2", "3"),
+    "first use",
+    "Tiles of the native CUDA kernels: the plan with the least predicted time, or the second or "
+    "third.",
+)
 TRITON_AUTOTUNE = Variable(
     "GHOST_OPS_TRITON_AUTOTUNE",
     "0",
@@ -140,10 +148,11 @@ VARIABLES: tuple[Variable, ...] = (
     BACKEND,
     CPU_ISA,
     CPU_MACHINE,
+    CUDA_PDL,
     CUDA_PIPELINE,
+    CUDA_PLAN,
     TRITON_AUTOTUNE,
     CACHE_DIR,
-    CUDA_PDL,
     BUILD_CPU,
     BUILD_CUDA,
     CUDA_ARCHS,

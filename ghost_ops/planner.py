@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import nn
 
-from . import activations, backends
+from . import _env, activations, backends
 from .ops import allow_tf32
 from .reference import GhostModule
 
@@ -177,7 +177,9 @@ class CudaPass:
         smem_bytes: shared memory of a block.
         tensor_cores: whether the product runs on them.
         dram_bytes, l2_bytes: the model's traffic, with halos and what is read more than once.
-        seconds: the model's time from data sheet figures. It ranks tiles; it was not measured.
+        seconds: the model's time. It ranks tiles; it was not measured.
+        alternatives: the best plans of this launch, as many as asked for, this one among them: the
+            order in which GHOST_OPS_CUDA_PLAN counts them.
     """
 
     kernel: str
@@ -200,6 +202,7 @@ class CudaPass:
     dram_bytes: int
     l2_bytes: int
     seconds: float
+    alternatives: tuple[CudaPass, ...] = ()
 
     def __str__(self) -> str:
         tile = (
@@ -219,7 +222,13 @@ class CudaPass:
                 f"instance {self.instance}",
                 f"  memory     {self.smem_bytes:,} bytes shared, {self.dram_bytes:,} from DRAM, "
                 f"{self.l2_bytes:,} from L2",
-                f"  model      {self.seconds * 1e6:.1f} us (from data sheets, not measured)",
+                f"  model      {self.seconds * 1e6:.1f} us (the model's, not measured)",
+                *(
+                    f"  plan {rank}     {one.seconds * 1e6:.1f} us: {one.images} x {one.rows} x "
+                    f"{one.cols} pixels, {one.channels} of {one.instance} channels, "
+                    f"{one.blocks} blocks"
+                    for rank, one in enumerate(self.alternatives, 1)
+                ),
             )
         )
 
@@ -392,6 +401,7 @@ def explain(
     machine: CpuMachine | None = None,
     device: str = "cpu",
     training: bool = False,
+    alternatives: int = 0,
 ) -> Plan | CudaPlan: ...
 
 
@@ -441,6 +451,7 @@ def explain_shape(
     machine: CpuMachine | None = None,
     device: str = "cpu",
     training: bool = False,
+    alternatives: int = 0,
 ) -> Plan | CudaPlan:
     """The plan for an input of ``shape`` [N, C, H, W] and a 1x1 primary convolution.
 
@@ -458,6 +469,8 @@ def explain_shape(
             ``"cuda"``, the architecture of the current GPU. float32 follows torch's TF32 switch.
         training: the launches of a training forward and its backward instead of an evaluation pass
             (CUDA).
+        alternatives: how many of the best plans each launch of a forward lists (CUDA). Plans within
+            a thousandth of one another keep the order in which they are found.
 
     Returns:
         A :class:`Plan` for the CPU, a :class:`CudaPlan` for a GPU.
@@ -477,6 +490,10 @@ def explain_shape(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     sm = compute_capability(device)
+    if alternatives < 0:
+        raise ValueError(f"alternatives must not be negative, got {alternatives}")
+    if alternatives and sm is None:
+        raise ValueError("alternatives: only plans for a GPU have any, device is 'cpu'")
     if training and sm is None:
         raise ValueError("training: only the passes on a GPU are planned, device is 'cpu'")
     if sm is not None and (min(dims) < 1):
@@ -503,14 +520,27 @@ def explain_shape(
     fields = library.plan(*dims, **problem, **asdict(machine))
     if sm is None:
         return Plan(**fields, machine=machine)
-    found = library.cuda_plan(*dims, **problem, sm=sm, allow_tf32=allow_tf32(), training=training)
+    _env.CUDA_PLAN.get()  # which the plan follows, too
+    found = library.cuda_plan(
+        *dims,
+        **problem,
+        sm=sm,
+        allow_tf32=allow_tf32(),
+        training=training,
+        alternatives=alternatives,
+    )
     return CudaPlan(
         f"sm_{sm}",
-        tuple(CudaPass(**one) for one in found["passes"]),
+        tuple(_pass(one) for one in found["passes"]),
         found["writes_u"],
         *(fields[name] for name in ("bytes_fused", "bytes_eager", "flops")),
         backward=_backward(found["backward"]),
     )
+
+
+def _pass(found: dict[str, Any]) -> CudaPass:
+    ranked = tuple(CudaPass(**one) for one in found.pop("alternatives"))
+    return CudaPass(**found, alternatives=ranked)
 
 
 def _backward(found: dict[str, Any] | None) -> CudaBackward | None:

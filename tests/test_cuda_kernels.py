@@ -8,6 +8,10 @@ runs under one of the schedules in turn, some under all of them.
 from __future__ import annotations
 
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +74,19 @@ def taking_turns(library: emulator.Library, turn: int) -> Iterator[None]:
             yield
     finally:
         library.set_device(DEVICES[0])
+
+
+@pytest.mark.parametrize("rank", ["2", "3"])
+def test_other_plans_compute_the_same(library: emulator.Library, rank: str) -> None:
+    """With GHOST_OPS_CUDA_PLAN, which a process reads once."""
+    cases = ["eval nhwc", "eval bands", "eval deep", "eval tf32", "train nhwc", "train nchw"]
+    driver = str(pathlib.Path(__file__).with_name("cuda_driver.py"))
+    done = subprocess.run(
+        [sys.executable, driver, "--library", str(library.path), "--cases", *cases],
+        env={**os.environ, "GHOST_OPS_CUDA_PLAN": rank}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def identity(row: dict[str, Any]) -> str:

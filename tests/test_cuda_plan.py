@@ -6,7 +6,11 @@ at each, then write the new ones down (``python tests/test_cuda_plan.py`` prints
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -38,16 +42,16 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x16x112 px, 8x1 of 16, slice 32 resident, 256 blocks, 94592 B",
     ),
     ("sm_90", (1, 16, 112, 112), 16, "float16", "NHWC", ()): (
-        "apply: 1x4x14 px, 8x1 of 16, slice 32 resident, 224 blocks, 6528 B",
+        "apply: 1x2x28 px, 8x1 of 16, slice 32 resident, 224 blocks, 7168 B",
     ),
     ("sm_90", (256, 16, 112, 112), 48, "float16", "NHWC", ()): (
         "apply: 1x16x56 px, 24x1 of 32, slice 32 resident, 256 blocks, 113792 B",
     ),
     ("sm_90", (1, 16, 112, 112), 48, "float16", "NHWC", ()): (
-        "apply: 1x7x7 px, 24x1 of 32, slice 32 resident, 256 blocks, 12672 B",
+        "apply: 1x4x14 px, 24x1 of 32, slice 32 resident, 224 blocks, 13568 B",
     ),
     ("sm_90", (256, 24, 56, 56), 72, "float16", "NHWC", ()): (
-        "apply: 1x14x28 px, 40x1 of 64, slice 32 resident, 256 blocks, 84096 B",
+        "apply: 1x19x28 px, 40x1 of 64, slice 32 resident, 256 blocks, 109824 B",
     ),
     ("sm_90", (1, 24, 56, 56), 72, "float16", "NHWC", ()): (
         "apply: 1x2x14 px, 24x2 of 32, slice 32 resident, 224 blocks, 10240 B",
@@ -56,13 +60,13 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x10x28 px, 64x2 of 64, slice 32 resident, 256 blocks, 109696 B",
     ),
     ("sm_90", (1, 40, 28, 28), 240, "float16", "NHWC", ()): (
-        "apply: 1x4x7 px, 16x8 of 32, slice 32 resident, 224 blocks, 9344 B",
+        "apply: 1x2x14 px, 16x8 of 32, slice 32 resident, 224 blocks, 9728 B",
     ),
     ("sm_90", (256, 80, 14, 14), 480, "float16", "NHWC", ()): (
         "apply: 1x14x14 px, 64x4 of 64, slice 32 resident, 256 blocks, 84480 B",
     ),
     ("sm_90", (1, 80, 14, 14), 480, "float16", "NHWC", ()): (
-        "apply: 1x3x7 px, 16x15 of 32, slice 32 resident, 150 blocks, 9344 B",
+        "apply: 1x2x7 px, 64x4 of 128, slice 32 resident, 56 blocks, 26112 B",
     ),
     ("sm_90", (256, 672, 14, 14), 112, "float16", "NHWC", ()): (
         "apply: 1x14x14 px, 56x1 of 64, slice 32, 256 blocks, 90368 B",
@@ -74,10 +78,10 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 4x7x7 px, 64x8 of 64, slice 32 resident, 256 blocks, 96128 B",
     ),
     ("sm_90", (1, 160, 7, 7), 960, "float16", "NHWC", ()): (
-        "apply: 1x2x7 px, 8x60 of 32, slice 32 resident, 240 blocks, 8064 B",
+        "apply: 1x2x7 px, 16x30 of 32, slice 32 resident, 120 blocks, 10240 B",
     ),
     ("sm_90", (256, 960, 7, 7), 160, "float16", "NHWC", ()): (
-        "apply: 1x7x7 px, 80x1 of 128, slice 32, 256 blocks, 70656 B",
+        "apply: 3x7x7 px, 32x3 of 32, slice 32 resident, 258 blocks, 95360 B",
     ),
     ("sm_90", (1, 960, 7, 7), 160, "float16", "NHWC", ()): (
         "apply: 1x1x7 px, 8x10 of 32, slice 32 resident, 70 blocks, 33408 B",
@@ -86,19 +90,19 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x14x28 px, 32x2 of 32, slice 32 resident, 206 blocks, 82944 B",
     ),
     ("sm_86", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
-        "apply: 1x14x14 px, 32x2 of 32, slice 32 resident, 138 blocks, 47616 B",
+        "apply: 1x6x14 px, 64x1 of 64, slice 32 resident, 143 blocks, 46592 B",
     ),
     ("sm_100", (256, 40, 28, 28), 120, "float16", "NHWC", ()): (
         "apply: 1x10x28 px, 64x1 of 64, slice 32 resident, 256 blocks, 109696 B",
     ),
     ("sm_90", (256, 40, 28, 28), 120, "float16", "NCHW", ()): (
-        "apply: 1x7x28 px, 64x1 of 64, slice 64 resident, 256 blocks, 105600 B",
+        "apply: 1x10x28 px, 64x1 of 64, slice 32 resident, 256 blocks, 103168 B",
     ),
     ("sm_90", (256, 160, 7, 7), 960, "float16", "NCHW", ()): (
-        "apply: 1x7x7 px, 120x4 of 128, slice 64 resident, 256 blocks, 107776 B",
+        "apply: 2x7x7 px, 120x4 of 128, slice 32 resident, 256 blocks, 112256 B",
     ),
     ("sm_90", (256, 40, 28, 28), 120, "float32", "NHWC", ()): (
-        "apply: 1x7x28 px, 32x2 of 32, slice 32 resident, 256 blocks, 113792 B",
+        "apply: 1x10x14 px, 64x1 of 64, slice 16, 256 blocks, 111232 B",
     ),
     ("sm_90", (2, 40, 28, 28), 120, "float64", "NCHW", ()): (
         "apply: 1x7x7 px, 16x4 of 32, slice 16, 128 blocks, 76288 B",
@@ -111,7 +115,7 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
     ("sm_90", (32, 960, 7, 7), 160, "float16", "NHWC", (("training", True),)): (
         "primary_stats: 1x4x7 px, 32x3 of 32, slice 32 resident, 192 blocks, 83200 B",
         "cheap_stats: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 11520 B",
-        "apply: 1x7x7 px, 16x5 of 32, slice 16 resident, 160 blocks, 9344 B",
+        "apply: 1x2x7 px, 40x2 of 64, slice 16 resident, 256 blocks, 8320 B",
     ),
     ("sm_90", (32, 64, 80, 80), 128, "float16", "NHWC", (("dw_size", 5),)): (
         "apply: 1x10x21 px, 64x1 of 64, slice 32 resident, 256 blocks, 103808 B",
@@ -120,7 +124,7 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
         "apply: 1x2x20 px, 16x2 of 16, slice 32 resident, 160 blocks, 32384 B",
     ),
     ("sm_90", (32, 16, 112, 112), 48, "float16", "NHWC", (("residual", True),)): (
-        "apply: 1x14x56 px, 24x1 of 32, slice 32 resident, 256 blocks, 100864 B",
+        "apply: 1x14x28 px, 24x1 of 32, slice 32 resident, 256 blocks, 53888 B",
     ),
 }
 
@@ -246,6 +250,84 @@ def test_text_names_every_launch() -> None:
         assert f"{one.smem_bytes:,} bytes shared" in text
     assert "not measured" in text
     assert text.startswith("sm_80, 3 launches")
+
+
+def tile_of(one: planner.CudaPass) -> tuple[Any, ...]:
+    return (
+        one.instance, one.channels, one.ghosts, one.images, one.rows, one.cols, one.slice,
+        one.resident,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_alternatives_are_different_plans_in_order(training: bool) -> None:
+    for size, c, oup, _ in GHOSTNET:
+        plan = planner.explain(
+            (256, c, size, size), oup, device="sm_90", training=training, alternatives=4,
+            **HALF_NHWC,
+        )  # fmt: skip
+        for one in plan.passes:
+            assert tile_of(one.alternatives[0]) == tile_of(one)
+            assert len({tile_of(other) for other in one.alternatives}) == 4
+            times = [other.seconds for other in one.alternatives]
+            assert all(a <= b * 1.0011 for a, b in itertools.pairwise(times))
+            assert all(other.alternatives == () for other in one.alternatives)
+    assert "plan 4" in str(plan)
+
+
+def test_fewer_alternatives_than_asked_for() -> None:
+    plan = planner.explain((1, 8, 1, 1), 16, device="sm_90", alternatives=1000, **HALF_NHWC)
+    assert 1 <= len(plan.passes[0].alternatives) < 1000
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "sm_90", "alternatives": -1}, "alternatives must not be negative, got -1"),
+        ({"alternatives": 2}, "alternatives: only plans for a GPU"),
+    ],
+)
+def test_bad_alternatives(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planner.explain((1, 8, 4, 4), 16, **settings)
+
+
+RANKED = """
+import torch
+from ghost_ops import planner
+plan = planner.explain(
+    (256, 40, 28, 28), 240, device="sm_90", dtype=torch.float16, channels_last=True, training=True,
+    alternatives=3,
+)
+print([one.alternatives.index(replace(one, alternatives=())) for one in plan.passes])
+print(plan.backward.rows, plan.backward.cols, plan.backward.channels, plan.backward.images)
+"""
+
+
+def ranked(value: str, code: str = RANKED) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from dataclasses import replace\n" + code],
+        env={**os.environ, "GHOST_OPS_CUDA_PLAN": value}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_environment_chooses_among_the_best_plans() -> None:
+    found = [ranked(value) for value in ("", "1", "2", "3")]
+    assert not any(one.returncode for one in found), found[-1].stderr
+    passes, grads = zip(*(one.stdout.splitlines() for one in found), strict=True)
+    assert passes == ("[0, 0, 0]", "[0, 0, 0]", "[1, 1, 1]", "[2, 2, 2]")
+    assert len(set(grads)) == 3 and grads[0] == grads[1]
+
+
+@pytest.mark.parametrize("value", ["0", "4", "2x", "best"])
+def test_a_rank_that_makes_no_sense(value: str) -> None:
+    """Both where Python reads the variable and where the launchers do."""
+    direct = "import ghost_ops._C as c; c.cuda_plan(1, 8, 4, 4, 8, 16)"
+    for code in (RANKED, direct):
+        done = ranked(value, code)
+        expected = f"environment variable GHOST_OPS_CUDA_PLAN='{value}': expected one of '1', '2'"
+        assert done.returncode != 0 and expected in done.stderr
 
 
 @pytest.mark.parametrize("device", ["sm_70", "gpu", "", "sm_9"])

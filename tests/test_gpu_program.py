@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_clock, gpu_sheet, gpu_steps, gpu_table, networks, shapes
+from benchmarks import gpu, gpu_clock, gpu_fit, gpu_sheet, gpu_steps, gpu_table, networks, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
@@ -77,6 +77,7 @@ def test_an_unfinished_line_is_left_out(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--steps", "evil"], "--steps: evil: not one of correct, eval"),
+        (["--write"], "--write goes with --fit"),
         (["--budget", "0"], "--budget: expected seconds above 0"),
         (["--library", "nowhere.so", "--steps", "eval"], "--library: nowhere.so is not a file"),
     ],
@@ -125,14 +126,16 @@ class Event:
 def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """torch.cuda over CPU tensors, with small problems; ours runs the native CPU kernels."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, replay=lambda: None)
-    properties = SimpleNamespace(name="Fake GPU", L2_cache_size=1 << 12)
+    properties = SimpleNamespace(
+        name="Fake GPU", L2_cache_size=1 << 12, multi_processor_count=132
+    )  # fmt: skip
     functions: dict[str, Any] = {
         "is_available": lambda: True, "get_device_properties": lambda device: properties,
         "synchronize": lambda: None, "_sleep": lambda cycles: None, "Event": Event,
         "Stream": lambda: nothing, "current_stream": lambda: nothing, "CUDAGraph": lambda: nothing,
         "stream": contextlib.nullcontext, "graph": contextlib.nullcontext,
         "memory_allocated": lambda: 1 << 20, "max_memory_allocated": lambda: 3 << 20,
-        "reset_peak_memory_stats": lambda: None,
+        "reset_peak_memory_stats": lambda: None, "get_device_capability": lambda: (9, 0),
     }  # fmt: skip
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function)
@@ -146,7 +149,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(gpu_steps, "COPY_BYTES", 1 << 12)
     monkeypatch.setattr(gpu_steps, "BATCH", 4)
     small = (shapes.Shape(4, 6, 5), shapes.Shape(4, 10, 5, "none"))
-    for name in ("GHOSTNET", "QUICK", "YOLO"):
+    for name in ("GHOSTNET", "QUICK", "YOLO", "ALL"):
         monkeypatch.setattr(shapes, name, small)
     monkeypatch.setattr(shapes, "select", lambda names: small[:1])
     tiny = SimpleNamespace(plain=lambda size: networks.ghostnet(0.1).make())
@@ -186,6 +189,20 @@ def test_steps(device: pytest.MonkeyPatch, tmp_path: Path, step: str) -> None:
     predicted = [row for row in rows if row.get("predicted_us")]
     assert [row["layout"] for row in predicted] == ["channels_last"] * (step == "eval")
     assert 1 <= len(gpu_table.render(rows).splitlines()) <= 60
+
+
+def test_measured_plans_can_be_read(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = run(tmp_path, "plans-1")
+    assert [row["plan"]["device"] for row in rows] == ["Fake GPU"] * 2
+    file = gpu_fit.read(tmp_path / "rows.jsonl")
+    assert (file.device, file.rows, file.skipped) == ("Fake GPU", 2, [])
+    for one, row in zip(file.plans, rows, strict=True):
+        assert (one.shape.name, one.sm) == (row["case"], 90)
+        assert list(one.measured.values()) == [row["us"]]
+    fewer = SimpleNamespace(name="Half a GPU", L2_cache_size=1 << 12, multi_processor_count=66)
+    device.setattr(torch.cuda, "get_device_properties", lambda device: fewer)
+    (row,) = run(tmp_path, "plans-2")
+    assert "66 multiprocessors" in row["note"]
 
 
 def test_resuming(device: pytest.MonkeyPatch, tmp_path: Path) -> None:

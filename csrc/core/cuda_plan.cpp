@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -13,19 +15,6 @@
 namespace ghost {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Data sheets: A100, A10/L4 class, H100 SXM, B200.
-constexpr CudaArch kArchs[] = {
-    {80, 108, 164 << 10, 163 << 10, 40 << 20, 1555, 4500, 1.41, 2048},
-    {86, 72, 100 << 10, 99 << 10, 6 << 20, 600, 2400, 1.70, 1024},
-    {89, 58, 100 << 10, 99 << 10, 48 << 20, 300, 2400, 2.04, 1024},
-    {90, 132, 228 << 10, 227 << 10, 50 << 20, 3350, 5500, 1.76, 4096},
-    {100, 148, 228 << 10, 227 << 10, 126 << 20, 8000, 9000, 1.85, 4096},
-};
-
 // How a warp's results of the direct product are cut into tiles of 8 pixels x 16 channels:
 // DirectGrid in product.cuh, with the widths of ghost_apply and of the other kernels.
 struct DirectTiles {
@@ -33,11 +22,7 @@ struct DirectTiles {
   DirectTiles(int64_t instance, CudaKernel kernel)
       : warps_n(instance >= 128 ? 2 : 1),
         n(instance / 16 / warps_n),
-        m(tiles(instance, kernel) / n) {}
-  static int64_t tiles(int64_t instance, CudaKernel kernel) {
-    if (kernel == CudaKernel::kApply) return instance == 64 ? 16 : 8;
-    return kernel == CudaKernel::kCheapStats ? 8 : 4;
-  }
+        m(direct_tiles(instance, kernel) / n) {}
   int64_t rows() const { return 8 * m * (kCudaThreads / 32 / warps_n); }
 };
 
@@ -51,17 +36,14 @@ int64_t padded_stride(int64_t channels, Layout layout, int64_t element) {
 
 constexpr int64_t kDirectSlice = 64;  // bytes of a pixel that the direct product takes at a time
 
-struct Choice {
-  int64_t instance, channel_blocks, ghost_blocks, images, rows, cols, slice;
-  bool resident;
-};
-
 class Planner {
  public:
-  Planner(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32)
+  Planner(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
+          const CudaCosts& costs)
       : p_(p),
         kernel_(kernel),
         arch_(arch),
+        costs_(costs),
         element_(element_size(p.dtype)),
         compute_(compute_size(p.dtype)),
         tensor_(element_ == 2 || (p.dtype == DType::kFloat32 && allow_tf32)),
@@ -71,16 +53,37 @@ class Planner {
         H_(p.out_height()),
         W_(p.out_width()) {}
 
-  CudaPlan best() {
-    CudaPlan found;
+  // The plan of the rank-th least time, or the last where there are fewer.
+  CudaPlan best(int rank) {
+    std::vector<CudaChoice> better;
+    std::optional<CudaPlan> found = search(better), next = found;
+    for (; next && rank > 1; --rank) {
+      better.push_back(choice_of(next->tile));
+      next = search(better);
+      if (next) found = next;
+    }
+    return *found;
+  }
+
+  std::optional<CudaPlan> plan_of(const CudaChoice& c) const {
+    CudaPlan plan;
+    plan.tensor_cores = tensor_;
+    if (!lay_out(c, plan.tile)) return {};
+    estimate(plan);
+    return plan;
+  }
+
+ private:
+  // The best plan that is none of these; nothing if there is no other.
+  std::optional<CudaPlan> search(const std::vector<CudaChoice>& better) const {
+    std::optional<CudaPlan> found;
     bool any = false;
-    const auto consider = [&](const Choice& c) {
-      CudaPlan plan;
-      plan.tensor_cores = tensor_;
-      if (!lay_out(c, plan.tile)) return;
-      estimate(plan);
-      if (!any || plan.seconds < found.seconds * 0.999) found = plan;
+    const auto consider = [&](const CudaChoice& c) {
+      const std::optional<CudaPlan> plan = plan_of(c);
+      if (!plan) return;
       any = true;
+      if (std::find(better.begin(), better.end(), choice_of(plan->tile)) != better.end()) return;
+      if (!found || plan->seconds < found->seconds * (1 - costs_.least_gain)) found = plan;
     };
     std::vector<int64_t> instances = {32};
     if (tensor_) instances = {32, 64, 128};
@@ -116,7 +119,6 @@ class Planner {
     return found;
   }
 
- private:
   bool kernel_primary() const {
     return kernel_ == CudaKernel::kPrimaryStats || kernel_ == CudaKernel::kPrimaryStatsKeep;
   }
@@ -135,7 +137,7 @@ class Planner {
   }
 
   template <class F>
-  void tile_shapes(Choice c, const F& consider) {
+  void tile_shapes(CudaChoice c, const F& consider) const {
     constexpr int64_t kMost = 2048;  // pixels of a tile
     for (int64_t images = 1; images <= p_.batch && images * H_ * W_ <= kMost; ++images) {
       if (images > 8 && images % 4 != 0) continue;
@@ -164,7 +166,7 @@ class Planner {
   }
 
   // The tile of a choice with its place in shared memory; false if it does not fit.
-  bool lay_out(const Choice& c, CudaTile& t) const {
+  bool lay_out(const CudaChoice& c, CudaTile& t) const {
     const int64_t e = element_, a = compute_;
     const int64_t channels = round_up(ceil_div(p_.intrinsic, c.channel_blocks), 8);
     const int64_t ghosts = ceil_div(ghosts_, c.ghost_blocks), taps = p_.dw_size * p_.dw_size;
@@ -248,26 +250,24 @@ class Planner {
   }
 
   // Bytes and instructions of the tiles against what a multiprocessor can do, then how many blocks
-  // share one. Constants are counts of instructions in the kernels' loops.
+  // share one.
   void estimate(CudaPlan& plan) const {
     CudaTile& t = plan.tile;
     const double e = double(element_), parts = double(t.channel_blocks) * t.ghost_blocks;
-    const int64_t by_smem = arch_.smem_per_sm / (t.smem_bytes + 1024);
     const bool three = three_blocks(t.instance);
-    const int64_t by_registers = compute_ == 8 ? 1 : three ? 3 : 2;
-    plan.blocks_per_sm = std::max<int64_t>(1, std::min(by_smem, by_registers));
-    const int64_t room = arch_.multiprocessors * plan.blocks_per_sm;
-    int64_t slots = std::max<int64_t>(1, room / int64_t(parts));
+    plan.blocks_per_sm = blocks_per_sm(arch_, t.smem_bytes, compute_ == 8 ? 1 : three ? 3 : 2);
+    int64_t most = arch_.multiprocessors * plan.blocks_per_sm / int64_t(parts);
     if (kernel_ != CudaKernel::kApply)  // every block of the next pass reads all partials
-      slots = std::min<int64_t>(slots, std::max<int64_t>(1, 8192 / t.channels));
-    slots = std::max<int64_t>(1, std::min(slots, t.tiles));
-    const int64_t turns = std::max<int64_t>(1, ceil_div(t.tiles, slots));
-    t.slots = int32_t(std::max<int64_t>(1, ceil_div(t.tiles, turns)));
+      most = std::min(most, int64_t(costs_.most_partials) / t.channels);
+    const CudaTurns turns(t.tiles, most);
+    t.slots = int32_t(turns.blocks);
     plan.blocks = int64_t(t.slots) * int64_t(parts);
 
     const double source = t.max_source, inner = t.max_inner, channels = t.channels;
     const double c = double(p_.channels), d = double(p_.dw_size);
-    double cycles = 0, product_cycles = 0, tile_l2 = 0;
+    CudaWork work;
+    double latency = 0;  // cycles that a warp waits for x
+    double tile_l2 = 0;
     // A narrow copy costs as much as a wide one.
     const auto width = [&](int64_t count) {
       int64_t bytes = 16;
@@ -281,56 +281,37 @@ class Planner {
     const double out_width = nhwc             ? width(std::gcd(p_.intrinsic, p_.out_channels))
                              : t.tiles_w == 1 ? width(run)
                                               : width(t.cols);
-    // Cycles that a warp waits for x; those of the pipe to shared memory and L1, where counted.
-    double latency = 0, pipe = 0;
     if (p_.has_primary) {
       const double mac = double(round_up(int64_t(source), 16)) * double(round_up(t.channels, 16)) *
                          std::ceil(c * e / 32) * 32 / e;
-      const double rate = !tensor_ ? (p_.dtype == DType::kFloat64 ? 32 : 64)
-                                   : double(arch_.tensor_flops_clock) / 2 / (e / 2) * 0.5;
+      const double plain = p_.dtype == DType::kFloat64 ? costs_.fma_clock_double : costs_.fma_clock;
+      const double rate =
+          tensor_ ? double(arch_.tensor_flops_clock) / 2 / (e / 2) * costs_.product_share
+                  : plain * costs_.plain_share;
       const double chunks = std::ceil(source / double(chunk_rows(t.instance)));
-      product_cycles = mac / rate;
+      work.product = mac / rate;
       tile_l2 += source * c * e;
       if (!t.resident) tile_l2 += chunks * channels * c * e;
       if (direct_)
-        cycles += direct_product(t, chunks, latency, pipe);
+        direct_product(t, chunks, work, latency);
       else
-        cycles += staged_product(t, x_width, chunks);
+        staged_product(t, x_width, chunks, work);
     } else {
       tile_l2 += source * channels * e;
-      cycles += source * channels * e / x_width * 20 / 128 + source * channels * 6 / 128;
+      work.issue +=
+          source * channels * (e / x_width * costs_.copy_vector + costs_.copy_element) / kCudaLanes;
     }
-    cycles += source * 12 / 128 + 300;
+    work.issue += source * costs_.pixel_table / kCudaLanes + costs_.tile_cycles;
     double serial = 0;  // instructions of one thread, where few threads have work
-    if (!kernel_primary()) {
-      // Windows are dealt out to groups of threads in rounds; a warp costs the same whether all of
-      // its lanes have one. Per row of y: the strip with its halo (read, converted, addressed), and
-      // its products; then what a window costs besides, in ghost_cheap_stats three instructions a
-      // value (counted in the machine code of sm_90, as the others).
-      const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
-      const int64_t groups = kCudaThreads / pairs;
-      const int64_t windows =
-          t.images * ceil_div(t.rows, t.window_rows) * ceil_div(t.cols, kCudaStrip);
-      const int64_t rounds = windows / groups, rest = windows % groups;
-      const int64_t warps = rounds * ceil_div(groups * pairs, 32) + ceil_div(rest * pairs, 32);
-      const double rows = d + t.window_rows - 1, each = element_ == 2 ? 4 : 2;
-      const double besides =
-          kernel_ == CudaKernel::kCheapStats ? 80 + 42 * t.window_rows : 64 + 36 * t.window_rows;
-      const double window = rows * (kCudaStrip + d - 1) * each +
-                            t.window_rows * d * d * 2 * kCudaStrip + d * d + besides;
-      pipe += double(warps) * t.ghosts *
-              (rows * (kCudaStrip + d - 1) + 2 * d * d + t.window_rows * kCudaStrip);
-      cycles += double(warps) * t.ghosts * window / 4;
-      serial = double(rounds + (rest > 0)) * t.ghosts * window;
-    }
+    if (!kernel_primary()) serial = windows(t, work);
     double out_bytes = 0;
     if (kernel_ == CudaKernel::kApply && !p_.pooled)
       out_bytes = inner * channels * (1 + t.ghosts) * e * (1 + p_.has_residual + p_.has_gate());
     if (keeps()) out_bytes = inner * channels * e;
     if (backward()) out_bytes = inner * channels * (1 + t.ghosts) * e;
-    cycles += out_bytes / out_width * (nhwc ? 13 : 18) / 128;
+    work.issue += out_bytes / out_width * (nhwc ? costs_.out_nhwc : costs_.out_nchw) / kCudaLanes;
     tile_l2 += out_bytes;
-    pipe += out_bytes / 128 * 3;
+    work.pipe += out_bytes / 128 * costs_.out_pipe;
 
     const double weights = t.resident && p_.has_primary ? channels * c * e : 0;
     const double total_tiles = double(t.tiles) * parts;
@@ -345,75 +326,105 @@ class Planner {
         (keeps() ? px * p_.intrinsic * e : 0) + (p_.has_residual ? px * p_.out_channels * e : 0) +
         double(p_.batch * p_.out_channels * p_.gate_height * p_.gate_width) * e +
         double(p_.intrinsic) * c * e);
-    const double clock = arch_.clock_ghz * 1e9;
-    const double here = std::ceil(double(plan.blocks) / double(arch_.multiprocessors));
-    const double side_by_side = std::min(here, double(plan.blocks_per_sm));
-    const double issue = cycles / 0.7;
-    // A block alone cannot overlap its phases; several can. With its two warps a scheduler it is
-    // taken to issue half an instruction a cycle: an estimate from the dependences in the machine
-    // code, never measured.
-    const double alone =
-        2500 + std::max(cycles, serial) * 2 + std::max(product_cycles + pipe * 0.5, latency);
-    const double widest = std::max({issue, product_cycles, pipe});
-    const double shared = side_by_side * (widest + 0.15 * (issue + product_cycles + pipe - widest));
-    const double waves = std::ceil(here / double(plan.blocks_per_sm));
-    const double busy = double(turns) * waves * std::max(alone, shared) / clock;
-    // Too few bytes in flight do not fill the memory pipes.
-    const double filled = std::min(1.0, double(plan.blocks) / double(arch_.multiprocessors));
-    const double dram = double(plan.dram_bytes) / (arch_.dram_gb_s * 0.92e9 * filled);
-    const double l2 = double(plan.l2_bytes) / (arch_.l2_gb_s * 0.8e9 * filled);
-    const double prologue = (1500 + weights / 32 + channels * t.ghosts * d * d / 64) / clock;
-    const double most = std::max({busy, dram, l2});
-    plan.seconds = most + 0.15 * (busy + dram + l2 - most) + prologue + 2e-6;
+    work.blocks = plan.blocks;
+    work.blocks_per_sm = plan.blocks_per_sm;
+    work.turns = turns.turns;
+    work.alone = costs_.alone_cycles + std::max(work.issue, serial) * costs_.alone_issue +
+                 std::max(work.product + work.pipe * costs_.alone_pipe_share, latency);
+    work.prologue = costs_.prologue_cycles + weights / costs_.prologue_bytes +
+                    channels * t.ghosts * d * d / costs_.prologue_taps;
+    const double lost = total_tiles * runs(t) * costs_.run_bytes;
+    work.dram_bytes = double(plan.dram_bytes) + lost;
+    work.l2_bytes = double(plan.l2_bytes) + lost;
+    plan.seconds = cuda_seconds(work, arch_, costs_) + costs_.launch_us * 1e-6;
   }
 
-  // Cycles in which a scheduler issues the product of a tile. Staged: per slice the copies' and the
-  // operands' addresses, the barrier; per chunk scale, shift, activation, rounding and stores of a
-  // lane's results.
-  double staged_product(const CudaTile& t, double x_width, double chunks) const {
+  // Pieces of consecutive addresses that a tile of ghost_apply reads and writes, channels_last.
+  double runs(const CudaTile& t) const {
+    if (p_.layout != Layout::kNHWC || kernel_ != CudaKernel::kApply) return 0;
+    const bool rows = t.tiles_w > 1, parts = t.channel_blocks * t.ghost_blocks > 1;
+    const double in =
+        rows ? double(t.max_source) / std::min<double>(double(W_), t.cols + 2.0 * t.halo) : 1;
+    const double out = parts  ? double(t.max_inner) * (1 + t.ghosts)
+                       : rows ? double(t.images) * t.rows
+                              : 1;
+    return in + out;
+  }
+
+  // Adds the depthwise windows of a tile. They are dealt out to groups of threads in rounds; a warp
+  // costs the same whether all of its lanes have one. Returns the instructions of the thread that
+  // has the most.
+  double windows(const CudaTile& t, CudaWork& work) const {
+    const double d = double(p_.dw_size), width = kCudaStrip + d - 1;
+    const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
+    const int64_t groups = kCudaThreads / pairs;
+    const int64_t windows =
+        t.images * ceil_div(t.rows, t.window_rows) * ceil_div(t.cols, kCudaStrip);
+    const int64_t rounds = windows / groups, rest = windows % groups;
+    const int64_t warps = rounds * ceil_div(groups * pairs, 32) + ceil_div(rest * pairs, 32);
+    const double rows = d + t.window_rows - 1;
+    const double window =
+        rows * width * (element_ == 2 ? costs_.window_read_half : costs_.window_read) +
+        d * d * (costs_.window_tap * kCudaStrip * t.window_rows + costs_.window_tap_load) +
+        (kernel_ == CudaKernel::kCheapStats
+             ? costs_.window_stats + costs_.window_stats_row * t.window_rows
+             : costs_.window_setup + costs_.window_row * t.window_rows);
+    work.issue += double(warps) * t.ghosts * window / kCudaSchedulers;
+    work.pipe += double(warps) * t.ghosts *
+                 (rows * width * costs_.window_pipe_read + d * d * costs_.window_pipe_tap +
+                  t.window_rows * kCudaStrip * costs_.window_pipe_store);
+    return double(rounds + (rest > 0)) * t.ghosts * window;
+  }
+
+  // Adds the staged product of a tile. Its two warps a scheduler take every slice and chunk.
+  void staged_product(const CudaTile& t, double x_width, double chunks, CudaWork& work) const {
     const double c = double(p_.channels), e = double(element_);
     const double results = double(t.instance * chunk_rows(t.instance)) / kCudaThreads;
     const double slices = double(ceil_div(p_.channels, t.slice));
-    double cycles = t.max_source * c * e / x_width * 16 / 128;
-    if (!t.resident) cycles += chunks * t.channels * c * e / 16 * 23 / 128;
-    return cycles + chunks * (slices * 125 + 60 + 4 * results) * 2;
+    work.issue += t.max_source * c * e / x_width * costs_.staged_copy / kCudaLanes;
+    if (!t.resident)
+      work.issue += chunks * t.channels * c * e / 16 * costs_.staged_weights / kCudaLanes;
+    const double warps = kCudaThreads / 32 / kCudaSchedulers;
+    work.issue +=
+        chunks * warps *
+        (slices * costs_.staged_slice + costs_.staged_chunk + results * costs_.staged_result);
   }
-  // Direct: a warp has m tiles of 8 pixels times n of 16 channels. Instructions per block of 32
-  // channels of x: a row's address and load (2, with its gate 8 more), per 16 channels two reads of
-  // w1 (3) and two products a tile, and what the loop costs (38). Per stage of a ring: 20 for 16
-  // bytes of w1, and the barrier. Per chunk: 32 x m x n / 8 results cleared, rounded and stored,
-  // also where there is no channel (6 a tile); scaled where there is one (4 a tile, 4 for scale and
-  // shift), or summed (12 a tile and 3, and 4 to mask and shift; with u kept 10 to round and
-  // store); positions (6 a tile of pixels); what the loop costs (54). A read of w1 or of x takes
-  // the memory pipe four cycles, as 32 lanes times 16 bytes. 700 cycles until x comes from memory,
-  // 200 for a stage of w1.
-  double direct_product(const CudaTile& t, double chunks, double& latency, double& pipe) const {
+  // Adds the direct product of a tile, and the cycles that its warps wait for x and w1.
+  void direct_product(const CudaTile& t, double chunks, CudaWork& work, double& latency) const {
     const DirectTiles tiles(t.instance, kernel_);
     const double m = double(tiles.m), n = double(tiles.n);
     const double active = double(ceil_div(t.channels, 16)) / double(tiles.warps_n);
     const double blocks = double(ceil_div(p_.channels, 32));
     const double ahead = m * n > 8 ? 1 : std::min(8 / m, 4.0);
-    const double row = p_.has_in_gate ? 10 : 2;
-    const double block = 38 + m * row + active * (3 + 2 * m);
-    const double chunk = 54 + m * (6 + 6 * n) +
-                         (kernel_primary() ? active * (3 + 12 * m) + m * n * (keeps() ? 14 : 4)
-                                           : active * (4 + 4 * m));
+    const double row = costs_.direct_row + (p_.has_in_gate ? costs_.direct_row_gate : 0);
+    const double block = costs_.direct_block + m * row +
+                         active * (costs_.direct_weights + costs_.direct_products * m);
+    const double results = kernel_primary()
+                               ? active * (costs_.direct_weights + costs_.direct_sums * m) +
+                                     m * n * (keeps() ? costs_.direct_kept : costs_.direct_masked)
+                               : active * (costs_.direct_affine_load + costs_.direct_affine * m);
+    const double chunk =
+        costs_.direct_chunk + m * (costs_.direct_positions + costs_.direct_results * n) + results;
     const double warp_chunks = double(ceil_div(t.max_source, 8 * tiles.m) * tiles.warps_n);
-    latency = chunks * std::ceil(blocks / ahead) * 700;
-    pipe = warp_chunks * (blocks * (4 * m + 8 * active) + 2 * m + active * (4 + 2 * m));
-    double ring = 0;
+    work.issue += warp_chunks * (blocks * block + chunk) / kCudaSchedulers;
+    work.pipe +=
+        warp_chunks * (blocks * (costs_.direct_pipe_x * m + costs_.direct_pipe_weights * active) +
+                       costs_.direct_pipe_positions * m +
+                       active * (costs_.direct_pipe_affine + costs_.direct_pipe_results * m));
+    latency = chunks * std::ceil(blocks / ahead) * costs_.latency_x;
     if (!t.resident) {
       const double bytes = double(t.channels) * double(p_.channels) * double(element_);
       const double stages = double(ceil_div(p_.channels, kCudaRing));
-      ring = chunks * (bytes / 16 * 20 / 128 + stages * 100);
-      latency += chunks * stages * 200;
+      work.issue +=
+          chunks * (bytes / 16 * costs_.ring_copy / kCudaLanes + stages * costs_.ring_stage);
+      latency += chunks * stages * costs_.latency_weights;
     }
-    return warp_chunks * (blocks * block + chunk) / 4 + ring;
   }
 
   const Problem& p_;
   CudaKernel kernel_;
   const CudaArch& arch_;
+  const CudaCosts& costs_;
   int64_t element_, compute_;
   bool tensor_, direct_;  // CudaTile::direct
   int64_t halo_, ghosts_, H_, W_;
@@ -421,9 +432,9 @@ class Planner {
 
 using Key = std::tuple<int, bool, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                        int64_t, int64_t, int64_t, int, int, bool, bool, bool, bool, int64_t,
-                       int64_t, int64_t, int64_t>;
+                       int64_t, int64_t, int64_t, int>;
 
-Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
+Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32, int rank) {
   return {int(kernel),
           p.aligned,
           arch.sm,
@@ -446,41 +457,60 @@ Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow
           p.gate_height,
           p.gate_width,
           arch.multiprocessors,
-          arch.smem_per_block};
+          arch.smem_per_block,
+          rank};
 }
 
 }  // namespace
 
-CudaArch cuda_arch(int sm, int64_t multiprocessors, int64_t smem_per_block) {
-  CudaArch arch = kArchs[0];
-  for (const CudaArch& known : kArchs)
-    if (known.sm <= sm) arch = known;
-  arch.sm = sm;
-  if (multiprocessors > 0) {
-    // Bandwidth goes with the size of the chip, more or less.
-    const double share = double(multiprocessors) / double(arch.multiprocessors);
-    arch.dram_gb_s *= share;
-    arch.l2_gb_s *= share;
-    arch.multiprocessors = multiprocessors;
-  }
-  if (smem_per_block > 0) {
-    arch.smem_per_block = smem_per_block;
-    arch.smem_per_sm = smem_per_block + 1024;
-  }
-  return arch;
+int64_t direct_tiles(int64_t instance, CudaKernel kernel) {
+  if (kernel == CudaKernel::kApply) return instance == 64 ? 16 : 8;
+  return kernel == CudaKernel::kCheapStats ? 8 : 4;
 }
 
-CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32) {
+bool operator==(const CudaChoice& a, const CudaChoice& b) {
+  const auto all = [](const CudaChoice& c) {
+    return std::tie(c.instance, c.channel_blocks, c.ghost_blocks, c.images, c.rows, c.cols, c.slice,
+                    c.resident);
+  };
+  return all(a) == all(b);
+}
+
+CudaChoice choice_of(const CudaTile& t) {
+  return {t.instance, t.channel_blocks, t.ghost_blocks, t.images,
+          t.rows,     t.cols,           t.slice,        t.resident != 0};
+}
+
+std::optional<CudaPlan> plan_cuda_choice(const Problem& p, CudaKernel kernel, const CudaArch& arch,
+                                         bool allow_tf32, const CudaChoice& choice,
+                                         const CudaCosts& costs) {
+  return Planner(p, kernel, arch, allow_tf32, costs).plan_of(choice);
+}
+
+int cuda_plan_rank() {
+  static const int rank = [] {
+    const char* text = std::getenv("GHOST_OPS_CUDA_PLAN");
+    const std::string value = text == nullptr || *text == '\0' ? "1" : text;
+    if (value != "1" && value != "2" && value != "3")
+      throw std::runtime_error("environment variable GHOST_OPS_CUDA_PLAN='" + value +
+                               "': expected one of '1', '2', '3'");
+    return value[0] - '0';
+  }();
+  return rank;
+}
+
+CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
+                   int rank) {
   static std::mutex mutex;
   static std::map<Key, CudaPlan> known;
   constexpr size_t kMostPlans = 4096;
-  const Key key = key_of(p, kernel, arch, allow_tf32);
+  const Key key = key_of(p, kernel, arch, allow_tf32, rank);
   {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
   }
-  const CudaPlan plan = Planner(p, kernel, arch, allow_tf32).best();
+  const CudaPlan plan = Planner(p, kernel, arch, allow_tf32, kCudaCosts).best(rank);
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.size() >= kMostPlans) known.clear();  // shapes that never repeat must not pile up
   known.emplace(key, plan);

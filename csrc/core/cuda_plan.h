@@ -4,26 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "core/cuda_costs.h"
 #include "core/problem.h"
 
 namespace ghost {
-
-// What the model knows of a GPU. Bandwidths are data sheet values: they weigh bytes against
-// arithmetic, nothing is claimed by them.
-struct CudaArch {
-  int sm = 80;  // compute capability, 10 * major + minor
-  int64_t multiprocessors = 108;
-  int64_t smem_per_sm = 164 << 10, smem_per_block = 163 << 10;
-  int64_t l2_bytes = 40 << 20;
-  double dram_gb_s = 1555, l2_gb_s = 4500;
-  double clock_ghz = 1.41;
-  int64_t tensor_flops_clock = 2048;  // float16 multiply-adds a clock of a multiprocessor, x 2
-};
-
-// The nearest entry of the table at or below the compute capability, with the real device's number
-// of multiprocessors and shared memory where they are known (> 0).
-CudaArch cuda_arch(int sm, int64_t multiprocessors = 0, int64_t smem_per_block = 0);
 
 // kPrimaryStatsKeep also writes u, as does kBackwardSums, the first launch of the backward pass.
 enum class CudaKernel : int {
@@ -89,8 +75,31 @@ struct CudaPlan {
 // the shared memory of every architecture and dtype.
 inline constexpr int64_t kCudaMostPooled = 512;
 
+// Which of the best plans the launchers take: 1, or 2 or 3 where GHOST_OPS_CUDA_PLAN says so when
+// it is first read. Raises std::runtime_error if it says something else.
+int cuda_plan_rank();
+
+// The plan of the rank-th least predicted time, or the last where there are fewer; remembered.
 // Raises std::runtime_error if no tile fits into shared memory.
-CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32);
+CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
+                   int rank = cuda_plan_rank());
+
+// What decides a tile; the rest follows.
+struct CudaChoice {
+  int64_t instance, channel_blocks, ghost_blocks, images, rows, cols, slice;
+  bool resident;
+};
+bool operator==(const CudaChoice& a, const CudaChoice& b);
+CudaChoice choice_of(const CudaTile& tile);
+
+// The plan of a choice, predicted with other constants than the table's; nothing if the kernels
+// have no such tile.
+std::optional<CudaPlan> plan_cuda_choice(const Problem& p, CudaKernel kernel, const CudaArch& arch,
+                                         bool allow_tf32, const CudaChoice& choice,
+                                         const CudaCosts& costs);
+
+// Tiles of 8 pixels x 16 channels that a warp of the direct product makes.
+int64_t direct_tiles(int64_t instance, CudaKernel kernel);
 
 // Does the first pass of training write u for the passes after it? Where reading x three times
 // moves more bytes than reading it once, writing u and reading that twice.

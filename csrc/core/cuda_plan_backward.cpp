@@ -7,15 +7,13 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 namespace ghost {
 namespace {
 
 constexpr int64_t kAlign = 128;  // of the parts of shared memory
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Hands out aligned sections of a piece of memory.
 class Sections {
@@ -38,11 +36,6 @@ class Sections {
                            " bytes of shared memory that a block may have");
 }
 
-int64_t blocks_per_sm(const CudaArch& arch, int64_t smem_bytes) {
-  constexpr int64_t kByRegisters = 2;
-  return std::max<int64_t>(1, std::min(kByRegisters, arch.smem_per_sm / (smem_bytes + 1024)));
-}
-
 // ----------------------------------------------------------------------------- second launch
 
 class GradsPlanner {
@@ -57,14 +50,28 @@ class GradsPlanner {
         per_(p.ratio - 1),
         r_(p.pad()) {}
 
-  CheapTile best() {
-    search(std::max<int64_t>(per_, 1));
-    if (!any_ && per_ > 1) search(1);
-    if (!any_) fail_for_memory(arch_);
-    return best_;
+  // The tile of the rank-th least time, or the last where there are fewer.
+  CheapTile best(int rank) {
+    for (; rank > 0 && find_next(); --rank) better_.push_back(best_);
+    if (better_.empty()) fail_for_memory(arch_);
+    return better_.back();
   }
 
  private:
+  // The best tile that is none of better_; false if there is no other.
+  bool find_next() {
+    any_ = false;
+    search(std::max<int64_t>(per_, 1));
+    if (!any_ && per_ > 1) search(1);
+    return any_;
+  }
+  bool is_better(const CheapTile& t) const {
+    const auto all = [](const CheapTile& c) {
+      return std::tie(c.channels, c.ghosts, c.images, c.rows, c.cols);
+    };
+    return std::any_of(better_.begin(), better_.end(),
+                       [&](const CheapTile& other) { return all(t) == all(other); });
+  }
   // All tiles that keep the parameters of so many ghosts of a channel.
   void search(int64_t ghosts) {
     ghosts_ = ghosts;
@@ -106,9 +113,9 @@ class GradsPlanner {
     t.tiles = int64_t{t.tiles_n} * t.tiles_h * t.tiles_w;
     t.ghosts = int32_t(ghosts_);
     // Every row of taps needs a thread.
-    if (kCudaThreads / (channels / 2) < p_.dw_size || !lay_out(t)) return;
+    if (kCudaThreads / (channels / 2) < p_.dw_size || is_better(t) || !lay_out(t)) return;
     const double seconds = estimate(t);
-    if (any_ && seconds >= seconds_ * 0.999) return;
+    if (any_ && seconds >= seconds_ * (1 - costs_.least_gain)) return;
     any_ = true;
     seconds_ = seconds;
     best_ = t;
@@ -140,16 +147,18 @@ class GradsPlanner {
     return memory.end() <= arch_.smem_per_block;
   }
 
-  // Bytes and instructions of the tiles, and how evenly they fill the multiprocessors; the
-  // constants are counts of instructions in the kernel's loops. Chooses the number of workers.
+  // Bytes and instructions of the tiles, and how evenly they fill the multiprocessors. Chooses the
+  // number of workers.
   double estimate(CheapTile& t) const {
-    const int64_t room = arch_.multiprocessors * blocks_per_sm(arch_, t.smem_bytes);
-    int64_t workers = std::max<int64_t>(1, room / t.channel_blocks);
+    CudaWork work;
+    work.blocks_per_sm = blocks_per_sm(arch_, t.smem_bytes);
     // Every block of the next launch adds up all workers' sums.
-    workers = std::min(workers, std::max<int64_t>(1, 16384 / p_.intrinsic));
-    workers = std::min(workers, t.tiles);
-    const int64_t turns = ceil_div(t.tiles, workers);
-    t.workers = int32_t(ceil_div(t.tiles, turns));
+    const CudaTurns turns(t.tiles,
+                          std::min(arch_.multiprocessors * work.blocks_per_sm / t.channel_blocks,
+                                   int64_t(costs_.most_sums) / p_.intrinsic));
+    t.workers = int32_t(turns.blocks);
+    work.turns = turns.turns;
+    work.blocks = turns.blocks * t.channel_blocks;
 
     const double d = double(p_.dw_size), per = double(per_), channels = t.channels;
     const double v_rows = double(std::min<int64_t>(t.rows + 2 * t.halo_rows, H_));
@@ -163,38 +172,36 @@ class GradsPlanner {
     const bool shares = p_.layout == Layout::kNHWC && t.channel_blocks > 1;
     const double tile_bytes = double(shares ? round_up(row, 32) : row) *
                               (y_pixels + t.images * v_rows * v_cols * per + 3 * inner);
-    const double strip =
-        d * ((kCudaStrip + d - 1) * 3 + d * (1 + 2 * kCudaStrip)) + 16 * kCudaStrip + 60;
+    const double strip = d * ((kCudaStrip + d - 1) * costs_.grads_read +
+                              d * (costs_.window_tap_load + costs_.window_tap * kCudaStrip)) +
+                         costs_.grads_result * kCudaStrip + costs_.grads_strip;
     const double strips =
         t.images * per *
         ((t.rows + 2 * t.halo_rows) * double(ceil_div(t.cols + 2 * t.halo_cols, kCudaStrip)) +
          t.rows * double(ceil_div(t.cols, kCudaStrip)));
     const int64_t groups = kCudaThreads / (t.channels / 2);
     const double idle = double(groups) / (double(t.tap_splits) * d);
-    const double taps = inner * per * d * (10 + 3 * d) * idle;
-    const double cycles =
-        (channels / 2 * (strips * strip + taps) + y_pixels * channels * 8 + tile_bytes / 16 * 14) /
-            128 +
-        600;
-    const double blocks = double(t.workers) * t.channel_blocks;
-    const double per_sm = std::ceil(blocks / double(arch_.multiprocessors));
-    const double busy =
-        double(turns) * std::max(per_sm * cycles / 0.7, cycles * 2.2) / (arch_.clock_ghz * 1e9);
-    const double filled = std::min(1.0, blocks / double(arch_.multiprocessors));
-    const double total = tile_bytes * double(t.tiles) * t.channel_blocks;
+    const double taps =
+        inner * per * d * (costs_.grads_weight_pixel + costs_.grads_weight_tap * d) * idle;
+    work.issue =
+        (channels / 2 * (strips * strip + taps) + y_pixels * channels * costs_.grads_element +
+         tile_bytes / 16 * costs_.grads_copy) /
+            kCudaLanes +
+        costs_.grads_tile_cycles;
+    work.alone = work.issue * costs_.grads_alone_issue;
+    work.l2_bytes = tile_bytes * double(t.tiles) * t.channel_blocks;
     const double pixels = double(p_.batch) * double(H_ * W_);
-    const double dram = pixels * double(p_.intrinsic) * double(e_) * (3 + per) /
-                        (arch_.dram_gb_s * 0.92e9 * filled);
-    const double l2 = total / (arch_.l2_gb_s * 0.8e9 * filled);
-    const double most = std::max({busy, dram, l2});
-    return most + 0.15 * (busy + dram + l2 - most);
+    work.dram_bytes = pixels * double(p_.intrinsic) * double(e_) * (3 + per);
+    return cuda_seconds(work, arch_, costs_);
   }
 
   const Problem& p_;
   const CudaArch& arch_;
+  const CudaCosts& costs_ = kCudaCosts;
   int64_t H_, W_, e_, a_, per_, r_;
   int64_t ghosts_ = 1;
   CheapTile best_;
+  std::vector<CheapTile> better_;
   double seconds_ = 0;
   bool any_ = false;
 };
@@ -353,7 +360,7 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
     }
     plan.sums = plan_cuda(first, CudaKernel::kBackwardSums, arch, allow_tf32);
   }
-  plan.grads = GradsPlanner(p, arch).best();
+  plan.grads = GradsPlanner(p, arch).best(cuda_plan_rank());
   need_dw1 = need_dw1 && p.has_primary;
   if (need_dx || need_dw1) {
     if (e == 2 && p.layout == Layout::kNHWC && p.has_primary && p.stride == 1 && has_wide_rows(p))

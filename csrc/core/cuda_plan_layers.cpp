@@ -7,14 +7,9 @@
 namespace ghost {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// Bytes at the memory's speed, less where few blocks leave multiprocessors idle, and a launch.
+// Bytes at the memory's speed, and a launch.
 double streaming_seconds(int64_t bytes, int64_t blocks, const CudaArch& arch) {
-  const double filled = std::min(1.0, double(blocks) / double(arch.multiprocessors));
-  return double(bytes) / (arch.dram_gb_s * 0.92e9 * filled) + 2e-6;
+  return dram_seconds(double(bytes), blocks, arch, kCudaCosts) + kCudaCosts.launch_us * 1e-6;
 }
 
 }  // namespace
@@ -63,11 +58,12 @@ StemPlan plan_stem(const Problem& p, const CudaArch& arch) {
   const int64_t taps = p.dw_size * p.dw_size * p.channels;
   plan.dram_bytes = p.batch * (p.channels * p.height * p.width + p.out_channels * pixels) * e +
                     (taps + 1) * p.out_channels * a;
-  // Multiply-adds: 128 a clock of a multiprocessor, 64 of float64; a quarter more for addresses.
-  const double sums = 1.25 * double(p.batch * p.out_channels * pixels * taps);
-  const double rate = (a == 8 ? 64 : 128) * double(arch.multiprocessors) * arch.clock_ghz * 1e9;
+  const double sums = double(p.batch * p.out_channels * pixels * taps);
+  const double rate = (a == 8 ? kCudaCosts.fma_clock_double : kCudaCosts.fma_clock) *
+                      double(arch.multiprocessors) * arch.clock_ghz * 1e9;
   plan.seconds =
-      std::max(streaming_seconds(plan.dram_bytes, plan.blocks, arch), sums / rate + 2e-6);
+      std::max(streaming_seconds(plan.dram_bytes, plan.blocks, arch),
+               sums * (1 + kCudaCosts.stem_address) / rate + kCudaCosts.launch_us * 1e-6);
   return plan;
 }
 
@@ -94,16 +90,16 @@ GatePlan plan_gate(int64_t batch, int64_t channels, int64_t reduced, int64_t pix
   const int64_t weights = 2 * channels * reduced * e;
   plan.dram_bytes = (has_sums ? batch * channels * splits * a : batch * channels * pixels * e) +
                     weights + (channels + reduced) * a + batch * channels * e;
-  // A multiprocessor takes at most 64 bytes a clock from L2; every block reads its weights there. A
-  // launch has a microsecond for each of the phases that wait for one another.
+  // Every block reads its weights from L2.
   const double source =
       double(images) * double(has_sums ? channels * splits * a : channels * pixels * e);
+  const double dram = dram_seconds(double(plan.dram_bytes), arch.multiprocessors, arch, kCudaCosts);
   const auto seconds = [&](int64_t parts) {
     const double waves = double(ceil_div(plan.blocks * parts, arch.multiprocessors));
     const double block = waves * (source + double(weights) / double(parts));
-    const double dram = double(plan.dram_bytes) / (arch.dram_gb_s * 0.92e9);
     const double launches = parts > 1 ? 2 : 1;
-    return std::max(dram, block / (64 * arch.clock_ghz * 1e9)) + 2e-6 * launches + 3e-6;
+    return std::max(dram, block / (kCudaCosts.l2_clock * arch.clock_ghz * 1e9)) +
+           (kCudaCosts.launch_us * launches + kCudaCosts.gate_phases_us) * 1e-6;
   };
   for (int64_t parts : {2, 4, 8, 16})
     if (seconds(parts) < seconds(plan.parts)) plan.parts = int32_t(parts);

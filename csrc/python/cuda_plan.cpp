@@ -1,5 +1,12 @@
 // The plan of the CUDA kernels as Python sees it. Needs no GPU: it is plain arithmetic.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <string>
+#include <vector>
 
 #include "core/cuda_plan.h"
 #include "core/cuda_plan_backward.h"
@@ -45,8 +52,10 @@ py::dict describe_backward(const ghost::BackwardPlan& plan) {
 }  // namespace
 
 // The launches of an eval pass, or of a training forward, one dictionary each, and whether the
-// first of them writes u; for training the backward pass, too.
-py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training) {
+// first of them writes u; for training the backward pass, too. A pass lists so many of its best
+// plans, in the order of their ranks.
+py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training,
+                          int alternatives) {
   using ghost::CudaKernel;
   const ghost::CudaArch arch = ghost::cuda_arch(sm);
   py::list passes;
@@ -54,11 +63,23 @@ py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32
     if (kernel == CudaKernel::kApply) {
       const ghost::PipelinedPlan pipelined = ghost::choose_pipelined(p, arch);
       if (pipelined.base.blocks > 0) {
-        passes.append(describe("ghost_apply_pipelined", pipelined.base));
+        py::dict pass = describe("ghost_apply_pipelined", pipelined.base);
+        pass["alternatives"] = py::tuple();
+        passes.append(pass);
         return;
       }
     }
-    passes.append(describe(name, ghost::plan_cuda(p, kernel, arch, allow_tf32)));
+    py::dict pass = describe(name, ghost::plan_cuda(p, kernel, arch, allow_tf32));
+    py::list ranked;
+    ghost::CudaPlan last;
+    for (int rank = 1; rank <= alternatives; ++rank) {
+      const ghost::CudaPlan plan = ghost::plan_cuda(p, kernel, arch, allow_tf32, rank);
+      if (rank > 1 && ghost::choice_of(plan.tile) == ghost::choice_of(last.tile)) break;
+      ranked.append(describe(name, plan));
+      last = plan;
+    }
+    pass["alternatives"] = py::tuple(ranked);
+    passes.append(pass);
   };
   if (!training) {
     add("ghost_apply", problem, CudaKernel::kApply);
@@ -88,6 +109,69 @@ py::dict cuda_arch_figures(int sm) {
 
 namespace {
 
+py::list cost_table() {
+  static constexpr const char* kOrigins[] = {"data sheet", "counted", "chosen", "estimate",
+                                             "fitted"};
+  py::list table;
+  for (const ghost::CudaCost& cost : ghost::kCudaCostTable)
+    table.append(py::dict("name"_a = cost.name, "value"_a = ghost::kCudaCosts.*cost.value,
+                          "origin"_a = kOrigins[int(cost.origin)], "meaning"_a = cost.meaning));
+  return table;
+}
+
+ghost::CudaCosts costs_of(const std::map<std::string, double>& given) {
+  ghost::CudaCosts costs;
+  for (const auto& [name, value] : given) {
+    bool known = false;
+    for (const ghost::CudaCost& cost : ghost::kCudaCostTable)
+      if (name == cost.name) {
+        costs.*cost.value = value;
+        known = true;
+      }
+    if (!known) throw py::value_error("costs: there is no constant " + name);
+  }
+  return costs;
+}
+
+// instance, channels, resident, images, rows, cols
+using TileTuple = std::array<int64_t, 6>;
+
+// For each tile of ghost_apply in float16, channels_last: the seconds that the constants predict,
+// its shared memory, blocks, and tiles a warp; None where the kernel has no such tile.
+py::list predict(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                 int64_t out_channels, int64_t ratio, int64_t dw_size, int sm,
+                 const std::vector<TileTuple>& tiles, const std::map<std::string, double>& costs) {
+  ghost::Problem p;
+  p.batch = batch;
+  p.channels = channels;
+  p.height = height;
+  p.width = width;
+  p.intrinsic = ghost::ceil_div(out_channels, ratio);
+  p.out_channels = out_channels;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.has_primary = true;
+  p.dtype = ghost::DType::kFloat16;
+  p.layout = ghost::Layout::kNHWC;
+  const ghost::CudaArch arch = ghost::cuda_arch(sm);
+  const ghost::CudaCosts given = costs_of(costs);
+  py::list found;
+  for (const auto& [instance, block, resident, images, rows, cols] : tiles) {
+    if (std::min({instance, block, images, rows, cols}) < 1)
+      throw py::value_error("tiles: a size is below 1");
+    const ghost::CudaChoice choice = {
+        instance, ghost::ceil_div(p.intrinsic, block), 1, images, rows, cols, 32, resident != 0};
+    const auto plan =
+        ghost::plan_cuda_choice(p, ghost::CudaKernel::kApply, arch, true, choice, given);
+    if (plan && plan->tile.channels == block)
+      found.append(py::make_tuple(plan->seconds, plan->tile.smem_bytes, plan->blocks,
+                                  ghost::direct_tiles(instance, ghost::CudaKernel::kApply)));
+    else
+      found.append(py::none());
+  }
+  return found;
+}
+
 ghost::Problem layer_problem(int64_t batch, int64_t channels, int64_t height, int64_t width,
                              int64_t dw_size, int64_t stride, int64_t out_channels, int dtype,
                              bool channels_last) {
@@ -111,6 +195,13 @@ py::dict figures(const Plan& plan) {
 }
 
 }  // namespace
+
+// The model of time: its constants, and what others would predict.
+void define_cost_model(py::module_& m) {
+  m.def("cuda_costs", &cost_table);
+  m.def("cuda_predict", &predict, "batch"_a, "channels"_a, "height"_a, "width"_a, "out_channels"_a,
+        "ratio"_a, "dw_size"_a, "sm"_a, "tiles"_a, "costs"_a);
+}
 
 // Blocks, bytes and the model's time of the kernels between the Ghost modules, and in how many
 // parts a depthwise convolution sums an image.

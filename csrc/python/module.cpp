@@ -14,8 +14,10 @@ namespace py = pybind11;
 using namespace py::literals;
 
 // cuda_plan.cpp
-py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training);
+py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training,
+                          int alternatives);
 py::dict cuda_arch_figures(int sm);
+void define_cost_model(py::module_& m);
 void define_layer_plans(py::module_& m);
 
 namespace {
@@ -108,7 +110,7 @@ PYBIND11_MODULE(_C, m) {
          int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int act1, int act2,
          int dtype, bool channels_last, bool has_primary, bool has_residual, bool has_in_gate,
          bool pooled, int64_t gate_height, int64_t gate_width, int sm, bool allow_tf32,
-         bool training) {
+         bool training, int alternatives) {
         ghost::Problem p =
             make_problem(batch, channels, height, width, intrinsic, out_channels, ratio, dw_size,
                          stride, act1, act2, dtype, channels_last, has_primary, has_residual);
@@ -116,13 +118,14 @@ PYBIND11_MODULE(_C, m) {
         p.pooled = pooled;
         p.gate_height = gate_height;
         p.gate_width = gate_width;
-        return plan_cuda_passes(p, sm, allow_tf32, training);
+        return plan_cuda_passes(p, sm, allow_tf32, training, alternatives);
       },
       "batch"_a, "channels"_a, "height"_a, "width"_a, "intrinsic"_a, "out_channels"_a,
       "ratio"_a = 2, "dw_size"_a = 3, "stride"_a = 1, "act1"_a = 1, "act2"_a = 1, "dtype"_a = 0,
       "channels_last"_a = false, "has_primary"_a = true, "has_residual"_a = false,
       "has_in_gate"_a = false, "pooled"_a = false, "gate_height"_a = 0, "gate_width"_a = 0,
-      "sm"_a = 90, "allow_tf32"_a = true, "training"_a = false);
+      "sm"_a = 90, "allow_tf32"_a = true, "training"_a = false, "alternatives"_a = 0);
   m.def("cuda_arch", &cuda_arch_figures, "sm"_a);
+  define_cost_model(m);
   define_layer_plans(m);
 }

@@ -28,7 +28,7 @@ from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_A
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
 _requested: str = _env.BACKEND.get()
-for _variable in (_env.CPU_ISA, _env.CUDA_PDL, _env.CUDA_PIPELINE):
+for _variable in (_env.CPU_ISA, _env.CUDA_PDL, _env.CUDA_PIPELINE, _env.CUDA_PLAN):
     _variable.get()  # a wrong value is an error at import, not at the first call
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
