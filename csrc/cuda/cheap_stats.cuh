@@ -21,7 +21,7 @@ struct CheapStatsParams {
 };
 
 // Sums of ghost j and thread i's pair of channels, in shared memory: shifts [j][2 i + {0, 1}], then
-// sums and squares likewise; then the number of values of each slot.
+// sums and squares likewise; then how many values each thread has seen, at the end each slot.
 template <class A>
 struct Moments {
   A *shift, *sum, *squares, *count;
@@ -47,11 +47,10 @@ struct Moments {
   }
 };
 
-// Adds the values of one tile, after `seen` of each channel of this thread; returns how many it has
-// seen then. A thread takes strips of kRows rows.
+// Adds the values of one tile. A thread takes strips of kRows rows.
 template <int kRows, class T>
-__device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int index, int seen,
-                                        unsigned char* shared) {
+__device__ __forceinline__ void add_tile(const CheapStatsParams<T>& params, int index,
+                                         unsigned char* shared) {
   using A = Accumulator<T>;
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
@@ -61,10 +60,10 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
   const Moments<A> moments(t, shared);
   const T* y = reinterpret_cast<const T*>(shared + t.y_at);
   const A* taps = reinterpret_cast<const A*>(shared + t.taps_at);
-  int n = seen;
+  int n = 0;
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
-    n = seen;
+    n = int(moments.count[threadIdx.x]);
     const int mine = 2 * (j * kThreads + prim::opaque(int(threadIdx.x)));
     depthwise_tile<kRows, 0>(
         y, t, p, params.windows, tile, own, taps + j * p.d * p.d * t.channels, nullptr,
@@ -88,7 +87,7 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
           n += count * rows;
           moments.store(mine, sums);
         });
-    if (seen == 0) {
+    if (index < t.slots) {
       ShiftedSums<A> sums[2];
       moments.load(mine, sums);
 #pragma unroll
@@ -96,7 +95,7 @@ __device__ __forceinline__ int add_tile(const CheapStatsParams<T>& params, int i
       moments.store(mine, sums);
     }
   }
-  return n;
+  moments.count[threadIdx.x] = A(n);
 }
 
 template <class P, Layout kLayout, int kChannels, Scope kScope>
@@ -114,6 +113,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     const int step = p.ratio - 1, taps_count = p.d * p.d;
     const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
     A* taps = reinterpret_cast<A*>(shared + t.taps_at);
+    moments.count[threadIdx.x] = A(0);
     load_intrinsic(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
     for (int j = 0; j < place.ghosts; ++j) {
       load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
@@ -123,17 +123,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     }
   }
 
-  int seen = 0;
 #pragma unroll 1
   for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
     make_y_tile<P, kLayout, kScope, kChannels, 8>(t, p, params.intrinsic, index, 0, shared);
-    seen = add_tile<kWindowRows<T>>(params, index, seen, shared);
+    add_tile<kWindowRows<T>>(params, index, shared);
   }
 
   const Place place(t, p);
   const StripOwner own(place.valid);
   const int step = p.ratio - 1;
-  if (own.slot < own.slots && own.pair == 0) moments.count[own.slot] = A(seen);
+  const A seen = moments.count[threadIdx.x];
+  prim::sync_threads();
+  if (own.slot < own.slots && own.pair == 0) moments.count[own.slot] = seen;
   prim::sync_threads();
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j)
