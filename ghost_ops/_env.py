@@ -91,7 +91,7 @@ CUDA_PDL = Variable(
     ("0", "1"),
     "first use",
     "1: on GPUs of compute capability 9.0, kernels of the forward start before the kernel before "
-    "them has ended, and wait for it (programmatic dependent launch). Not measured.",
+    "them has ended, and wait for it (programmatic dependent launch).",
 )
 
 CUDA_PLAN = Variable(

@@ -8,10 +8,6 @@
 namespace ghost {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Bulk copies need rows of whole 16-byte vectors; pairs of channels need even numbers of them.
 bool qualifies(const Problem& p, const CudaArch& arch) {
   return arch.sm >= 90 && element_size(p.dtype) == 2 && p.layout == Layout::kNHWC &&
@@ -92,11 +88,10 @@ void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
   CudaPlan& b = plan.base;
   CudaTile& t = b.tile;
   b.tensor_cores = true;
-  b.blocks_per_sm = std::min<int64_t>(2, arch.smem_per_sm / (t.smem_bytes + 1024));
-  const int64_t room = arch.multiprocessors * b.blocks_per_sm;
-  const int64_t turns = ceil_div(t.tiles, std::min(room, t.tiles));
-  t.slots = int32_t(ceil_div(t.tiles, turns));
-  b.blocks = t.slots;
+  b.blocks_per_sm = blocks_per_sm(arch, t.smem_bytes);
+  const CudaTurns turns(t.tiles, arch.multiprocessors * b.blocks_per_sm);
+  b.blocks = turns.blocks;
+  t.slots = int32_t(b.blocks);
 
   const double d = double(p.dw_size), warps = kCudaThreads / 32;
   const int64_t pairs = p.intrinsic / 2, groups = std::max<int64_t>(kCudaThreads / pairs, 1);
@@ -115,22 +110,22 @@ void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
   const double stencil = double(t.ghosts) * window;
   const double window_warps =
       double(windows) / double(groups) * double(ceil_div(groups * pairs, 32));
-  const double cycles = (tasks * task + window_warps * stencil + warps * once) / 4;
   const double serial = std::ceil(tasks / warps) * task + double(rounds) * stencil + once;
-  // As in cuda_plan.cpp: two warps a scheduler issue half an instruction a cycle.
-  const double issue = cycles / 0.7, alone = 1000 + 2 * std::max(serial, cycles);
-  const double clock = arch.clock_ghz * 1e9;
-  const double busy = double(turns) * std::max(alone, double(b.blocks_per_sm) * issue) / clock;
-
   const int64_t pixels = p.batch * p.out_pixels(), weights = p.intrinsic * p.channels * 2;
   b.dram_bytes = 2 * pixels * (p.channels + p.out_channels) + weights;
   b.l2_bytes = b.dram_bytes + b.blocks * weights;
-  const double filled = std::min(1.0, double(b.blocks) / double(arch.multiprocessors));
-  const double dram = double(b.dram_bytes) / (arch.dram_gb_s * 0.92e9 * filled);
-  const double l2 = double(b.l2_bytes) / (arch.l2_gb_s * 0.8e9 * filled);
-  const double prologue = (2500 + double(weights) / 32) / clock;
-  const double most = std::max({busy, dram, l2});
-  b.seconds = most + 0.15 * (busy + dram + l2 - most) + prologue + 2e-6;
+
+  const CudaCosts& costs = kCudaCosts;
+  CudaWork work;
+  work.blocks = b.blocks;
+  work.blocks_per_sm = b.blocks_per_sm;
+  work.turns = turns.turns;
+  work.issue = (tasks * task + window_warps * stencil + warps * once) / kCudaSchedulers;
+  work.alone = 1000 + costs.alone_issue * std::max(serial, work.issue);
+  work.prologue = 1000 + costs.prologue_cycles + double(weights) / costs.prologue_bytes;
+  work.dram_bytes = double(b.dram_bytes);
+  work.l2_bytes = double(b.l2_bytes);
+  b.seconds = cuda_seconds(work, arch, costs) + costs.launch_us * 1e-6;
 }
 
 }  // namespace
