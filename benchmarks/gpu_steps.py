@@ -544,7 +544,8 @@ def triton_tests(sheet: Sheet) -> None:
 def run_pytest(sheet: Sheet, case: str, pattern: str, workers: int) -> None:
     """Run the gpu-marked tests of some files in at most so many processes."""
     workers = min(workers, max(1, (os.cpu_count() or 1) - 2))
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    # -v: the log of a run that is cut short names the tests that failed until then.
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-p", "xdist", "-n", str(workers), "--dist", "worksteal"]
     files = sorted((ROOT / "tests").glob(pattern))
