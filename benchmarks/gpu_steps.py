@@ -619,6 +619,7 @@ def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any
             "device": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(), "python": sys.version.split()[0],
             "cpu": harness.processor_name(), "cores": os.cpu_count(), "library": cuda.reason(),
+            "forced": harness.forced(),
         }  # fmt: skip
         write_row(path, {"step": "meta", **run, **device})
     predicted = json.loads(plans.read_text()) if plans.exists() else {}

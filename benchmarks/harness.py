@@ -42,7 +42,8 @@ ISA_VARIABLES = (
 )  # fmt: skip
 # Others that make a run one that must not be taken for an ordinary one.
 FORCING = (
-    *ISA_VARIABLES, "GHOST_OPS_CPU_MACHINE", "GHOST_OPS_BACKEND", "GHOST_OPS_CUDA_PIPELINE",
+    *ISA_VARIABLES, "GHOST_OPS_CPU_MACHINE", "GHOST_OPS_BACKEND", "GHOST_OPS_CUDA_PDL",
+    "GHOST_OPS_CUDA_PIPELINE", "GHOST_OPS_CUDA_PLAN",
 )  # fmt: skip
 
 # Before anything is pinned: set_threads may be called again with more threads.

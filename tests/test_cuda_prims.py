@@ -68,6 +68,24 @@ def expect_from_float(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     return words(x), rounded(dtype, x), x.numel()
 
 
+def expect_division() -> tuple[Tensor, Tensor, int]:
+    """Divisors around the powers of two, dividends around their multiples and at the far end."""
+    most = 2**31 - 1
+    powers = [2**i + k for i in range(31) for k in (-1, 0, 1)]
+    divisors = [d for d in {*powers, 7, 49, 112 * 112, most} if 1 <= d <= most]
+    pairs = [
+        (n, d)
+        for d in divisors
+        for times in (0, 1, 2, most // d // 2, most // d)
+        for n in (times * d - 1, times * d, times * d + 1, most)
+        if 0 <= n <= most
+    ]
+    data = torch.tensor(pairs, dtype=torch.int64)
+    n, d = data.unbind(1)
+    want = torch.stack([n // d, n % d], 1)
+    return data.flatten().to(torch.int32), want.flatten().to(torch.int32), len(pairs)
+
+
 def expect_to_float(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
     every = torch.arange(1 << 16, dtype=torch.int32)
     return every, words(from_bits16(every, dtype).float()), every.numel()
@@ -219,6 +237,7 @@ EXPECTED: dict[str, Callable[[], tuple[Tensor, Tensor, int]]] = {
     "half_pair_arithmetic": lambda: expect_pair_arithmetic(HALF),
     "bfloat16_pair_arithmetic": lambda: expect_pair_arithmetic(BFLOAT16),
     "to_tf32": expect_to_tf32,
+    "division": expect_division,
     "rsqrt": expect_rsqrt,
     "arithmetic": expect_arithmetic,
     "shuffle": expect_shuffle,

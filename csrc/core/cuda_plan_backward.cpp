@@ -242,8 +242,6 @@ PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
   t.combine_at = int32_t(memory.place(kCudaThreads * 4));
   t.stages_at = int32_t(memory.end());
   const int64_t sums = chosen->warp_groups > 1 ? int64_t{chosen->sums()} * 4 : 0;
-  // Barriers and the latency of a tile cost about as much as so many pixels of it.
-  constexpr int64_t kTilePixels = 24;
   const int64_t step = std::max(16 * chosen->warp_groups, chosen->unit_rows());
   const int64_t limit = std::min(arch.smem_per_block, arch.smem_per_sm / 2 - 1024);
   int64_t least = 0;
@@ -255,7 +253,8 @@ PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
     const int64_t tiles = ceil_div(pixels, n);
     const int64_t workers = std::min(
         tiles, std::max<int64_t>(1, arch.multiprocessors * blocks_per_sm(arch, bytes) / t.slices));
-    const int64_t turns = ceil_div(tiles, workers), cost = turns * (n + kTilePixels);
+    const int64_t turns = ceil_div(tiles, workers),
+                  cost = turns * (n + int64_t(kCudaCosts.du_tile_pixels));
     if (t.workers > 0 && cost >= least) continue;
     least = cost;
     t.pixels = int32_t(n);

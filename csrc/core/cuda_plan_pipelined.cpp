@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <string>
+
+#include "core/environment.h"
 
 namespace ghost {
 namespace {
@@ -12,7 +12,7 @@ namespace {
 bool qualifies(const Problem& p, const CudaArch& arch) {
   return arch.sm >= 90 && element_size(p.dtype) == 2 && p.layout == Layout::kNHWC &&
          p.has_primary && p.kernel == 1 && p.padding == 0 && p.stride == 1 && p.ratio >= 2 &&
-         (p.dw_size == 3 || p.dw_size == 5) && p.channels % 8 == 0 && p.out_channels % 8 == 0 &&
+         (p.dw_size == 3 || p.dw_size == 5) && has_wide_rows(p) && p.out_channels % 8 == 0 &&
          p.intrinsic % 2 == 0 && p.intrinsic <= 2 * kCudaThreads && !p.has_residual &&
          !p.has_in_gate && !p.has_gate() && !p.pooled && p.batch * p.height * p.width > 0;
 }
@@ -83,7 +83,6 @@ bool lay_out(const Problem& p, const CudaArch& arch, int64_t images, int64_t row
   return at <= arch.smem_per_block && positions < 1 << 16 && t.tiles < 1 << 30;
 }
 
-// Constants are instructions of the kernel's loops, as counted in its machine code for sm_90.
 void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
   CudaPlan& b = plan.base;
   CudaTile& t = b.tile;
@@ -98,15 +97,18 @@ void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
   // Of every thread and tile: what is computed once, and the rows of y that a band moves from where
   // the band above had them.
   const bool carries = t.tiles_h > 1;
-  const double once =
-      170 + (carries ? 2 * double(t.halo) * (20 + 8 * double(ceil_div(p.width, groups))) : 0);
+  const CudaCosts& costs = kCudaCosts;
+  const double row = costs.bulk_row + costs.bulk_row_pixel * double(ceil_div(p.width, groups));
+  const double once = costs.bulk_tile + (carries ? 2 * double(t.halo) * row : 0);
   const double fresh = carries ? double(p.height * p.width) / t.tiles_h : double(t.max_source);
   const double tasks =
       std::ceil(fresh / kPipelinedPixels) * double(ceil_div(p.intrinsic, kPipelinedChannels));
-  const double task = 250 + 43 * double(ceil_div(p.channels, 32));
+  const double task = costs.bulk_task + costs.bulk_block * double(ceil_div(p.channels, 32));
   const int64_t windows = t.images * ceil_div(t.rows, 2) * ceil_div(t.cols, kCudaStrip);
   const int64_t rounds = ceil_div(windows, groups);
-  const double window = (d + 1) * (kCudaStrip + d - 1) * 3 + 28 * d * d + 2 * d * d + 140;
+  const double window = (d + 1) * (kCudaStrip + d - 1) * costs.bulk_read +
+                        d * d * (2 * kCudaStrip * costs.window_tap + 2 * costs.window_tap_load) +
+                        costs.bulk_window;
   const double stencil = double(t.ghosts) * window;
   const double window_warps =
       double(windows) / double(groups) * double(ceil_div(groups * pairs, 32));
@@ -115,14 +117,13 @@ void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
   b.dram_bytes = 2 * pixels * (p.channels + p.out_channels) + weights;
   b.l2_bytes = b.dram_bytes + b.blocks * weights;
 
-  const CudaCosts& costs = kCudaCosts;
   CudaWork work;
   work.blocks = b.blocks;
   work.blocks_per_sm = b.blocks_per_sm;
   work.turns = turns.turns;
   work.issue = (tasks * task + window_warps * stencil + warps * once) / kCudaSchedulers;
-  work.alone = 1000 + costs.alone_issue * std::max(serial, work.issue);
-  work.prologue = 1000 + costs.prologue_cycles + double(weights) / costs.prologue_bytes;
+  work.alone = costs.bulk_wait + costs.alone_issue * std::max(serial, work.issue);
+  work.prologue = costs.bulk_start + costs.prologue_cycles + double(weights) / costs.prologue_bytes;
   work.dram_bytes = double(b.dram_bytes);
   work.l2_bytes = double(b.l2_bytes);
   b.seconds = cuda_seconds(work, arch, costs) + costs.launch_us * 1e-6;
@@ -139,8 +140,9 @@ PipelinedPlan plan_pipelined(const Problem& p, const CudaArch& arch) {
       if (!lay_out(p, arch, images, rows, stages, plan)) return stages > 2;
       estimate(p, arch, plan);
       // A further stage is taken where it costs nothing.
-      const double margin =
-          stages > best.stages && plan.base.tile.tiles == best.base.tile.tiles ? 1 : 0.999;
+      const double margin = stages > best.stages && plan.base.tile.tiles == best.base.tile.tiles
+                                ? 1
+                                : 1 - kCudaCosts.least_gain;
       if (best.base.blocks == 0 || plan.base.seconds <= best.base.seconds * margin) best = plan;
     }
     return true;
@@ -153,10 +155,7 @@ PipelinedPlan plan_pipelined(const Problem& p, const CudaArch& arch) {
 }
 
 PipelinedPlan choose_pipelined(const Problem& p, const CudaArch& arch) {
-  static const bool wanted = [] {
-    const char* const value = std::getenv("GHOST_OPS_CUDA_PIPELINE");
-    return value != nullptr && std::string(value) == "1";
-  }();
+  static const bool wanted = is_switched_on("GHOST_OPS_CUDA_PIPELINE");
   return wanted ? plan_pipelined(p, arch) : PipelinedPlan();
 }
 

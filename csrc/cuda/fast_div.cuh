@@ -17,7 +17,7 @@ struct FastDiv {
   int32_t shift = 31, divisor = 1;
 
   FastDiv() = default;
-  explicit FastDiv(int divisor_) : divisor(divisor_) {
+  __host__ __device__ __forceinline__ explicit FastDiv(int divisor_) : divisor(divisor_) {
     int s = 0;
     while ((int64_t{1} << s) < divisor) ++s;
     shift = 31 + s;

@@ -127,7 +127,8 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
             position[i] = source[q0 + Grid::row(i / 2, i % 2)].position;
 #pragma unroll
           for (int i = 0; i < Grid::kTilesM * 2; ++i) {
-            // Direct: rows past the last pixel all write the same numbers where nobody looks.
+            // The direct product gives all rows past the last pixel the same values: their stores
+            // to the last position, which is never read, do not race.
             if (!kDirect && q0 + Grid::row(i / 2, i % 2) >= sources) continue;
             T* to = y + position[i] * t.y_stride;
 #pragma unroll

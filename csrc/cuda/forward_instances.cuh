@@ -63,28 +63,24 @@ GHOST_DECLARE_FORWARD_LAYOUTS(DoublePolicy)
   GHOST_LAUNCH_CASE(kernel, P, L, 64, Scope::kLean)   \
   GHOST_LAUNCH_CASE(kernel, P, L, 128, Scope::kLean)
 
+#define GHOST_FORWARD_LAUNCHER(P, L, name, Arguments, kernel, CASES, SCOPE) \
+  template <>                                                               \
+  cudaError_t ForwardKernels<P, L>::name Arguments {                        \
+    const Scope chosen = params.tile.direct ? (SCOPE) : Scope::kAny;        \
+    CASES(kernel, P, L)                                                     \
+    return cudaErrorInvalidValue;                                           \
+  }
+
 // APPLY_CASES, CASES: of ghost_apply and of the others.
-#define GHOST_FORWARD_INSTANCES(P, L, APPLY_CASES, CASES)                                          \
-  namespace ghost::cuda {                                                                          \
-  template <>                                                                                      \
-  cudaError_t ForwardKernels<P, L>::apply(const ApplyParams<P::T>& params, bool lean,              \
-                                          cudaStream_t stream) {                                   \
-    const Scope chosen = !params.tile.direct ? Scope::kAny : lean ? Scope::kLean : Scope::kDirect; \
-    APPLY_CASES(ghost_apply_kernel, P, L)                                                          \
-    return cudaErrorInvalidValue;                                                                  \
-  }                                                                                                \
-  template <>                                                                                      \
-  cudaError_t ForwardKernels<P, L>::cheap_stats(const CheapStatsParams<P::T>& params,              \
-                                                cudaStream_t stream) {                             \
-    const Scope chosen = params.tile.direct ? Scope::kDirect : Scope::kAny;                        \
-    CASES(ghost_cheap_stats_kernel, P, L)                                                          \
-    return cudaErrorInvalidValue;                                                                  \
-  }                                                                                                \
-  template <>                                                                                      \
-  cudaError_t ForwardKernels<P, L>::primary_stats(const PrimaryStatsParams<P::T>& params,          \
-                                                  cudaStream_t stream) {                           \
-    const Scope chosen = params.tile.direct ? Scope::kDirect : Scope::kAny;                        \
-    CASES(ghost_primary_stats_kernel, P, L)                                                        \
-    return cudaErrorInvalidValue;                                                                  \
-  }                                                                                                \
+#define GHOST_FORWARD_INSTANCES(P, L, APPLY_CASES, CASES)                                       \
+  namespace ghost::cuda {                                                                       \
+  GHOST_FORWARD_LAUNCHER(P, L, apply,                                                           \
+                         (const ApplyParams<P::T>& params, bool lean, cudaStream_t stream),     \
+                         ghost_apply_kernel, APPLY_CASES, lean ? Scope::kLean : Scope::kDirect) \
+  GHOST_FORWARD_LAUNCHER(P, L, cheap_stats,                                                     \
+                         (const CheapStatsParams<P::T>& params, cudaStream_t stream),           \
+                         ghost_cheap_stats_kernel, CASES, Scope::kDirect)                       \
+  GHOST_FORWARD_LAUNCHER(P, L, primary_stats,                                                   \
+                         (const PrimaryStatsParams<P::T>& params, cudaStream_t stream),         \
+                         ghost_primary_stats_kernel, CASES, Scope::kDirect)                     \
   }

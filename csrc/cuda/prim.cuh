@@ -25,9 +25,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 
+#include "core/environment.h"
 #include "cuda/smem_limit.h"
 
 // T* name: the block's dynamic shared memory, aligned to 128 bytes.
@@ -491,10 +490,7 @@ struct Unchanged {
 // Whether GHOST_LAUNCH_EARLY launches early on the current device: with GHOST_OPS_CUDA_PDL=1, and
 // where the code that runs there has the wait. All kernels are compiled for the same architectures.
 inline bool starts_early(const void* kernel) {
-  static const bool wanted = [] {
-    const char* const value = std::getenv("GHOST_OPS_CUDA_PDL");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-  }();
+  static const bool wanted = is_switched_on("GHOST_OPS_CUDA_PDL");
   if (!wanted) return false;
   enum : int { kUnknown, kNo, kYes };
   constexpr int kDevices = 64;

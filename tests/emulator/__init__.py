@@ -142,7 +142,8 @@ def build(
 
 
 def runtime_sources() -> list[Path]:
-    return [HERE / "emulator.cpp", HERE / "emulated_mma.cpp", HERE / "control.cpp"]
+    names = ("emulator.cpp", "emulated_copies.cpp", "emulated_mma.cpp", "control.cpp")
+    return [HERE / name for name in names]
 
 
 def op_sources(csrc: Path = CSRC) -> list[Path]:

@@ -1,6 +1,6 @@
 // The scheduler of the block emulator: one fiber a CUDA thread, one OS thread a block in flight.
 
-#include "emulator.h"
+#include "emulator_state.h"
 
 #include <algorithm>
 #include <atomic>
@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "cuda/smem_limit.h"
-#include "fiber.h"
 
 #if GHOST_EMU_FAST_SWITCH
 asm(R"(
@@ -46,158 +45,20 @@ ghost_emu_switch:
 #endif
 
 namespace ghost::emu {
-namespace {
-
-// A 16-bit pattern that is NaN as float16, bfloat16, float32 and float64, and as an integer far
-// outside every array: -1, which 0xFFFF would give, is a value that tables of offsets use.
-constexpr uint16_t kPoison = 0x7fff;
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  bool wanted;
-};
-
-void perform(const Copy& copy) {
-  if (copy.wanted) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-  } else {
-    std::memset(copy.to, 0, copy.bytes);
-  }
-}
-
-// A bulk store; `data` is what it read, if it has.
-struct BulkStore {
-  void* to;
-  const void* from;
-  size_t bytes;
-  std::vector<unsigned char> data;
-
-  void read() {
-    if (!data.empty()) return;
-    const auto* first = static_cast<const unsigned char*>(from);
-    data.assign(first, first + bytes);
-  }
-  void write() const { std::memcpy(to, data.data(), bytes); }
-};
-struct BulkGroup {
-  std::vector<BulkStore> stores;
-  bool waited = false;  // for its reads
-};
-
-// State of a barrier in shared memory, whose 8 bytes only hold kMbarrierMark.
-struct Mbarrier {
-  unsigned arrivals, missing;  // of each phase; of the current one
-  int64_t bytes = 0;           // expected in the current phase, less those that have landed
-  unsigned phase = 0;
-  unsigned thread, fences;  // who initialised it, and the fences of that thread before
-  std::vector<Copy> loads;  // not landed yet
-
-  void settle() {
-    if (missing != 0 || bytes != 0) return;
-    ++phase;
-    missing = arrivals;
-  }
-};
-constexpr uint64_t kMbarrierMark = 0x7fff6d6261727fffu;
-
-// The last ordinary write to two bytes of shared memory.
-struct LastWrite {
-  int thread = -1;
-  unsigned fences = 0;  // of that thread before
-};
-
-// One CUDA thread.
-struct Thread {
-  dim3 index;
-  unsigned lane = 0, warp = 0;
-  bool done = false, waited = false;     // waited: for the kernel before this one
-  const unsigned* generation = nullptr;  // what it waits for: until this is not `seen` any more
-  unsigned seen = 0;
-  Site site{};
-  std::vector<Copy> copies;        // not performed yet, oldest first
-  std::vector<size_t> group_ends;  // of the committed groups, as counts of copies
-  std::vector<BulkStore> bulk_open;
-  std::vector<BulkGroup> bulk_groups;
-  unsigned fences = 0;
-  Context context;
-};
-
-struct Warp {
-  unsigned arrived = 0, generation = 0, exited = 0, size = 0;
-  Site site{};
-  WarpFunction function = nullptr;
-  Slot in[32], out[32];
-};
-
-// The shared memory of a block: dirty before each block, watched at its end.
-class SharedMemory {
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kWatched = 0;  // the sanitizer watches better
-#else
-  static constexpr size_t kWatched = 4096;
-#endif
-  unsigned char* memory_ = nullptr;
-  size_t bytes_;
-
- public:
-  explicit SharedMemory(size_t bytes) : bytes_(bytes) {
-    void* p = nullptr;
-    if (posix_memalign(&p, 128, bytes + kWatched) != 0) throw std::bad_alloc();
-    memory_ = static_cast<unsigned char*>(p);
-  }
-  ~SharedMemory() { std::free(memory_); }
-  SharedMemory(const SharedMemory&) = delete;
-  SharedMemory& operator=(const SharedMemory&) = delete;
-
-  void* data() const { return memory_; }
-  size_t bytes() const { return bytes_; }
-  bool holds(const void* p, size_t bytes) const {
-    const auto* first = static_cast<const unsigned char*>(p);
-    return first >= memory_ && first + bytes <= memory_ + bytes_;
-  }
-  void poison() {
-    for (size_t i = 0; i + 1 < bytes_ + kWatched; i += 2) {
-      std::memcpy(memory_ + i, &kPoison, sizeof kPoison);
-    }
-  }
-  bool overrun() const {
-    for (size_t i = (bytes_ + 1) / 2 * 2; i + 1 < bytes_ + kWatched; i += 2) {
-      if (std::memcmp(memory_ + i, &kPoison, sizeof kPoison) != 0) return true;
-    }
-    return false;
-  }
-};
-
-struct Block {
-  const char* kernel;
-  dim3 index, size, grid;
-  unsigned schedule, random;
-  bool early = false;
-  void (*body)(const void*);
-  const void* argument;
-  SharedMemory shared;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::map<const void*, Mbarrier> mbarriers;
-  std::vector<LastWrite> last_writes;  // empty until there is an mbarrier
-  unsigned alive = 0, arrived = 0, generation = 0;
-  Site barrier{};
-  std::exception_ptr failure;
-  Context scheduler;
-
-  Block(const char* kernel_, dim3 grid_, dim3 size_, size_t shared_bytes)
-      : kernel(kernel_),
-        size(size_),
-        grid(grid_),
-        shared(shared_bytes),
-        threads(size_.x * size_.y * size_.z),
-        warps((threads.size() + 31) / 32) {}
-};
 
 thread_local Block* g_block = nullptr;
 thread_local Thread* g_thread = nullptr;
+
+void wait_for(const unsigned& generation, const Site& site) {
+  Thread& self = *g_thread;
+  self.generation = &generation;
+  self.seen = generation;
+  self.site = site;
+  Context::switch_to(self.context, g_block->scheduler);
+  self.generation = nullptr;
+}
+
+namespace {
 
 std::string name(dim3 index) {
   std::ostringstream out;
@@ -220,15 +81,6 @@ Fault make_fault(const Block& block, const std::string& what) {
                ": " + what);
 }
 
-void wait_for(const unsigned& generation, const Site& site) {
-  Thread& self = *g_thread;
-  self.generation = &generation;
-  self.seen = generation;
-  self.site = site;
-  Context::switch_to(self.context, g_block->scheduler);
-  self.generation = nullptr;
-}
-
 // The end of a thread: those that wait for the block wait for one less.
 void retire() {
   Block& block = *g_block;
@@ -238,18 +90,6 @@ void retire() {
   if (--block.alive > 0 && block.arrived == block.alive) {
     block.arrived = 0;
     ++block.generation;
-  }
-}
-
-void finish_bulk_stores() {
-  Thread& self = *g_thread;
-  const auto waited = [](const BulkGroup& group) { return group.waited; };
-  if (!self.bulk_open.empty() ||
-      !std::all_of(self.bulk_groups.begin(), self.bulk_groups.end(), waited)) {
-    fault({"kernel end", 0, "bulk_store"}, "a thread ends while its bulk stores read");
-  }
-  for (const BulkGroup& group : self.bulk_groups) {
-    for (const BulkStore& store : group.stores) store.write();
   }
 }
 
@@ -320,24 +160,6 @@ bool run_warp(Block& block, unsigned warp) {
     if (block.failure) std::rethrow_exception(block.failure);
   }
   return progress;
-}
-
-// Lands the loads of the first barrier that a thread waits for; tells whether there were any.
-bool land_loads(Block& block) {
-  for (auto& entry : block.mbarriers) {
-    Mbarrier& barrier = entry.second;
-    const auto waits = [&](const Thread& t) { return !t.done && t.generation == &barrier.phase; };
-    if (barrier.loads.empty() || std::none_of(block.threads.begin(), block.threads.end(), waits))
-      continue;
-    for (const Copy& copy : barrier.loads) {
-      perform(copy);
-      barrier.bytes -= int64_t(copy.bytes);
-    }
-    barrier.loads.clear();
-    barrier.settle();
-    return true;
-  }
-  return false;
 }
 
 [[noreturn]] void report_deadlock(const Block& block) {
@@ -547,158 +369,6 @@ void warp_collective(Site site, WarpFunction function, const void* in, size_t in
     wait_for(warp.generation, site);
   }
   if (out_bytes > 0) std::memcpy(out, &warp.out[lane], out_bytes);
-}
-
-void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Site site) {
-  check_aligned(shared, bytes, site);
-  check_aligned(global, bytes, site);
-  check_shared(shared, bytes, site);
-  check_waited(global, site);
-  const Copy copy{shared, global, bytes, wanted};
-  if (g_block->schedule & kEagerCopies) perform(copy);
-  // Even a copy that is done already has to be waited for.
-  g_thread->copies.push_back(copy);
-}
-
-void copy_commit() {
-  g_thread->group_ends.push_back(g_thread->copies.size());
-}
-
-void copy_wait(size_t pending) {
-  Thread& self = *g_thread;
-  if (self.group_ends.size() <= pending) return;
-  const size_t finished = self.group_ends.size() - pending;
-  const size_t count = self.group_ends[finished - 1];
-  if (!(g_block->schedule & kEagerCopies)) {
-    std::for_each(self.copies.begin(), self.copies.begin() + ptrdiff_t(count), perform);
-  }
-  self.copies.erase(self.copies.begin(), self.copies.begin() + ptrdiff_t(count));
-  self.group_ends.erase(self.group_ends.begin(), self.group_ends.begin() + ptrdiff_t(finished));
-  for (size_t& end : self.group_ends) end -= count;
-}
-
-namespace {
-
-// The first of the two-byte pieces of shared memory that hold [p, p + bytes), and how many.
-std::pair<size_t, size_t> pieces_of(const void* p, size_t bytes) {
-  const size_t at = size_t(static_cast<const unsigned char*>(p) -
-                           static_cast<const unsigned char*>(g_block->shared.data()));
-  return {at / 2, (at + bytes + 1) / 2 - at / 2};
-}
-
-Mbarrier& mbarrier_at(void* barrier, const Site& site) {
-  const auto found = g_block->mbarriers.find(barrier);
-  if (found == g_block->mbarriers.end()) fault(site, "the mbarrier is not initialised");
-  if (std::memcmp(barrier, &kMbarrierMark, sizeof kMbarrierMark) != 0)
-    fault(site, "the mbarrier was overwritten");
-  return found->second;
-}
-
-void check_bulk(const void* shared, const void* global, size_t bytes, const Site& site) {
-  check_aligned(shared, 16, site);
-  check_aligned(global, 16, site);
-  if (bytes % 16 != 0) fault(site, std::to_string(bytes) + " bytes are no multiple of 16");
-  check_shared(shared, bytes, site);
-  if (g_block->last_writes.empty()) return;
-  const auto [first, count] = pieces_of(shared, bytes);
-  for (size_t i = first; i < first + count; ++i) {
-    const LastWrite& last = g_block->last_writes[i];
-    if (last.thread >= 0 && g_block->threads[size_t(last.thread)].fences == last.fences)
-      fault(site, "thread " + std::to_string(last.thread) +
-                      " wrote to the shared memory of a bulk copy, without a fence_async after it");
-  }
-}
-
-}  // namespace
-
-void note_store(const void* p, size_t bytes) {
-  Block& block = *g_block;
-  if (block.last_writes.empty() || !block.shared.holds(p, bytes)) return;
-  const auto [first, count] = pieces_of(p, bytes);
-  const LastWrite last{int(g_thread - block.threads.data()), g_thread->fences};
-  std::fill_n(block.last_writes.begin() + ptrdiff_t(first), count, last);
-}
-
-void fence_async() {
-  ++g_thread->fences;
-}
-
-void mbarrier_init(void* barrier, unsigned arrivals, Site site) {
-  Block& block = *g_block;
-  check_aligned(barrier, 8, site);
-  check_shared(barrier, 8, site);
-  if (arrivals == 0 || arrivals >= 1u << 20) fault(site, "arrivals out of range");
-  std::memcpy(barrier, &kMbarrierMark, sizeof kMbarrierMark);
-  Mbarrier fresh{};
-  fresh.arrivals = fresh.missing = arrivals;
-  fresh.thread = unsigned(g_thread - block.threads.data());
-  fresh.fences = g_thread->fences;
-  if (!block.mbarriers.emplace(barrier, fresh).second) fault(site, "initialised twice");
-  if (block.last_writes.empty()) block.last_writes.resize((block.shared.bytes() + 1) / 2);
-}
-
-void mbarrier_arrive_expect(void* barrier, size_t bytes, Site site) {
-  Mbarrier& b = mbarrier_at(barrier, site);
-  b.bytes += int64_t(bytes);
-  if (std::abs(b.bytes) >= 1 << 20) fault(site, "too many bytes for one phase");
-  if (b.missing == 0) fault(site, "more arrivals than the phase has");
-  --b.missing;
-  b.settle();
-}
-
-void mbarrier_wait(void* barrier, unsigned parity, Site site) {
-  const Mbarrier& b = mbarrier_at(barrier, site);
-  if (parity > 1) fault(site, "the parity of a phase is 0 or 1");
-  while ((b.phase & 1) == parity) wait_for(b.phase, site);
-}
-
-void bulk_load(void* shared, const void* global, size_t bytes, void* barrier, Site site) {
-  check_bulk(shared, global, bytes, site);
-  Mbarrier& b = mbarrier_at(barrier, site);
-  if (g_block->threads[b.thread].fences == b.fences)
-    fault(site, "the mbarrier was initialised without a fence_async after it");
-  const auto [first, count] = pieces_of(shared, bytes);
-  std::fill_n(g_block->last_writes.begin() + ptrdiff_t(first), count, LastWrite{});
-  const Copy copy{shared, global, bytes, true};
-  if (g_block->schedule & kEagerCopies) {
-    perform(copy);
-    b.bytes -= int64_t(bytes);
-    b.settle();
-  } else {
-    for (size_t i = 0; i < bytes; i += sizeof kPoison)
-      std::memcpy(static_cast<unsigned char*>(shared) + i, &kPoison, sizeof kPoison);
-    b.loads.push_back(copy);
-  }
-}
-
-void bulk_store(void* global, const void* shared, size_t bytes, Site site) {
-  check_bulk(shared, global, bytes, site);
-  BulkStore store{global, shared, bytes, {}};
-  if (g_block->schedule & kEagerCopies) {
-    store.read();
-    store.write();
-  }
-  g_thread->bulk_open.push_back(std::move(store));
-}
-
-void bulk_commit() {
-  Thread& self = *g_thread;
-  self.bulk_groups.push_back({std::move(self.bulk_open), false});
-  self.bulk_open.clear();
-}
-
-void bulk_wait(size_t pending, bool written) {
-  std::vector<BulkGroup>& groups = g_thread->bulk_groups;
-  if (groups.size() <= pending) return;
-  const auto end = groups.end() - ptrdiff_t(pending);
-  for (auto group = groups.begin(); group != end; ++group) {
-    group->waited = true;
-    for (BulkStore& store : group->stores) {
-      store.read();
-      if (written) store.write();
-    }
-  }
-  if (written) groups.erase(groups.begin(), end);
 }
 
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,

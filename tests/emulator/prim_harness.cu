@@ -7,6 +7,7 @@
 #include <exception>
 #include <string>
 
+#include "cuda/fast_div.cuh"
 #include "cuda/prim.cuh"
 
 namespace {
@@ -76,6 +77,14 @@ __global__ void pair_arithmetic_kernel(Words in, Out out, int n) {
 __global__ void to_tf32_kernel(Words in, Out out, int n) {
   for (int i = threadIdx.x; i < n; i += kBlock)
     out[i] = prim::to_tf32(prim::as_float(in[prim::opaque(i)]));
+}
+// in [n, 2] dividend, divisor -> out [n, 2] quotient, remainder.
+__global__ void division_kernel(Words in, Out out, int n) {
+  for (int i = threadIdx.x; i < n; i += kBlock) {
+    int rest = int(in[2 * i]);
+    out[2 * i] = uint32_t(ghost::cuda::FastDiv(int(in[2 * i + 1])).split(rest));
+    out[2 * i + 1] = uint32_t(rest);
+  }
 }
 __global__ void rsqrt_kernel(Words in, Out out, int n) {
   for (int i = threadIdx.x; i < n; i += kBlock) {
@@ -321,6 +330,7 @@ const Entry kEntries[] = {
     {"half_pair_arithmetic", pair_arithmetic_kernel<half_t>, kBlock},
     {"bfloat16_pair_arithmetic", pair_arithmetic_kernel<bfloat16_t>, kBlock},
     {"to_tf32", to_tf32_kernel, kBlock},
+    {"division", division_kernel, kBlock},
     {"rsqrt", rsqrt_kernel, kBlock},
     {"arithmetic", arithmetic_kernel, kBlock},
     {"shuffle", shuffle_kernel, kBlock},

@@ -1,0 +1,16 @@
+// Switches in the environment that only the libraries read. ghost_ops/_env.py lists and checks
+// them.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace ghost {
+
+// Whether a variable is 1.
+inline bool is_switched_on(const char* variable) {
+  const char* const value = std::getenv(variable);
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+}  // namespace ghost
