@@ -264,9 +264,10 @@ def test_slopes_per_channel_belong_to_the_packed_parameters(world: World) -> Non
         world.call("ghost_apply", o.x, packed, None, None, *o.shape, 8, 0.0, 0, 0.0, True)
     with pytest.raises(RuntimeError, match="prelu1 must have 6 elements, got 1"):
         world.pack(*arguments, torch.ones(1), None)
-    forward = (o.x, o.w1, *bn1[:2], 1e-5, o.p.w2.detach(), *bn2[:2], 1e-5, 12, 1)
-    with pytest.raises(RuntimeError, match="act1 must be a code from 0 to 7, got 8"):
-        world.call("ghost_train_forward", *forward, 8, 0.0, 0, 0.0, False)
+    for slopes, code in ((None, 8), (torch.ones(6), 1)):
+        forward = (o.x, o.w1, *bn1, 1e-5, slopes, o.p.w2.detach(), *bn2, 1e-5, None, 12, 1)
+        with pytest.raises(RuntimeError, match="prelu1 belongs to a PReLU, and only to it"):
+            world.call("ghost_train_forward", *forward, code, 0.0, 0, 0.0, False)
 
 
 # One block makes dx and dw1: intrinsic channels and channels of x around the accumulators of each

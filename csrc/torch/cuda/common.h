@@ -178,6 +178,20 @@ inline cuda::NormArgs given(const OptionalTensor& gamma, const OptionalTensor& b
   return n;
 }
 
+// An activation, with slopes per channel too.
+inline Activation activation_or_prelu(int64_t code, double slope, const char* name) {
+  return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
+                                      : activation(code, slope, name);
+}
+
+// The slopes [size], which a PReLU has and nothing else.
+inline cuda::ParamRef slopes_of(const Activation& act, const OptionalTensor& slopes, int64_t size,
+                                const Tensor& like, const char* name) {
+  STD_TORCH_CHECK((act.act == Act::kPReLU) == slopes.has_value(), name,
+                  " belongs to a PReLU, and only to it");
+  return param(slopes, size, like, name);
+}
+
 inline DType compute_dtype_of(const Problem& p) {
   return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
