@@ -34,6 +34,7 @@ from helpers import (
 )
 from torch import Tensor
 
+from ghost_ops.ops import NEEDS
 from ghost_ops.reference import GhostModule
 
 LOW = (torch.bfloat16, torch.float16)
@@ -318,7 +319,8 @@ def layers(p: Params, x: Tensor, case: Case, how: Training) -> Result:
 
     y, mean1, var1, a = layer(peer_conv2d(x, p.w1, case.stride, 0, 1), p.bn1, 0, case.act1)
     if case.ratio == 1:
-        return Result(y, mean1, var1, *3 * [y.new_empty(0)][:2], a, y.new_empty(0))
+        none = y.new_empty(0)
+        return Result(y, mean1, var1, none, none, a, none)
     v = F.conv2d(y, p.w2, None, 1, case.d // 2, 1, case.m)
     z, mean2, var2, b = layer(v, p.bn2, 1, case.act2)
     return Result(torch.cat([y, z], 1)[:, : case.oup], mean1, var1, mean2, var2, a, b)
@@ -374,8 +376,6 @@ def make_grad(o: Operands, size: torch.Size, style: str) -> Tensor:
 GRADIENTS = (
     "x", "w1", "gamma1", "beta1", "slopes1", "w2", "gamma2", "beta2", "slopes2"
 )  # fmt: skip
-DX, DW1, NORM1, PRELU1, DW2, NORM2, PRELU2 = (1 << i for i in range(7))  # ops.NEEDS
-ALL = 127
 
 
 def make_slopes(case: Case, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -399,7 +399,8 @@ def train_forward(world: World, o: Operands, how: Training, keep_u: bool) -> tup
 
 def backward(
     world: World, o: Operands, how: Training, grad: Tensor, u: Tensor | None,
-    moments: list[Tensor], needs: int = ALL, means: tuple[Tensor | None, Tensor | None] = (None, None),
+    moments: list[Tensor], needs: int = NEEDS.ALL,
+    means: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> dict[str, Tensor]:  # fmt: skip
     """Results of ``ghost_backward``; what is not needed must be empty, and is left out."""
     bn1, bn2 = norm_arguments(o)
@@ -408,8 +409,9 @@ def backward(
         means[0], o.p.w2.detach(), *bn2[:2], *moments[2:], 1e-5, how.slopes[1], means[1],
         o.stride, *how.codes(o), *how.batch, needs,
     )  # fmt: skip
-    wanted = {"x": DX, "w1": DW1, "gamma1": NORM1, "beta1": NORM1, "slopes1": PRELU1,
-              "w2": DW2, "gamma2": NORM2, "beta2": NORM2, "slopes2": PRELU2}  # fmt: skip
+    n = NEEDS
+    wanted = {"x": n.DX, "w1": n.DW1, "gamma1": n.NORM1, "beta1": n.NORM1, "slopes1": n.PRELU1,
+              "w2": n.DW2, "gamma2": n.NORM2, "beta2": n.NORM2, "slopes2": n.PRELU2}  # fmt: skip
     named = dict(zip(GRADIENTS, found, strict=True))
     missing = {"w1": o.w1, "slopes1": how.slopes[0], "slopes2": how.slopes[1]}
     kept = {}
@@ -436,10 +438,11 @@ def backward_in_three(
             return None
         return torch.stack([found[f"beta{i + 1}"], found[f"gamma{i + 1}"]]) / count
 
-    found = backward(*arguments, NORM2 | PRELU2)
+    n = NEEDS
+    found = backward(*arguments, n.NORM2 | n.PRELU2)
     means2 = means(found, 1)
-    found |= backward(*arguments, NORM1 | PRELU1 | DW2, (None, means2))
-    return found | backward(*arguments, DX | DW1, (means(found, 0), means2))
+    found |= backward(*arguments, n.NORM1 | n.PRELU1 | n.DW2, (None, means2))
+    return found | backward(*arguments, n.DX | n.DW1, (means(found, 0), means2))
 
 
 def check_train(
@@ -648,7 +651,7 @@ def check_empty(world: World, case: Case, has_primary: bool = True) -> None:
         out, *found, u = train_forward(world, o, how, keep_u)
         assert out.shape == size
         zero(found)
-        assert all((t.numel() == 0) == (not batch or case.ratio == 1 and i > 1)
+        assert all((t.numel() == 0) == (not batch or (case.ratio == 1 and i > 1))
                    for i, t in enumerate(found))  # fmt: skip
         wide = torch.float64 if case.dtype == torch.float64 else torch.float32
         moments = [t.to(wide) for t in (*bn1[2:], *bn2[2:])]

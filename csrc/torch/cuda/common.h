@@ -178,17 +178,11 @@ inline cuda::NormArgs given(const OptionalTensor& gamma, const OptionalTensor& b
   return n;
 }
 
-// An activation, with slopes per channel too.
-inline Activation activation_or_prelu(int64_t code, double slope, const char* name) {
-  return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
-                                      : activation(code, slope, name);
-}
-
 // The slopes [size], which a PReLU has and nothing else.
 inline cuda::ParamRef slopes_of(const Activation& act, const OptionalTensor& slopes, int64_t size,
                                 const Tensor& like, const char* name) {
   STD_TORCH_CHECK((act.act == Act::kPReLU) == slopes.has_value(), name,
-                  " belongs to a PReLU, and only to it");
+                  " must be given for a PReLU, and only for one");
   return param(slopes, size, like, name);
 }
 

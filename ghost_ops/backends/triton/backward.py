@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...activations import PRELU
-from ...eager_ops import memory_format
+from ...eager_ops import NEEDS, memory_format
 from . import tuning
 from .checks import (
     check_cheap,
@@ -50,9 +50,6 @@ from .launch import (
     vectors,
 )
 from .plan import Device, Problem, Tile, passes, power_of_two, rounded_up, weight_tile
-
-DX, DW1, NORM1, PRELU1, DW2, NORM2, PRELU2 = (1 << i for i in range(7))  # ops.NEEDS
-_OF_Y = DX | DW1 | NORM1 | PRELU1  # what the gradient of y is for
 
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -154,17 +151,17 @@ def ghost_backward(
         return bool(needs & what)
 
     empty = x.new_empty(0)
-    dx = torch.empty_like(x, memory_format=memory_format(x)) if needed(DX) else empty
-    dw1 = torch.empty_like(w1) if w1 is not None and needed(DW1) else empty
-    dw2 = torch.empty_like(w2) if needed(DW2) else empty
-    want1 = needed(PRELU1) and act1 == PRELU
-    want2 = needed(PRELU2) and act2 == PRELU
+    dx = torch.empty_like(x, memory_format=memory_format(x)) if needed(NEEDS.DX) else empty
+    dw1 = torch.empty_like(w1) if w1 is not None and needed(NEEDS.DW1) else empty
+    dw2 = torch.empty_like(w2) if needed(NEEDS.DW2) else empty
+    want1 = needed(NEEDS.PRELU1) and act1 == PRELU
+    want2 = needed(NEEDS.PRELU2) and act2 == PRELU
     sums1, sums2 = Sums.room(x, m, p, want1), Sums.room(x, g, p, want2)
 
     def gradients() -> _Gradients:
         none = x.new_empty(0, dtype=torch.float32)
         found: list[Tensor] = []
-        for sums, norm in ((sums1, NORM1), (sums2, NORM2)):
+        for sums, norm in ((sums1, NEEDS.NORM1), (sums2, NEEDS.NORM2)):
             pair = (sums.gamma, sums.beta) if needed(norm) else (None, None)
             found += [none if t is None else t for t in (*pair, sums.slope)]
         return dx, dw1, *found[:3], dw2, *found[3:]  # type: ignore[return-value]
@@ -175,10 +172,10 @@ def ghost_backward(
         return gradients()
 
     product = dx.numel() + dw1.numel() > 0
-    of_y = product or needed(NORM1) or want1
-    of_v = g > 0 and (of_y or needed(DW2))
-    own2 = g > 0 and (needed(NORM2) or want2 or (of_v and batch_stats2 and means2 is None))
-    own1 = needed(NORM1) or want1 or (product and batch_stats1 and means1 is None)
+    of_y = product or needed(NEEDS.NORM1) or want1
+    of_v = g > 0 and (of_y or needed(NEEDS.DW2))
+    own2 = g > 0 and (needed(NEEDS.NORM2) or want2 or (of_v and batch_stats2 and means2 is None))
+    own1 = needed(NEEDS.NORM1) or want1 or (product and batch_stats1 and means1 is None)
     if not (own2 or of_v or of_y):
         return gradients()
     read1 = sums1 if means1 is None else Sums.of_means(means1)
@@ -210,17 +207,17 @@ def ghost_backward(
         if y is not None and of_y and one_pass:
             da = _fused_gradient(
                 y, u, layers, read2, product, sums1 if own1 else None,
-                dw2 if needed(DW2) else None,
+                dw2 if needed(NEEDS.DW2) else None,
             )  # fmt: skip
         else:
             dv = None
             if y is not None and of_v:
-                dv = _cheap_gradient(y, layers, read2, of_y, dw2 if needed(DW2) else None)
+                dv = _cheap_gradient(y, layers, read2, of_y, dw2 if needed(NEEDS.DW2) else None)
             if of_y:
                 da = _intrinsic_gradient(dv, u, layers, product, sums1 if own1 else None)
         if da is not None:
             _primary_gradient(
-                da, u, x, w1, layers, read1, dx if needed(DX) else None,
+                da, u, x, w1, layers, read1, dx if needed(NEEDS.DX) else None,
                 dw1 if dw1.numel() else None,
             )  # fmt: skip
     return gradients()

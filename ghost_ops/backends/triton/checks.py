@@ -90,7 +90,8 @@ def check_slopes(x: Tensor, act: int, size: int, **slopes: Tensor | None) -> Non
     """Slopes [size], which a PReLU has and nothing else."""
     check_vectors(x, size, **slopes)
     for name, t in slopes.items():
-        _require((act == PRELU) == (t is not None), f"{name} belongs to a PReLU, and only to it")
+        expected = (act == PRELU) == (t is not None)
+        _require(expected, f"{name} must be given for a PReLU, and only for one")
 
 
 def check_means(x: Tensor, size: int, batch_stats: bool, **means: Tensor | None) -> None:

@@ -67,7 +67,7 @@ def walk_sums(
     M: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ACT: tl.constexpr,
     NHWC: tl.constexpr, BP: tl.constexpr, BG: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz, of dz * vhat and of a PReLU's slope gradient, of ghost channels c in TILES tiles."""
+    """Sums over TILES tiles, of ghost channels c: dz, dz * vhat, a PReLU's slope gradient."""
     scale, shift = scale_shift(c, cm, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps)
     slope = slopes(slope, c, cm, ACT)
     mean = per_channel(mean_ptr, c, cm)
