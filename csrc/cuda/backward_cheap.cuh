@@ -366,10 +366,10 @@ __device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Ow
 
 // For every strip of the v window of ghost j, whose parameters are at norm2 and w2: v by the
 // stencil, then da2 = dz * act2'(bn2(v)). use(offset in `grads` of the first pixel, pixels of the
-// strip, v, da2, exists): what becomes of them; use_slopes(products, exists), before, of those of
-// a PReLU's slopes. Bit k of exists: value k has a pixel in the image and a ghost that is not
-// sliced off. Where it has none da2 is not to be used, and v is finite. kSlopes: the row of norm2
-// with the slopes.
+// strip, v, da2, exists): what becomes of them. Bit k of exists: value k has a pixel in the image
+// and a ghost that is not sliced off. Where it has none da2 is not to be used, and v is finite.
+// use_slopes: see activate_grad; where no value is, its product is zero. kSlopes: the row of norm2
+// with a PReLU's slopes.
 template <int kSlopes, class T, class Use, class UseSlopes>
 __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner& me, int j,
                                                const Origin& o, const T* y, const T* grads,
@@ -413,8 +413,7 @@ __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner
         [&](int e) {
           return p.act2 == Act::kPReLU ? norm[kSlopes * me.channels + e] : static_cast<A>(p.slope2);
         },
-        scale, shift, v, da2,
-        [&](const A(&products)[kStripValues]) { use_slopes(products, exists); });
+        scale, shift, v, da2, use_slopes);
     use(offset, pixels, v, da2, exists);
   }
 }

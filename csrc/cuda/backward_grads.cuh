@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
                 store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
               }
             },
-            [](const A(&)[kStripValues], unsigned) {});
+            [](const A(&)[kStripValues]) {});
         prim::sync_threads();
         if (p.dw2_sums != nullptr)
           add_weight_gradient<T>(p.d, p, me, y, grads, slots + kept * tap_slots);

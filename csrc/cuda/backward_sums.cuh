@@ -137,13 +137,12 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
             sum_hat[i & 1] = prim::fma(da2[i], v[i] - mean[i & 1], sum_hat[i & 1]);
           }
         },
-        [&](const A(&products)[kStripValues], unsigned exists) {
+        [&](const A(&products)[kStripValues]) {
           A* const slot = slope_slots(params, shared) + (k * me.groups + me.group) * me.channels;
           A slopes[2];
           load_pair(slot + me.pair, slopes);
 #pragma unroll
-          for (int i = 0; i < kStripValues; ++i)
-            if (exists >> i & 1u) slopes[i & 1] += products[i];
+          for (int i = 0; i < kStripValues; ++i) slopes[i & 1] += products[i];
           store_pair(slot + me.pair, slopes[0], slopes[1]);
         });
     if (me.active()) {
