@@ -383,7 +383,11 @@ SHORT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize(
+    ("batch_stats", "prelu"),
+    [(True, False), (False, False), (True, True), (False, True)],
+    ids=["training", "frozen", "training, slopes", "frozen, slopes"],
+)
 @pytest.mark.parametrize(("device", "has_primary", "case"), SHORT_OF_MEMORY, ids=str)
 def test_backward_short_of_shared_memory(
     world: World,
@@ -392,10 +396,15 @@ def test_backward_short_of_shared_memory(
     has_primary: bool,
     case: Case,
     batch_stats: bool,
+    prelu: bool,
 ) -> None:
     library.set_device(emulator.SMALL_BLOCKS[device])
+    slopes = (prelu, prelu)
     try:
-        check_train(world, case, has_primary=has_primary, batch_stats=batch_stats)
+        check_train(
+            world, case, has_primary=has_primary, batch_stats=batch_stats, prelu=slopes,
+            in_three=prelu,
+        )  # fmt: skip
     finally:
         library.set_device(DEVICES[0])
 
