@@ -73,7 +73,7 @@ class Sums(NamedTuple):
     def room(cls, x: Tensor, channels: int, p: Problem, prelu: bool) -> Sums:
         """Of this batch, to be written by a launch."""
         beta, gamma, *slope = vectors(x, channels, 2 + prelu)
-        return cls(beta, gamma, 1.0 / (p.n * p.out_pixels), slope[0] if prelu else None)
+        return cls(beta, gamma, 1.0 / max(p.n * p.out_pixels, 1), slope[0] if prelu else None)
 
     @classmethod
     def of_means(cls, means: Tensor) -> Sums:
@@ -150,20 +150,21 @@ def ghost_backward(
     def needed(what: int) -> bool:
         return bool(needs & what)
 
-    empty = x.new_empty(0)
-    dx = torch.empty_like(x, memory_format=memory_format(x)) if needed(NEEDS.DX) else empty
-    dw1 = torch.empty_like(w1) if w1 is not None and needed(NEEDS.DW1) else empty
-    dw2 = torch.empty_like(w2) if needed(NEEDS.DW2) else empty
+    def room(like: Tensor | None, what: int) -> Tensor:
+        if like is None or not needed(what):
+            return x.new_empty(0)
+        return torch.empty_like(like, memory_format=memory_format(like))
+
+    dx, dw1, dw2 = room(x, NEEDS.DX), room(w1, NEEDS.DW1), room(w2, NEEDS.DW2)
     want1 = needed(NEEDS.PRELU1) and act1 == PRELU
     want2 = needed(NEEDS.PRELU2) and act2 == PRELU
     sums1, sums2 = Sums.room(x, m, p, want1), Sums.room(x, g, p, want2)
 
     def gradients() -> _Gradients:
-        none = x.new_empty(0, dtype=torch.float32)
         found: list[Tensor] = []
         for sums, norm in ((sums1, NEEDS.NORM1), (sums2, NEEDS.NORM2)):
             pair = (sums.gamma, sums.beta) if needed(norm) else (None, None)
-            found += [none if t is None else t for t in (*pair, sums.slope)]
+            found += [vectors(x, 0, 1)[0] if t is None else t for t in (*pair, sums.slope)]
         return dx, dw1, *found[:3], dw2, *found[3:]  # type: ignore[return-value]
 
     if x.numel() == 0:

@@ -262,8 +262,7 @@ def ghost_train_forward(
         return out, *zeros(x, m if batch1 else 0), *zeros(x, g if batch2 else 0), u
     device = device_of(x)
     stash = maps(x, p, m) if keep_u or (batch1 and stashes_u(p)) else None
-    none = vectors(x, 0)
-    found1, found2 = none, none
+    found1, found2 = vectors(x, 0), vectors(x, 0)
     with on_device(x):
         if batch1:
             moments = launch_primary(x, w1, p, device, u=stash, moments=True)
