@@ -138,7 +138,7 @@ def test_training_operators_need_slopes(backend: str) -> None:
     case = CASES[0]
     p, x, ops = params(case), make_input(case), ops_of(backend)
     b1, b2 = p.bn1, p.bn2
-    with torch.no_grad(), pytest.raises(RuntimeError, match="slopes|prelu1 must be given"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"slopes|prelu1 must be given"):
         ops.ghost_train_forward(
             x, p.w1, b1.gamma, b1.beta, None, None, b1.eps, None,
             p.w2, b2.gamma, b2.beta, None, None, b2.eps, None, case.oup, 1, PRELU, 0.0, 0, 0.0,
