@@ -642,10 +642,14 @@ def test_frozen_gradients_are_not_computed(native: str, frozen: str, training: b
         assert (p.grad is not None) == p.requires_grad
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_of_none(backend: str, layout: str) -> None:
+def test_batch_of_none(backend: str, layout: str, bias: bool) -> None:
     case = Case(n=0, layout=layout)
     module, x = make_module(case), make_input(case).requires_grad_()
+    if bias:
+        for branch in (module.primary_conv, module.cheap_operation):
+            branch[0].bias = torch.nn.Parameter(torch.ones(4))
     copied = copy.deepcopy(module)
     want = unfused(copied, make_input(case))
     out = module(x)
