@@ -9,7 +9,7 @@ from . import activations
 from .activations import ActivationSpec
 from .autograd import GhostModuleFunction, RunningUpdate, autocast_dtype, run
 from .eager_ops import compute_dtype
-from .reference import Norms, Settings
+from .reference import BATCH, FROZEN, Norms, Settings, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]
 
@@ -143,9 +143,10 @@ def ghost_module(
         cheap_running_mean,
         cheap_running_var,
     )
-    check(x, primary_weight, cheap_weight, norms, settings, training)
+    stats = BATCH if training else FROZEN
+    check(x, primary_weight, cheap_weight, norms, settings, stats)
     updates = RunningUpdate(momentum1), RunningUpdate(momentum2)
-    return run(x, primary_weight, cheap_weight, norms, settings, training, *updates)
+    return run(x, primary_weight, cheap_weight, norms, settings, stats, *updates)
 
 
 def _check_types(**tensors: Tensor | None) -> None:
@@ -174,11 +175,17 @@ def check(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
 ) -> None:
     """Raise what ``ghost_module`` documents, naming the argument, its value and what is allowed."""
-    if not _plainly_fits(x, w1, w2, norms, settings, batch_stats):
-        _check_each(x, w1, w2, norms, settings, batch_stats)
+    if not _plainly_fits(x, w1, w2, norms, settings, stats):
+        _check_each(x, w1, w2, norms, settings, stats)
+
+
+def _counts_alone(stats: Statistics) -> bool:
+    """Whether a norm takes the statistics of this process's batch, which one value has none of."""
+    first, second = stats.group1 is None, stats.group2 is None
+    return (stats.batch1 and first) or (stats.batch2 and second)
 
 
 def _plainly_fits(
@@ -187,7 +194,7 @@ def _plainly_fits(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
 ) -> bool:
     """True only if nothing is wrong; quick, since it runs at every call.
 
@@ -211,7 +218,8 @@ def _plainly_fits(
         and w1.device == device and w2.device == device
     ):  # fmt: skip
         return False
-    if batch_stats and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
+    alone = _counts_alone(stats)
+    if alone and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
         return False
     shape = (m,)
     for index, t in enumerate(norms):
@@ -230,7 +238,7 @@ def _check_each(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
 ) -> None:
     s = settings
     check_input(x, x if w1 is None else w1, s.groups if w1 is not None else 1, w1 is None)
@@ -250,7 +258,7 @@ def _check_each(
             f"{s.out_channels}"
         )
     ho, wo = output_size(x, w1, s)
-    if batch_stats and x.size(0) * ho * wo == 1:
+    if _counts_alone(stats) and x.size(0) * ho * wo == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{torch.Size((x.size(0), m, ho, wo))} for batch norm (input of the module: "
@@ -261,7 +269,7 @@ def _check_each(
     for index, (name, t) in enumerate(zip(Norms._fields, norms, strict=True)):
         size = m if index < 4 else g
         if t is None:
-            if not batch_stats and index % 4 > 1:
+            if index % 4 > 1 and not (stats.batch1 if index < 4 else stats.batch2):
                 raise RuntimeError(
                     f"{_NORM_NAMES[name]} must be defined in evaluation mode (or give batch "
                     "statistics with training=True)"
@@ -275,9 +283,8 @@ def _check_each(
             )
         if t.device != device:
             raise RuntimeError(f"{_NORM_NAMES[name]} is on {t.device}, but x is on {device}")
-    if batch_stats and (
-        (norms.mean1 is None) != (norms.var1 is None)
-        or (norms.mean2 is None) != (norms.var2 is None)
+    if (norms.mean1 is None) != (norms.var1 is None) or (norms.mean2 is None) != (
+        norms.var2 is None
     ):
         raise RuntimeError("running mean and running var must both be given, or both be None")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
-from ghost_ops.ops import packs_pairs
+from ghost_ops.ops import NEEDS, packs_pairs
 from ghost_ops.reference import GhostModule
 
 OPS = torch.ops.ghost_ops
@@ -74,11 +74,12 @@ def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[An
             x, ops.ghost_pack(*unscaled), case.m, case.ratio, case.d, stride, *acts[:2], has_primary
         ),
         "ghost_train_forward": (
-            x, w1, *b1[:2], 1e-5, w2, *b2[:2], 1e-5, case.oup, stride, *acts, False
+            x, w1, *b1[:2], None, None, 1e-5, None, w2, *b2[:2], None, None, 1e-5, None,
+            case.oup, stride, *acts, False
         ),
         "ghost_backward": (
-            grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, w2, *b2[:2], mean2, var2, 1e-5,
-            stride, *acts, True, True, True
+            grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, None, None, w2, *b2[:2], mean2, var2,
+            1e-5, None, None, stride, *acts, True, True, NEEDS.ALL
         ),
         "ghost_update_running_": (
             b1[2].clone(), b1[3].clone(), torch.tensor(3), mean1, var1, 0.1,
@@ -119,7 +120,12 @@ def test_opcheck_of_options(residual: bool, keep_u: bool) -> None:
     forward = (*args["ghost_train_forward"][:-1], keep_u)
     torch.library.opcheck(OPS.ghost_train_forward.default, forward)
     u = OPS.ghost_train_forward(*forward)[5] if keep_u else None
-    for flags in ((True, True, False), (False, False, True), (False, False, False)):
+    for flags in (
+        (True, True, 126),
+        (False, True, NEEDS.DW1),
+        (True, False, 85),
+        (False, False, 0),
+    ):
         backward = args["ghost_backward"]
         torch.library.opcheck(
             OPS.ghost_backward.default, (*backward[:2], u, *backward[3:-3], *flags)

@@ -1,4 +1,4 @@
-"""PReLU behind a Ghost module's convolutions: fused in inference, layer by layer in training.
+"""PReLU behind a Ghost module's convolutions, in inference and in training.
 
 One slope a channel, as cavaface's GhostNets have it, or one for all.
 """
@@ -134,14 +134,15 @@ def test_slopes_that_are_missing(backend: str) -> None:
         run_ops(backend, params(case), make_input(case), case, [slopes_for(case)[0], None])
 
 
-def test_training_operators_refuse_it(backend: str) -> None:
+def test_training_operators_need_slopes(backend: str) -> None:
     case = CASES[0]
     p, x, ops = params(case), make_input(case), ops_of(backend)
     b1, b2 = p.bn1, p.bn2
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"act1|slopes"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="slopes|prelu1 must be given"):
         ops.ghost_train_forward(
-            x, p.w1, b1.gamma, b1.beta, b1.eps, p.w2, b2.gamma, b2.beta, b2.eps,
-            case.oup, 1, PRELU, 0.0, 0, 0.0, False,
+            x, p.w1, b1.gamma, b1.beta, None, None, b1.eps, None,
+            p.w2, b2.gamma, b2.beta, None, None, b2.eps, None, case.oup, 1, PRELU, 0.0, 0, 0.0,
+            False,
         )  # fmt: skip
 
 
@@ -234,6 +235,7 @@ def test_slopes_replaced(backend: str, make: Callable) -> None:
         close(module(x), plain_of(module)(x))
 
 
+@pytest.mark.usefixtures("nothing_unfused")
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @EACH_MODULE
 def test_gradients(backend: str, make: Callable, mode: str) -> None:
@@ -241,24 +243,11 @@ def test_gradients(backend: str, make: Callable, mode: str) -> None:
     plain, results = plain_of(module), []
     for model in (module, plain):
         x = image(torch.float64).requires_grad_()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            out = model(x)
+        out = model(x)
         out.square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in model.parameters()), *model.buffers()])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("make", [own, cavaface], ids=lambda f: f.__name__)
-@pytest.mark.usefixtures("unsaid")
-def test_training_says_once_that_it_is_unfused(make: Callable) -> None:
-    module = make().train()
-    with pytest.warns(UserWarning, match="PReLU learns slopes.*eval mode without gradients"):
-        module(image())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        module(image())
 
 
 @pytest.mark.usefixtures("nothing_unfused")
@@ -305,7 +294,7 @@ def test_report_says_what_is_fused() -> None:
     model = nn.Sequential(Sliced(6, 8, act1=nn.PReLU(4), act2=nn.PReLU()))
     (entry,) = ghost_ops.fuse(model).entries
     assert entry.action == "swapped"
-    assert "PReLU (fused in inference only)" in entry.detail
+    assert entry.detail.endswith(", PReLU")
 
 
 class Bottleneck(nn.Module):
