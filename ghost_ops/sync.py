@@ -17,6 +17,7 @@ backward the sum of 2 C numbers (dbeta, dgamma).
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -260,7 +261,9 @@ def _forward(bn: Any, x: Tensor, group: Any) -> Tensor:
     count = x.numel() // x.size(1)
     with torch.no_grad():
         mean, var, total = combine(*_statistics(x), count, group)
-        _update(bn, mean, var, total, count)
+    if bn.track_running_stats:
+        running = bn.running_mean, bn.running_var, bn.momentum, bn.num_batches_tracked
+        update_running(*running, mean, var, total, count)
     return SyncBatchNormFunction.apply(x, bn.weight, bn.bias, mean, var, total, bn.eps, group)
 
 
@@ -273,32 +276,49 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(wide, None, None, 0.0)  # faster; the compiler has it not
 
 
-def _update(bn: Any, mean: Tensor, var: Tensor, total: Tensor, count: int) -> None:
-    """Running statistics and counter after a batch of count values here and total in all."""
-    if not bn.track_running_stats:
-        return
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    if bn.running_mean is None or momentum is None:
-        return
-    weight: Any = momentum
-    if count == 0:  # and perhaps everywhere: nothing moves then
-        weight = (total > 0).to(bn.running_mean.dtype) * momentum
-    unbiased = var * (total / (total - 1)).to(var.dtype)
-    bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), weight)
-    bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), weight)
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    total: Tensor,
+    count: int,
+) -> None:
+    """Running statistics and counter of one norm, after a batch of count values a channel here.
+
+    Without a look at a number of the device, and with the same bits in all processes.
+
+    Args:
+        momentum: None for the average over all batches.
+        mean, var, total: of ``combine``.
+    """
+    with torch.no_grad():
+        if batches is not None:
+            batches.add_(1)
+        if running_mean is None or running_var is None:
+            return
+        weight: Any = momentum
+        if weight is None:
+            if batches is None:
+                return
+            weight = (1.0 / batches).to(running_mean.dtype)
+        if count == 0:  # and perhaps everywhere: nothing moves then
+            weight = (total > 0).to(running_mean.dtype) * weight
+        unbiased = var * (total / (total - 1)).to(var.dtype)
+        running_mean.lerp_(mean.to(running_mean.dtype), weight)
+        running_var.lerp_(unbiased.to(running_var.dtype), weight)
+
+
+def refuses(bn: nn.Module, x: Tensor) -> bool:
+    """Whether a module is PyTorch's SyncBatchNorm and raises because x is on a CPU."""
+    return isinstance(bn, nn.SyncBatchNorm) and x.device.type == "cpu" and group_of(bn) is not None
 
 
 def run_norm(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``; where PyTorch's SyncBatchNorm refuses the device, what it would compute there."""
-    if isinstance(bn, nn.SyncBatchNorm) and x.device.type == "cpu":
-        group = group_of(bn)
-        if group is not None:
-            return _forward(bn, x, group)
-    return bn(x)
+    """``bn(x)``; where PyTorch's SyncBatchNorm refuses x, what it would compute."""
+    return _forward(bn, x, group_of(bn)) if refuses(bn, x) else bn(x)
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -344,6 +364,13 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         group = group_of(self)
         return super().forward(input) if group is None else _forward(self, input, group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.process_group)] = self.process_group  # the copy's too: it cannot be copied
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 # The batch norms that Ghost modules are fused with.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import activations
 from ..autograd import LOW_PRECISION, RunningUpdate
 from ..eager_ops import compute_dtype
-from ..sync import NORMS, run_norm
+from ..sync import NORMS, group_of, run_norm
 from .guards import Path, Refusal, at
 from .read import Reading
 from .symbols import Node
@@ -41,6 +41,10 @@ class Branch(NamedTuple):
         return bn is not None and (
             bn.training or (bn.running_mean is None and bn.running_var is None)
         )
+
+    def group(self) -> Any:
+        """The processes over which its norm takes its statistics; None: this one."""
+        return None if self.bn is None else group_of(self.bn)
 
     def norm(self, weight: Tensor) -> tuple[Tensor | None, ...]:
         """gamma, beta, mean and var; without a norm those of one that does nothing.
