@@ -540,9 +540,6 @@ def run(
     """
     if w2.size(0) == 0:  # there is no second norm
         stats = stats._replace(batch2=stats.batch1, group2=None)
-    if stats.cross_processes() and torch.compiler.is_compiling():
-        arguments = x, w1, w2, norms, settings, stats, update1, update2, slopes
-        return _outside_graph(*arguments)
     if in_transform():
         if stats.cross_processes():
             raise RuntimeError(
@@ -596,12 +593,6 @@ def run(
     found = mean1, var1, mean2, var2
     _update_both(ops_for(x, w2), norms, found, stats, update1, update2, values, counts)
     return out
-
-
-@torch.compiler.disable
-def _outside_graph(*arguments: Any) -> Tensor:
-    """``run`` where collectives have a host to run on, and not in a compiled graph."""
-    return run(*arguments)
 
 
 def _update_both(

@@ -605,8 +605,12 @@ def test_group_fused(workers: Callable, tmp_path: pathlib.Path) -> None:
 # --- networks ---------------------------------------------------------------------------------
 
 
-def network() -> nn.Module:
+def network(small: bool = False) -> nn.Module:
     torch.manual_seed(0)
+    if small:
+        net = nn.Sequential(GhostModule(3, 8, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(8, 4))  # fmt: skip
+        return randomize(net).double()
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         GhostBottleneck(8, 16, 8), GhostBottleneck(8, 20, 12, stride=2, se_ratio=0.25),
@@ -625,11 +629,10 @@ def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 
 
-def trained(steps: int = 3, accumulate: int = 1) -> dict[str, Tensor]:
-    """The state of one process that trained on whole batches."""
-    net = network()
+def trained(net: nn.Module, accumulate: int) -> dict[str, Tensor]:
+    """The state of one process after three steps on whole batches."""
     optimizer = optimizer_of(net)
-    for i in range(steps):
+    for i in range(3):
         optimizer.zero_grad()
         for j in range(accumulate):
             x, y = batch(i * accumulate + j)
@@ -641,7 +644,7 @@ def trained(steps: int = 3, accumulate: int = 1) -> dict[str, Tensor]:
 def check_ddp(rank: int, way: str, accumulate: int, compiled: bool) -> None:
     """Uneven batches: DDP averages the gradients, so each process scales its own loss."""
     torch.compiler.reset()
-    net = converted(network(), way)
+    net = converted(network(compiled), way)
     parallel: Any = nn.parallel.DistributedDataParallel(net)
     call = torch.compile(parallel, backend="aot_eager") if compiled else parallel
     optimizer, mine = optimizer_of(net), part(rank, (5, 3))
@@ -655,21 +658,32 @@ def check_ddp(rank: int, way: str, accumulate: int, compiled: bool) -> None:
                 loss = F.cross_entropy(call(x[mine]), y[mine], reduction="sum")
                 (loss * processes.WORLD / 8).backward()
         optimizer.step()
-    want = trained(3, accumulate)
+    want = trained(network(compiled), accumulate)
     assert list(net.state_dict()) == list(want)
     for name, got in net.state_dict().items():
         close(got.double(), want[name].double(), name, 1e-9)
-    same = network()
+    same = network(compiled)
     same.load_state_dict(net.state_dict())  # and back, into a model that is fused
     net.load_state_dict(want)
     with torch.no_grad():
         close(net.eval()(batch(0)[0]), same.eval()(batch(0)[0]), "evaluation", 1e-9)
 
 
-@pytest.mark.parametrize("way", ["ours before", "ours after"])
 @pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("way", ["ours before", "ours after"])
 def test_ddp(workers: Callable, way: str, accumulate: int) -> None:
     workers(check_ddp, way, accumulate, False)
+
+
+def check_refusal(rank: int) -> None:
+    """What PyTorch's SyncBatchNorm cannot do, ours does: see ``check_ddp``."""
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    with pytest.raises(ValueError, match="only work with GPU modules"):
+        nn.parallel.DistributedDataParallel(net)
+
+
+def test_refusal(workers: Callable) -> None:
+    workers(check_refusal)
 
 
 def test_ddp_compiled(workers: Callable) -> None:
