@@ -105,9 +105,7 @@ def ops_for(x: Tensor, w2: Tensor) -> Any:
     return ops_named(backend_for(x, w2.size(-1)))
 
 
-def needs_grad(
-    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, slopes: Slopes = NO_SLOPES
-) -> bool:
+def needs_grad(x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, slopes: Slopes) -> bool:
     """Whether autograd records this call."""
     if not torch.is_grad_enabled():
         return False

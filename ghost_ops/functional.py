@@ -9,7 +9,7 @@ from . import activations
 from .activations import ActivationSpec
 from .autograd import GhostModuleFunction, RunningUpdate, autocast_dtype, run
 from .eager_ops import compute_dtype
-from .reference import BATCH, FROZEN, Norms, Settings, Statistics
+from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]
 
@@ -43,6 +43,8 @@ def ghost_module(
     groups: int = 1,
     activation: ActivationSpec = "relu",
     cheap_activation: ActivationSpec | None = None,
+    activation_weight: Tensor | None = None,
+    cheap_activation_weight: Tensor | None = None,
 ) -> Tensor:
     """Ghost module: intrinsic maps and their cheap ghosts, as ``F.batch_norm`` treats its tensors.
 
@@ -55,10 +57,10 @@ def ghost_module(
         z   = cheap_activation(bn2(v))
         out = concat(y, z)[:, :out_channels]
 
-    Differentiable twice in x, both weights, and the weights and biases of both batch norms. Under
-    torch.func transforms and forward-mode differentiation it runs unfused, which a warning says.
-    Saves for backward x, the parameters and the statistics per channel, and u only
-    where it has at most a quarter of x's elements.
+    Differentiable twice in x, both weights, the weights and biases of both batch norms, and the
+    slopes of a PReLU. Under torch.func transforms and forward-mode differentiation it runs unfused,
+    which a warning says. Saves for backward x, the parameters and the statistics per channel, and u
+    only where it has at most a quarter of x's elements.
 
     A primary convolution other than 1x1 with groups 1 and padding 0 runs through the library
     convolution; the rest is fused from its output on.
@@ -81,6 +83,9 @@ def ghost_module(
         stride, padding, dilation, groups: of the primary convolution.
         activation, cheap_activation: a name of ``ghost_ops.activations`` or a module;
             cheap_activation is activation if None.
+        activation_weight, cheap_activation_weight: slopes of ``"prelu"``, [1] or [m] and [1] or
+            [g], as the weight of ``F.prelu``; cheap_activation_weight is activation_weight if both
+            it and cheap_activation are None.
 
     The two weights have the dtype of x; under autocast all three are cast as a convolution's are.
     The batch norms' tensors have that dtype or float32 (float64 with float64).
@@ -98,10 +103,12 @@ def ghost_module(
 
     Source: GhostNet, CVPR 2020, section 3.1.
     """
-    act1, slope1 = activations.resolve(activation)
-    act2, slope2 = act1, slope1
-    if cheap_activation is not None:
-        act2, slope2 = activations.resolve(cheap_activation, "cheap_activation")
+    if cheap_activation is None:
+        cheap_activation = activation
+        if cheap_activation_weight is None:
+            cheap_activation_weight = activation_weight
+    act1, slope1 = _activation(activation, activation_weight, "activation")
+    act2, slope2 = _activation(cheap_activation, cheap_activation_weight, "cheap_activation")
     eps1, eps2 = _float_pair("eps", eps)
     momentum1, momentum2 = _float_pair("momentum", momentum)
     _check_types(
@@ -116,6 +123,8 @@ def ghost_module(
         cheap_bn_bias=cheap_bn_bias,
         cheap_running_mean=cheap_running_mean,
         cheap_running_var=cheap_running_var,
+        activation_weight=activation_weight,
+        cheap_activation_weight=cheap_activation_weight,
     )
     if out_channels is None:
         first = x.shape[1:2] if primary_weight is None else primary_weight.shape[:1]
@@ -145,8 +154,36 @@ def ghost_module(
     )
     stats = BATCH if training else FROZEN
     check(x, primary_weight, cheap_weight, norms, settings, stats)
+    m = x.size(1) if primary_weight is None else primary_weight.size(0)
+    slopes = Slopes(
+        _slopes(x, activation_weight, m, "activation_weight"),
+        _slopes(x, cheap_activation_weight, cheap_weight.size(0), "cheap_activation_weight"),
+    )
     updates = RunningUpdate(momentum1), RunningUpdate(momentum2)
-    return run(x, primary_weight, cheap_weight, norms, settings, stats, *updates)
+    return run(x, primary_weight, cheap_weight, norms, settings, stats, *updates, slopes)
+
+
+def _activation(activation: ActivationSpec, weight: Tensor | None, name: str) -> tuple[int, float]:
+    """The code and slope; a PReLU comes by name, with its slopes."""
+    if (activation == "prelu") != (weight is not None):
+        raise ValueError(f"{name}_weight must be given for {name}='prelu', and only for it")
+    if activation == "prelu":
+        return activations.PRELU, activations.DEFAULT_SLOPE
+    return activations.resolve(activation, name)
+
+
+def _slopes(x: Tensor, weight: Tensor | None, channels: int, name: str) -> Tensor | None:
+    """The slopes [channels] from the weight of a PReLU."""
+    if weight is None:
+        return None
+    if weight.shape not in ((1,), (channels,)):
+        raise RuntimeError(f"{name} must be of shape [1] or [{channels}], got {list(weight.shape)}")
+    if weight.device != x.device or weight.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"{name} must be floating-point and on {x.device}, where x is, got {weight.dtype} on "
+            f"{weight.device}"
+        )
+    return weight.expand(channels)
 
 
 def _check_types(**tensors: Tensor | None) -> None:

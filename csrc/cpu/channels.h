@@ -131,6 +131,11 @@ void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* d
   });
 }
 
+// A sum over many pixels is taken in the compute type over this many, and of those sums in double:
+// a gradient that is not zero in the mean would else lose digits with every pixel.
+inline constexpr int64_t kSumPixels = 2048;
+inline constexpr int64_t kTapSumPixels = 8192;  // more, for d*d sums at once
+
 // Sums of a batch norm's gradient: of g = dL/d(bn output) and of g * normalised input; and that of
 // a PReLU's slope behind it, of dL/d(PReLU's output) * min(bn output, 0).
 struct GradSums {
@@ -144,27 +149,31 @@ void activation_backward(const Activation& a, const Affine<A>& f, const A* x, co
                          int64_t n, GradSums& sums, const A* add = nullptr) {
   const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean),
                inv = set1(f.inv_std);
-  Vec<A> s{}, sx{}, sp{};
   const auto pass = [&](auto act, auto slope) {
-    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
-      const Vec<A> xv = load_part(x, i, n, full), gv = load_part(grad, i, n, full);
-      Vec<A> pre = xv * scale + shift;
-      if (add) pre += load_part(add, i, n, full);
-      const Vec<A> g = activate_grad<decltype(act)::value, A>(pre, gv, A(a.slope));
-      store_part(dst, i, n, g, full);
-      s += g;
-      // Lanes past the end read x = 0 and grad = 0, so they add nothing to any sum.
-      sx += g * ((xv - mean) * inv);
-      if constexpr (decltype(slope)::value) sp += pre > A(0) ? Vec<A>{} : gv * pre;
-    });
+    for (int64_t begin = 0; begin < n; begin += kSumPixels) {
+      const int64_t end = n - begin < kSumPixels ? n : begin + kSumPixels;
+      Vec<A> s{}, sx{}, sp{};
+      for_vectors(end - begin, kLanes<A>, [&](int64_t k, auto full) {
+        const int64_t i = begin + k;
+        const Vec<A> xv = load_part(x, i, end, full), gv = load_part(grad, i, end, full);
+        Vec<A> pre = xv * scale + shift;
+        if (add) pre += load_part(add, i, end, full);
+        const Vec<A> g = activate_grad<decltype(act)::value, A>(pre, gv, A(a.slope));
+        store_part(dst, i, end, g, full);
+        s += g;
+        // Lanes past the end read x = 0 and grad = 0, so they add nothing to any sum.
+        sx += g * ((xv - mean) * inv);
+        if constexpr (decltype(slope)::value) sp += pre > A(0) ? Vec<A>{} : gv * pre;
+      });
+      sums.g += double(reduce_add<A>(s));
+      sums.gx += double(reduce_add<A>(sx));
+      if constexpr (decltype(slope)::value) sums.slope += double(reduce_add<A>(sp));
+    }
   };
   if (a.act == Act::kPReLU)
     pass(std::integral_constant<Act, Act::kLeakyReLU>{}, std::true_type{});
   else
     with_activation(a.act, [&](auto act) { pass(act, std::false_type{}); });
-  sums.g += double(reduce_add<A>(s));
-  sums.gx += double(reduce_add<A>(sx));
-  sums.slope += double(reduce_add<A>(sp));
 }
 
 // d(bn input) from g = d(bn output):  scale * (g - mean(g) - xhat * mean(g * xhat)), the means
@@ -230,18 +239,27 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_a
 #pragma GCC unroll 7
     for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
 }
+// As many images at a time as have kTapSumPixels pixels, at least one.
 template <class A>
 void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t H, int64_t W,
                          double* dw) {
-  switch (d) {
-    case 1:
-      return stencil_weight_grad<A, 1>(y, dv, N, H, W, dw);
-    case 3:
-      return stencil_weight_grad<A, 3>(y, dv, N, H, W, dw);
-    case 5:
-      return stencil_weight_grad<A, 5>(y, dv, N, H, W, dw);
-    case 7:
-      return stencil_weight_grad<A, 7>(y, dv, N, H, W, dw);
+  const int64_t P = H * W, most = P < kTapSumPixels ? kTapSumPixels / (P > 0 ? P : 1) : 1;
+  for (int64_t n = 0; n < N; n += most, y += most * P, dv += most * P) {
+    const int64_t images = N - n < most ? N - n : most;
+    switch (d) {
+      case 1:
+        stencil_weight_grad<A, 1>(y, dv, images, H, W, dw);
+        break;
+      case 3:
+        stencil_weight_grad<A, 3>(y, dv, images, H, W, dw);
+        break;
+      case 5:
+        stencil_weight_grad<A, 5>(y, dv, images, H, W, dw);
+        break;
+      case 7:
+        stencil_weight_grad<A, 7>(y, dv, images, H, W, dw);
+        break;
+    }
   }
 }
 
