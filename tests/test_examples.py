@@ -80,8 +80,8 @@ def test_distributed() -> None:
     """Two processes have the losses of one; fused, they keep and send less than unfused."""
     needs("sklearn")
     root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-               "--master-port", "0", "examples/distributed.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", "examples/distributed.py",
                "--steps", "4", "--batch", "16", "--dtype", "float64"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run(
