@@ -487,3 +487,40 @@ def test_compiled_inference(backend: str) -> None:
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             close(compiled(image()), plain_of(module)(image()))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "first norm frozen"])
+def test_compiled_training(backend: str, frozen: bool) -> None:
+    torch.compiler.reset()
+    for make in (own, one_slope):
+        module = make().train()
+        module.primary_conv[1].train(not frozen)
+        plain = plain_of(module)
+        x, oup = image(), module.oup
+        grad = make_input(Case(3, oup, 8, 7), 3)
+        want = trained(plain, x, grad)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        x = x.clone().requires_grad_()
+        out = compiled(x)
+        out.backward(grad)
+        close(out, want["out"])
+        close(x.grad, want["x"])
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-4)
+        for name, b in module.named_buffers():
+            close(b, want[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast(backend: str, dtype: torch.dtype) -> None:
+    """Slopes stay float32, and so do their gradients."""
+    module, grad = own(8).train(), make_input(Case(3, 8, 8, 7), 3)
+    want = trained(plain_of(module).double(), image(torch.float64), grad.double())
+    with torch.autocast("cpu", dtype):
+        out = module(image())
+    assert out.dtype is dtype
+    out.backward(grad.to(dtype))
+    for name, p in module.named_parameters():
+        assert p.grad.dtype is torch.float32
+        scale = want[name].abs().max().item()
+        torch.testing.assert_close(p.grad.double(), want[name], rtol=0.1, atol=0.1 * scale)

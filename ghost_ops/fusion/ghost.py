@@ -251,7 +251,8 @@ class Ghost:
         updates = self.primary.running_update(), cheap
         out = run(x, w1, w2, norms, self.settings, stats, *updates, slopes)
         for branch in (self.primary, self.cheap):
-            if branch is not None:
+            # A batch of no images moves no statistics, if no other process has some.
+            if branch is not None and (x.size(0) > 0 or stats.cross_processes()):
                 branch.add_bias_to_running_mean()
         if self.gate is not None:
             out = out * grown(small_gate(x, self.gate), out)
