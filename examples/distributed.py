@@ -163,6 +163,44 @@ def train(runs: dict[str, Run], x: Tensor, y: Tensor, arguments: argparse.Namesp
             run.step(optimizers[name], x[batch], y[batch])
 
 
+def first_step(run: Run, x: Tensor, y: Tensor) -> dict[str, list[Tensor]]:
+    """Results of a forward and backward, for the images of this process, by what they are."""
+    given = x[run.share].clone().requires_grad_()
+    out = run.model(given)
+    # As one process has it; the parameters' gradients are averaged over the processes.
+    F.cross_entropy(out, y[run.share]).backward()
+    assert given.grad is not None
+    of_input = given.grad * len(given) / len(x)
+    results = {
+        "output": [out.detach()],
+        "gradient of the input": [of_input],
+        "gradients of the parameters": [p.grad for p in run.model.parameters()],
+        "running statistics": [b for b in run.model.buffers() if b.is_floating_point()],
+    }
+    run.model.zero_grad()
+    return results
+
+
+def differences(runs: dict[str, Run], x: Tensor, y: Tensor) -> dict[str, list[float]]:
+    """Largest differences to one process, over the largest value there; fused and unfused.
+
+    In float32 that of the input's gradient is larger where a value lies at the kink of a ReLU.
+    """
+    found = {name: first_step(run, x, y) for name, run in runs.items()}
+    table: dict[str, list[float]] = {what: [] for what in found["fused"]}
+    for name in ("fused", "unfused"):
+        for what, values in found[name].items():
+            wanted, part = found["one process"][what], runs[name].share
+            if what in ("output", "gradient of the input"):
+                wanted = [t[part] for t in wanted]
+            largest = max(t.abs().max().item() for t in found["one process"][what])
+            pairs = zip(values, wanted, strict=True)
+            error = torch.tensor([max((a - b).abs().max().item() for a, b in pairs) / largest])
+            dist.all_reduce(error, dist.ReduceOp.MAX)
+            table[what].append(error.item())
+    return table
+
+
 def mean_losses(run: Run) -> list[float]:
     """The loss of the whole batch at every step, from the shares of all processes."""
     losses = torch.tensor(run.losses, dtype=torch.float64)
@@ -188,6 +226,13 @@ def show_losses(curves: dict[str, list[float]], shown: int = 8) -> None:
     for name in ("fused", "unfused"):
         largest = max(abs(a - b) for a, b in zip(curves[name], one, strict=True))
         print(f"largest difference of {name} to one process: {largest:.1e}")
+
+
+def show_differences(table: dict[str, list[float]]) -> None:
+    """How far the first step is from that of one process."""
+    print(f"\n{'first step, to one process':30}{'fused':>10}{'unfused':>10}")
+    for label, values in table.items():
+        print(f"{label:30}" + "".join(f"{value:10.1e}" for value in values))
 
 
 def show_costs(costs: dict[str, tuple[int, Traffic]], runs: dict[str, Run]) -> None:
@@ -231,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dist.init_process_group("gloo")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
     runs = {name: make(name, dtype) for name in ("one process", "fused", "unfused")}
+    table = differences(runs, x[: arguments.batch], y[: arguments.batch])
     train(runs, x, y, arguments)
     curves = {name: mean_losses(run) for name, run in runs.items()}
     costs = {name: measure(runs[name], x[: arguments.batch]) for name in ("fused", "unfused")}
@@ -238,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = dist.get_world_size()
         print(f"{world} processes, {arguments.dtype}, {arguments.batch} images a step\n")
         show_losses(curves)
+        show_differences(table)
         show_costs(costs, runs)
     dist.destroy_process_group()
     return 0

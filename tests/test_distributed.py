@@ -354,6 +354,14 @@ def prelus() -> nn.Module:
     return Sliced(6, 10, act1=nn.PReLU(5), act2=nn.PReLU(1))
 
 
+def with_biases() -> nn.Module:
+    """Convolutions with biases, which the statistics take out again."""
+    module: Any = Sliced(6, 10)
+    for branch in (module.primary_conv, module.cheap_operation):
+        branch[0].bias = nn.Parameter(torch.zeros(5))
+    return module
+
+
 def bottleneck() -> nn.Module:
     return GhostBottleneck(6, 14, 9, stride=2, se_ratio=0.25)
 
@@ -366,6 +374,7 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
     "x wide, u kept": lambda: GhostModule(6, 2),
     "SiLU": lambda: GhostConv(6, 10),
     "PReLU": prelus,
+    "biases": with_biases,
     "bottleneck": bottleneck,
     "norm behind": Tailed,
 }
@@ -404,6 +413,14 @@ def check_fused(
     compare_evaluation(split.eval(), whole.eval(), x)
 
 
+def check_eager_backend(rank: int, form: str) -> None:
+    """The same passes in plain PyTorch."""
+    with ghost_ops.use_backend("eager"):
+        whole = randomize(FUSED[form]()).double()
+        split = converted(copy.deepcopy(whole), "ours before")
+        compare(rank, split, whole, torch.randn(8, 6, 7, 6, dtype=torch.float64), (5, 3))
+
+
 def compare_evaluation(split: nn.Module, whole: nn.Module, x: Tensor) -> None:
     """In eval mode without gradients, with packed weights, also after a change of a parameter."""
     dtype = dtype_of(split)
@@ -422,6 +439,7 @@ def test_fused(workers: Callable, form: str) -> None:
         workers(check_fused, form, way, torch.float64, (5, 3), False)
     for nhwc in (False, True):
         workers(check_fused, form, "ours before", torch.float32, (4, 4), nhwc)
+    workers(check_eager_backend, form)
     for sizes in ((7, 1), (8, 0), (0, 8)):
         workers(check_fused, form, "ours after", torch.float64, sizes, sizes[0] == 7)
 
