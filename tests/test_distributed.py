@@ -333,6 +333,38 @@ def test_compiled_norm(workers: Callable) -> None:
     workers(check_compiled_norm)
 
 
+class Scaled(nn.BatchNorm2d):
+    """Computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_convert() -> None:
+    """Parameters, buffers, hooks, modes and sharing stay; subclasses are left as they are."""
+    shared = nn.BatchNorm2d(3)
+    net = nn.Sequential(shared, nn.BatchNorm1d(2).eval(), Scaled(3), nn.Sequential(shared))
+    calls = []
+    shared.register_forward_hook(lambda *_: calls.append(1))
+    state, before = net.state_dict(), list(net)
+    assert convert_sync_batchnorm(net) is net
+    assert [type(m) for m in net][:3] == [SyncBatchNorm, SyncBatchNorm, Scaled]
+    assert net[2] is before[2]
+    assert net[0] is net[3][0]
+    assert net[0] is not shared
+    assert not net[1].training
+    assert net[0].training
+    assert all(a is b for a, b in zip(net.parameters(), (*before[0].parameters(),
+                                      *before[1].parameters(), *before[2].parameters()),
+                                      strict=True))  # fmt: skip
+    assert all(torch.equal(t, state[name]) for name, t in net.state_dict().items())
+    net[0](torch.randn(2, 3, 4, 4))
+    assert calls == [1]
+    again = convert_sync_batchnorm(nn.SyncBatchNorm(3, eps=0.1, momentum=None))
+    assert type(again) is SyncBatchNorm
+    assert (again.eps, again.momentum) == (0.1, None)
+
+
 # --- fused ------------------------------------------------------------------------------------
 
 
@@ -442,6 +474,30 @@ def test_fused(workers: Callable, form: str) -> None:
     workers(check_eager_backend, form)
     for sizes in ((7, 1), (8, 0), (0, 8)):
         workers(check_fused, form, "ours after", torch.float64, sizes, sizes[0] == 7)
+
+
+def check_converted_in_use(rank: int, convert: str) -> None:
+    """After calls in both modes, whose packed weights and guards are of the plain norms."""
+    whole = randomize(bottleneck()).double()
+    fused = copy.deepcopy(whole)
+    ghost_ops.fuse(fused)
+    x = torch.randn(8, 6, 7, 6, dtype=torch.float64)
+    for net in (fused, whole):
+        net(x)
+        with torch.no_grad():
+            net.eval()(x)
+    convert_with, _ = WAYS[convert]
+    assert convert_with(fused) is fused
+    with torch.no_grad():
+        close(fused(x), whole(x), "evaluation")
+    functions = compare(rank, fused.train(), whole.train(), x, (5, 3))
+    assert "GhostModuleFunctionBackward" in functions
+    compare_evaluation(fused.eval(), whole.eval(), x)
+
+
+@pytest.mark.parametrize("convert", ["torch's after", "ours after"])
+def test_converted_in_use(workers: Callable, convert: str) -> None:
+    workers(check_converted_in_use, convert)
 
 
 def check_shapes(rank: int) -> None:
