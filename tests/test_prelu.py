@@ -417,15 +417,22 @@ def test_function_of_tensors(backend: str, training: bool) -> None:
     assert torch.equal(arguments["primary_running_mean"], before)
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["the layer", "its weight"])
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_module_with_slopes_of_the_wrong_size(backend: str, training: bool) -> None:
+@pytest.mark.parametrize("which", ["primary_conv", "cheap_operation"])
+def test_a_module_with_slopes_of_the_wrong_size(
+    backend: str, which: str, training: bool, grad: bool, replaced: bool
+) -> None:
     """PyTorch's exception, with the running statistics as they were."""
     module = own(8).train(training)
-    module(image())
-    module.primary_conv[2].weight = nn.Parameter(torch.ones(3))
+    branch = getattr(module, which)
+    if replaced:
+        branch[2].weight = nn.Parameter(torch.ones(3))
+    else:
+        branch[2] = nn.PReLU(3)
     before = [b.clone() for b in module.buffers()]
-    with warnings.catch_warnings(), pytest.raises(RuntimeError, match=r"weight|slopes"):
-        warnings.simplefilter("ignore")
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="shape"):
         module(image())
     for old, new in zip(before, module.buffers(), strict=True):
         assert torch.equal(old, new)

@@ -457,8 +457,6 @@ def test_random_changes_compiled(chunk: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_run_fused(native: str, family: str, training: bool) -> None:
     """The tests above would also pass if no model was ever fused."""
-    if training and family == "PReLU":
-        pytest.skip("PReLU is fused in inference only")
     if training and any(word in family for word in ("k=3", "grouped")):
         pytest.skip("a primary convolution that is no plain 1x1 is fused in inference only")
     fused, _ = twins(family, not training)

@@ -134,10 +134,6 @@ class BranchForm(NamedTuple):
             raise Refusal(
                 f"{name} has a batch norm of {bn.num_features} channels behind a convolution of {m}"
             )
-        if prelu is not None and prelu.num_parameters not in (1, m):
-            raise Refusal(
-                f"{name} has a PReLU of {prelu.num_parameters} slopes behind {m} channels"
-            )
         modules: list[Any] = [at(module, path) for path in self.modules]
         padding = padding_of(conv)
         return Branch(conv, bn, self.act, self.slope, prelu, padding, tuple(modules))
