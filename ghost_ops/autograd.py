@@ -368,6 +368,8 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         u = dense(library_conv(data, w1, s)) if u is None else u
     elif fused and u is None and stats.cross_processes():
         u = dense(library_conv(data, w1, s))  # once, for all calls
+    if stats.cross_processes():
+        grad_out = grad_out.contiguous(memory_format=eager_ops.memory_format(data))
     weight, wide = _packable(w1) if fused else None, Norms(*map(_packable, norms))
     prelu1, prelu2 = map(_packable, slopes)
     backward, cheap = ops_for(x, w2).ghost_backward, _packable(w2)
