@@ -66,7 +66,7 @@ LOOK_ALIKES = {
     "stride": (lambda: cheap(stride=2), "stride"),
     "reflected padding": (lambda: cheap(padding_mode="reflect"), "reflect"),
     "long kernel": (lambda: cheap(kernel_size=(3, 5), padding=(1, 2)), "square"),
-    "PReLU": (lambda: branch(2, nn.PReLU(3)), "3 slopes behind 4 channels"),
+    "PReLU": (lambda: branch(2, nn.PReLU(3)), "parameter numbers = 3 and channel size = 4"),
     "Mish": (lambda: branch(2, nn.Mish()), "Mish"),
     "GroupNorm": (lambda: branch(1, nn.GroupNorm(2, 4)), "GroupNorm"),
     "InstanceNorm": (lambda: branch(1, nn.InstanceNorm2d(4)), "InstanceNorm2d"),
