@@ -15,14 +15,17 @@ from .functional import ghost_module
 from .graphed import graphed
 from .nn import FusedGhostBottleneck, FusedGhostModule
 from .reference import SqueezeExcite
+from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "FusedGhostBottleneck",
     "FusedGhostModule",
     "SqueezeExcite",
+    "SyncBatchNorm",
     "__version__",
     "activations",
     "backends",
+    "convert_sync_batchnorm",
     "functional",
     "fuse",
     "ghost_module",

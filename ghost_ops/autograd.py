@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, eager_ops, ops
+from . import backends, eager_ops, ops, sync
 from .eager_ops import NEEDS
 from .reference import (
     FROZEN,
@@ -238,36 +238,34 @@ def _forward_over_processes(
     """As ``train_forward``, and (count1, count2): the values of a channel in all processes.
 
     A count is None where its norm does not cross processes. Each such norm has one collective,
-    which every process takes part in, with a batch of no images too.
+    which every process takes part in, with a batch of no images too. The primary convolution is the
+    library's, so that it runs once for all passes.
 
     Raises:
         ValueError: in all processes, if a channel has one value in all of them together.
     """
-    from . import sync
-
-    functions, s, m = ops_for(x, w2), settings, x.size(1) if w1 is None else w1.size(0)
-    stride = 1 if w1 is None else s.stride[0]
-    rows, cols = ((size - 1) // stride + 1 for size in x.shape[2:])
-    values, n = x.size(0) * rows * cols, norms
+    functions, s, n = ops_for(x, w2), settings, norms
+    u = x if w1 is None else dense(library_conv(x, w1, s))
+    values, m = u.numel() // u.size(1), u.size(1)
     count1 = count2 = None
     if stats.batch1:
-        mean1, var1 = functions.ghost_primary_stats(x, _packable(w1), stride)
+        mean1, var1 = functions.ghost_primary_stats(u, None, 1)
         if stats.group1 is not None:
             mean1, var1, count1 = sync.combine(mean1, var1, values, stats.group1)
         n = n._replace(mean1=mean1, var1=var1)
     if stats.group2 is not None:
         without2 = Norms(*n[:4], None, None, None, None)
-        packed = pack(functions, w1, w2, without2, settings, Slopes(slopes.slopes1))
+        packed = pack(functions, None, w2, without2, settings, Slopes(slopes.slopes1))
         mean2, var2 = functions.ghost_cheap_stats(
-            x, packed, m, w2.size(0) // m + 1, w2.size(-1), stride, s.act1, s.slope1, w1 is not None
+            u, packed, m, w2.size(0) // m + 1, w2.size(-1), 1, s.act1, s.slope1, False
         )
         mean2, var2, count2 = sync.combine(mean2, var2, values, stats.group2)
         n = n._replace(mean2=mean2, var2=var2)
-    out, *found, u = train_forward(x, w1, w2, n, settings, slopes, keep_u)
+    out, *found, _ = train_forward(u, None, w2, n, settings, slopes, False)
     used = (n.mean1, n.var1, n.mean2, n.var2)
     made = (stats.batch1, stats.batch1, stats.group2 is not None, stats.group2 is not None)
     found = [t if own else f for t, own, f in zip(used, made, found, strict=True)]
-    return out, *found, u, count1, count2
+    return out, *found, u if keep_u else u.new_empty(0), count1, count2
 
 
 def _keeps_u(x: Tensor, w1: Tensor, settings: Settings) -> bool:
@@ -370,6 +368,8 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         u = dense(library_conv(data, w1, s)) if u is None else u
     elif fused and u is None and stats.cross_processes():
         u = dense(library_conv(data, w1, s))  # once, for all calls
+    if stats.cross_processes():
+        grad_out = grad_out.contiguous(memory_format=eager_ops.memory_format(data))
     weight, wide = _packable(w1) if fused else None, Norms(*map(_packable, norms))
     prelu1, prelu2 = map(_packable, slopes)
     backward, cheap = ops_for(x, w2).ghost_backward, _packable(w2)
@@ -449,8 +449,6 @@ def _over_processes(
     Parameter gradients stay those of this process. Whether a norm has a collective depends on the
     mask alone, never on the batch of this process, so that all processes agree.
     """
-    from . import sync
-
     n, results = NEEDS, [None] * 9
     left, means1, means2 = mask, None, None
 
@@ -542,10 +540,12 @@ def run(
     """
     if w2.size(0) == 0:  # there is no second norm
         stats = stats._replace(batch2=stats.batch1, group2=None)
-    if stats.cross_processes() and torch.compiler.is_compiling():
-        arguments = x, w1, w2, norms, settings, stats, update1, update2, slopes
-        return _outside_graph(*arguments)
     if in_transform():
+        if stats.cross_processes():
+            raise RuntimeError(
+                "SyncBatchNorm over several processes runs neither under torch.func transforms nor "
+                "with forward-mode differentiation"
+            )
         _announce(
             "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
@@ -589,20 +589,10 @@ def run(
             counts = []
     if w2.size(0) == 0:
         norms, update2 = norms._replace(mean2=None, var2=None), RunningUpdate()
-    values1 = values2 = out.numel() // out.size(1)
-    if stats.group1 is not None:
-        values1 = int(counts[0])
-    if stats.group2 is not None:
-        values2 = int(counts[-1])
+    values = out.numel() // out.size(1)
     found = mean1, var1, mean2, var2
-    _update_both(ops_for(x, w2), norms, found, stats, update1, update2, values1, values2)
+    _update_both(ops_for(x, w2), norms, found, stats, update1, update2, values, counts)
     return out
-
-
-@torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
-def _outside_graph(*arguments: Any) -> Tensor:
-    """``run`` where collectives have a host to run on, and not in a compiled graph."""
-    return run(*arguments)
 
 
 def _update_both(
@@ -612,22 +602,25 @@ def _update_both(
     stats: Statistics,
     update1: RunningUpdate,
     update2: RunningUpdate,
-    values1: int,
-    values2: int,
+    values: int,
+    counts: Sequence[Tensor],
 ) -> None:
-    """The running statistics of the norms that use the batch's, of values1 and values2 values."""
-    nothing = RunningUpdate()
-    if not stats.batch1:
+    """The running statistics of the norms that use the batch's, of values a channel.
+
+    counts: those of all processes, for each norm that crosses them.
+    """
+    nothing, left = RunningUpdate(), list(counts)
+    for group, norm, stat, update in (
+        (stats.group1, norms[2:4], found[:2], update1),
+        (stats.group2, norms[6:], found[2:], update2),
+    ):
+        if group is not None:
+            sync.update_running(*norm, *update, *stat, left.pop(0), values)
+    if not stats.batch1 or stats.group1 is not None:
         norms, update1 = norms._replace(mean1=None, var1=None), nothing
-    if not stats.batch2:
+    if not stats.batch2 or stats.group2 is not None:
         norms, update2 = norms._replace(mean2=None, var2=None), nothing
-    if not stats.cross_processes():
-        update_running(functions, norms, found, update1, update2, values1)
-        return
-    first = norms._replace(mean2=None, var2=None)
-    second = norms._replace(mean1=None, var1=None)
-    update_running(functions, first, found, update1, nothing, values1)
-    update_running(functions, second, found, nothing, update2, values2)
+    update_running(functions, norms, found, update1, update2, values)
 
 
 def _with_constants(settings: Settings) -> Settings:

@@ -24,10 +24,11 @@ from .announce import announce
 from .autograd import dense, in_transform
 from .fusion.guards import GLOBAL_HOOKS, hooks_of
 from .ops import allow_tf32
+from .sync import NORMS
 
 # Graphs invalid before their second call, in a row, after which a model is captured no more.
 _MOST_UNUSED = 3
-_WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.PReLU)
+_WEIGHTED = (nn.Conv2d, *NORMS, nn.PReLU)
 _CONSTANTS = (type(None), bool, int, float, complex, str)
 
 

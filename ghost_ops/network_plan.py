@@ -48,6 +48,7 @@ from .fusion.network import Network
 from .network_trace import Call, Op, Shape, Unit, conv_shape, trace
 from .ops import allow_tf32
 from .planner import CUDA_DEVICES, compute_capability
+from .sync import NORMS
 
 # The kinds of rows: operators of ghost_ops on CUDA, then PyTorch's.
 GHOST_APPLY = "ghost_apply"
@@ -490,7 +491,7 @@ class _Builder:
         """
         if act == activations.NONE:
             return []
-        owns = () if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) else (module,)
+        owns = () if isinstance(module, (nn.Conv2d, *NORMS)) else (module,)
         return [_Part(call.names[module], ACTIVATION, self.gpu.other(2 * elements), owns)]
 
 

@@ -34,6 +34,7 @@ from .fusion.fused import Fused
 from .fusion.ghost import Ghost
 from .fusion.guards import watchable
 from .fusion.network import Network
+from .sync import NORMS
 
 Shape = tuple[int, ...]
 Unit = Ghost | Bottleneck | Network  # the parts of a fused module
@@ -215,7 +216,7 @@ def _why_not_fused(parts: Unit) -> str:
     """Why a module in eval mode does not run as operators of ours; empty if it does."""
     if parts.dw_size not in _DW_SIZES:
         return f"there is no fused kernel for a cheap convolution of size {parts.dw_size}"
-    norms = [m for m in parts.layers if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in parts.layers if isinstance(m, NORMS)]
     if any(bn.training or bn.running_mean is None for bn in norms):
         return "a batch norm has no running statistics, so that it runs as in training"
     if isinstance(parts, Ghost):  # runs as ghost_apply even if its weights are not packed once

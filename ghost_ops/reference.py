@@ -27,8 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import activations
-from .eager_ops import compute_dtype
+from . import activations, sync
 
 
 class Settings(NamedTuple):
@@ -146,28 +145,10 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``F.batch_norm``, over the batches of all processes of a group if there is one."""
+    """``F.batch_norm``; over the processes of a group, if there is one, without an update."""
     if group is None:
         return F.batch_norm(u, mean, var, gamma, beta, batch, momentum, eps)
-    from torch.distributed.nn.functional import all_reduce  # its gradient is an all_reduce too
-
-    dims, wide = (0, 2, 3), u.to(compute_dtype(u.dtype))
-    count = wide.new_tensor([u.numel() / u.size(1)])
-    total = all_reduce(torch.cat([wide.sum(dims), count]), group=group)
-    values = total[-1].detach().clamp(min=1)
-    batch_mean = total[:-1] / values
-    # From centred values: E[u^2] - E[u]^2 would lose digits.
-    centred = wide - batch_mean.view(-1, 1, 1)
-    batch_var = all_reduce(centred.square().sum(dims), group=group) / values
-    if mean is not None and var is not None:
-        with torch.no_grad():
-            unbiased = batch_var * (values / (values - 1).clamp(min=1))
-            mean.lerp_(batch_mean.to(mean.dtype), momentum)
-            var.lerp_(unbiased.to(var.dtype), momentum)
-    out = centred * torch.rsqrt(batch_var + eps).view(-1, 1, 1)
-    if gamma is not None:
-        out = out * gamma.view(-1, 1, 1)
-    return (out if beta is None else out + beta.view(-1, 1, 1)).to(u.dtype)
+    return sync.sync_formula(u, gamma, beta, eps, group)
 
 
 def _positive_int(name: str, value: Any) -> int:

@@ -1,98 +1,397 @@
 """Batch norm over all processes of a group, on any device that the group's backend reaches.
 
-PyTorch's ``SyncBatchNorm`` runs on GPUs only, and DistributedDataParallel refuses models that have
-one on a CPU. This one runs over any backend, gloo included. A Ghost module with either of them
-inside runs as its children, unfused, and says so: its statistics are not those of one process.
+PyTorch's ``SyncBatchNorm`` runs on GPUs only, and DistributedDataParallel refuses a model with one
+on a CPU. ``SyncBatchNorm`` here runs over every backend, gloo included. Inside a Ghost module both
+run fused: the passes of ``autograd`` stop at the statistics, which ``combine`` and
+``mean_gradients`` exchange.
+
+With n values per channel in a process, mean and var of these, and N the sum of n over all processes
+(Chan, Golub and LeVeque 1979)::
+
+    MEAN = sum(n * mean) / N
+    VAR  = sum(n * (var + (mean - MEAN)^2)) / N
+
+Communicated per norm: forward 2 C + 1 numbers (mean, var, n) from every process to every other,
+backward the sum of 2 C numbers (dbeta, dgamma).
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .eager_ops import compute_dtype
+
+_library = torch.library.Library("ghost_ops", "FRAGMENT")
+# Opaque to the compiler: a collective, and an exception that depends on what it brings.
+_library.define(
+    "sync_combine(Tensor mean, Tensor var, SymInt count, str group) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "sync_mean_gradients(Tensor dbeta, Tensor dgamma, Tensor count, str group) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def group_of(bn: nn.Module) -> Any:
+    """The processes over which a norm takes its statistics now, a ``ProcessGroup``.
+
+    None where it takes those of its own process: no SyncBatchNorm, eval mode, no process group, or
+    a group of one process.
+
+    Raises:
+        ValueError: its ``process_group`` was destroyed.
+    """
+    if not (isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)) and bn.training):
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    if dist.get_world_size(group) <= 1:  # -1: this process is not in it
+        return None
+    if not torch.compiler.is_compiling():
+        dist.get_backend(group)  # raises if it was destroyed
+    return group
+
+
+def combine(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics over all processes, by the formula of this file's docstring; one collective.
+
+    The sums are in float64, and every process gets the same bits.
+
+    Args:
+        mean, var: [C], of the values of this process, biased; anything where count is 0.
+        count: values per channel in this process.
+        group: a ``ProcessGroup``.
+
+    Returns:
+        mean and biased var [C] in the dtype of mean, and the count of all processes, a 0-dim
+        float64 tensor. Zeros where no process has a value.
+
+    Raises:
+        ValueError: one value per channel in all processes together; in every one of them.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.ghost_ops.sync_combine.default(mean, var, count, group.group_name)
+    return _combine(mean, var, count, group)
+
+
+def _combine(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if count == 0:
+        mean = var = torch.zeros_like(mean)  # in the place of 0 / 0
+    local = torch.cat([mean, var, mean.new_full((1,), count)])
+    gathered = local.new_empty(dist.get_world_size(group), local.numel())
+    dist.all_gather(list(gathered.unbind()), local, group=group)
+    means, variances, counts = gathered.double().split([mean.numel(), mean.numel(), 1], 1)
+    total = counts.sum()
+    # A GPU's number is read only where it can be so small: no process has two values then.
+    if count <= 1 and total == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got 1 in all processes together"
+        )
+    share = counts / total.clamp(min=1)
+    whole = (share * means).sum(0)
+    spread = (share * (variances + (means - whole).square())).sum(0)
+    return whole.to(mean.dtype), spread.to(mean.dtype), total
+
+
+def mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: Any) -> Tensor:
+    """Means over all values of all processes of da and of da * uhat; one all-reduce.
+
+    da is the gradient at the norm's output, uhat its normalised input.
+
+    Args:
+        dbeta, dgamma: [C], the sums of da and of da * uhat in this process.
+        count: of ``combine``.
+        group: a ``ProcessGroup``.
+
+    Returns:
+        [2, C], in the dtype of dbeta.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.ghost_ops.sync_mean_gradients.default(
+            dbeta, dgamma, count, group.group_name
+        )
+    return _mean_gradients(dbeta, dgamma, count, group)
+
+
+def _mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: Any) -> Tensor:
+    sums = torch.stack([dbeta, dgamma])
+    dist.all_reduce(sums, group=group)
+    return sums.div_(count.clamp(min=1))
+
+
+def _resolved(function: Any) -> Any:
+    """The function for a group that is named, as it is in a compiled graph."""
+
+    @torch.no_grad()
+    def call(*arguments: Any) -> Any:
+        *tensors, group = arguments
+        return function(*tensors, dist.distributed_c10d._resolve_process_group(group))
+
+    return call
+
+
+_library.impl("sync_combine", _resolved(_combine), "CompositeExplicitAutograd")
+_library.impl("sync_mean_gradients", _resolved(_mean_gradients), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("ghost_ops::sync_combine", lib=_library)
+def _(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty((), dtype=torch.float64)
+
+
+@torch.library.register_fake("ghost_ops::sync_mean_gradients", lib=_library)
+def _(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: str) -> Tensor:
+    return dbeta.new_empty(2, dbeta.numel())
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over all processes; its gradient is the sum of theirs."""
+    """Sum over all processes, whose gradient is the sum of theirs; differentiable again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return _AllReduce.apply(grad, ctx.group), None
 
 
-class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are over the batches of all processes.
+def sync_formula(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, group: Any
+) -> Tensor:
+    """Batch norm over all processes in plain PyTorch, differentiable any number of times.
 
-    [N, C, H, W] -> the same. The processes may have batches of different sizes. Numbers, gradients
-    and running statistics are those of one process with the whole batch. Without a process group,
-    in a group of one and in eval mode it is ``nn.BatchNorm2d``.
+    Every process has to differentiate it as often as the others: each time is two all-reduces.
 
-    Raises:
-        ValueError: one value per channel in all processes together.
+    Args:
+        x: [N, C, *]; N may differ between processes, and be 0.
+        gamma, beta: [C], or None for 1 and 0.
+
+    Returns:
+        As x.
+    """
+    dims, shape = (0, *range(2, x.dim())), (1, -1, *(1,) * (x.dim() - 2))
+    wide = x.to(compute_dtype(x.dtype))
+    count = wide.new_full((1,), x.numel() // x.size(1))
+    total = _AllReduce.apply(torch.cat([wide.sum(dims), count]), group)
+    count = total[-1].detach().clamp(min=1)
+    centred = wide - (total[:-1] / count).view(shape)
+    # From centred values, in a second exchange: E[u^2] - E[u]^2 would lose digits.
+    var = _AllReduce.apply(centred.square().sum(dims), group) / count
+    out = centred * torch.rsqrt(var + eps).view(shape)
+    if gamma is not None:
+        out = out * gamma.view(shape)
+    if beta is not None:
+        out = out + beta.view(shape)
+    return out.to(x.dtype)
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """``sync_formula`` with the statistics given, differentiable twice.
+
+    Inputs: x, gamma, beta, mean, var and count of ``combine``, eps, group.
     """
 
-    process_group: Any = None
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        eps: float,
+        group: Any,
+    ) -> Tensor:
+        ctx.eps, ctx.group = eps, group
+        ctx.save_for_backward(x, gamma, beta, mean, var, count)
+        wide = (None if t is None else t.to(mean.dtype) for t in (gamma, beta))
+        return F.batch_norm(x, mean, var, *wide, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, mean, var, count = ctx.saved_tensors
+        needs, eps, group = ctx.needs_input_grad, ctx.eps, ctx.group
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            from .autograd import differentiate  # which imports this file
+
+            def formula(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+                return sync_formula(x, gamma, beta, eps, group)
+
+            return *differentiate(formula, (x, gamma, beta), needs, grad_out), *(None,) * 5
+        scale = inv_std = torch.rsqrt(var + eps)
+        scale = scale if gamma is None else scale * gamma
+        if x.numel() == 0:
+            dx, dgamma, dbeta = torch.empty_like(x), *(torch.zeros_like(mean) for _ in range(2))
+        else:
+            wide = None if gamma is None else gamma.to(mean.dtype)
+            ones = torch.ones_like(mean) if wide is None else wide  # so that it gives the sums
+            dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                grad_out, x, ones, mean, var, mean, inv_std, False, eps, [needs[0], True, True]
+            )
+        if needs[0]:
+            means = mean_gradients(dbeta, dgamma, count, group)
+            shape = (1, -1, *(1,) * (x.dim() - 2))
+            of_x = (-scale * inv_std * means[1]).view(shape)
+            change = (x - mean.view(shape)) * of_x - (scale * means[0]).view(shape)
+            dx = (dx + change).to(x.dtype)
+        return (
+            dx if needs[0] else None,
+            dgamma.to(gamma.dtype) if needs[1] else None,
+            dbeta.to(beta.dtype) if needs[2] else None,
+            *(None,) * 5,
+        )
+
+
+def _forward(bn: Any, x: Tensor, group: Any) -> Tensor:
+    """The output of a SyncBatchNorm, PyTorch's or ours, over the batches of a group."""
+    count = x.numel() // x.size(1)
+    with torch.no_grad():
+        mean, var, total = combine(*_statistics(x), count, group)
+    if bn.track_running_stats:
+        running = bn.running_mean, bn.running_var, bn.momentum, bn.num_batches_tracked
+        update_running(*running, mean, var, total, count)
+    return SyncBatchNormFunction.apply(x, bn.weight, bn.bias, mean, var, total, bn.eps, group)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] of the values of this process."""
+    wide = x.to(compute_dtype(x.dtype))
+    if wide.numel() == 0 or torch.compiler.is_compiling():
+        var, mean = torch.var_mean(wide, (0, *range(2, x.dim())), correction=0)
+        return mean, var
+    return torch.batch_norm_update_stats(wide, None, None, 0.0)  # faster; the compiler has it not
+
+
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    total: Tensor,
+    count: int,
+) -> None:
+    """Running statistics and counter of one norm, after a batch of count values a channel here.
+
+    Without a look at a number of the device, and with the same bits in all processes.
+
+    Args:
+        momentum: None for the average over all batches.
+        mean, var, total: of ``combine``.
+    """
+    with torch.no_grad():
+        if batches is not None:
+            batches.add_(1)
+        if running_mean is None or running_var is None:
+            return
+        weight: Any = momentum
+        if weight is None:
+            if batches is None:
+                return
+            weight = (1.0 / batches).to(running_mean.dtype)
+        if count == 0:  # and perhaps everywhere: nothing moves then
+            weight = (total > 0).to(running_mean.dtype) * weight
+        unbiased = var * (total / (total - 1)).to(var.dtype)
+        running_mean.lerp_(mean.to(running_mean.dtype), weight)
+        running_var.lerp_(unbiased.to(running_var.dtype), weight)
+
+
+def refuses(bn: nn.Module, x: Tensor) -> bool:
+    """Whether a module is PyTorch's SyncBatchNorm and raises because x is on a CPU."""
+    return isinstance(bn, nn.SyncBatchNorm) and x.device.type == "cpu" and group_of(bn) is not None
+
+
+def run_norm(bn: nn.Module, x: Tensor) -> Tensor:
+    """``bn(x)``; where PyTorch's SyncBatchNorm refuses x, what it would compute."""
+    return _forward(bn, x, group_of(bn)) if refuses(bn, x) else bn(x)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose statistics in training are over the batches of all processes.
+
+    [N, C, *] -> the same, in float32, float64, bfloat16 or float16, on any device that the group's
+    backend reaches. Arguments, parameters, buffers and behaviour are those of
+    ``torch.nn.SyncBatchNorm``. The processes may have batches of different sizes, and of none;
+    numbers, gradients and running statistics are those of one process with the whole batch.
+    Without a process group, in a group of one and in eval mode it is an ordinary batch norm.
+    Differentiable twice; every process has to run backward if one does.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as ``torch.nn.BatchNorm2d``.
+        process_group: the processes; all of them if None.
+        device, dtype: of the parameters and buffers.
+
+    Raises:
+        ValueError: one value per channel in all processes together, raised in each of them, before
+            a running statistic has changed; a process group that was destroyed; an input of less
+            than two dimensions.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return super().forward(input)
-        group = self.process_group or dist.group.WORLD
-        if dist.get_world_size(group) == 1:
-            return super().forward(input)
         self._check_input_dim(input)
-        dims, shape = (0, 2, 3), (1, -1, 1, 1)
-        wide = input.double() if input.dtype is torch.float64 else input.float()
-        count = wide.new_tensor([input.numel() / input.size(1)])
-        total = _AllReduce.apply(torch.cat([wide.sum(dims), count]), group)
-        values = total[-1].detach()
-        if values <= 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, in all processes together"
-            )
-        centred = wide - (total[:-1] / values).view(shape)
-        # From centred values, in a second exchange: E[u^2] - E[u]^2 would lose digits.
-        var = _AllReduce.apply(centred.square().sum(dims), group) / values
-        if self.track_running_stats and self.running_mean is not None:
-            self._update((total[:-1] / values).detach(), var.detach() * (values / (values - 1)))
-        out = centred * torch.rsqrt(var + self.eps).view(shape)
-        if self.weight is not None:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(input.dtype)
+        group = group_of(self)
+        return super().forward(input) if group is None else _forward(self, input, group)
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, unbiased: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum or 0.0)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum or 0.0)
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.process_group)] = self.process_group  # the copy's too: it cannot be copied
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+# The batch norms that Ghost modules are fused with.
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
+_CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Let every BatchNorm2d of a model take its statistics over all processes.
+    """Let every batch norm of a model take its statistics over all processes.
 
-    Parameters, buffers, keys, hooks and mode stay.
+    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, and for any device. Before or after
+    ``fuse``; before the model is wrapped in DistributedDataParallel. Parameters, buffers, keys,
+    hooks and modes stay. Subclasses of PyTorch's batch norms stay as they are: what else these
+    compute would be lost.
 
     Args:
-        model: what to convert, before it is wrapped in DistributedDataParallel.
+        model: what to convert.
         process_group: the processes; all of them if None.
 
     Returns:
-        The model, changed in place; a new module if it is a BatchNorm2d itself.
+        The model, changed in place; a new module if it is a batch norm itself.
     """
     return _converted(model, process_group, {})
 
@@ -103,7 +402,7 @@ def _converted(
     if module in done:
         return done[module]
     new = module
-    if type(module) is nn.BatchNorm2d:
+    if type(module) in _CONVERTED:
         # A new object, so that whoever keeps something about the old one notices.
         new = SyncBatchNorm.__new__(SyncBatchNorm)
         new.__dict__.update(module.__dict__)

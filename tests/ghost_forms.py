@@ -172,8 +172,8 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 child.bias.copy_(torch.randn(child.bias.shape, generator=gen) * 0.3)
                 child.running_mean.copy_(torch.randn(child.bias.shape, generator=gen) * 0.3)
                 child.running_var.copy_(torch.rand(child.bias.shape, generator=gen) + 0.5)
-            elif isinstance(child, nn.Conv2d):
-                fan_in = max(child.weight[0].numel(), 1)
+            elif isinstance(child, nn.Conv2d) and child.weight.numel():
+                fan_in = child.weight[0].numel()
                 weight = torch.randn(child.weight.shape, generator=gen) * fan_in**-0.5
                 child.weight.copy_(weight)
                 if child.bias is not None:

@@ -1,4 +1,4 @@
-"""Fused models among PyTorch's tools: compile, export, ONNX, mixed precision, several processes."""
+"""Fused models among PyTorch's tools: compile, export, ONNX, mixed precision."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import copy
 import importlib.util
 import io
 import os
-import pathlib
 import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
 
@@ -336,90 +333,3 @@ def test_more_elements_than_int32(native: str) -> None:
     with torch.no_grad():
         assert same_bits(out[-1:], module(one))
         assert same_bits(out[:1], module(x[:1]))
-
-
-# --- several processes ------------------------------------------------------------------------
-
-WORKER = """
-import sys
-import torch, torch.distributed as dist
-from torch import nn
-sys.path.insert(0, {tests!r})
-import warnings; warnings.simplefilter("ignore")
-from test_ecosystem import distributed_network, distributed_batch, distributed_loss
-from ghost_ops.sync import convert_sync_batchnorm
-rank, sync = int(sys.argv[1]), sys.argv[3] == "sync"
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-net = distributed_network()
-if sync:
-    net = convert_sync_batchnorm(net)
-net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-for i in range(3):
-    x, y = distributed_batch(i)
-    # Processes with batches of different sizes: DDP averages, so each scales its own loss.
-    part = slice(0, 5) if rank == 0 else slice(5, 8)
-    optimizer.zero_grad()
-    (distributed_loss(net, x[part], y[part]) * 2 / 8).backward()
-    optimizer.step()
-if rank == 0:
-    torch.save(net.module.state_dict(), sys.argv[2] + ".pt")
-dist.barrier()
-dist.destroy_process_group()
-"""
-
-
-def distributed_network() -> nn.Module:
-    torch.manual_seed(0)
-    return small().double()
-
-
-def distributed_batch(index: int) -> tuple[Tensor, Tensor]:
-    gen = torch.Generator().manual_seed(100 + index)
-    return torch.randn(8, 3, 18, 16, generator=gen, dtype=torch.float64), torch.arange(8) % 4
-
-
-def distributed_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), y, reduction="sum")
-
-
-@pytest.mark.parametrize("norms", ["sync", "frozen"])
-def test_two_processes(tmp_path: pathlib.Path, norms: str) -> None:
-    """DDP over gloo, batches of 5 and 3: the same as one process with a batch of 8."""
-    if not torch.distributed.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    script = WORKER
-    if norms == "frozen":  # fused in both processes, with gradients averaged over them
-        script = script.replace("net = nn.parallel", "net.eval()\nnet = nn.parallel")
-    path = tmp_path / "worker.py"
-    path.write_text(script.replace("{tests!r}", repr(str(pathlib.Path(__file__).parent))))
-    root = str(pathlib.Path(ghost_ops.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    rendezvous = str(tmp_path / "store")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), str(rank), rendezvous, norms],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-    got = torch.load(rendezvous + ".pt", weights_only=True)
-
-    net = distributed_network()
-    if norms == "frozen":
-        net.eval()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    for i in range(3):
-        optimizer.zero_grad()
-        (distributed_loss(net, *distributed_batch(i)) / 8).backward()
-        optimizer.step()
-    for key, want in net.state_dict().items():
-        torch.testing.assert_close(got[key], want, rtol=1e-7, atol=1e-9, msg=key)

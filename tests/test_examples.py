@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,3 +73,25 @@ def test_what_is_missing_is_named(
     needs("sklearn", "PIL")
     assert photograph.main(["--model", "timm"]) == 2
     assert "ghost_ops[examples]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
+def test_distributed() -> None:
+    """Two processes have the losses of one; fused, they keep and send less than unfused."""
+    needs("sklearn")
+    root = pathlib.Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", "examples/distributed.py",
+               "--steps", "4", "--batch", "16", "--dtype", "float64"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    differences = re.findall(r"difference of (?:un)?fused to one process: (\S+)", done.stdout)
+    assert len(differences) == 2
+    assert all(float(value) < 1e-9 for value in differences), done.stdout
+    for label in ("kept for backward", "collectives of SyncBatchNorm", "that these send"):
+        (row,) = (line for line in done.stdout.splitlines() if label in line)
+        fused, unfused = map(float, row.split()[-2:])
+        assert 0 < fused <= unfused, row

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import activations
 from ..autograd import LOW_PRECISION, RunningUpdate
 from ..eager_ops import compute_dtype
+from ..sync import NORMS, group_of, run_norm
 from .guards import Path, Refusal, at
 from .read import Reading
 from .symbols import Node
@@ -40,6 +41,10 @@ class Branch(NamedTuple):
         return bn is not None and (
             bn.training or (bn.running_mean is None and bn.running_var is None)
         )
+
+    def group(self) -> Any:
+        """The processes over which its norm takes its statistics; None: this one."""
+        return None if self.bn is None else group_of(self.bn)
 
     def norm(self, weight: Tensor) -> tuple[Tensor | None, ...]:
         """gamma, beta, mean and var; without a norm those of one that does nothing.
@@ -102,7 +107,7 @@ class Branch(NamedTuple):
     def then(self, x: Tensor) -> Tensor:
         """What follows the convolution, as layers."""
         if self.bn is not None:
-            x = self.bn(x)
+            x = run_norm(self.bn, x)
         return activations.apply(x, self.act, self.slope)
 
 
@@ -119,7 +124,7 @@ class BranchForm(NamedTuple):
     def bind(self, module: nn.Module) -> Branch:
         """The branch in a module. Raises ``Refusal`` if a layer is none that the ops compute."""
         conv = layer_at(module, self.conv, nn.Conv2d)
-        bn = None if self.bn is None else layer_at(module, self.bn, nn.BatchNorm2d)
+        bn = None if self.bn is None else layer_at(module, self.bn, NORMS)
         prelu = None if self.prelu is None else layer_at(module, self.prelu, nn.PReLU)
         name = ".".join(self.conv)
         if conv.padding_mode != "zeros":
@@ -134,10 +139,13 @@ class BranchForm(NamedTuple):
         return Branch(conv, bn, self.act, self.slope, prelu, padding, tuple(modules))
 
 
-def layer_at(module: nn.Module, path: Path, kind: type[nn.Module]) -> Any:
-    """The layer at a path. Raises ``Refusal`` if it is of another kind."""
+def layer_at(
+    module: nn.Module, path: Path, kind: type[nn.Module] | tuple[type[nn.Module], ...]
+) -> Any:
+    """The layer at a path. Raises ``Refusal`` if it is of another kind, or of none of several."""
     layer = at(module, path)
     if not isinstance(layer, kind):
+        kind = kind[0] if isinstance(kind, tuple) else kind
         raise Refusal(f"{'.'.join(path)} is no {kind.__name__}")
     return layer
 
@@ -164,7 +172,7 @@ def why_not_together(layers: tuple[nn.Module, ...]) -> str:
     if first is None:
         return "its weights are computed at every call"
     for layer in layers:
-        norm = isinstance(layer, nn.BatchNorm2d)
+        norm = isinstance(layer, NORMS)
         if norm and (layer.training or layer.running_mean is None):
             return "a batch norm uses the batch's statistics"
         wide = norm and first.dtype in LOW_PRECISION

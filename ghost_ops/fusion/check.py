@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
+from ..sync import NORMS
 from .fused import Fused, Parts
 from .guards import Record, Refusal, plain_kind, watchable
 
@@ -109,6 +110,8 @@ def _clone(module: nn.Module, gen: torch.Generator, memo: dict[int, Any]) -> Any
     if id(module) in memo:
         return memo[id(module)]
     kind = plain_kind(module)
+    if isinstance(module, NORMS):
+        kind = nn.BatchNorm2d  # of this process alone: the others may not be comparing
     copy = memo[id(module)] = object.__new__(kind)
     copy.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():

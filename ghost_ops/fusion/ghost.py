@@ -37,6 +37,7 @@ from ..autograd import (
 from ..eager_ops import compute_dtype
 from ..functional import check
 from ..reference import FROZEN, Norms, Settings, Slopes, Statistics
+from ..sync import group_of, refuses, run_norm
 from ..tail import Norm, TailSettings, ghost_tail, has_kernel
 from .branch import (
     NO_ACT,
@@ -146,8 +147,10 @@ class Ghost:
 
     def statistics(self) -> Statistics:
         """Where the statistics of both norms come from."""
-        batch = self.primary.uses_batch_stats()
-        return Statistics(batch, batch if self.cheap is None else self.cheap.uses_batch_stats())
+        batch, group = self.primary.uses_batch_stats(), self.primary.group()
+        if self.cheap is None:
+            return Statistics(batch, batch, group)
+        return Statistics(batch, self.cheap.uses_batch_stats(), group, self.cheap.group())
 
     def slopes(self) -> Slopes:
         """The slopes of the PReLUs."""
@@ -200,7 +203,11 @@ class Ghost:
         if self.normed is None or not has_kernel(x, self.dw_size):
             return False
         bn = self.normed.bn
-        return bn is not None and (bn.running_mean is None) == (bn.running_var is None)
+        return (
+            bn is not None
+            and (bn.running_mean is None) == (bn.running_var is None)
+            and group_of(bn) is None
+        )
 
     def learn(
         self, x: Tensor, residual: Tensor | None = None, act: tuple[int, float] = NO_ACT
@@ -427,7 +434,7 @@ def run_tail(tail: tuple[nn.Module | tuple[int, float], ...], x: Tensor) -> Tens
     """What follows the concatenation, on an x that nobody else holds."""
     inplace = not torch.is_grad_enabled()
     for step in tail:
-        x = activations.apply(x, *step, inplace) if isinstance(step, tuple) else step(x)
+        x = activations.apply(x, *step, inplace) if isinstance(step, tuple) else run_norm(step, x)
     return x
 
 
@@ -565,5 +572,10 @@ class FusedGhost(Fused):
     def _ghost_learns(self, parts: Ghost, x: Tensor) -> bool:
         # Behind the library's convolution the fused ops and their recomputation cost more than
         # they save: 0.57 to 0.77 of the speed of the layers, in a training step on a CPU.
-        fused = parts.has_plain_primary() or parts.learns(x)
+        norms = (layer for layer in parts.layers if isinstance(layer, nn.SyncBatchNorm))
+        fused = (
+            parts.has_plain_primary()
+            or parts.learns(x)
+            or any(refuses(norm, x) for norm in norms)  # its own forward would not run
+        )
         return self._ghost_made and torch.is_grad_enabled() and not fused

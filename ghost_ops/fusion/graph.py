@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .. import backends, watch
 from ..autograd import autocast_dtype, dense
 from ..eager_ops import memory_format
+from ..sync import NORMS
 from .guards import GLOBAL_HOOKS, Refusal, hooks_of
 
 _NUMBERS = 8  # of a convolution: kernel size, stride, padding and dilation, two each
@@ -214,7 +215,7 @@ def _holds(modules: list[nn.Module], x: Tensor) -> bool:
             # A weight that is computed, by a parametrisation or a hook, is not in there.
             if "weight" not in m._parameters or m.weight.dtype is not x.dtype:
                 return False
-        elif isinstance(m, nn.BatchNorm2d) and m._buffers.get("running_mean") is None:
+        elif isinstance(m, NORMS) and m._buffers.get("running_mean") is None:
             return False
     return True
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from .. import watch
+from ..sync import NORMS
 from ..watch import MISSING, same_value
 
 Path = tuple[str, ...]
@@ -287,7 +288,7 @@ class Record(NamedTuple):
             items += [(layer.__dict__, name) for name in ("_parameters", "_buffers")]
             dicts += places
             tensors += [t for values in places for t in values.values() if t is not None]
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, NORMS):
                 items.append((layer.__dict__, "training"))
         try:
             made = watch.make(
@@ -307,7 +308,7 @@ def watchable(layers: tuple[nn.Module, ...]) -> bool:
     subclasses may have no address.
     """
     for layer in layers:
-        norm = isinstance(layer, nn.BatchNorm2d)
+        norm = isinstance(layer, NORMS)
         for group, names in (
             (layer._parameters, ("weight",) if isinstance(layer, nn.PReLU) else ("weight", "bias")),
             (layer._buffers, ("running_mean", "running_var") if norm else ()),

@@ -27,6 +27,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..sync import NORMS
 from .code import HERE, TORCH, codes_of, global_names, is_pure, is_users
 from .guards import (
     GLOBAL_HOOKS,
@@ -61,11 +62,16 @@ _LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
             "kernel_size",
         ),
     ),
-    nn.BatchNorm2d: ("bn", ("eps",)),
+    **dict.fromkeys(NORMS, ("bn", ("eps",))),
     nn.PReLU: ("prelu", ()),
     nn.Linear: ("linear", ()),
 }
-_FORWARD_METHODS = ("forward", "_conv_forward", "_check_input_dim")
+_FORWARD_METHODS = (
+    "forward",
+    "_conv_forward",
+    "_check_input_dim",
+    "_check_non_zero_input_channels",
+)
 _METHODS = {(b, n): getattr(b, n, None) for b in _LAYERS for n in _FORWARD_METHODS}
 
 # Attributes of every module that are guarded as a whole, or that reading leaves out.
