@@ -155,6 +155,8 @@ def depthwise(
 ) -> Tensor | None:
     """A depthwise convolution with k // 2 zeros on every side, its batch norm and activation.
 
+    Where ``has_kernels``.
+
     Args:
         x: [N, C, H, W].
         weight: [C, 1, k, k].
@@ -167,12 +169,12 @@ def depthwise(
         is changed.
     """
     s, wide, channels = settings, compute_dtype(x.dtype), (weight.size(0),)
-    if not has_kernels(x):
-        return None
     to = autocast_dtype("cpu")
-    if to is not None and x.dtype is not torch.float64:
+    if to is not None:
+        if x.dtype is not torch.float64:
+            x, weight = x.to(to), weight.to(to)
         with torch.autocast("cpu", enabled=False):
-            return depthwise(x.to(to), weight.to(to), norm, settings, update)
+            return depthwise(x, weight, norm, settings, update)
     n, c, h, w = x.shape
     pixels = n * ((h - 1) // s.stride + 1) * ((w - 1) // s.stride + 1)
     if (

@@ -247,10 +247,7 @@ def _eager_depthwise_norm_backward(
         g, data, weight, None, (stride, stride), (half, half), (1, 1), False, (0, 0), x.size(1),
         [need_dx, need_dw, False],
     )  # fmt: skip
-    if need_dx:
-        dx = dx.to(x.dtype).contiguous(memory_format=memory_format(x))
-    else:
-        dx = x.new_empty(0)
+    dx = dx.to(x.dtype).contiguous(memory_format=memory_format(x)) if need_dx else x.new_empty(0)
     return dx, dw.contiguous() if need_dw else u.new_empty(0), dgamma, dbeta
 
 

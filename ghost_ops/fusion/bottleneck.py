@@ -82,19 +82,21 @@ class Gate(NamedTuple):
 
 def run_depthwise(branch: Branch, x: Tensor) -> Tensor:
     """The output of a depthwise branch; differentiable."""
-    conv, bn, out = branch.conv, branch.bn, None
+    conv, bn = branch.conv, branch.bn
     plain = bn is None or (
         type(bn).forward is nn.BatchNorm2d.forward
         and (bn.running_mean is None) == (bn.running_var is None)
     )
-    if plain and conv.bias is None:
-        norm = Norm(None, None, None, None) if bn is None else Norm(*branch.norm(conv.weight))
-        settings = layers.DepthwiseSettings(
-            conv.stride[0], 0.0 if bn is None else bn.eps, branch.uses_batch_stats(), branch.act,
-            branch.slope,
-        )  # fmt: skip
-        out = layers.depthwise(x, conv.weight, norm, settings, branch.running_update())
-    return branch.then(conv(x)) if out is None else out
+    if not plain or conv.bias is not None or not layers.has_kernels(x):
+        return branch.then(conv(x))
+    weight = conv.weight  # may be computed at every access
+    norm = Norm(None, None, None, None) if bn is None else Norm(*branch.norm(weight))
+    settings = layers.DepthwiseSettings(
+        conv.stride[0], 0.0 if bn is None else bn.eps, branch.uses_batch_stats(), branch.act,
+        branch.slope,
+    )  # fmt: skip
+    out = layers.depthwise(x, weight, norm, settings, branch.running_update())
+    return branch.then(conv._conv_forward(x, weight, None)) if out is None else out
 
 
 def run_conv(branch: Branch, x: Tensor) -> Tensor:
