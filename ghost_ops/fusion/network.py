@@ -8,7 +8,8 @@ run as the modules that they are. On a CPU, where the whole forward is an ``expr
 kernels, all of it is one operator.
 
 In training on a CPU the stem and the last convolution are Ghost modules of ratio 1: backward
-computes the convolution and the mask of the activation again, and of each only the input is kept.
+computes the convolution and the mask of the activation again, and of each only the input is kept. What is
+between them runs in NCHW, in which training is faster there.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class Network:
             return ""  # its own forward, without a warning
         head = self.head
         x = run_conv(self.stem, x)
+        if x.dtype in (torch.float32, torch.float64):
+            x = x.contiguous()  # training is faster in NCHW, and the logits have no layout
         for block in self.blocks:
             x = block(x)
         x = run_conv(self.last, x).mean((2, 3))
