@@ -8,8 +8,8 @@ run as the modules that they are. On a CPU, where the whole forward is an ``expr
 kernels, all of it is one operator.
 
 In training on a CPU the stem and the last convolution are Ghost modules of ratio 1: backward
-computes the convolution and the mask of the activation again, and of each only the input is kept. What is
-between them runs in NCHW, in which training is faster there.
+computes the convolution and the mask of the activation again, and of each only the input is kept.
+What is between them runs in NCHW, in which training is faster there.
 """
 
 from __future__ import annotations
