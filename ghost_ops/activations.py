@@ -18,8 +18,8 @@ code  name          formula                                        module
 ====  ============  =============================================  ==========================
 
 A PReLU learns its slopes, one a channel or one for all: they are a parameter of its module, packed
-with the weights in inference. Only Ghost modules know it, and they train it as the layer that it
-is; ``resolve``, for functions of tensors, does not.
+with the weights in inference and an operand of the operators in training. Only Ghost modules have
+it; ``resolve``, for activations without parameters, does not.
 
 NaN goes through every one of them, as it does in PyTorch.
 """
@@ -176,7 +176,7 @@ def apply(
         return x
     if code == PRELU:
         if slopes is None:
-            raise RuntimeError("a PReLU needs its slopes, which only ghost_apply has")
+            raise RuntimeError("a PReLU needs its slopes")
         return F.prelu(x, slopes.to(x.dtype)) if slopes.numel() else x
     if code == RELU:
         return F.relu(x, inplace)
@@ -191,19 +191,29 @@ def apply(
     return F.gelu(x, approximate="tanh" if code == GELU_TANH else "none")
 
 
-def backward(grad: Tensor, x: Tensor, code: int, slope: float) -> Tensor:
-    """grad * act'(x), with x the input of the activation; both of one shape. No PReLU."""
+def backward(
+    grad: Tensor, x: Tensor, code: int, slope: float, slopes: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(grad * act'(x), values whose sum over a channel is the gradient of its slope).
+
+    x is the input of the activation, of the shape of grad; the second result is None but for a
+    PReLU, whose slopes are [x.size(1)].
+    """
     if code == NONE:
-        return grad
+        return grad, None
+    if code == PRELU:
+        if slopes is None:
+            raise RuntimeError("a PReLU needs its slopes")
+        return _aten._prelu_kernel_backward.default(grad, x, slopes.to(x.dtype).view(-1, 1, 1))
     if code == RELU:
-        return _aten.threshold_backward.default(grad, x, 0)
+        return _aten.threshold_backward.default(grad, x, 0), None
     if code == RELU6:
-        return _aten.hardtanh_backward.default(grad, x, 0.0, 6.0)
+        return _aten.hardtanh_backward.default(grad, x, 0.0, 6.0), None
     if code == LEAKY_RELU:
-        return _aten.leaky_relu_backward.default(grad, x, slope, False)
+        return _aten.leaky_relu_backward.default(grad, x, slope, False), None
     if code == SILU:
-        return _aten.silu_backward.default(grad, x)
+        return _aten.silu_backward.default(grad, x), None
     if code == HARDSWISH:
-        return _aten.hardswish_backward.default(grad, x)
+        return _aten.hardswish_backward.default(grad, x), None
     approximate = "tanh" if code == GELU_TANH else "none"
-    return _aten.gelu_backward.default(grad, x, approximate=approximate)
+    return _aten.gelu_backward.default(grad, x, approximate=approximate), None

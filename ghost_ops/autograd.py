@@ -21,7 +21,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, eager_ops, ops
-from .reference import NO_SLOPES, Norms, Settings, Slopes, ghost_formula
+from .eager_ops import NEEDS
+from .reference import (
+    FROZEN,
+    NO_SLOPES,
+    Norms,
+    Settings,
+    Slopes,
+    Statistics,
+    ghost_formula,
+)
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -96,22 +105,13 @@ def ops_for(x: Tensor, w2: Tensor) -> Any:
     return ops_named(backend_for(x, w2.size(-1)))
 
 
-def needs_grad(
-    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, slopes: Slopes = NO_SLOPES
-) -> bool:
+def needs_grad(x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, slopes: Slopes) -> bool:
     """Whether autograd records this call."""
     if not torch.is_grad_enabled():
         return False
     n = norms
     inputs = (x, w1, w2, n.gamma1, n.beta1, n.gamma2, n.beta2, *slopes)
     return any(t is not None and t.requires_grad for t in inputs)
-
-
-def slopes_need_layers(batch_stats: bool, grad: bool) -> str:
-    """Why a module with a PReLU has to run its layers one by one; empty if it has not."""
-    if batch_stats or grad:
-        return "its PReLU learns slopes, and is fused in eval mode without gradients only"
-    return ""
 
 
 def is_fused_primary(w1: Tensor, settings: Settings) -> bool:
@@ -170,7 +170,7 @@ def frozen_forward(
     functions = ops_for(x, w2)
     if functions is eager_ops and x.dtype in LOW_PRECISION:
         # Folding in low precision would lose digits, and in float32 it would be slow.
-        out = ghost_formula(x, w1, w2, norms, settings, False, slopes=slopes)
+        out = ghost_formula(x, w1, w2, norms, settings, FROZEN, slopes=slopes)
         return eager_ops.in_format(out, eager_ops.memory_format(x))
     packed = pack(functions, w1, w2, norms, settings, slopes)
     m = x.size(1) if w1 is None else w1.size(0)
@@ -204,16 +204,70 @@ def apply_arguments(m: int, w2: Tensor, settings: Settings, has_primary: bool) -
 
 
 def train_forward(
-    x: Tensor, w1: Tensor | None, w2: Tensor, norms: Norms, settings: Settings, keep_u: bool
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    slopes: Slopes,
+    keep_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, mean1, var1, mean2, var2, u or empty), outside autograd. x dense; w1 None: x is u."""
-    n, s = norms, settings
+    """(out, mean1, var1, mean2, var2, u or empty), outside autograd. x dense; w1 None: x is u.
+
+    The statistics that norms has are used as they are, and those results are empty.
+    """
+    s, n, (prelu1, prelu2) = settings, Norms(*map(_packable, norms)), map(_packable, slopes)
     return ops_for(x, w2).ghost_train_forward(
-        x, _packable(w1), _packable(n.gamma1), _packable(n.beta1), s.eps1,
-        _packable(w2), _packable(n.gamma2), _packable(n.beta2), s.eps2,
+        x, _packable(w1), n.gamma1, n.beta1, n.mean1, n.var1, s.eps1, prelu1,
+        _packable(w2), n.gamma2, n.beta2, n.mean2, n.var2, s.eps2, prelu2,
         s.out_channels, 1 if w1 is None else s.stride[0],
         s.act1, s.slope1, s.act2, s.slope2, keep_u,
     )  # fmt: skip
+
+
+def _forward_over_processes(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    norms: Norms,
+    settings: Settings,
+    stats: Statistics,
+    slopes: Slopes,
+    keep_u: bool,
+) -> tuple[Tensor | None, ...]:
+    """As ``train_forward``, and (count1, count2): the values of a channel in all processes.
+
+    A count is None where its norm does not cross processes. Each such norm has one collective,
+    which every process takes part in, with a batch of no images too.
+
+    Raises:
+        ValueError: in all processes, if a channel has one value in all of them together.
+    """
+    from . import sync
+
+    functions, s, m = ops_for(x, w2), settings, x.size(1) if w1 is None else w1.size(0)
+    stride = 1 if w1 is None else s.stride[0]
+    rows, cols = ((size - 1) // stride + 1 for size in x.shape[2:])
+    values, n = x.size(0) * rows * cols, norms
+    count1 = count2 = None
+    if stats.batch1:
+        mean1, var1 = functions.ghost_primary_stats(x, _packable(w1), stride)
+        if stats.group1 is not None:
+            mean1, var1, count1 = sync.combine(mean1, var1, values, stats.group1)
+        n = n._replace(mean1=mean1, var1=var1)
+    if stats.group2 is not None:
+        without2 = Norms(*n[:4], None, None, None, None)
+        packed = pack(functions, w1, w2, without2, settings, Slopes(slopes.slopes1))
+        mean2, var2 = functions.ghost_cheap_stats(
+            x, packed, m, w2.size(0) // m + 1, w2.size(-1), stride, s.act1, s.slope1, w1 is not None
+        )
+        mean2, var2, count2 = sync.combine(mean2, var2, values, stats.group2)
+        n = n._replace(mean2=mean2, var2=var2)
+    out, *found, u = train_forward(x, w1, w2, n, settings, slopes, keep_u)
+    used = (n.mean1, n.var1, n.mean2, n.var2)
+    made = (stats.batch1, stats.batch1, stats.group2 is not None, stats.group2 is not None)
+    found = [t if own else f for t, own, f in zip(used, made, found, strict=True)]
+    return out, *found, u, count1, count2
 
 
 def _keeps_u(x: Tensor, w1: Tensor, settings: Settings) -> bool:
@@ -229,8 +283,11 @@ class GhostModuleFunction(torch.autograd.Function):
     """``ghost_formula`` with fused forward and backward, differentiable twice.
 
     Inputs: x, w1 (None: x is u), w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2,
-    settings, batch_stats. With batch_stats the mean and var arguments are None, and the result is
-    (out, mean1, var1, mean2, var2), the statistics not differentiable; without, it is out alone.
+    slopes1 [m], slopes2 [g] (None without a PReLU), settings, stats. The mean and var of a norm
+    with the batch's statistics are None. The result is out where both norms have constant ones.
+    Otherwise it is (out, mean1, var1, mean2, var2, *counts), all but out not differentiable, with
+    empty statistics for a constant norm, and a count of the values of a channel in all processes
+    for each norm that crosses them.
     """
 
     @staticmethod
@@ -247,33 +304,49 @@ class GhostModuleFunction(torch.autograd.Function):
         beta2: Tensor | None,
         mean2: Tensor | None,
         var2: Tensor | None,
+        slopes1: Tensor | None,
+        slopes2: Tensor | None,
         settings: Settings,
-        batch_stats: bool,
+        stats: Statistics,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.batch_stats = settings, batch_stats
+        ctx.settings, ctx.stats = settings, stats
         norms = Norms(gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2)
+        slopes = Slopes(slopes1, slopes2)
         data, fused = dense(x), w1 is not None and is_fused_primary(w1, settings)
         keep = w1 is not None and _keeps_u(x, w1, settings)
         weight, u = w1 if fused else None, None
         if w1 is not None and not fused:
             data = dense(library_conv(data, w1, settings))
             u = data if keep else None
-        if not batch_stats:
-            out = frozen_forward(data, weight, w2, norms, settings)
-            ctx.save_for_backward(x, w1, w2, *norms, u)
+        if not stats.use_batch():
+            out = frozen_forward(data, weight, w2, norms, settings, slopes)
+            ctx.save_for_backward(x, w1, w2, *norms, *slopes, u, None, None)
             return out
-        out, *stats, kept = train_forward(data, weight, w2, norms, settings, keep and fused)
-        ctx.mark_non_differentiable(*stats)
-        mean1, var1, mean2, var2 = stats
+        arguments = data, weight, w2, norms, settings
+        counts: Sequence[Tensor | None] = (None, None)
+        if stats.cross_processes():
+            out, *found, kept, count1, count2 = _forward_over_processes(
+                *arguments, stats, slopes, keep and fused
+            )
+            counts = count1, count2
+        else:
+            out, *found, kept = train_forward(*arguments, slopes, keep and fused)
+        results = [*found, *(t for t in counts if t is not None)]
+        ctx.mark_non_differentiable(*results)
+        if stats.batch1:
+            mean1, var1 = found[:2]
+        if stats.batch2:
+            mean2, var2 = found[2:]
+        norms = Norms(gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2)
         u = kept if keep and fused else u
-        ctx.save_for_backward(x, w1, w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, u)
-        return out, mean1, var1, mean2, var2
+        ctx.save_for_backward(x, w1, w2, *norms, *slopes, u, *counts)
+        return out, *results
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 13
+            return (None,) * 15
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_backward(ctx, grad_out)
         device_type = grad_out.device.type
@@ -285,22 +358,37 @@ class GhostModuleFunction(torch.autograd.Function):
 
 def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Backward through ``ghost_backward``; nothing in it is differentiable again."""
-    x, w1, w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2, u = ctx.saved_tensors
-    s, needs = ctx.settings, ctx.needs_input_grad
+    x, w1, w2, *rest = ctx.saved_tensors
+    norms, slopes, (u, *counts) = Norms(*rest[:8]), Slopes(*rest[8:10]), rest[10:]
+    s, stats, needs = ctx.settings, ctx.stats, ctx.needs_input_grad
     need_dx, need_dw1 = needs[0], w1 is not None and needs[1]
     fused = w1 is not None and is_fused_primary(w1, s)
-    data = dense(x)
     through_conv = w1 is not None and not fused
+    mask = _wanted(needs, through_conv, w2)
+    data = dense(x)
     if through_conv:
         u = dense(library_conv(data, w1, s)) if u is None else u
-    weight = _packable(w1) if fused else None
-    dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2 = ops_for(x, w2).ghost_backward(
-        grad_out, u if through_conv else data, u if fused else None,
-        weight, _packable(gamma1), _packable(beta1), _packable(mean1), _packable(var1), s.eps1,
-        _packable(w2), _packable(gamma2), _packable(beta2), _packable(mean2), _packable(var2),
-        s.eps2, s.stride[0] if fused else 1, s.act1, s.slope1, s.act2, s.slope2, ctx.batch_stats,
-        (need_dx or need_dw1) if through_conv else need_dx, need_dw1 and fused,
-    )  # fmt: skip
+    elif fused and u is None and stats.cross_processes():
+        u = dense(library_conv(data, w1, s))  # once, for all calls
+    weight, wide = _packable(w1) if fused else None, Norms(*map(_packable, norms))
+    prelu1, prelu2 = map(_packable, slopes)
+    backward, cheap = ops_for(x, w2).ghost_backward, _packable(w2)
+
+    def call(part: int, means1: Tensor | None, means2: Tensor | None) -> Sequence[Tensor]:
+        n = wide
+        return backward(
+            grad_out, u if through_conv else data, u if fused else None,
+            weight, n.gamma1, n.beta1, n.mean1, n.var1, s.eps1, prelu1, means1,
+            cheap, n.gamma2, n.beta2, n.mean2, n.var2, s.eps2, prelu2, means2,
+            s.stride[0] if fused else 1, s.act1, s.slope1, s.act2, s.slope2,
+            stats.batch1, stats.batch2, part,
+        )  # fmt: skip
+
+    if stats.cross_processes():
+        grads = _over_processes(call, mask, stats, *counts)
+    else:
+        grads = call(mask, None, None) if mask else [None] * 9
+    dx, dw1, dgamma1, dbeta1, dprelu1, dw2, dgamma2, dbeta2, dprelu2 = grads
     if through_conv and (need_dx or need_dw1):
         dx, dw1 = eager_ops.conv_backward(
             dx, data, w1, s.stride, s.padding, s.dilation, s.groups, need_dx, need_dw1
@@ -310,17 +398,79 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         dx if need_dx else None,
         dw1 if need_dw1 else None,
         dw2 if needs[2] and ghosts else None,
-        gradient(dgamma1, gamma1, needs[3]),
-        gradient(dbeta1, beta1, needs[4]),
+        gradient(dgamma1, norms.gamma1, needs[3]),
+        gradient(dbeta1, norms.beta1, needs[4]),
         None,
         None,
-        gradient(dgamma2, gamma2, needs[7] and ghosts),
-        gradient(dbeta2, beta2, needs[8] and ghosts),
+        gradient(dgamma2, norms.gamma2, needs[7] and ghosts),
+        gradient(dbeta2, norms.beta2, needs[8] and ghosts),
         None,
         None,
+        gradient(dprelu1, slopes.slopes1, needs[11]),
+        gradient(dprelu2, slopes.slopes2, needs[12] and ghosts),
         None,
         None,
     )
+
+
+def _wanted(needs: Sequence[bool], through_conv: bool, w2: Tensor) -> int:
+    """The mask of ``NEEDS`` for the inputs of ``GhostModuleFunction`` that need a gradient.
+
+    through_conv: the operator's x is u, and w1 is no operand of it.
+    """
+    n = NEEDS
+    mask = n.NORM1 if needs[3] or needs[4] else 0
+    mask |= n.PRELU1 if needs[11] else 0
+    if through_conv:
+        mask |= n.DX if needs[0] or needs[1] else 0
+    else:
+        mask |= (n.DX if needs[0] else 0) | (n.DW1 if needs[1] else 0)
+    if w2.size(0) == 0:
+        return mask
+    mask |= (n.DW2 if needs[2] else 0) | (n.PRELU2 if needs[12] else 0)
+    return mask | (n.NORM2 if needs[7] or needs[8] else 0)
+
+
+_OF_RESULTS = (
+    NEEDS.DX, NEEDS.DW1, NEEDS.NORM1, NEEDS.NORM1, NEEDS.PRELU1,
+    NEEDS.DW2, NEEDS.NORM2, NEEDS.NORM2, NEEDS.PRELU2,
+)  # fmt: skip
+
+
+def _over_processes(
+    call: Callable[[int, Tensor | None, Tensor | None], Sequence[Tensor]],
+    mask: int,
+    stats: Statistics,
+    count1: Tensor | None,
+    count2: Tensor | None,
+) -> list[Tensor | None]:
+    """The results of ``ghost_backward`` with its means taken over all processes.
+
+    Parameter gradients stay those of this process. Whether a norm has a collective depends on the
+    mask alone, never on the batch of this process, so that all processes agree.
+    """
+    from . import sync
+
+    n, results = NEEDS, [None] * 9
+    left, means1, means2 = mask, None, None
+
+    def step(part: int) -> None:
+        nonlocal left
+        grads = call(part, means1, means2)
+        for index, (need, grad) in enumerate(zip(_OF_RESULTS, grads, strict=True)):
+            if part & need:
+                results[index] = grad
+        left &= ~part
+
+    if stats.group2 is not None and left & ~(n.NORM2 | n.PRELU2):
+        step(n.NORM2 | left & n.PRELU2)
+        means2 = sync.mean_gradients(results[7], results[6], count2, stats.group2)
+    if stats.group1 is not None and left & (n.DX | n.DW1):
+        step(n.NORM1 | left & ~(n.DX | n.DW1))
+        means1 = sync.mean_gradients(results[3], results[2], count1, stats.group1)
+    if left:
+        step(left)
+    return results
 
 
 def gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
@@ -332,11 +482,12 @@ def gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | N
 
 def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Backward with a graph of its own, through the reference formula."""
-    *tensors, _ = ctx.saved_tensors
+    *tensors, _, _, _ = ctx.saved_tensors
+    settings, stats = ctx.settings, ctx.stats
 
     def formula(x: Tensor, w1: Tensor | None, w2: Tensor, *rest: Tensor | None) -> Tensor:
-        norms = _without_stats(Norms(*rest)) if ctx.batch_stats else Norms(*rest)
-        return ghost_formula(x, w1, w2, norms, ctx.settings, ctx.batch_stats)
+        norms, slopes = _without_stats(Norms(*rest[:8]), stats), Slopes(*rest[8:])
+        return ghost_formula(x, w1, w2, norms, settings, stats, slopes=slopes)
 
     return *differentiate(formula, tensors, ctx.needs_input_grad, grad_out), None, None
 
@@ -359,8 +510,11 @@ def differentiate(
     return tuple(next(found) if need else None for need in needs)
 
 
-def _without_stats(norms: Norms) -> Norms:
-    return Norms(norms.gamma1, norms.beta1, None, None, norms.gamma2, norms.beta2, None, None)
+def _without_stats(norms: Norms, stats: Statistics) -> Norms:
+    """norms without the mean and var of those that use the batch's."""
+    if stats.batch1:
+        norms = norms._replace(mean1=None, var1=None)
+    return norms._replace(mean2=None, var2=None) if stats.batch2 else norms
 
 
 class RunningUpdate(NamedTuple):
@@ -376,25 +530,29 @@ def run(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
     update1: RunningUpdate,
     update2: RunningUpdate,
     slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
     """The Ghost module on checked arguments, by the path that grad mode and autocast ask for.
 
-    With batch_stats, the mean and var of norms are the running statistics to update, or None.
-    Slopes only where ``slopes_need_layers`` has nothing against them.
+    The mean and var of norms are the running statistics, or None. Those of a norm that uses the
+    batch's are updated.
     """
-    n = norms
+    if w2.size(0) == 0:  # there is no second norm
+        stats = stats._replace(batch2=stats.batch1, group2=None)
+    if stats.cross_processes() and torch.compiler.is_compiling():
+        arguments = x, w1, w2, norms, settings, stats, update1, update2, slopes
+        return _outside_graph(*arguments)
     if in_transform():
         _announce(
             "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
         shares = [share(update) for update in (update1, update2)]
-        out = ghost_formula(x, w1, w2, norms, settings, batch_stats, *shares, slopes)
-        for update in (update1, update2):
-            if batch_stats and update.batches is not None:
+        out = ghost_formula(x, w1, w2, norms, settings, stats, *shares, slopes)
+        for update, batch in ((update1, stats.batch1), (update2, stats.batch2)):
+            if batch and update.batches is not None:
                 update.batches.add_(1)
         return out
     device_type = x.device.type
@@ -405,29 +563,71 @@ def run(
             t if t is None or t.dtype in (to, torch.float64) else t.to(to) for t in (x, w1, w2)
         )
         with torch.autocast(device_type, enabled=False):
-            return run(x, w1, w2, norms, settings, batch_stats, update1, update2, slopes)
-    if needs_grad(x, w1, w2, norms):
+            return run(x, w1, w2, norms, settings, stats, update1, update2, slopes)
+    given = _without_stats(norms, stats)
+    if needs_grad(x, w1, w2, norms, slopes):
         if torch.compiler.is_compiling():
             settings = _with_constants(settings)
-        given = _without_stats(norms) if batch_stats else norms
-        result = GhostModuleFunction.apply(x, w1, w2, *given, settings, batch_stats)
+        result = GhostModuleFunction.apply(x, w1, w2, *given, *slopes, settings, stats)
+        if not stats.use_batch():
+            return result
+        out, mean1, var1, mean2, var2, *counts = result
     else:
         data = dense(x)
         if w1 is not None and not is_fused_primary(w1, settings):
             data, w1 = dense(library_conv(data, w1, settings)), None
-        if batch_stats:
-            result = train_forward(data, w1, w2, norms, settings, False)
+        if not stats.use_batch():
+            return frozen_forward(data, w1, w2, given, settings, slopes)
+        arguments = data, w1, w2, given, settings
+        if stats.cross_processes():
+            out, mean1, var1, mean2, var2, _, *counts = _forward_over_processes(
+                *arguments, stats, slopes, False
+            )
+            counts = [t for t in counts if t is not None]
         else:
-            result = frozen_forward(data, w1, w2, norms, settings, slopes)
-    if not batch_stats:
-        return result
-    out, *stats = result[:5]
-    ghosts = w2.size(0) > 0
-    update_running(
-        ops_for(x, w2), n if ghosts else n._replace(mean2=None, var2=None), stats,
-        update1, update2 if ghosts else RunningUpdate(), out.numel() // out.size(1),
-    )  # fmt: skip
+            out, mean1, var1, mean2, var2, _ = train_forward(*arguments, slopes, False)
+            counts = []
+    if w2.size(0) == 0:
+        norms, update2 = norms._replace(mean2=None, var2=None), RunningUpdate()
+    values1 = values2 = out.numel() // out.size(1)
+    if stats.group1 is not None:
+        values1 = int(counts[0])
+    if stats.group2 is not None:
+        values2 = int(counts[-1])
+    found = mean1, var1, mean2, var2
+    _update_both(ops_for(x, w2), norms, found, stats, update1, update2, values1, values2)
     return out
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler at once
+def _outside_graph(*arguments: Any) -> Tensor:
+    """``run`` where collectives have a host to run on, and not in a compiled graph."""
+    return run(*arguments)
+
+
+def _update_both(
+    functions: Any,
+    norms: Norms,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: Statistics,
+    update1: RunningUpdate,
+    update2: RunningUpdate,
+    values1: int,
+    values2: int,
+) -> None:
+    """The running statistics of the norms that use the batch's, of values1 and values2 values."""
+    nothing = RunningUpdate()
+    if not stats.batch1:
+        norms, update1 = norms._replace(mean1=None, var1=None), nothing
+    if not stats.batch2:
+        norms, update2 = norms._replace(mean2=None, var2=None), nothing
+    if not stats.cross_processes():
+        update_running(functions, norms, found, update1, update2, values1)
+        return
+    first = norms._replace(mean2=None, var2=None)
+    second = norms._replace(mean1=None, var1=None)
+    update_running(functions, first, found, update1, nothing, values1)
+    update_running(functions, second, found, nothing, update2, values2)
 
 
 def _with_constants(settings: Settings) -> Settings:
@@ -454,7 +654,7 @@ def share(update: RunningUpdate) -> float:
 def update_running(
     functions: Any,
     norms: Norms,
-    stats: list[Tensor],
+    stats: Sequence[Tensor],
     update1: RunningUpdate,
     update2: RunningUpdate,
     count: int,

@@ -23,6 +23,19 @@ from . import activations
 _aten = torch.ops.aten
 
 
+class NEEDS:
+    """Bits of ``ghost_backward``'s mask: the gradients that are wanted."""
+
+    DX = 1
+    DW1 = 2
+    NORM1 = 4  # dgamma1 and dbeta1
+    PRELU1 = 8
+    DW2 = 16
+    NORM2 = 32
+    PRELU2 = 64
+    ALL = 127
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -249,9 +262,9 @@ def _statistics(u: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def ghost_primary_stats(x: Tensor, w1: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [m] of u = conv(x, w1)."""
-    return _statistics(F.conv2d(x, w1, None, stride))
+def ghost_primary_stats(x: Tensor, w1: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [m] of u = conv(x, w1); without w1 x is u."""
+    return _statistics(x if w1 is None else F.conv2d(x, w1, None, stride))
 
 
 def ghost_cheap_stats(
@@ -265,15 +278,20 @@ def ghost_cheap_stats(
     slope1: float,
     has_primary: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [g] of v; ``packed`` was built without batch norm 2."""
+    """Mean and biased variance [g] of v; ``packed`` was built without batch norm 2.
+
+    It ends with the slopes [m] if act1 is a PReLU.
+    """
     g = intrinsic * (ratio - 1)
     _, second, third, _, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
-    if packed.numel() != end:
-        raise RuntimeError(f"packed has {packed.numel()} elements, expected {end}")
+    slopes1 = packed[end : end + intrinsic] if act1 == activations.PRELU else None
+    expected = end if slopes1 is None else end + intrinsic
+    if packed.numel() != expected:
+        raise RuntimeError(f"packed has {packed.numel()} elements, expected {expected}")
     if g == 0:
         return packed.new_empty(0), packed.new_empty(0)
     y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
-    y = activations.apply(y, act1, slope1, inplace=_overwrites())
+    y = activations.apply(y, act1, slope1, _overwrites(), slopes1)
     w2 = packed[second:third].view(g, 1, dw_size, dw_size)
     return _statistics(F.conv2d(y, w2, None, 1, dw_size // 2, 1, intrinsic))
 
@@ -292,11 +310,17 @@ def ghost_train_forward(
     w1: Tensor | None,
     gamma1: Tensor | None,
     beta1: Tensor | None,
+    mean1: Tensor | None,
+    var1: Tensor | None,
     eps1: float,
+    prelu1: Tensor | None,
     w2: Tensor,
     gamma2: Tensor | None,
     beta2: Tensor | None,
+    mean2: Tensor | None,
+    var2: Tensor | None,
     eps2: float,
+    prelu2: Tensor | None,
     out_channels: int,
     stride: int,
     act1: int,
@@ -305,24 +329,44 @@ def ghost_train_forward(
     slope2: float,
     keep_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, mean1, var1, mean2, var2, u or empty), normalised with the batch's statistics."""
+    """(out, mean1, var1, mean2, var2, u or empty).
+
+    Each norm uses the batch's statistics, which are returned, or the given ones, and then those
+    results are empty. prelu1 [m] and prelu2 [g] are slopes, where act1 or act2 is a PReLU.
+    """
     u = x if w1 is None else F.conv2d(x, w1, None, stride)
-    mean1, var1 = _statistics(u)
-    y = _norm(u, mean1, var1, gamma1, beta1, eps1)
-    y = activations.apply(y, act1, slope1, inplace=_overwrites())
+    y, *stats1 = _normalise(u, mean1, var1, gamma1, beta1, eps1)
+    y = activations.apply(y, act1, slope1, _overwrites(), prelu1)
     if w2.size(0) == 0:
-        z, mean2, var2 = None, mean1.new_empty(0), var1.new_empty(0)
+        z, stats2 = None, [stats1[0].new_empty(0), stats1[0].new_empty(0)]
     else:
         v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
-        mean2, var2 = _statistics(v)
-        z = _norm(v, mean2, var2, gamma2, beta2, eps2)
-        z = activations.apply(z, act2, slope2, inplace=_overwrites())
+        z, *stats2 = _normalise(v, mean2, var2, gamma2, beta2, eps2)
+        z = activations.apply(z, act2, slope2, _overwrites(), prelu2)
     out = _join(y, z, out_channels, x)
     if not keep_u:
-        return out, mean1, var1, mean2, var2, x.new_empty(0)
+        return out, *stats1, *stats2, x.new_empty(0)
     # The results of an op may not alias its arguments.
     kept = u.clone() if w1 is None else u.contiguous(memory_format=memory_format(x))
-    return out, mean1, var1, mean2, var2, kept
+    return out, *stats1, *stats2, kept
+
+
+def _normalise(
+    u: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bn(u), mean, var): the batch's statistics; two empty ones where they are given."""
+    if (mean is None) != (var is None):
+        raise RuntimeError("mean and var of a norm must both be given, or neither")
+    if mean is None or var is None:
+        mean, var = _statistics(u)
+        return _norm(u, mean, var, gamma, beta, eps), mean, var
+    nothing = (u.new_empty(0, dtype=compute_dtype(u.dtype)) for _ in range(2))
+    return _norm(u, mean, var, gamma, beta, eps), *nothing
 
 
 def _norm_backward(
@@ -333,17 +377,33 @@ def _norm_backward(
     gamma: Tensor | None,
     eps: float,
     batch_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(du, dgamma, dbeta) of batch norm."""
+    means: Tensor | None,
+    need_du: bool,
+    need_sums: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(du, dgamma, dbeta) of batch norm, None for what is not needed.
+
+    means: [2, C], the means of grad and of grad * normalised u that du uses; None: this batch's.
+    """
     dtype = compute_dtype(u.dtype)
-    mean, var = _cast(mean, dtype), _cast(var, dtype)
+    mean, var, gamma = _cast(mean, dtype), _cast(var, dtype), _cast(gamma, dtype)
     layout = memory_format(u)
     # With one layout throughout, PyTorch takes its vectorised path.
     grad = grad.contiguous(memory_format=layout)
     invstd = torch.rsqrt(var + eps)
-    du, dgamma, dbeta = _aten.native_batch_norm_backward.default(
-        grad, u, _cast(gamma, dtype), mean, var, mean, invstd, batch_stats, eps, [True, True, True]
-    )
+    du, given = None, batch_stats and means is not None
+    if given and need_du:
+        scale = invstd if gamma is None else invstd * gamma
+        columns = mean, invstd, scale, *means
+        mean_, invstd_, scale_, first, second = (t.view(-1, 1, 1) for t in columns)
+        normed = (u - mean_).mul_(invstd_ * second).add_(first)
+        du = _cast((grad - normed).mul_(scale_), u.dtype)
+    dgamma, dbeta, ours = None, None, need_du and not given
+    if ours or need_sums:
+        found, dgamma, dbeta = _aten.native_batch_norm_backward.default(
+            grad, u, gamma, mean, var, mean, invstd, batch_stats, eps, [ours, need_sums, need_sums]
+        )
+        du = found if ours else du
     return du, dgamma, dbeta
 
 
@@ -385,16 +445,8 @@ def conv_backward(
     return dx, dw
 
 
-def _zero_gradients(
-    x: Tensor, w1: Tensor | None, w2: Tensor, m: int, need_dx: bool, need_dw1: bool
-) -> tuple[Tensor, ...]:
-    """The gradients of a batch of no images."""
-    per_channel = x.new_zeros(m, dtype=compute_dtype(x.dtype))
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
-    dw1 = torch.zeros_like(w1) if need_dw1 and w1 is not None else x.new_empty(0)
-    per_ghost = per_channel.new_zeros(w2.size(0))
-    dgamma1, dbeta1 = per_channel, per_channel.clone()
-    return dx, dw1, dgamma1, dbeta1, torch.zeros_like(w2), per_ghost, per_ghost.clone()
+def _channel_sums(t: Tensor) -> Tensor:
+    return t.sum((0, 2, 3), dtype=compute_dtype(t.dtype))
 
 
 def ghost_backward(
@@ -407,67 +459,135 @@ def ghost_backward(
     mean1: Tensor,
     var1: Tensor,
     eps1: float,
+    prelu1: Tensor | None,
+    means1: Tensor | None,
     w2: Tensor,
     gamma2: Tensor | None,
     beta2: Tensor | None,
     mean2: Tensor,
     var2: Tensor,
     eps2: float,
+    prelu2: Tensor | None,
+    means2: Tensor | None,
     stride: int,
     act1: int,
     slope1: float,
     act2: int,
     slope2: float,
-    batch_stats: bool,
-    need_dx: bool,
-    need_dw1: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2); everything between is recomputed.
+    batch_stats1: bool,
+    batch_stats2: bool,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dw1, dgamma1, dbeta1, dprelu1, dw2, dgamma2, dbeta2, dprelu2).
 
-    Backwards through the formula of ``reference.py``::
+    Everything between is recomputed. Backwards through the formula of ``reference.py``::
 
-        dv  = bn2'(act2'(grad of z)),  dw2 = dv correlated with y
-        dy  = grad of y + w2 applied backwards to dv
-        du  = bn1'(act1'(dy)),  dw1 = du correlated with x,  dx = w1 applied backwards to du
+        db  = act2'(grad of z),  dprelu2 = sum of grad of z * min(b, 0) with b = bn2(v)
+        dv  = bn2'(db),  dw2 = dv correlated with y
+        da  = act1'(grad of y + w2 applied backwards to dv),  dprelu1 likewise
+        du  = bn1'(da),  dw1 = du correlated with x,  dx = w1 applied backwards to du
+
+    Args:
+        batch_stats1, batch_stats2: whether a norm's mean and var are functions of the batch.
+        means1, means2: [2, m] and [2, g], with batch_stats: the means over all values of all
+            processes of da (db) and of da * normalised u (db * normalised v); None: this batch's.
+        needs: a mask of ``NEEDS``. What is not needed is empty, and costs nothing.
     """
     m, g = mean1.size(0), w2.size(0)
+    need_du = bool(needs & (NEEDS.DX | NEEDS.DW1))
+    need_dy = need_du or bool(needs & (NEEDS.NORM1 | NEEDS.PRELU1))
+    need_dw2 = bool(needs & NEEDS.DW2)
+    need_db = need_dy or bool(needs & (NEEDS.DW2 | NEEDS.NORM2 | NEEDS.PRELU2))
     if x.numel() == 0:
-        return _zero_gradients(x, w1, w2, m, need_dx, need_dw1)
+        return _zero_gradients(x, w1, w2, m, prelu1, prelu2, needs)
+    # dgamma1, dbeta1, dprelu1 and those of the second norm; results may not alias each other.
+    dtype = compute_dtype(x.dtype)
+    first, second = ([x.new_empty(0, dtype=dtype) for _ in range(3)] for _ in range(2))
+    dx, dw1 = x.new_empty(0), x.new_empty(0)
+    dw2 = torch.zeros_like(w2) if need_dw2 else x.new_empty(0)
     if u is None:
         u = x if w1 is None else F.conv2d(x, w1, None, stride)
-    y_in = _norm(u, mean1, var1, gamma1, beta1, eps1)
+    a = _norm(u, mean1, var1, gamma1, beta1, eps1)
     dy = grad_out[:, :m]
-    if g:
-        y = activations.apply(y_in, act1, slope1)
+    if g and need_db:
+        y = activations.apply(a, act1, slope1, False, prelu1)
         padding = w2.size(-1) // 2
         v = F.conv2d(y, w2, None, 1, padding, 1, m)
-        z_in = _norm(v, mean2, var2, gamma2, beta2, eps2)
+        b = _norm(v, mean2, var2, gamma2, beta2, eps2)
         dz = grad_out[:, m:]
         if dz.size(1) < g:
             dz = F.pad(dz, (0, 0, 0, 0, 0, g - dz.size(1)))
-        dz = activations.backward(dz, z_in, act2, slope2)
-        dv, dgamma2, dbeta2 = _norm_backward(dz, v, mean2, var2, gamma2, eps2, batch_stats)
-        from_v, dw2 = conv_backward(dv, y, w2, (1, 1), (padding, padding), (1, 1), m, True, True)
-        dy = from_v.add_(dy)
-    else:
-        dw2 = torch.zeros_like(w2)
-        dgamma2, dbeta2 = mean1.new_empty(0), mean1.new_empty(0)
-        if dy.size(1) < m:
-            dy = F.pad(dy, (0, 0, 0, 0, 0, m - dy.size(1)))
-    dy = activations.backward(dy, y_in, act1, slope1)
-    du, dgamma1, dbeta1 = _norm_backward(dy, u, mean1, var1, gamma1, eps1, batch_stats)
+        db, slopes = activations.backward(dz, b, act2, slope2, prelu2)
+        if slopes is not None and needs & NEEDS.PRELU2:
+            second[2] = _channel_sums(slopes)
+        dv, dgamma2, dbeta2 = _norm_backward(
+            db, v, mean2, var2, gamma2, eps2, batch_stats2, means2, need_dy or need_dw2,
+            bool(needs & NEEDS.NORM2),
+        )  # fmt: skip
+        if dgamma2 is not None and dbeta2 is not None:
+            second[:2] = dgamma2, dbeta2
+        if dv is not None:
+            from_v, found_dw2 = conv_backward(
+                dv, y, w2, (1, 1), (padding, padding), (1, 1), m, need_dy, need_dw2
+            )
+            dw2 = dw2 if found_dw2 is None else found_dw2.contiguous()
+            dy = dy if from_v is None else from_v.add_(dy)
+    elif dy.size(1) < m:
+        dy = F.pad(dy, (0, 0, 0, 0, 0, m - dy.size(1)))
+    if need_dy:
+        da, slopes = activations.backward(dy, a, act1, slope1, prelu1)
+        if slopes is not None and needs & NEEDS.PRELU1:
+            first[2] = _channel_sums(slopes)
+        du, dgamma1, dbeta1 = _norm_backward(
+            da, u, mean1, var1, gamma1, eps1, batch_stats1, means1, need_du,
+            bool(needs & NEEDS.NORM1),
+        )  # fmt: skip
+        if dgamma1 is not None and dbeta1 is not None:
+            first[:2] = dgamma1, dbeta1
+        if du is not None:
+            dx, dw1 = _primary_backward(du, x, w1, stride, needs)
+    return dx, dw1, *first, dw2, *second  # type: ignore[return-value]
 
-    dx, dw1 = x.new_empty(0), w2.new_empty(0)
+
+def _primary_backward(
+    du: Tensor, x: Tensor, w1: Tensor | None, stride: int, needs: int
+) -> tuple[Tensor, Tensor]:
+    """(dx, dw1), empty where not needed; without w1 x is u."""
+    need_dx, need_dw1 = bool(needs & NEEDS.DX), bool(needs & NEEDS.DW1)
+    dx, dw1 = x.new_empty(0), x.new_empty(0)
     if w1 is None:
-        if need_dx:
-            dx = du.contiguous(memory_format=memory_format(x))
-    elif need_dx or need_dw1:
-        grad_x, grad_w = conv_backward(
-            du, x, w1, (stride, stride), (0, 0), (1, 1), 1, need_dx, need_dw1
-        )
-        dx = grad_x.contiguous(memory_format=memory_format(x)) if need_dx else dx
-        dw1 = grad_w.contiguous() if need_dw1 else dw1
-    return dx, dw1, dgamma1, dbeta1, dw2.contiguous(), dgamma2, dbeta2
+        return du.contiguous(memory_format=memory_format(x)) if need_dx else dx, dw1
+    grad_x, grad_w = conv_backward(
+        du, x, w1, (stride, stride), (0, 0), (1, 1), 1, need_dx, need_dw1
+    )
+    if grad_x is not None:
+        dx = grad_x.contiguous(memory_format=memory_format(x))
+    return dx, dw1 if grad_w is None else grad_w.contiguous()
+
+
+def _zero_gradients(
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    m: int,
+    prelu1: Tensor | None,
+    prelu2: Tensor | None,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of a batch of no images."""
+    g, n = w2.size(0), NEEDS
+
+    def like(t: Tensor | None, need: int) -> Tensor:
+        return torch.zeros_like(t) if t is not None and needs & need else x.new_empty(0)
+
+    def vector(size: int, need: int) -> Tensor:
+        return x.new_zeros(size if needs & need else 0, dtype=compute_dtype(x.dtype))
+
+    return (
+        like(x, n.DX), like(w1, n.DW1), vector(m, n.NORM1), vector(m, n.NORM1),
+        vector(0 if prelu1 is None else m, n.PRELU1), like(w2, n.DW2), vector(g, n.NORM2),
+        vector(g, n.NORM2), vector(0 if prelu2 is None else g, n.PRELU2),
+    )  # fmt: skip
 
 
 def ghost_update_running_(

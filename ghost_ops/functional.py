@@ -9,7 +9,7 @@ from . import activations
 from .activations import ActivationSpec
 from .autograd import GhostModuleFunction, RunningUpdate, autocast_dtype, run
 from .eager_ops import compute_dtype
-from .reference import Norms, Settings
+from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]
 
@@ -43,6 +43,8 @@ def ghost_module(
     groups: int = 1,
     activation: ActivationSpec = "relu",
     cheap_activation: ActivationSpec | None = None,
+    activation_weight: Tensor | None = None,
+    cheap_activation_weight: Tensor | None = None,
 ) -> Tensor:
     """Ghost module: intrinsic maps and their cheap ghosts, as ``F.batch_norm`` treats its tensors.
 
@@ -55,10 +57,10 @@ def ghost_module(
         z   = cheap_activation(bn2(v))
         out = concat(y, z)[:, :out_channels]
 
-    Differentiable twice in x, both weights, and the weights and biases of both batch norms. Under
-    torch.func transforms and forward-mode differentiation it runs unfused, which a warning says.
-    Saves for backward x, the parameters and the statistics per channel, and u only
-    where it has at most a quarter of x's elements.
+    Differentiable twice in x, both weights, the weights and biases of both batch norms, and the
+    slopes of a PReLU. Under torch.func transforms and forward-mode differentiation it runs unfused,
+    which a warning says. Saves for backward x, the parameters and the statistics per channel, and u
+    only where it has at most a quarter of x's elements.
 
     A primary convolution other than 1x1 with groups 1 and padding 0 runs through the library
     convolution; the rest is fused from its output on.
@@ -81,6 +83,9 @@ def ghost_module(
         stride, padding, dilation, groups: of the primary convolution.
         activation, cheap_activation: a name of ``ghost_ops.activations`` or a module;
             cheap_activation is activation if None.
+        activation_weight, cheap_activation_weight: slopes of ``"prelu"``, [1] or [m] and [1] or
+            [g], as the weight of ``F.prelu``; cheap_activation_weight is activation_weight if both
+            it and cheap_activation are None.
 
     The two weights have the dtype of x; under autocast all three are cast as a convolution's are.
     The batch norms' tensors have that dtype or float32 (float64 with float64).
@@ -98,10 +103,12 @@ def ghost_module(
 
     Source: GhostNet, CVPR 2020, section 3.1.
     """
-    act1, slope1 = activations.resolve(activation)
-    act2, slope2 = act1, slope1
-    if cheap_activation is not None:
-        act2, slope2 = activations.resolve(cheap_activation, "cheap_activation")
+    if cheap_activation is None:
+        cheap_activation = activation
+        if cheap_activation_weight is None:
+            cheap_activation_weight = activation_weight
+    act1, slope1 = _activation(activation, activation_weight, "activation")
+    act2, slope2 = _activation(cheap_activation, cheap_activation_weight, "cheap_activation")
     eps1, eps2 = _float_pair("eps", eps)
     momentum1, momentum2 = _float_pair("momentum", momentum)
     _check_types(
@@ -116,6 +123,8 @@ def ghost_module(
         cheap_bn_bias=cheap_bn_bias,
         cheap_running_mean=cheap_running_mean,
         cheap_running_var=cheap_running_var,
+        activation_weight=activation_weight,
+        cheap_activation_weight=cheap_activation_weight,
     )
     if out_channels is None:
         first = x.shape[1:2] if primary_weight is None else primary_weight.shape[:1]
@@ -143,9 +152,38 @@ def ghost_module(
         cheap_running_mean,
         cheap_running_var,
     )
-    check(x, primary_weight, cheap_weight, norms, settings, training)
+    stats = BATCH if training else FROZEN
+    check(x, primary_weight, cheap_weight, norms, settings, stats)
+    m = x.size(1) if primary_weight is None else primary_weight.size(0)
+    slopes = Slopes(
+        _slopes(x, activation_weight, m, "activation_weight"),
+        _slopes(x, cheap_activation_weight, cheap_weight.size(0), "cheap_activation_weight"),
+    )
     updates = RunningUpdate(momentum1), RunningUpdate(momentum2)
-    return run(x, primary_weight, cheap_weight, norms, settings, training, *updates)
+    return run(x, primary_weight, cheap_weight, norms, settings, stats, *updates, slopes)
+
+
+def _activation(activation: ActivationSpec, weight: Tensor | None, name: str) -> tuple[int, float]:
+    """The code and slope; a PReLU comes by name, with its slopes."""
+    if (activation == "prelu") != (weight is not None):
+        raise ValueError(f"{name}_weight must be given for {name}='prelu', and only for it")
+    if activation == "prelu":
+        return activations.PRELU, activations.DEFAULT_SLOPE
+    return activations.resolve(activation, name)
+
+
+def _slopes(x: Tensor, weight: Tensor | None, channels: int, name: str) -> Tensor | None:
+    """The slopes [channels] from the weight of a PReLU."""
+    if weight is None:
+        return None
+    if weight.shape not in ((1,), (channels,)):
+        raise RuntimeError(f"{name} must be of shape [1] or [{channels}], got {list(weight.shape)}")
+    if weight.device != x.device or weight.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"{name} must be floating-point and on {x.device}, where x is, got {weight.dtype} on "
+            f"{weight.device}"
+        )
+    return weight.expand(channels)
 
 
 def _check_types(**tensors: Tensor | None) -> None:
@@ -174,11 +212,17 @@ def check(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
 ) -> None:
     """Raise what ``ghost_module`` documents, naming the argument, its value and what is allowed."""
-    if not _plainly_fits(x, w1, w2, norms, settings, batch_stats):
-        _check_each(x, w1, w2, norms, settings, batch_stats)
+    if not _plainly_fits(x, w1, w2, norms, settings, stats):
+        _check_each(x, w1, w2, norms, settings, stats)
+
+
+def _counts_alone(stats: Statistics) -> bool:
+    """Whether a norm takes the statistics of this process's batch, which one value has none of."""
+    first, second = stats.group1 is None, stats.group2 is None
+    return (stats.batch1 and first) or (stats.batch2 and second)
 
 
 def _plainly_fits(
@@ -187,7 +231,7 @@ def _plainly_fits(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
 ) -> bool:
     """True only if nothing is wrong; quick, since it runs at every call.
 
@@ -211,7 +255,8 @@ def _plainly_fits(
         and w1.device == device and w2.device == device
     ):  # fmt: skip
         return False
-    if batch_stats and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
+    alone = _counts_alone(stats)
+    if alone and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
         return False
     shape = (m,)
     for index, t in enumerate(norms):
@@ -230,7 +275,7 @@ def _check_each(
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
 ) -> None:
     s = settings
     check_input(x, x if w1 is None else w1, s.groups if w1 is not None else 1, w1 is None)
@@ -250,7 +295,7 @@ def _check_each(
             f"{s.out_channels}"
         )
     ho, wo = output_size(x, w1, s)
-    if batch_stats and x.size(0) * ho * wo == 1:
+    if _counts_alone(stats) and x.size(0) * ho * wo == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{torch.Size((x.size(0), m, ho, wo))} for batch norm (input of the module: "
@@ -261,7 +306,7 @@ def _check_each(
     for index, (name, t) in enumerate(zip(Norms._fields, norms, strict=True)):
         size = m if index < 4 else g
         if t is None:
-            if not batch_stats and index % 4 > 1:
+            if index % 4 > 1 and not (stats.batch1 if index < 4 else stats.batch2):
                 raise RuntimeError(
                     f"{_NORM_NAMES[name]} must be defined in evaluation mode (or give batch "
                     "statistics with training=True)"
@@ -275,9 +320,8 @@ def _check_each(
             )
         if t.device != device:
             raise RuntimeError(f"{_NORM_NAMES[name]} is on {t.device}, but x is on {device}")
-    if batch_stats and (
-        (norms.mean1 is None) != (norms.var1 is None)
-        or (norms.mean2 is None) != (norms.var2 is None)
+    if (norms.mean1 is None) != (norms.var1 is None) or (norms.mean2 is None) != (
+        norms.var2 is None
     ):
         raise RuntimeError("running mean and running var must both be given, or both be None")
 

@@ -254,7 +254,7 @@ class SqueezeExciteFunction(torch.autograd.Function):
             de = _aten.hardtanh_backward.default(dgate, e, -3.0, 3.0) / 6.0
         else:
             de = _aten.sigmoid_backward.default(dgate, gate)
-        dhidden = activations.backward(de @ w2.flatten(1), hidden, act, slope)
+        dhidden, _ = activations.backward(de @ w2.flatten(1), hidden, act, slope)
         dmean = (dhidden @ w1.flatten(1)) / (x.size(2) * x.size(3))
         needs = ctx.needs_input_grad
         return (

@@ -28,8 +28,9 @@ class FusedGhostModule(FusedGhost, GhostModule):
     with a warning that says why once. Hooks of weight norm, spectral norm and pruning are known and
     stay fused.
 
-    A PReLU (one slope, or one a channel) is fused in eval mode without gradients; where gradients
-    are recorded, its module runs its children one after the other.
+    A PReLU (one slope, or one a channel) is fused, in training too. So are frozen batch norms (one
+    or both in eval mode), batch norms without parameters or without running statistics, and frozen
+    parameters, whose gradients are not computed.
 
     In eval mode without gradients the weights with batch norm folded in are kept from call to
     call, and made anew when a parameter, buffer or setting has changed. Writing into

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import backends, eager_ops
 from .backends.triton.layout import packed_numel as triton_packed_numel
-from .eager_ops import compute_dtype, memory_format, packed_offsets
+from .eager_ops import NEEDS, compute_dtype, memory_format, packed_offsets
 
 SCHEMAS = (
     "ghost_pack(Tensor? w1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, Tensor? var1, "
@@ -32,19 +32,21 @@ SCHEMAS = (
     "ghost_apply(Tensor x, Tensor packed, Tensor? residual, Tensor? gate, int intrinsic, "
     "int out_channels, int ratio, int dw_size, int stride, int act1, float slope1, int act2, "
     "float slope2, bool has_primary) -> Tensor",
-    "ghost_primary_stats(Tensor x, Tensor w1, int stride) -> (Tensor mean, Tensor var)",
+    "ghost_primary_stats(Tensor x, Tensor? w1, int stride) -> (Tensor mean, Tensor var)",
     "ghost_cheap_stats(Tensor x, Tensor packed, int intrinsic, int ratio, int dw_size, "
     "int stride, int act1, float slope1, bool has_primary) -> (Tensor mean, Tensor var)",
-    "ghost_train_forward(Tensor x, Tensor? w1, Tensor? gamma1, Tensor? beta1, float eps1, "
-    "Tensor w2, Tensor? gamma2, Tensor? beta2, float eps2, int out_channels, int stride, "
+    "ghost_train_forward(Tensor x, Tensor? w1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, "
+    "Tensor? var1, float eps1, Tensor? prelu1, Tensor w2, Tensor? gamma2, Tensor? beta2, "
+    "Tensor? mean2, Tensor? var2, float eps2, Tensor? prelu2, int out_channels, int stride, "
     "int act1, float slope1, int act2, float slope2, bool keep_u) "
     "-> (Tensor out, Tensor mean1, Tensor var1, Tensor mean2, Tensor var2, Tensor u)",
     "ghost_backward(Tensor grad_out, Tensor x, Tensor? u, Tensor? w1, Tensor? gamma1, "
-    "Tensor? beta1, Tensor mean1, Tensor var1, float eps1, Tensor w2, Tensor? gamma2, "
-    "Tensor? beta2, Tensor mean2, Tensor var2, float eps2, int stride, int act1, float slope1, "
-    "int act2, float slope2, bool batch_stats, bool need_dx, bool need_dw1) "
-    "-> (Tensor dx, Tensor dw1, Tensor dgamma1, Tensor dbeta1, Tensor dw2, Tensor dgamma2, "
-    "Tensor dbeta2)",
+    "Tensor? beta1, Tensor mean1, Tensor var1, float eps1, Tensor? prelu1, Tensor? means1, "
+    "Tensor w2, Tensor? gamma2, Tensor? beta2, Tensor mean2, Tensor var2, float eps2, "
+    "Tensor? prelu2, Tensor? means2, int stride, int act1, float slope1, int act2, float slope2, "
+    "bool batch_stats1, bool batch_stats2, int needs) "
+    "-> (Tensor dx, Tensor dw1, Tensor dgamma1, Tensor dbeta1, Tensor dprelu1, Tensor dw2, "
+    "Tensor dgamma2, Tensor dbeta2, Tensor dprelu2)",
     "ghost_update_running_(Tensor(a!)? running_mean1, Tensor(b!)? running_var1, "
     "Tensor(c!)? batches1, Tensor mean1, Tensor var1, float? momentum1, "
     "Tensor(d!)? running_mean2, Tensor(e!)? running_var2, Tensor(f!)? batches2, Tensor mean2, "
@@ -124,7 +126,7 @@ def _fake_apply(
 
 
 def _fake_primary_stats(x, w1, stride):
-    return _vectors(x, w1.size(0), 2)
+    return _vectors(x, x.size(1) if w1 is None else w1.size(0), 2)
 
 
 def _fake_cheap_stats(x, packed, intrinsic, ratio, dw_size, stride, act1, slope1, has_primary):
@@ -132,23 +134,31 @@ def _fake_cheap_stats(x, packed, intrinsic, ratio, dw_size, stride, act1, slope1
 
 
 def _fake_train_forward(
-    x, w1, gamma1, beta1, eps1, w2, gamma2, beta2, eps2, out_channels, stride, act1, slope1, act2,
-    slope2, keep_u,
+    x, w1, gamma1, beta1, mean1, var1, eps1, prelu1, w2, gamma2, beta2, mean2, var2, eps2, prelu2,
+    out_channels, stride, act1, slope1, act2, slope2, keep_u,
 ):  # fmt: skip
     m, g = (x.size(1) if w1 is None else w1.size(0)), w2.size(0)
     stride = 1 if w1 is None else stride
     u = _image(x, m, stride) if keep_u else x.new_empty(0)
-    return _image(x, out_channels, stride), *_vectors(x, m, 2), *_vectors(x, g, 2), u
+    first = _vectors(x, m if mean1 is None else 0, 2)
+    return _image(x, out_channels, stride), *first, *_vectors(x, g if mean2 is None else 0, 2), u
 
 
 def _fake_backward(
-    grad_out, x, u, w1, gamma1, beta1, mean1, var1, eps1, w2, gamma2, beta2, mean2, var2, eps2,
-    stride, act1, slope1, act2, slope2, batch_stats, need_dx, need_dw1,
+    grad_out, x, u, w1, gamma1, beta1, mean1, var1, eps1, prelu1, means1, w2, gamma2, beta2, mean2,
+    var2, eps2, prelu2, means2, stride, act1, slope1, act2, slope2, batch_stats1, batch_stats2,
+    needs,
 ):  # fmt: skip
     m, g = mean1.size(0), w2.size(0)
-    dx = torch.empty_like(x, memory_format=memory_format(x)) if need_dx else x.new_empty(0)
-    dw1 = x.new_empty(0) if w1 is None or not need_dw1 else w1.new_empty(w1.shape)
-    return dx, dw1, *_vectors(x, m, 2), w2.new_empty(w2.shape), *_vectors(x, g, 2)
+    n, nothing = NEEDS, x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=memory_format(x)) if needs & n.DX else nothing
+    dw1 = w1.new_empty(w1.shape) if w1 is not None and needs & n.DW1 else x.new_empty(0)
+    dw2 = w2.new_empty(w2.shape) if needs & n.DW2 else x.new_empty(0)
+    norm1 = _vectors(x, m if needs & n.NORM1 else 0, 2)
+    norm2 = _vectors(x, g if needs & n.NORM2 else 0, 2)
+    slopes1 = _vectors(x, m if needs & n.PRELU1 and prelu1 is not None else 0, 1)
+    slopes2 = _vectors(x, g if needs & n.PRELU2 and prelu2 is not None else 0, 1)
+    return dx, dw1, *norm1, *slopes1, dw2, *norm2, *slopes2
 
 
 def _fake_update_running_(

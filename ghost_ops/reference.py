@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import activations
+from .eager_ops import compute_dtype
 
 
 class Settings(NamedTuple):
@@ -72,13 +73,36 @@ class Slopes(NamedTuple):
 NO_SLOPES = Slopes()
 
 
+class Statistics(NamedTuple):
+    """Where the statistics of both norms come from.
+
+    Attributes:
+        batch1, batch2: the batch; False: the running ones, which are constants then.
+        group1, group2: with batch, the process group whose batches are one; None: this process.
+    """
+
+    batch1: bool
+    batch2: bool
+    group1: Any = None
+    group2: Any = None
+
+    def use_batch(self) -> bool:
+        return self.batch1 or self.batch2
+
+    def cross_processes(self) -> bool:
+        return self.group1 is not None or self.group2 is not None
+
+
+FROZEN, BATCH = Statistics(False, False), Statistics(True, True)
+
+
 def ghost_formula(
     x: Tensor,
     w1: Tensor | None,
     w2: Tensor,
     norms: Norms,
     settings: Settings,
-    batch_stats: bool,
+    stats: Statistics,
     momentum1: float = 0.0,
     momentum2: float = 0.0,
     slopes: Slopes = NO_SLOPES,
@@ -90,8 +114,8 @@ def ghost_formula(
         w1: [m, C / groups, k, k], or None if x already is u.
         w2: [g, 1, d, d]; g = 0 for ratio 1.
         norms, settings: the rest.
-        batch_stats: normalise with the batch's statistics, and move the running ones, where given,
-            by momentum1 and momentum2; otherwise with the running ones.
+        stats: of each norm; a norm with the batch's statistics moves the running ones, where given,
+            by momentum1 or momentum2.
         slopes: where settings name a PReLU.
 
     Returns:
@@ -100,14 +124,50 @@ def ghost_formula(
     n, s = norms, settings
     inplace = not torch.is_grad_enabled()
     u = x if w1 is None else F.conv2d(x, w1, None, s.stride, s.padding, s.dilation, s.groups)
-    y = F.batch_norm(u, n.mean1, n.var1, n.gamma1, n.beta1, batch_stats, momentum1, s.eps1)
+    norm1, norm2 = n[:4], n[4:]
+    y = _batch_norm(u, *norm1, stats.batch1, stats.group1, momentum1, s.eps1)
     y = activations.apply(y, s.act1, s.slope1, inplace, slopes.slopes1)
     if w2.size(0) == 0:
         return y[:, : s.out_channels]
     v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
-    z = F.batch_norm(v, n.mean2, n.var2, n.gamma2, n.beta2, batch_stats, momentum2, s.eps2)
+    z = _batch_norm(v, *norm2, stats.batch2, stats.group2, momentum2, s.eps2)
     z = activations.apply(z, s.act2, s.slope2, inplace, slopes.slopes2)
     return torch.cat([y, z], 1)[:, : s.out_channels]
+
+
+def _batch_norm(
+    u: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batch: bool,
+    group: Any,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm``, over the batches of all processes of a group if there is one."""
+    if group is None:
+        return F.batch_norm(u, mean, var, gamma, beta, batch, momentum, eps)
+    from torch.distributed.nn.functional import all_reduce  # its gradient is an all_reduce too
+
+    dims, wide = (0, 2, 3), u.to(compute_dtype(u.dtype))
+    count = wide.new_tensor([u.numel() / u.size(1)])
+    total = all_reduce(torch.cat([wide.sum(dims), count]), group=group)
+    values = total[-1].detach().clamp(min=1)
+    batch_mean = total[:-1] / values
+    # From centred values: E[u^2] - E[u]^2 would lose digits.
+    centred = wide - batch_mean.view(-1, 1, 1)
+    batch_var = all_reduce(centred.square().sum(dims), group=group) / values
+    if mean is not None and var is not None:
+        with torch.no_grad():
+            unbiased = batch_var * (values / (values - 1).clamp(min=1))
+            mean.lerp_(batch_mean.to(mean.dtype), momentum)
+            var.lerp_(unbiased.to(var.dtype), momentum)
+    out = centred * torch.rsqrt(batch_var + eps).view(-1, 1, 1)
+    if gamma is not None:
+        out = out * gamma.view(-1, 1, 1)
+    return (out if beta is None else out + beta.view(-1, 1, 1)).to(u.dtype)
 
 
 def _positive_int(name: str, value: Any) -> int:

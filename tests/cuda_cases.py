@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,21 +21,25 @@ from helpers import (
     Case,
     Norm,
     Params,
+    Result,
     activation_module,
     assert_close,
     make_input,
     make_module,
     make_smooth,
     oracle,
+    peer_conv2d,
     plain,
     with_layout,
 )
 from torch import Tensor
 
+from ghost_ops.ops import NEEDS
 from ghost_ops.reference import GhostModule
 
 LOW = (torch.bfloat16, torch.float16)
 SLOPE = 0.01
+PRELU = 8  # of activations
 
 
 @contextlib.contextmanager
@@ -208,9 +213,6 @@ def check_eval(
     return got
 
 
-PRELU = 8
-
-
 def check_extras(
     world: World,
     case: Case,
@@ -227,11 +229,7 @@ def check_extras(
     input, against PyTorch's layers in float64."""
     o = operands(case, has_primary)
     case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
-    g = torch.Generator().manual_seed(11)
-    slopes = [
-        torch.randn(n, generator=g).to(case.dtype) if wanted else None
-        for n, wanted in zip((case.m, w2.size(0)), prelu, strict=True)
-    ]
+    slopes = make_slopes(case, prelu)
     codes = [PRELU if s is not None else ACT_CODE[name]
              for s, name in zip(slopes, (case.act1, case.act2), strict=True)]  # fmt: skip
 
@@ -263,7 +261,10 @@ def check_extras(
     if gate is not None:
         layout = gate_layout or case.layout
         factor = make_input(maps.replace(h=gate[0], w=gate[1], layout=layout), 7)
-    inner = torch.rand(case.n, o.x.size(1), generator=g).to(case.dtype) if in_gate else None
+    inner = None
+    if in_gate:
+        g = torch.Generator().manual_seed(11)
+        inner = torch.rand(case.n, o.x.size(1), generator=g).to(case.dtype)
     wide = [None if t is None else t.double() for t in (inner, factor, extra)]
     with torch.no_grad(), tf32(use_tf32):
         want = module(o.p.to(torch.float64), o.x.double(), *wide)
@@ -281,14 +282,64 @@ def check_extras(
     return got
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a module trains.
+
+    Args:
+        batch: which norms have statistics of the batch; the others are frozen.
+        slopes: of activations that are PReLUs, [m] and [g].
+    """
+
+    batch: tuple[bool, bool] = (True, True)
+    slopes: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``helpers.oracle`` knows it."""
+        return self.batch[0] == self.batch[1] and self.slopes == (None, None)
+
+    def codes(self, o: Operands) -> tuple[int, float, int, float]:
+        first, _, second, _ = o.acts
+        codes = [code if s is None else PRELU
+                 for s, code in zip(self.slopes, (first, second), strict=True)]  # fmt: skip
+        return codes[0], SLOPE, codes[1], SLOPE
+
+
+def layers(p: Params, x: Tensor, case: Case, how: Training) -> Result:
+    """PyTorch's layers in the dtype of x."""
+
+    def layer(t: Tensor, n: Norm, i: int, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        var, mean = torch.var_mean(t.detach(), (0, 2, 3), correction=0)
+        given = (None, None) if how.batch[i] else (n.mean, n.var)
+        a = F.batch_norm(t, *given, n.gamma, n.beta, how.batch[i], 0.0, n.eps)
+        slopes = how.slopes[i]
+        out = activation_module(name)(a) if slopes is None else F.prelu(a, slopes.to(t.dtype))
+        return out, mean, var, a
+
+    y, mean1, var1, a = layer(peer_conv2d(x, p.w1, case.stride, 0, 1), p.bn1, 0, case.act1)
+    if case.ratio == 1:
+        none = y.new_empty(0)
+        return Result(y, mean1, var1, none, none, a, none)
+    v = F.conv2d(y, p.w2, None, 1, case.d // 2, 1, case.m)
+    z, mean2, var2, b = layer(v, p.bn2, 1, case.act2)
+    return Result(torch.cat([y, z], 1)[:, : case.oup], mean1, var1, mean2, var2, a, b)
+
+
 def gradients(
-    p: Params, x: Tensor, grad: Tensor, case: Case, training: bool, how: Any
+    p: Params, x: Tensor, grad: Tensor, case: Case, how: Training
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients of ``oracle`` or ``plain``."""
+    """Output and gradients, in float64 of ``oracle`` where that knows ``how``."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    out = how(p, x, case, training)
-    out = getattr(out, "out", out)
+    slopes = [None if s is None else s.to(x.dtype).requires_grad_() for s in how.slopes]
+    if not how.plain:
+        out = layers(p, x, case, dataclasses.replace(how, slopes=tuple(slopes))).out
+    elif x.dtype == torch.float64:
+        out = oracle(p, x, case, how.batch[0]).out
+    else:
+        out = plain(p, x, case, how.batch[0])
     named = {"x": x, **p.tensors()}
+    named |= {f"slopes{i + 1}": s for i, s in enumerate(slopes) if s is not None}
     if case.ratio == 1:
         named = {k: t for k, t in named.items() if k[-1] != "2"}
     got = torch.autograd.grad(out, list(named.values()), grad.to(out.dtype))
@@ -322,89 +373,162 @@ def make_grad(o: Operands, size: torch.Size, style: str) -> Tensor:
     return make_input(case, 3)
 
 
+GRADIENTS = (
+    "x", "w1", "gamma1", "beta1", "slopes1", "w2", "gamma2", "beta2", "slopes2"
+)  # fmt: skip
+
+
+def make_slopes(case: Case, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    """Seeded slopes [m] and [g] of either sign."""
+    g = torch.Generator().manual_seed(11)
+    found = [torch.randn(n, generator=g).to(case.dtype) for n in (case.m, case.g)]
+    return tuple(s if want else None for s, want in zip(found, wanted, strict=True))  # type: ignore[return-value]
+
+
+def train_forward(world: World, o: Operands, how: Training, keep_u: bool) -> tuple[Tensor, ...]:
+    """Results of ``ghost_train_forward``: a frozen norm has its running statistics."""
+    norms = [
+        [*n[:2], *((None, None) if batch else n[2:]), 1e-5, slopes]
+        for n, batch, slopes in zip(norm_arguments(o), how.batch, how.slopes, strict=True)
+    ]
+    return world.call(
+        "ghost_train_forward", o.x, o.w1, *norms[0], o.p.w2.detach(), *norms[1], o.case.oup,
+        o.stride, *how.codes(o), keep_u,
+    )  # fmt: skip
+
+
+def backward(
+    world: World, o: Operands, how: Training, grad: Tensor, u: Tensor | None,
+    moments: list[Tensor], needs: int = NEEDS.ALL,
+    means: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> dict[str, Tensor]:  # fmt: skip
+    """Results of ``ghost_backward``; what is not needed must be empty, and is left out."""
+    bn1, bn2 = norm_arguments(o)
+    found = world.call(
+        "ghost_backward", grad, o.x, u, o.w1, *bn1[:2], *moments[:2], 1e-5, how.slopes[0],
+        means[0], o.p.w2.detach(), *bn2[:2], *moments[2:], 1e-5, how.slopes[1], means[1],
+        o.stride, *how.codes(o), *how.batch, needs,
+    )  # fmt: skip
+    n = NEEDS
+    wanted = {"x": n.DX, "w1": n.DW1, "gamma1": n.NORM1, "beta1": n.NORM1, "slopes1": n.PRELU1,
+              "w2": n.DW2, "gamma2": n.NORM2, "beta2": n.NORM2, "slopes2": n.PRELU2}  # fmt: skip
+    named = dict(zip(GRADIENTS, found, strict=True))
+    missing = {"w1": o.w1, "slopes1": how.slopes[0], "slopes2": how.slopes[1]}
+    kept = {}
+    for name, t in named.items():
+        if needs & wanted[name] and not (name in missing and missing[name] is None):
+            kept[name] = t
+        else:
+            assert t.numel() == 0, name
+    return kept
+
+
+def backward_in_three(
+    world: World, o: Operands, how: Training, grad: Tensor, u: Tensor | None, moments: list[Tensor]
+) -> dict[str, Tensor]:
+    """The same by calls that stop where the sums of several processes would be added up."""
+    if u is None and o.w1 is not None:
+        u = peer_conv2d(o.x, o.w1, o.stride, 0, 1)
+        u = with_layout(u, o.case.layout)
+    arguments = (world, o, how, grad, u, moments)
+    count = grad[:, 0].numel()
+
+    def means(found: dict[str, Tensor], i: int) -> Tensor | None:
+        if not how.batch[i] or not found[f"beta{i + 1}"].numel():
+            return None
+        return torch.stack([found[f"beta{i + 1}"], found[f"gamma{i + 1}"]]) / count
+
+    n = NEEDS
+    found = backward(*arguments, n.NORM2 | n.PRELU2)
+    means2 = means(found, 1)
+    found |= backward(*arguments, n.NORM1 | n.PRELU1 | n.DW2, (None, means2))
+    return found | backward(*arguments, n.DX | n.DW1, (means(found, 0), means2))
+
+
 def check_train(
     world: World,
     case: Case,
     *,
-    batch_stats: bool = True,
+    batch_stats: bool | tuple[bool, bool] = True,
+    prelu: tuple[bool, bool] = (False, False),
     has_primary: bool = True,
     keep_u: bool = False,
     grad_style: str = "dense",
     use_tf32: bool = False,
     rms: bool = False,
     shift: int = 0,
+    in_three: bool = False,
 ) -> dict[str, Tensor]:
-    """``ghost_train_forward`` (frozen: none) and ``ghost_backward`` against the oracle. x and w1
-    begin ``shift`` elements into their memory."""
-    o = operands(case, has_primary, smooth=batch_stats)
+    """``ghost_train_forward`` and ``ghost_backward`` against the oracle. x and w1 begin ``shift``
+    elements into their memory. in_three: as ``backward_in_three``."""
+    batch = (batch_stats, batch_stats) if isinstance(batch_stats, bool) else batch_stats
+    o = operands(case, has_primary, smooth=all(batch))
     if shift:
         o.x = misaligned(o.x, shift)
         o.w1 = None if o.w1 is None else misaligned(o.w1, shift)
     case, dtype = o.case, tolerance_dtype(o.case, use_tf32)
+    how = Training(batch, make_slopes(case, prelu))
     reference = o.p.to(torch.float64)
     with torch.no_grad():
-        stats = oracle(reference, o.x.double(), case, batch_stats)
-    grad = make_grad(o, stats.out.shape, grad_style)
-    want_out, want = gradients(reference, o.x.double(), grad.double(), case, batch_stats, oracle)
+        exact = oracle(reference, o.x.double(), case, batch[0]) if how.plain else layers(
+            reference, o.x.double(), case, how
+        )  # fmt: skip
+    grad = make_grad(o, exact.out.shape, grad_style)
+    want_out, want = gradients(reference, o.x.double(), grad.double(), case, how)
     peer_p, peer_x = as_tensor_cores_see_it(o, use_tf32)
-    eager_out, eager = gradients(peer_p, peer_x, grad, case, batch_stats, plain)
-    kinked = dtype in LOW and not {case.act1, case.act2}.isdisjoint(KINKS)
+    eager_out, eager = gradients(peer_p, peer_x, grad, case, how)
+    kinked = dtype in LOW and not (
+        {case.act1, case.act2}.isdisjoint(KINKS) and how.slopes == (None, None)
+    )
     rms, slack = rms or kinked, 4.0
     if kinked:
         # The derivative jumps: some eps of all pre-activations round to the other side, each an
         # error of its full size. The smooth activations are held to the strict rule.
         slack = (8 * torch.finfo(dtype).eps) ** 0.5 / (2 * torch.finfo(dtype).eps)
 
-    bn1, bn2 = norm_arguments(o)
-    w2, u, got = o.p.w2.detach(), None, {}
+    got: dict[str, Tensor] = {}
     with torch.no_grad(), tf32(use_tf32):
-        if batch_stats:
-            out, *moments, u = world.call(
-                "ghost_train_forward", o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup,
-                o.stride, *o.acts, keep_u,
-            )  # fmt: skip
-            same_format(out, o.x)
-            assert_close(out, want_out, eager_out, rms=rms, dtype=dtype)
-            spreads = (stats.var1.sqrt(), None, stats.var2.sqrt(), None)
-            names = ("mean1", "var1", "mean2", "var2")
-            for name, moment, spread in zip(names, moments, spreads, strict=True):
-                near(moment, getattr(stats, name).detach(), dtype, name, spread)
-                got[name] = moment
-            got["out"] = out
-            if keep_u:
-                exact_u = torch.nn.functional.conv2d(
-                    o.x.double(), reference.w1.detach(), stride=o.stride
-                )
-                near(u, exact_u, dtype, "u")
-            else:
-                assert u.numel() == 0
-                u = None
+        out, *moments, u = train_forward(world, o, how, keep_u)
+        same_format(out, o.x)
+        assert_close(out, want_out, eager_out, rms=rms, dtype=dtype)
+        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+        for i, name in enumerate(("mean1", "var1", "mean2", "var2")):
+            if not batch[i // 2]:
+                assert moments[i].numel() == 0, name
+                moments[i] = norm_arguments(o)[i // 2][2 + i % 2].to(wide)
+                continue
+            spread = getattr(exact, f"var{name[-1]}").sqrt() if name[:-1] == "mean" else None
+            near(moments[i], getattr(exact, name).detach(), dtype, name, spread)
+            got[name] = moments[i]
+        got["out"] = out
+        if keep_u:
+            exact_u = torch.nn.functional.conv2d(
+                o.x.double(), reference.w1.detach(), stride=o.stride
+            )
+            near(u, exact_u, dtype, "u")
         else:
-            wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-            moments = [t.to(wide) for t in (*bn1[2:], *bn2[2:])]
-        names = ("x", "w1", "gamma1", "beta1", "w2", "gamma2", "beta2")
-        found = world.call(
-            "ghost_backward", grad, o.x, u, o.w1, *bn1[:2], *moments[:2], 1e-5, w2, *bn2[:2],
-            *moments[2:], 1e-5, o.stride, *o.acts, batch_stats, True, o.w1 is not None,
-        )  # fmt: skip
-    found = dict(zip(names, found, strict=True))
+            assert u.numel() == 0
+            u = None
+        run = backward_in_three if in_three else backward
+        found = run(world, o, how, grad, u, moments)
     same_format(found["x"], o.x)
     scale = want
-    if batch_stats:
+    if any(batch):
         # Batch statistics make the terms of a gradient cancel; held constant they do not.
         frozen = o.p.to(torch.float64)
-        frozen.bn1.mean, frozen.bn1.var = stats.mean1.detach(), stats.var1.detach()
-        frozen.bn2.mean, frozen.bn2.var = stats.mean2.detach(), stats.var2.detach()
-        _, scale = gradients(frozen, o.x.double(), grad.double(), case, False, oracle)
+        for i, bn in enumerate((frozen.bn1, frozen.bn2)):
+            if batch[i]:
+                bn.mean, bn.var = (getattr(exact, f"{k}{i + 1}").detach() for k in ("mean", "var"))
+        constant = dataclasses.replace(how, batch=(False, False))
+        _, scale = gradients(frozen, o.x.double(), grad.double(), case, constant)
     # Sums over all pixels of terms of either sign cancel by chance, to the root of their number.
     count = grad[:, 0].numel()
     chance = torch.tensor(max(count**0.5, count / 32))
     for name in want:
         if name == "w1" and not has_primary:
-            assert found["w1"].numel() == 0
             continue
         size = scale[name]
-        if name[:-1] in ("gamma", "beta") and chance > size.abs().max():
+        if name[:-1] in ("gamma", "beta", "slopes") and chance > size.abs().max():
             size = chance
         assert_close(
             found[name], want[name], eager[name], f"gradient of {name}", rms=rms, slack=slack,
@@ -422,17 +546,21 @@ def check_statistics(world: World, case: Case, has_primary: bool = True) -> None
     with torch.no_grad(), tf32(False):
         live = oracle(reference, o.x.double(), o.case, training=True)
         frozen = oracle(reference, o.x.double(), o.case, training=False)
-        if has_primary:
-            mean, var = world.call("ghost_primary_stats", o.x, o.w1, o.stride)
-            near(mean, live.mean1, case.dtype, "mean1", live.var1.sqrt())
-            near(var, live.var1, case.dtype, "var1")
-        packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), None, None, None, None, 1e-5)
-        mean, var = world.call(
-            "ghost_cheap_stats", o.x, packed, case.m, case.ratio, case.d, o.stride, *o.acts[:2],
-            has_primary,
-        )  # fmt: skip
-        near(mean, frozen.mean2, case.dtype, "mean2", frozen.var2.sqrt())
-        near(var, frozen.var2, case.dtype, "var2")
+        mean, var = world.call("ghost_primary_stats", o.x, o.w1, o.stride)
+        near(mean, live.mean1, case.dtype, "mean1", live.var1.sqrt())
+        near(var, live.var1, case.dtype, "var1")
+        for prelu in (False, True):
+            how = Training((False, False), make_slopes(case, (prelu, False)))
+            if prelu:
+                frozen = layers(reference, o.x.double(), o.case, how)
+            none = (None, None, None, None)
+            packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *none, 1e-5, how.slopes[0])
+            mean, var = world.call(
+                "ghost_cheap_stats", o.x, packed, case.m, case.ratio, case.d, o.stride,
+                *how.codes(o)[:2], has_primary,
+            )  # fmt: skip
+            near(mean, frozen.mean2, case.dtype, "mean2", frozen.var2.sqrt())
+            near(var, frozen.var2, case.dtype, "var2")
 
 
 def moments(world: World, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -444,9 +572,11 @@ def moments(world: World, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     none = (None, None, None)
     with tf32(False):
         packed = world.pack(None, gamma, *none, 0.0, w2, *none, None, 0.0)
-        given = (x, None, None, None, 0.0, w2, None, None, 0.0, 2 * c, 1, 0, 0.0, 0, 0.0, False)
+        norm = (None, None, None, None, 0.0, None)
+        given = (x, None, *norm, w2, *norm, 2 * c, 1, 0, 0.0, 0, 0.0, False)
         return {
             "primary": world.call("ghost_primary_stats", x, w1, 1),
+            "x is u": world.call("ghost_primary_stats", x, None, 1),
             "u given": world.call("ghost_train_forward", *given)[1:3],
             "cheap": world.call("ghost_cheap_stats", x, packed, c, 2, 3, 1, 0, 0.0, False),
         }
@@ -513,24 +643,21 @@ def check_empty(world: World, case: Case, has_primary: bool = True) -> None:
     for extras in ((None, None), (maps, gate)):
         out = world.call("ghost_apply", o.x, packed, *extras, *o.shape, *o.acts, has_primary)
         assert out.shape == size
-    if has_primary:
-        zero(world.call("ghost_primary_stats", o.x, o.w1, o.stride))
+    zero(world.call("ghost_primary_stats", o.x, o.w1, o.stride))
     shape = (case.m, case.ratio, case.d, o.stride)
     zero(world.call("ghost_cheap_stats", o.x, packed, *shape, *o.acts[:2], has_primary))
-    for keep_u in (False, True):
-        out, *moments, u = world.call(
-            "ghost_train_forward", o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup,
-            o.stride, *o.acts, keep_u,
-        )  # fmt: skip
+    for keep_u, batch in itertools.product((False, True), repeat=2):
+        how = Training((batch, batch), make_slopes(case, (batch, not batch)))
+        out, *found, u = train_forward(world, o, how, keep_u)
         assert out.shape == size
-        zero(moments)
-        for batch_stats in (True, False):
-            dx, *grads = world.call(
-                "ghost_backward", out, o.x, u, o.w1, *bn1[:2], *moments[:2], 1e-5, w2, *bn2[:2],
-                *moments[2:], 1e-5, o.stride, *o.acts, batch_stats, True, has_primary,
-            )  # fmt: skip
-            assert dx.shape == o.x.shape
-            zero(grads)
+        zero(found)
+        assert all((t.numel() == 0) == (not batch or (case.ratio == 1 and i > 1))
+                   for i, t in enumerate(found))  # fmt: skip
+        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+        moments = [t.to(wide) for t in (*bn1[2:], *bn2[2:])]
+        grads = backward(world, o, how, out, u, moments)
+        assert grads.pop("x").shape == o.x.shape
+        zero(grads.values())
     # On the operator itself: it changes its arguments.
     running = [world.move(t.to(moments[0].dtype).clone()) for t in (*bn1[2:], *bn2[2:])]
     before, counts = [t.cpu() for t in running], [world.move(torch.tensor(3)) for _ in range(2)]

@@ -143,6 +143,12 @@ SMALL: dict[str, Check] = {
     "train single": lambda w: check_train(w, SINGLE, grad_style="sliced"),
     "train double": lambda w: check_train(w, DOUBLE),
     "train u": lambda w: check_train(w, NHWC, has_primary=False),
+    "train prelu": lambda w: check_train(w, NHWC, prelu=(True, True)),
+    "train prelu ratio": lambda w: check_train(w, RATIO, prelu=(False, True)),
+    "train in three": lambda w: check_train(w, RATIO, prelu=(True, False), in_three=True),
+    "train mixed": lambda w: check_train(w, NCHW, batch_stats=(False, True), in_three=True),
+    "frozen first nhwc": lambda w: check_train(w, NHWC, batch_stats=(False, True)),
+    "frozen second nhwc": lambda w: check_train(w, NHWC, batch_stats=(True, False)),
     "frozen nhwc": lambda w: check_train(w, NHWC, batch_stats=False),
     "frozen nchw": lambda w: check_train(w, NCHW, batch_stats=False),
 }

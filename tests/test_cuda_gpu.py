@@ -20,6 +20,7 @@ from test_cuda_kernels import (
     EVAL,
     FROZEN,
     MANY_IMAGES,
+    MIXED,
     STATISTICS,
     TRAIN,
     assert_same,
@@ -57,6 +58,11 @@ def test_train(world: World, row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("row", FROZEN, ids=map(identity, FROZEN))
 def test_frozen_batch_norms(world: World, row: dict[str, Any]) -> None:
     check_train(world, batch_stats=False, **{**row, "keep_u": False})
+
+
+@pytest.mark.parametrize("row", MIXED, ids=map(identity, MIXED))
+def test_mixed_norms_and_slopes(world: World, row: dict[str, Any]) -> None:
+    check_train(world, **row)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -20,17 +20,21 @@ import pytest
 import torch
 from conftest import native_module
 from cuda_cases import (
+    Training,
     World,
+    backward,
     check_empty,
     check_eval,
     check_extras,
     check_far_statistics,
     check_statistics,
     check_train,
+    make_slopes,
     misaligned,
     moments,
     norm_arguments,
     operands,
+    train_forward,
 )
 from cuda_driver import SMALL, nan_output
 from helpers import (
@@ -46,6 +50,7 @@ from helpers import (
 from torch import Tensor
 
 from ghost_ops import planner
+from ghost_ops.ops import NEEDS
 
 SCHEDULES = list(emulator.SCHEDULES.values())
 DEVICES = list(emulator.DEVICES.values())
@@ -156,6 +161,37 @@ def test_frozen_batch_norms(
         check_train(world, batch_stats=False, **row)
 
 
+# Norms of either kind, PReLUs, and the calls that several processes make.
+MIXED = grid(
+    {
+        "n": (2, 5),
+        "c": (3, 8, 40),
+        "hw": ((1, 9), (7, 7), (9, 14), (5, 33)),
+        "oup": (7, 16, 35),
+        "ratio": (1, 2, 3),
+        "d": (1, 3, 5),
+        "stride": (1, 2),
+        "act1": ("silu",),
+        "act2": ("gelu",),
+        "layout": LAYOUTS,
+        "dtype": DTYPES,
+        "has_primary": (True, True, False),
+        "keep_u": (False, True),
+        "batch_stats": ((True, True), (True, False), (False, True), (False, False)),
+        "prelu": ((False, False), (True, False), (False, True), (True, True)),
+        "in_three": (False, True),
+    }
+)
+
+
+@pytest.mark.parametrize(("turn", "row"), list(enumerate(MIXED)), ids=map(identity, MIXED))
+def test_mixed_norms_and_slopes(
+    world: World, library: emulator.Library, turn: int, row: dict[str, Any]
+) -> None:
+    with taking_turns(library, turn):
+        check_train(world, **row)
+
+
 # Sizes of the gate that divide the output's, that do not, that are larger, and one number a map.
 EXTRAS = grid(
     {
@@ -264,9 +300,12 @@ def test_slopes_per_channel_belong_to_the_packed_parameters(world: World) -> Non
         world.call("ghost_apply", o.x, packed, None, None, *o.shape, 8, 0.0, 0, 0.0, True)
     with pytest.raises(RuntimeError, match="prelu1 must have 6 elements, got 1"):
         world.pack(*arguments, torch.ones(1), None)
-    forward = (o.x, o.w1, *bn1[:2], 1e-5, o.p.w2.detach(), *bn2[:2], 1e-5, 12, 1)
-    with pytest.raises(RuntimeError, match="act1 must be a code from 0 to 7, got 8"):
-        world.call("ghost_train_forward", *forward, 8, 0.0, 0, 0.0, False)
+    for slopes, code in ((None, 8), (torch.ones(6), 1)):
+        forward = (o.x, o.w1, *bn1, 1e-5, slopes, o.p.w2.detach(), *bn2, 1e-5, None, 12, 1)
+        with pytest.raises(
+            RuntimeError, match="prelu1 must be given for a PReLU, and only for one"
+        ):
+            world.call("ghost_train_forward", *forward, code, 0.0, 0, 0.0, False)
 
 
 # One block makes dx and dw1: intrinsic channels and channels of x around the accumulators of each
@@ -344,7 +383,11 @@ SHORT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize(
+    ("batch_stats", "prelu"),
+    [(True, False), (False, False), (True, True), (False, True)],
+    ids=["training", "frozen", "training, slopes", "frozen, slopes"],
+)
 @pytest.mark.parametrize(("device", "has_primary", "case"), SHORT_OF_MEMORY, ids=str)
 def test_backward_short_of_shared_memory(
     world: World,
@@ -353,10 +396,15 @@ def test_backward_short_of_shared_memory(
     has_primary: bool,
     case: Case,
     batch_stats: bool,
+    prelu: bool,
 ) -> None:
     library.set_device(emulator.SMALL_BLOCKS[device])
+    slopes = (prelu, prelu)
     try:
-        check_train(world, case, has_primary=has_primary, batch_stats=batch_stats)
+        check_train(
+            world, case, has_primary=has_primary, batch_stats=batch_stats, prelu=slopes,
+            in_three=prelu,
+        )  # fmt: skip
     finally:
         library.set_device(DEVICES[0])
 
@@ -490,40 +538,72 @@ def test_launch_counts(
     assert launches(library, lambda: world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)) == 1
     arguments = (o.x, packed, None, None, *o.shape, *o.acts, has_primary)
     assert launches(library, lambda: world.call("ghost_apply", *arguments)) == 1
-    forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, case.oup, o.stride, *o.acts, False)
-    assert launches(library, lambda: world.call("ghost_train_forward", *forward)) <= 4
-    out, mean1, var1, mean2, var2, _ = world.call("ghost_train_forward", *forward)
-    backward = (
-        torch.ones_like(out), o.x, None, o.w1, *bn1[:2], mean1, var1, 1e-5, w2, *bn2[:2], mean2,
-        var2, 1e-5, o.stride, *o.acts, True, True, has_primary,
-    )  # fmt: skip
-    assert launches(library, lambda: world.call("ghost_backward", *backward)) <= 4
+    how = Training()
+    assert launches(library, lambda: train_forward(world, o, how, False)) <= 4
+    out, mean1, var1, mean2, var2, _ = train_forward(world, o, how, False)
+    moments = [mean1, var1, mean2, var2]
+    ones = torch.ones_like(out)
+    assert launches(library, lambda: backward(world, o, how, ones, None, moments)) <= 4
     mean, var, count = bn1[2].float().clone(), bn1[3].float().clone(), torch.tensor(3)
     one = (mean, var, count, mean1.float(), var1.float(), 0.1)
     running = (*one, *(None, None, None), *one[3:], 9)
     assert launches(library, lambda: world.call("ghost_update_running_", *running)) == 1
 
 
-@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
-def test_gradients_that_are_not_wanted(world: World, needs: tuple[bool, bool]) -> None:
-    o = operands(Case(2, 8, 7, 7, 12, dtype=torch.float16, layout="nhwc", act1="silu"))
-    bn1, bn2 = norm_arguments(o)
-    w2 = o.p.w2.detach()
-    forward = (o.x, o.w1, *bn1[:2], 1e-5, w2, *bn2[:2], 1e-5, 12, 1, *o.acts, False)
-    out, *moments, _ = world.call("ghost_train_forward", *forward)
+NEEDED = {  # launches: sums, grads, the products, the last one
+    "all": (NEEDS.ALL, 4),
+    "all but dx": (NEEDS.ALL & ~NEEDS.DX, 4),
+    "dx": (NEEDS.DX, 3),
+    "dw1": (NEEDS.DW1, 4),
+    "norm 2": (NEEDS.NORM2, 2),
+    "slopes 2": (NEEDS.PRELU2, 2),
+    "dw2": (NEEDS.DW2, 3),
+    "norm 1": (NEEDS.NORM1, 3),
+    "slopes 1": (NEEDS.PRELU1, 3),
+    "dw2, dx": (NEEDS.DW2 | NEEDS.DX, 4),
+    "all but dw2": (NEEDS.ALL & ~NEEDS.DW2, 4),
+    "none": (0, 0),
+}
+PARTLY = [
+    Case(2, 8, 7, 7, 12, dtype=torch.float16, layout="nhwc", act1="silu"),
+    Case(2, 12, 9, 5, 21, ratio=3, d=5, stride=2),
+]
 
-    def backward(*flags: bool) -> tuple[Tensor, ...]:
-        return world.call(
-            "ghost_backward", torch.ones_like(out), o.x, None, o.w1, *bn1[:2], *moments[:2], 1e-5,
-            w2, *bn2[:2], *moments[2:], 1e-5, 1, *o.acts, True, *flags,
-        )  # fmt: skip
 
-    want, got = backward(True, True), backward(*needs)
-    for i, (a, b) in enumerate(zip(want, got, strict=True)):
-        if i < 2 and not needs[i]:
-            assert b.numel() == 0
-        else:
-            assert same_bits(a, b)
+@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("case", PARTLY, ids=str)
+def test_gradients_that_are_not_wanted(
+    world: World, library: emulator.Library, case: Case, name: str
+) -> None:
+    """They are empty and cost no launch; the others have the bits that they have with all."""
+    o = operands(case)
+    how = Training(slopes=make_slopes(o.case, (True, True)))
+    out, *moments, _ = train_forward(world, o, how, False)
+    arguments = (world, o, how, torch.ones_like(out), None, moments)
+    want = backward(*arguments)
+    needs, count = NEEDED[name]
+    assert launches(library, lambda: backward(*arguments, needs)) == count
+    for key, t in backward(*arguments, needs).items():
+        assert same_bits(t, want[key]), key
+
+
+def test_launches_that_constants_replace(world: World, library: emulator.Library) -> None:
+    """Statistics that are given are not computed, nor are sums whose means are given."""
+    case = Case(2, 8, 7, 7, 16, dtype=torch.float16, layout="nhwc")
+    o = operands(case)
+    counts = {(True, True): 3, (True, False): 2, (False, True): 2, (False, False): 1}
+    for batch, count in counts.items():
+        how = Training(batch)
+        assert launches(library, lambda how=how: train_forward(world, o, how, False)) == count
+    how = Training()
+    out, *moments, u = train_forward(world, o, how, True)
+    means = (torch.zeros(2, 8), torch.zeros(2, 8))
+    arguments = (world, o, how, torch.ones_like(out), u, moments)
+    # u is pixel-major: nothing is left for the first launch.
+    assert launches(library, lambda: backward(*arguments, NEEDS.DX, means)) == 2
+    assert launches(library, lambda: backward(*arguments, NEEDS.DX | NEEDS.NORM2, means)) == 4
+    frozen = (world, o, Training((True, False)), *arguments[3:])
+    assert launches(library, lambda: backward(*frozen, NEEDS.DX)) == 2
 
 
 @pytest.mark.parametrize("has_primary", [True, False])
@@ -550,8 +630,8 @@ def test_more_channel_blocks_than_a_grid_has_rows(world: World, library: emulato
     try:
         grads = world.call(
             "ghost_backward", torch.ones_like(x), x, None, None, None, None, torch.zeros(m),
-            torch.ones(m), 0.0, w2, None, None, none, none, 0.0, 1, 0, 0.0, 0, 0.0, False, False,
-            False,
+            torch.ones(m), 0.0, None, None, w2, None, None, none, none, 0.0, None, None, 1, 0, 0.0,
+            0, 0.0, False, False, NEEDS.NORM1,
         )  # fmt: skip
     finally:
         library.set_device(DEVICES[0])

@@ -84,6 +84,7 @@ QUICK = (
     "one stage of x too few",
     "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
     "no barrier between du and its products", "next tile over the one at work",
+    "sums of slopes not cleared", "one norm's kind for both",
 )  # fmt: skip
 
 
@@ -199,8 +200,8 @@ MUTANTS = [
         ("eval nhwc",), schedules=("plain",),
     ),
     Mutant(
-        "slope of another channel", "cuda/epilogue.cuh", "act.slopes[first + int64_t(i) * step]",
-        "act.slopes[first]", NHWC, ("eval prelu",), schedules=("plain",),
+        "slope of another channel", "cuda/epilogue.cuh", "(act.slopes, first + int64_t(i) * step)",
+        "(act.slopes, first)", NHWC, ("eval prelu",), schedules=("plain",),
     ),
     Mutant(
         "scale left out of the taps", APPLY, "t.channels, taps_count, affine + j * 3 * t.channels",
@@ -294,7 +295,7 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier between dv and its use", "cuda/backward_grads.cuh",
-        f"        {SYNC}\n        add_weight_gradient<T>(", "        add_weight_gradient<T>(",
+        f"        {SYNC}\n        if (p.dw2_sums != nullptr)", "        if (p.dw2_sums != nullptr)",
         GRADS, TRAIN,
     ),
     Mutant(
@@ -315,7 +316,7 @@ MUTANTS = [
     ),
     Mutant(
         "coefficients of dv without a barrier", "cuda/backward_grads.cuh",
-        f"= -scale * hat;\n  }}\n  {SYNC}", "= -scale * hat;\n  }",
+        f"the mean has been used\n  {SYNC}", "the mean has been used",
         ("cuda/instances/backward_float64.cu",), ("many ghosts",), device="58 KiB",
     ),
     Mutant(
@@ -477,6 +478,55 @@ MUTANTS = [
         "pooled images of a tile mixed up", APPLY, "y_position(t, tile, image, h, 0)",
         "y_position(t, tile, 0, h, 0)", NHWC, ("pooled",), schedules=("plain",),
         device="tiny sm_86",
+    ),
+    Mutant(
+        "slopes' gradient on the other side", "cuda/epilogue.cuh", "x(i) > A(0) ? A(0) : g[i]",
+        "x(i) < A(0) ? A(0) : g[i]", GRADS, ("train prelu",), schedules=("plain",),
+    ),
+    Mutant(
+        "slopes' gradient where there is no pixel", "cuda/backward_grads.cuh",
+        "if (exists >> (i / 2) & 1u) slopes[i & 1]", "slopes[i & 1]", GRADS, ("train prelu",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "slopes of another ghost", CHEAP, "p.slopes2, int64_t{me.first + c} * p.per + j0 + j)",
+        "p.slopes2, int64_t{me.first + c} * p.per + j0)", SUMS, ("train prelu ratio",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "slopes in a row that is in use", "cuda/backward_grads.cuh",
+        "kMean, norm2);  // the mean", "kScale, norm2);  // the mean", GRADS, ("train prelu",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "sums of slopes not cleared", "cuda/backward_grads.cuh",
+        "store_pair(slope_sums, A(0), A(0));", "(void)slope_sums;", GRADS, ("train prelu",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "sums of slopes of one group of threads", "cuda/backward_grads.cuh",
+        "total += first[k * me.channels];", "total += first[0];", GRADS, ("train prelu",),
+        schedules=("plain",),
+    ),
+    Mutant(
+        "given means taken for sums", "cuda/backward.cu",
+        "c.values2 = args_.means2 != nullptr ? 1.0 :", "c.values2 = args_.means2 == this ? 1.0 :",
+        ("cuda/backward.cu",), ("train in three",), schedules=("plain",),
+    ),
+    Mutant(
+        "given means of the first norm taken for sums", "cuda/backward.cu",
+        "q.values1 = args_.means1 != nullptr ? 1.0 :", "q.values1 = args_.means1 == this ? 1.0 :",
+        ("cuda/backward.cu",), ("train in three",), schedules=("plain",),
+    ),
+    Mutant(
+        "sums in the place of given means", "cuda/backward.cu",
+        "c.sums2 = args_.means2 != nullptr ?", "c.sums2 = args_.means2 == this ?",
+        ("cuda/backward.cu",), ("train in three",), schedules=("plain",),
+    ),
+    Mutant(
+        "one norm's kind for both", "cuda/backward.cu", "q.batch_stats = args_.batch_stats1;",
+        "q.batch_stats = args_.batch_stats2;", ("cuda/backward.cu",),
+        ("frozen first nhwc", "frozen second nhwc"), schedules=("plain",),
     ),
     *PIPELINED_MUTANTS,
     Mutant(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import LAYOUTS, Case, make_input, make_module, same_bits
-from torch import Tensor
+from torch import Tensor, nn
 
 SHAPES = [
     Case(2, 16, 56, 57, 24, act2="silu"),
@@ -19,9 +19,16 @@ SHAPES = [
 ]
 
 
-def everything(case: Case, training: bool) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of a fresh module."""
+def everything(case: Case, training: bool, prelu: bool = False) -> dict[str, Tensor]:
+    """Output, gradients and running statistics of a fresh module.
+
+    prelu: with PReLUs, and the first batch norm frozen.
+    """
     module, x = make_module(case).train(training), make_input(case).requires_grad_()
+    if prelu:
+        for branch, slopes in ((module.primary_conv, case.m), (module.cheap_operation, 1)):
+            branch[2] = nn.PReLU(slopes, dtype=case.dtype)
+        module.primary_conv[1].eval()
     out = module(x)
     out.backward(make_input(case.replace(c=case.oup, h=out.shape[2], w=out.shape[3]), 3))
     grads = {name: p.grad for name, p in module.named_parameters()}
@@ -47,6 +54,20 @@ def test_bits(native: str, case: Case, dtype: torch.dtype, layout: str, training
     assert_same(first, everything(case, training), "between one thread and two")
     torch.set_num_threads(3)
     assert_same(first, everything(case, training), "between one thread and three")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SHAPES[:6], ids=str)
+def test_bits_with_prelu_and_a_frozen_norm(
+    native: str, case: Case, dtype: torch.dtype, layout: str
+) -> None:
+    case = case.replace(dtype=dtype, layout=layout)
+    first = everything(case, True, prelu=True)
+    assert_same(first, everything(case, True, prelu=True), "from run to run")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert_same(first, everything(case, True, prelu=True), f"with {threads} threads")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

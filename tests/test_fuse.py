@@ -251,9 +251,11 @@ def test_only_one_norm_in_training() -> None:
     fused, plain = pair("authors")
     for model in (fused, plain):
         model[1].primary_conv[1].eval()
-    with pytest.warns(UserWarning, match="statistics"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         got = fused(image())
     torch.testing.assert_close(got, plain(image()), rtol=1e-9, atol=1e-10)
+    assert got.grad_fn is not None and "GhostModuleFunction" in got.grad_fn.name()
 
 
 def test_dtype_and_autocast(backend: str) -> None:

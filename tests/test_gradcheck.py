@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Case, make_input, make_module
-from torch import Tensor
+from helpers import Case, covering, make_input, make_module
+from torch import Tensor, nn
 from torch.func import functional_call
 
 CASES = [
@@ -81,3 +81,98 @@ def test_gradient_penalty(backend: str, training: bool) -> None:
         grads.append([x.grad, *(p.grad for p in module.parameters())])
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-8)
+
+
+# Every kind of norm in each branch, with and without parameters and PReLUs, in small modules.
+NORMS = ("batch", "frozen", "untracked", "missing")
+COMBINATIONS = covering(
+    {
+        "norm1": NORMS,
+        "norm2": NORMS,
+        "act1": ("one", "many", "silu"),
+        "act2": ("one", "many", "silu"),
+        "affine": (True, False),
+        "shape": ("plain", "sliced", "strided", "library"),
+        "layout": ("nchw", "nhwc"),
+    }
+)
+SHAPES = {
+    "plain": Case(2, 2, 3, 3, 4),
+    "sliced": Case(2, 2, 3, 3, 4, ratio=3),
+    "strided": Case(2, 3, 4, 5, 4, stride=2),
+    "library": Case(2, 2, 4, 4, 4, k=3),
+}
+
+
+def combined(row: dict[str, object], seed: int) -> tuple[Case, nn.Module, Tensor]:
+    """The module and the input of a row."""
+    case = SHAPES[str(row["shape"])].replace(
+        dtype=torch.float64, act1="silu", act2="silu", seed=seed, layout=str(row["layout"])
+    )
+    module = make_module(case).train()
+    for which, (branch, channels) in enumerate(
+        ((module.primary_conv, case.m), (module.cheap_operation, case.g)), 1
+    ):
+        kind, act, old = row[f"norm{which}"], row[f"act{which}"], branch[1]
+        if kind == "missing":
+            branch[1] = nn.Identity()
+        else:
+            tracked = kind != "untracked"
+            bn = nn.BatchNorm2d(
+                channels, affine=row["affine"], track_running_stats=tracked, dtype=torch.float64,
+                momentum=0.0,
+            )  # fmt: skip
+            bn.load_state_dict({k: old.state_dict()[k] for k in bn.state_dict()})
+            branch[1] = bn.train(kind != "frozen")
+        if act != "silu":
+            branch[2] = nn.PReLU(1 if act == "one" else channels, dtype=torch.float64)
+            with torch.no_grad():
+                branch[2].weight.uniform_(-0.7, 0.7)
+    return case, module, make_input(case)
+
+
+def off_zero(module: nn.Module, x: Tensor) -> float:
+    """How near the argument of a PReLU comes to 0."""
+    found = [float("inf")]
+    with torch.no_grad():
+        y = x
+        for branch in (module.primary_conv, module.cheap_operation):
+            for layer in branch:
+                if isinstance(layer, nn.PReLU):
+                    found.append(y.abs().min().item())
+                y = layer(y)
+    return min(found)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda r: "-".join(map(str, r.values())))
+def test_combinations(backend: str, row: dict[str, object], order: int) -> None:
+    """First and second derivatives of what a training step may be made of, running fused."""
+    for seed in range(200):
+        _, module, x = combined(row, seed)
+        if off_zero(module, x) > 2e-3:
+            break
+    else:
+        raise AssertionError("no draw stays away from the kinks")
+    params = dict(module.named_parameters())
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(module, dict(zip(params, values, strict=True)), (x,))
+
+    inputs = (x.requires_grad_(), *(p.detach().clone().requires_grad_() for p in params.values()))
+    assert "GhostModuleFunction" in names_of_graph(call(*inputs))
+    if order == 1:
+        assert torch.autograd.gradcheck(call, inputs, atol=1e-6, rtol=1e-4, nondet_tol=0.0)
+    else:
+        assert torch.autograd.gradgradcheck(call, inputs, atol=1e-5, rtol=1e-3, fast_mode=True)
+
+
+def names_of_graph(out: Tensor) -> str:
+    """The autograd nodes that led to a result."""
+    seen, left = [], [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.append(node)
+            left += [n for n, _ in node.next_functions]
+    return " ".join(type(node).__name__ for node in seen)

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
-from ghost_ops.ops import packs_pairs
+from ghost_ops.activations import PRELU
+from ghost_ops.ops import NEEDS, packs_pairs
 from ghost_ops.reference import GhostModule
 
 OPS = torch.ops.ghost_ops
@@ -74,11 +75,12 @@ def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[An
             x, ops.ghost_pack(*unscaled), case.m, case.ratio, case.d, stride, *acts[:2], has_primary
         ),
         "ghost_train_forward": (
-            x, w1, *b1[:2], 1e-5, w2, *b2[:2], 1e-5, case.oup, stride, *acts, False
+            x, w1, *b1[:2], None, None, 1e-5, None, w2, *b2[:2], None, None, 1e-5, None,
+            case.oup, stride, *acts, False
         ),
         "ghost_backward": (
-            grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, w2, *b2[:2], mean2, var2, 1e-5,
-            stride, *acts, True, True, True
+            grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, None, None, w2, *b2[:2], mean2, var2,
+            1e-5, None, None, stride, *acts, True, True, NEEDS.ALL
         ),
         "ghost_update_running_": (
             b1[2].clone(), b1[3].clone(), torch.tensor(3), mean1, var1, 0.1,
@@ -88,6 +90,38 @@ def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[An
     if has_primary:
         found["ghost_primary_stats"] = (x, w1, stride)
     return found
+
+
+def extended(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[Any, ...]]:
+    """Arguments of training's ops with PReLUs, given statistics and the means of other batches."""
+    plain = samples(case, has_primary, ops)
+    x, w1, g1, b1, *_, w2, g2, b2, _, _, _, _, oup, stride = plain["ghost_train_forward"][:-5]
+    gen = torch.Generator().manual_seed(4)
+
+    def made(*size: int) -> Tensor:
+        return torch.rand(*size, generator=gen, dtype=compute(case)) + 0.1
+
+    m, g = case.m, case.g
+    mean1, var1, mean2, var2, means1, means2 = (
+        made(m), made(m), made(g), made(g), made(2, m), made(2, g),
+    )  # fmt: skip
+    slopes1, slopes2 = made(m).to(case.dtype), made(g).to(case.dtype)
+    acts = (PRELU, 0.0, PRELU, 0.0)
+    grad = plain["ghost_backward"][0]
+    packed = ops.ghost_pack(
+        w1, g1, b1, mean1, var1, 1e-5, w2, None, None, None, None, 1e-5, slopes1
+    )
+    first, second = (g1, b1, mean1, var1, 1e-5, slopes1), (g2, b2, mean2, var2, 1e-5, slopes2)
+    return {
+        "ghost_cheap_stats": (
+            x, packed, m, case.ratio, case.d, stride, *acts[:2], has_primary
+        ),
+        "ghost_train_forward": (x, w1, *first, w2, *second, oup, stride, *acts, True),
+        "ghost_backward": (
+            grad, x, None, w1, *first, means1, w2, *second, means2, stride, *acts, True, True,
+            NEEDS.ALL,
+        ),
+    }  # fmt: skip
 
 
 def all_samples() -> list[Any]:
@@ -119,17 +153,57 @@ def test_opcheck_of_options(residual: bool, keep_u: bool) -> None:
     forward = (*args["ghost_train_forward"][:-1], keep_u)
     torch.library.opcheck(OPS.ghost_train_forward.default, forward)
     u = OPS.ghost_train_forward(*forward)[5] if keep_u else None
-    for flags in ((True, True, False), (False, False, True), (False, False, False)):
+    for flags in (
+        (True, True, 126),
+        (False, True, NEEDS.DW1),
+        (True, False, 85),
+        (False, False, 0),
+    ):
         backward = args["ghost_backward"]
         torch.library.opcheck(
             OPS.ghost_backward.default, (*backward[:2], u, *backward[3:-3], *flags)
         )
 
 
+EXTENDED = [
+    pytest.param(op, case, primary, id=f"{op}-{case}-{'x' if primary else 'u'}")
+    for case in SAMPLES
+    for primary in (True, False)
+    for op in ("ghost_cheap_stats", "ghost_train_forward", "ghost_backward")
+]
+
+
+@pytest.mark.parametrize(("op", "case", "has_primary"), EXTENDED)
+def test_opcheck_of_extended(op: str, case: Case, has_primary: bool) -> None:
+    torch.library.opcheck(getattr(OPS, op).default, extended(case, has_primary)[op])
+
+
+@CASES
+def test_opcheck_of_statistics_of_u(case: Case) -> None:
+    torch.library.opcheck(OPS.ghost_primary_stats.default, (make_input(case), None, 1))
+
+
+@pytest.mark.parametrize("needs", [0, *(1 << i for i in range(7)), NEEDS.ALL - 1, 85, 42])
+@PRIMARY
+def test_fake_of_some_gradients(needs: int, has_primary: bool) -> None:
+    for kind in (samples, extended):
+        assert_fake_matches(
+            "ghost_backward", (*kind(SAMPLES[1], has_primary)["ghost_backward"][:-1], needs)
+        )
+
+
 @pytest.mark.parametrize(("op", "case", "has_primary"), all_samples())
 def test_fake_matches_real(op: str, case: Case, has_primary: bool) -> None:
     """Shapes, strides and dtypes of the fake implementation are those of the kernel."""
-    args = samples(case, has_primary)[op]
+    assert_fake_matches(op, samples(case, has_primary)[op])
+
+
+@pytest.mark.parametrize(("op", "case", "has_primary"), EXTENDED)
+def test_fake_of_extended_matches_real(op: str, case: Case, has_primary: bool) -> None:
+    assert_fake_matches(op, extended(case, has_primary)[op])
+
+
+def assert_fake_matches(op: str, args: tuple[Any, ...]) -> None:
     real = getattr(OPS, op)(*args)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
@@ -220,6 +294,71 @@ def test_statistics(every_isa: str, case: Case) -> None:
     near(out, r.out.detach(), case)
     near(u, torch.nn.functional.conv2d(x.double(), ref.w1, stride=case.stride).detach(), case)
     assert ops.ghost_train_forward(*args["ghost_train_forward"])[5].numel() == 0
+
+
+OF_RESULTS = (
+    NEEDS.DX, NEEDS.DW1, NEEDS.NORM1, NEEDS.NORM1, NEEDS.PRELU1,
+    NEEDS.DW2, NEEDS.NORM2, NEEDS.NORM2, NEEDS.PRELU2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("needs", [0, *(1 << i for i in range(7)), 96, 126, 84, 3, 41])
+@pytest.mark.parametrize("batch", ["both", "first", "second", "neither"])
+@pytest.mark.parametrize("case", [NUMERIC[0], NUMERIC[1], NUMERIC[4]], ids=str)
+def test_only_the_gradients_that_are_needed(
+    every_isa: str, case: Case, batch: str, needs: int
+) -> None:
+    """The same bits as among all of them; what is not needed is empty."""
+    ops = ops_of(every_isa)
+    for kind in (samples, extended):
+        arguments = kind(case, True, ops)["ghost_backward"][:-3]
+        flags = batch in ("both", "first"), batch in ("both", "second")
+        every = ops.ghost_backward(*arguments, *flags, NEEDS.ALL)
+        some = ops.ghost_backward(*arguments, *flags, needs)
+        for bit, want, got in zip(OF_RESULTS, every, some, strict=True):
+            assert torch.equal(got, want) if needs & bit else got.numel() == 0
+
+
+@pytest.mark.parametrize("case", NUMERIC, ids=str)
+def test_means_of_the_batch_itself_change_nothing(every_isa: str, case: Case) -> None:
+    """Given what the sums over this batch are, the input gradient is the one without."""
+    ops = ops_of(every_isa)
+    args = list(extended(case, True, ops)["ghost_backward"])
+    args[10] = args[18] = None
+    want = ops.ghost_backward(*args)
+    count = args[0][:, 0].numel()
+    args[10] = torch.stack([want[3], want[2]]) / count
+    args[18] = torch.stack([want[7], want[6]]) / count
+    for got, expected in zip(ops.ghost_backward(*args), want, strict=True):
+        near(got, expected, case)
+
+
+@pytest.mark.parametrize("case", NUMERIC, ids=str)
+def test_statistics_behind_a_prelu(every_isa: str, case: Case) -> None:
+    ops = ops_of(every_isa)
+    args = extended(case, True, ops)
+    x, w1, gamma, beta, mean, var, eps, slopes, w2 = args["ghost_train_forward"][:9]
+    wide = [t.double() for t in (x, w1, gamma, beta, mean, var)]
+    u = torch.nn.functional.conv2d(*wide[:2], stride=case.stride)
+    y = torch.nn.functional.batch_norm(u, *wide[4:], *wide[2:4], False, 0.0, eps)
+    y = torch.nn.functional.prelu(y, slopes.double())
+    v = torch.nn.functional.conv2d(y, w2.double(), padding=case.d // 2, groups=case.m)
+    got = ops.ghost_cheap_stats(*args["ghost_cheap_stats"])
+    near(got[0], v.mean((0, 2, 3)), case)
+    near(got[1], v.var((0, 2, 3), correction=0), case)
+    for a, b in zip(
+        ops.ghost_primary_stats(u.to(case.dtype), None, 1),
+        (u.mean((0, 2, 3)), u.var((0, 2, 3), correction=0)),
+        strict=True,
+    ):
+        near(a, b, case)
+
+
+def test_one_of_two_given_statistics(backend: str) -> None:
+    args = list(samples(SAMPLES[0], True)["ghost_train_forward"])
+    args[4] = torch.zeros(SAMPLES[0].m)
+    with pytest.raises(RuntimeError, match="must both be given"):
+        ops_of(backend).ghost_train_forward(*args)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

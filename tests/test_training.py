@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from helpers import (
     sound,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ghost_ops.ops import NEEDS
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -539,28 +543,113 @@ def assert_same_state(a: torch.nn.Module, b: torch.nn.Module) -> None:
         torch.testing.assert_close(p, q, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["primary frozen", "cheap frozen"])
-def test_one_batch_norm_frozen(backend: str, mode: str) -> None:
-    """``bn.eval()`` on one branch of a training module, as fine-tuning recipes do."""
+KINDS = ("batch", "frozen", "untracked", "untracked later", "average", "none")
+
+
+def set_norm(branch: torch.nn.Sequential, kind: str) -> None:
+    """One batch norm of a training module made what fine-tuning recipes make of it."""
+    bn = branch[1]
+    if kind == "frozen":
+        bn.eval()
+    elif kind == "untracked":
+        branch[1] = torch.nn.BatchNorm2d(
+            bn.num_features, track_running_stats=False, dtype=bn.weight.dtype
+        )
+    elif kind == "untracked later":
+        bn.track_running_stats = False
+    elif kind == "average":
+        bn.momentum = None
+    elif kind == "none":
+        branch[1] = torch.nn.Identity()
+
+
+@pytest.mark.usefixtures("unsaid")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("cheap", KINDS)
+@pytest.mark.parametrize("primary", KINDS)
+def test_each_branch_has_a_norm_of_its_own(
+    backend: str, primary: str, cheap: str, bias: bool
+) -> None:
+    """Two steps: outputs, gradients and running statistics of the layers, and no layer runs."""
     case = Case(dtype=torch.float64, act1="silu", act2="silu")
-    module, x = make_module(case), make_input(case).requires_grad_()
-    getattr(module, "primary_conv" if mode.startswith("primary") else "cheap_operation")[1].eval()
-    copied = copy.deepcopy(module)
-    grad = make_input(case.replace(c=8), extra_seed=3)
-    want_x = x.detach().clone().requires_grad_()
-    want = unfused(copied, want_x)
-    want.backward(grad)
+    module = make_module(case)
+    for branch, kind in ((module.primary_conv, primary), (module.cheap_operation, cheap)):
+        set_norm(branch, kind)
+        if bias:
+            branch[0].bias = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+    copied, grad = copy.deepcopy(module), make_input(case.replace(c=8), extra_seed=3)
+    for step in range(2):
+        x = make_input(case, step).requires_grad_()
+        want_x = x.detach().clone().requires_grad_()
+        want = unfused(copied, want_x)
+        want.backward(grad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = module(x)
+        torch.testing.assert_close(out, want)
+        out.backward(grad)
+        torch.testing.assert_close(x.grad, want_x.grad, rtol=1e-8, atol=1e-9)
+        assert_same_state(module, copied)
+
+
+class Backwards(TorchDispatchMode):
+    """The calls of ``ghost_backward``: their masks, and what they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needs: list[int] = []
+        self.results: list[tuple[Tensor, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.ghost_ops.ghost_backward.default:
+            self.needs.append(args[-1])
+            self.results.append(out)
+        return out
+
+
+FREEZE = {
+    "norms": (("primary_conv.1", "cheap_operation.1"), NEEDS.DX | NEEDS.DW1 | NEEDS.DW2),
+    "all but the second norm": (("primary_conv", "cheap_operation.0", "x"), NEEDS.NORM2),
+    "the first convolution": (
+        ("primary_conv.0", "x"), NEEDS.NORM1 | NEEDS.DW2 | NEEDS.NORM2
+    ),
+    "the parameters": (("primary_conv", "cheap_operation"), NEEDS.DX),
+    "nothing": ((), NEEDS.ALL & ~(NEEDS.PRELU1 | NEEDS.PRELU2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "frozen norms"])
+@pytest.mark.parametrize("frozen", FREEZE)
+def test_frozen_gradients_are_not_computed(native: str, frozen: str, training: bool) -> None:
+    names, needs = FREEZE[frozen]
+    module, x = make_module(Case()).train(training), make_input(Case())
+    for name, p in module.named_parameters():
+        p.requires_grad_(not name.startswith(names))
+    x.requires_grad_("x" not in names)
     out = module(x)
-    torch.testing.assert_close(out, want)
-    out.backward(grad)
-    torch.testing.assert_close(x.grad, want_x.grad, rtol=1e-8, atol=1e-9)
-    assert_same_state(module, copied)
+    with Backwards() as seen:
+        out.sum().backward()
+    assert seen.needs == [needs]
+    dx, dw1, dgamma1, dbeta1, _, dw2, dgamma2, dbeta2, _ = seen.results[0]
+    wanted = {
+        dx: NEEDS.DX, dw1: NEEDS.DW1, dgamma1: NEEDS.NORM1, dbeta1: NEEDS.NORM1,
+        dw2: NEEDS.DW2, dgamma2: NEEDS.NORM2, dbeta2: NEEDS.NORM2,
+    }  # fmt: skip
+    for grad, bit in wanted.items():
+        assert (grad.numel() > 0) == bool(needs & bit)
+    for p in module.parameters():
+        assert (p.grad is not None) == p.requires_grad
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_of_none(backend: str, layout: str) -> None:
+def test_batch_of_none(backend: str, layout: str, bias: bool) -> None:
     case = Case(n=0, layout=layout)
     module, x = make_module(case), make_input(case).requires_grad_()
+    if bias:
+        for branch in (module.primary_conv, module.cheap_operation):
+            branch[0].bias = torch.nn.Parameter(torch.ones(4))
     copied = copy.deepcopy(module)
     want = unfused(copied, make_input(case))
     out = module(x)
@@ -571,6 +660,24 @@ def test_batch_of_none(backend: str, layout: str) -> None:
         assert p.grad is None or not p.grad.any()
     for (name, b), other in zip(module.named_buffers(), copied.buffers(), strict=True):
         assert torch.equal(b, other), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_over_many_pixels_keep_their_digits(every_isa: str, layout: str) -> None:
+    """A gradient with a mean: one float32 sum of its 200704 values would be off by 2e-6 of it."""
+    if every_isa == "eager" and layout == "nhwc":
+        pytest.skip("PyTorch adds up channels_last in one chain")
+    case = Case(16, 4, 112, 112, 4, act1="none", act2="none", layout=layout)
+    module, x = make_module(case), make_input(case).requires_grad_()
+    grad = make_input(case, 3) * 0.1 + 1.0
+    p = Params.of(module)
+    _, want = gradients(p.to(torch.float64), x.double(), grad.double(), case, True, oracle)
+    _, eager = gradients(p.to(), x.contiguous(), grad.contiguous(), case, True, plain)
+    module(x).backward(grad)
+    for name, t in p.tensors().items():
+        largest = want[name].abs().max()
+        error, allowed = ((g - want[name]).abs().max() for g in (t.grad, eager[name]))
+        assert error <= 2 * allowed + 2e-7 * largest, (name, error / largest, allowed / largest)
 
 
 @pytest.mark.parametrize("offset", [100.0, 3e4])

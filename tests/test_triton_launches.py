@@ -102,8 +102,9 @@ def test_statistics_of_many_groups(triton_device: str, layout: str, one_pass: bo
     p, moved = Params.of(module.to(triton_device)), x.to(triton_device)
     with planned(one_pass=one_pass, tile=SMALL_TILE):
         found = ops.triton.ghost_train_forward(
-            moved, p.w1, p.bn1.gamma, p.bn1.beta, p.bn1.eps, p.w2, p.bn2.gamma, p.bn2.beta,
-            p.bn2.eps, case.oup, 1, 4, 0.0, 6, 0.0, False,
+            moved, p.w1, p.bn1.gamma, p.bn1.beta, None, None, p.bn1.eps, None,
+            p.w2, p.bn2.gamma, p.bn2.beta, None, None, p.bn2.eps, None,
+            case.oup, 1, 4, 0.0, 6, 0.0, False,
         )  # fmt: skip
     for name, got in zip(("out", "mean1", "var1", "mean2", "var2"), found, strict=False):
         torch.testing.assert_close(

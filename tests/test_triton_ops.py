@@ -86,6 +86,10 @@ def test_statistics(triton_device: str, offset: float, layout: str) -> None:
     scale = 1 + offset
     torch.testing.assert_close(mean.cpu().double(), want.mean1, rtol=1e-6, atol=1e-6 * scale)
     torch.testing.assert_close(var.cpu().double(), want.var1, rtol=1e-5 + 3e-7 * offset, atol=1e-6)
+    u = torch.nn.functional.conv2d(x, p.w1).detach().to(triton_device)
+    mean, var = OPS.ghost_primary_stats(u, None, 1)
+    torch.testing.assert_close(mean.cpu().double(), want.mean1, rtol=1e-6, atol=1e-6 * scale)
+    torch.testing.assert_close(var.cpu().double(), want.var1, rtol=1e-5 + 3e-7 * offset, atol=1e-6)
     if offset:
         return
     frozen = oracle(p.to(torch.float64), x.double(), case, False)
@@ -152,13 +156,17 @@ WRONG = [
     ("ghost_apply", 9, lambda _: 9, "act1"),
     ("ghost_apply", 11, lambda _: -1, "act2"),
     ("ghost_train_forward", 1, lambda w1: w1[:, :3], "w1 must be"),
-    ("ghost_train_forward", 11, lambda _: 8, "act1"),
+    ("ghost_train_forward", 17, lambda _: 9, "act1"),
+    ("ghost_train_forward", 17, lambda _: 8, "prelu1"),
+    ("ghost_train_forward", 7, lambda _: torch.zeros(4), "prelu1"),
+    ("ghost_train_forward", 4, lambda _: torch.zeros(4), "mean1 and var1"),
     ("ghost_train_forward", 1, lambda w1: w1.double(), "w1 must be one of"),
     ("ghost_train_forward", 2, lambda gamma: gamma[1:], "gamma1"),
-    ("ghost_train_forward", 5, lambda w2: w2[1:], "multiple"),
-    ("ghost_train_forward", 5, lambda w2: w2.transpose(2, 3), "contiguous"),
+    ("ghost_train_forward", 8, lambda w2: w2[1:], "multiple"),
+    ("ghost_train_forward", 8, lambda w2: w2.transpose(2, 3), "contiguous"),
     ("ghost_backward", 0, lambda grad: grad[1:], "grad_out must be"),
     ("ghost_backward", 6, lambda mean: mean.long(), "mean1"),
+    ("ghost_backward", 10, lambda _: torch.zeros(2, 3), "means1"),
     ("ghost_update_running_", 0, lambda mean: mean[1:], "running_mean|mean"),
 ]
 

@@ -6,6 +6,15 @@ import copy
 
 import pytest
 import torch
+from cuda_cases import (
+    Training,
+    World,
+    backward,
+    check_train,
+    make_slopes,
+    operands,
+    train_forward,
+)
 from helpers import (
     ACTIVATIONS,
     KINKS,
@@ -27,9 +36,10 @@ from test_training import (
     sliced_channels,
 )
 from torch import Tensor
-from triton_cases import SMALL_TILE, planned
+from triton_cases import SMALL_TILE, launches, planned
 
 from ghost_ops.backends.triton import plan
+from ghost_ops.ops import NEEDS
 
 # Every pair of these occurs; a second activation goes with each first one.
 COVERING = [
@@ -81,6 +91,94 @@ def test_covering(
 def test_64_bit_offsets(triton_device: str, layout: str, d: int) -> None:
     with planned(wide=True, one_pass=layout == "nhwc", tile=SMALL_TILE):
         check(Case(ratio=3, d=d, stride=2, h=7, w=9, layout=layout), device=triton_device)
+
+
+MIXED = covering(
+    {
+        "c": (5, 34),
+        "hw": ((1, 9), (5, 7), (3, 8)),
+        "oup": (7, 33),
+        "ratio": (1, 2, 3),
+        "d": (1, 3, 5),
+        "stride": (1, 2),
+        "layout": LAYOUTS,
+        "dtype": (torch.float32, torch.bfloat16, torch.float16),
+        "has_primary": (True, False),
+        "keep_u": (False, True),
+        "batch_stats": ((True, True), (True, False), (False, True), (False, False)),
+        "prelu": ((False, False), (True, False), (False, True), (True, True)),
+        "in_three": (False, True),
+        "tile": (None, SMALL_TILE),
+        "one_pass": (False, True),
+    }
+)
+HOW = ("has_primary", "keep_u", "batch_stats", "prelu", "in_three")
+
+
+@pytest.mark.parametrize("row", MIXED, ids=range(len(MIXED)))
+def test_mixed_norms_and_slopes(triton_device: str, row: dict) -> None:
+    """Norms of either kind, PReLUs, and the calls that several processes make."""
+    sizes = {name: row[name] for name in ("c", "oup", "ratio", "d", "stride", "layout", "dtype")}
+    case = Case(h=row["hw"][0], w=row["hw"][1], act1="silu", act2="gelu", **sizes)
+    world = World(torch.ops.ghost_ops_triton, triton_device)
+    with planned(tile=row["tile"], one_pass=row["one_pass"]):
+        check_train(world, case, **{name: row[name] for name in HOW})
+
+
+WANTED = {  # what is launched for a part of the gradients, in one pass and in two launches
+    "norm 2": (NEEDS.NORM2, ["fused_sums"], ["primary", "cheap_sums"]),
+    "slopes 2": (NEEDS.PRELU2, ["fused_sums"], ["primary", "cheap_sums"]),
+    "dw2": (
+        NEEDS.DW2, ["fused_sums", "cheap_gradient"], ["primary", "cheap_sums", "cheap_gradient"]
+    ),
+    "norm 1": (
+        NEEDS.NORM1, ["fused_sums", "fused_gradient"],
+        ["primary", "cheap_sums", "cheap_gradient", "intrinsic_gradient"],
+    ),
+    "dx": (
+        NEEDS.DX, ["fused_sums", "fused_gradient", "primary_gradient"],
+        ["primary", "cheap_sums", "cheap_gradient", "intrinsic_gradient", "primary_gradient"],
+    ),
+    "none": (0, [], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two launches"])
+@pytest.mark.parametrize("name", WANTED)
+def test_gradients_that_are_not_wanted(triton_device: str, name: str, one_pass: bool) -> None:
+    """They are empty and cost no launch; the others have the bits that they have with all."""
+    o = operands(Case(2, 12, 5, 7, 21, ratio=3))
+    world = World(torch.ops.ghost_ops_triton, triton_device)
+    how = Training(slopes=make_slopes(o.case, (True, True)))
+    needs, fused, apart = WANTED[name]
+    with planned(one_pass=one_pass):
+        out, *moments, _ = train_forward(world, o, how, False)
+        arguments = (world, o, how, torch.ones_like(out), None, moments)
+        want = backward(*arguments)
+        with launches() as launched:
+            got = backward(*arguments, needs)
+    assert launched == [f"{kernel}_kernel" for kernel in (fused if one_pass else apart)]
+    for key, t in got.items():
+        assert same_bits(t, want[key]), key
+
+
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two launches"])
+def test_launches_that_constants_replace(triton_device: str, one_pass: bool) -> None:
+    """Statistics that are given are not computed, nor are sums whose means are given."""
+    o = operands(Case(oup=16))
+    world = World(torch.ops.ghost_ops_triton, triton_device)
+    counts = {(True, True): (3, 4), (True, False): (2, 3), (False, True): (2, 3),
+              (False, False): (1, 2)}  # fmt: skip
+    with planned(one_pass=one_pass):
+        for batch, count in counts.items():
+            with launches() as launched:
+                train_forward(world, o, Training(batch), False)
+            assert len(launched) == count[not one_pass], batch
+        out, *moments, u = train_forward(world, o, Training(), True)
+        means = (torch.zeros(2, 8), torch.zeros(2, 8))
+        with launches() as launched:
+            backward(world, o, Training(), torch.ones_like(out), u, moments, NEEDS.DX, means)
+    assert not any("sums" in name for name in launched)
 
 
 WIDE_X = Case(2, 64, 6, 7, 8, act1="silu", act2="silu")

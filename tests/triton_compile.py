@@ -99,14 +99,21 @@ def run_all(n: int, size: int, dtype: torch.dtype, nhwc: bool, d: int) -> None:
         residual, slopes = x.new_empty(n, oup, size, size), (8, 0.0, 8, 0.0)
         gate = empty(n, oup, size // 2, size // 2, dtype=dtype)
         forward.ghost_apply(x, packed, residual, gate, m, oup, 2, d, 1, *slopes, True)
+    none, given = (None, None, 1e-5), (v, v, 1e-5)
     out, *_ = forward.ghost_train_forward(
-        x, w1, v, v, 1e-5, w2, v, v, 1e-5, oup, 1, *acts, False
-    )  # fmt: skip
+        x, w1, v, v, *none, None, w2, v, v, *none, None, oup, 1, *acts, False
+    )
     batches = empty(dtype=torch.int64)
     forward.ghost_update_running_(v, v, batches, v, v, 0.1, v, v, batches, v, v, None, 10)
     backward.ghost_backward(
-        out, x, None, w1, v, v, v, v, 1e-5, w2, v, v, v, v, 1e-5, 1, *acts, True, True, True
-    )
+        out, x, None, w1, v, v, *given, None, None, w2, v, v, *given, None, None, 1, *acts, True,
+        True, 127,
+    )  # fmt: skip
+    slopes = (8, 0.0, 8, 0.0)
+    backward.ghost_backward(
+        out, x, None, w1, v, v, *given, v, None, w2, v, v, *given, v, None, 1, *slopes, True,
+        True, 127,
+    )  # fmt: skip
 
 
 def main(name: str, dtype: str, layout: str, d: str) -> None:

@@ -15,6 +15,11 @@
 namespace ghost {
 namespace {
 
+// Whether the kernel sums the gradients of a PReLU's slopes, too.
+bool sums_slopes(const Problem& p, CudaKernel kernel) {
+  return kernel == CudaKernel::kBackwardSums && p.act2.act == Act::kPReLU;
+}
+
 // How a warp's results of the direct product are cut into tiles of 8 pixels x 16 channels:
 // DirectGrid in product.cuh, with the widths of ghost_apply and of the other kernels.
 struct DirectTiles {
@@ -234,7 +239,8 @@ class Planner {
     t.affine_at = place(kernel_primary() ? 0 : (3 + 3 * ghosts) * channels * a);
     t.taps_at = place(ghosts * taps * channels * a);
     const bool sums = kernel_ == CudaKernel::kCheapStats || backward();
-    t.moments_at = place(sums ? (ghosts * (backward() ? 4 : 6) + 1) * kCudaThreads * a : 0);
+    const int64_t kinds = backward() && !sums_slopes(p_, kernel_) ? 4 : 6;
+    t.moments_at = place(sums ? (ghosts * kinds + 1) * kCudaThreads * a : 0);
     t.norm2_at = place(backward() ? ghosts * 6 * channels * a : 0);
     // The gradient of z, with a strip's unused pixels behind it.
     const int64_t grads = backward() && ghosts > 0 ? inner + kCudaStrip : 0;
@@ -431,7 +437,7 @@ class Planner {
 };
 
 using Key = std::tuple<int, bool, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                       int64_t, int64_t, int64_t, int, int, bool, bool, bool, bool, int64_t,
+                       int64_t, int64_t, int64_t, int, int, bool, bool, bool, bool, bool, int64_t,
                        int64_t, int64_t, int64_t, int>;
 
 Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32, int rank) {
@@ -454,6 +460,7 @@ Key key_of(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow
           p.has_residual,
           p.has_in_gate,
           p.pooled,
+          sums_slopes(p, kernel),
           p.gate_height,
           p.gate_width,
           arch.multiprocessors,
@@ -523,9 +530,9 @@ bool cuda_stashes_u(const Problem& p) {
                               p.channels * p.height * p.width + 3 * p.intrinsic * p.out_pixels();
 }
 
-CudaTraining cuda_training(const Problem& p, bool keep_u) {
+CudaTraining cuda_training(const Problem& p, bool keep_u, bool batch1) {
   CudaTraining t;
-  t.writes_u = keep_u || cuda_stashes_u(p);
+  t.writes_u = keep_u || (batch1 && cuda_stashes_u(p));
   t.primary = t.cheap = t.apply = p;
   t.primary.act1 = t.primary.act2 = {};
   t.primary.ratio = t.primary.dw_size = 1;

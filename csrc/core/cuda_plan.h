@@ -106,12 +106,13 @@ int64_t direct_tiles(int64_t instance, CudaKernel kernel);
 bool cuda_stashes_u(const Problem& p);
 
 // What each pass of a training forward works on. u is written where it pays, and where it is kept
-// for backward; then the later passes read it in place of x.
+// for backward; then the later passes read it in place of x. batch1: the first norm has statistics
+// of the batch; without them u is written only to be kept.
 struct CudaTraining {
   Problem primary, cheap, apply;
   bool writes_u = false;
 };
-CudaTraining cuda_training(const Problem& p, bool keep_u);
+CudaTraining cuda_training(const Problem& p, bool keep_u, bool batch1 = true);
 
 // Offsets in bytes inside the packed parameters of the CUDA kernels. Half types keep w1 unscaled in
 // their own type (a folded scale would cost digits); float32, float64 and the single input channel

@@ -143,6 +143,7 @@ class GradsPlanner {
     while (t.tap_splits > 1 && slot_bytes() > kSlots) --t.tap_splits;
     t.slots_at = int32_t(memory.place(std::max<int64_t>(slot_bytes(), 2 * groups * channels * a_)));
     t.combine_at = int32_t(memory.place(kCudaThreads * a_));
+    t.slopes_at = int32_t(memory.place(p_.act1.act == Act::kPReLU ? groups * channels * a_ : 0));
     t.smem_bytes = int32_t(memory.end());
     return memory.end() <= arch_.smem_per_block;
   }
@@ -336,8 +337,8 @@ PrimaryGradPlan plan_primary(const Problem& p, const CudaArch& arch, bool need_d
   return plan;
 }
 
-BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_tf32, bool u_given,
-                       bool u_rows, bool need_dx, bool need_dw1) {
+BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_tf32,
+                       const BackwardTask& task) {
   Problem p = problem;
   p.has_residual = false;
   if (p.ratio <= 1) p.dw_size = 1;  // no ghosts: a stencil of nothing
@@ -345,12 +346,18 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
   const int64_t m = p.intrinsic, ghosts = p.ghosts(), pixels = p.batch * p.out_pixels();
   BackwardPlan plan;
   plan.tensor_cores = e == 2 || (p.dtype == DType::kFloat32 && allow_tf32);
-  plan.row_channels = u_rows ? m : round_up(m, 8);
-  plan.stores_u = !u_rows;
-  plan.runs_sums = plan.stores_u || ghosts > 0;
+  plan.needs = backward_needs(p, task.needs);
+  const auto needs = [&](int what) { return (plan.needs & what) != 0; };
+  plan.row_channels = task.u_rows ? m : round_up(m, 8);
+  plan.runs_grads = needs(kNeedDy | kNeedDw2);
+  plan.stores_u = plan.runs_grads && !task.u_rows;
+  plan.sums_ghosts =
+      ghosts > 0 && (needs(kNeedNorm2 | kNeedPrelu2) || (plan.runs_grads && task.reads_sums2));
+  plan.runs_sums = plan.stores_u || plan.sums_ghosts;
   if (plan.runs_sums) {
     Problem first = p;
-    if (u_given && p.has_primary) {  // the product was kept: its result is the input
+    if (!plan.sums_ghosts) first.ratio = first.dw_size = 1;
+    if (task.u_given && p.has_primary) {  // the product was kept: its result is the input
       first.channels = m;
       first.height = p.out_height();
       first.width = p.out_width();
@@ -359,39 +366,54 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
     }
     plan.sums = plan_cuda(first, CudaKernel::kBackwardSums, arch, allow_tf32);
   }
-  plan.grads = GradsPlanner(p, arch).best(cuda_plan_rank());
-  need_dw1 = need_dw1 && p.has_primary;
+  if (plan.runs_grads) plan.grads = GradsPlanner(p, arch).best(cuda_plan_rank());
+  const bool need_dx = needs(kNeedDx), need_dw1 = needs(kNeedDw1);
   if (need_dx || need_dw1) {
     if (e == 2 && p.layout == Layout::kNHWC && p.has_primary && p.stride == 1 && has_wide_rows(p))
       plan.primary = plan_du(p, arch, need_dw1);
     if (plan.primary.du.workers == 0) plan.primary = plan_primary(p, arch, need_dx, need_dw1);
   }
-  plan.launches = (plan.runs_sums ? 1 : 0) + 1 + (need_dx || need_dw1 ? 1 : 0) + 1;
+  const bool product = need_dx || need_dw1, finishes = needs(kNeedAll & ~kNeedDx);
+  plan.launches = int(plan.runs_sums) + int(plan.runs_grads) + int(product) + int(finishes);
 
   Sections memory(256);
   const int64_t row_bytes = round_up(m, 8) * e;
   plan.u = memory.place(plan.stores_u ? pixels * row_bytes : 0);
-  plan.da1 = memory.place(pixels * row_bytes);
-  plan.sums2 = memory.place(int64_t{plan.runs_sums ? plan.sums.tile.slots : 0} * 2 * ghosts * a);
-  plan.sums1 = memory.place(int64_t{plan.grads.workers} * 2 * m * a);
-  plan.dw2_sums = memory.place(int64_t{plan.grads.workers} * ghosts * p.dw_size * p.dw_size * a);
+  plan.da1 = memory.place(product ? pixels * row_bytes : 0);
+  // A row of partial sums for each of so many blocks.
+  const int64_t slots = plan.sums_ghosts ? plan.sums.tile.slots : 0;
+  const int64_t workers = plan.runs_grads ? plan.grads.workers : 0;
+  plan.sums2 = memory.place(slots * 2 * ghosts * a);
+  plan.sums1 = memory.place(needs(kNeedDy) ? workers * 2 * m * a : 0);
+  plan.dw2_sums = memory.place(needs(kNeedDw2) ? workers * ghosts * p.dw_size * p.dw_size * a : 0);
   plan.dw1_sums = memory.place(int64_t{plan.primary.dw1_splits} * m * p.channels * a);
+  plan.slope_sums2 = memory.place(needs(kNeedPrelu2) ? slots * ghosts * a : 0);
+  plan.slope_sums1 = memory.place(needs(kNeedPrelu1) ? workers * m * a : 0);
   plan.scratch_bytes = memory.end();
   return plan;
 }
 
 }  // namespace
 
+int backward_needs(const Problem& p, int needs) {
+  if (!p.has_primary) needs &= ~kNeedDw1;
+  if (p.ghosts() == 0) needs &= ~(kNeedDw2 | kNeedNorm2 | kNeedPrelu2);
+  if (p.act1.act != Act::kPReLU) needs &= ~kNeedPrelu1;
+  if (p.act2.act != Act::kPReLU) needs &= ~kNeedPrelu2;
+  return needs & kNeedAll;
+}
+
 BackwardPlan plan_cuda_backward(const Problem& p, const CudaArch& arch, bool allow_tf32,
-                                bool u_given, bool u_rows, bool need_dx, bool need_dw1) {
+                                const BackwardTask& task) {
   // A search costs more than the launches: every shape is planned once.
   using Key = std::array<int64_t, 14>;
   constexpr size_t kMostPlans = 4096;
   static std::mutex mutex;
   static std::map<Key, BackwardPlan> known;
-  const int64_t flags = allow_tf32 | u_given << 1 | u_rows << 2 | need_dx << 3 | need_dw1 << 4 |
-                        p.has_primary << 5 | p.aligned << 6 | int(p.layout) << 7 |
-                        int(p.dtype) << 8;
+  const int64_t flags = allow_tf32 | task.u_given << 1 | task.u_rows << 2 | task.reads_sums2 << 3 |
+                        (p.act1.act == Act::kPReLU) << 4 | p.has_primary << 5 | p.aligned << 6 |
+                        int(p.layout) << 7 | int(p.dtype) << 8 | (p.act2.act == Act::kPReLU) << 10 |
+                        task.needs << 11;
   const Key key = {p.batch,
                    p.channels,
                    p.height,
@@ -411,7 +433,7 @@ BackwardPlan plan_cuda_backward(const Problem& p, const CudaArch& arch, bool all
     const auto found = known.find(key);
     if (found != known.end()) return found->second;
   }
-  const BackwardPlan plan = make_plan(p, arch, allow_tf32, u_given, u_rows, need_dx, need_dw1);
+  const BackwardPlan plan = make_plan(p, arch, allow_tf32, task);
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.size() >= kMostPlans) known.clear();  // shapes that never repeat must not pile up
   known.emplace(key, plan);

@@ -27,7 +27,7 @@ struct CheapTile {
   int32_t tap_splits = 1;  // threads that share a row of taps of a channel pair's weight gradient
   // Bytes in shared memory.
   int32_t y_at = 0, grad_at = 0, dy_at = 0, norm1_at = 0, norm2_at = 0, taps_at = 0, slots_at = 0,
-          combine_at = 0, smem_bytes = 0;
+          combine_at = 0, slopes_at = 0, smem_bytes = 0;
 };
 
 // Sums of dw1 that the blocks of an instance of ghost_backward_du_kernel keep in registers:
@@ -87,23 +87,50 @@ inline int product_depth(int64_t element_bytes) {
   return static_cast<int>(element_bytes == 8 ? 32 : 256 / element_bytes);
 }
 
+// Gradients of a backward pass, the bits of ops.NEEDS. A norm's are those of gamma and beta.
+enum BackwardNeed : int {
+  kNeedDx = 1,
+  kNeedDw1 = 2,
+  kNeedNorm1 = 4,
+  kNeedPrelu1 = 8,
+  kNeedDw2 = 16,
+  kNeedNorm2 = 32,
+  kNeedPrelu2 = 64,
+  kNeedDy = kNeedDx | kNeedDw1 | kNeedNorm1 | kNeedPrelu1,  // what the gradient of y is for
+  kNeedAll = 127
+};
+
+// What a backward pass is given and asked for.
+struct BackwardTask {
+  bool u_given = false;     // somehow
+  bool u_rows = false;      // pixel-major, aligned to 16 bytes
+  bool reads_sums2 = true;  // the gradient of v takes the sums of this batch, not means given
+  int needs = kNeedAll;
+};
+
 struct BackwardPlan {
   bool tensor_cores = false;
+  int needs = 0;  // those of the task that the problem has
   // u goes to scratch, pixel-major, for the later launches; else it is given like that.
   bool stores_u = false;
-  bool runs_sums = false;  // the first launch is needed
+  bool runs_sums = false;    // the first launch is needed,
+  bool sums_ghosts = false;  // not only for u
+  bool runs_grads = false;   // the second launch is needed
   CudaPlan sums;
   CheapTile grads;
   PrimaryGradPlan primary;
   int32_t launches = 0;
   int64_t row_channels = 0;  // elements from row to row of u
   // Sections of the scratch memory, in bytes. Rows of da1 have round_up(m, 8) elements.
-  int64_t u = 0, da1 = 0, sums2 = 0, sums1 = 0, dw2_sums = 0, dw1_sums = 0, scratch_bytes = 0;
+  int64_t u = 0, da1 = 0, sums2 = 0, sums1 = 0, dw2_sums = 0, dw1_sums = 0, slope_sums2 = 0,
+          slope_sums1 = 0, scratch_bytes = 0;
 };
 
-// Remembers what it planned. u_rows: u is given, pixel-major and aligned to 16 bytes. u_given: it
-// is given somehow. Raises std::runtime_error if no tile fits into shared memory.
+// The gradients of a task that the problem has.
+int backward_needs(const Problem& problem, int needs);
+
+// Remembers what it planned. Raises std::runtime_error if no tile fits into shared memory.
 BackwardPlan plan_cuda_backward(const Problem& problem, const CudaArch& arch, bool allow_tf32,
-                                bool u_given, bool u_rows, bool need_dx, bool need_dw1);
+                                const BackwardTask& task);
 
 }  // namespace ghost

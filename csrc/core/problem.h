@@ -18,9 +18,9 @@ enum class Act : int {
   kHardswish = 5,
   kGELU = 6,
   kGELUTanh = 7,
-  kPReLU = 8,  // LeakyReLU with a slope per channel; in eval only
+  kPReLU = 8,  // LeakyReLU with a slope per channel
 };
-inline constexpr int kNumActs = 8;  // those of training
+inline constexpr int kNumActs = 8;  // those without parameters
 
 struct Activation {
   Act act = Act::kNone;

@@ -1,10 +1,11 @@
 // Training, channel by channel. A channel's planes of all images pass through L2 together, so u is
 // read from memory once and nothing but results goes back:
 //
-//   forward   statistics of u -> y = act1(bn1(u)) -> v = w2 (*) y and its statistics -> z =
-//   act2(bn2(v)) backward  y, v again -> dz -> bn2's sums -> dv -> dw2, dy -> bn1's sums -> du (in
-//   place of u)
+//   forward   statistics of u -> y = act1(bn1(u)) -> v = w2 (*) y and its statistics ->
+//             z = act2(bn2(v))
+//   backward  y, v again -> dz -> bn2's sums -> dv -> dw2, dy -> bn1's sums -> du (in place of u)
 //
+// Given statistics are not computed; backward stops where nothing further is needed.
 // Sums run in a fixed order inside a channel and channels never mix: the bits do not depend on the
 // number of threads. Tile map: an item is one channel (NCHW) or a vector's width of channels (NHWC,
 // so that whole cache lines are written). Binding resource: L2 bandwidth; about ten passes over a
@@ -130,38 +131,53 @@ void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* d
   });
 }
 
-// Sums that a batch norm's gradient needs: of g = dL/d(bn output) and of g * normalised input.
+// A sum over many pixels is taken in the compute type over this many, and of those sums in double:
+// a gradient that is not zero in the mean would else lose digits with every pixel.
+inline constexpr int64_t kSumPixels = 2048;
+inline constexpr int64_t kTapSumPixels = 8192;  // more, for d*d sums at once
+
+// Sums of a batch norm's gradient: of g = dL/d(bn output) and of g * normalised input; and that of
+// a PReLU's slope behind it, of dL/d(PReLU's output) * min(bn output, 0).
 struct GradSums {
-  double g = 0, gx = 0;
+  double g = 0, gx = 0, slope = 0;
 };
 
 // g = grad * act'(pre) with pre = scale * x + shift + add (null: 0); stored to `dst`, summed into
-// `sums`.
+// `sums`. A PReLU has its channel's slope in `a`.
 template <class A>
 void activation_backward(const Activation& a, const Affine<A>& f, const A* x, const A* grad, A* dst,
                          int64_t n, GradSums& sums, const A* add = nullptr) {
   const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean),
                inv = set1(f.inv_std);
-  Vec<A> s{}, sx{};
-  with_activation(a.act, [&](auto act) {
-    for_vectors(n, kLanes<A>, [&](int64_t i, auto full) {
-      const Vec<A> xv = load_part(x, i, n, full);
-      Vec<A> pre = xv * scale + shift;
-      if (add) pre += load_part(add, i, n, full);
-      const Vec<A> g =
-          activate_grad<decltype(act)::value, A>(pre, load_part(grad, i, n, full), A(a.slope));
-      store_part(dst, i, n, g, full);
-      s += g;
-      // Lanes past the end read x = 0 and grad = 0, so they add nothing to either sum.
-      sx += g * ((xv - mean) * inv);
-    });
-  });
-  sums.g += double(reduce_add<A>(s));
-  sums.gx += double(reduce_add<A>(sx));
+  const auto pass = [&](auto act, auto slope) {
+    for (int64_t begin = 0; begin < n; begin += kSumPixels) {
+      const int64_t end = n - begin < kSumPixels ? n : begin + kSumPixels;
+      Vec<A> s{}, sx{}, sp{};
+      for_vectors(end - begin, kLanes<A>, [&](int64_t k, auto full) {
+        const int64_t i = begin + k;
+        const Vec<A> xv = load_part(x, i, end, full), gv = load_part(grad, i, end, full);
+        Vec<A> pre = xv * scale + shift;
+        if (add) pre += load_part(add, i, end, full);
+        const Vec<A> g = activate_grad<decltype(act)::value, A>(pre, gv, A(a.slope));
+        store_part(dst, i, end, g, full);
+        s += g;
+        // Lanes past the end read x = 0 and grad = 0, so they add nothing to any sum.
+        sx += g * ((xv - mean) * inv);
+        if constexpr (decltype(slope)::value) sp += pre > A(0) ? Vec<A>{} : gv * pre;
+      });
+      sums.g += double(reduce_add<A>(s));
+      sums.gx += double(reduce_add<A>(sx));
+      if constexpr (decltype(slope)::value) sums.slope += double(reduce_add<A>(sp));
+    }
+  };
+  if (a.act == Act::kPReLU)
+    pass(std::integral_constant<Act, Act::kLeakyReLU>{}, std::true_type{});
+  else
+    with_activation(a.act, [&](auto act) { pass(act, std::false_type{}); });
 }
 
-// d(bn input) from g = d(bn output):  scale * (g - mean(g) - xhat * mean(g * xhat)), or scale * g
-// for constant statistics.
+// d(bn input) from g = d(bn output):  scale * (g - mean(g) - xhat * mean(g * xhat)), the means
+// being sums / count; or scale * g for constant statistics.
 template <class A>
 void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool batch_stats,
                    const A* x, const A* g, A* dst, int64_t n) {
@@ -223,18 +239,27 @@ __attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_a
 #pragma GCC unroll 7
     for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
 }
+// As many images at a time as have kTapSumPixels pixels, at least one.
 template <class A>
 void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t H, int64_t W,
                          double* dw) {
-  switch (d) {
-    case 1:
-      return stencil_weight_grad<A, 1>(y, dv, N, H, W, dw);
-    case 3:
-      return stencil_weight_grad<A, 3>(y, dv, N, H, W, dw);
-    case 5:
-      return stencil_weight_grad<A, 5>(y, dv, N, H, W, dw);
-    case 7:
-      return stencil_weight_grad<A, 7>(y, dv, N, H, W, dw);
+  const int64_t P = H * W, most = P < kTapSumPixels ? kTapSumPixels / (P > 0 ? P : 1) : 1;
+  for (int64_t n = 0; n < N; n += most, y += most * P, dv += most * P) {
+    const int64_t images = N - n < most ? N - n : most;
+    switch (d) {
+      case 1:
+        stencil_weight_grad<A, 1>(y, dv, images, H, W, dw);
+        break;
+      case 3:
+        stencil_weight_grad<A, 3>(y, dv, images, H, W, dw);
+        break;
+      case 5:
+        stencil_weight_grad<A, 5>(y, dv, images, H, W, dw);
+        break;
+      case 7:
+        stencil_weight_grad<A, 7>(y, dv, images, H, W, dw);
+        break;
+    }
   }
 }
 
@@ -279,25 +304,19 @@ class ChannelPass {
     for (int64_t c = c0; c < c1; ++c) {
       const A* const uc = u + c * row;
       A* y = y_all + (c - c0) * ld;
-      if (args.u_is_y) {
+      if (args.u_is_y)
         y = u + c * row;
-      } else {
-        Moments mu;
-        mu.add(uc, row);
-        put(args.mean1, c, mu.mean);
-        put(args.var1, c, mu.variance());
-        affine_activate(p.act1, Affine<A>(args.norm1, c, mu.mean, mu.variance()), uc, y, row);
-      }
+      else
+        affine_activate(act(p.act1, args.norm1, c),
+                        normalised(args.norm1, c, uc, args.mean1, args.var1), uc, y, row);
       for (int64_t j = 0; j < per; ++j) {
         const int64_t g = c * per + j;
+        const bool written = args.out && m + g < oup;
+        if (args.norm2.mean && !written) continue;  // no statistics, no output
         A* const v = v_all + (args.out ? ((c - c0) * per + j) * ld : 0);
         convolve(y, w2 + g * d * d, v, false);
-        Moments mv;
-        mv.add(v, row);
-        put(args.mean2, g, mv.mean);
-        put(args.var2, g, mv.variance());
-        if (args.out && m + g < oup)
-          affine_activate(p.act2, Affine<A>(args.norm2, g, mv.mean, mv.variance()), v, v, row);
+        const Affine<A> f = normalised(args.norm2, g, v, args.mean2, args.var2);
+        if (written) affine_activate(act(p.act2, args.norm2, g), f, v, v, row);
       }
     }
     if (!args.out) return;
@@ -316,37 +335,42 @@ class ChannelPass {
     A* const t = v + ld;
     A* const grads = t + ld;  // dy of the block's channels, then dz
     A* const dz_all = grads + count * ld;
-    read_grad(c0, count, grads, ld);
-    read_grad(m + c0 * per, count * per, dz_all, ld);
-    const double n = double(row);
+    const NormGrads &out1 = args.grads1, &out2 = args.grads2;
+    const bool need_dy = args.need_du || wanted(out1), need_dv = need_dy || args.dw2,
+               need_dz = need_dv || wanted(out2);
+    if (need_dy) read_grad(c0, count, grads, ld);
+    if (need_dz) read_grad(m + c0 * per, count * per, dz_all, ld);
     for (int64_t c = c0; c < c1; ++c) {
       const Affine<A> f1(args.norm1, c);
+      const Activation act1 = act(p.act1, args.norm1, c);
       A* const uc = u + c * row;
       A* const dy = grads + (c - c0) * ld;
-      affine_activate(p.act1, f1, uc, y, row);
-      for (int64_t j = 0; j < per; ++j) {
+      if (need_dz && per > 0) affine_activate(act1, f1, uc, y, row);
+      for (int64_t j = 0; need_dz && j < per; ++j) {
         const int64_t g = c * per + j;
         double dw[49] = {};
         GradSums sums;
         if (m + g < oup) {  // a ghost cut off by the slice has no gradient
           const Affine<A> f2(args.norm2, g);
-          A flipped[49];
-          for (int64_t i = 0; i < d * d; ++i) flipped[i] = w2[g * d * d + d * d - 1 - i];
           convolve(y, w2 + g * d * d, v, false);
-          activation_backward(p.act2, f2, v, dz_all + ((c - c0) * per + j) * ld, t, row, sums);
-          norm_backward(f2, sums, n, args.batch_stats, v, t, t, row);
-          stencil_weight_grad(d, y, t, N, H, W, dw);
-          convolve(t, flipped, dy, true);
+          activation_backward(act(p.act2, args.norm2, g), f2, v, dz_all + ((c - c0) * per + j) * ld,
+                              t, row, sums);
+          if (need_dv) input_grad(f2, args.norm2, g, m * per, sums, v, t, t);
+          if (args.dw2) stencil_weight_grad(d, y, t, N, H, W, dw);
+          if (need_dy) {
+            A flipped[49];
+            for (int64_t i = 0; i < d * d; ++i) flipped[i] = w2[g * d * d + d * d - 1 - i];
+            convolve(t, flipped, dy, true);
+          }
         }
         for (int64_t i = 0; i < d * d; ++i) put(args.dw2, g * d * d + i, dw[i]);
-        put(args.dgamma2, g, sums.gx);
-        put(args.dbeta2, g, sums.g);
+        put(out2, g, sums);
       }
+      if (!need_dy) continue;
       GradSums sums;
-      activation_backward(p.act1, f1, uc, dy, dy, row, sums);
-      put(args.dgamma1, c, sums.gx);
-      put(args.dbeta1, c, sums.g);
-      norm_backward(f1, sums, n, args.batch_stats, uc, dy, uc, row);
+      activation_backward(act1, f1, uc, dy, dy, row, sums);
+      put(out1, c, sums);
+      if (args.need_du) input_grad(f1, args.norm1, c, m, sums, uc, dy, uc);
     }
   }
 
@@ -360,7 +384,45 @@ class ChannelPass {
   }
 
  private:
-  static void put(void* p, int64_t i, double v) { static_cast<A*>(p)[i] = A(v); }
+  // p null: the number is not wanted.
+  static void put(void* p, int64_t i, double v) {
+    if (p) static_cast<A*>(p)[i] = A(v);
+  }
+  static void put(const NormGrads& out, int64_t i, const GradSums& sums) {
+    put(out.dgamma, i, sums.gx);
+    put(out.dbeta, i, sums.g);
+    put(out.dslopes, i, sums.slope);
+  }
+  static bool wanted(const NormGrads& out) { return out.dgamma || out.dbeta || out.dslopes; }
+
+  // The activation with the slope of a channel, if that is a PReLU.
+  static Activation act(Activation a, const NormArgs& n, int64_t c) {
+    if (n.slopes) a.slope = double(static_cast<const A*>(n.slopes)[c]);
+    return a;
+  }
+
+  // A norm with its given statistics, or with those of the row x, which are then results.
+  Affine<A> normalised(const NormArgs& n, int64_t c, const A* x, void* mean, void* var) const {
+    if (n.mean) return Affine<A>(n, c);
+    Moments moments;
+    moments.add(x, row);
+    put(mean, c, moments.mean);
+    put(var, c, moments.variance());
+    return Affine<A>(n, c, moments.mean, moments.variance());
+  }
+
+  // The gradient of a norm's input x from g, that of its output. The norm has `channels` channels.
+  void input_grad(const Affine<A>& f, const NormArgs& n, int64_t c, int64_t channels, GradSums sums,
+                  const A* x, const A* g, A* dst) const {
+    double count = double(row);
+    if (n.means) {
+      const A* const means = static_cast<const A*>(n.means);
+      sums.g = double(means[c]);
+      sums.gx = double(means[channels + c]);
+      count = 1;
+    }
+    norm_backward(f, sums, count, n.batch_stats, x, g, dst, row);
+  }
 
   // out (+)= taps (*) in, image by image of one channel's row.
   void convolve(const A* in, const A* taps, A* out, bool accumulate) const {

@@ -36,9 +36,23 @@ struct ApplyArgs {
 struct NormArgs {
   const void* gamma;
   const void* beta;
-  const void* mean;  // backward: the statistics the forward used
+  const void* mean;  // forward: null for the batch's; backward: the statistics the forward used
   const void* var;   // biased
   double eps;
+  const void* slopes = nullptr;  // of a PReLU behind it
+  // Backward.
+  bool batch_stats = false;  // mean and var are functions of x
+  const void* means =
+      nullptr;  // [2][channels]: the means of g = dL/d(norm's output) and of g times
+                // the normalised input, over more than this batch; null: its own
+};
+
+// Gradients of one batch norm's parameters and of the slopes behind it, per channel, compute type;
+// null where not needed.
+struct NormGrads {
+  void* dgamma = nullptr;
+  void* dbeta = nullptr;
+  void* dslopes = nullptr;
 };
 
 // The part of training that goes channel by channel, all images of a channel at once, so that a
@@ -46,24 +60,21 @@ struct NormArgs {
 // channel-major, [m, N, P]: the images of a channel are one row of pixels, whatever their size.
 struct ChannelArgs {
   Problem problem;  // height and width are those of u; layout that of out / grad_out
-  void* u;          // [m, N, P] compute type: u in. Backward: du out.
+  void* u;          // [m, N, P] compute type: u in. Backward: du out, if need_du.
   const void* w2;   // [g, d*d], compute type
   NormArgs norm1, norm2;
   // forward
   void* out;    // [N, oup, P], or null where only statistics are wanted
   bool u_is_y;  // u already holds y: only v and its statistics are wanted
-  void* mean1;
+  void* mean1;  // results, compute type; null where norm1 or norm2 has them given
   void* var1;
   void* mean2;
-  void* var2;  // results, compute type
+  void* var2;
   // backward
   const void* grad_out;  // [N, oup, P] dense in problem.layout
-  bool batch_stats;      // mean and var are functions of x
-  void* dw2;
-  void* dgamma1;
-  void* dbeta1;
-  void* dgamma2;
-  void* dbeta2;  // compute type
+  bool need_du;
+  void* dw2;  // [g, d*d], compute type; null: not needed
+  NormGrads grads1, grads2;
 };
 
 // dw1[i][k] = sum over images and pixels of du[i] x[k].

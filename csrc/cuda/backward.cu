@@ -45,13 +45,15 @@ class BackwardLaunch {
   cudaError_t run(Sums, Products) {
     if (plan_.runs_sums)
       if (const cudaError_t status = sums<Sums>(); status != cudaSuccess) return status;
-    if (const cudaError_t status = grads(); status != cudaSuccess) return status;
+    if (plan_.runs_grads)
+      if (const cudaError_t status = grads(); status != cudaSuccess) return status;
     if (plan_.primary.blocks() > 0)
       if (const cudaError_t status = primary<Products>(); status != cudaSuccess) return status;
     return finish();
   }
 
  private:
+  bool needs(int what) const { return (plan_.needs & what) != 0; }
   template <class U>
   U* at(int64_t section) const {
     return reinterpret_cast<U*>(scratch_ + section);
@@ -75,12 +77,12 @@ class BackwardLaunch {
     c.act2 = p_.act2.act;
     c.slope1 = p_.act1.slope;
     c.slope2 = p_.act2.slope;
+    c.slopes1 = args_.slopes1;
+    c.slopes2 = args_.slopes2;
     c.norm1 = NormParams(args_.norm1);
     c.norm2 = NormParams(args_.norm2);
     c.w2 = args_.w2;
-    c.batch_stats = args_.batch_stats;
-    c.sums2 = at<A>(plan_.sums2);
-    c.sums2_rows = plan_.sums.tile.slots;
+    c.batch_stats = args_.batch_stats2;
     const int64_t* s = args_.grad_strides;
     c.grad.data = args_.grad_out;
     c.grad.image = s[0];
@@ -124,6 +126,8 @@ class BackwardLaunch {
     forward.plan = plan_.sums;
     forward.x = given_u();
     forward.norm1 = args_.norm1;
+    forward.slopes1 = args_.slopes1;
+    if (!plan_.sums_ghosts) forward.problem.ratio = forward.problem.dw_size = 1;
     if (p_.has_primary && args_.u == nullptr) {
       forward.x = args_.x;
       forward.w1 = args_.w1;
@@ -144,6 +148,12 @@ class BackwardLaunch {
     params.by_pitch = FastDiv(t.pitch);
     params.by_image_rows = FastDiv(t.image_rows);
     CheapParams& c = params.cheap = cheap_params(t.channels);
+    if (!plan_.sums_ghosts) {
+      c.per = 0;
+      c.d = 1;
+    }
+    c.sums2 = at<A>(plan_.sums2);
+    if (needs(kNeedPrelu2)) c.slope_sums2 = at<A>(plan_.slope_sums2);
     c.tile.channels = t.channels;
     c.tile.images = t.images;
     c.tile.rows = t.rows;
@@ -172,10 +182,17 @@ class BackwardLaunch {
     c.dy_at = {t.rows, t.cols, ld};
     c.u = u_rows_;
     c.u_pitch = u_pitch_;
-    c.da1 = at<T>(plan_.da1);
-    c.da1_pitch = da1_pitch_;
-    c.sums1 = at<A>(plan_.sums1);
-    c.dw2_sums = at<A>(plan_.dw2_sums);
+    // Given means are one row of sums of one value.
+    c.sums2 = args_.means2 != nullptr ? const_cast<void*>(args_.means2) : at<A>(plan_.sums2);
+    c.sums2_rows = args_.means2 != nullptr ? 1 : plan_.sums.tile.slots;
+    c.values2 = args_.means2 != nullptr ? 1.0 : double(pixels_);
+    if (plan_.primary.blocks() > 0) {
+      c.da1 = at<T>(plan_.da1);
+      c.da1_pitch = da1_pitch_;
+    }
+    if (needs(kNeedDy)) c.sums1 = at<A>(plan_.sums1);
+    if (needs(kNeedPrelu1)) c.slope_sums1 = at<A>(plan_.slope_sums1);
+    if (needs(kNeedDw2)) c.dw2_sums = at<A>(plan_.dw2_sums);
     return BackwardKernels<T>::grads(c, stream_);
   }
 
@@ -190,7 +207,7 @@ class BackwardLaunch {
     q.stride = int(p_.stride);
     q.nhwc = p_.layout == Layout::kNHWC;
     q.has_primary = p_.has_primary;
-    q.batch_stats = args_.batch_stats;
+    q.batch_stats = args_.batch_stats1;
     q.by_plane = FastDiv(height_ * width_);
     q.by_width = FastDiv(width_);
     q.da1 = at<T>(plan_.da1);
@@ -198,8 +215,9 @@ class BackwardLaunch {
     q.u = u_rows_;
     q.u_pitch = u_pitch_;
     q.norm1 = NormParams(args_.norm1);
-    q.sums1 = at<A>(plan_.sums1);
-    q.sums1_rows = plan_.grads.workers;
+    q.sums1 = args_.means1 != nullptr ? args_.means1 : at<A>(plan_.sums1);
+    q.sums1_rows = args_.means1 != nullptr ? 1 : plan_.grads.workers;
+    q.values1 = args_.means1 != nullptr ? 1.0 : double(pixels_);
     q.x = args_.x;
     q.w1 = args_.w1;
     q.dx = args_.dx;
@@ -219,6 +237,7 @@ class BackwardLaunch {
     const int64_t m = p_.intrinsic, taps = ghosts_ * dw_size_ * dw_size_, w1 = m * p_.channels;
     const auto add = [&](int64_t section, int64_t offset, int64_t pitch, int64_t count, int rows,
                          void* out, bool narrow) {
+      if (out == nullptr) return;
       SumJob job;
       job.part = at<A>(section) + offset;
       job.pitch = pitch;
@@ -228,14 +247,16 @@ class BackwardLaunch {
       job.narrow = narrow;
       f.add(job);
     };
-    if (plan_.primary.dw1_splits > 0)
-      add(plan_.dw1_sums, 0, w1, w1, plan_.primary.dw1_splits, args_.dw1, true);
-    add(plan_.dw2_sums, 0, taps, taps, plan_.grads.workers, args_.dw2, true);
-    add(plan_.sums2, 0, 2 * ghosts_, ghosts_, plan_.sums.tile.slots, args_.dbeta2, false);
-    add(plan_.sums2, ghosts_, 2 * ghosts_, ghosts_, plan_.sums.tile.slots, args_.dgamma2, false);
-    add(plan_.sums1, 0, 2 * m, m, plan_.grads.workers, args_.dbeta1, false);
-    add(plan_.sums1, m, 2 * m, m, plan_.grads.workers, args_.dgamma1, false);
-    return BackwardKernels<T>::finish(f, stream_);
+    const int slots = plan_.sums.tile.slots, workers = plan_.grads.workers;
+    add(plan_.dw1_sums, 0, w1, w1, plan_.primary.dw1_splits, args_.dw1, true);
+    add(plan_.dw2_sums, 0, taps, taps, workers, args_.dw2, true);
+    add(plan_.sums2, 0, 2 * ghosts_, ghosts_, slots, args_.dbeta2, false);
+    add(plan_.sums2, ghosts_, 2 * ghosts_, ghosts_, slots, args_.dgamma2, false);
+    add(plan_.slope_sums2, 0, ghosts_, ghosts_, slots, args_.dslopes2, false);
+    add(plan_.sums1, 0, 2 * m, m, workers, args_.dbeta1, false);
+    add(plan_.sums1, m, 2 * m, m, workers, args_.dgamma1, false);
+    add(plan_.slope_sums1, 0, m, m, workers, args_.dslopes1, false);
+    return f.count > 0 ? BackwardKernels<T>::finish(f, stream_) : cudaSuccess;
   }
 };
 

@@ -33,15 +33,18 @@ struct BackwardArgs {
   const void* w1 = nullptr;        // [m, C], or null without a primary convolution
   ParamRef w2;                     // [g, d, d]
   NormArgs norm1, norm2;           // kGiven, of m and of g channels
-  bool batch_stats = true;         // mean and var are functions of x
-  void* dx = nullptr;              // like x, or null
-  void* dw1 = nullptr;             // like w1, or null
-  void* dgamma1 = nullptr;         // [m], compute type, as are the next and dgamma2, dbeta2
-  void* dbeta1 = nullptr;          // [m]
-  void* dw2 = nullptr;             // like w2
-  void* dgamma2 = nullptr;         // [g]
-  void* dbeta2 = nullptr;          // [g]
-  void* scratch = nullptr;         // plan.scratch_bytes, aligned to 256 bytes
+  ParamRef slopes1, slopes2;       // of a PReLU, [m] and [g]
+  // mean and var are functions of x; then there may be given, in the compute type, the means of da
+  // and of da * uhat over all values, [2, m] and [2, g], in the place of the sums of this batch.
+  bool batch_stats1 = true, batch_stats2 = true;
+  const void *means1 = nullptr, *means2 = nullptr;
+  // The gradients that plan.needs names, the others null. Vectors in the compute type.
+  void* dx = nullptr;                                               // like x
+  void* dw1 = nullptr;                                              // like w1
+  void *dgamma1 = nullptr, *dbeta1 = nullptr, *dslopes1 = nullptr;  // [m]
+  void* dw2 = nullptr;                                              // like w2
+  void *dgamma2 = nullptr, *dbeta2 = nullptr, *dslopes2 = nullptr;  // [g]
+  void* scratch = nullptr;  // plan.scratch_bytes, aligned to 256 bytes
 };
 
 // Whether given u [N, m, Ho, Wo], dense in problem.layout, serves the kernels as it is:

@@ -84,6 +84,7 @@ struct CheapParams {
   FastDiv by_vectors, by_pairs;  // 16-byte vectors and pairs of channels of a block
   Act act1 = Act::kNone, act2 = Act::kNone;
   double slope1 = 0, slope2 = 0;
+  ParamRef slopes1, slopes2;  // of a PReLU, [m] and [g]
   Window y, v, inner, v_strips, inner_strips;
   Placement y_at, grad_at, dy_at;
   StridedMap grad;
@@ -91,14 +92,18 @@ struct CheapParams {
   const void* u = nullptr;                 // [pixel][u_pitch]
   int64_t u_pitch = 0;
   NormParams norm1, norm2;
-  ParamRef w2;  // [g, d, d]
-  bool batch_stats = true;
+  ParamRef w2;              // [g, d, d]
+  bool batch_stats = true;  // of batch norm 2
+  double values2 = 1;       // the sums over all rows of sums2, divided by it, are means
   int sums2_rows = 0;
-  void* sums2 = nullptr;  // [rows][2][g]: sums of da2 and of da2 * vhat
-  void* da1 = nullptr;    // [pixel][da1_pitch]
-  int64_t da1_pitch = 0;
-  void* sums1 = nullptr;     // [workers][2][m]: sums of da1 and of da1 * uhat
-  void* dw2_sums = nullptr;  // [workers][g, d, d]
+  void* sums2 = nullptr;        // [rows][2][g]: sums of da2 and of da2 * vhat
+  void* slope_sums2 = nullptr;  // [rows][g]: sums of dz min(bn2(v), 0), or null: not wanted
+  void* da1 = nullptr;          // [pixel][da1_pitch]
+  int64_t da1_pitch = 0;        // 0: da1 is not wanted
+  // [workers][2][m]: sums of da1 and of da1 * uhat, or null: dy is not wanted
+  void* sums1 = nullptr;
+  void* slope_sums1 = nullptr;  // [workers][m]: sums of dy min(bn1(u), 0), or null: not wanted
+  void* dw2_sums = nullptr;     // [workers][g, d, d], or null: not wanted
 };
 
 // A tile's first pixel.
@@ -256,12 +261,13 @@ __device__ __forceinline__ void copy_ghost_grad(const CheapParams& p, const Owne
 
 // Rows of norm2 [per][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
 // With batch statistics dv = scale da2 + kDvV v + kDvConst; before, the two have the means of da2
-// and of da2 vhat.
+// and of da2 vhat. A kernel keeps the slopes of a PReLU in a row that it does not need otherwise.
 enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kDvConst = 4, kDvV = 5 };
 inline constexpr int kNorm2Rows = 6;
+// Rows of norm1 [4][channels]: kScale, kShift, kMean, and the slopes.
+inline constexpr int kSlope1 = 3;
 
 // y = act1(bn1(u)) of the window's pixels from pixel-major u, zeros outside the image.
-// norm1 [4][channels]: scale, shift, ...
 template <class T>
 __device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, const Origin& o,
                                        const Accumulator<T>* norm1, T* y) {
@@ -300,7 +306,13 @@ __device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, co
       unpack<T>(raw[k], v);
 #pragma unroll
       for (int e = 0; e < kVector<T>; ++e) v[e] = prim::fma(v[e], scale[e], shift[e]);
-      activate(p.act1, [&](int) { return static_cast<A>(p.slope1); }, v);
+      activate(
+          p.act1,
+          [&](int e) {
+            return p.act1 == Act::kPReLU ? norm1[kSlope1 * me.channels + c + e]
+                                         : static_cast<A>(p.slope1);
+          },
+          v);
       prim::store<uint4>(y + out[k], pixel[k] ? pack<T>(v) : uint4{0, 0, 0, 0});
     }
   }
@@ -334,18 +346,37 @@ __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& m
               me.channels, taps, static_cast<const A*>(nullptr));
 }
 
+// The slopes of a PReLU of ghosts j0 .. j0 + count to a row of norm2. The threads are those that
+// load_ghosts has for the same numbers.
+template <class A>
+__device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Owner& me, int j0,
+                                                  int count, int row, A* norm2) {
+  if (p.act2 != Act::kPReLU) return;
+#pragma unroll 1
+  for (int i = me.tid; i < count * me.channels; i += kThreads) {
+    const int j = i / me.channels, c = i - j * me.channels;
+    norm2[(j * kNorm2Rows + row) * me.channels + c] =
+        me.first + c < p.intrinsic
+            ? load_param<A>(p.slopes2, int64_t{me.first + c} * p.per + j0 + j)
+            : A(0);
+  }
+}
+
 // A strip of this thread's two channels is a flat array: values 2 * i and 2 * i + 1 of pixel i.
 
 // For every strip of the v window of ghost j, whose parameters are at norm2 and w2: v by the
 // stencil, then da2 = dz * act2'(bn2(v)). use(offset in `grads` of the first pixel, pixels of the
 // strip, v, da2, exists): what becomes of them. Bit k of exists: value k has a pixel in the image
 // and a ghost that is not sliced off. Where it has none da2 is not to be used, and v is finite.
-template <class T, class Use>
+// use_slopes: see activate_grad; where no value is, its product is zero. kSlopes: the row of norm2
+// with a PReLU's slopes.
+template <int kSlopes, class T, class Use, class UseSlopes>
 __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner& me, int j,
                                                const Origin& o, const T* y, const T* grads,
                                                int grads_row, int grads_col,
                                                const Accumulator<T>* norm2,
-                                               const Accumulator<T>* w2, const Use& use) {
+                                               const Accumulator<T>* w2, const Use& use,
+                                               const UseSlopes& use_slopes) {
   using A = Accumulator<T>;
   if (!me.active()) return;
   const int kept = ghosts_kept(p, me, j) - me.pair;
@@ -377,7 +408,12 @@ __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner
         da2[2 * i + e] = g[e];
       }
     }
-    activate_grad(p.act2, static_cast<A>(p.slope2), scale, shift, v, da2);
+    activate_grad(
+        p.act2,
+        [&](int e) {
+          return p.act2 == Act::kPReLU ? norm[kSlopes * me.channels + e] : static_cast<A>(p.slope2);
+        },
+        scale, shift, v, da2, use_slopes);
     use(offset, pixels, v, da2, exists);
   }
 }

@@ -17,7 +17,7 @@ struct SumJob {
   bool narrow = false;  // out is of x's type, else of the accumulator's
   int first_block = 0;
 };
-inline constexpr int kMaxSumJobs = 6;
+inline constexpr int kMaxSumJobs = 8;
 inline constexpr int kSumsPerBlock = 32;
 
 struct FinishParams {

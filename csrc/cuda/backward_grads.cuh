@@ -5,8 +5,9 @@
 //   dv  = scale2 (da2 - mean(da2) - vhat mean(da2 vhat))       (frozen statistics: scale2 da2)
 //   dw2[a][b] = sum of dv[h][w] y[h + a - r][w + b - r],  r = d / 2
 //   dy  = grad of y + sum over taps of w2[a][b] dv[h - a + r][w - b + r]
-//   da1 = dy act1'(bn1(u))
+//   da1 = dy act1'(bn1(u)), and of a PReLU the sums of dy min(bn1(u), 0)
 //
+// What is not wanted (null pointers in CheapParams) is left out: dw2, or dy and all after it.
 // Shared memory: y with a halo of twice r (once along an axis that the tile spans), dv with a halo
 // of r, dy. Binding resource: memory traffic, u and grad_out in, da1 out, with shared-memory reads
 // of the three stencils close behind: a tile as large as fits keeps the halo small.
@@ -89,28 +90,30 @@ __device__ __forceinline__ void begin_ghosts(const CheapParams& p, const Owner& 
   for (int i = me.tid; i < count * taps * p.tile.tap_splits * me.channels; i += kThreads)
     slots[i] = 0;
   prim::sync_threads();
-  if (!p.batch_stats) return;
-  const A pixels = static_cast<A>(static_cast<double>(p.batch) * p.height * p.width);
-  const int64_t ghosts = int64_t{p.intrinsic} * p.per;
-  const int owned = min_of(p.intrinsic - me.first, me.channels);
-  for (int kind = 0; kind < 2; ++kind)
-    sum_rows(
-        static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.per + j0,
-        p.sums2_rows, 2 * ghosts, owned * count, reinterpret_cast<A*>(shared + p.tile.combine_at),
-        [&](int i, A sum) {
-          const int c = i / count, j = i - c * count;
-          norm2[(j * kNorm2Rows + kDvConst + kind) * me.channels + c] = sum / pixels;
-        },
-        [&](int i) { return i / count * p.per + i % count; });
-  for (int i = me.tid; i < count * me.channels; i += kThreads) {
-    const int j = i / me.channels;
-    A* const norm = norm2 + j * kNorm2Rows * me.channels + i - j * me.channels;
-    const A hat = norm[kInvStd * me.channels] * norm[kDvV * me.channels];
-    const A scale = norm[kScale * me.channels];
-    norm[kDvConst * me.channels] =
-        scale * (norm[kMean * me.channels] * hat - norm[kDvConst * me.channels]);
-    norm[kDvV * me.channels] = -scale * hat;
+  if (p.batch_stats) {
+    const A pixels = static_cast<A>(p.values2);
+    const int64_t ghosts = int64_t{p.intrinsic} * p.per;
+    const int owned = min_of(p.intrinsic - me.first, me.channels);
+    for (int kind = 0; kind < 2; ++kind)
+      sum_rows(
+          static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.per + j0,
+          p.sums2_rows, 2 * ghosts, owned * count, reinterpret_cast<A*>(shared + p.tile.combine_at),
+          [&](int i, A sum) {
+            const int c = i / count, j = i - c * count;
+            norm2[(j * kNorm2Rows + kDvConst + kind) * me.channels + c] = sum / pixels;
+          },
+          [&](int i) { return i / count * p.per + i % count; });
+    for (int i = me.tid; i < count * me.channels; i += kThreads) {
+      const int j = i / me.channels;
+      A* const norm = norm2 + j * kNorm2Rows * me.channels + i - j * me.channels;
+      const A hat = norm[kInvStd * me.channels] * norm[kDvV * me.channels];
+      const A scale = norm[kScale * me.channels];
+      norm[kDvConst * me.channels] =
+          scale * (norm[kMean * me.channels] * hat - norm[kDvConst * me.channels]);
+      norm[kDvV * me.channels] = -scale * hat;
+    }
   }
+  load_ghost_slopes(p, me, j0, count, kMean, norm2);  // the mean has been used
   prim::sync_threads();
 }
 
@@ -159,8 +162,18 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     norm1[kScale * me.channels + c] = f.scale;
     norm1[kShift * me.channels + c] = f.shift;
     norm1[kMean * me.channels + c] = f.mean;
-    norm1[kInvStd * me.channels + c] = f.inv_std;
   }
+  if (p.act1 == Act::kPReLU) {
+#pragma unroll 1
+    for (int c = me.tid; c < me.channels; c += kThreads)
+      norm1[kSlope1 * me.channels + c] =
+          me.first + c < p.intrinsic ? load_param<A>(p.slopes1, me.first + c) : A(0);
+  }
+  const bool wants_dy = p.sums1 != nullptr;
+  // Sums of the first slopes' gradients of this thread's channels.
+  A* const slope_sums =
+      reinterpret_cast<A*>(shared + p.tile.slopes_at) + me.group * me.channels + me.pair;
+  if (p.act1 == Act::kPReLU && me.active()) store_pair(slope_sums, A(0), A(0));
   const int tap_slots = taps * p.tile.tap_splits * me.channels;  // of a ghost
   // The ring of dv outside the window of v stays zero: there is no pixel.
   for (int i = me.tid * 2;
@@ -171,11 +184,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   if (p.per > 0 && all_kept) begin_ghosts<T>(p, me, 0, p.per, shared);
   prim::sync_threads();
 
-  A scale1[2], shift1[2], mean1[2], inv_std1[2];
+  A scale1[2], shift1[2], mean1[2];
   load_pair(norm1 + kScale * me.channels + me.pair, scale1);
   load_pair(norm1 + kShift * me.channels + me.pair, shift1);
   load_pair(norm1 + kMean * me.channels + me.pair, mean1);
-  load_pair(norm1 + kInvStd * me.channels + me.pair, inv_std1);
   A sum[2] = {}, sum_hat[2] = {};
   const int stored =
       static_cast<int>(p.da1_pitch) - me.first;  // channels of da1's rows, padding too
@@ -187,8 +199,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     const int grads_row = radius - p.tile.halo_rows, grads_col = radius - p.tile.halo_cols;
     Placement v_place = p.grad_at;  // of the v window inside dv
     T* const grads_v = grads + v_place.offset(0, grads_row, grads_col);
-    copy_grad<T>(p, me, me.first, 1, valid < me.channels ? valid : me.channels, p.y_grad_bytes,
-                 p.inner, o, p.dy_at, dy);
+    if (wants_dy)
+      copy_grad<T>(p, me, me.first, 1, valid < me.channels ? valid : me.channels, p.y_grad_bytes,
+                   p.inner, o, p.dy_at, dy);
     if (p.per > 0) copy_ghost_grad<T>(p, me, 0, p.v, v_origin, v_place, grads_v);
     prim::cp_async_commit();
     load_y<T>(p, me, Origin{v_origin.n, v_origin.h - radius, v_origin.w - radius}, norm1, y);
@@ -207,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         if (!all_kept) begin_ghosts<T>(p, me, j, 1, shared);
         const int kept = all_kept ? j : 0;  // the ghost's place in shared memory
         const A* const norm = norm2 + kept * kNorm2Rows * me.channels;
-        cheap_gradient<T>(
+        cheap_gradient<kMean>(
             p, me, j, v_origin, y, grads, grads_row, grads_col, norm,
             w2 + kept * taps * me.channels,
             [&](int offset, int pixels, const A(&v)[kStripValues], const A(&da2)[kStripValues],
@@ -229,13 +242,16 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
                 }
                 store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
               }
-            });
+            },
+            [](const A(&)[kStripValues]) {});
         prim::sync_threads();
-        add_weight_gradient<T>(p.d, p, me, y, grads, slots + kept * tap_slots);
+        if (p.dw2_sums != nullptr)
+          add_weight_gradient<T>(p.d, p, me, y, grads, slots + kept * tap_slots);
       }
 
       const bool last = j + 1 >= p.per;
-      for (int item = me.group; me.active() && item < p.inner_strips.count; item += me.groups) {
+      for (int item = me.group; wants_dy && me.active() && item < p.inner_strips.count;
+           item += me.groups) {
         Position at = locate(p.inner_strips, item);
         at.col *= kStrip;
         const int n = o.n + at.image, h = o.h + at.row, w = o.w + at.col;
@@ -279,7 +295,21 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
 #pragma unroll
           for (int e = 0; e < 2; ++e) u[2 * i + e] = pair[e];
         }
-        activate_grad(p.act1, static_cast<A>(p.slope1), scale1, shift1, u, g);
+        activate_grad(
+            p.act1,
+            [&](int e) {
+              return p.act1 == Act::kPReLU ? norm1[kSlope1 * me.channels + me.pair + e]
+                                           : static_cast<A>(p.slope1);
+            },
+            scale1, shift1, u, g,
+            [&](const A(&products)[kStripValues]) {
+              A slopes[2];
+              load_pair(slope_sums, slopes);
+#pragma unroll
+              for (int i = 0; i < kStripValues; ++i)
+                if (exists >> (i / 2) & 1u) slopes[i & 1] += products[i];
+              store_pair(slope_sums, slopes[0], slopes[1]);
+            });
 #pragma unroll
         for (int i = 0; i < kStrip; ++i) {
           if (!(exists >> i & 1u)) continue;
@@ -298,28 +328,41 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
       }
       prim::sync_threads();
       if (!all_kept) {
-        end_ghosts<T>(p, me, j, 1, worker, index > worker, slots);
+        if (p.dw2_sums != nullptr) end_ghosts<T>(p, me, j, 1, worker, index > worker, slots);
         prim::sync_threads();
       }
     } while (++j < p.per);
   }
 
-  if (all_kept) end_ghosts<T>(p, me, 0, p.per, worker, false, slots);
+  if (all_kept && p.dw2_sums != nullptr) end_ghosts<T>(p, me, 0, p.per, worker, false, slots);
+  if (!wants_dy) return;
   // da1's sums, over the threads that share a pair of channels.
   prim::sync_threads();
   A* const own = slots + me.group * me.channels + me.pair;
   A* const own_hat = own + me.groups * me.channels;
   if (me.active()) {
     store_pair(own, sum[0], sum[1]);
-    store_pair(own_hat, sum_hat[0] * inv_std1[0], sum_hat[1] * inv_std1[1]);
+    store_pair(own_hat, sum_hat[0], sum_hat[1]);
   }
   prim::sync_threads();
+#pragma unroll 1
   for (int i = me.tid; i < 2 * me.channels; i += kThreads) {
     const int kind = i / me.channels, c = i - kind * me.channels;
     if (c >= valid) continue;
     A total = 0;
     for (int k = 0; k < me.groups; ++k) total += slots[(kind * me.groups + k) * me.channels + c];
+    if (kind == 1)
+      total *= prim::rsqrt(load_param<A>(p.norm1.var, me.first + c) + static_cast<A>(p.norm1.eps));
     static_cast<A*>(p.sums1)[(int64_t{worker} * 2 + kind) * p.intrinsic + me.first + c] = total;
+  }
+  if (p.slope_sums1 == nullptr) return;
+#pragma unroll 1
+  for (int c = me.tid; c < me.channels && c < valid; c += kThreads) {
+    const A* const first = reinterpret_cast<const A*>(shared + p.tile.slopes_at) + c;
+    A total = 0;
+#pragma unroll 1
+    for (int k = 0; k < me.groups; ++k) total += first[k * me.channels];
+    static_cast<A*>(p.slope_sums1)[int64_t{worker} * p.intrinsic + me.first + c] = total;
   }
 }
 

@@ -29,6 +29,7 @@ struct PrimaryParams {
   NormParams norm1;
   const void* sums1 = nullptr;  // [sums1_rows][2][m]
   int sums1_rows = 0;
+  double values1 = 1;        // the sums over all rows of sums1, divided by it, are means
   const void* x = nullptr;   // [N, C, height, width]
   const void* w1 = nullptr;  // [m, C]
   void* dx = nullptr;
@@ -56,7 +57,7 @@ __device__ __forceinline__ void load_coefficients(const PrimaryParams& p, int fi
   }
   prim::sync_threads();
   if (!p.batch_stats) return;
-  const A pixels = static_cast<A>(p.pixels);
+  const A pixels = static_cast<A>(p.values1);
   const A* const sums = static_cast<const A*>(p.sums1) + first;
   sum_rows(sums, p.sums1_rows, 2 * int64_t{p.intrinsic}, count, combine,
            [&](int i, A sum) { coefficients[kDuMeanGrad * padded + i] = sum / pixels; });
@@ -82,7 +83,7 @@ __device__ __forceinline__ void reload_coefficients(const PrimaryParams& p, int 
         grad_hat += sums[p.intrinsic];
       }
     }
-    const A pixels = static_cast<A>(p.pixels);
+    const A pixels = static_cast<A>(p.values1);
     coefficients[kDuScale * padded + i] = f.scale;
     coefficients[kDuMean * padded + i] = f.mean;
     coefficients[kDuHat * padded + i] = f.inv_std * -(grad_hat / pixels);

@@ -3,7 +3,8 @@
 //
 //   da2 = dz act2'(bn2(v))  and  da2 * vhat,   v = w2 (*) y,  y = act1(bn1(w1 * x))
 //
-// and u = w1 * x for the launches after it, pixel-major, unless it is given like that.
+// of a PReLU also dz min(bn2(v), 0), and u = w1 * x for the launches after it, pixel-major, unless
+// it is given like that.
 //
 // Tile and product as in the forward passes (forward.cuh), the stencil as in backward_cheap.cuh; a
 // thread keeps the sums of its pair of channels in shared memory between tiles.
@@ -86,6 +87,15 @@ struct KeepRows {
   }
 };
 
+// Sums of the slopes' gradients, in shared memory behind the slots of the other sums:
+// [ghosts][groups][channels].
+template <class T>
+__device__ __forceinline__ Accumulator<T>* slope_slots(const SumsParams<T>& params,
+                                                       unsigned char* shared) {
+  const CudaTile& t = params.tile;
+  return reinterpret_cast<Accumulator<T>*>(shared + t.moments_at) + t.ghosts * 4 * kThreads;
+}
+
 // Adds the sums of one tile to the thread's own slots [ghosts][2][groups][channels].
 template <class T>
 __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
@@ -115,7 +125,7 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
     prim::sync_threads();
     const A* const norm = norm2 + k * kNorm2Rows * me.channels;
     A sum[2] = {}, sum_hat[2] = {};
-    cheap_gradient<T>(
+    cheap_gradient<kDvConst>(
         p, me, j, o, y, grads, 0, 0, norm, taps + k * p.d * p.d * me.channels,
         [&](int, int, const A(&v)[kStripValues], const A(&da2)[kStripValues], unsigned exists) {
           A mean[2];
@@ -126,6 +136,14 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
             sum[i & 1] += da2[i];
             sum_hat[i & 1] = prim::fma(da2[i], v[i] - mean[i & 1], sum_hat[i & 1]);
           }
+        },
+        [&](const A(&products)[kStripValues]) {
+          A* const slot = slope_slots(params, shared) + (k * me.groups + me.group) * me.channels;
+          A slopes[2];
+          load_pair(slot + me.pair, slopes);
+#pragma unroll
+          for (int i = 0; i < kStripValues; ++i) slopes[i & 1] += products[i];
+          store_pair(slot + me.pair, slopes[0], slopes[1]);
         });
     if (me.active()) {
       A inv_std[2];
@@ -155,8 +173,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
     load_ghosts<T>(p, me, place.ghost0, place.ghosts, p.d * p.d,
                    reinterpret_cast<A*>(shared + params.tile.norm2_at),
                    reinterpret_cast<A*>(shared + t.taps_at));
-    for (int i = me.tid; i < place.ghosts * 2 * me.groups * me.channels; i += kThreads)
-      slots[i] = 0;
+    load_ghost_slopes(p, me, place.ghost0, place.ghosts, kDvConst,
+                      reinterpret_cast<A*>(shared + params.tile.norm2_at));
+    const int slot_count = place.ghosts * me.groups * me.channels;
+    for (int i = me.tid; i < 2 * slot_count; i += kThreads) slots[i] = 0;
+    if (p.act2 == Act::kPReLU)
+#pragma unroll 1
+      for (int i = me.tid; i < slot_count; i += kThreads) slope_slots(params, shared)[i] = 0;
   }
 
 #pragma unroll 1
@@ -192,6 +215,19 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
     for (int g = 0; g < me.groups; ++g) total += slots[row * slot_count + g * me.channels + c];
     static_cast<A*>(p.sums2)[(int64_t{place.slot} * 2 + (row & 1)) * ghosts +
                              int64_t{me.first + c} * p.per + place.ghost0 + row / 2] = total;
+  }
+  if (p.slope_sums2 == nullptr) return;
+#pragma unroll 1
+  for (int i = me.tid; i < place.ghosts * me.channels; i += kThreads) {
+    const int k = i / me.channels, c = i - k * me.channels;
+    if (c >= place.valid) continue;
+    A total = 0;
+#pragma unroll 1
+    for (int g = 0; g < me.groups; ++g)
+      total += slope_slots(params, shared)[k * slot_count + g * me.channels + c];
+    static_cast<A*>(
+        p.slope_sums2)[place.slot * ghosts + int64_t{me.first + c} * p.per + place.ghost0 + k] =
+        total;
   }
 }
 

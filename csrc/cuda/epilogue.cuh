@@ -103,10 +103,12 @@ __device__ __forceinline__ A activate_grad_costly(Act act, A x, A g) {
 }
 
 // g = g * d act(x) / dx at x = v * scale + shift, for values of two channels in turn: v[0], v[2],
-// ... belong to scale[0], shift[0]. v comes back as it was, but goes round with g meanwhile.
-template <class A, int N>
-__device__ __forceinline__ void activate_grad(Act act, A slope, const A (&scale)[2],
-                                              const A (&shift)[2], A (&v)[N], A (&g)[N]) {
+// ... belong to scale[0], shift[0], slope(0). v comes back as it was, but goes round with g
+// meanwhile. use_slopes(products): of a PReLU, g min(x, 0), the slopes' gradient at each value.
+template <class A, int N, class Slope, class UseSlopes>
+__device__ __forceinline__ void activate_grad(Act act, const Slope& slope, const A (&scale)[2],
+                                              const A (&shift)[2], A (&v)[N], A (&g)[N],
+                                              const UseSlopes& use_slopes) {
   const auto x = [&](int i) { return prim::fma(v[i], scale[i & 1], shift[i & 1]); };
   switch (act) {
     case Act::kNone:
@@ -119,10 +121,19 @@ __device__ __forceinline__ void activate_grad(Act act, A slope, const A (&scale)
 #pragma unroll
       for (int i = 0; i < N; ++i) g[i] = x(i) <= A(0) || x(i) >= A(6) ? A(0) : g[i];
       return;
-    case Act::kLeakyReLU:
+    case Act::kPReLU: {
+      A products[N];
 #pragma unroll
-      for (int i = 0; i < N; ++i) g[i] = x(i) > A(0) ? g[i] : g[i] * slope;
+      for (int i = 0; i < N; ++i) products[i] = x(i) > A(0) ? A(0) : g[i] * x(i);
+      use_slopes(products);
+      [[fallthrough]];
+    }
+    case Act::kLeakyReLU: {
+      const A slopes[2] = {slope(0), slope(1)};
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] = x(i) > A(0) ? g[i] : g[i] * slopes[i & 1];
       return;
+    }
     default:
       break;
   }
@@ -434,7 +445,7 @@ template <class A>
 struct Activated {
   Act act = Act::kNone;
   A slope = A(0);
-  const A* slopes = nullptr;
+  ParamRef slopes;
 };
 
 // slope[i] of channel first + i * step for i < count in shared memory; zeros past `valid`.
@@ -445,7 +456,8 @@ __device__ __forceinline__ void load_slopes(const Activated<A>& act, int64_t fir
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
     A v = act.slope;
-    if (act.slopes != nullptr) v = i < valid ? act.slopes[first + int64_t(i) * step] : A(0);
+    if (act.slopes.data != nullptr)
+      v = i < valid ? load_param<A>(act.slopes, first + int64_t(i) * step) : A(0);
     slope[i] = v;
   }
 }

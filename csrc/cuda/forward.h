@@ -40,8 +40,7 @@ struct ForwardArgs {
   const void* in_gate = nullptr;  // [N, C] of x's dtype, multiplied to x, or null
   NormArgs norm1, norm2;          // of m and of m * (ratio - 1) channels
   ParamRef w2;                    // [m * (ratio - 1), d, d]
-  const void* slopes1 = nullptr;  // of a PReLU, [m] and [m * (ratio - 1)], compute type
-  const void* slopes2 = nullptr;
+  ParamRef slopes1, slopes2;      // of a PReLU, [m] and [m * (ratio - 1)]
   const void* residual = nullptr;  // like out
   const void* gate = nullptr;      // [N, oup, problem.gate_height, problem.gate_width], or null
   void* out = nullptr;             // apply: [N, oup, Ho, Wo]; primary statistics: u or null

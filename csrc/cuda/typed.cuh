@@ -50,9 +50,9 @@ Norm<Accumulator<T>> typed(const NormArgs& n) {
 }
 
 template <class T>
-Activated<Accumulator<T>> typed(const Activation& act, const void* slopes) {
+Activated<Accumulator<T>> typed(const Activation& act, const ParamRef& slopes) {
   using A = Accumulator<T>;
-  return {act.act, A(act.slope), static_cast<const A*>(slopes)};
+  return {act.act, A(act.slope), slopes};
 }
 
 inline Maps maps_of(const Problem& p, const CudaTile& t) {

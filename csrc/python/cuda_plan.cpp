@@ -93,8 +93,11 @@ py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32
   const bool kept = problem.has_primary && ghost::keep_primary(problem);
   const bool rows = (kept || !problem.has_primary) && problem.layout == ghost::Layout::kNHWC &&
                     problem.intrinsic * ghost::element_size(problem.dtype) % 16 == 0;
-  const py::dict backward = describe_backward(ghost::plan_cuda_backward(
-      problem, arch, allow_tf32, kept || !problem.has_primary, rows, true, problem.has_primary));
+  ghost::BackwardTask task;
+  task.u_given = kept || !problem.has_primary;
+  task.u_rows = rows;
+  const py::dict backward =
+      describe_backward(ghost::plan_cuda_backward(problem, arch, allow_tf32, task));
   return py::dict("passes"_a = passes, "writes_u"_a = t.writes_u, "backward"_a = backward);
 }
 

@@ -31,6 +31,12 @@ inline Activation activation(int64_t code, double slope, const char* name) {
   return {Act(code), slope};
 }
 
+// The same, where slopes per channel may be given.
+inline Activation activation_or_prelu(int64_t code, double slope, const char* name) {
+  return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
+                                      : activation(code, slope, name);
+}
+
 // The arguments of ghost_apply that are numbers; act1 and act2 may be slopes per channel.
 inline void set_apply(Problem& p, int64_t intrinsic, int64_t out_channels, int64_t ratio,
                       int64_t dw_size, int64_t stride, int64_t act1, double slope1, int64_t act2,
@@ -44,17 +50,13 @@ inline void set_apply(Problem& p, int64_t intrinsic, int64_t out_channels, int64
   STD_TORCH_CHECK(has_primary || (p.channels == intrinsic && stride == 1),
                   "without a primary convolution x must have ", intrinsic,
                   " channels and stride be 1");
-  const auto with_prelu = [](int64_t code, double slope, const char* name) {
-    return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
-                                        : activation(code, slope, name);
-  };
   p.stride = stride;
   p.intrinsic = intrinsic;
   p.out_channels = out_channels;
   p.ratio = ratio;
   p.dw_size = dw_size;
-  p.act1 = with_prelu(act1, slope1, "act1");
-  p.act2 = with_prelu(act2, slope2, "act2");
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
+  p.act2 = activation_or_prelu(act2, slope2, "act2");
   p.has_primary = has_primary;
 }
 

@@ -123,18 +123,49 @@ CheapWeights check_cheap(const Tensor& w2, int64_t m, DType dtype) {
   return {w2.size(0), w2.size(3), w2.size(0) / m + 1};
 }
 
+// The parameters of one norm and of the activation behind it, in the compute type.
+struct NormParams {
+  Param gamma, beta, mean, var, slopes, means;
+
+  NormArgs args(double eps, bool batch_stats) const {
+    return {gamma.data(), beta.data(),   mean.data(), var.data(),
+            eps,          slopes.data(), batch_stats, means.data()};
+  }
+};
+
+// A norm of n channels in front of an activation. `which` is 1 or 2, for messages.
+NormParams norm_params(int which, const OptionalTensor& gamma, const OptionalTensor& beta,
+                       const OptionalTensor& mean, const OptionalTensor& var,
+                       const OptionalTensor& slopes, const OptionalTensor& means,
+                       const Activation& act, DType dtype, int64_t n) {
+  const auto name = [&](const char* first, const char* second) {
+    return which == 1 ? first : second;
+  };
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), name("mean1", "mean2"), " and ",
+                  name("var1", "var2"), " must both be given, or neither");
+  STD_TORCH_CHECK(slopes.has_value() == (act.act == Act::kPReLU), name("prelu1", "prelu2"),
+                  " must be given for a PReLU, and only for one");
+  return {Param(gamma, dtype, n, name("gamma1", "gamma2")),
+          Param(beta, dtype, n, name("beta1", "beta2")),
+          Param(mean, dtype, n, name("mean1", "mean2")),
+          Param(var, dtype, n, name("var1", "var2")),
+          Param(slopes, dtype, n, name("prelu1", "prelu2")),
+          Param(means, dtype, 2 * n, name("means1", "means2"))};
+}
+
 // ----------------------------------------------------------------------------------------------
 // statistics
 
-std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1, int64_t stride) {
+std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const OptionalTensor& w1,
+                                               int64_t stride) {
   const Image in = image_of(x, "x");
-  check_primary(w1, in);
-  const int64_t m = w1.size(0);
-  Problem p = plain_conv(in, m, stride);
+  if (w1.has_value()) check_primary(*w1, in);
+  const int64_t m = w1.has_value() ? w1->size(0) : in.c;
+  Problem p = plain_conv(in, m, w1.has_value() ? stride : 1);
   const int64_t P = p.out_pixels();
   const ScalarType ct = compute_type(in.dtype);
   Tensor u = empty({m, in.n, P}, ct), mean = empty({m}, ct), var = empty({m}, ct);
-  compute_u(x, in, w1, m, stride, u.mutable_data_ptr());
+  compute_u(x, in, w1, m, p.stride, u.mutable_data_ptr());
   ChannelArgs args{};
   args.problem = p;
   args.problem.height = p.out_height();
@@ -159,10 +190,11 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   p.intrinsic = p.out_channels = intrinsic;
   p.ratio = ratio;
   p.dw_size = dw_size;
-  p.act1 = activation(act1, slope1, "act1");
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
   p.has_primary = has_primary;
   const int64_t g = p.ghosts(), P = p.out_pixels();
-  const PackedLayout at = layout_of_packed(p, packed, 0);
+  const bool prelu = p.act1.act == Act::kPReLU;
+  const PackedLayout at = layout_of_packed(p, packed, prelu ? intrinsic : 0);
   const ScalarType ct = compute_type(in.dtype);
   Tensor y = empty({intrinsic, in.n, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
   ApplyArgs apply;
@@ -174,6 +206,8 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   apply.x_image = in.c * in.h * in.w;
   apply.x_channel = in.h * in.w;
   apply.packed = packed.const_data_ptr();
+  if (prelu)
+    apply.slopes1 = static_cast<const char*>(apply.packed) + at.numel * compute_size(in.dtype);
   apply.residual = nullptr;
   apply.out = y.mutable_data_ptr();
   apply.out_image = P;
@@ -202,8 +236,10 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
     const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
-    const OptionalTensor& beta1, double eps1, const Tensor& w2, const OptionalTensor& gamma2,
-    const OptionalTensor& beta2, double eps2, int64_t out_channels, int64_t stride, int64_t act1,
+    const OptionalTensor& beta1, const OptionalTensor& mean1, const OptionalTensor& var1,
+    double eps1, const OptionalTensor& prelu1, const Tensor& w2, const OptionalTensor& gamma2,
+    const OptionalTensor& beta2, const OptionalTensor& mean2, const OptionalTensor& var2,
+    double eps2, const OptionalTensor& prelu2, int64_t out_channels, int64_t stride, int64_t act1,
     double slope1, int64_t act2, double slope2, bool keep_u) {
   const Image in = image_of(x, "x");
   if (w1.has_value()) check_primary(*w1, in);
@@ -215,16 +251,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   p.out_channels = out_channels;
   p.ratio = cheap.ratio;
   p.dw_size = cheap.d;
-  p.act1 = activation(act1, slope1, "act1");
-  p.act2 = activation(act2, slope2, "act2");
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
+  p.act2 = activation_or_prelu(act2, slope2, "act2");
   const int64_t H = p.out_height(), W = p.out_width(), P = H * W;
   const ScalarType ct = compute_type(in.dtype);
-  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"),
-      g2(gamma2, in.dtype, cheap.g, "gamma2"), b2(beta2, in.dtype, cheap.g, "beta2"),
-      taps(w2, in.dtype, cheap.g * cheap.d * cheap.d, "w2");
+  const NormParams norm1 = norm_params(1, gamma1, beta1, mean1, var1, prelu1, std::nullopt, p.act1,
+                                       in.dtype, m),
+                   norm2 = norm_params(2, gamma2, beta2, mean2, var2, prelu2, std::nullopt, p.act2,
+                                       in.dtype, cheap.g);
+  const Param taps(w2, in.dtype, cheap.g * cheap.d * cheap.d, "w2");
   Tensor out = empty({in.n, out_channels, H, W}, x.scalar_type(), in.layout);
-  Tensor mean1 = empty({m}, ct), var1 = empty({m}, ct), mean2 = empty({cheap.g}, ct),
-         var2 = empty({cheap.g}, ct);
+  const int64_t count1 = mean1.has_value() ? 0 : m, count2 = mean2.has_value() ? 0 : cheap.g;
+  Tensor found_mean1 = empty({count1}, ct), found_var1 = empty({count1}, ct),
+         found_mean2 = empty({count2}, ct), found_var2 = empty({count2}, ct);
   Tensor kept =
       keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
 
@@ -238,25 +277,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   if (keep_u) store_u(scratch.const_data_ptr(), args.problem, kept, in.layout);
   args.u = scratch.mutable_data_ptr();
   args.w2 = taps.data();
-  args.norm1 = {g1.data(), b1.data(), nullptr, nullptr, eps1};
-  args.norm2 = {g2.data(), b2.data(), nullptr, nullptr, eps2};
+  args.norm1 = norm1.args(eps1, false);
+  args.norm2 = norm2.args(eps2, false);
   args.out = out.mutable_data_ptr();
-  args.mean1 = mean1.mutable_data_ptr();
-  args.var1 = var1.mutable_data_ptr();
-  args.mean2 = mean2.mutable_data_ptr();
-  args.var2 = var2.mutable_data_ptr();
+  args.mean1 = found_mean1.mutable_data_ptr();
+  args.var1 = found_var1.mutable_data_ptr();
+  args.mean2 = found_mean2.mutable_data_ptr();
+  args.var2 = found_var2.mutable_data_ptr();
   const auto kernel = active_kernels().channels_forward[int(in.dtype)];
   parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
-  return {out, mean1, var1, mean2, var2, kept};
+  return {out, found_mean1, found_var1, found_mean2, found_var2, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backward(
+// Which gradients are wanted: ops.NEEDS in Python.
+enum Needs : int64_t {
+  kNeedDx = 1,
+  kNeedDw1 = 2,
+  kNeedNorm1 = 4,
+  kNeedPrelu1 = 8,
+  kNeedDw2 = 16,
+  kNeedNorm2 = 32,
+  kNeedPrelu2 = 64,
+};
+
+// The gradients of one norm's parameters and of the slopes behind it, empty where not needed.
+struct NormGradTensors {
+  Tensor dgamma, dbeta, dslopes;
+
+  NormGradTensors(int64_t n, bool norm, bool slopes, ScalarType type)
+      : dgamma(empty({norm ? n : 0}, type)),
+        dbeta(empty({norm ? n : 0}, type)),
+        dslopes(empty({slopes ? n : 0}, type)) {}
+
+  NormGrads args() const { return {memory(dgamma), memory(dbeta), memory(dslopes)}; }
+
+ private:
+  static void* memory(const Tensor& t) {
+    return t.numel() > 0 ? Tensor(t).mutable_data_ptr() : nullptr;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backward(
     const Tensor& grad_out, const Tensor& x, const OptionalTensor& u, const OptionalTensor& w1,
     const OptionalTensor& gamma1, const OptionalTensor& beta1, const Tensor& mean1,
-    const Tensor& var1, double eps1, const Tensor& w2, const OptionalTensor& gamma2,
-    const OptionalTensor& beta2, const Tensor& mean2, const Tensor& var2, double eps2,
-    int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2, bool batch_stats,
-    bool need_dx, bool need_dw1) {
+    const Tensor& var1, double eps1, const OptionalTensor& prelu1, const OptionalTensor& means1,
+    const Tensor& w2, const OptionalTensor& gamma2, const OptionalTensor& beta2,
+    const Tensor& mean2, const Tensor& var2, double eps2, const OptionalTensor& prelu2,
+    const OptionalTensor& means2, int64_t stride, int64_t act1, double slope1, int64_t act2,
+    double slope2, bool batch_stats1, bool batch_stats2, int64_t needs) {
   const Image in = image_of(x, "x");
   if (w1.has_value()) check_primary(*w1, in);
   const int64_t m = w1.has_value() ? w1->size(0) : in.c, step = w1.has_value() ? stride : 1;
@@ -269,17 +337,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   p.out_channels = grad_out.size(1);
   p.ratio = cheap.ratio;
   p.dw_size = cheap.d;
-  p.act1 = activation(act1, slope1, "act1");
-  p.act2 = activation(act2, slope2, "act2");
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
+  p.act2 = activation_or_prelu(act2, slope2, "act2");
   STD_TORCH_CHECK(m <= p.out_channels && p.out_channels <= m * cheap.ratio, "grad_out must have ",
                   m, " to ", m * cheap.ratio, " channels, got ", p.out_channels);
   const ScalarType ct = compute_type(in.dtype);
   const int64_t taps_count = cheap.d * cheap.d;
-  const Param g1(gamma1, in.dtype, m, "gamma1"), b1(beta1, in.dtype, m, "beta1"),
-      m1(mean1, in.dtype, m, "mean1"), v1(var1, in.dtype, m, "var1"),
-      g2(gamma2, in.dtype, cheap.g, "gamma2"), b2(beta2, in.dtype, cheap.g, "beta2"),
-      m2(mean2, in.dtype, cheap.g, "mean2"), v2(var2, in.dtype, cheap.g, "var2"),
-      taps(w2, in.dtype, cheap.g * taps_count, "w2");
+  const NormParams norm1 = norm_params(1, gamma1, beta1, mean1, var1, prelu1, means1, p.act1,
+                                       in.dtype, m),
+                   norm2 = norm_params(2, gamma2, beta2, mean2, var2, prelu2, means2, p.act2,
+                                       in.dtype, cheap.g);
+  const Param taps(w2, in.dtype, cheap.g * taps_count, "w2");
+  const bool need_dx = needs & kNeedDx, need_dw1 = (needs & kNeedDw1) && w1.has_value(),
+             need_dw2 = needs & kNeedDw2;
+  const NormGradTensors grads1(m, needs & kNeedNorm1, (needs & kNeedPrelu1) && prelu1, ct),
+      grads2(cheap.g, needs & kNeedNorm2, (needs & kNeedPrelu2) && prelu2, ct);
 
   // u again, from the kept copy or by the product; du replaces it in place.
   Tensor scratch = empty({m, in.n, P}, ct);
@@ -305,8 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
     grad_layout = in.layout;
     grad = torch::stable::contiguous(grad, memory_format(grad_layout));
   }
-  Tensor dw2 = empty({cheap.g, 1, cheap.d, cheap.d}, ct), dgamma1 = empty({m}, ct),
-         dbeta1 = empty({m}, ct), dgamma2 = empty({cheap.g}, ct), dbeta2 = empty({cheap.g}, ct);
+  Tensor dw2 = need_dw2 ? empty({cheap.g, 1, cheap.d, cheap.d}, ct) : empty({0}, ct);
   ChannelArgs args{};
   args.problem = p;
   args.problem.height = H;
@@ -314,15 +385,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
   args.problem.layout = grad_layout;
   args.u = scratch.mutable_data_ptr();
   args.w2 = taps.data();
-  args.norm1 = {g1.data(), b1.data(), m1.data(), v1.data(), eps1};
-  args.norm2 = {g2.data(), b2.data(), m2.data(), v2.data(), eps2};
+  args.norm1 = norm1.args(eps1, batch_stats1);
+  args.norm2 = norm2.args(eps2, batch_stats2);
   args.grad_out = grad.const_data_ptr();
-  args.batch_stats = batch_stats;
-  args.dw2 = dw2.mutable_data_ptr();
-  args.dgamma1 = dgamma1.mutable_data_ptr();
-  args.dbeta1 = dbeta1.mutable_data_ptr();
-  args.dgamma2 = dgamma2.mutable_data_ptr();
-  args.dbeta2 = dbeta2.mutable_data_ptr();
+  args.need_du = need_dx || need_dw1;
+  args.dw2 = need_dw2 ? dw2.mutable_data_ptr() : nullptr;
+  args.grads1 = grads1.args();
+  args.grads2 = grads2.args();
   const Kernels& k = active_kernels();
   const auto channels = k.channels_backward[int(in.dtype)];
   parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { channels(args, b, e); });
@@ -359,7 +428,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
       parallel(gemm.plan.items, [&](int64_t b, int64_t e) { kernel(gemm, b, e); });
     }
   }
-  if (need_dw1 && w1.has_value()) {
+  if (need_dw1) {
     Tensor sums = empty({m, in.c, 1, 1}, ct);
     WeightGradArgs wg{};
     wg.problem = plain_conv(in, m, step);
@@ -372,7 +441,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_backwar
     dw1 = x.scalar_type() == ct ? sums : torch::stable::to(sums, x.scalar_type());
   }
   if (w2.scalar_type() != ct) dw2 = torch::stable::to(dw2, w2.scalar_type());
-  return {dx, dw1, dgamma1, dbeta1, dw2, dgamma2, dbeta2};
+  return {dx,  dw1,           grads1.dgamma, grads1.dbeta,  grads1.dslopes,
+          dw2, grads2.dgamma, grads2.dbeta,  grads2.dslopes};
 }
 
 // The running statistics of one batch norm and its counter, each of which may be absent. All is

@@ -33,11 +33,10 @@ from ..autograd import (
     ops_named,
     pack,
     run,
-    slopes_need_layers,
 )
 from ..eager_ops import compute_dtype
 from ..functional import check
-from ..reference import Norms, Settings, Slopes
+from ..reference import FROZEN, Norms, Settings, Slopes, Statistics
 from ..tail import Norm, TailSettings, ghost_tail, has_kernel
 from .branch import (
     NO_ACT,
@@ -145,6 +144,11 @@ class Ghost:
         empty = None if first[2] is None else w1.new_empty(0)
         return Norms(*first, None, None, empty, empty)
 
+    def statistics(self) -> Statistics:
+        """Where the statistics of both norms come from."""
+        batch = self.primary.uses_batch_stats()
+        return Statistics(batch, batch if self.cheap is None else self.cheap.uses_batch_stats())
+
     def slopes(self) -> Slopes:
         """The slopes of the PReLUs."""
         second = None if self.cheap is None else self.cheap.slopes()
@@ -154,7 +158,7 @@ class Ghost:
 
     def check(self, x: Tensor) -> None:
         w1, w2 = self.weights()
-        check(x, w1, w2, self.norms(w1, w2), self.settings, False)
+        check(x, w1, w2, self.norms(w1, w2), self.settings, FROZEN)
 
     def why_not_packed(self) -> str:
         for branch in (self.primary, self.cheap):
@@ -173,21 +177,7 @@ class Ghost:
             bn = None if branch is None else branch.bn
             if bn is not None and (bn.running_mean is None) != (bn.running_var is None):
                 return "a batch norm has one of two running statistics"
-        if self.cheap is None:
-            return ""
-        if self.cheap.uses_batch_stats() != self.primary.uses_batch_stats():
-            return "only one of its branches uses the batch's statistics"
         return ""
-
-    def why_not_slopes(self, x: Tensor) -> str:
-        """Why a PReLU has to run as a layer for x; empty without one, or if it need not."""
-        if self.primary.prelu is None and (self.cheap is None or self.cheap.prelu is None):
-            return ""
-        grad = torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(p.requires_grad for layer in self.layers for p in layer.parameters())
-        )
-        return slopes_need_layers(self.primary.uses_batch_stats(), grad)
 
     def why_not_shapes(self, w1: Tensor, w2: Tensor) -> str:
         """Why weights of these shapes are not for the fused ops; empty if they are."""
@@ -239,7 +229,7 @@ class Ghost:
     def run(self, x: Tensor) -> Tensor | str:
         if self.learns(x):
             return self.learn(x)
-        reason = self.why_not_fused() or self.why_not_slopes(x)
+        reason = self.why_not_fused()
         if reason:
             return reason
         for hook, layer in self.hooks:
@@ -248,16 +238,15 @@ class Ghost:
         reason = self.why_not_shapes(w1, w2)
         if reason:
             return reason
-        batch_stats = self.primary.uses_batch_stats()
-        norms, slopes = self.norms(w1, w2), self.slopes()
-        check(x, w1, w2, norms, self.settings, batch_stats)
+        stats, norms, slopes = self.statistics(), self.norms(w1, w2), self.slopes()
+        check(x, w1, w2, norms, self.settings, stats)
         cheap = RunningUpdate() if self.cheap is None else self.cheap.running_update()
         updates = self.primary.running_update(), cheap
-        out = run(x, w1, w2, norms, self.settings, batch_stats, *updates, slopes)
-        if batch_stats:
-            self.primary.add_bias_to_running_mean()
-            if self.cheap is not None:
-                self.cheap.add_bias_to_running_mean()
+        out = run(x, w1, w2, norms, self.settings, stats, *updates, slopes)
+        for branch in (self.primary, self.cheap):
+            # A batch of no images moves no statistics, if no other process has some.
+            if branch is not None and (x.size(0) > 0 or stats.cross_processes()):
+                branch.add_bias_to_running_mean()
         if self.gate is not None:
             out = out * grown(small_gate(x, self.gate), out)
         return run_tail(self.tail, out)
@@ -281,8 +270,8 @@ class Ghost:
         if all(branch.bn is None for branch in branches):
             text += ", no batch norm"
         if any(branch.prelu is not None for branch in branches):
-            text += ", PReLU (fused in inference only)"
-        elif not self.has_plain_primary() and self.normed is None:
+            text += ", PReLU"
+        if not self.has_plain_primary() and self.normed is None:
             text += ", fused in inference only"
         if self.gate is not None:
             text += ", attention gate"

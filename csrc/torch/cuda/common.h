@@ -178,6 +178,14 @@ inline cuda::NormArgs given(const OptionalTensor& gamma, const OptionalTensor& b
   return n;
 }
 
+// The slopes [size], which a PReLU has and nothing else.
+inline cuda::ParamRef slopes_of(const Activation& act, const OptionalTensor& slopes, int64_t size,
+                                const Tensor& like, const char* name) {
+  STD_TORCH_CHECK((act.act == Act::kPReLU) == slopes.has_value(), name,
+                  " must be given for a PReLU, and only for one");
+  return param(slopes, size, like, name);
+}
+
 inline DType compute_dtype_of(const Problem& p) {
   return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }

@@ -97,8 +97,8 @@ void use_packed(ForwardArgs& args, const Tensor& packed) {
   args.norm1.shift = base + at.shift1;
   args.w2 = {base + at.w2, p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32};
   args.norm2.shift = base + at.shift2;
-  if (prelu1) args.slopes1 = base + at.slopes1;
-  if (prelu2) args.slopes2 = base + at.slopes2;
+  if (prelu1) args.slopes1 = {base + at.slopes1, compute_dtype_of(p)};
+  if (prelu2) args.slopes2 = {base + at.slopes2, compute_dtype_of(p)};
 }
 
 // The plan of a kernel for the problem and the pointers x and w1 of its arguments.
@@ -230,22 +230,25 @@ PartialsBuffer cheap_pass(ForwardArgs args, const Tensor& x, const DeviceScope& 
   return partials;
 }
 
-std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const Tensor& w1, int64_t stride) {
+std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const OptionalTensor& w1,
+                                               int64_t stride) {
   Problem p = problem_of(x);
-  check_primary(w1, x, p);
-  STD_TORCH_CHECK(stride >= 1, "stride must be positive, got ", stride);
-  p.stride = stride;
-  p.intrinsic = w1.size(0);
+  if (w1.has_value()) check_primary(*w1, x, p);
+  p.has_primary = w1.has_value();
+  p.stride = p.has_primary ? stride : 1;
+  STD_TORCH_CHECK(p.stride >= 1, "stride must be positive, got ", stride);
+  p.intrinsic = p.has_primary ? w1->size(0) : p.channels;
   p.out_channels = p.intrinsic;
   p.ratio = 1;
   check_sizes(p);
   const DeviceScope scope(x);
   if (p.batch * p.out_pixels() == 0) return combined(x, {}, p.dtype, p.intrinsic, scope, "stats");
-  const Tensor weight = torch::stable::contiguous(w1);
+  Tensor weight;
+  if (p.has_primary) weight = torch::stable::contiguous(*w1);
   ForwardArgs args;
   args.problem = cuda_training(p, false).primary;
   args.x = x.const_data_ptr();
-  args.w1 = weight.const_data_ptr();
+  args.w1 = p.has_primary ? weight.const_data_ptr() : nullptr;
   const PartialsBuffer partials = primary_pass(args, x, nullptr, scope);
   return combined(x, partials.ref, p.dtype, p.intrinsic, scope, "ghost_primary_stats");
 }
@@ -265,7 +268,7 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   p.out_channels = intrinsic * ratio;
   p.ratio = ratio;
   p.dw_size = dw_size;
-  p.act1 = activation(act1, slope1, "act1");
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
   p.has_primary = has_primary;
   check_sizes(p);
   const DeviceScope scope(x);
@@ -281,11 +284,14 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
 }
 
 // Three launches, two without ghosts: statistics of u (which may write u), statistics of v, apply.
-// Each pass combines the partial statistics of those before it as it begins.
+// Each pass combines the partial statistics of those before it as it begins. A norm with constant
+// statistics does without its launch, unless that has to write u.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
     const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
-    const OptionalTensor& beta1, double eps1, const Tensor& w2, const OptionalTensor& gamma2,
-    const OptionalTensor& beta2, double eps2, int64_t out_channels, int64_t stride, int64_t act1,
+    const OptionalTensor& beta1, const OptionalTensor& mean1, const OptionalTensor& var1,
+    double eps1, const OptionalTensor& prelu1, const Tensor& w2, const OptionalTensor& gamma2,
+    const OptionalTensor& beta2, const OptionalTensor& mean2, const OptionalTensor& var2,
+    double eps2, const OptionalTensor& prelu2, int64_t out_channels, int64_t stride, int64_t act1,
     double slope1, int64_t act2, double slope2, bool keep_u) {
   Problem p = problem_of(x);
   if (w1.has_value()) check_primary(*w1, x, p);
@@ -298,65 +304,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   set_cheap(p, w2, x);
   STD_TORCH_CHECK(m <= out_channels && out_channels <= m * p.ratio, "out_channels must lie in [", m,
                   ", ", m * p.ratio, "], got ", out_channels);
-  p.act1 = activation(act1, slope1, "act1");
-  p.act2 = activation(act2, slope2, "act2");
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
+  p.act2 = activation_or_prelu(act2, slope2, "act2");
   check_sizes(p);
+  STD_TORCH_CHECK(mean1.has_value() == var1.has_value() && mean2.has_value() == var2.has_value(),
+                  "mean and var of a norm must be given together");
+  const bool batch1 = !mean1.has_value(), batch2 = !mean2.has_value();  // statistics of the batch
   const DeviceScope scope(x);
   const int64_t g = p.ghosts(), H = p.out_height(), W = p.out_width();
   const ScalarType type = x.scalar_type(), ct = compute_type(p.dtype);
   Tensor out = empty_like_device(x, {p.batch, out_channels, H, W}, type, p.layout);
   Tensor u = keep_u ? empty_like_device(x, {p.batch, m, H, W}, type, p.layout)
                     : empty_like_device(x, {0}, type);
-  NormArgs norm1 = given(gamma1, beta1, {}, {}, eps1, m, x, {"gamma1", "beta1", "mean1", "var1"});
-  NormArgs norm2 = given(gamma2, beta2, {}, {}, eps2, g, x, {"gamma2", "beta2", "mean2", "var2"});
+  NormArgs norm1 =
+      given(gamma1, beta1, mean1, var1, eps1, m, x, {"gamma1", "beta1", "mean1", "var1"});
+  NormArgs norm2 =
+      given(gamma2, beta2, mean2, var2, eps2, g, x, {"gamma2", "beta2", "mean2", "var2"});
+  ForwardArgs args;
+  args.slopes1 = slopes_of(p.act1, prelu1, m, x, "prelu1");
+  args.slopes2 = slopes_of(p.act2, prelu2, g, x, "prelu2");
+  const int64_t own1 = batch1 ? m : 0, own2 = batch2 ? g : 0;  // statistics to return
   if (p.batch * H * W == 0) {
-    auto [mean1, var1] = combined(x, {}, p.dtype, m, scope, "stats");
-    auto [mean2, var2] = combined(x, {}, p.dtype, g, scope, "stats");
-    return {out, mean1, var1, mean2, var2, u};
+    auto [zero_mean1, zero_var1] = combined(x, {}, p.dtype, own1, scope, "stats");
+    auto [zero_mean2, zero_var2] = combined(x, {}, p.dtype, own2, scope, "stats");
+    return {out, zero_mean1, zero_var1, zero_mean2, zero_var2, u};
   }
-  Tensor mean1 = empty_like_device(x, {m}, ct), var1 = empty_like_device(x, {m}, ct),
-         mean2 = empty_like_device(x, {g}, ct), var2 = empty_like_device(x, {g}, ct);
+  Tensor batch_mean1 = empty_like_device(x, {own1}, ct),
+         batch_var1 = empty_like_device(x, {own1}, ct),
+         batch_mean2 = empty_like_device(x, {own2}, ct),
+         batch_var2 = empty_like_device(x, {own2}, ct);
   const Tensor primary = torch::stable::contiguous(w1.value_or(w2));
   const Tensor cheap = torch::stable::contiguous(w2);
 
-  const CudaTraining training = cuda_training(p, keep_u);
-  ForwardArgs args;
+  const CudaTraining training = cuda_training(p, keep_u, batch1);
   args.problem = training.primary;
   args.x = x.const_data_ptr();
   args.w1 = p.has_primary ? primary.const_data_ptr() : nullptr;
   args.w2 = {cheap.const_data_ptr(), p.dtype};
   Tensor scratch =
       training.writes_u && !keep_u ? empty_like_device(x, {p.batch, m, H, W}, type, p.layout) : u;
-  const PartialsBuffer first =
-      primary_pass(args, x, training.writes_u ? scratch.mutable_data_ptr() : nullptr, scope);
+  PartialsBuffer first, second;
+  if (batch1 || training.writes_u)
+    first = primary_pass(args, x, training.writes_u ? scratch.mutable_data_ptr() : nullptr, scope);
   if (!training.apply.has_primary && p.has_primary) {  // the passes to come read u instead of x
     args.x = scratch.const_data_ptr();
     args.w1 = nullptr;
   }
-  norm1.source = NormSource::kPartials;
-  norm1.partials = first.ref;
-  norm1.mean_out = mean1.mutable_data_ptr();
-  norm1.var_out = var1.mutable_data_ptr();
+  if (batch1) {
+    norm1.source = NormSource::kPartials;
+    norm1.partials = first.ref;
+    norm1.mean_out = batch_mean1.mutable_data_ptr();
+    norm1.var_out = batch_var1.mutable_data_ptr();
+  }
   args.norm1 = norm1;
-  PartialsBuffer second;
-  if (g > 0) {
+  if (own2 > 0) {
     args.problem = training.cheap;
     second = cheap_pass(args, x, scope);
     norm2.source = NormSource::kPartials;
     norm2.partials = second.ref;
-    norm2.mean_out = mean2.mutable_data_ptr();
-    norm2.var_out = var2.mutable_data_ptr();
-    // Known by now: cheaper than to combine them again.
-    args.norm1.source = NormSource::kGiven;
-    args.norm1.mean = {mean1.const_data_ptr(), compute_dtype_of(p)};
-    args.norm1.var = {var1.const_data_ptr(), compute_dtype_of(p)};
+    norm2.mean_out = batch_mean2.mutable_data_ptr();
+    norm2.var_out = batch_var2.mutable_data_ptr();
+    if (batch1) {  // known by now: cheaper than to combine them again
+      args.norm1.source = NormSource::kGiven;
+      args.norm1.mean = {batch_mean1.const_data_ptr(), compute_dtype_of(p)};
+      args.norm1.var = {batch_var1.const_data_ptr(), compute_dtype_of(p)};
+    }
   }
   args.norm2 = norm2;
   args.problem = training.apply;
   set_plan(args, CudaKernel::kApply, scope);
   args.out = out.mutable_data_ptr();
   check_launch(launch_ghost_apply(args, scope.stream()), "ghost_train_forward");
-  return {out, mean1, var1, mean2, var2, u};
+  return {out, batch_mean1, batch_var1, batch_mean2, batch_var2, u};
 }
 
 }  // namespace

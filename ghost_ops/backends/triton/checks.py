@@ -80,6 +80,29 @@ def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
             _check_tensor(name, t, x, (x.dtype, torch.float32))
 
 
+def check_pairs(**vectors: Tensor | None) -> None:
+    """Both are given, or none of them."""
+    given = [t is not None for t in vectors.values()]
+    _require(all(given) or not any(given), f"{' and '.join(vectors)} must be given together")
+
+
+def check_slopes(x: Tensor, act: int, size: int, **slopes: Tensor | None) -> None:
+    """Slopes [size], which a PReLU has and nothing else."""
+    check_vectors(x, size, **slopes)
+    for name, t in slopes.items():
+        expected = (act == PRELU) == (t is not None)
+        _require(expected, f"{name} must be given for a PReLU, and only for one")
+
+
+def check_means(x: Tensor, size: int, batch_stats: bool, **means: Tensor | None) -> None:
+    """Means [2, size] in float32, which only a norm with statistics of the batch may have."""
+    for name, t in means.items():
+        if t is not None:
+            _require(batch_stats, f"{name} are of a norm with statistics of the batch")
+            _require(t.shape == (2, size), f"{name} must be [2, {size}], got {list(t.shape)}")
+            _check_tensor(name, t, x, (torch.float32,))
+
+
 def check_gate(gate: Tensor, out: Tensor) -> None:
     """[N, out_channels, Hg, Wg] in the dtype of out."""
     _require(

@@ -22,8 +22,10 @@ from .checks import (
     check_cheap,
     check_gate,
     check_numbers,
+    check_pairs,
     check_primary,
     check_same_shape,
+    check_slopes,
     check_vectors,
 )
 from .forward_launches import Moments, launch_cheap, launch_fused, launch_primary
@@ -117,31 +119,44 @@ def ghost_apply(
     with on_device(x):
         epilogue = Epilogue.of(gate, residual, out)
         plain = gate is None and residual is None
-        if passes(p, device, stores_z=True, epilogue=not plain).one_pass:
-            launch_fused(
-                x, parts.w1, parts.w2, p, device, norm1=norm1, norm2=norm2, y=out, out=out,
-                prelu1=parts.prelu1, prelu2=parts.prelu2,
-            )  # fmt: skip
+        if plain:
+            _whole(x, parts.w1, parts.w2, p, device, norm1, norm2, parts.prelu1, parts.prelu2, out)
             return out
-        # The ghosts are made from y, before gate and residual: then y is no part of out.
-        y = out
-        if not plain:
-            y = maps(x, p, p.m) if p.g else None
+        # The ghosts are made from y, before gate and residual: y is no part of out.
+        y = maps(x, p, p.m) if p.g else None
         launch_primary(
-            x, parts.w1, p, device, norm=norm1, y=y, out=None if plain else out,
-            prelu=parts.prelu1, epilogue=epilogue,
+            x, parts.w1, p, device, norm=norm1, y=y, out=out, prelu=parts.prelu1,
+            epilogue=epilogue,
         )  # fmt: skip
-        if y is not None and p.g:
+        if y is not None:
             launch_cheap(
                 y, parts.w2, p, device, norm=norm2, out=out, prelu=parts.prelu2, epilogue=epilogue
             )
     return out
 
 
-def ghost_primary_stats(x: Tensor, w1: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [m] of u = conv(x, w1)."""
-    m = w1.size(0)
-    p = problem_of(x, m, 1, m, 1, stride, 0, 0.0, 0, 0.0, True)
+def _whole(
+    x: Tensor, w1: Tensor | None, w2: Tensor, p: Problem, device: Device, norm1: Norm, norm2: Norm,
+    prelu1: Tensor | None, prelu2: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Write out with both norms known, in one launch or two."""
+    if passes(p, device, stores_z=True).one_pass:
+        launch_fused(
+            x, w1, w2, p, device, norm1=norm1, norm2=norm2, y=out, out=out, prelu1=prelu1,
+            prelu2=prelu2,
+        )  # fmt: skip
+        return
+    launch_primary(x, w1, p, device, norm=norm1, y=out, prelu=prelu1)
+    if p.g:
+        launch_cheap(out, w2, p, device, norm=norm2, out=out, prelu=prelu2)
+
+
+def ghost_primary_stats(x: Tensor, w1: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [m] of u = conv(x, w1), or of u = x without w1."""
+    m = x.size(1) if w1 is None else w1.size(0)
+    if w1 is None:
+        stride = 1
+    p = problem_of(x, m, 1, m, 1, stride, 0, 0.0, 0, 0.0, w1 is not None)
     check_primary(w1, x, m, p.c)
     if x.numel() == 0:
         return zeros(x, m)
@@ -164,15 +179,17 @@ def ghost_cheap_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance [g] of v; y lives in scratch memory that dies with the call."""
     p = problem_of(
-        x, intrinsic, ratio, intrinsic * ratio, dw_size, stride, act1, slope1, 0, 0.0, has_primary
-    )
-    parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary)
+        x, intrinsic, ratio, intrinsic * ratio, dw_size, stride, act1, slope1, 0, 0.0, has_primary,
+        prelu=True,
+    )  # fmt: skip
+    has_prelu = act1 == PRELU, False
+    parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary, has_prelu)
     if x.numel() == 0 or p.g == 0:
         return zeros(x, p.g)
     norm1 = Norm(parts.scale1, parts.shift1)
     with on_device(x):
         y = maps(x, p, p.m)
-        return _second_pass(x, parts.w1, parts.w2, p, device_of(x), norm1, y)
+        return _second_pass(x, parts.w1, parts.w2, p, device_of(x), norm1, parts.prelu1, y)
 
 
 def _second_pass(
@@ -182,13 +199,14 @@ def _second_pass(
     p: Problem,
     device: Device,
     norm1: Norm,
+    prelu1: Tensor | None,
     y: Tensor,
 ) -> Moments:
     """Write y, and return the statistics of v."""
     if passes(p, device, stores_z=False).one_pass:
-        moments = launch_fused(x, w1, w2, p, device, norm1=norm1, y=y, moments=True)
+        moments = launch_fused(x, w1, w2, p, device, norm1=norm1, y=y, prelu1=prelu1, moments=True)
     else:
-        launch_primary(x, w1, p, device, norm=norm1, y=y)
+        launch_primary(x, w1, p, device, norm=norm1, y=y, prelu=prelu1)
         moments = launch_cheap(y, w2, p, device, moments=True)
     assert moments is not None
     return moments
@@ -199,11 +217,17 @@ def ghost_train_forward(
     w1: Tensor | None,
     gamma1: Tensor | None,
     beta1: Tensor | None,
+    mean1: Tensor | None,
+    var1: Tensor | None,
     eps1: float,
+    prelu1: Tensor | None,
     w2: Tensor,
     gamma2: Tensor | None,
     beta2: Tensor | None,
+    mean2: Tensor | None,
+    var2: Tensor | None,
     eps2: float,
+    prelu2: Tensor | None,
     out_channels: int,
     stride: int,
     act1: int,
@@ -214,37 +238,51 @@ def ghost_train_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, mean1, var1, mean2, var2, u or empty), normalised with the batch's statistics.
 
-    Pass 1 computes u and its statistics, pass 2 y (into out) and the statistics of v, pass 3 z.
+    Pass 1 computes u and its statistics, pass 2 y (into out) and the statistics of v, pass 3 z. A
+    norm with mean and var given has constant statistics: its pass is left out (unless it keeps u),
+    and its results are empty.
     """
     m = x.size(1) if w1 is None else w1.size(0)
     check_primary(w1, x, m, x.size(1))
     g, d = check_cheap(w2, x, m)
-    check_vectors(x, m, gamma1=gamma1, beta1=beta1)
-    check_vectors(x, g, gamma2=gamma2, beta2=beta2)
+    check_vectors(x, m, gamma1=gamma1, beta1=beta1, mean1=mean1, var1=var1)
+    check_vectors(x, g, gamma2=gamma2, beta2=beta2, mean2=mean2, var2=var2)
+    check_pairs(mean1=mean1, var1=var1)
+    check_pairs(mean2=mean2, var2=var2)
+    check_slopes(x, act1, m, prelu1=prelu1)
+    check_slopes(x, act2, g, prelu2=prelu2)
     p = problem_of(
-        x, m, g // m + 1, out_channels, d, stride, act1, slope1, act2, slope2, w1 is not None
-    )
+        x, m, g // m + 1, out_channels, d, stride, act1, slope1, act2, slope2, w1 is not None,
+        prelu=True,
+    )  # fmt: skip
     out = maps(x, p, p.out_channels)
+    batch1, batch2 = mean1 is None, mean2 is None
     if x.numel() == 0:
         u = maps(x, p, m) if keep_u else x.new_empty(0)
-        return out, *zeros(x, m), *zeros(x, g), u
+        return out, *zeros(x, m if batch1 else 0), *zeros(x, g if batch2 else 0), u
     device = device_of(x)
-    stash = maps(x, p, m) if keep_u or stashes_u(p) else None
+    stash = maps(x, p, m) if keep_u or (batch1 and stashes_u(p)) else None
+    found1, found2 = vectors(x, 0), vectors(x, 0)
     with on_device(x):
-        moments = launch_primary(x, w1, p, device, u=stash, moments=True)
-        assert moments is not None
-        mean1, var1 = moments
+        if batch1:
+            moments = launch_primary(x, w1, p, device, u=stash, moments=True)
+            assert moments is not None
+            found1 = mean1, var1 = moments
+        elif stash is not None:
+            launch_primary(x, w1, p, device, u=stash)
         norm1 = Norm(gamma1, beta1, mean1, var1, eps1)
         source, weight, q = (x, w1, p) if stash is None else (stash, None, p.given_u())
-        if g:
-            mean2, var2 = _second_pass(source, weight, w2, q, device, norm1, out)
+        if g and batch2:
+            found2 = _second_pass(source, weight, w2, q, device, norm1, prelu1, out)
+            norm2 = Norm(gamma2, beta2, *found2, eps2)
+            launch_cheap(out, w2, q, device, norm=norm2, out=out, prelu=prelu2)
+        elif g:
             norm2 = Norm(gamma2, beta2, mean2, var2, eps2)
-            launch_cheap(out, w2, q, device, norm=norm2, out=out)
+            _whole(source, weight, w2, q, device, norm1, norm2, prelu1, prelu2, out)
         else:
-            launch_primary(source, weight, q, device, norm=norm1, y=out)
-            mean2, var2 = vectors(x, 0)
+            launch_primary(source, weight, q, device, norm=norm1, y=out, prelu=prelu1)
     kept = stash if keep_u and stash is not None else x.new_empty(0)
-    return out, mean1, var1, mean2, var2, kept
+    return out, *found1, *found2, kept
 
 
 def ghost_update_running_(

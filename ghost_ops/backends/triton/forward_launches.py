@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from ...activations import NONE
 from . import tuning
 from .kernels.cheap import cheap_kernel
 from .kernels.fused import fused_kernel
@@ -43,7 +44,7 @@ def launch_primary(
             part.data, part.counters, *found,
             part.parts, cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
             C=p.c, M=p.m, Y_CH=p.m if y is None else y.size(1), OUP=p.out_channels, S=p.stride,
-            ACT=p.act1, NHWC=p.nhwc, WIDE=p.wide or epilogue.wide,
+            ACT=_act(p.act1, y, out), NHWC=p.nhwc, WIDE=p.wide or epilogue.wide,
             PREC=precision(x.dtype, device),
             BP=tile.pixels, BM=tile.channels, BK=tile.depth, TILES=cut.tiles, FAN=part.fan,
             **options(tile),
@@ -67,8 +68,8 @@ def launch_cheap(
         cheap_kernel[(cut.groups * blocks,)](
             y, w2, *norm, p.slope2 if prelu is None else prelu, out, *epilogue,
             part.data, part.counters, *found, part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
-            M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size, ACT=p.act2,
-            NHWC=p.nhwc, WIDE=p.wide or epilogue.wide,
+            M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size,
+            ACT=_act(p.act2, out), NHWC=p.nhwc, WIDE=p.wide or epilogue.wide,
             BP=tile.pixels, BG=tile.channels, TILES=cut.tiles, FAN=part.fan,
             **options(tile),
         )  # fmt: skip
@@ -94,7 +95,7 @@ def launch_fused(
             y, out, part.data, part.counters, *found,
             part.parts, p.h * p.w, p.w, p.out_pixels, p.ho, p.wo,
             C=p.c, M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size,
-            S=p.stride, ACT1=p.act1, ACT2=p.act2, NHWC=p.nhwc, WIDE=p.wide,
+            S=p.stride, ACT1=p.act1, ACT2=_act(p.act2, out), NHWC=p.nhwc, WIDE=p.wide,
             PREC=precision(x.dtype, device),
             BP=tile.pixels, BM=tile.channels, BK=tile.depth,
             TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)), FAN=part.fan,
@@ -103,6 +104,11 @@ def launch_fused(
         return found if moments else None
 
     return tuning.run("fused", p, device, launch, "moments" if moments else "")
+
+
+def _act(act: int, *results: Tensor | None) -> int:
+    """The activation of a launch, none where it has no results: moments come before it."""
+    return act if any(t is not None for t in results) else NONE
 
 
 def _room_for_moments(

@@ -155,12 +155,12 @@ def activate(x, slope, ACT: tl.constexpr):
 
 @triton.jit
 def activate_gradient(x, grad, slope, ACT: tl.constexpr):
-    """grad * act'(x); at a kink the slope that PyTorch takes."""
+    """grad * act'(x); at a kink the slope that PyTorch takes. slope: see slopes."""
     if ACT == 1:
         grad = tl.where(x <= 0.0, 0.0, grad)
     elif ACT == 2:
         grad = tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 0.0, grad))
-    elif ACT == 3:
+    elif ACT == 3 or ACT == 8:
         grad = tl.where(x > 0.0, grad, grad * slope)
     elif ACT == 4:
         s = 1.0 / (1.0 + tl.exp(-x))
@@ -176,6 +176,12 @@ def activate_gradient(x, grad, slope, ACT: tl.constexpr):
         inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         grad = grad * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner)
     return grad
+
+
+@triton.jit
+def slope_gradient(x, grad):
+    """The gradient of a PReLU's slope at each x: grad * min(x, 0)."""
+    return tl.where(x > 0.0, 0.0, grad * x)
 
 
 # ---------------------------------------------------------------- tiles

@@ -129,27 +129,35 @@ def fold_moments(
                 tl.store(var_ptr + c, m2 / tl.where(count > 0.0, count, 1.0), mask=cm)
 
 
-# ---------------------------------------------------------------- sums of pairs of vectors
+# ---------------------------------------------------------------- sums of two or three vectors
 
 
 @triton.jit
-def store_sums(part_ptr, parts, row, one, two, c, cm, CH: tl.constexpr, FAN: tl.constexpr):
-    """A row of partial sums: [2, rows, CH]."""
+def store_sums(
+    part_ptr, parts, row, one, two, three, c, cm,
+    CH: tl.constexpr, FAN: tl.constexpr, THREE: tl.constexpr,
+):  # fmt: skip
+    """A row of partial sums: [2, rows, CH], or THREE instead of two."""
     at = tl.cast(row, tl.int64) * CH + c
+    plane = _all_rows(parts, FAN) * CH
     tl.store(part_ptr + at, one, mask=cm)
-    tl.store(part_ptr + _all_rows(parts, FAN) * CH + at, two, mask=cm)
+    tl.store(part_ptr + plane + at, two, mask=cm)
+    if THREE:
+        tl.store(part_ptr + 2 * plane + at, three, mask=cm)
 
 
 @triton.jit
 def _sums_of(
-    part_ptr, parts, first, number, c, cm, CH: tl.constexpr, FAN: tl.constexpr, B: tl.constexpr
-):
-    """Both sums over ``number`` rows, in their order."""
+    part_ptr, parts, first, number, c, cm,
+    CH: tl.constexpr, FAN: tl.constexpr, THREE: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The sums over ``number`` rows, in their order."""
     FIT: tl.constexpr = 2048 // B if B < 256 else 8
     AT_ONCE: tl.constexpr = FIT if FIT < FAN else FAN
     plane = _all_rows(parts, FAN) * CH
     one = tl.zeros((B,), tl.float32)
     two = tl.zeros((B,), tl.float32)
+    three = tl.zeros((B,), tl.float32)
     start = 0
     while start < number:
         i = start + tl.arange(0, AT_ONCE)
@@ -157,17 +165,23 @@ def _sums_of(
         mask = (i < number)[:, None] & cm[None, :]
         one += tl.sum(tl.load(part_ptr + at, mask=mask, other=0.0), 0)
         two += tl.sum(tl.load(part_ptr + plane + at, mask=mask, other=0.0), 0)
+        if THREE:
+            three += tl.sum(tl.load(part_ptr + 2 * plane + at, mask=mask, other=0.0), 0)
         start += AT_ONCE
-    return one, two
+    return one, two, three
 
 
 @triton.jit
 def fold_sums(
-    part_ptr, counter_ptr, one_ptr, two_ptr, parts, group, block,
+    part_ptr, counter_ptr, one_ptr, two_ptr, three_ptr, parts, group, block,
     CH: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, FAN: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Both sums over everything, once all groups have stored theirs; a block as above."""
+    """The sums over everything, once all groups have stored theirs; a block as above.
+
+    three_ptr None: there are two.
+    """
+    THREE: tl.constexpr = three_ptr is not None
     clusters = tl.cdiv(parts, FAN)
     cluster = group // FAN
     first = cluster * FAN
@@ -178,16 +192,20 @@ def fold_sums(
             column = block * COLUMNS + j
             c = block_channels(column, B, WIDE)
             cm = c < CH
-            one, two = _sums_of(part_ptr, parts, first, number, c, cm, CH, FAN, B)
-            store_sums(part_ptr, parts, parts + cluster, one, two, c, cm, CH, FAN)
+            one, two, three = _sums_of(part_ptr, parts, first, number, c, cm, CH, FAN, THREE, B)
+            store_sums(part_ptr, parts, parts + cluster, one, two, three, c, cm, CH, FAN, THREE)
         if _is_last(counter_ptr + clusters, clusters):
             for j in range(COLUMNS):
                 column = block * COLUMNS + j
                 c = block_channels(column, B, WIDE)
                 cm = c < CH
-                one, two = _sums_of(part_ptr, parts, parts, clusters, c, cm, CH, FAN, B)
+                one, two, three = _sums_of(
+                    part_ptr, parts, parts, clusters, c, cm, CH, FAN, THREE, B
+                )
                 tl.store(one_ptr + c, one, mask=cm)
                 tl.store(two_ptr + c, two, mask=cm)
+                if THREE:
+                    tl.store(three_ptr + c, three, mask=cm)
 
 
 # ---------------------------------------------------------------- sums of matrices
