@@ -234,7 +234,7 @@ def _eager_depthwise_norm_backward(
         mean, var = (t.to(u.dtype).view_as(gamma) for t in (mean, var))
         inv = torch.rsqrt(var + eps)
         u = (u - mean) * inv
-    g = activations.backward(g, u * gamma + beta, act, slope)
+    g, _ = activations.backward(g, u * gamma + beta, act, slope)
     dbeta, dgamma = g.sum(dims), (g * u).sum(dims)
     if batch_stats:
         g = g - (dbeta.view_as(gamma) + u * dgamma.view_as(gamma)) / (g.numel() // g.size(1))

@@ -183,14 +183,23 @@ class DepthwiseNorm {
     }
     const HalvedGrad<A, K> plane(a.conv.height, a.conv.width, a.conv.out_height, a.conv.out_width,
                                  memory);
+    // Of some images in the compute type, of these sums in double (channels.h, kTapSumPixels).
+    const int64_t some = std::max<int64_t>(kTapSumPixels / Po, 1);
+    double dw[K * K] = {};
     V sums[K * K] = {};
     for (int64_t n = 0; n < N; ++n) {
       plane.load_planes(x.at + n * x.step, g + n * Po);
-      if (a.dw) plane.weight(sums);
       if (a.dx) plane.input(taps(c), dx.at + n * dx.step);
+      if (!a.dw) continue;
+      plane.weight(sums);
+      if ((n + 1) % some != 0 && n + 1 < N) continue;
+      for (int t = 0; t < K * K; ++t) {
+        dw[t] += double(reduce_add<A>(sums[t]));
+        sums[t] = V{};
+      }
     }
     if (!a.dw) return;
-    for (int t = 0; t < K * K; ++t) put(a.dw, c * K * K + t, double(reduce_add<A>(sums[t])));
+    for (int t = 0; t < K * K; ++t) put(a.dw, c * K * K + t, dw[t]);
   }
 
   // Rows [N, pixels] of the channels from c0 on into `to`; x only if it is not read where it is.
