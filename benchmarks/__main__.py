@@ -65,6 +65,7 @@ SCRIPTS: dict[str, Script] = {
     "compare": Script("regressions between two results files or folders, beyond noise"),
     "beside": Script("one Markdown table from the results of several machines"),
     "demo": Script("train on real digits with the reference and the fused modules"),
+    "digits": Script("train on real digits in 16 bits, plain beside fused"),
     "gpu": Script("one GPU: correctness, times, networks, counters, tests"),
 }
 

@@ -1,67 +1,200 @@
-"""Depthwise convolution and squeeze-and-excitation in training, over ``model_ops``.
+"""Depthwise convolutions with batch norm, and squeeze-and-excitation, in training.
 
-Both are for contiguous (NCHW) float32 or float64 where there are native kernels (``can_train``);
-everything else goes through PyTorch's own operators. They save what those save: x, and of the gate
-the means and the hidden values, a few numbers an image.
+Over ``model_ops``, where there are native kernels; everything else goes through PyTorch's layers.
+What is kept for backward:
+
+- depthwise convolution, batch norm and activation: x and the statistics per channel. The
+  convolution's result, which the norm normalises, is computed again.
+- squeeze-and-excitation: x, the means and the hidden values, a few numbers an image. For contiguous
+  (NCHW) float32 and float64 only.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import activations, backends, model_ops
-from .autograd import autocast_dtype, in_transform
-from .reference import hard_sigmoid
+from .autograd import (
+    RunningUpdate,
+    autocast_dtype,
+    dense,
+    differentiate,
+    gradient,
+    in_transform,
+    update_running,
+)
+from .eager_ops import compute_dtype
+from .ops import native
+from .reference import Norms, hard_sigmoid
+from .tail import Norm
 
 _aten = torch.ops.aten
 
 
-def can_train(x: Tensor, *weights: Tensor) -> bool:
-    """Whether these layers compute on x with these weights."""
+def has_kernels(x: Tensor) -> bool:
+    """Whether training's native kernels compute on x, as far as its device and the modes go."""
     return (
-        type(x) is Tensor
-        and x.dtype in (torch.float32, torch.float64)
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dim() == 4
         and x.numel() > 0
-        and x.is_contiguous()
-        and all(w.dtype is x.dtype and w.device == x.device for w in weights)
-        and autocast_dtype(x.device.type) is None
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not in_transform()
-        and backends.select(x.device.type, x.dtype) == "native"
+        and backends.select("cpu", x.dtype) == "native"
     )
 
 
-class DepthwiseConv(torch.autograd.Function):
-    """F.conv2d(x, weight, None, stride, k // 2, groups=C), differentiable twice."""
+def can_train(x: Tensor, *weights: Tensor) -> bool:
+    """Whether ``SqueezeExciteFunction`` computes on x with these weights."""
+    return (
+        type(x) is Tensor
+        and x.dtype in (torch.float32, torch.float64)
+        and has_kernels(x)
+        and x.is_contiguous()
+        and all(w.dtype is x.dtype and w.device == x.device for w in weights)
+        and autocast_dtype(x.device.type) is None
+    )
+
+
+class DepthwiseSettings(NamedTuple):
+    """What is not a tensor. Without ``batch_stats`` there is a norm if it has a mean."""
+
+    stride: int
+    eps: float
+    batch_stats: bool
+    act: int
+    slope: float
+
+
+class DepthwiseFunction(torch.autograd.Function):
+    """act(norm(depthwise(x, weight))) with fused forward and backward, differentiable twice.
+
+    Inputs: x, weight, gamma, beta, mean, var, settings; mean and var are None with the batch's
+    statistics, and without a norm. The result is (out, mean, var); the statistics are the batch's,
+    or empty, and not differentiable.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        zero = weight.new_zeros(weight.size(0))
-        return model_ops.depthwise_conv(x, weight.contiguous(), zero, stride)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        settings: DepthwiseSettings,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.settings = settings
+        out, *stats = _run(x, weight, Norm(gamma, beta, mean, var), settings)
+        ctx.mark_non_differentiable(*stats)
+        if settings.batch_stats:
+            mean, var = stats
+        ctx.save_for_backward(x, weight, gamma, beta, mean, var)
+        return out, *stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        k, needs = weight.size(-1), ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
+        tensors, s, needs = ctx.saved_tensors, ctx.settings, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grads = _again(
-                lambda x, w: F.conv2d(x, w, None, ctx.stride, k // 2, 1, w.size(0)),
-                (x, weight), needs, grad,
-            )  # fmt: skip
-            return *grads, None
-        dx, dw = model_ops._depthwise_conv_backward(
-            grad.contiguous(), x, weight.contiguous(), k, ctx.stride, needs[0]
+            formula = functools.partial(_depthwise_formula, s)
+            return *differentiate(formula, tensors, needs, grad), None
+        x, weight, gamma, beta, mean, var = tensors
+        dx, dw, dgamma, dbeta = model_ops.depthwise_norm_backward(
+            grad, dense(x), weight, gamma, beta, mean, var, s.eps, s.batch_stats, s.stride, s.act,
+            s.slope, needs[0], needs[1],
+        )  # fmt: skip
+        return (
+            dx if needs[0] else None,
+            gradient(dw, weight, needs[1]),
+            gradient(dgamma, gamma, needs[2]),
+            gradient(dbeta, beta, needs[3]),
+            None,
+            None,
+            None,
         )
-        return dx if needs[0] else None, dw if needs[1] else None, None
+
+
+def _run(
+    x: Tensor, weight: Tensor, norm: Norm, settings: DepthwiseSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    s = settings
+    return model_ops.depthwise_norm(
+        dense(x), weight, *norm, s.eps, s.batch_stats, s.stride, s.act, s.slope
+    )
+
+
+def _depthwise_formula(
+    settings: DepthwiseSettings,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+) -> Tensor:
+    s = settings
+    u = F.conv2d(x, weight, None, s.stride, weight.size(-1) // 2, 1, weight.size(0))
+    if s.batch_stats:
+        u = F.batch_norm(u, None, None, gamma, beta, True, 0.0, s.eps)
+    elif mean is not None:
+        u = F.batch_norm(u, mean, var, gamma, beta, False, 0.0, s.eps)
+    return activations.apply(u, s.act, s.slope)
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, norm: Norm, settings: DepthwiseSettings, update: RunningUpdate
+) -> Tensor | None:
+    """A depthwise convolution with k // 2 zeros on every side, its batch norm and activation.
+
+    Where ``has_kernels``.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [C, 1, k, k].
+        norm: with the batch's statistics its own are the running ones to update, or None; all of
+            it is None without a norm.
+        update: of the running statistics.
+
+    Returns:
+        [N, C, Ho, Wo], differentiable; None for what the kernels do not compute, before anything
+        is changed.
+    """
+    s, wide, channels = settings, compute_dtype(x.dtype), (weight.size(0),)
+    to = autocast_dtype("cpu")
+    if to is not None:
+        if x.dtype is not torch.float64:
+            x, weight = x.to(to), weight.to(to)
+        with torch.autocast("cpu", enabled=False):
+            return depthwise(x, weight, norm, settings, update)
+    n, c, h, w = x.shape
+    pixels = n * ((h - 1) // s.stride + 1) * ((w - 1) // s.stride + 1)
+    if (
+        c != weight.size(0)
+        or weight.dtype is not x.dtype
+        or pixels == s.batch_stats
+        or not all(t is None or (t.dtype in (x.dtype, wide) and t.shape == channels) for t in norm)
+    ):
+        return None
+    given = norm._replace(mean=None, var=None) if s.batch_stats else norm
+    differentiable = (x, weight, norm.gamma, norm.beta)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        out, mean, var = DepthwiseFunction.apply(x, weight, *given, s)
+    else:
+        out, mean, var = _run(x, weight, given, s)
+    if s.batch_stats:
+        norms = Norms(None, None, norm.mean, norm.var, None, None, None, None)
+        stats = [mean, var, mean, var]  # there is no second norm
+        update_running(native, norms, stats, update, RunningUpdate(), pixels)
+    return out
 
 
 def _again(function: Any, inputs: tuple, needs: tuple, grad: Tensor) -> list[Tensor | None]:
@@ -71,14 +204,6 @@ def _again(function: Any, inputs: tuple, needs: tuple, grad: Tensor) -> list[Ten
     wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
     found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
     return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]
-
-
-def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) for a depthwise convolution with k // 2 zeros on every side, and without a bias."""
-    weight = conv.weight
-    if conv.bias is None and can_train(x, weight):
-        return DepthwiseConv.apply(x, weight, conv.stride[0])
-    return conv(x)
 
 
 def _gate_formula(

@@ -6,11 +6,12 @@
 ``ghost_apply_gated`` multiplies x by it as it reads x. ``conv_stem`` is a network's first
 convolution, folded; ``ghost_apply_pooled`` its last one, with the pooling. ``ghost_conv_apply`` is
 a Ghost module, or a convolution, with a kernel of any size.
-In training ``depthwise_conv_backward``, and the two passes over planes that the gradient of a gate
-needs (``layers``; these three contiguous only).
+In training ``depthwise_norm``, a depthwise convolution with a batch norm and an activation, and its
+gradients; and the two passes over planes that the gradient of a gate needs (``layers``; these two
+contiguous only).
 
 Native kernels for NCHW and channels_last, in the dtypes of the Ghost ops: on the CPU for
-``depthwise_conv``, ``squeeze_excite_``, ``ghost_conv_apply`` and training's three, on CUDA for the
+``depthwise_conv``, ``squeeze_excite_``, ``ghost_conv_apply`` and training's four, on CUDA for the
 others and ``depthwise_conv``. Elsewhere, and with the eager backend, PyTorch's operators.
 Parameters are in the compute dtype: float64 for float64, else float32; the two matrices of a gate
 on CUDA in x's.
@@ -45,8 +46,12 @@ SCHEMAS = (
     "float slope) -> Tensor",
     "depthwise_conv_sums(Tensor x, Tensor weight, Tensor shift, int kernel_size, int stride, "
     "int act, float slope) -> (Tensor out, Tensor sums)",
-    "depthwise_conv_backward(Tensor grad, Tensor x, Tensor weight, int kernel_size, int stride, "
-    "bool need_dx) -> (Tensor dx, Tensor dw)",
+    "depthwise_norm(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, Tensor? mean, "
+    "Tensor? var, float eps, bool batch_stats, int stride, int act, float slope) "
+    "-> (Tensor out, Tensor mean, Tensor var)",
+    "depthwise_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, "
+    "Tensor? mean, Tensor? var, float eps, bool batch_stats, int stride, int act, float slope, "
+    "bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw, Tensor dgamma, Tensor dbeta)",
     "plane_affine(Tensor x, Tensor scale, Tensor shift) -> Tensor",
     "plane_dot(Tensor x, Tensor other) -> Tensor",
     "squeeze_excite_(Tensor(a!) x, Tensor w_reduce, Tensor b_reduce, Tensor w_expand, "
@@ -168,16 +173,82 @@ def _eager_depthwise_conv_sums(
     return out, out.sum((2, 3), dtype=weight.dtype)[:, None]
 
 
-def _eager_depthwise_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, kernel_size: int, stride: int, need_dx: bool
-) -> tuple[Tensor, Tensor]:
+def _wide_depthwise(
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, stride: int
+) -> tuple[Tensor, ...]:
+    """x, weight, gamma, beta [C, 1, 1] and u in the compute dtype."""
+    wide = compute_dtype(x.dtype)
+    x, weight = x.to(wide), weight.to(wide)
+    ones, zeros = x.new_ones(x.size(1), 1, 1), x.new_zeros(x.size(1), 1, 1)
+    gamma = ones if gamma is None else gamma.to(wide).view_as(ones)
+    beta = zeros if beta is None else beta.to(wide).view_as(zeros)
+    u = F.conv2d(x, weight, None, stride, weight.size(-1) // 2, 1, weight.size(0))
+    return x, weight, gamma, beta, u
+
+
+def _eager_depthwise_norm(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+    stride: int,
+    act: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, gamma, beta, u = _wide_depthwise(x, weight, gamma, beta, stride)
+    stats = u.new_empty(0), u.new_empty(0)
+    if batch_stats:
+        var, mean = torch.var_mean(u, (0, 2, 3), correction=0)
+        stats = mean, var
+    if mean is not None and var is not None:
+        mean, var = (t.to(u.dtype).view_as(gamma) for t in (mean, var))
+        u = (u - mean) * torch.rsqrt(var + eps) * gamma + beta
+    out = activations.apply(u, act, slope).to(x.dtype)
+    return out.contiguous(memory_format=memory_format(x)), *stats
+
+
+def _eager_depthwise_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    batch_stats: bool,
+    stride: int,
+    act: int,
+    slope: float,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    data, weight, gamma, beta, u = _wide_depthwise(x, weight, gamma, beta, stride)
+    g, dims = grad.to(u.dtype), (0, 2, 3)
+    inv = torch.ones_like(gamma)
+    if mean is not None and var is not None:
+        mean, var = (t.to(u.dtype).view_as(gamma) for t in (mean, var))
+        inv = torch.rsqrt(var + eps)
+        u = (u - mean) * inv
+    g, _ = activations.backward(g, u * gamma + beta, act, slope)
+    dbeta, dgamma = g.sum(dims), (g * u).sum(dims)
+    if batch_stats:
+        g = g - (dbeta.view_as(gamma) + u * dgamma.view_as(gamma)) / (g.numel() // g.size(1))
+    if mean is None:
+        dbeta, dgamma = u.new_empty(0), u.new_empty(0)
+    else:
+        g = g * (inv * gamma)
+    half = weight.size(-1) // 2
     dx, dw, _ = torch.ops.aten.convolution_backward.default(
-        grad.to(weight.dtype), x.to(weight.dtype), weight, None, (stride, stride),
-        (kernel_size // 2, kernel_size // 2), (1, 1), False, (0, 0), x.size(1),
-        [need_dx, True, False],
+        g, data, weight, None, (stride, stride), (half, half), (1, 1), False, (0, 0), x.size(1),
+        [need_dx, need_dw, False],
     )  # fmt: skip
-    dx = dx.to(x.dtype).contiguous() if need_dx else x.new_empty(0)
-    return dx, dw.contiguous()
+    dx = dx.to(x.dtype).contiguous(memory_format=memory_format(x)) if need_dx else x.new_empty(0)
+    return dx, dw.contiguous() if need_dw else u.new_empty(0), dgamma, dbeta
 
 
 def _eager_plane_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -321,8 +392,21 @@ def _fake_depthwise_conv_sums(x, weight, shift, kernel_size, stride, act, slope)
     return _map(x, x.size(1), stride), weight.new_empty(x.size(0), parts, x.size(1))
 
 
-def _fake_depthwise_conv_backward(grad, x, weight, kernel_size, stride, need_dx):
-    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape)
+def _fake_depthwise_norm(
+    x, weight, gamma, beta, mean, var, eps, batch_stats, stride, act, slope
+):  # fmt: skip
+    stats = x.new_empty(x.size(1) if batch_stats else 0, dtype=compute_dtype(x.dtype))
+    return _map(x, x.size(1), stride), stats, torch.empty_like(stats)
+
+
+def _fake_depthwise_norm_backward(
+    grad, x, weight, gamma, beta, mean, var, eps, batch_stats, stride, act, slope, need_dx, need_dw
+):  # fmt: skip
+    size = 0 if mean is None else x.size(1)
+    vector = x.new_empty(size, dtype=compute_dtype(x.dtype))
+    dx = _map(x, x.size(1), 1) if need_dx else x.new_empty(0)
+    dw = vector.new_empty(weight.shape if need_dw else 0)
+    return dx, dw, vector, torch.empty_like(vector)
 
 
 def _fake_plane_affine(x, scale, shift):
@@ -370,7 +454,8 @@ def _fake_ghost_conv_apply(
 _EAGER = (
     _eager_depthwise_conv,
     _eager_depthwise_conv_sums,
-    _eager_depthwise_conv_backward,
+    _eager_depthwise_norm,
+    _eager_depthwise_norm_backward,
     _eager_plane_affine,
     _eager_plane_dot,
     _eager_squeeze_excite_,
@@ -383,7 +468,8 @@ _EAGER = (
 _FAKES = (
     _fake_depthwise_conv,
     _fake_depthwise_conv_sums,
-    _fake_depthwise_conv_backward,
+    _fake_depthwise_norm,
+    _fake_depthwise_norm_backward,
     _fake_plane_affine,
     _fake_plane_dot,
     _fake_squeeze_excite_,
@@ -400,7 +486,8 @@ for _schema, _name, _function, _fake in zip(SCHEMAS, NAMES, _EAGER, _FAKES, stri
     torch.library.register_fake(f"ghost_ops::{_name}", _fake, lib=_library)
 
 _depthwise_conv = torch.ops.ghost_ops.depthwise_conv.default
-_depthwise_conv_backward = torch.ops.ghost_ops.depthwise_conv_backward.default
+depthwise_norm = torch.ops.ghost_ops.depthwise_norm.default
+depthwise_norm_backward = torch.ops.ghost_ops.depthwise_norm_backward.default
 _plane_affine = torch.ops.ghost_ops.plane_affine.default
 _plane_dot = torch.ops.ghost_ops.plane_dot.default
 _squeeze_excite_ = torch.ops.ghost_ops.squeeze_excite_.default

@@ -12,6 +12,10 @@ A CUDA plan needs no GPU: it follows from the architecture's name. With a whole 
 of the shape, ``explain`` lists every operator of its fused form on a GPU, beside eager PyTorch's::
 
     >>> print(ghost_ops.planner.explain(ghost_ops.models.ghostnet(), (256, 3, 224, 224)))
+
+``explain_saved`` lists what a training step keeps for backward, and what it computes again::
+
+    >>> print(ghost_ops.planner.explain_saved(ghost_ops.models.ghostnet(), (16, 3, 224, 224)))
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from torch import nn
 from . import _env, activations, backends
 from .ops import allow_tf32
 from .reference import GhostModule
+from .saved_plan import SavedPlan as SavedPlan
+from .saved_plan import explain_saved as explain_saved
 
 if TYPE_CHECKING:
     from .network_plan import NetworkPlan

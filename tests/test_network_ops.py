@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from cuda_cases import World
 from cuda_layer_cases import check_gate, check_stem
-from helpers import ACTIVATIONS, DTYPES, LAYOUTS, activation, assert_close, covering, with_layout
+from helpers import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    activation,
+    assert_close,
+    covering,
+    with_layout,
+)
 from torch import Tensor
 
 from ghost_ops import activations, layers, model_ops
@@ -219,7 +227,7 @@ def test_special_values(backend: str) -> None:
             assert torch.equal(got.isinf(), want.isinf())
 
 
-CONTIGUOUS = ("depthwise_conv_backward", "plane_affine", "plane_dot")
+CONTIGUOUS = ("plane_affine", "plane_dot")
 
 
 def packed(channels: int, intrinsic: int, ghosts: int | None = None) -> Tensor:
@@ -270,7 +278,11 @@ def test_opcheck(name: str, layout: str) -> None:
     x, weight = with_layout(torch.randn(2, 6, 5, 7), layout), torch.randn(6, 1, 3, 3)
     arguments = {
         "depthwise_conv": (x, weight, torch.randn(6), 3, 2, 1, 0.0),
-        "depthwise_conv_backward": (torch.randn(2, 6, 3, 4), x, weight, 3, 2, True),
+        "depthwise_norm": (x, weight, torch.rand(6), None, None, None, 1e-5, True, 2, 1, 0.0),
+        "depthwise_norm_backward": (
+            torch.randn(2, 6, 3, 4), x, weight, torch.rand(6), None, torch.randn(6), torch.rand(6),
+            1e-5, True, 2, 1, 0.0, True, True,
+        ),
         "plane_affine": (x, torch.randn(2, 6), torch.randn(2, 6)),
         "plane_dot": (x, torch.randn(2, 6, 5, 7)),
         "squeeze_excite_": (x, *gate_parameters(6, 4, torch.float32), 1, 0.0, 0),
@@ -294,31 +306,125 @@ def test_opcheck(name: str, layout: str) -> None:
     torch.library.opcheck(getattr(torch.ops.ghost_ops, name).default, arguments)
 
 
-@pytest.mark.parametrize("row", [r for r in DEPTHWISE if r["layout"] == "nchw"], ids=ids)
-def test_depthwise_conv_backward(every_isa: str, row: dict) -> None:
-    dtype, k, stride, (n, c, h, w) = row["dtype"], row["k"], row["stride"], row["shape"]
-    wide = compute_dtype(dtype)
-    gen = torch.Generator().manual_seed(1)
-    x = torch.randn(n, c, h, w, generator=gen, dtype=torch.float64).to(dtype)
-    weight = torch.randn(c, 1, k, k, generator=gen, dtype=torch.float64).to(wide)
-    size = (n, c, (h - 1) // stride + 1, (w - 1) // stride + 1)
-    grad = torch.randn(size, generator=gen, dtype=torch.float64).to(dtype)
+NORMS = ("batch", "frozen", "none")
+TRAINED = covering(
+    {
+        "shape": [(2, 5, 9, 7), (3, 20, 14, 14), (4, 16, 7, 7), (2, 1, 6, 5), (2, 33, 12, 35),
+                  (3, 3, 1, 1), (2, 17, 2, 40), (2, 2, 33, 66)],
+        "k": [1, 3, 5, 7],
+        "stride": [1, 2],
+        "norm": NORMS,
+        "affine": [True, False],
+        "act": ["none", "relu", "silu"],
+        "layout": list(LAYOUTS),
+        "dtype": list(DTYPES),
+    }
+)  # fmt: skip
 
-    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
-        out = F.conv2d(*leaves, None, stride, k // 2, 1, c)
-        return torch.autograd.grad(out, leaves, grad.to(dtype))
 
-    functions = model_ops if every_isa == "eager" else torch.ops.ghost_ops
-    name = "_eager_depthwise_conv_backward" if every_isa == "eager" else "depthwise_conv_backward"
-    got = getattr(functions, name)(grad, x, weight, k, stride, True)
-    want, eager = gradients(torch.float64), gradients(wide)
+class Trained:
+    """Arguments of ``depthwise_norm`` for a row of TRAINED, and what its formula gives."""
+
+    def __init__(self, row: dict) -> None:
+        dtype, k, (n, c, h, w) = row["dtype"], row["k"], row["shape"]
+        self.stride, self.act = row["stride"], row["act"]
+        wide, gen = compute_dtype(dtype), torch.Generator().manual_seed(1)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=gen, dtype=torch.float64)
+
+        self.x = with_layout(normal(n, c, h, w).to(dtype), row["layout"])
+        self.weight = normal(c, 1, k, k).to(dtype)
+        size = (n, c, (h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
+        self.grad = with_layout(normal(*size).to(dtype), row["layout"])
+        self.batch_stats, has_norm = row["norm"] == "batch", row["norm"] != "none"
+        affine = has_norm and row["affine"]
+        self.gamma, self.beta = (normal(c).to(wide) if affine else None for _ in range(2))
+        self.mean = self.var = None
+        if row["norm"] == "frozen":
+            self.mean, self.var = normal(c).to(wide), normal(c).square().add(0.5).to(wide)
+        code = activations.CODES[self.act]
+        self.numbers = 0.01, self.batch_stats, self.stride, code, activations.DEFAULT_SLOPE
+        self.tensors = self.x, self.weight, self.gamma, self.beta
+
+    def formula(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """u, out, and the gradients of x, weight, gamma and beta, in a dtype."""
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in self.tensors]
+        x, weight, gamma, beta = leaves
+        u = F.conv2d(x, weight, None, self.stride, weight.size(-1) // 2, 1, weight.size(0))
+        y = u
+        if self.batch_stats or self.mean is not None:
+            stats = [None if t is None else t.to(dtype) for t in (self.mean, self.var)]
+            y = F.batch_norm(u, *stats, gamma, beta, self.batch_stats, 0.0, 0.01)
+        out = activation(self.act, y)
+        wanted = [t for t in leaves if t is not None]
+        found = iter(torch.autograd.grad(out, wanted, self.grad.to(dtype)))
+        return u, out, [None if t is None else next(found) for t in leaves]
+
+
+def trained_functions(backend: str) -> tuple:
+    if backend == "eager":
+        return model_ops._eager_depthwise_norm, model_ops._eager_depthwise_norm_backward
+    return model_ops.depthwise_norm, model_ops.depthwise_norm_backward
+
+
+@pytest.mark.parametrize("row", TRAINED, ids=ids)
+def test_depthwise_norm(every_isa: str, row: dict) -> None:
+    case, dtype = Trained(row), row["dtype"]
+    if case.batch_stats and case.grad.numel() == case.grad.size(1):
+        pytest.skip("one value per channel")
+    forward, backward = trained_functions(every_isa)
+    out, mean, var = forward(*case.tensors, case.mean, case.var, *case.numbers)
+    u, want, grads = case.formula(torch.float64)
+    _, eager, eager_grads = case.formula(compute_dtype(dtype))
+    assert out.dtype == dtype
+    assert_close(out, want, eager.to(dtype), scale=want.abs().max() + u.abs().max())
+    stats = case.mean, case.var
+    if case.batch_stats:
+        stats = mean, var
+        assert_close(mean, u.mean((0, 2, 3)), u.float().mean((0, 2, 3)), "mean", scale=u)
+        wanted = u.var((0, 2, 3), correction=0)
+        assert_close(var, wanted, wanted.float(), "var", slack=4.0)
+    else:
+        assert mean.numel() == var.numel() == 0
+    got = backward(case.grad, *case.tensors, *stats, *case.numbers, True, True)
     assert got[0].dtype == dtype
-    assert_close(got[0], want[0], eager[0].to(dtype), "dx")
-    scale = (x.double().abs().sum() / c) ** 0.5 * 4
-    assert_close(got[1], want[1], eager[1], "dw", scale=scale)
-    without = getattr(functions, name)(grad, x, weight, k, stride, False)
-    assert torch.equal(without[1], got[1])
+    assert got[0].stride() == case.x.stride()
+    # Sums over the batch, whose terms cancel.
+    scales = [None, *((g.double().abs() * 8).amax() * g.numel() ** 0.5 for g in [case.grad] * 3)]
+    names = ("dx", "dweight", "dgamma", "dbeta")
+    for name, a, b, c, scale in zip(names, got, grads, eager_grads, scales, strict=True):
+        if b is None:
+            assert name in ("dgamma", "dbeta")
+            continue
+        low = dtype if name == "dx" else a.dtype
+        assert_close(a, b, c.to(low), name, scale=scale, slack=4.0)
+    # What is not needed is not made, and the rest is as before.
+    without = backward(case.grad, *case.tensors, *stats, *case.numbers, False, False)
+    assert without[0].numel() == without[1].numel() == 0
+    for a, b in zip(without[2:], got[2:], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(
+        backward(case.grad, *case.tensors, *stats, *case.numbers, True, False)[0], got[0]
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_depthwise_norm_is_deterministic(native: str, layout: str) -> None:
+    """The same bits for every number of threads."""
+    x = with_layout(torch.randn(3, 35, 20, 18, generator=torch.Generator().manual_seed(2)), layout)
+    weight, gamma = torch.randn(35, 1, 5, 5), torch.rand(35)
+    numbers = (1e-5, True, 2, activations.RELU, 0.0)
+    results = []
+    for count in (2, 3, 1):  # one last, as every test begins
+        torch.set_num_threads(count)
+        out, *stats = model_ops.depthwise_norm(x, weight, gamma, None, None, None, *numbers)
+        grads = model_ops.depthwise_norm_backward(
+            out, x, weight, gamma, None, *stats, *numbers, True, True
+        )
+        results.append((out, *stats, *grads))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -344,15 +450,36 @@ def test_planes(every_isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gate", [model_ops.HARD_SIGMOID, model_ops.SIGMOID])
 def test_gradients_of_the_layers(native: str, gate: int) -> None:
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
-    for stride, k in ((1, 3), (2, 5)):
-        weight = torch.randn(4, 1, k, k, dtype=torch.float64, requires_grad=True)
-        torch.autograd.gradcheck(layers.DepthwiseConv.apply, (x, weight, stride))
-        torch.autograd.gradgradcheck(layers.DepthwiseConv.apply, (x, weight, stride))
     shapes = ((3, 4, 1, 1), (3,), (4, 3, 1, 1), (4,))
     p = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     settings = (activations.SILU, 0.0, gate)
     torch.autograd.gradcheck(layers.SqueezeExciteFunction.apply, (x, *p, *settings))
     torch.autograd.gradgradcheck(layers.SqueezeExciteFunction.apply, (x, *p, *settings))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("stride", "k", "layout"), [(1, 3, "nhwc"), (2, 5, "nchw")])
+def test_gradients_of_the_depthwise_function(
+    native: str, stride: int, k: int, layout: str, norm: str
+) -> None:
+    gen = torch.Generator().manual_seed(3)
+
+    def leaf(*size: int) -> Tensor:
+        return torch.randn(*size, generator=gen, dtype=torch.float64).requires_grad_()
+
+    x, weight = leaf(2, 3, 5, 4), leaf(3, 1, k, k)
+    affine = (None, None) if norm == "none" else (leaf(3), leaf(3))
+    stats = (None, None)
+    if norm == "frozen":
+        stats = leaf(3).detach(), leaf(3).detach().square() + 0.5
+    settings = layers.DepthwiseSettings(stride, 0.1, norm == "batch", activations.SILU, 0.0)
+
+    def function(x: Tensor, weight: Tensor, *affine: Tensor | None) -> Tensor:
+        x = with_layout(x, layout)
+        return layers.DepthwiseFunction.apply(x, weight, *affine, *stats, settings)[0]
+
+    torch.autograd.gradcheck(function, (x, weight, *affine))
+    torch.autograd.gradgradcheck(function, (x, weight, *affine))
 
 
 def test_empty_batch(backend: str) -> None:

@@ -153,6 +153,7 @@ class HalvedPlanes {
   // Rows of out in a band, and of x for them; a tile may compute, and not store, 6 rows more.
   static constexpr int64_t kBand = 14, kRows = 2 * kBand + K - 2;
   const DepthwiseArgs& a;
+  const int64_t x_plane, out_plane;  // elements from one plane to the next
   const int64_t ld;
   // Two planes share vectors if both fit, with the zeros between them that the taps reach.
   const bool paired;
@@ -161,30 +162,38 @@ class HalvedPlanes {
   A *halved, *line, *band;
 
  public:
-  explicit HalvedPlanes(const DepthwiseArgs& args)
+  // Elements of scratch.
+  static int64_t scratch(const DepthwiseArgs& a) {
+    const int64_t ld = round_up((a.width + 1) / 2, L) + L;
+    const int64_t lines = kSame ? 0 : kRows * a.width + L,
+                  out = kSame ? 0 : kBand * a.out_width + L;
+    return (kRows + 12) * 2 * ld + 2 * L + 2 * lines + 2 * out;
+  }
+
+  HalvedPlanes(const DepthwiseArgs& args, int64_t x_step, int64_t out_step, A* memory)
       : a(args),
+        x_plane(x_step),
+        out_plane(out_step),
         ld(round_up((a.width + 1) / 2, L) + L),
         paired(L >= 8 && (a.width + 1) / 2 + (R + 1) / 2 <= L / 2),
         pairs(a.width / (2 * L)),
         step(2 * ld),
         low(lane_range<A>(0, a.width - pairs * 2 * L)),
         high(lane_range<A>(0, paired ? a.width : a.width - pairs * 2 * L - L)) {
-    const int64_t rows = (kRows + 12) * step + 2 * L, lines = kSame ? 0 : kRows * a.width + L,
-                  out = kSame ? 0 : kBand * a.out_width + L;
-    halved = static_cast<A*>(thread_scratch(size_t(rows + 2 * lines + 2 * out) * sizeof(A)));
-    line = halved + rows;
-    band = line + 2 * lines;
+    halved = memory;
+    line = halved + (kRows + 12) * step + 2 * L;
+    band = line + 2 * (kSame ? 0 : kRows * a.width + L);
     std::fill(halved, line, A(0));  // the borders stay zero
   }
 
-  // Planes [begin, end) of [N, C].
+  // Planes [begin, end); the parameters are those of channel (plane modulo the channels).
   void run(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i += paired ? 2 : 1) plane(i, paired && i + 1 < end ? 2 : 1);
   }
 
  private:
   void plane(int64_t i, int planes) const {
-    const int64_t P = a.height * a.width, Po = a.out_height * a.out_width, Wo = a.out_width;
+    const int64_t Wo = a.out_width;
     const int64_t c = i % a.channels, other = (i + planes - 1) % a.channels;
     const A* const weight = static_cast<const A*>(a.weight);
     const A* const shift = static_cast<const A*>(a.shift);
@@ -201,8 +210,8 @@ class HalvedPlanes {
       const int64_t first = std::max<int64_t>(top, 0), last = std::min(bottom, a.height);
       const A* x[2];
       for (int q = 0; q < planes; ++q) {
-        const T* const from = static_cast<const T*>(a.x) + (i + q) * P + first * a.width;
-        T* const to = static_cast<T*>(a.out) + (i + q) * Po + h * Wo;
+        const T* const from = static_cast<const T*>(a.x) + (i + q) * x_plane + first * a.width;
+        T* const to = static_cast<T*>(a.out) + (i + q) * out_plane + h * Wo;
         if constexpr (kSame) {
           x[q] = from;
           b.out[q] = to;
@@ -222,7 +231,7 @@ class HalvedPlanes {
       halved_band<A, K>(b);
       if constexpr (!kSame)
         for (int q = 0; q < planes; ++q)
-          write_row(b.out[q], static_cast<T*>(a.out) + (i + q) * Po + h * Wo, b.rows * Wo);
+          write_row(b.out[q], static_cast<T*>(a.out) + (i + q) * out_plane + h * Wo, b.rows * Wo);
     }
   }
 
@@ -325,19 +334,27 @@ void channel_rows(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+template <class T, int K>
+void halved_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
+  using Planes = HalvedPlanes<T, K>;
+  using A = ComputeOf<T>;
+  A* const memory = static_cast<A*>(thread_scratch(size_t(Planes::scratch(a)) * sizeof(A)));
+  Planes(a, a.height * a.width, a.out_height * a.out_width, memory).run(begin, end);
+}
+
 template <class T>
 void depthwise_items(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   if (a.layout == Layout::kNHWC) return channel_rows<T>(a, begin, end);
   if (a.stride == 1) return full_planes<T>(a, begin, end);
   switch (a.kernel) {
     case 1:
-      return HalvedPlanes<T, 1>(a).run(begin, end);
+      return halved_planes<T, 1>(a, begin, end);
     case 3:
-      return HalvedPlanes<T, 3>(a).run(begin, end);
+      return halved_planes<T, 3>(a, begin, end);
     case 5:
-      return HalvedPlanes<T, 5>(a).run(begin, end);
+      return halved_planes<T, 5>(a, begin, end);
     case 7:
-      return HalvedPlanes<T, 7>(a).run(begin, end);
+      return halved_planes<T, 7>(a, begin, end);
   }
 }
 

@@ -1,11 +1,15 @@
-// Both gradients of a depthwise convolution in one pass over x and grad, NCHW.
+// Both gradients of a depthwise convolution of stride 2 (those of stride 1 are stencils again).
 //
-// An item is a channel with all its images, so that dw is summed in one fixed order. Of a plane,
-// grad is copied once into rows with borders of zeros, and x into such rows too, for stride 2 taken
+//   dw[i][j]  = sum over pixels (h, w) of grad of  grad[h][w] * x[2 h + i - R][2 w + j - R]
+//   dx[h][w]  = sum over the taps (i, j) of the parities of (h + R, w + R) of
+//               weight[i][j] * grad[(h + R - i) / 2][(w + R - j) / 2]               R = K / 2
+//
+// One plane at a time: grad is copied into rows with borders of zeros, x into such rows too, taken
 // apart into even and odd columns. Then, with pixels along the lanes:
-//   dw: a vector of grad meets one vector of x for each tap; k * k sums stay in registers for k <=
-//   3 dx: for stride 2 the even and the odd columns are two small stencils of grad with every other
-//       tap, woven together as they are stored; for stride 1 the stencil with its taps reversed
+//   dw: a vector of grad meets one vector of x for each tap; the sums of some kernel rows stay in
+//       registers
+//   dx: the even and the odd columns are two small stencils of grad with every other tap, woven
+//       together as they are stored
 // Binding resource: load ports.
 #pragma once
 
@@ -16,161 +20,133 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-template <class T, int K>
-class DepthwiseGrad {
-  using A = ComputeOf<T>;
+// a and b become the elements of a[0], b[0], a[1], b[1], ...: the reverse of unzip.
+template <class A>
+GHOST_INLINE void zip(Vec<A>& a, Vec<A>& b) {
+  constexpr int L = kLanes<A>;
+  const Vec<A> x = a, y = b;
+#if defined(__clang__)
+  for (int l = 0; l < L; ++l) {
+    a[l] = l % 2 ? y[l / 2] : x[l / 2];
+    b[l] = l % 2 ? y[L / 2 + l / 2] : x[L / 2 + l / 2];
+  }
+#else
+  typename Simd<A>::I first, second;  // lanes of (x, y)
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) {
+    first[l] = (l % 2 ? L : 0) + l / 2;
+    second[l] = first[l] + L / 2;
+  }
+  a = __builtin_shuffle(x, y, first);
+  b = __builtin_shuffle(x, y, second);
+#endif
+}
+
+template <class A, int K>
+class HalvedGrad {
   using V = Vec<A>;
   static constexpr int R = K / 2, L = kLanes<A>;
   static constexpr int64_t kBorder = 16;
-  const DepthwiseGradArgs& a;
-  const int64_t s, columns, ld;  // columns of x that a tap sees side by side, and row length
-  A *even, *odd, *grad, *line;   // odd is even for stride 1
-  A* weave;                      // two rows of dx, even and odd columns
+  // Kernel rows whose sums stay in registers together.
+  static constexpr int kFit = ((kVectorBytes == 64 ? 32 : 16) - 4) / K;
+  static constexpr int kRows = kFit < 1 ? 1 : kFit < K ? kFit : K;
+  const int64_t H, W, Ho, Wo, ld;
+  A *even, *odd, *grad;  // row 0, column 0; R rows of zeros above and below
 
-  static int64_t row_elements(const DepthwiseGradArgs& a) {
-    return round_up((a.width + a.stride - 1) / a.stride, L) + 2 * kBorder;
-  }
+  static int64_t row_elements(int64_t out_width) { return round_up(out_width, L) + 2 * kBorder; }
 
  public:
-  explicit DepthwiseGrad(const DepthwiseGradArgs& args)
-      : a(args), s(args.stride), columns((args.width + s - 1) / s), ld(row_elements(args)) {
-    const int64_t x_rows = a.height * ld, g_rows = a.out_height * ld;
-    const int64_t total = s * x_rows + g_rows + 3 * a.width + 4 * ld + 256;
-    even = static_cast<A*>(thread_scratch(size_t(total) * sizeof(A)));
-    odd = even + (s - 1) * x_rows;
-    grad = odd + x_rows;
-    line = grad + g_rows;
-    weave = line + a.width + 64;
-    std::fill(even, line, A(0));  // the borders stay zero from plane to plane
+  // Elements of scratch.
+  static int64_t scratch(int64_t height, int64_t out_height, int64_t out_width) {
+    return (2 * (height + 2 * R) + out_height + 2 * R) * row_elements(out_width);
   }
 
-  void run(int64_t c) const {
-    const int64_t P = a.height * a.width, Po = a.out_height * a.out_width;
-    const A* const weight = static_cast<const A*>(a.weight) + c * K * K;
-    V sums[K * K] = {};
-    for (int64_t n = 0; n < a.batch; ++n) {
-      const int64_t plane = n * a.channels + c;
-      const T* const g = static_cast<const T*>(a.grad) + plane * Po;
-      for (int64_t h = 0; h < a.out_height; ++h)
-        read_row(g + h * a.out_width, grad + h * ld + kBorder, a.out_width);
-      const T* const x = static_cast<const T*>(a.x) + plane * P;
-      for (int64_t h = 0; h < a.height; ++h) split(x + h * a.width, h);
-      for (int i = 0; i < K; ++i) weight_row(i, sums + i * K);
-      if (a.dx != nullptr) input(weight, static_cast<T*>(a.dx) + plane * P);
+  HalvedGrad(int64_t height, int64_t width, int64_t out_height, int64_t out_width, A* memory)
+      : H(height), W(width), Ho(out_height), Wo(out_width), ld(row_elements(out_width)) {
+    std::fill(memory, memory + scratch(H, Ho, Wo), A(0));  // the borders stay zero
+    even = memory + R * ld + kBorder;
+    odd = even + (H + 2 * R) * ld;
+    grad = odd + (H + 2 * R) * ld;
+  }
+
+  // x [H, W] and g [Ho, Wo] are taken into scratch; what follows is of these.
+  void load_planes(const A* x, const A* g) const {
+    for (int64_t h = 0; h < Ho; ++h) {
+      A* const to = grad + h * ld;
+      for (int64_t w = 0; w < Wo; w += L) store(to + w, load_n(g + h * Wo + w, Wo - w));
     }
-    A* const dw = static_cast<A*>(a.dw) + c * K * K;
-    for (int t = 0; t < K * K; ++t) dw[t] = reduce_add<A>(sums[t]);
+    for (int64_t h = 0; h < H; ++h) {
+      const A* const row = x + h * W;
+      for (int64_t q = 0; q < Wo; q += L) {
+        V u = load_n(row + 2 * q, W - 2 * q), v = load_n(row + 2 * q + L, W - 2 * q - L);
+        unzip<A>(u, v);
+        store(even + h * ld + q, u);
+        store(odd + h * ld + q, v);
+      }
+    }
+  }
+
+  // sums [K * K] += the terms of dw, by lanes.
+  void weight(V* sums) const { weight_rows<0>(sums); }
+
+  // dx [H, W] for the taps [K * K].
+  void input(const A* taps, A* dx) const {
+    for (int64_t h = 0; h < H; h += 2) {
+      input_row<R % 2>(taps, h, dx + h * W);
+      if (h + 1 < H) input_row<(R + 1) % 2>(taps, h + 1, dx + (h + 1) * W);
+    }
   }
 
  private:
-  void split(const T* x, int64_t r) const {
-    if (s == 1) return read_row(x, even + r * ld + kBorder, a.width);
-    const A* src = line;
-    if constexpr (sizeof(T) == sizeof(A))
-      src = reinterpret_cast<const A*>(x);
-    else
-      read_row(x, line, a.width);
-    A *e = even + r * ld + kBorder, *o = odd + r * ld + kBorder;
-    const int64_t pairs = a.width / 2;
-    for (int64_t w = 0; w < pairs; ++w) {
-      e[w] = src[2 * w];
-      o[w] = src[2 * w + 1];
+  template <int I>
+  void weight_rows(V* sums) const {
+    constexpr int kTake = I + kRows < K ? kRows : K - I;
+    V acc[kTake * K];
+#pragma GCC unroll 49
+    for (int t = 0; t < kTake * K; ++t) acc[t] = sums[I * K + t];
+    for (int64_t h = 0; h < Ho; ++h) {
+      const int64_t row = (2 * h + I - R) * ld;
+      for (int64_t w = 0; w < Wo; w += L) {
+        const V g = load(grad + h * ld + w);  // zeros past the row's end
+        const A *const e = even + row + w, *const o = odd + row + w;
+#pragma GCC unroll 7
+        for (int i = 0; i < kTake; ++i)
+#pragma GCC unroll 7
+          for (int j = 0; j < K; ++j)
+            acc[i * K + j] +=
+                g * load(((j + R) % 2 == 0 ? e + (j - R) / 2 : o + (j - R - 1) / 2) + i * ld);
+      }
     }
-    if (a.width % 2) e[pairs] = src[a.width - 1];
+#pragma GCC unroll 49
+    for (int t = 0; t < kTake * K; ++t) sums[I * K + t] = acc[t];
+    if constexpr (I + kTake < K) weight_rows<I + kTake>(sums);
   }
 
-  // Sums of the taps of kernel row i.
-  void weight_row(int i, V* sums) const {
-    V acc[K];
+  // Row h of dx, which kernel rows kFirst, kFirst + 2, ... reach.
+  template <int kFirst>
+  GHOST_INLINE void input_row(const A* taps, int64_t h, A* dx) const {
+    const A* const top = grad + (h + R - kFirst) / 2 * ld;
+    for (int64_t q = 0; q < Wo; q += L) {
+      V acc[2] = {};
 #pragma GCC unroll 7
-    for (int j = 0; j < K; ++j) acc[j] = sums[j];
-    // Output rows whose row of x, h * s + i - R, is inside the image.
-    const int64_t h0 = i >= R ? 0 : (R - i + s - 1) / s;
-    const int64_t room = a.height - 1 + R - i;
-    const int64_t h1 = room < 0 ? 0 : std::min(a.out_height, room / s + 1);
-    for (int64_t h = h0; h < h1; ++h) {
-      const int64_t row = (h * s + i - R) * ld + kBorder;
-      const A* const g = grad + h * ld + kBorder;
-      for (int64_t w = 0; w < a.out_width; w += L) {
-        const V gv = load(g + w);  // zeros past the row's end
+      for (int i = kFirst; i < K; i += 2)
 #pragma GCC unroll 7
         for (int j = 0; j < K; ++j) {
-          const A* p;
-          if (s == 1)
-            p = even + row + w + j - R;
-          else
-            p = ((j + R) % 2 == 0 ? even + (j - R) / 2 : odd + (j - R - 1) / 2) + row + w;
-          acc[j] += gv * load(p);
+          const int p = (j + R) % 2;  // column 2 q + p takes tap j from column q + (p + R - j) / 2
+          acc[p] += set1(taps[i * K + j]) * load(top - (i - kFirst) / 2 * ld + q + (p + R - j) / 2);
         }
+      zip<A>(acc[0], acc[1]);
+      const int64_t rest = W - 2 * q;
+      if (rest >= 2 * L) {
+        store(dx + 2 * q, acc[0]);
+        store(dx + 2 * q + L, acc[1]);
+      } else {
+        store_n(dx + 2 * q, acc[0], rest);
+        store_n(dx + 2 * q + L, acc[1], rest - L);
       }
-    }
-#pragma GCC unroll 7
-    for (int j = 0; j < K; ++j) sums[j] = acc[j];
-  }
-
-  void input(const A* weight, T* dx) const {
-    for (int64_t h = 0; h < a.height; ++h) {
-      A* const first = weave;
-      A* const second = weave + ld;
-      for (int64_t q = 0; q < columns; q += L) {
-        V acc[2] = {};
-        // Kernel rows that reach row h from a row of grad.
-        for (int i = int((h + R) % s); i < K; i += int(s)) {
-          const int64_t r = (h + R - i) / s;
-          if (h + R < i || r >= a.out_height) continue;
-          const A* const g = grad + r * ld + kBorder + q;
-          const A* const t = weight + i * K;
-          if (s == 1) {
-#pragma GCC unroll 7
-            for (int j = 0; j < K; ++j) acc[0] += set1(t[j]) * load(g + R - j);
-          } else {
-            // Column 2 q + p takes tap j from column q + (p + R - j) / 2 of grad.
-#pragma GCC unroll 7
-            for (int j = 0; j < K; ++j) {
-              const int p = (j + R) % 2;
-              acc[p] += set1(t[j]) * load(g + (p + R - j) / 2);
-            }
-          }
-        }
-        store(first + q, acc[0]);
-        store(second + q, acc[1]);
-      }
-      T* const out = dx + h * a.width;
-      if (s == 1) {
-        write_row(first, out, a.width);
-        continue;
-      }
-      A* const row = sizeof(T) == sizeof(A) ? reinterpret_cast<A*>(out) : line;
-      const int64_t pairs = a.width / 2;
-      for (int64_t w = 0; w < pairs; ++w) {
-        row[2 * w] = first[w];
-        row[2 * w + 1] = second[w];
-      }
-      if (a.width % 2) row[a.width - 1] = first[pairs];
-      if (sizeof(T) != sizeof(A)) write_row(row, out, a.width);
     }
   }
 };
-
-template <class T, int K>
-void depthwise_grad_channels(const DepthwiseGradArgs& a, int64_t begin, int64_t end) {
-  const DepthwiseGrad<T, K> gradient(a);
-  for (int64_t c = begin; c < end; ++c) gradient.run(c);
-}
-
-template <class T>
-void depthwise_grad(const DepthwiseGradArgs& a, int64_t begin, int64_t end) {
-  switch (a.kernel) {
-    case 1:
-      return depthwise_grad_channels<T, 1>(a, begin, end);
-    case 3:
-      return depthwise_grad_channels<T, 3>(a, begin, end);
-    case 5:
-      return depthwise_grad_channels<T, 5>(a, begin, end);
-    case 7:
-      return depthwise_grad_channels<T, 7>(a, begin, end);
-  }
-}
 
 }  // namespace GHOST_ISA
 }  // namespace ghost

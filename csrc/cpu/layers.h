@@ -1,4 +1,4 @@
-// What stands between the Ghost modules of a bottleneck in inference, as a table of functions, one
+// What stands between the Ghost modules of a bottleneck, as a table of functions, one
 // table an instruction set. Plain data and raw pointers, as in kernels.h; a kernel runs a range of
 // items of its parallel loop, and results do not depend on how the range was cut.
 #pragma once
@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "cpu/kernels.h"
 
 namespace ghost {
 
@@ -26,19 +27,26 @@ inline int64_t depthwise_items(const DepthwiseArgs& a) {
   return a.layout == Layout::kNCHW ? a.batch * a.channels : a.batch * a.out_height;
 }
 
-// The gradients of that convolution (without shift and activation), NCHW only.
-//   dx[h][w]  = sum over the taps (i, j) that reach it of weight[i][j] * grad[(h + k/2 - i) /
-//   s][..] dw[i][j]  = sum over images and pixels of grad[h][w] * x[h * s + i - k/2][w * s + j -
-//   k/2]
-struct DepthwiseGradArgs {
-  const void* grad;    // [N, C, Ho, Wo]
-  const void* x;       // [N, C, H, W]
-  const void* weight;  // [C, k * k], compute type
-  void* dx;            // [N, C, H, W], or null
-  void* dw;            // [C, k * k], compute type
-  int64_t batch, channels, height, width, out_height, out_width;
-  int64_t kernel, stride;
+// Training: out = act(norm(depthwise(x, weight))), and its gradients.
+struct DepthwiseNormArgs {
+  DepthwiseArgs conv;  // without shift; weight [C, k * k] in both layouts; out null in backward
+  bool has_norm, batch_stats;
+  NormArgs norm;     // mean and var null where forward computes them
+  void* mean;        // [C], results of forward with batch_stats, compute type
+  void* var;         // biased
+  const void* grad;  // [N, C, Ho, Wo] in layout: backward
+  void* dx;          // [N, C, H, W] in layout, or null
+  void* dw;          // [C, k * k], compute type, or null
+  void* dgamma;      // [C], or null
+  void* dbeta;
 };
+
+// Channels of an item, NHWC: whole cache lines of float32.
+inline constexpr int64_t kDepthwiseChannels = 16;
+inline int64_t depthwise_norm_items(const DepthwiseNormArgs& a) {
+  const int64_t block = a.conv.layout == Layout::kNHWC ? kDepthwiseChannels : 1;
+  return (a.conv.channels + block - 1) / block;
+}
 
 // out = scale * x + shift, one scale and one shift a channel of an image (the gradient of x *= gate
 // with the gate a function of x's mean); NCHW. And the dot products that it needs.
@@ -89,7 +97,7 @@ struct LayerKernels {
   const char* name;
   // Indexed by DType.
   void (*depthwise[4])(const DepthwiseArgs&, int64_t begin, int64_t end);
-  void (*depthwise_grad[4])(const DepthwiseGradArgs&, int64_t begin, int64_t end);  // channels
+  void (*depthwise_norm[4])(const DepthwiseNormArgs&, int64_t begin, int64_t end);
   // Items are planes.
   void (*plane_affine[4])(const PlaneArgs&, int64_t begin, int64_t end);
   void (*plane_dot[4])(const PlaneArgs&, int64_t begin, int64_t end);

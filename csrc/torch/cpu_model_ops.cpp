@@ -15,13 +15,12 @@ namespace ghost {
 namespace {
 
 // The shapes of a depthwise convolution of x with padding kernel_size / 2.
-template <class Args>
-Args depthwise_shape(const Tensor& x, int64_t kernel_size, int64_t stride) {
+DepthwiseArgs depthwise_shape(const Tensor& x, int64_t kernel_size, int64_t stride) {
   const int64_t k = kernel_size;
   STD_TORCH_CHECK(k == 1 || k == 3 || k == 5 || k == 7, "kernel_size must be 1, 3, 5 or 7, got ",
                   k);
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  Args a{};
+  DepthwiseArgs a{};
   a.batch = x.size(0);
   a.channels = x.size(1);
   a.height = x.size(2);
@@ -40,7 +39,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift
   const Layout layout = layout_of(x, "x");
   const DType dtype = dtype_of(x, "x");
   const int64_t C = x.size(1), k = kernel_size;
-  DepthwiseArgs a = depthwise_shape<DepthwiseArgs>(x, k, stride);
+  DepthwiseArgs a = depthwise_shape(x, k, stride);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == C && weight.size(1) == 1 &&
                       weight.size(2) == k && weight.size(3) == k,
                   "weight must be [", C, ", 1, ", k, ", ", k, "]");
@@ -73,32 +72,93 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const Tensor& shift
 
 namespace {
 
-std::tuple<Tensor, Tensor> depthwise_conv_backward(const Tensor& grad, const Tensor& x,
-                                                   const Tensor& weight, int64_t kernel_size,
-                                                   int64_t stride, bool need_dx) {
-  const DType dtype = dtype_of(x, "x");
-  const int64_t C = x.dim() == 4 ? x.size(1) : 0, k = kernel_size;
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && is_dense(x, Layout::kNCHW) && grad.dim() == 4 &&
-                      is_dense(grad, Layout::kNCHW) && grad.scalar_type() == x.scalar_type(),
-                  "x and grad must be contiguous, of one dtype and on the CPU");
-  DepthwiseGradArgs a = depthwise_shape<DepthwiseGradArgs>(x, k, stride);
-  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.numel() == C * k * k &&
-                      weight.scalar_type() == compute_type(dtype),
-                  "weight must be [", C, ", 1, ", k, ", ", k, "] in the compute dtype of x");
-  STD_TORCH_CHECK(grad.size(0) == a.batch && grad.size(1) == C && grad.size(2) == a.out_height &&
-                      grad.size(3) == a.out_width,
-                  "grad must be [", a.batch, ", ", C, ", ", a.out_height, ", ", a.out_width, "]");
-  Tensor dx = need_dx ? empty({a.batch, C, a.height, a.width}, x.scalar_type())
+// What both directions of training read; `args` points into its own tensors.
+struct DepthwiseNorm {
+  DepthwiseNorm(const Tensor& x, const Tensor& weight, const OptionalTensor& gamma,
+                const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var,
+                double eps, int64_t stride, int64_t act, double slope)
+      : image(image_of(x, "x")),
+        gamma_(gamma, image.dtype, image.c, "gamma"),
+        beta_(beta, image.dtype, image.c, "beta"),
+        mean_(mean, image.dtype, image.c, "mean"),
+        var_(var, image.dtype, image.c, "var"),
+        taps_(weight, image.dtype, weight.numel(), "weight") {
+    const int64_t k = weight.dim() == 4 ? weight.size(3) : 0;
+    args.conv = depthwise_shape(x, k, stride);
+    STD_TORCH_CHECK(weight.size(0) == image.c && weight.numel() == image.c * k * k,
+                    "weight must be [", image.c, ", 1, k, k]");
+    STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must both be given");
+    args.conv.act = activation(act, slope, "act");
+    args.conv.layout = image.layout;
+    args.conv.x = x.const_data_ptr();
+    args.conv.weight = taps_.data();
+    args.norm = {gamma_.data(), beta_.data(), mean_.data(), var_.data(), eps};
+    args.has_norm = mean.has_value();
+  }
+
+  void run() {
+    if (!args.has_norm) args.norm = {};
+    const auto kernel = active_layers().depthwise_norm[int(image.dtype)];
+    parallel(depthwise_norm_items(args), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  }
+
+  Image image;
+  DepthwiseNormArgs args{};
+
+ private:
+  Param gamma_, beta_, mean_, var_, taps_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_norm(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& gamma, const OptionalTensor& beta,
+    const OptionalTensor& mean, const OptionalTensor& var, double eps, bool batch_stats,
+    int64_t stride, int64_t act, double slope) {
+  DepthwiseNorm pass(x, weight, gamma, beta, mean, var, eps, stride, act, slope);
+  DepthwiseNormArgs& a = pass.args;
+  STD_TORCH_CHECK(!batch_stats || !a.has_norm,
+                  "with the batch's statistics none can be given: mean and var must be None");
+  const ScalarType ct = compute_type(pass.image.dtype);
+  const int64_t stats = batch_stats ? a.conv.channels : 0;
+  Tensor out = empty({a.conv.batch, a.conv.channels, a.conv.out_height, a.conv.out_width},
+                     x.scalar_type(), a.conv.layout);
+  Tensor batch_mean = empty({stats}, ct), batch_var = empty({stats}, ct);
+  a.batch_stats = batch_stats;
+  a.has_norm = a.has_norm || batch_stats;
+  a.conv.out = out.mutable_data_ptr();
+  a.mean = batch_mean.mutable_data_ptr();
+  a.var = batch_var.mutable_data_ptr();
+  pass.run();
+  return {out, batch_mean, batch_var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_norm_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const OptionalTensor& gamma,
+    const OptionalTensor& beta, const OptionalTensor& mean, const OptionalTensor& var, double eps,
+    bool batch_stats, int64_t stride, int64_t act, double slope, bool need_dx, bool need_dw) {
+  DepthwiseNorm pass(x, weight, gamma, beta, mean, var, eps, stride, act, slope);
+  DepthwiseNormArgs& a = pass.args;
+  const Image& image = pass.image;
+  STD_TORCH_CHECK(a.has_norm || !batch_stats, "the batch's statistics must be given");
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == image.n && grad.size(1) == image.c &&
+                      grad.size(2) == a.conv.out_height && grad.size(3) == a.conv.out_width &&
+                      grad.scalar_type() == x.scalar_type(),
+                  "grad must be [", image.n, ", ", image.c, ", ", a.conv.out_height, ", ",
+                  a.conv.out_width, "] of the dtype of x");
+  const ScalarType ct = compute_type(image.dtype);
+  const Tensor dense = in_layout(grad, image.layout);
+  Tensor dx = need_dx ? empty({image.n, image.c, image.h, image.w}, x.scalar_type(), image.layout)
                       : empty({0}, x.scalar_type());
-  Tensor dw = empty({C, 1, k, k}, compute_type(dtype));
-  a.grad = grad.const_data_ptr();
-  a.x = x.const_data_ptr();
-  a.weight = weight.const_data_ptr();
+  Tensor dw = need_dw ? empty({image.c, 1, a.conv.kernel, a.conv.kernel}, ct) : empty({0}, ct);
+  const int64_t of_norm = a.has_norm ? image.c : 0;
+  Tensor dgamma = empty({of_norm}, ct), dbeta = empty({of_norm}, ct);
+  a.batch_stats = batch_stats;
+  a.grad = dense.const_data_ptr();
   a.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  a.dw = dw.mutable_data_ptr();
-  const auto kernel = active_layers().depthwise_grad[int(dtype)];
-  parallel(C, [&](int64_t b, int64_t e) { kernel(a, b, e); });
-  return {dx, dw};
+  a.dw = need_dw ? dw.mutable_data_ptr() : nullptr;
+  a.dgamma = of_norm > 0 ? dgamma.mutable_data_ptr() : nullptr;
+  a.dbeta = of_norm > 0 ? dbeta.mutable_data_ptr() : nullptr;
+  pass.run();
+  return {dx, dw, dgamma, dbeta};
 }
 
 PlaneArgs planes(const Tensor& x, const char* name) {
@@ -282,7 +342,8 @@ Tensor pixel_means(const Tensor& x) {
 
 STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {
   m.impl("depthwise_conv", TORCH_BOX(&ghost::depthwise_conv));
-  m.impl("depthwise_conv_backward", TORCH_BOX(&ghost::depthwise_conv_backward));
+  m.impl("depthwise_norm", TORCH_BOX(&ghost::depthwise_norm));
+  m.impl("depthwise_norm_backward", TORCH_BOX(&ghost::depthwise_norm_backward));
   m.impl("plane_affine", TORCH_BOX(&ghost::plane_affine));
   m.impl("plane_dot", TORCH_BOX(&ghost::plane_dot));
   m.impl("squeeze_excite_", TORCH_BOX(&ghost::squeeze_excite_));

@@ -14,6 +14,10 @@
 
 #include "core/problem.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace ghost {
 
 using torch::headeronly::MemoryFormat;
@@ -63,6 +67,22 @@ inline MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
+// Memory of this size glibc takes from the kernel anew at every allocation, however often (its
+// largest mmap threshold). Page by page that costs more than to write it; huge pages, where the
+// kernel allows them on demand, cost a quarter.
+inline constexpr size_t kFreshBytes = size_t{32} << 20;
+inline void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
+                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 // Dense and uninitialised, on the CPU. The call that the library functions end in, without the
 // dispatcher on the way: it is called several times in an operator that may take 5 us in all.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
@@ -81,7 +101,10 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
                                                   strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  Tensor t(made);
+  const size_t bytes = size_t(stride) * t.element_size();
+  if (bytes >= kFreshBytes) prefer_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
 }
 
 // A small tensor of parameters in the compute type: the tensor's own memory where it already is, a

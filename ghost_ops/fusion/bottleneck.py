@@ -16,8 +16,9 @@ On a GPU the gate is an op of its own, ``ghost_ops::squeeze_excite_gate``, from 
 depthwise op before it made, if there is one; ghost2 multiplies y by it as it reads y, and the gated
 map is never written.
 
-In training a bottleneck is the composition of its children, but for the depthwise convolutions and
-the gate, whose forward and backward are ours too (``layers``).
+In training a bottleneck is the composition of its children; on a CPU the depthwise convolutions
+with their norms and the gate are functions of ours too (``layers``), and the shortcut's 1x1
+convolution with its norm is a Ghost module of ratio 1.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from .. import activations, layers, model_ops
 from ..eager_ops import memory_format
 from ..reference import hard_sigmoid
+from ..tail import Norm
 from .branch import (
     Branch,
     BranchForm,
@@ -76,6 +78,38 @@ class Gate(NamedTuple):
         s = activations.apply(self.reduce(x.mean((2, 3), keepdim=True)), self.act, self.slope)
         s = self.expand(s)
         return x * (hard_sigmoid(s) if self.code == model_ops.HARD_SIGMOID else torch.sigmoid(s))
+
+
+def run_depthwise(branch: Branch, x: Tensor) -> Tensor:
+    """The output of a depthwise branch; differentiable."""
+    conv, bn = branch.conv, branch.bn
+    plain = bn is None or (
+        type(bn).forward is nn.BatchNorm2d.forward
+        and (bn.running_mean is None) == (bn.running_var is None)
+    )
+    if not plain or conv.bias is not None or not layers.has_kernels(x):
+        return branch.then(conv(x))
+    weight = conv.weight  # may be computed at every access
+    norm = Norm(None, None, None, None) if bn is None else Norm(*branch.norm(weight))
+    settings = layers.DepthwiseSettings(
+        conv.stride[0], 0.0 if bn is None else bn.eps, branch.uses_batch_stats(), branch.act,
+        branch.slope,
+    )  # fmt: skip
+    out = layers.depthwise(x, weight, norm, settings, branch.running_update())
+    return branch.then(conv._conv_forward(x, weight, None)) if out is None else out
+
+
+def run_conv(branch: Branch, x: Tensor) -> Tensor:
+    """The output of a branch whose convolution is not depthwise; differentiable.
+
+    Where there are kernels it is a Ghost module without ghosts: backward computes the convolution
+    again, and nothing but x is kept.
+    """
+    if layers.has_kernels(x):
+        out = Ghost(branch, None, branch.conv.out_channels).run(x)
+        if isinstance(out, Tensor):
+            return out
+    return branch.then(branch.conv(x))
 
 
 class Bottleneck:
@@ -124,13 +158,13 @@ class Bottleneck:
     def run(self, x: Tensor) -> Tensor:
         y = self.ghosts[0](x)
         if self.dw is not None:
-            y = self.dw.then(layers.depthwise(self.dw.conv, y))
+            y = run_depthwise(self.dw, y)
         if self.gate is not None:
             y = self.gate.run(y)
         y = self.ghosts[1](y)
         if self.shortcut is not None:
             dw, conv = self.shortcut
-            x = conv.then(conv.conv(dw.then(layers.depthwise(dw.conv, x))))
+            x = run_conv(conv, run_depthwise(dw, x))
         if self.inplace or (y.dtype is x.dtype and y.shape == x.shape):
             y += x  # legal: no Ghost module keeps its output for backward
             return y

@@ -6,6 +6,10 @@ layer. In eval mode without gradients the norms are folded, the last convolution
 module of ratio 1 and the one behind the pooling as the matrix product that it is. The bottlenecks
 run as the modules that they are. On a CPU, where the whole forward is an ``expression`` that has
 kernels, all of it is one operator.
+
+In training on a CPU the stem and the last convolution are Ghost modules of ratio 1: backward
+computes the convolution and the mask of the activation again, and of each only the input is kept.
+What is between them runs in NCHW, in which training is faster there.
 """
 
 from __future__ import annotations
@@ -18,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, model_ops
+from .. import activations, layers, model_ops
 from ..autograd import dense
 from ..eager_ops import memory_format
-from .bottleneck import FusedBottleneck
+from .bottleneck import FusedBottleneck, run_conv
 from .branch import (
     Branch,
     BranchForm,
@@ -45,6 +49,7 @@ class Network:
         blocks: the modules between the stem and the last convolution, in the order of their calls.
         pools: modules that are called for the pooling; head_modules: for the head and its
             activation.
+        dropout: share of the values that are dropped before the linear layer.
         expression: all of it, where the CPU has kernels for all of it.
     """
 
@@ -58,11 +63,13 @@ class Network:
         last: Branch,
         head: nn.Conv2d,
         head_act: tuple[int, float],
+        dropout: float,
         classifier: nn.Linear,
         pools: tuple[nn.Module, ...],
         head_modules: tuple[nn.Module, ...],
         expression: Expression | None,
     ) -> None:
+        self.dropout = dropout
         self.stem, self.blocks, self.last = stem, blocks, last
         self.head, self.head_act, self.classifier = head, head_act, classifier
         self.pools, self.head_modules = pools, head_modules
@@ -76,10 +83,24 @@ class Network:
         """Nothing: what does not fit goes to the network's own forward."""
 
     def why_not_packed(self) -> str:
-        return why_not_together(self.layers)
+        return "it drops values at random" if self.dropout else why_not_together(self.layers)
 
-    def run(self, x: Tensor) -> str:
-        return ""  # its own forward, without a warning
+    def run(self, x: Tensor) -> Tensor | str:
+        if not layers.has_kernels(x):
+            return ""  # its own forward, without a warning
+        head = self.head
+        x = run_conv(self.stem, x)
+        if x.dtype in (torch.float32, torch.float64):
+            x = x.contiguous()  # training is faster in NCHW, and the logits have no layout
+        for block in self.blocks:
+            x = block(x)
+        x = run_conv(self.last, x).mean((2, 3))
+        if head._forward_pre_hooks:  # which compute its weight
+            x = head(x[:, :, None, None]).flatten(1)
+        else:
+            x = F.linear(x, head.weight.flatten(1), head.bias)
+        x = activations.apply(x, *self.head_act)
+        return self.classifier(F.dropout(x, self.dropout) if self.dropout else x)
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         expression = self.expression
@@ -170,6 +191,7 @@ class NetworkForm(NamedTuple):
     last: BranchForm
     head: Path
     head_act: tuple[int, float]
+    dropout: float
     classifier: Path
     pools: tuple[Path, ...]
     head_modules: tuple[Path, ...]
@@ -193,8 +215,9 @@ class NetworkForm(NamedTuple):
         with suppress(Refusal):
             expression = None if self.expression is None else self.expression.bind(module)
         return Network(
-            stem, blocks, last, head, self.head_act, classifier, pools, modules, expression  # type: ignore[arg-type]
-        )  # fmt: skip
+            stem, blocks, last, head, self.head_act, self.dropout, classifier, pools, modules,
+            expression,
+        )  # type: ignore[arg-type]  # fmt: skip
 
     def shape(self, module: nn.Module) -> None:
         return None  # it is no operator of a graph
@@ -211,7 +234,10 @@ def match_network(reading: Reading) -> NetworkForm:
     path = next((call.path for call in calls if call.x is classifier.inputs[0]), None)
     if path is None:
         raise Refusal("its linear layer is not a module of its own")
-    node = _expect(classifier.inputs[0], "flatten", "a flattening").inputs[0]
+    node, dropout = classifier.inputs[0], 0.0
+    if node.op == "dropout":
+        (dropout,), (node,) = node.args, node.inputs  # type: ignore[assignment]
+    node = _expect(node, "flatten", "a flattening").inputs[0]
     act = _expect(node, "act", "an activation")
     head = _expect(act.inputs[0], "conv", "a convolution")
     pool = _expect(head.inputs[0], "mean", "an average pooling")
@@ -231,7 +257,7 @@ def match_network(reading: Reading) -> NetworkForm:
     with suppress(Refusal):
         expression = match_expression(reading)
     return NetworkForm(
-        stem, tuple(blocks), last, head.args[0], act.args, path,  # type: ignore[arg-type]
+        stem, tuple(blocks), last, head.args[0], act.args, dropout, path,  # type: ignore[arg-type]
         called(reading, pool), called(reading, act, head), expression,
     )  # fmt: skip
 
@@ -249,6 +275,9 @@ class FusedNetwork(FusedInference):
 
     @classmethod
     def _ghost_read(cls, module: nn.Module, training: bool | None = None) -> Reading:
+        whole = (FusedGhost, FusedBottleneck)
+        if module.training if training is None else training:
+            return read(module, training, whole)
         # Where something inside of a bottleneck cannot be followed, its ends still can be.
         try:
             reading = read(module, training)
@@ -258,9 +287,16 @@ class FusedNetwork(FusedInference):
             seen = failed.record
         except Refusal:
             seen = reading.record
-        reading = read(module, training, whole=(FusedGhost, FusedBottleneck))
+        reading = read(module, training, whole)
         return reading._replace(record=reading.record.with_that_of(seen))
 
     @classmethod
     def _ghost_match(cls, reading: Reading) -> NetworkForm:
         return match_network(reading)
+
+    def _ghost_eager(self, x: Tensor) -> Tensor | str:
+        if not (self.training or torch.is_grad_enabled()):
+            return super()._ghost_eager(x)
+        # Its own forward is right as well: no warning where it cannot be followed.
+        parts = self._ghost_state().parts if layers.has_kernels(x) else None
+        return "" if parts is None else parts.run(x)

@@ -277,6 +277,8 @@ class _Reader:
                 if out is None:
                     self._check_hooks(module)
                     out = self._follow(module, stand, x)
+                    if type(out) is Symbol and out.value().op == "dropout":
+                        raise Refusal("it drops values at random")
             except Refusal as refusal:
                 # It can still be called as it is. Whether it changes its input then is not known.
                 self._refusals, self._pending = self._refusals + 1, None

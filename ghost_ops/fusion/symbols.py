@@ -290,7 +290,9 @@ def _cat(tensors: Any, dim: int = 0) -> Symbol:
 
 def _dropout(x: Symbol, p: float = 0.5, training: bool = True, inplace: bool = False) -> Symbol:
     if training and p != 0:
-        refuse("drops values at random")
+        if inplace or not isinstance(p, (int, float)):
+            refuse("drops values at random")
+        return Symbol(Node("dropout", (x.value(),), (float(p),)))
     return x if inplace else x.alias(x.value())
 
 
