@@ -676,6 +676,31 @@ def test_group_fused(workers: Callable, tmp_path: pathlib.Path) -> None:
     workers(check_group_fused, str(tmp_path))
 
 
+def check_compiled_fused(rank: int) -> None:
+    """One graph with the exchanges in it, for batches that differ."""
+    torch.compiler.reset()
+    whole = randomize(GhostModule(6, 9)).double()
+    split = converted(copy.deepcopy(whole), "ours before")
+    compiled: Any = torch.compile(split, fullgraph=True, backend="aot_eager")
+    for sizes in ((4, 2), (3, 3)):
+        x, mine = torch.randn(6, 6, 5, 4, dtype=torch.float64), part(rank, sizes)
+        ours, all_of_x = x[mine].clone().requires_grad_(), x.clone().requires_grad_()
+        got, want = compiled(ours), whole(all_of_x)
+        close(got, want[mine], "output")
+        for net, out in ((split, got), (whole, want)):
+            net.zero_grad()
+            out.sin().sum().backward()
+        close(ours.grad, all_of_x.grad[mine], "gradient")
+        for (name, p), q in zip(split.named_parameters(), whole.parameters(), strict=True):
+            close(summed(p.grad), q.grad, name)
+        for (name, b), c in zip(split.named_buffers(), whole.buffers(), strict=True):
+            close(b.double(), c.double(), name)
+
+
+def test_compiled_fused(workers: Callable) -> None:
+    workers(check_compiled_fused)
+
+
 # --- networks ---------------------------------------------------------------------------------
 
 

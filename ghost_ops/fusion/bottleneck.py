@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from .. import activations, layers, model_ops
 from ..eager_ops import memory_format
 from ..reference import hard_sigmoid
+from ..sync import NORMS, group_of
 from ..tail import Norm
 from .branch import (
     Branch,
@@ -84,7 +85,8 @@ def run_depthwise(branch: Branch, x: Tensor) -> Tensor:
     """The output of a depthwise branch; differentiable."""
     conv, bn = branch.conv, branch.bn
     plain = bn is None or (
-        type(bn).forward is nn.BatchNorm2d.forward
+        any(type(bn).forward is norm.forward for norm in NORMS)
+        and group_of(bn) is None
         and (bn.running_mean is None) == (bn.running_var is None)
     )
     if not plain or conv.bias is not None or not layers.has_kernels(x):
