@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import machine
 from helpers import (
     ACTIVATIONS,
     DTYPES,
@@ -249,6 +250,33 @@ def test_bands_and_joined_images(every_isa: str, case: Case) -> None:
 def test_bands_and_joined_images_on_two_threads(native: str, case: Case) -> None:
     torch.set_num_threads(2)
     check(case)
+
+
+# Maps that a small L2 cuts into bands of rows or groups of images in either layout, and weight
+# gradients whose wider operand is x or du, of whole and of partial blocks.
+CACHED = [
+    Case(n, c, h, w, oup, 2, d, act1="silu", act2="none", layout=layout)
+    for (n, c, h, w, oup, d) in (
+        (2, 12, 40, 31, 24, 1),
+        (2, 12, 40, 31, 24, 3),
+        (1, 12, 31, 40, 38, 5),
+        (1, 5, 61, 33, 16, 7),
+        (3, 9, 20, 20, 120, 3),
+        (9, 20, 9, 16, 90, 3),
+        (9, 70, 16, 9, 24, 3),
+        (19, 40, 7, 7, 44, 3),
+        (17, 37, 3, 5, 200, 3),
+    )
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("case", CACHED, ids=str)
+def test_bands_of_a_small_cache(every_isa: str, case: Case) -> None:
+    if every_isa == "eager":
+        return check(case)
+    with machine(256 << 10):
+        check(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

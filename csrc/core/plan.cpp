@@ -36,13 +36,17 @@ bool keep_primary(const Problem& p) {
   return p.intrinsic * p.out_pixels() * 4 <= p.channels * p.height * p.width;
 }
 
-WeightGradPath plan_weight_grad(const Problem& p) {
+WeightGradPath plan_weight_grad(const Problem& p, const CpuMachine& cpu) {
   const bool planes =
       p.layout == Layout::kNCHW && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype);
   if (!planes) return WeightGradPath::kTransposed;
-  // Below about 32 rows the lanes of the broadcast product would idle.
-  if (p.intrinsic > 32 && p.channels >= 2 * p.intrinsic) return WeightGradPath::kBroadcast;
-  return p.intrinsic >= 32 && p.channels >= 64 ? WeightGradPath::kTransposed : WeightGradPath::kDot;
+  // The lanes of a broadcast product are the rows of the narrower operand. With few of them, and
+  // many of the lanes idle, dot products over long runs of pixels are faster.
+  const int64_t narrow = std::min(p.intrinsic, p.channels);
+  const bool few =
+      narrow <= 8 ||
+      (narrow < 32 && narrow * 10 < 7 * round_up(narrow, cpu.lanes * 4 / compute_size(p.dtype)));
+  return few && p.out_pixels() >= 256 ? WeightGradPath::kDot : WeightGradPath::kBroadcast;
 }
 
 Traffic traffic(const Problem& p) {
@@ -266,6 +270,15 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
   const bool in_place = s > 1 && !p.has_gate();
   plan.fetch_results = past && in_place && whole && large && p.out_channels > p.channels;
   plan.stream = past && !plan.fetch_results && !(in_place && plan.fetch == Fetch::kImages);
+  // Training's dx: the place of the results is fetched where they are more than du, which is in
+  // cache; else both are.
+  if (p.joined && whole && !large && !plan.stream && plan.images == 1 &&
+      plan.fetch != Fetch::kNothing) {
+    if (p.out_channels > p.channels && plan.group == m && plan.channel_splits == 1)
+      plan.fetch = Fetch::kImages;
+    else
+      plan.fetch_results = true;
+  }
 
   const int64_t tile_px = plan.images * std::min(H, plan.band_rows + 2 * pad) * W + 64;
   const int64_t lanes_slack = 4 * 64;

@@ -77,9 +77,9 @@ bool keep_primary(const Problem& p);
 // How dw1[i][k] = sum over pixels of du[i] x[k] is computed, see cpu/weight_grad.h.
 enum class WeightGradPath : int {
   kDot,         // dot products over pixels of du and x where they are: few rows or columns
-  kTransposed,  // du and x transposed: also where x is not read as planes of the compute type
-  kBroadcast,   // du transposed, x broadcast from its planes: x much wider than du
+  kTransposed,  // du and x transposed: where x is not read as planes of the compute type
+  kBroadcast,   // the narrower of du and x transposed, the other one broadcast from its planes
 };
-WeightGradPath plan_weight_grad(const Problem& p);
+WeightGradPath plan_weight_grad(const Problem& p, const CpuMachine& cpu);
 
 }  // namespace ghost

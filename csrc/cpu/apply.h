@@ -173,7 +173,14 @@ class ApplyTile {
   // written until their product is through, where these are runs of memory.
   Meanwhile<A> meanwhile(int64_t n, int64_t images) const {
     const int64_t left = p.batch - n - images, more = left < images ? left : images;
-    if (plan.fetch != Fetch::kImages || more <= 0 || args.x_channel != P) return columns();
+    if (plan.fetch != Fetch::kImages || more <= 0) return columns();
+    if (p.joined) {  // x is in cache: du
+      Meanwhile<A> next;
+      next.write = {reinterpret_cast<const A*>(out) + (n + images) * args.out_image,
+                    more * p.out_channels * P};
+      return next;
+    }
+    if (args.x_channel != P) return columns();
     Meanwhile<A> next;
     next.read = {reinterpret_cast<const A*>(source.x) + (n + images) * args.x_image,
                  more * args.x_image};

@@ -38,24 +38,32 @@ struct Moments {
     count = total;
   }
 
-  // Two passes over pieces that fit L1: exact deviations, one trip to memory.
+  // Two passes over pieces that fit L1: exact deviations, one trip to memory. Sums are float32 over
+  // kBlock values only: what a mean is off by, a gradient of gamma is off by for every pixel.
   template <class A>
   void add(const A* x, int64_t n) {
-    constexpr int64_t kPiece = 2048, L = kLanes<A>;
+    constexpr int64_t kPiece = 2048, kBlock = 256, L = kLanes<A>;
     for (int64_t i = 0; i < n; i += kPiece) {
       const int64_t len = n - i < kPiece ? n - i : kPiece;
       const A* p = x + i;
-      Vec<A> s0{}, s1{};
+      double sum = 0;
+      for (int64_t k = 0; k < len;) {
+        const int64_t end = len - k < kBlock ? len : k + kBlock;
+        Vec<A> s0{}, s1{};
+        for (; k + 2 * L <= end; k += 2 * L) {
+          s0 += load(p + k);
+          s1 += load(p + k + L);
+        }
+        for (; k < end; k += L) s0 += load_n(p + k, end - k);
+        k = end;
+        sum += double(reduce_add<A>(s0 + s1));
+      }
+      const double piece_mean = sum / double(len);
+      const A center = A(piece_mean);
+      const Vec<A> c = set1(center);
+      Vec<A> q0{}, q1{};
       int64_t k = 0;
       for (; k + 2 * L <= len; k += 2 * L) {
-        s0 += load(p + k);
-        s1 += load(p + k + L);
-      }
-      for (; k < len; k += L) s0 += load_n(p + k, len - k);
-      const A piece_mean = reduce_add<A>(s0 + s1) / A(len);
-      const Vec<A> c = set1(piece_mean);
-      Vec<A> q0{}, q1{};
-      for (k = 0; k + 2 * L <= len; k += 2 * L) {
         const Vec<A> a = load(p + k) - c, b = load(p + k + L) - c;
         q0 += a * a;
         q1 += b * b;
@@ -65,8 +73,8 @@ struct Moments {
         q0 += a * a;
       }
       double rest = 0;
-      for (; k < len; ++k) rest += double(p[k] - piece_mean) * double(p[k] - piece_mean);
-      merge(double(len), double(piece_mean), double(reduce_add<A>(q0 + q1)) + rest);
+      for (; k < len; ++k) rest += double(p[k] - center) * double(p[k] - center);
+      merge(double(len), piece_mean, double(reduce_add<A>(q0 + q1)) + rest);
     }
   }
   double variance() const { return count > 0 ? m2 / count : 0; }
@@ -136,38 +144,55 @@ void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* d
 inline constexpr int64_t kSumPixels = 2048;
 inline constexpr int64_t kTapSumPixels = 8192;  // more, for d*d sums at once
 
+// Asks for the cache lines of n values, to be written soon.
+template <class A>
+GHOST_INLINE void fetch_to_write(const A* p, int64_t n) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(A));
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i, 1, 2);
+}
+
 // Sums of a batch norm's gradient: of g = dL/d(bn output) and of g * normalised input; and that of
 // a PReLU's slope behind it, of dL/d(PReLU's output) * min(bn output, 0).
 struct GradSums {
   double g = 0, gx = 0, slope = 0;
 };
 
-// g = grad * act'(pre) with pre = scale * x + shift + add (null: 0); stored to `dst`, summed into
-// `sums`. A PReLU has its channel's slope in `a`.
+// g = grad * act'(pre) with pre = scale * x + shift + add (null: 0); stored to `dst`, summed
+// into `sums`. A PReLU has its channel's slope in `a`. `images` runs of n values: those of x
+// and dst follow each other, those of grad are grad_step apart.
 template <class A>
 void activation_backward(const Activation& a, const Affine<A>& f, const A* x, const A* grad, A* dst,
-                         int64_t n, GradSums& sums, const A* add = nullptr) {
+                         int64_t n, GradSums& sums, const A* add = nullptr, int64_t images = 1,
+                         int64_t grad_step = 0) {
   const Vec<A> scale = set1(f.scale), shift = set1(f.shift), mean = set1(f.mean),
                inv = set1(f.inv_std);
   const auto pass = [&](auto act, auto slope) {
-    for (int64_t begin = 0; begin < n; begin += kSumPixels) {
-      const int64_t end = n - begin < kSumPixels ? n : begin + kSumPixels;
-      Vec<A> s{}, sx{}, sp{};
-      for_vectors(end - begin, kLanes<A>, [&](int64_t k, auto full) {
-        const int64_t i = begin + k;
-        const Vec<A> xv = load_part(x, i, end, full), gv = load_part(grad, i, end, full);
-        Vec<A> pre = xv * scale + shift;
-        if (add) pre += load_part(add, i, end, full);
-        const Vec<A> g = activate_grad<decltype(act)::value, A>(pre, gv, A(a.slope));
-        store_part(dst, i, end, g, full);
-        s += g;
-        // Lanes past the end read x = 0 and grad = 0, so they add nothing to any sum.
-        sx += g * ((xv - mean) * inv);
-        if constexpr (decltype(slope)::value) sp += pre > A(0) ? Vec<A>{} : gv * pre;
-      });
-      sums.g += double(reduce_add<A>(s));
-      sums.gx += double(reduce_add<A>(sx));
-      if constexpr (decltype(slope)::value) sums.slope += double(reduce_add<A>(sp));
+    const int64_t some = n < kSumPixels ? kSumPixels / (n > 0 ? n : 1) : 1;
+    for (int64_t j = 0; j < images; j += some) {
+      for (int64_t begin = 0; begin < n; begin += kSumPixels) {
+        const int64_t end = n - begin < kSumPixels ? n : begin + kSumPixels;
+        Vec<A> s{}, sx{}, sp{};
+        for (int64_t k = j; k < j + some && k < images; ++k) {
+          const A* const xk = x + k * n;
+          const A* const grad_k = grad + k * grad_step;
+          A* const dst_k = dst + k * n;
+          for_vectors(end - begin, kLanes<A>, [&](int64_t at, auto full) {
+            const int64_t i = begin + at;
+            const Vec<A> xv = load_part(xk, i, end, full), gv = load_part(grad_k, i, end, full);
+            Vec<A> pre = xv * scale + shift;
+            if (add) pre += load_part(add, i, end, full);
+            const Vec<A> g = activate_grad<decltype(act)::value, A>(pre, gv, A(a.slope));
+            store_part(dst_k, i, end, g, full);
+            s += g;
+            // Lanes past the end read x = 0 and grad = 0, so they add nothing to any sum.
+            sx += g * ((xv - mean) * inv);
+            if constexpr (decltype(slope)::value) sp += pre > A(0) ? Vec<A>{} : gv * pre;
+          });
+        }
+        sums.g += double(reduce_add<A>(s));
+        sums.gx += double(reduce_add<A>(sx));
+        if constexpr (decltype(slope)::value) sums.slope += double(reduce_add<A>(sp));
+      }
     }
   };
   if (a.act == Act::kPReLU)
@@ -292,6 +317,9 @@ class ChannelPass {
         w2(static_cast<const A*>(a.w2)) {}
 
   void forward(int64_t item) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (planes() && args.out && !args.u_is_y) return forward_planes(item);
+    }
     const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m,
                   ld = round_up(row, 16) + 16;
     // A row of y a channel, then its ghosts' rows; a single row of v is enough where nothing is
@@ -302,10 +330,10 @@ class ChannelPass {
                      64;
     A* const v_all = y_all + count * ld;
     for (int64_t c = c0; c < c1; ++c) {
-      const A* const uc = u + c * row;
+      const A* const uc = u + c * args.u_step;
       A* y = y_all + (c - c0) * ld;
       if (args.u_is_y)
-        y = u + c * row;
+        y = u + c * args.u_step;
       else
         affine_activate(act(p.act1, args.norm1, c),
                         normalised(args.norm1, c, uc, args.mean1, args.var1), uc, y, row);
@@ -325,6 +353,9 @@ class ChannelPass {
   }
 
   void backward(int64_t item) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (planes()) return backward_planes(item);
+    }
     const int64_t c0 = item * block, c1 = c0 + block < m ? c0 + block : m,
                   ld = round_up(row, 16) + 16, count = c1 - c0;
     A* const scratch =
@@ -343,7 +374,7 @@ class ChannelPass {
     for (int64_t c = c0; c < c1; ++c) {
       const Affine<A> f1(args.norm1, c);
       const Activation act1 = act(p.act1, args.norm1, c);
-      A* const uc = u + c * row;
+      A* const uc = u + c * args.u_step;
       A* const dy = grads + (c - c0) * ld;
       if (need_dz && per > 0) affine_activate(act1, f1, uc, y, row);
       for (int64_t j = 0; need_dz && j < per; ++j) {
@@ -377,13 +408,121 @@ class ChannelPass {
   void primary_stats(int64_t item) const {
     for (int64_t c = item * block; c < (item + 1) * block && c < m; ++c) {
       Moments mu;
-      mu.add(u + c * row, row);
+      mu.add(u + c * args.u_step, row);
       put(args.mean1, c, mu.mean);
       put(args.var1, c, mu.variance());
     }
   }
 
  private:
+  // Where out and grad_out are planes of the compute type, of more than a few vectors, the passes
+  // read and write them in place.
+  bool planes() const { return !nhwc && P >= kLeastPlane; }
+  static constexpr int64_t kLeastPlane = 128;
+  // Of out, planes up to this size are fetched one ahead: the hardware follows longer ones.
+  static constexpr int64_t kFetched = 1024;
+
+  // One channel, y and z straight into their planes of out.
+  void forward_planes(int64_t c) const {
+    // Images whose planes stay in L1 between the passes over them.
+    const int64_t step = oup * P, images = P < 1024 ? 1024 / P : 1;
+    A* const out = static_cast<A*>(args.out);
+    A* const v_scratch = static_cast<A*>(thread_scratch(size_t(images * P + 128) * sizeof(A))) + 64;
+    const A* const uc = u + c * args.u_step;
+    const Activation act1 = act(p.act1, args.norm1, c);
+    const Affine<A> f1 = normalised(args.norm1, c, uc, args.mean1, args.var1);
+    for (int64_t j = 0; j < per || j == 0; ++j) {
+      const int64_t g = c * per + j;
+      const bool written = per > 0 && m + g < oup,
+                 needed = written || (per > 0 && !args.norm2.mean);
+      if (j > 0 && !needed) continue;
+      const Activation act2 = act(p.act2, args.norm2, g);
+      Moments moments;
+      for (int64_t n = 0; n < N; n += images) {
+        const int64_t count = N - n < images ? N - n : images;
+        A* const y = out + n * step + c * P;
+        A* const v = written ? out + n * step + (m + g) * P : v_scratch;
+        const int64_t v_step = written ? step : P;
+        for (int64_t i = 0; j == 0 && i < count; ++i) {
+          affine_activate(act1, f1, uc + (n + i) * P, y + i * step, P);
+          if (c + 1 < m && P <= kFetched) fetch_to_write(y + i * step + P, P);
+        }
+        if (!needed) continue;
+        convolve(y, step, w2 + g * d * d, v, v_step, count);
+        for (int64_t i = 0; i < count; ++i) {
+          if (args.norm2.mean)
+            affine_activate(act2, Affine<A>(args.norm2, g), v + i * v_step, v + i * v_step, P);
+          else
+            moments.add(v + i * v_step, P);
+          if (written && m + g + 1 < oup && P <= kFetched) fetch_to_write(v + i * v_step + P, P);
+        }
+      }
+      if (!needed || args.norm2.mean) continue;
+      put(args.mean2, g, moments.mean);
+      put(args.var2, g, moments.variance());
+      const Affine<A> f2(args.norm2, g, moments.mean, moments.variance());
+      for (int64_t n = 0; written && n < N; ++n) {
+        A* const v = out + n * step + (m + g) * P;
+        affine_activate(act2, f2, v, v, P);
+      }
+    }
+  }
+
+  // One channel, grad_out read where it is.
+  void backward_planes(int64_t c) const {
+    const NormGrads &out1 = args.grads1, &out2 = args.grads2;
+    const bool need_dy = args.need_du || wanted(out1), need_dv = need_dy || args.dw2,
+               need_dz = need_dv || wanted(out2);
+    const int64_t ld = round_up(row, 16) + 16, step = oup * P;
+    A* const y = static_cast<A*>(thread_scratch(size_t(4 * ld + 128) * sizeof(A))) + 64;
+    A* const v = y + ld;
+    A* const t = v + ld;
+    A* const dy = t + ld;
+    const A* const grad = static_cast<const A*>(args.grad_out);
+    const A* const no_addend = nullptr;
+    const Affine<A> f1(args.norm1, c);
+    const Activation act1 = act(p.act1, args.norm1, c);
+    A* const uc = u + c * args.u_step;
+    bool summed = false;  // dy holds the gradient of y
+    if (need_dz && per > 0) affine_activate(act1, f1, uc, y, row);
+    for (int64_t j = 0; need_dz && j < per; ++j) {
+      const int64_t g = c * per + j;
+      double dw[49] = {};
+      GradSums sums;
+      if (m + g < oup) {  // a ghost cut off by the slice has no gradient
+        const Affine<A> f2(args.norm2, g);
+        convolve(y, P, w2 + g * d * d, v, P, N);
+        activation_backward(act(p.act2, args.norm2, g), f2, v, grad + (m + g) * P, t, P, sums,
+                            no_addend, N, step);
+        if (need_dv) input_grad(f2, args.norm2, g, m * per, sums, v, t, t);
+        if (args.dw2) stencil_weight_grad(d, y, t, N, H, W, dw);
+        if (need_dy) {
+          A flipped[49];
+          for (int64_t i = 0; i < d * d; ++i) flipped[i] = w2[g * d * d + d * d - 1 - i];
+          // The stencil goes over a wide plane in strips of columns: too slow a way to read
+          // grad_out.
+          const bool strips = W > 4 * kLanes<A>;
+          if (strips && !summed) read_grad(c, 1, dy, ld);
+          Stencil<A> s{t, 0, H, W, 0, H, flipped, nullptr, dy, false, true, false};
+          s.channels = N;
+          s.y_step = s.v_step = P;
+          s.from = summed || strips ? dy : grad + c * P;
+          s.from_step = summed || strips ? P : step;
+          stencil<A>(d, s);
+          summed = true;
+        }
+      }
+      for (int64_t i = 0; i < d * d; ++i) put(args.dw2, g * d * d + i, dw[i]);
+      put(out2, g, sums);
+    }
+    if (!need_dy) return;
+    GradSums sums;
+    activation_backward(act1, f1, uc, summed ? dy : grad + c * P, dy, P, sums, no_addend, N,
+                        summed ? P : step);
+    put(out1, c, sums);
+    if (args.need_du) input_grad(f1, args.norm1, c, m, sums, uc, dy, uc);
+  }
+
   // p null: the number is not wanted.
   static void put(void* p, int64_t i, double v) {
     if (p) static_cast<A*>(p)[i] = A(v);
@@ -429,6 +568,15 @@ class ChannelPass {
     Stencil<A> s{in, 0, H, W, 0, H, taps, nullptr, out, false, accumulate, false};
     s.channels = N;
     s.y_step = s.v_step = P;
+    stencil<A>(d, s);
+  }
+  // out = taps (*) in, of planes in_step and out_step apart.
+  void convolve(const A* in, int64_t in_step, const A* taps, A* out, int64_t out_step,
+                int64_t images) const {
+    Stencil<A> s{in, 0, H, W, 0, H, taps, nullptr, out, false, false, false};
+    s.channels = images;
+    s.y_step = in_step;
+    s.v_step = out_step;
     stencil<A>(d, s);
   }
 

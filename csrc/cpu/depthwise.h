@@ -26,10 +26,12 @@ struct Stencil {
   const A* shift;              // null: 0
   A* v;                        // output row row_begin, row stride = width
   bool relu;
-  bool accumulate;  // start from v instead of from shift (the input gradient sums over a map's
+  bool accumulate;  // start from `from` instead of from shift (the input gradient sums over a map's
                     // ghosts)
   bool stream;      // non-temporal stores: v and width must keep every strip aligned
   int64_t channels = 1, y_step = 0, taps_step = 0, shift_step = 0, v_step = 0;
+  const A* from = nullptr;  // like v; null: v itself
+  int64_t from_step = 0;
 };
 
 // Strips at columns col, col + L, ... of every channel, kPair channels at a time. Only strip 0 may
@@ -57,6 +59,8 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
   const int64_t r_last = end + R < s.height ? end + R : s.height;  // exclusive
   const A* const y_first = s.y + (r_first - s.y_row0) * W + col - R;
   A* const v_first = s.v + col - begin * W;  // + row * W: output row `row`
+  const A* const from_first = (s.from ? s.from : s.v) + col - begin * W;
+  const int64_t from_step = s.from ? s.from_step : s.v_step;
   for (; channel + kPair <= channel_end; channel += kPair) {
     const A* const taps = s.taps + channel * taps_step;
     V tap[kTapsInRegisters ? kPair * D * D : 1];
@@ -70,10 +74,11 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
       }
     }
     A* const v = v_first + channel * v_step;
+    const A* const from = from_first + channel * from_step;
     auto start = [=](int64_t row, int i) __attribute__((always_inline)) -> V {
       const int q = i / kStrips, k = i % kStrips;
       if (!kAccumulate || row < begin || row >= end) return shift[q];
-      const A* p = v + q * v_step + row * W + k * L;
+      const A* p = from + q * from_step + row * W + k * L;
       return k == kLast ? load_masked(p, inside) : load(p);
     };
     auto finish = [=](int64_t row, int i, V r) __attribute__((always_inline)) {

@@ -141,6 +141,20 @@ int64_t channel_block(const Problem& p) {
 int64_t channel_items(const Problem& p) {
   return (p.intrinsic + channel_block(p) - 1) / channel_block(p);
 }
+LaneItems lane_items(const Problem& p, const CpuMachine& cpu) {
+  LaneItems items;
+  const int64_t row = p.width * p.intrinsic * compute_size(p.dtype), map = p.height * row;
+  // Three maps of a chunk, with their halo, take a part of L2. Items do not depend on threads.
+  const int64_t budget = cpu.l2_bytes / 6, halo = 2 * p.pad() * 2;
+  items.images = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(map, 1), 1,
+                                     std::max<int64_t>(p.batch / 8, 1));
+  items.count = (p.batch + items.images - 1) / items.images;
+  items.band = p.height;
+  items.chunk_images = std::clamp<int64_t>(budget / std::max<int64_t>(map, 1), 1, items.images);
+  if (map > budget)
+    items.band = std::clamp<int64_t>(budget / row - halo, std::min<int64_t>(p.height, 4), p.height);
+  return items;
+}
 int64_t weight_grad_items(const Problem& p) {
   return (p.intrinsic + kGradRowsPerItem - 1) / kGradRowsPerItem;
 }

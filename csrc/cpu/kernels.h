@@ -61,6 +61,7 @@ struct NormGrads {
 struct ChannelArgs {
   Problem problem;  // height and width are those of u; layout that of out / grad_out
   void* u;          // [m, N, P] compute type: u in. Backward: du out, if need_du.
+  int64_t u_step;   // elements from channel to channel of u
   const void* w2;   // [g, d*d], compute type
   NormArgs norm1, norm2;
   // forward
@@ -80,10 +81,49 @@ struct ChannelArgs {
 // dw1[i][k] = sum over images and pixels of du[i] x[k].
 struct WeightGradArgs {
   Problem problem;  // channels = C, intrinsic = m, geometry of x
-  const void* du;   // [m, N, P], compute type
+  const void* du;   // [m, N, P], compute type; or [N, P, m]: du_step 1
+  int64_t du_step;  // elements from channel to channel of du
   const void* x;    // [N, C, H, W], element type, problem.layout
   void* dw1;        // [m, C], compute type
   WeightGradPath path;
+};
+
+// Images of a pass of training in NHWC with channels along the lanes, cpu/lane_train.h.
+struct LaneItems {
+  int64_t count = 0, images = 0;       // items, and images of each
+  int64_t chunk_images = 0, band = 0;  // of a chunk: images, or rows of one
+};
+LaneItems lane_items(const Problem& p, const CpuMachine& cpu);
+
+struct LaneTrainArgs {
+  Problem problem;  // as in ChannelArgs, of ratio 2 with all ghosts
+  LaneItems items;
+  const void* u;   // [N, P, m]
+  const void* w2;  // [m, d*d]; all of the compute type
+  NormArgs norm1, norm2;
+  double* partial;  // [items.count][2 + d*d][m]
+  // forward
+  void* out;  // [N, P, oup]
+  void *mean1, *var1, *mean2, *var2;
+  // backward
+  const void* grad_out;  // [N, P, oup]
+  double* totals;        // [4][m]: sums of bn2's gradient and of bn1's
+  void* g1;              // [N, P, m]: gradient of bn1's output, then du; null: not needed
+  void* dw2;             // [m, d*d]; null: not needed
+  NormGrads grads1, grads2;
+};
+// Passes over the items, and merges, of one item, of their sums.
+enum class LaneStep {
+  kMoments1,
+  kMergeMoments1,
+  kMoments2,
+  kMergeMoments2,
+  kForward,
+  kSums2,
+  kMergeSums2,
+  kGrads,
+  kMergeGrads,
+  kInput
 };
 
 struct Kernels {
@@ -102,6 +142,8 @@ struct Kernels {
   void (*primary_stats[2])(const ChannelArgs&, int64_t begin,
                            int64_t end);  // indexed by (compute is float64)
   void (*weight_grad[4])(const WeightGradArgs&, int64_t begin, int64_t end);
+  void (*lane_train[2])(const LaneTrainArgs&, LaneStep, int64_t begin,
+                        int64_t end);  // indexed by (compute is float64)
 };
 
 // Items of the two channel loops and of the weight gradient's.

@@ -1,11 +1,11 @@
 // dw1[i][k] = sum over images and pixels of du[i][p] * x[k][p]: both operands are contiguous in p,
 // so products are added lane by lane and lanes are summed once per chunk of pixels.
 //
-// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. With few rows
-// the inner one is register blocks of 8 x 2 dot products, with many gemm_nn on transposed tiles, or
-// broadcasts of x against a transposed tile of du.
-// Chunks come in a fixed order, so the sums do not depend on the number of threads. Binding
-// resource: FMA ports.
+// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. The inner one
+// is broadcasts of the wider operand against a transposed tile of the narrower one; register blocks
+// of 8 x 2 dot products where the narrower one has few rows; gemm_nn on transposed tiles where x is
+// not planes of the compute type. Chunks come in a fixed order, so the sums do not depend on the
+// number of threads. Binding resource: FMA ports.
 #pragma once
 
 #include <type_traits>
@@ -98,9 +98,18 @@ void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t s
   }
 }
 
-// The same sum as a product of transposed operands, [rows, px] x [px, C]: worth its transposes
-// (none of x where x is NHWC) as soon as there are enough rows to share them.
+// The same sum as a product of transposed operands, [rows, px] x [px, C]. x needs none where it is
+// NHWC.
 inline constexpr int64_t kPixelsAFlush = 2048;
+// As many of a broadcast product, whose every sum is a single chain of additions.
+inline constexpr int64_t kBroadcastFlush = 256;
+// Rows of a broadcast block by its vectors: no more than six, or their addresses would leave the
+// registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kGradRowsFor[] = {0, 6, 6, 6, 6, 5, 4};
+#else
+inline constexpr int kGradRowsFor[] = {0, 6, 6, 4};
+#endif
 
 template <class T>
 class TransposedGrad {
@@ -151,7 +160,12 @@ class TransposedGrad {
         const int64_t count = rows - i < kPanel ? rows - i : kPanel;
         A* panel = panels + i * chunk;
         if (count < kPanel) std::memset(panel, 0, size_t(px * kPanel) * sizeof(A));
-        write_transposed(du + (row0 + i) * N * P + q, N * P, panel, kPanel, px, count);
+        if (args.du_step == 1)
+          for (int64_t j = 0; j < px; ++j)
+            read_row(du + (q + j) * args.problem.intrinsic + row0 + i, panel + j * kPanel, count);
+        else
+          write_transposed(du + (row0 + i) * args.du_step + q, args.du_step, panel, kPanel, px,
+                           count);
       }
       const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, !fresh, false};
       gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, {}, out);
@@ -205,124 +219,168 @@ class TransposedGrad {
   }
 };
 
-// The same sum, transposed: dw1^T[k][i] = sum x[k][p] du^T[p][i], with x read by broadcasts from
-// the very planes it is in. Only du, which has fewer rows, is transposed.
+// Rows of pixels, image after image: pixel p of image n of row r is data[r * row + n * image + p].
+template <class A>
+struct PixelRows {
+  const A* data;
+  int64_t row, image, count;
+};
+
+// The same sum with one operand read by broadcasts from the very planes it is in:
+//   partial[k][j] += sum over pixels of wide[k][p] * narrow[j][p]
+// Only `narrow`, which has fewer rows, is transposed, a chunk of pixels at a time. The chunk stays
+// in L1 while all rows of `wide` pass; each is read from memory once, and fetched a block ahead.
 template <class A>
 class BroadcastGrad {
   static constexpr int L = kLanes<A>, kMost = kWidest<A>;
-  const Source<A>& source;
-  const int64_t N, C, P, rows, ld, chunk;
-  A* const tile;       // [chunk][ld] du, pixels by rows
-  A* const partial;    // [C][ld] sums since the last flush
-  double* const sums;  // [C][ld]
+  const PixelRows<A> wide, narrow;
+  const int64_t pixels, P, ld, chunk;
+  A* const tile;       // [chunk][ld] of narrow, pixels by rows
+  A* const partial;    // [wide.count][ld] sums since the last flush
+  double* const sums;  // [wide.count][ld]
 
  public:
   static int64_t columns(int64_t rows) { return round_up(rows, L); }
-  // The tile stays in L1 while all channels of x go by. From all rows, not from an item's: the
-  // order of the sums must not depend on the number of threads.
-  static int64_t chunk_pixels(const Problem& p) {
-    const int64_t wanted = (24 << 10) / int64_t(sizeof(A)) / columns(p.intrinsic);
-    return wanted < 16 ? 16 : wanted;
+  // From all rows of the narrow operand, not from an item's: the order of the sums must not depend
+  // on the number of threads.
+  static int64_t chunk_pixels(int64_t narrow_rows) {
+    const int64_t wanted = (24 << 10) / int64_t(sizeof(A)) / columns(narrow_rows);
+    return wanted < 16 ? 16 : wanted < kBroadcastFlush ? wanted : kBroadcastFlush;
   }
-  static int64_t scratch(const Problem& p, int64_t rows) {
-    return 128 + columns(rows) * (chunk_pixels(p) + 3 * p.channels);
+  static int64_t scratch(int64_t chunk, int64_t wide_rows, int64_t narrow_rows) {
+    return 128 + columns(narrow_rows) * (chunk + 3 * wide_rows);
   }
 
-  BroadcastGrad(const Problem& p, const Source<A>& s, int64_t rows_, A* memory)
-      : source(s),
-        N(p.batch),
-        C(p.channels),
-        P(p.out_pixels()),
-        rows(rows_),
-        ld(columns(rows_)),
-        chunk(chunk_pixels(p)),
+  BroadcastGrad(const PixelRows<A>& wide_, const PixelRows<A>& narrow_, int64_t N, int64_t P_,
+                int64_t chunk_, A* memory)
+      : wide(wide_),
+        narrow(narrow_),
+        pixels(N * P_),
+        P(P_),
+        ld(columns(narrow_.count)),
+        chunk(chunk_),
         tile(memory + 64),
         partial(tile + chunk * ld),
-        sums(reinterpret_cast<double*>(partial + C * ld)) {}
+        sums(reinterpret_cast<double*>(partial + wide_.count * ld)) {}
 
-  // du: [rows][N * P], dw: [rows][C]
-  void run(const A* du, A* dw) const {
-    std::memset(sums, 0, size_t(C * ld) * sizeof(double));
+  // dw[k * step_wide + j * step_narrow]
+  void run(A* dw, int64_t step_wide, int64_t step_narrow) const {
+    std::memset(sums, 0, size_t(wide.count * ld) * sizeof(double));
+    if (ld > narrow.count) std::memset(tile, 0, size_t(chunk * ld) * sizeof(A));
     bool fresh = true;
-    for (int64_t q = 0, since = 0; q < N * P; q += chunk) {
-      const int64_t px = q + chunk < N * P ? chunk : N * P - q;
-      if (ld > rows) std::memset(tile, 0, size_t(px * ld) * sizeof(A));
-      write_transposed(du + q, N * P, tile, ld, px, rows);
+    for (int64_t q = 0, since = 0; q < pixels; q += chunk) {
+      const int64_t px = q + chunk < pixels ? chunk : pixels - q;
+      for_runs(q, px, [&](int64_t n, int64_t p, int64_t at, int64_t count) {
+        write_transposed(narrow.data + n * narrow.image + p, narrow.row, tile + at * ld, ld, count,
+                         narrow.count);
+      });
       products(q, px, fresh);
       fresh = false;
       since += px;
-      if (since >= kPixelsAFlush || q + px == N * P) {
-        for (int64_t i = 0; i < C * ld; ++i) sums[i] += double(partial[i]);
+      if (since >= kBroadcastFlush || q + px == pixels) {
+        for (int64_t i = 0; i < wide.count * ld; ++i) sums[i] += double(partial[i]);
         fresh = true;
         since = 0;
       }
     }
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = 0; k < C; ++k) dw[i * C + k] = A(sums[k * ld + i]);
+    for (int64_t k = 0; k < wide.count; ++k)
+      for (int64_t j = 0; j < narrow.count; ++j)
+        dw[k * step_wide + j * step_narrow] = A(sums[k * ld + j]);
   }
 
  private:
-  // partial (+)= x[:, q .. q + px) tile, pixels counted through all images.
-  void products(int64_t q, int64_t px, bool fresh) const {
-    for (int64_t v = 0; v < ld / L;) {
-      const int64_t left = ld / L - v;
-      const int vecs = int(left <= kMost ? left : left < 2 * kMost ? (left + 1) / 2 : kMost);
-      switch (vecs) {
-#define GHOST_COLUMNS(n)                                          \
-  case n:                                                         \
-    if constexpr (n <= kMost) columns_of<n>(q, px, v * L, fresh); \
-    break;
-        GHOST_COLUMNS(1)
-        GHOST_COLUMNS(2)
-        GHOST_COLUMNS(3)
-        GHOST_COLUMNS(4)
-        GHOST_COLUMNS(5)
-        GHOST_COLUMNS(6)
-#undef GHOST_COLUMNS
-      }
-      v += vecs;
+  // f(image, first pixel, offset from q, count) for the runs of pixels [q, q + px), counted through
+  // all images.
+  template <class F>
+  GHOST_INLINE void for_runs(int64_t q, int64_t px, F&& f) const {
+    for (int64_t done = 0; done < px;) {
+      const int64_t n = (q + done) / P, p = (q + done) % P;
+      const int64_t count = P - p < px - done ? P - p : px - done;
+      f(n, p, done, count);
+      done += count;
     }
   }
 
-  template <int kVecs>
-  __attribute__((noinline)) void columns_of(int64_t q, int64_t px, int64_t col, bool fresh) const {
-    // More than six rows would need more addresses than there are registers for.
-    constexpr int R = kRowsFor[kVecs] < 6 ? kRowsFor[kVecs] : 6;
-    int64_t k = 0;
-    for (; k + R <= C; k += R) block<R, kVecs>(k, q, px, col, fresh);
-    for (; k < C; ++k) block<1, kVecs>(k, q, px, col, fresh);
+  // partial (+)= wide[:, q .. q + px) tile.
+  void products(int64_t q, int64_t px, bool fresh) const {
+    const int64_t vectors = ld / L, groups = (vectors + kMost - 1) / kMost;
+    switch (int((vectors + groups - 1) / groups)) {
+#define GHOST_COLUMNS(n)                                                 \
+  case n:                                                                \
+    if constexpr (n <= kMost) rows_of<kGradRowsFor[n], n>(q, px, fresh); \
+    break;
+      GHOST_COLUMNS(1)
+      GHOST_COLUMNS(2)
+      GHOST_COLUMNS(3)
+      GHOST_COLUMNS(4)
+      GHOST_COLUMNS(5)
+      GHOST_COLUMNS(6)
+#undef GHOST_COLUMNS
+    }
   }
 
+  // All columns in groups of kVecs vectors and of one less.
   template <int kRows, int kVecs>
-  GHOST_INLINE void block(int64_t k, int64_t q, int64_t px, int64_t col, bool fresh) const {
+  void rows_of(int64_t q, int64_t px, bool fresh) const {
+    const int64_t vectors = ld / L, groups = (vectors + kVecs - 1) / kVecs;
+    for (int64_t k = 0; k < wide.count; k += kRows)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t v0 = vectors * g / groups, v1 = vectors * (g + 1) / groups;
+        if (v1 - v0 == kVecs)
+          block<kRows, kVecs>(k, q, px, v0 * L, fresh, g == 0);
+        else if constexpr (kVecs > 1)
+          block<kRows, kVecs - 1>(k, q, px, v0 * L, fresh, g == 0);
+      }
+  }
+
+  // Rows past the last one repeat it and are not stored.
+  template <int kRows, int kVecs>
+  __attribute__((noinline)) void block(int64_t k, int64_t q, int64_t px, int64_t col, bool fresh,
+                                       bool fetch) const {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(A));
+    const int rows = wide.count - k < kRows ? int(wide.count - k) : kRows;
+    // The next block's rows, or the first rows of the next chunk.
+    const int64_t ahead = k + kRows < wide.count ? kRows * wide.row : px - k * wide.row;
     Vec<A> acc[kRows][kVecs];
     A* const out = partial + k * ld + col;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = fresh ? Vec<A>{} : load(out + i * ld + v * L);
+      for (int v = 0; v < kVecs; ++v)
+        acc[i][v] = fresh || i >= rows ? Vec<A>{} : load(out + i * ld + v * L);
     const A* t = tile + col;
-    for (int64_t done = 0; done < px;) {
-      const int64_t n = (q + done) / P, p = (q + done) % P;
-      const int64_t run = P - p < px - done ? P - p : px - done;
-      const A* x = source.x + n * source.image + k * source.channel + p;
-      for (int64_t r = 0; r < run; ++r, t += ld) {
-        Vec<A> d[kVecs];
+    const int64_t step = ld;
+    for_runs(q, px,
+             [&](int64_t n, int64_t p, int64_t, int64_t count) __attribute__((always_inline)) {
+               const A* x[kRows];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) d[v] = load(t + v * L);
+               for (int i = 0; i < kRows; ++i)
+                 x[i] = wide.data + n * wide.image + (k + (i < rows ? i : rows - 1)) * wide.row + p;
+               for (int64_t r = 0; r < count;) {
+                 const int64_t stop = r + kLine < count ? r + kLine : count;
+                 if (fetch) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kRows; ++i) {
-          const Vec<A> xi = set1(x[i * source.channel + r]);
+                   for (int i = 0; i < kRows; ++i) __builtin_prefetch(x[i] + r + ahead, 0, 3);
+                 }
+                 for (; r < stop; ++r, t += step) {
+                   Vec<A> d[kVecs];
 #pragma GCC unroll 8
-          for (int v = 0; v < kVecs; ++v) acc[i][v] += xi * d[v];
-        }
-      }
-      done += run;
-    }
+                   for (int v = 0; v < kVecs; ++v) d[v] = load(t + v * L);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
+                   for (int i = 0; i < kRows; ++i) {
+                     const Vec<A> xi = set1(x[i][r]);
+#pragma GCC unroll 8
+                     for (int v = 0; v < kVecs; ++v) acc[i][v] += xi * d[v];
+                   }
+                 }
+               }
+             });
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      if (i >= rows) break;
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) store(out + i * ld + v * L, acc[i][v]);
+    }
   }
 };
 
@@ -350,10 +408,19 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
 
   if constexpr (std::is_same_v<T, A>) {
     if (args.path == WeightGradPath::kBroadcast) {
+      const PixelRows<A> du{static_cast<const A*>(args.du) + row0 * args.du_step, args.du_step, P,
+                            row1 - row0},
+          x{source.x, source.channel, source.image, C};
+      const bool wide_x = C >= m;
+      const int64_t chunk = BroadcastGrad<A>::chunk_pixels(wide_x ? m : C);
       A* memory = static_cast<A*>(
-          thread_scratch(size_t(BroadcastGrad<A>::scratch(p, row1 - row0)) * sizeof(A)));
-      BroadcastGrad<A>(p, source, row1 - row0, memory)
-          .run(static_cast<const A*>(args.du) + row0 * N * P, dw + row0 * C);
+          thread_scratch(size_t(wide_x ? BroadcastGrad<A>::scratch(chunk, C, du.count)
+                                       : BroadcastGrad<A>::scratch(chunk, du.count, C)) *
+                         sizeof(A)));
+      if (wide_x)
+        BroadcastGrad<A>(x, du, N, P, chunk, memory).run(dw + row0 * C, 1, C);
+      else
+        BroadcastGrad<A>(du, x, N, P, chunk, memory).run(dw + row0 * C, C, 1);
       return;
     }
   }
@@ -369,7 +436,7 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   for (int64_t n = 0; n < N; ++n)
     for (int64_t q = 0; q < P; q += kGradChunk) {
       const int64_t px = q + kGradChunk < P ? kGradChunk : P - q;
-      const Rows<A> du_rows{du + row0 * N * P + n * P + q, N * P, row1 - row0},
+      const Rows<A> du_rows{du + row0 * args.du_step + n * P + q, args.du_step, row1 - row0},
           x_rows{x + n * C * P + q, P, C};
       if (m >= C)
         add_products<A>(du_rows, x_rows, px, dw + row0 * C, C, 1);

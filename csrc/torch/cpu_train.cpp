@@ -57,6 +57,13 @@ Tensor identity(int64_t n, DType dtype) {
   return packed;
 }
 
+// Elements from channel to channel of u, [m, N, P] of the compute type: an odd number of cache
+// lines, so that the rows of a column do not share the sets of a cache.
+int64_t channel_step(int64_t pixels, DType dtype) {
+  const int64_t line = 64 / compute_size(dtype);
+  return ((pixels + line - 1) / line | 1) * line;
+}
+
 // u = w1 * x (or x itself without w1) as [m, N, P] of the compute type.
 void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m,
                int64_t stride, void* u) {
@@ -78,7 +85,7 @@ void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64
   args.residual = nullptr;
   args.out = u;
   args.out_image = args.problem.out_pixels();
-  args.out_channel = in.n * args.problem.out_pixels();
+  args.out_channel = channel_step(in.n * args.problem.out_pixels(), in.dtype);
   const auto kernel = active_kernels().apply_to_compute[int(in.dtype)];
   parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
 }
@@ -99,7 +106,7 @@ void store_u(const void* u, const Problem& shape, Tensor& dst, Layout layout) {
   args.plan.stream = false;
   args.x = u;
   args.x_image = p.height * p.width;
-  args.x_channel = p.batch * p.height * p.width;
+  args.x_channel = channel_step(p.batch * p.height * p.width, p.dtype);
   args.packed = unchanged.const_data_ptr();
   args.residual = nullptr;
   args.out = dst.mutable_data_ptr();
@@ -164,7 +171,8 @@ std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const OptionalTe
   Problem p = plain_conv(in, m, w1.has_value() ? stride : 1);
   const int64_t P = p.out_pixels();
   const ScalarType ct = compute_type(in.dtype);
-  Tensor u = empty({m, in.n, P}, ct), mean = empty({m}, ct), var = empty({m}, ct);
+  const int64_t step = channel_step(in.n * P, in.dtype);
+  Tensor u = empty({m, step}, ct), mean = empty({m}, ct), var = empty({m}, ct);
   compute_u(x, in, w1, m, p.stride, u.mutable_data_ptr());
   ChannelArgs args{};
   args.problem = p;
@@ -172,6 +180,7 @@ std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const OptionalTe
   args.problem.width = p.out_width();
   args.problem.layout = Layout::kNCHW;
   args.u = u.mutable_data_ptr();
+  args.u_step = step;
   args.mean1 = mean.mutable_data_ptr();
   args.var1 = var.mutable_data_ptr();
   const auto kernel = active_kernels().primary_stats[in.dtype == DType::kFloat64];
@@ -196,7 +205,8 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   const bool prelu = p.act1.act == Act::kPReLU;
   const PackedLayout at = layout_of_packed(p, packed, prelu ? intrinsic : 0);
   const ScalarType ct = compute_type(in.dtype);
-  Tensor y = empty({intrinsic, in.n, P}, ct), mean = empty({g}, ct), var = empty({g}, ct);
+  const int64_t step = channel_step(in.n * P, in.dtype);
+  Tensor y = empty({intrinsic, step}, ct), mean = empty({g}, ct), var = empty({g}, ct);
   ApplyArgs apply;
   apply.problem = p;
   apply.problem.ratio = 1;  // y only
@@ -211,7 +221,7 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   apply.residual = nullptr;
   apply.out = y.mutable_data_ptr();
   apply.out_image = P;
-  apply.out_channel = in.n * P;
+  apply.out_channel = step;
   const auto to_y = active_kernels().apply_to_compute[int(in.dtype)];
   parallel(apply.plan.items, [&](int64_t b, int64_t e) { to_y(apply, b, e); });
 
@@ -222,6 +232,7 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
   args.problem.layout = Layout::kNCHW;
   args.problem.out_channels = intrinsic * ratio;
   args.u = y.mutable_data_ptr();
+  args.u_step = step;
   args.u_is_y = true;
   args.w2 = static_cast<const char*>(packed.const_data_ptr()) + at.w2 * compute_size(in.dtype);
   args.mean2 = mean.mutable_data_ptr();
@@ -233,6 +244,85 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
 
 // ----------------------------------------------------------------------------------------------
 // training
+
+// Whether the passes of training in NHWC run with channels along the lanes, cpu/lane_train.h.
+bool takes_lanes(const Problem& p, bool has_primary) {
+  return has_primary && p.layout == Layout::kNHWC && p.stride == 1 && p.ratio == 2 &&
+         p.out_channels == 2 * p.intrinsic && element_size(p.dtype) == compute_size(p.dtype) &&
+         p.act1.act != Act::kPReLU && p.act2.act != Act::kPReLU && p.batch * p.out_pixels() > 0;
+}
+
+// A product of NHWC maps of the compute type: out [N, H, W, rows] from x [N, H, W, C] and packed
+// weights.
+void lane_product(const Image& x, const void* data, const Tensor& packed, int64_t rows, void* out) {
+  ApplyArgs args;
+  args.problem = plain_conv(x, rows, 1);
+  args.problem.allows_channel_lanes = true;
+  args.plan = plan_apply(args.problem, cpu_machine(threads()));
+  args.x = data;
+  args.x_image = x.c * x.h * x.w;
+  args.x_channel = x.h * x.w;
+  args.packed = packed.const_data_ptr();
+  args.residual = nullptr;
+  args.out = out;
+  args.out_layout = Layout::kNHWC;
+  args.out_image = rows * x.h * x.w;
+  args.out_channel = x.h * x.w;
+  const auto kernel = active_kernels().apply[int(x.dtype)];
+  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+}
+void lane_u(const Tensor& x, const Image& in, const Tensor& w1, int64_t m, void* u) {
+  const Param w(w1, in.dtype, m * in.c, "w1");
+  lane_product(in, x.const_data_ptr(), pack_plain(w, in.dtype, m, in.c, in.c, 1), m, u);
+}
+
+// The passes of one direction over maps in NHWC.
+struct LanePasses {
+  LaneTrainArgs args{};
+
+  // problem: that of the module, with the height and width of u.
+  explicit LanePasses(const Problem& problem) {
+    args.problem = problem;
+    args.items = lane_items(problem, cpu_machine(threads()));
+    const int64_t per_item = (2 + problem.dw_size * problem.dw_size) * problem.intrinsic;
+    sums_ = empty({args.items.count * per_item + 4 * problem.intrinsic}, ScalarType::Double);
+    args.partial = static_cast<double*>(sums_.mutable_data_ptr());
+    args.totals = args.partial + args.items.count * per_item;
+  }
+  void run(LaneStep pass) const {
+    const auto kernel = active_kernels().lane_train[args.problem.dtype == DType::kFloat64];
+    parallel(args.items.count, [&](int64_t b, int64_t e) { kernel(args, pass, b, e); });
+  }
+  void run(LaneStep pass, LaneStep merge) const {
+    run(pass);
+    active_kernels().lane_train[args.problem.dtype == DType::kFloat64](args, merge, 0, 1);
+  }
+
+  void forward() {
+    if (args.norm1.mean == nullptr) {
+      run(LaneStep::kMoments1, LaneStep::kMergeMoments1);
+      args.norm1.mean = args.mean1;
+      args.norm1.var = args.var1;
+    }
+    if (args.norm2.mean == nullptr) {
+      run(LaneStep::kMoments2, LaneStep::kMergeMoments2);
+      args.norm2.mean = args.mean2;
+      args.norm2.var = args.var2;
+    }
+    run(LaneStep::kForward);
+  }
+  // du is in args.g1 afterwards, if need_du.
+  void backward(bool need_du) const {
+    const bool need_dv = args.g1 || args.dw2;
+    if (args.grads2.dgamma || (need_dv && args.norm2.batch_stats && !args.norm2.means))
+      run(LaneStep::kSums2, LaneStep::kMergeSums2);
+    if (need_dv) run(LaneStep::kGrads, LaneStep::kMergeGrads);
+    if (need_du) run(LaneStep::kInput);
+  }
+
+ private:
+  Tensor sums_;
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
     const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
@@ -267,7 +357,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   Tensor kept =
       keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
 
-  Tensor scratch = empty({m, in.n, P}, ct);  // u; dies with the call
+  if (takes_lanes(p, w1.has_value())) {
+    Tensor u = keep_u ? kept : empty({in.n * P, m}, ct);
+    lane_u(x, in, *w1, m, u.mutable_data_ptr());
+    LanePasses lanes(p);
+    lanes.args.u = u.const_data_ptr();
+    lanes.args.w2 = taps.data();
+    lanes.args.norm1 = norm1.args(eps1, false);
+    lanes.args.norm2 = norm2.args(eps2, false);
+    lanes.args.out = out.mutable_data_ptr();
+    lanes.args.mean1 = found_mean1.mutable_data_ptr();
+    lanes.args.var1 = found_var1.mutable_data_ptr();
+    lanes.args.mean2 = found_mean2.mutable_data_ptr();
+    lanes.args.var2 = found_var2.mutable_data_ptr();
+    lanes.forward();
+    return {out, found_mean1, found_var1, found_mean2, found_var2, kept};
+  }
+
+  const int64_t step = channel_step(in.n * P, in.dtype);
+  Tensor scratch = empty({m, step}, ct);  // u; dies with the call
   compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr());
 
   ChannelArgs args{};
@@ -276,6 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   args.problem.width = W;
   if (keep_u) store_u(scratch.const_data_ptr(), args.problem, kept, in.layout);
   args.u = scratch.mutable_data_ptr();
+  args.u_step = step;
   args.w2 = taps.data();
   args.norm1 = norm1.args(eps1, false);
   args.norm2 = norm2.args(eps2, false);
@@ -287,6 +396,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   const auto kernel = active_kernels().channels_forward[int(in.dtype)];
   parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
   return {out, found_mean1, found_var1, found_mean2, found_var2, kept};
+}
+
+void check_u(const Image& u, const Image& x, int64_t m, int64_t H, int64_t W) {
+  STD_TORCH_CHECK(u.n == x.n && u.c == m && u.h == H && u.w == W && u.dtype == x.dtype,
+                  "u must be [", x.n, ", ", m, ", ", H, ", ", W, "] of the dtype of x");
+}
+
+// dw1 [m, C, 1, 1] of the compute type. du: as in WeightGradArgs.
+Tensor weight_gradient(const Tensor& x, const Image& in, const void* du, int64_t du_step, int64_t m,
+                       int64_t stride) {
+  Tensor sums = empty({m, in.c, 1, 1}, compute_type(in.dtype));
+  WeightGradArgs args{};
+  args.problem = plain_conv(in, m, stride);
+  args.du = du;
+  args.du_step = du_step;
+  args.x = x.const_data_ptr();
+  args.dw1 = sums.mutable_data_ptr();
+  args.path = plan_weight_grad(args.problem, cpu_machine(threads()));
+  const auto kernel = active_kernels().weight_grad[int(in.dtype)];
+  parallel(weight_grad_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return sums;
 }
 
 // Which gradients are wanted: ops.NEEDS in Python.
@@ -353,16 +483,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const NormGradTensors grads1(m, needs & kNeedNorm1, (needs & kNeedPrelu1) && prelu1, ct),
       grads2(cheap.g, needs & kNeedNorm2, (needs & kNeedPrelu2) && prelu2, ct);
 
+  if (takes_lanes(p, w1.has_value())) {
+    const Tensor grad = in_layout(grad_out, in.layout);
+    Tensor dw2 = need_dw2 ? empty({cheap.g, 1, cheap.d, cheap.d}, ct) : empty({0}, ct);
+    Tensor dx = empty({0}, ct), dw1 = empty({0}, ct), made, g1;
+    LanePasses lanes(p);
+    LaneTrainArgs& args = lanes.args;
+    if (u.has_value() && u->numel() > 0) {
+      made = in_layout(*u, in.layout);
+      check_u(image_of(made, "u"), in, m, H, W);
+    } else {
+      made = empty({in.n * P, m}, ct);
+      lane_u(x, in, *w1, m, made.mutable_data_ptr());
+    }
+    args.u = made.const_data_ptr();
+    args.w2 = taps.data();
+    args.norm1 = norm1.args(eps1, batch_stats1);
+    args.norm2 = norm2.args(eps2, batch_stats2);
+    args.grad_out = grad.const_data_ptr();
+    args.dw2 = need_dw2 ? dw2.mutable_data_ptr() : nullptr;
+    args.grads1 = grads1.args();
+    args.grads2 = grads2.args();
+    const bool need_du = need_dx || need_dw1;
+    if (need_du || args.grads1.dgamma) {
+      g1 = empty({in.n * P, m}, ct);
+      args.g1 = g1.mutable_data_ptr();
+    }
+    lanes.backward(need_du);
+    if (need_dx) {
+      dx = empty({in.n, in.c, in.h, in.w}, ct, in.layout);
+      const Param w(*w1, in.dtype, m * in.c, "w1");
+      lane_product({in.n, m, H, W, Layout::kNHWC, in.dtype}, args.g1,
+                   pack_plain(w, in.dtype, in.c, m, 1, in.c), in.c, dx.mutable_data_ptr());
+    }
+    if (need_dw1) dw1 = weight_gradient(x, in, args.g1, 1, m, step);
+    return {dx,  dw1,           grads1.dgamma, grads1.dbeta,  grads1.dslopes,
+            dw2, grads2.dgamma, grads2.dbeta,  grads2.dslopes};
+  }
+
   // u again, from the kept copy or by the product; du replaces it in place.
-  Tensor scratch = empty({m, in.n, P}, ct);
+  const int64_t u_step = channel_step(in.n * P, in.dtype);
+  Tensor scratch = empty({m, u_step}, ct);
   const bool kept = u.has_value() && u->numel() > 0;
   if (kept) {
     const Tensor dense = is_dense(*u, Layout::kNCHW) || is_dense(*u, Layout::kNHWC)
                              ? *u
                              : torch::stable::contiguous(*u);
     const Image ku = image_of(dense, "u");
-    STD_TORCH_CHECK(ku.n == in.n && ku.c == m && ku.h == H && ku.w == W && ku.dtype == in.dtype,
-                    "u must be [", in.n, ", ", m, ", ", H, ", ", W, "] of the dtype of x");
+    check_u(ku, in, m, H, W);
     compute_u(dense, ku, std::nullopt, m, 1, scratch.mutable_data_ptr());
   } else {
     compute_u(x, in, w1, m, stride, scratch.mutable_data_ptr());
@@ -384,6 +552,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   args.problem.width = W;
   args.problem.layout = grad_layout;
   args.u = scratch.mutable_data_ptr();
+  args.u_step = u_step;
   args.w2 = taps.data();
   args.norm1 = norm1.args(eps1, batch_stats1);
   args.norm2 = norm2.args(eps2, batch_stats2);
@@ -415,7 +584,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
           gemm.plan.stream && in.layout == Layout::kNCHW && x.scalar_type() == ct && step == 1;
       gemm.x = scratch.const_data_ptr();
       gemm.x_image = P;
-      gemm.x_channel = in.n * P;
+      gemm.x_channel = u_step;
       gemm.packed = packed.const_data_ptr();
       gemm.residual = nullptr;
       gemm.out = dx.mutable_data_ptr();
@@ -429,15 +598,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     }
   }
   if (need_dw1) {
-    Tensor sums = empty({m, in.c, 1, 1}, ct);
-    WeightGradArgs wg{};
-    wg.problem = plain_conv(in, m, step);
-    wg.du = scratch.const_data_ptr();
-    wg.x = x.const_data_ptr();
-    wg.dw1 = sums.mutable_data_ptr();
-    wg.path = plan_weight_grad(wg.problem);
-    const auto kernel = k.weight_grad[int(in.dtype)];
-    parallel(weight_grad_items(wg.problem), [&](int64_t b, int64_t e) { kernel(wg, b, e); });
+    const Tensor sums = weight_gradient(x, in, scratch.const_data_ptr(), u_step, m, step);
     dw1 = x.scalar_type() == ct ? sums : torch::stable::to(sums, x.scalar_type());
   }
   if (w2.scalar_type() != ct) dw2 = torch::stable::to(dw2, w2.scalar_type());
