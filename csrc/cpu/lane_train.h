@@ -201,7 +201,7 @@ class LaneTrain {
       next += round_up(sizes[i], 16) + 16;
     }
     const A* const w2 = static_cast<const A*>(args.w2);
-    for (int64_t t = 0; t < taps; ++t)
+    for (int64_t t = 0; t < taps && w2; ++t)
       for (int64_t i = 0, c = 0; i < ld_taps; ++i, c = c + 1 < m ? c + 1 : 0)
         weight[t * ld_taps + i] = flipped[(taps - 1 - t) * ld_taps + i] = w2[c * taps + t];
   }
