@@ -356,10 +356,10 @@ class LaneTrain {
       for_vectors_of<A>(m, [&](int64_t c, auto lanes) {
         const A* const from = x + q * m + c;
         const Vec<A> mean = sum_pixels<A, false>(from, n, m, Vec<A>{}, lanes) / set1(A(n));
-        A means[L] = {}, squares[L] = {};
+        A means[L], squares[L];
         store(means, mean);
         store(squares, sum_pixels<A, true>(from, n, m, mean, lanes));
-        for (int64_t l = 0; l < lanes.count; ++l) {
+        for (int64_t l = 0; l < std::min<int64_t>(lanes.count, L); ++l) {
           Moments all{double(before + q), of[c + l], of[m + c + l]};
           all.merge(double(n), double(means[l]), double(squares[l]));
           of[c + l] = all.mean;
