@@ -141,7 +141,7 @@ void affine_activate(const Activation& a, const Affine<A>& f, const A* src, A* d
 
 // A sum over many pixels is taken in the compute type over this many, and of those sums in double:
 // a gradient that is not zero in the mean would else lose digits with every pixel.
-inline constexpr int64_t kSumPixels = 2048;
+inline constexpr int64_t kSumPixels = 512;
 inline constexpr int64_t kTapSumPixels = 8192;  // more, for d*d sums at once
 
 // Asks for the cache lines of n values, to be written soon.

@@ -99,7 +99,7 @@ struct LaneTrainArgs {
   Problem problem;  // as in ChannelArgs, of ratio 2 with all ghosts
   LaneItems items;
   const void* u;   // [N, P, m]
-  const void* w2;  // [m, d*d]; all of the compute type
+  const void* w2;  // [m, d*d], all of the compute type; null for the moments of u alone
   NormArgs norm1, norm2;
   double* partial;  // [items.count][2 + d*d][m]
   // forward

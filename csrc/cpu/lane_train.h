@@ -201,7 +201,7 @@ class LaneTrain {
       next += round_up(sizes[i], 16) + 16;
     }
     const A* const w2 = static_cast<const A*>(args.w2);
-    for (int64_t t = 0; t < taps; ++t)
+    for (int64_t t = 0; t < taps && w2; ++t)
       for (int64_t i = 0, c = 0; i < ld_taps; ++i, c = c + 1 < m ? c + 1 : 0)
         weight[t * ld_taps + i] = flipped[(taps - 1 - t) * ld_taps + i] = w2[c * taps + t];
   }
@@ -356,10 +356,10 @@ class LaneTrain {
       for_vectors_of<A>(m, [&](int64_t c, auto lanes) {
         const A* const from = x + q * m + c;
         const Vec<A> mean = sum_pixels<A, false>(from, n, m, Vec<A>{}, lanes) / set1(A(n));
-        A means[L] = {}, squares[L] = {};
+        A means[L], squares[L];
         store(means, mean);
         store(squares, sum_pixels<A, true>(from, n, m, mean, lanes));
-        for (int64_t l = 0; l < lanes.count; ++l) {
+        for (int64_t l = 0; l < std::min<int64_t>(lanes.count, L); ++l) {
           Moments all{double(before + q), of[c + l], of[m + c + l]};
           all.merge(double(n), double(means[l]), double(squares[l]));
           of[c + l] = all.mean;

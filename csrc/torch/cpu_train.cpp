@@ -161,93 +161,11 @@ NormParams norm_params(int which, const OptionalTensor& gamma, const OptionalTen
 }
 
 // ----------------------------------------------------------------------------------------------
-// statistics
-
-std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const OptionalTensor& w1,
-                                               int64_t stride) {
-  const Image in = image_of(x, "x");
-  if (w1.has_value()) check_primary(*w1, in);
-  const int64_t m = w1.has_value() ? w1->size(0) : in.c;
-  Problem p = plain_conv(in, m, w1.has_value() ? stride : 1);
-  const int64_t P = p.out_pixels();
-  const ScalarType ct = compute_type(in.dtype);
-  const int64_t step = channel_step(in.n * P, in.dtype);
-  Tensor u = empty({m, step}, ct), mean = empty({m}, ct), var = empty({m}, ct);
-  compute_u(x, in, w1, m, p.stride, u.mutable_data_ptr());
-  ChannelArgs args{};
-  args.problem = p;
-  args.problem.height = p.out_height();
-  args.problem.width = p.out_width();
-  args.problem.layout = Layout::kNCHW;
-  args.u = u.mutable_data_ptr();
-  args.u_step = step;
-  args.mean1 = mean.mutable_data_ptr();
-  args.var1 = var.mutable_data_ptr();
-  const auto kernel = active_kernels().primary_stats[in.dtype == DType::kFloat64];
-  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
-  return {mean, var};
-}
-
-std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& packed,
-                                             int64_t intrinsic, int64_t ratio, int64_t dw_size,
-                                             int64_t stride, int64_t act1, double slope1,
-                                             bool has_primary) {
-  const Image in = image_of(x, "x");
-  check_dw_size(dw_size);
-  Problem p = problem_of(in);
-  p.stride = has_primary ? stride : 1;
-  p.intrinsic = p.out_channels = intrinsic;
-  p.ratio = ratio;
-  p.dw_size = dw_size;
-  p.act1 = activation_or_prelu(act1, slope1, "act1");
-  p.has_primary = has_primary;
-  const int64_t g = p.ghosts(), P = p.out_pixels();
-  const bool prelu = p.act1.act == Act::kPReLU;
-  const PackedLayout at = layout_of_packed(p, packed, prelu ? intrinsic : 0);
-  const ScalarType ct = compute_type(in.dtype);
-  const int64_t step = channel_step(in.n * P, in.dtype);
-  Tensor y = empty({intrinsic, step}, ct), mean = empty({g}, ct), var = empty({g}, ct);
-  ApplyArgs apply;
-  apply.problem = p;
-  apply.problem.ratio = 1;  // y only
-  apply.plan = plan_apply(apply.problem, cpu_machine(threads()));
-  apply.plan.stream = false;
-  apply.x = x.const_data_ptr();
-  apply.x_image = in.c * in.h * in.w;
-  apply.x_channel = in.h * in.w;
-  apply.packed = packed.const_data_ptr();
-  if (prelu)
-    apply.slopes1 = static_cast<const char*>(apply.packed) + at.numel * compute_size(in.dtype);
-  apply.residual = nullptr;
-  apply.out = y.mutable_data_ptr();
-  apply.out_image = P;
-  apply.out_channel = step;
-  const auto to_y = active_kernels().apply_to_compute[int(in.dtype)];
-  parallel(apply.plan.items, [&](int64_t b, int64_t e) { to_y(apply, b, e); });
-
-  ChannelArgs args{};
-  args.problem = p;
-  args.problem.height = p.out_height();
-  args.problem.width = p.out_width();
-  args.problem.layout = Layout::kNCHW;
-  args.problem.out_channels = intrinsic * ratio;
-  args.u = y.mutable_data_ptr();
-  args.u_step = step;
-  args.u_is_y = true;
-  args.w2 = static_cast<const char*>(packed.const_data_ptr()) + at.w2 * compute_size(in.dtype);
-  args.mean2 = mean.mutable_data_ptr();
-  args.var2 = var.mutable_data_ptr();
-  const auto kernel = active_kernels().channels_forward[int(in.dtype)];
-  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
-  return {mean, var};
-}
-
-// ----------------------------------------------------------------------------------------------
-// training
+// NHWC with channels along the lanes
 
 // Whether the passes of training in NHWC run with channels along the lanes, cpu/lane_train.h.
-bool takes_lanes(const Problem& p, bool has_primary) {
-  return has_primary && p.layout == Layout::kNHWC && p.stride == 1 && p.ratio == 2 &&
+bool takes_lanes(const Problem& p) {
+  return p.layout == Layout::kNHWC && p.stride == 1 && p.ratio == 2 &&
          p.out_channels == 2 * p.intrinsic && element_size(p.dtype) == compute_size(p.dtype) &&
          p.act1.act != Act::kPReLU && p.act2.act != Act::kPReLU && p.batch * p.out_pixels() > 0;
 }
@@ -324,6 +242,120 @@ struct LanePasses {
   Tensor sums_;
 };
 
+// ----------------------------------------------------------------------------------------------
+// statistics
+
+std::tuple<Tensor, Tensor> ghost_primary_stats(const Tensor& x, const OptionalTensor& w1,
+                                               int64_t stride) {
+  const Image in = image_of(x, "x");
+  if (w1.has_value()) check_primary(*w1, in);
+  const int64_t m = w1.has_value() ? w1->size(0) : in.c;
+  Problem p = plain_conv(in, m, w1.has_value() ? stride : 1);
+  const int64_t P = p.out_pixels();
+  const ScalarType ct = compute_type(in.dtype);
+  Tensor mean = empty({m}, ct), var = empty({m}, ct);
+  if (!w1.has_value() && in.layout == Layout::kNHWC && in.n * P > 0 &&
+      element_size(in.dtype) == compute_size(in.dtype)) {
+    LanePasses lanes(p);
+    lanes.args.u = x.const_data_ptr();
+    lanes.args.mean1 = mean.mutable_data_ptr();
+    lanes.args.var1 = var.mutable_data_ptr();
+    lanes.run(LaneStep::kMoments1, LaneStep::kMergeMoments1);
+    return {mean, var};
+  }
+  const int64_t step = channel_step(in.n * P, in.dtype);
+  Tensor u = empty({m, step}, ct);
+  compute_u(x, in, w1, m, p.stride, u.mutable_data_ptr());
+  ChannelArgs args{};
+  args.problem = p;
+  args.problem.height = p.out_height();
+  args.problem.width = p.out_width();
+  args.problem.layout = Layout::kNCHW;
+  args.u = u.mutable_data_ptr();
+  args.u_step = step;
+  args.mean1 = mean.mutable_data_ptr();
+  args.var1 = var.mutable_data_ptr();
+  const auto kernel = active_kernels().primary_stats[in.dtype == DType::kFloat64];
+  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& packed,
+                                             int64_t intrinsic, int64_t ratio, int64_t dw_size,
+                                             int64_t stride, int64_t act1, double slope1,
+                                             bool has_primary) {
+  const Image in = image_of(x, "x");
+  check_dw_size(dw_size);
+  Problem p = problem_of(in);
+  p.stride = has_primary ? stride : 1;
+  p.intrinsic = p.out_channels = intrinsic;
+  p.ratio = ratio;
+  p.dw_size = dw_size;
+  p.act1 = activation_or_prelu(act1, slope1, "act1");
+  p.has_primary = has_primary;
+  const int64_t g = p.ghosts(), P = p.out_pixels();
+  const bool prelu = p.act1.act == Act::kPReLU;
+  const PackedLayout at = layout_of_packed(p, packed, prelu ? intrinsic : 0);
+  const ScalarType ct = compute_type(in.dtype);
+  Tensor mean = empty({g}, ct), var = empty({g}, ct);
+  const auto in_packed = [&](int64_t offset) {
+    return static_cast<const char*>(packed.const_data_ptr()) + offset * compute_size(in.dtype);
+  };
+  Problem whole = p;
+  whole.out_channels = intrinsic * ratio;
+  if (!has_primary && takes_lanes(whole)) {
+    // The first norm has its scale and shift in `packed`: one of mean 0 and variance 1.
+    const Tensor both = identity(intrinsic, in.dtype);  // ones, then zeros
+    const char* const ones = static_cast<const char*>(both.const_data_ptr());
+    LanePasses lanes(whole);
+    lanes.args.u = x.const_data_ptr();
+    lanes.args.w2 = in_packed(at.w2);
+    lanes.args.norm1 = {in_packed(at.scale1), in_packed(at.shift1),
+                        ones + intrinsic * compute_size(in.dtype), ones, 0.0};
+    lanes.args.mean2 = mean.mutable_data_ptr();
+    lanes.args.var2 = var.mutable_data_ptr();
+    lanes.run(LaneStep::kMoments2, LaneStep::kMergeMoments2);
+    return {mean, var};
+  }
+  const int64_t step = channel_step(in.n * P, in.dtype);
+  Tensor y = empty({intrinsic, step}, ct);
+  ApplyArgs apply;
+  apply.problem = p;
+  apply.problem.ratio = 1;  // y only
+  apply.plan = plan_apply(apply.problem, cpu_machine(threads()));
+  apply.plan.stream = false;
+  apply.x = x.const_data_ptr();
+  apply.x_image = in.c * in.h * in.w;
+  apply.x_channel = in.h * in.w;
+  apply.packed = packed.const_data_ptr();
+  if (prelu) apply.slopes1 = in_packed(at.numel);
+  apply.residual = nullptr;
+  apply.out = y.mutable_data_ptr();
+  apply.out_image = P;
+  apply.out_channel = step;
+  const auto to_y = active_kernels().apply_to_compute[int(in.dtype)];
+  parallel(apply.plan.items, [&](int64_t b, int64_t e) { to_y(apply, b, e); });
+
+  ChannelArgs args{};
+  args.problem = p;
+  args.problem.height = p.out_height();
+  args.problem.width = p.out_width();
+  args.problem.layout = Layout::kNCHW;
+  args.problem.out_channels = intrinsic * ratio;
+  args.u = y.mutable_data_ptr();
+  args.u_step = step;
+  args.u_is_y = true;
+  args.w2 = in_packed(at.w2);
+  args.mean2 = mean.mutable_data_ptr();
+  args.var2 = var.mutable_data_ptr();
+  const auto kernel = active_kernels().channels_forward[int(in.dtype)];
+  parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  return {mean, var};
+}
+
+// ----------------------------------------------------------------------------------------------
+// training
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
     const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
     const OptionalTensor& beta1, const OptionalTensor& mean1, const OptionalTensor& var1,
@@ -357,9 +389,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   Tensor kept =
       keep_u ? empty({in.n, m, H, W}, x.scalar_type(), in.layout) : empty({0}, x.scalar_type());
 
-  if (takes_lanes(p, w1.has_value())) {
-    Tensor u = keep_u ? kept : empty({in.n * P, m}, ct);
-    lane_u(x, in, *w1, m, u.mutable_data_ptr());
+  if (takes_lanes(p)) {
+    Tensor u = x;
+    if (w1.has_value()) {
+      u = keep_u ? kept : empty({in.n * P, m}, ct);
+      lane_u(x, in, *w1, m, u.mutable_data_ptr());
+    } else if (keep_u) {
+      torch::stable::copy_(kept, x);
+    }
     LanePasses lanes(p);
     lanes.args.u = u.const_data_ptr();
     lanes.args.w2 = taps.data();
@@ -483,16 +520,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const NormGradTensors grads1(m, needs & kNeedNorm1, (needs & kNeedPrelu1) && prelu1, ct),
       grads2(cheap.g, needs & kNeedNorm2, (needs & kNeedPrelu2) && prelu2, ct);
 
-  if (takes_lanes(p, w1.has_value())) {
+  if (takes_lanes(p)) {
     const Tensor grad = in_layout(grad_out, in.layout);
     Tensor dw2 = need_dw2 ? empty({cheap.g, 1, cheap.d, cheap.d}, ct) : empty({0}, ct);
-    Tensor dx = empty({0}, ct), dw1 = empty({0}, ct), made, g1;
+    Tensor dx = empty({0}, ct), dw1 = empty({0}, ct), made = x, g1;
     LanePasses lanes(p);
     LaneTrainArgs& args = lanes.args;
     if (u.has_value() && u->numel() > 0) {
       made = in_layout(*u, in.layout);
       check_u(image_of(made, "u"), in, m, H, W);
-    } else {
+    } else if (w1.has_value()) {
       made = empty({in.n * P, m}, ct);
       lane_u(x, in, *w1, m, made.mutable_data_ptr());
     }
@@ -506,11 +543,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     args.grads2 = grads2.args();
     const bool need_du = need_dx || need_dw1;
     if (need_du || args.grads1.dgamma) {
-      g1 = empty({in.n * P, m}, ct);
+      g1 = empty({in.n, m, H, W}, ct, in.layout);
       args.g1 = g1.mutable_data_ptr();
     }
     lanes.backward(need_du);
-    if (need_dx) {
+    if (need_dx && !w1.has_value()) {
+      dx = g1;
+    } else if (need_dx) {
       dx = empty({in.n, in.c, in.h, in.w}, ct, in.layout);
       const Param w(*w1, in.dtype, m * in.c, "w1");
       lane_product({in.n, m, H, W, Layout::kNHWC, in.dtype}, args.g1,
