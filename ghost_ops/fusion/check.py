@@ -110,7 +110,7 @@ def _clone(module: nn.Module, gen: torch.Generator, memo: dict[int, Any]) -> Any
     if id(module) in memo:
         return memo[id(module)]
     kind = plain_kind(module)
-    if isinstance(module, NORMS):
+    if kind in NORMS:  # not a subclass, which may compute something else
         kind = nn.BatchNorm2d  # of this process alone: the others may not be comparing
     copy = memo[id(module)] = object.__new__(kind)
     copy.__dict__.update(module.__dict__)
