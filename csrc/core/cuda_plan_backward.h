@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/cuda_plan.h"
+#include "core/needs.h"
 #include "core/problem.h"
 
 namespace ghost {
@@ -86,19 +87,6 @@ inline constexpr int kProductCols = kElementBytes == 8 ? 32 : 64;
 inline int product_depth(int64_t element_bytes) {
   return static_cast<int>(element_bytes == 8 ? 32 : 256 / element_bytes);
 }
-
-// Gradients of a backward pass, the bits of ops.NEEDS. A norm's are those of gamma and beta.
-enum BackwardNeed : int {
-  kNeedDx = 1,
-  kNeedDw1 = 2,
-  kNeedNorm1 = 4,
-  kNeedPrelu1 = 8,
-  kNeedDw2 = 16,
-  kNeedNorm2 = 32,
-  kNeedPrelu2 = 64,
-  kNeedDy = kNeedDx | kNeedDw1 | kNeedNorm1 | kNeedPrelu1,  // what the gradient of y is for
-  kNeedAll = 127
-};
 
 // What a backward pass is given and asked for.
 struct BackwardTask {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "core/needs.h"
 #include "core/plan.h"
 #include "cpu/dispatch.h"
 #include "cpu/pack.h"
@@ -456,17 +457,6 @@ Tensor weight_gradient(const Tensor& x, const Image& in, const void* du, int64_t
   return sums;
 }
 
-// Which gradients are wanted: ops.NEEDS in Python.
-enum Needs : int64_t {
-  kNeedDx = 1,
-  kNeedDw1 = 2,
-  kNeedNorm1 = 4,
-  kNeedPrelu1 = 8,
-  kNeedDw2 = 16,
-  kNeedNorm2 = 32,
-  kNeedPrelu2 = 64,
-};
-
 // The gradients of one norm's parameters and of the slopes behind it, empty where not needed.
 struct NormGradTensors {
   Tensor dgamma, dbeta, dslopes;
@@ -515,6 +505,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                    norm2 = norm_params(2, gamma2, beta2, mean2, var2, prelu2, means2, p.act2,
                                        in.dtype, cheap.g);
   const Param taps(w2, in.dtype, cheap.g * taps_count, "w2");
+  STD_TORCH_CHECK(0 <= needs && needs <= kNeedAll, "needs must be a mask of ", int(kNeedAll),
+                  ", got ", needs);
   const bool need_dx = needs & kNeedDx, need_dw1 = (needs & kNeedDw1) && w1.has_value(),
              need_dw2 = needs & kNeedDw2;
   const NormGradTensors grads1(m, needs & kNeedNorm1, (needs & kNeedPrelu1) && prelu1, ct),

@@ -1,0 +1,19 @@
+// Which gradients a backward pass is asked for.
+#pragma once
+
+namespace ghost {
+
+// The bits of ops.NEEDS in Python. A norm's gradients are those of gamma and beta.
+enum BackwardNeed : int {
+  kNeedDx = 1,
+  kNeedDw1 = 2,
+  kNeedNorm1 = 4,
+  kNeedPrelu1 = 8,
+  kNeedDw2 = 16,
+  kNeedNorm2 = 32,
+  kNeedPrelu2 = 64,
+  kNeedDy = kNeedDx | kNeedDw1 | kNeedNorm1 | kNeedPrelu1,  // what the gradient of y is for
+  kNeedAll = 127
+};
+
+}  // namespace ghost
