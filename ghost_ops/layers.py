@@ -197,17 +197,8 @@ def depthwise(
     return out
 
 
-def _again(function: Any, inputs: tuple, needs: tuple, grad: Tensor) -> list[Tensor | None]:
-    """Gradients with a graph of their own."""
-    # Aliases, so that the gradient of one input does not run on into another that depends on it.
-    inputs = tuple(t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=False))
-    wanted = [t for t, need in zip(inputs, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]
-
-
 def _gate_formula(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, act: int, slope: float, code: int
+    act: int, slope: float, code: int, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> Tensor:
     hidden = F.conv2d(x.mean((2, 3), keepdim=True), w1, b1)
     s = F.conv2d(activations.apply(hidden, act, slope), w2, b2)
@@ -242,11 +233,9 @@ class SqueezeExciteFunction(torch.autograd.Function):
         x, w1, b1, w2, b2, mean, hidden, activated, e, gate = ctx.saved_tensors
         act, slope, code = ctx.settings
         if torch.is_grad_enabled():
+            formula = functools.partial(_gate_formula, act, slope, code)
             inputs = (x, w1, b1, w2, b2)
-            grads = _again(
-                lambda *t: _gate_formula(*t, act, slope, code), inputs, ctx.needs_input_grad, grad
-            )
-            return *grads, None, None, None
+            return *differentiate(formula, inputs, ctx.needs_input_grad, grad), None, None, None
         grad = grad.contiguous()
         dgate = model_ops._plane_dot(grad, x)
         if code == model_ops.HARD_SIGMOID:
