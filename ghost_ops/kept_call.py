@@ -15,10 +15,10 @@ from torch import Tensor
 from .backends import native
 from .watch import Watch
 
-Question = tuple[Callable[..., bool], tuple]
+Guard = tuple[Callable[..., bool], tuple]
 
 
-class KeptCall(Protocol):
+class CachedCall(Protocol):
     """What ``make`` returns."""
 
     def run(self, x: Tensor, own: dict) -> Tensor | None:
@@ -29,12 +29,12 @@ class KeptCall(Protocol):
         ...
 
 
-class PythonKeptCall:
+class PythonCachedCall:
     """``operator(x, *arguments)`` where nothing speaks against it.
 
     Args:
         watch: over what the arguments were made from; of the compiled library for its class.
-        questions: pairs (function, arguments); each has to answer False, such as
+        guards: pairs (function, arguments); each has to answer False, such as
             ``(torch.is_grad_enabled, ())``.
         tensor_type: the type of x, no subclass.
         dtype, device: of x.
@@ -48,13 +48,13 @@ class PythonKeptCall:
 
     __slots__ = (
         "_arguments", "_channels", "_channels_last", "_device", "_dtype", "_operator",
-        "_questions", "_tensor_type", "_unchanged",
+        "_guards", "_tensor_type", "_unchanged",
     )  # fmt: skip
 
     def __init__(
         self,
         watch: Watch,
-        questions: tuple[Question, ...],
+        guards: tuple[Guard, ...],
         tensor_type: type[Tensor],
         dtype: torch.dtype,
         device: torch.device,
@@ -64,7 +64,7 @@ class PythonKeptCall:
         arguments: tuple,
     ) -> None:
         self._unchanged = watch.unchanged
-        self._questions = questions
+        self._guards = guards
         self._tensor_type = tensor_type
         self._dtype, self._device = dtype, device
         self._channels_last = channels_last
@@ -81,14 +81,14 @@ class PythonKeptCall:
             or x.size(1) != self._channels
             or not x.numel()
             or not (x.is_contiguous() or x.is_contiguous(memory_format=self._channels_last))
-            or any(function(*given) for function, given in self._questions)
+            or any(function(*given) for function, given in self._guards)
             or not self._unchanged(own)
         ):
             return None
         return self._operator(x, *self._arguments)
 
 
-def make(**arguments: Any) -> KeptCall:
-    """A ``PythonKeptCall``, or the compiled library's equal of it."""
-    kind: Any = native.library().KeptCall if native.load() else PythonKeptCall
+def make(**arguments: Any) -> CachedCall:
+    """A ``PythonCachedCall``, or the compiled library's equal of it."""
+    kind: Any = native.library().CachedCall if native.load() else PythonCachedCall
     return kind(**arguments)

@@ -62,7 +62,8 @@ struct Problem {
   int64_t out_width() const { return out_size(width); }
   int64_t depth() const { return channels * kernel * kernel; }  // of the product
   int64_t out_pixels() const { return out_height() * out_width(); }
-  int64_t ghosts() const { return intrinsic * (ratio - 1); }
+  int64_t ghosts_per_map() const { return ratio - 1; }
+  int64_t ghosts() const { return intrinsic * ghosts_per_map(); }
   int64_t pad() const { return dw_size / 2; }
   bool has_gate() const { return gate_height > 0; }
 };

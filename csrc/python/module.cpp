@@ -7,7 +7,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/layers.h"
 #include "cpu/tail_kernels.h"
-#include "python/kept_call.h"
+#include "python/cached_call.h"
 #include "python/watch.h"
 
 namespace py = pybind11;
@@ -67,7 +67,7 @@ py::dict describe(ghost::Problem p, const ghost::CpuMachine& cpu) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native side of ghost_ops: build information, instruction sets and the tile plan.";
-  if (add_watch_type(m.ptr()) != 0 || add_kept_call_type(m.ptr()) != 0)
+  if (add_watch_type(m.ptr()) != 0 || add_cached_call_type(m.ptr()) != 0)
     throw py::error_already_set();
   m.def("build_info", [] {
     return py::dict("compiler"_a = __VERSION__, "cxx_standard"_a = int64_t(__cplusplus),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import backends, kept_call
+from .. import backends, cached_call
 from ..announce import announce
 from ..autograd import LOW_PRECISION, autocast_dtype, backend_for, dense, in_transform
 from . import graph
@@ -40,7 +40,7 @@ _GUARDED_MODES = (
     (backends.__dict__, "_requested"),
     (_resets, "count"),
 )
-_QUESTIONS: tuple[kept_call.Question, ...] = (
+_GUARDS: tuple[cached_call.Guard, ...] = (
     (torch.is_grad_enabled, ()),
     (torch._C._are_functorch_transforms_active, ()),
     (torch._C._is_tracing, ()),
@@ -154,11 +154,11 @@ class Cached:
             self.operator, self.arguments = parts.pack(backend)
         self.run: Callable[[Any, dict], Tensor | None] = _never
         if self.watch is not None:
-            questions = _QUESTIONS
+            guards = _GUARDS
             if first.device.type != "meta":  # which autocast does not know, and raises
-                questions += ((torch.is_autocast_enabled, (first.device.type,)),)
-            self.run = kept_call.make(
-                watch=self.watch, questions=questions, tensor_type=Tensor, dtype=self.dtype,
+                guards += ((torch.is_autocast_enabled, (first.device.type,)),)
+            self.run = cached_call.make(
+                watch=self.watch, guards=guards, tensor_type=Tensor, dtype=self.dtype,
                 device=self.device, channels_last=torch.channels_last, channels=self.channels,
                 operator=self.operator, arguments=self.arguments,
             ).run  # fmt: skip

@@ -1,4 +1,4 @@
-"""Promise: a kept call runs its operator only where all is as it was, in C as in Python."""
+"""Promise: a cached call runs its operator only where all is as it was, in C as in Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
-from ghost_ops import kept_call, watch
+from ghost_ops import cached_call, watch
 from ghost_ops.backends import native
 from ghost_ops.fusion.fused import Cached, State
 
@@ -26,10 +26,10 @@ KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
-    """The class of a kept call and of the watch that belongs to it."""
+    """The class of a cached call and of the watch that belongs to it."""
     if request.param == "python":
-        return kept_call.PythonKeptCall, watch.PythonWatch
-    return native.library().KeptCall, native.library().Watch
+        return cached_call.PythonCachedCall, watch.PythonWatch
+    return native.library().CachedCall, native.library().Watch
 
 
 def no() -> bool:
@@ -45,7 +45,7 @@ def call_of(kind: Any, settings: dict | None = None, **changes: Any) -> Any:
     settings = {} if settings is None else settings
     arguments: dict[str, Any] = {
         "watch": watch_of(kind, dicts=(settings,)),
-        "questions": ((no, ()),),
+        "guards": ((no, ()),),
         "tensor_type": Tensor,
         "dtype": torch.float32,
         "device": torch.device("cpu"),
@@ -61,11 +61,11 @@ X = torch.ones(2, 3, 4, 5)
 
 
 def test_make_prefers_the_compiled_one() -> None:
-    expected = native.library().KeptCall if native.load() else kept_call.PythonKeptCall
-    given = {"questions": (), "tensor_type": Tensor, "dtype": X.dtype, "device": X.device,
+    expected = native.library().CachedCall if native.load() else cached_call.PythonCachedCall
+    given = {"guards": (), "tensor_type": Tensor, "dtype": X.dtype, "device": X.device,
              "channels_last": torch.channels_last, "channels": 3,
              "operator": no, "arguments": ()}  # fmt: skip
-    assert type(kept_call.make(watch=watch.make(), **given)) is expected
+    assert type(cached_call.make(watch=watch.make(), **given)) is expected
 
 
 @pytest.mark.parametrize("x", [X, X.to(memory_format=torch.channels_last)], ids=["nchw", "nhwc"])
@@ -141,7 +141,7 @@ def test_own_that_is_no_dictionary(kind: Any, own: Any) -> None:
 def test_compiled_one_takes_the_long_way_without_own() -> None:
     if not native.load():
         pytest.skip(native.reason())
-    call = call_of((native.library().KeptCall, native.library().Watch))
+    call = call_of((native.library().CachedCall, native.library().Watch))
     assert call.run(X, {}) is not None
     for own in (None, 3, "own", []):
         assert call.run(X, own) is None
@@ -200,7 +200,7 @@ def test_an_attribute_that_raises_takes_the_long_way() -> None:
                 raise ArithmeticError("no")
             return 1
 
-    layer, compiled = Layer(), (native.library().KeptCall, native.library().Watch)
+    layer, compiled = Layer(), (native.library().CachedCall, native.library().Watch)
     call = call_of(compiled, watch=watch_of(compiled, attributes=((layer, "stride"),)))
     assert call.run(X, {}) is not None
     layer.fails = True
@@ -210,7 +210,7 @@ def test_an_attribute_that_raises_takes_the_long_way() -> None:
 
 def test_every_question_is_asked_with_its_arguments(kind: Any) -> None:
     answers = {"first": False, "second": False}
-    call = call_of(kind, questions=tuple((answers.__getitem__, (name,)) for name in answers))
+    call = call_of(kind, guards=tuple((answers.__getitem__, (name,)) for name in answers))
     assert call.run(X, {}) is not None
     for name in answers:
         answers[name] = True
@@ -230,8 +230,8 @@ def test_an_error_of_the_operator_is_not_hidden(kind: Any) -> None:
 def test_a_question_without_an_answer_takes_the_long_way() -> None:
     if not native.load():
         pytest.skip(native.reason())
-    compiled = native.library().KeptCall, native.library().Watch
-    assert call_of(compiled, questions=(({}.__getitem__, ("absent",)),)).run(X, {}) is None
+    compiled = native.library().CachedCall, native.library().Watch
+    assert call_of(compiled, guards=(({}.__getitem__, ("absent",)),)).run(X, {}) is None
     assert torch.ones(1).item() == 1  # and no exception is left behind
 
 
@@ -240,8 +240,8 @@ def test_a_question_without_an_answer_takes_the_long_way() -> None:
     [
         ({"watch": object()}, TypeError),
         ({"out_channels": 8}, TypeError),
-        ({"questions": (no,)}, TypeError),
-        ({"questions": [(no, ())]}, TypeError),
+        ({"guards": (no,)}, TypeError),
+        ({"guards": [(no, ())]}, TypeError),
         ({"tensor_type": 3}, TypeError),
         ({"channels": "3"}, TypeError),
         ({"arguments": (0,) * 32}, ValueError),
@@ -252,7 +252,7 @@ def test_wrong_arguments(changes: dict[str, Any], error: type[Exception]) -> Non
     if not native.load():
         pytest.skip(native.reason())
     with pytest.raises(error):
-        call_of((native.library().KeptCall, native.library().Watch), **changes)
+        call_of((native.library().CachedCall, native.library().Watch), **changes)
 
 
 def test_cycles_are_collected(kind: Any) -> None:
@@ -362,8 +362,8 @@ def test_module_is_freed_without_the_collector() -> None:
 def test_every_device_and_primary_is_called_again(
     kind: Any, device: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second call is the one that the kept call answers, or leaves to the long way."""
-    monkeypatch.setattr(kept_call, "make", kind[0])
+    """The second call is the one that the cached call answers, or leaves to the long way."""
+    monkeypatch.setattr(cached_call, "make", kind[0])
     rest = ((), (), (), (), (), None)
     monkeypatch.setattr(watch, "make", lambda *given: kind[1](*given, *rest[len(given) :]))
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
 // All that is checked before a fused module in eval mode runs its operator, and the call of the
 // operator: a dozen checks that in Python take as long as a small module's arithmetic. With the C
-// API and no torch header; ghost_ops/kept_call.py has the same in Python, and documents each
+// API and no torch header; ghost_ops/cached_call.py has the same in Python, and documents each
 // argument.
-#include "python/kept_call.h"
+#include "python/cached_call.h"
 
 #include <vector>
 
@@ -12,9 +12,9 @@ namespace {
 
 constexpr Py_ssize_t kMostArguments = 31;  // after x
 
-struct KeptCall {
+struct CachedCall {
   PyObject_HEAD PyObject* watch;
-  PyObject* questions;  // of pairs (function, arguments): each must answer False
+  PyObject* guards;  // of pairs (function, arguments): each must answer False
   PyObject *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
   long long channels;
 };
@@ -23,15 +23,15 @@ PyObject *g_dtype, *g_device, *g_shape, *g_is_contiguous;  // interned attribute
 PyObject* g_memory_format;                                 // a tuple of that one keyword
 
 template <class F>
-int for_each(KeptCall* self, F&& f) {
-  for (PyObject** p : {&self->watch, &self->questions, &self->tensor_type, &self->dtype,
-                       &self->device, &self->channels_last, &self->op, &self->arguments})
+int for_each(CachedCall* self, F&& f) {
+  for (PyObject** p : {&self->watch, &self->guards, &self->tensor_type, &self->dtype, &self->device,
+                       &self->channels_last, &self->op, &self->arguments})
     if (*p != nullptr)
       if (int stop = f(*p)) return stop;
   return 0;
 }
 
-int kept_clear(KeptCall* self) {
+int kept_clear(CachedCall* self) {
   return for_each(self, [](PyObject*& object) {
     PyObject* dropped = object;
     object = nullptr;  // first: a destructor may come back here
@@ -40,12 +40,12 @@ int kept_clear(KeptCall* self) {
   });
 }
 
-int kept_traverse(KeptCall* self, visitproc visit, void* arg) {
+int kept_traverse(CachedCall* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   return for_each(self, [&](PyObject* object) { return visit(object, arg); });
 }
 
-void kept_dealloc(KeptCall* self) {
+void kept_dealloc(CachedCall* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
   kept_clear(self);
@@ -53,9 +53,9 @@ void kept_dealloc(KeptCall* self) {
   Py_DECREF(type);
 }
 
-bool are_questions(PyObject* questions) {
-  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(questions); ++k) {
-    PyObject* pair = PyTuple_GET_ITEM(questions, k);
+bool are_guards(PyObject* guards) {
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(guards); ++k) {
+    PyObject* pair = PyTuple_GET_ITEM(guards, k);
     if (!PyTuple_Check(pair) || PyTuple_GET_SIZE(pair) != 2 ||
         !PyTuple_Check(PyTuple_GET_ITEM(pair, 1)))
       return false;
@@ -64,29 +64,29 @@ bool are_questions(PyObject* questions) {
 }
 
 PyObject* kept_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* kNames[] = {"watch",         "questions", "tensor_type", "dtype",     "device",
-                                 "channels_last", "channels",  "operator",    "arguments", nullptr};
-  PyObject *watch, *questions, *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
+  static const char* kNames[] = {"watch",         "guards",   "tensor_type", "dtype",     "device",
+                                 "channels_last", "channels", "operator",    "arguments", nullptr};
+  PyObject *watch, *guards, *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
   long long channels;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO!O!OOOLOO!:KeptCall",
-                                   const_cast<char**>(kNames), &watch, &PyTuple_Type, &questions,
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO!O!OOOLOO!:CachedCall",
+                                   const_cast<char**>(kNames), &watch, &PyTuple_Type, &guards,
                                    &PyType_Type, &tensor_type, &dtype, &device, &channels_last,
                                    &channels, &op, &PyTuple_Type, &arguments))
     return nullptr;
-  if (!is_watch(watch) || !are_questions(questions)) {
+  if (!is_watch(watch) || !are_guards(guards)) {
     PyErr_SetString(PyExc_TypeError,
-                    "KeptCall: watch must be a Watch, questions pairs (function, arguments)");
+                    "CachedCall: watch must be a Watch, guards pairs (function, arguments)");
     return nullptr;
   }
   if (PyTuple_GET_SIZE(arguments) > kMostArguments) {
-    PyErr_Format(PyExc_ValueError, "KeptCall: at most %zd arguments, got %zd", kMostArguments,
+    PyErr_Format(PyExc_ValueError, "CachedCall: at most %zd arguments, got %zd", kMostArguments,
                  PyTuple_GET_SIZE(arguments));
     return nullptr;
   }
-  KeptCall* self = reinterpret_cast<KeptCall*>(type->tp_alloc(type, 0));
+  CachedCall* self = reinterpret_cast<CachedCall*>(type->tp_alloc(type, 0));
   if (self == nullptr) return nullptr;
   self->watch = Py_NewRef(watch);
-  self->questions = Py_NewRef(questions);
+  self->guards = Py_NewRef(guards);
   self->tensor_type = Py_NewRef(tensor_type);
   self->dtype = Py_NewRef(dtype);
   self->device = Py_NewRef(device);
@@ -103,9 +103,9 @@ bool is(PyObject* answer, PyObject* wanted) {
   return answer == wanted;
 }
 
-bool all_answer_false(PyObject* questions) {
-  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(questions); ++k) {
-    PyObject* pair = PyTuple_GET_ITEM(questions, k);
+bool guards_hold(PyObject* guards) {
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(guards); ++k) {
+    PyObject* pair = PyTuple_GET_ITEM(guards, k);
     PyObject* with = PyTuple_GET_ITEM(pair, 1);
     PyObject* answer = PyObject_Vectorcall(PyTuple_GET_ITEM(pair, 0),
                                            reinterpret_cast<PyTupleObject*>(with)->ob_item,
@@ -143,21 +143,21 @@ bool on_device(PyObject* x, PyObject* wanted) {
   return equal == 1;
 }
 
-bool may_run(KeptCall* self, PyObject* x, PyObject* own) {
+bool may_run(CachedCall* self, PyObject* x, PyObject* own) {
   return reinterpret_cast<PyObject*>(Py_TYPE(x)) == self->tensor_type && PyDict_Check(own) &&
          is(PyObject_GetAttr(x, g_dtype), self->dtype) && on_device(x, self->device) &&
          fits(PyObject_GetAttr(x, g_shape), self->channels) && is_dense(x, self->channels_last) &&
-         all_answer_false(self->questions) && unchanged(self->watch, own);
+         guards_hold(self->guards) && unchanged(self->watch, own);
 }
 
-PyObject* kept_run(KeptCall* self, PyObject* const* args, Py_ssize_t count) {
+PyObject* kept_run(CachedCall* self, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) {
     PyErr_Format(PyExc_TypeError, "run takes x and a dictionary, got %zd arguments", count);
     return nullptr;
   }
   // Cleared by the garbage collector, which begins with the watch.
   if (self->watch == nullptr) Py_RETURN_NONE;
-  // The questions and the operator may run Python that drops the last reference to this object.
+  // The guards and the operator may run Python that drops the last reference to this object.
   Py_INCREF(self);
   PyObject* result;
   if (may_run(self, args[0], args[1])) {
@@ -181,7 +181,7 @@ PyMethodDef g_methods[] = {
 };
 
 PyType_Slot g_slots[] = {
-    {Py_tp_doc, const_cast<char*>("KeptCall(...): see ghost_ops.kept_call.")},
+    {Py_tp_doc, const_cast<char*>("CachedCall(...): see ghost_ops.cached_call.")},
     {Py_tp_new, reinterpret_cast<void*>(kept_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(kept_dealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(kept_traverse)},
@@ -190,12 +190,12 @@ PyType_Slot g_slots[] = {
     {0, nullptr},
 };
 
-PyType_Spec g_spec = {"ghost_ops._C.KeptCall", sizeof(KeptCall), 0,
+PyType_Spec g_spec = {"ghost_ops._C.CachedCall", sizeof(CachedCall), 0,
                       Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, g_slots};
 
 }  // namespace
 
-int add_kept_call_type(PyObject* module) {
+int add_cached_call_type(PyObject* module) {
   g_dtype = PyUnicode_InternFromString("dtype");
   g_device = PyUnicode_InternFromString("device");
   g_shape = PyUnicode_InternFromString("shape");
@@ -204,7 +204,7 @@ int add_kept_call_type(PyObject* module) {
   if (!g_dtype || !g_device || !g_shape || !g_is_contiguous || !g_memory_format) return -1;
   PyObject* type = PyType_FromSpec(&g_spec);
   if (type == nullptr) return -1;
-  const int failed = PyModule_AddObjectRef(module, "KeptCall", type);
+  const int failed = PyModule_AddObjectRef(module, "CachedCall", type);
   Py_DECREF(type);
   return failed;
 }

@@ -1,0 +1,7 @@
+// ghost_ops._C.CachedCall: one call of an operator with kept arguments, if everything still fits.
+#pragma once
+
+#include <Python.h>
+
+// Adds the type to the module. Returns 0, or -1 with a Python exception set.
+int add_cached_call_type(PyObject* module);
