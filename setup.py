@@ -58,10 +58,11 @@ LOST_WITHOUT_CPU_LIBRARY = (
 
 
 def load_env():
-    """Import ghost_ops/_env.py by path: the package itself needs torch, maybe absent here."""
-    spec = importlib.util.spec_from_file_location("_env", ROOT / "ghost_ops" / "_env.py")
+    """Import ghost_ops/environment.py by path: the package needs torch, which may be absent."""
+    path = ROOT / "ghost_ops" / "environment.py"
+    spec = importlib.util.spec_from_file_location("environment", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["_env"] = module
+    sys.modules["environment"] = module
     spec.loader.exec_module(module)
     return module
 

@@ -7,13 +7,15 @@ networks made of such modules. ``graphed`` replays a model's inference as CUDA g
 ghost_ops`` tells which implementation runs where, and why.
 """
 
-from . import activations, backends, functional, model_ops, models, ops, planner, reference
+from . import activations, backends, functional, models, planner, reference
 from ._version import __version__
 from .backends import use_backend
 from .convert import fuse, reset_cache, unfuse
 from .functional import ghost_module
-from .graphed import graphed
+from .fusion.graphed import graphed
 from .nn import FusedGhostBottleneck, FusedGhostModule
+from .ops import ghost as ops
+from .ops import layers as model_ops
 from .reference import SqueezeExcite
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _env, backends
+from . import backends, environment
 from ._version import __version__
 from .backends import cuda, native, triton
 
@@ -49,7 +49,7 @@ def collect() -> dict[str, Any]:
                 "read_at": variable.read_at,
                 "meaning": variable.meaning,
             }
-            for variable in _env.VARIABLES
+            for variable in environment.VARIABLES
         },
     }
 

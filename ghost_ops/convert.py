@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from . import model_ops
 from .fusion import check, timing
 from .fusion.bottleneck import FusedBottleneck
 from .fusion.expression import ExpressionForm, FusedExpression
@@ -20,6 +19,7 @@ from .fusion.read import Failed
 from .fusion.symbols import Node
 from .models import FusedGhostNet, GhostNet
 from .nn import FusedGhostBottleneck, FusedGhostModule
+from .ops import layers as model_ops
 from .reference import GhostBottleneck, GhostModule
 
 # Our own classes, fused and not.

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import activations
 from .activations import ActivationSpec
-from .autograd import GhostModuleFunction, RunningUpdate, autocast_dtype, run
-from .eager_ops import compute_dtype
+from .autograd.ghost import GhostModuleFunction, RunningUpdate, autocast_dtype, run
+from .ops.eager import compute_dtype
 from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .eager_ops import compute_dtype
+from .ops.eager import compute_dtype
 
 _library = torch.library.Library("ghost_ops", "FRAGMENT")
 # Opaque to the compiler: a collective, and an exception that depends on what it brings.
@@ -226,7 +226,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x, gamma, beta, mean, var, count = ctx.saved_tensors
         needs, eps, group = ctx.needs_input_grad, ctx.eps, ctx.group
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            from .autograd import differentiate  # which imports this file
+            from .autograd.ghost import differentiate  # which imports this file
 
             def formula(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
                 return sync_formula(x, gamma, beta, eps, group)

@@ -78,7 +78,7 @@ def running(backend: str) -> Iterator[None]:
 @contextlib.contextmanager
 def machine(l2_bytes: int) -> Iterator[None]:
     """The native kernels with the plans of a machine whose L2 has this size."""
-    from ghost_ops import _env
+    from ghost_ops import environment as _env
 
     native = native_module()
     assert native is not None

@@ -21,8 +21,9 @@ from cuda_cases import (
 from helpers import ACT_CODE, Case, Params, activation, assert_close, with_layout
 from torch import Tensor
 
-from ghost_ops import activations, model_ops
-from ghost_ops.eager_ops import compute_dtype
+from ghost_ops import activations
+from ghost_ops.ops import layers as model_ops
+from ghost_ops.ops.eager import compute_dtype
 
 Row = dict[str, Any]
 

@@ -434,7 +434,7 @@ def ops_of(backend: str) -> Any:
     """The primitives of a backend, as one namespace."""
     if backend.startswith("native"):
         return torch.ops.ghost_ops
-    from ghost_ops import eager_ops
+    from ghost_ops.ops import eager as eager_ops
 
     return eager_ops
 

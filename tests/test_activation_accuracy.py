@@ -12,7 +12,8 @@ from conftest import EVERY_ISA, running
 from helpers import ACT_CODE
 from torch import Tensor
 
-from ghost_ops import activations, model_ops
+from ghost_ops import activations
+from ghost_ops.ops import layers as model_ops
 
 # The largest error allowed, in ulps of the input: for |x| > 1 the terms of the formulas are of that
 # size, for |x| < 1 the result is below the input.

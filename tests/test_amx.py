@@ -20,8 +20,10 @@ from test_lanes import small_caches  # noqa: F401
 from torch import Tensor
 
 import ghost_ops
-from ghost_ops import activations, model_ops, ops
-from ghost_ops._env import EMULATED
+from ghost_ops import activations
+from ghost_ops.environment import EMULATED
+from ghost_ops.ops import ghost as ops
+from ghost_ops.ops import layers as model_ops
 
 LIBRARY = native_module()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")

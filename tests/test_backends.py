@@ -234,7 +234,7 @@ def test_machine_by_environment() -> None:
     "value", ["l2=0", "cores=0", "l1=1K", "l2=1G", "l3=4M", "l2=512K,l2=1M", "512K", "cores=-1"]
 )
 def test_a_machine_that_makes_no_sense(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ghost_ops import _env
+    from ghost_ops import environment as _env
 
     monkeypatch.setenv("GHOST_OPS_CPU_MACHINE", value)
     with pytest.raises(ValueError, match=r"GHOST_OPS_CPU_MACHINE=.* expected l1=4K \.\.\. 1M, l2="):

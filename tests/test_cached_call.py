@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
-from ghost_ops import cached_call, watch
 from ghost_ops.backends import native
+from ghost_ops.fusion import cached_call, watch
 from ghost_ops.fusion.fused import Cached, State
 
 KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(

@@ -116,7 +116,7 @@ def usages() -> list[Usage]:
 
 def test_architectures() -> None:
     """Machine code for each architecture asked for, and PTX where that is asked for."""
-    from ghost_ops import _env
+    from ghost_ops import environment as _env
 
     default = _env.CUDA_ARCHS.default
     assert all(f"{major}.0" in default for major in (8, 9)), default

@@ -21,7 +21,7 @@ from cuda_layer_cases import (
 from helpers import ACTIVATIONS, DTYPES, Case, covering, with_layout
 from torch import Tensor
 
-from ghost_ops import model_ops
+from ghost_ops.ops import layers as model_ops
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])

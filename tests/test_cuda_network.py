@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
-from ghost_ops import model_ops, ops
+from ghost_ops.ops import ghost as ops
+from ghost_ops.ops import layers as model_ops
 from ghost_ops.reference import GhostBottleneck
 
 

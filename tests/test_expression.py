@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from twins import HOOKS, add_hook, agree, observe, same
 
 import ghost_ops
-from ghost_ops import model_ops
 from ghost_ops.fusion import timing
 from ghost_ops.fusion.expression import FusedExpression, match_expression
 from ghost_ops.fusion.guards import Refusal
 from ghost_ops.fusion.read import read
+from ghost_ops.ops import layers as model_ops
 
 PROGRAM = "ghost_ops::run_program"
 

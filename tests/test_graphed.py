@@ -29,7 +29,7 @@ import ghost_ops
 from ghost_ops import FusedGhostBottleneck
 from ghost_ops.reference import GhostBottleneck
 
-MODULE = importlib.import_module("ghost_ops.graphed")
+MODULE = importlib.import_module("ghost_ops.fusion.graphed")
 
 
 class FrozenGraph:

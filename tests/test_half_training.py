@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ghost_ops
-from ghost_ops import FusedGhostBottleneck, layers
+from ghost_ops import FusedGhostBottleneck
+from ghost_ops.autograd import layers
 from ghost_ops.reference import GhostBottleneck
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))

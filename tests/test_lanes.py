@@ -11,8 +11,11 @@ from conftest import native_module
 from helpers import DTYPES, LAYOUTS, assert_close, covering, same_bits
 from test_convs import Given, ids
 
-from ghost_ops import _env, model_ops, ops, planner
+from ghost_ops import environment as _env
+from ghost_ops import planner
 from ghost_ops.fusion.program import Program
+from ghost_ops.ops import ghost as ops
+from ghost_ops.ops import layers as model_ops
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 

@@ -18,8 +18,10 @@ from helpers import (
 )
 from torch import Tensor
 
-from ghost_ops import activations, layers, model_ops
-from ghost_ops.eager_ops import compute_dtype
+from ghost_ops import activations
+from ghost_ops.autograd import layers
+from ghost_ops.ops import layers as model_ops
+from ghost_ops.ops.eager import compute_dtype
 
 DEPTHWISE = covering(
     {

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
-from ghost_ops import backends, network_plan, planner
-from ghost_ops.network_plan import NetworkPlan, NetworkRow
+from ghost_ops import backends, planner
+from ghost_ops.planner import network as network_plan
+from ghost_ops.planner.network import NetworkPlan, NetworkRow
 from ghost_ops.reference import GhostBottleneck, GhostModule
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")

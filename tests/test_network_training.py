@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import ghost_ops
-from ghost_ops import layers
+from ghost_ops.autograd import layers
 from ghost_ops.models import GhostNet
 
 # What the operators of a training step are called, as nodes of the graph.

@@ -16,7 +16,7 @@ import torch
 from conftest import running
 from helpers import Case, make_input, make_module
 
-from ghost_ops import eager_ops
+from ghost_ops.ops import eager as eager_ops
 
 SCRIPT = pathlib.Path(__file__).with_name("onednn_fault.py")
 AVX2 = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}

@@ -18,7 +18,8 @@ import torch
 from helpers import check_update_running
 
 import ghost_ops
-from ghost_ops import _env, backends
+from ghost_ops import backends
+from ghost_ops import environment as _env
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(ghost_ops.__file__).parent

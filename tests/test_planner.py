@@ -24,7 +24,8 @@ from helpers import (
 )
 
 import ghost_ops
-from ghost_ops import _env, planner
+from ghost_ops import environment as _env
+from ghost_ops import planner
 from ghost_ops.planner import CpuMachine
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")

@@ -15,9 +15,10 @@ from torch.nn.utils import parametrizations
 from twins import observe, same
 
 import ghost_ops
-from ghost_ops import activations, tail
-from ghost_ops.autograd import RunningUpdate
-from ghost_ops.tail import Norm, TailSettings, ghost_tail, tail_formula
+from ghost_ops import activations
+from ghost_ops.autograd import tail
+from ghost_ops.autograd.ghost import RunningUpdate
+from ghost_ops.autograd.tail import Norm, TailSettings, ghost_tail, tail_formula
 
 CASES = covering(
     {

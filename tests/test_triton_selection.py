@@ -11,9 +11,10 @@ import torch
 from test_backends import RUN, python
 
 import ghost_ops
-from ghost_ops import backends, ops
-from ghost_ops.autograd import ops_named
+from ghost_ops import backends
+from ghost_ops.autograd.ghost import ops_named
 from ghost_ops.backends import native, triton
+from ghost_ops.ops import ghost as ops
 
 INSTALLED = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ghost_ops import watch
 from ghost_ops.backends import native
+from ghost_ops.fusion import watch
 
 KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
     not native.load(), reason=f"no compiled library: {native.reason()}"))]  # fmt: skip

@@ -1,4 +1,4 @@
-// Switches in the environment that only the libraries read. ghost_ops/_env.py lists and checks
+// Switches in the environment that only the libraries read. ghost_ops/environment.py lists and checks
 // them.
 #pragma once
 

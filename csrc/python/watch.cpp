@@ -330,7 +330,7 @@ PyMethodDef g_methods[] = {
 
 PyType_Slot g_slots[] = {
     {Py_tp_doc, const_cast<char*>("Watch(dicts, items, absent, tensors, attributes, own): see "
-                                  "ghost_ops.watch.")},
+                                  "ghost_ops.fusion.watch.")},
     {Py_tp_new, reinterpret_cast<void*>(watch_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(watch_dealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(watch_traverse)},

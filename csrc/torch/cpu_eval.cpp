@@ -1,5 +1,5 @@
 // The operators of inference on the CPU: checks, allocation, the plan, and the parallel loops over
-// the kernels' items. No arithmetic here. Schemas stand in ghost_ops/ops.py and model_ops.py.
+// the kernels' items. No arithmetic here. Schemas stand in ghost_ops/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

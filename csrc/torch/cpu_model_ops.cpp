@@ -1,5 +1,5 @@
 // The operators of whole bottlenecks on the CPU: checks, allocation and the parallel loops. No
-// arithmetic here. Schemas stand in ghost_ops/model_ops.py.
+// arithmetic here. Schemas stand in ghost_ops/ops/layers.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // Operators of the CPU that a program of several of them calls, see cpu_program.cpp. Their schemas
-// stand in ghost_ops/ops.py and ghost_ops/model_ops.py.
+// stand in ghost_ops/ops.
 #pragma once
 
 #include "torch/checks.h"

@@ -21,14 +21,19 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _env
+from .. import environment
 from . import cuda, eager, native, triton
 from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
-_requested: str = _env.BACKEND.get()
-for _variable in (_env.CPU_ISA, _env.CUDA_PDL, _env.CUDA_PIPELINE, _env.CUDA_PLAN):
+_requested: str = environment.BACKEND.get()
+for _variable in (
+    environment.CPU_ISA,
+    environment.CUDA_PDL,
+    environment.CUDA_PIPELINE,
+    environment.CUDA_PLAN,
+):
     _variable.get()  # a wrong value is an error at import, not at the first call
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
@@ -122,8 +127,8 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _requested
-        if name not in _env.BACKEND.choices:
-            allowed = ", ".join(repr(choice) for choice in _env.BACKEND.choices)
+        if name not in environment.BACKEND.choices:
+            allowed = ", ".join(repr(choice) for choice in environment.BACKEND.choices)
             raise ValueError(f"use_backend: name must be one of {allowed}, got {name!r}")
         if name == native.name and not (native.load() or cuda.load()):
             raise RuntimeError(f"backend 'native' cannot run: {native.reason()}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _env
+from .. import environment
 
 LEAST_CAPABILITY = (8, 0)  # cp.async, bfloat16 and TF32 on tensor cores
 PATH = Path(__file__).resolve().parent.parent / "_cuda.so"
@@ -50,7 +50,7 @@ def _gpu_without_kernels() -> str | None:
             )
             return (
                 f"{gpu}, {PATH.name} was built for {names}; install ghost_ops again with "
-                f"{_env.CUDA_ARCHS.name}={have}"
+                f"{environment.CUDA_ARCHS.name}={have}"
             )
     return None
 

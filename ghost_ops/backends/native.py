@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from .. import _env
+from .. import environment
 from . import cuda
 
 name = "native"
@@ -44,7 +44,7 @@ def load() -> bool:
     """
     global _library, _reason
     if _library is None and _reason is None:
-        isa, machine = _env.CPU_ISA.get(), _env.cpu_machine()
+        isa, machine = environment.CPU_ISA.get(), environment.cpu_machine()
         try:
             library = importlib.import_module("ghost_ops._C")
         except ImportError as error:
@@ -52,10 +52,9 @@ def load() -> bool:
             return False
         if isa != "auto":
             available = list(library.available_isas())
-            if isa not in available and isa != _env.EMULATED:
-                raise RuntimeError(
-                    f"{_env.CPU_ISA.name}={isa!r}: not available here, only {', '.join(available)}"
-                )
+            if isa not in available and isa != environment.EMULATED:
+                name, known = environment.CPU_ISA.name, ", ".join(available)
+                raise RuntimeError(f"{name}={isa!r}: not available here, only {known}")
             library.set_isa(isa)
         library.force_machine(**machine)
         _library = library

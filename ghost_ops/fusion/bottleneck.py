@@ -29,11 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import activations, layers, model_ops
-from ..eager_ops import memory_format
+from .. import activations
+from ..autograd import layers
+from ..autograd.tail import Norm
+from ..ops import layers as model_ops
+from ..ops.eager import memory_format
 from ..reference import hard_sigmoid
 from ..sync import NORMS, group_of
-from ..tail import Norm
 from .branch import (
     Branch,
     BranchForm,

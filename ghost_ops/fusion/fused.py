@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .. import backends, cached_call
+from .. import backends
 from ..announce import announce
-from ..autograd import LOW_PRECISION, autocast_dtype, backend_for, dense, in_transform
-from . import graph
+from ..autograd.ghost import LOW_PRECISION, autocast_dtype, backend_for, dense, in_transform
+from . import cached_call, graph
 from .guards import Record, Refusal, watchable
 from .read import Failed, Reading, read
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, model_ops
-from ..autograd import (
+from .. import activations
+from ..autograd.ghost import (
     RunningUpdate,
     apply_arguments,
     dense,
@@ -34,11 +34,12 @@ from ..autograd import (
     pack,
     run,
 )
-from ..eager_ops import compute_dtype
+from ..autograd.tail import Norm, TailSettings, ghost_tail, has_kernel
 from ..functional import check
+from ..ops import layers as model_ops
+from ..ops.eager import compute_dtype
 from ..reference import FROZEN, Norms, Settings, Slopes, Statistics
 from ..sync import group_of, refuses, run_norm
-from ..tail import Norm, TailSettings, ghost_tail, has_kernel
 from .branch import (
     NO_ACT,
     Branch,

@@ -26,10 +26,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends, watch
-from ..autograd import autocast_dtype, dense
-from ..eager_ops import memory_format
+from .. import backends
+from ..autograd.ghost import autocast_dtype, dense
+from ..ops.eager import memory_format
 from ..sync import NORMS
+from . import watch
 from .guards import GLOBAL_HOOKS, Refusal, hooks_of
 
 _NUMBERS = 8  # of a convolution: kernel size, stride, padding and dilation, two each

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from .. import watch
 from ..sync import NORMS
-from ..watch import MISSING, same_value
+from . import watch
+from .watch import MISSING, same_value
 
 Path = tuple[str, ...]
 

@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations, layers, model_ops
-from ..autograd import dense
-from ..eager_ops import memory_format
+from .. import activations
+from ..autograd import layers
+from ..autograd.ghost import dense
+from ..ops import layers as model_ops
+from ..ops.eager import memory_format
 from .bottleneck import FusedBottleneck, run_conv
 from .branch import (
     Branch,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import direct
-from ..model_ops import native_run_program
+from ..autograd.ghost import direct
+from ..ops.layers import native_run_program
 
 _GHOST, _DEPTHWISE, _EXCITE, _SUM, _CONCAT, _MEAN, _NHWC, _ROWS = range(8)
 _NONE = -1

@@ -270,7 +270,8 @@ def define_schemas() -> None:
     """torch.ops.ghost_emu: the operators of ghost_ops under another name."""
     import torch
 
-    from ghost_ops import model_ops, ops
+    from ghost_ops.ops import ghost as ops
+    from ghost_ops.ops import layers as model_ops
 
     global _schemas
     if _schemas is None:

@@ -1,5 +1,5 @@
 // The operators between the Ghost modules of a network on CUDA: checks, allocation, the plan, and
-// the launches. No arithmetic here. Schemas stand in ghost_ops/model_ops.py.
+// the launches. No arithmetic here. Schemas stand in ghost_ops/ops/layers.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...activations import PRELU
-from ...eager_ops import intrinsic_count, memory_format
+from ...ops.eager import intrinsic_count, memory_format
 from . import layout
 from .checks import (
     check_cheap,

@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from ... import _env
+from ... import environment
 from ..._version import __version__
 from .plan import Device, Problem, Tile, candidates
 
 Result = TypeVar("Result")
 
-autotune: bool = _env.TRITON_AUTOTUNE.get() == "1"
+autotune: bool = environment.TRITON_AUTOTUNE.get() == "1"
 
 _lock = threading.RLock()
 _chosen: dict[tuple[Device, str], Tile] = {}
@@ -39,7 +39,7 @@ def cache_file(device: Device) -> Path:
     """Where the winners for a device are kept."""
     import triton
 
-    root = _env.CACHE_DIR.get()
+    root = environment.CACHE_DIR.get()
     if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ghost_ops")
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.name} triton {triton.__version__}")

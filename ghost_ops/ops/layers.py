@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import activations, backends, eager_ops
-from .autograd import dense
-from .eager_ops import compute_dtype, memory_format
-from .ops import native
-from .reference import hard_sigmoid
+from .. import activations, backends
+from ..autograd.ghost import dense
+from ..reference import hard_sigmoid
+from . import eager as eager_ops
+from .eager import compute_dtype, memory_format
+from .ghost import native
 
 HARD_SIGMOID, SIGMOID = range(2)  # codes of the gate's function
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import backends, watch
-from .announce import announce
-from .autograd import dense, in_transform
-from .fusion.guards import GLOBAL_HOOKS, hooks_of
-from .ops import allow_tf32
-from .sync import NORMS
+from .. import backends
+from ..announce import announce
+from ..autograd.ghost import dense, in_transform
+from ..ops.ghost import allow_tf32
+from ..sync import NORMS
+from . import watch
+from .guards import GLOBAL_HOOKS, hooks_of
 
 # Graphs invalid before their second call, in a row, after which a model is captured no more.
 _MOST_UNUSED = 3

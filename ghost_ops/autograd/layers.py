@@ -18,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, backends, model_ops
-from .autograd import (
+from .. import activations, backends
+from ..ops import layers as model_ops
+from ..ops.eager import compute_dtype
+from ..ops.ghost import native
+from ..reference import Norms, hard_sigmoid
+from .ghost import (
     RunningUpdate,
     autocast_dtype,
     dense,
@@ -28,9 +32,6 @@ from .autograd import (
     in_transform,
     update_running,
 )
-from .eager_ops import compute_dtype
-from .ops import native
-from .reference import Norms, hard_sigmoid
 from .tail import Norm
 
 _aten = torch.ops.aten

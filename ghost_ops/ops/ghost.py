@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, eager_ops
-from .backends.triton.layout import packed_numel as triton_packed_numel
-from .eager_ops import NEEDS, compute_dtype, memory_format, packed_offsets
+from .. import backends
+from ..backends.triton.layout import packed_numel as triton_packed_numel
+from . import eager as eager_ops
+from .eager import NEEDS, compute_dtype, memory_format, packed_offsets
 
 SCHEMAS = (
     "ghost_pack(Tensor? w1, Tensor? gamma1, Tensor? beta1, Tensor? mean1, Tensor? var1, "

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .backends import native
+from ..backends import native
 from .watch import Watch
 
 Guard = tuple[Callable[..., bool], tuple]
@@ -47,8 +47,15 @@ class PythonCachedCall:
     """
 
     __slots__ = (
-        "_arguments", "_channels", "_channels_last", "_device", "_dtype", "_operator",
-        "_guards", "_tensor_type", "_unchanged",
+        "_arguments",
+        "_channels",
+        "_channels_last",
+        "_device",
+        "_dtype",
+        "_guards",
+        "_operator",
+        "_tensor_type",
+        "_unchanged",
     )  # fmt: skip
 
     def __init__(

@@ -19,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations, backends
-from .autograd import (
+from .. import activations, backends
+from ..ops.eager import compute_dtype
+from ..ops.ghost import native
+from ..reference import Norms
+from .ghost import (
     LARGEST_DW_SIZE,
     RunningUpdate,
     autocast_dtype,
@@ -31,9 +34,6 @@ from .autograd import (
     share,
     update_running,
 )
-from .eager_ops import compute_dtype
-from .ops import native
-from .reference import Norms
 
 _library = torch.library.Library("ghost_ops", "FRAGMENT")
 # Only the CPU has them, and nothing that is traced calls them.

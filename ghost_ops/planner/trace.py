@@ -27,14 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from . import convert
-from .fusion.bottleneck import Bottleneck
-from .fusion.branch import Branch
-from .fusion.fused import Fused
-from .fusion.ghost import Ghost
-from .fusion.guards import watchable
-from .fusion.network import Network
-from .sync import NORMS
+from .. import convert
+from ..fusion.bottleneck import Bottleneck
+from ..fusion.branch import Branch
+from ..fusion.fused import Fused
+from ..fusion.ghost import Ghost
+from ..fusion.guards import watchable
+from ..fusion.network import Network
+from ..sync import NORMS
 
 Shape = tuple[int, ...]
 Unit = Ghost | Bottleneck | Network  # the parts of a fused module

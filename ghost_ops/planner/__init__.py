@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import nn
 
-from . import _env, activations, backends
-from .ops import allow_tf32
-from .reference import GhostModule
-from .saved_plan import SavedPlan as SavedPlan
-from .saved_plan import explain_saved as explain_saved
+from .. import activations, backends, environment
+from ..ops.ghost import allow_tf32
+from ..reference import GhostModule
+from .saved import SavedPlan as SavedPlan
+from .saved import explain_saved as explain_saved
 
 if TYPE_CHECKING:
-    from .network_plan import NetworkPlan
+    from .network import NetworkPlan
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -428,14 +428,14 @@ def explain(*args: Any, **kwargs: Any) -> Plan | CudaPlan | NetworkPlan:
 
     ``explain(shape, out_channels, *, ...)`` is :func:`explain_shape`: the tile plan of one Ghost
     module, for the CPU by default. ``explain(model, input_shape, device, dtype, *, ...)`` is
-    :func:`ghost_ops.network_plan.explain_network`: every operator of the fused model on a GPU.
+    :func:`ghost_ops.planner.network.explain_network`: every operator of the fused model on a GPU.
 
     Raises:
         TypeError: an argument of the other form, such as ``ratio`` for a model.
         ValueError, RuntimeError: as these functions.
     """
     if isinstance(args[0] if args else kwargs.get("model"), nn.Module):
-        from .network_plan import explain_network
+        from .network import explain_network
 
         return explain_network(*args, **kwargs)
     return explain_shape(*args, **kwargs)
@@ -526,7 +526,7 @@ def explain_shape(
     fields = library.plan(*dims, **problem, **asdict(machine))
     if sm is None:
         return Plan(**fields, machine=machine)
-    _env.CUDA_PLAN.get()  # which the plan follows, too
+    environment.CUDA_PLAN.get()  # which the plan follows, too
     found = library.cuda_plan(
         *dims,
         **problem,

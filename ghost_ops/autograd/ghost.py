@@ -20,17 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends, eager_ops, ops, sync
-from .eager_ops import NEEDS
-from .reference import (
-    FROZEN,
-    NO_SLOPES,
-    Norms,
-    Settings,
-    Slopes,
-    Statistics,
-    ghost_formula,
-)
+from .. import backends, sync
+from ..ops import eager as eager_ops
+from ..ops import ghost as ops
+from ..ops.eager import NEEDS
+from ..reference import FROZEN, NO_SLOPES, Norms, Settings, Slopes, Statistics, ghost_formula
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

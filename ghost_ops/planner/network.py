@@ -39,16 +39,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import activations, backends, model_ops
-from .autograd import is_fused_primary
-from .fusion.bottleneck import Bottleneck
-from .fusion.branch import Branch
-from .fusion.ghost import Ghost
-from .fusion.network import Network
-from .network_trace import Call, Op, Shape, Unit, conv_shape, trace
-from .ops import allow_tf32
-from .planner import CUDA_DEVICES, compute_capability
-from .sync import NORMS
+from .. import activations, backends
+from ..autograd.ghost import is_fused_primary
+from ..fusion.bottleneck import Bottleneck
+from ..fusion.branch import Branch
+from ..fusion.ghost import Ghost
+from ..fusion.network import Network
+from ..ops import layers as model_ops
+from ..ops.ghost import allow_tf32
+from ..sync import NORMS
+from . import CUDA_DEVICES, compute_capability
+from .trace import Call, Op, Shape, Unit, conv_shape, trace
 
 # The kinds of rows: operators of ghost_ops on CUDA, then PyTorch's.
 GHOST_APPLY = "ghost_apply"
@@ -101,7 +102,7 @@ def _total(name: str, doc: str) -> Any:
 class NetworkPlan:
     """The operators of a fused network in evaluation mode on a GPU, in the order that they run.
 
-    Every number is a model's, see ``ghost_ops.network_plan``; nothing was measured.
+    Every number is a model's, see ``ghost_ops.planner.network``; nothing was measured.
 
     Attributes:
         model: class of the model.

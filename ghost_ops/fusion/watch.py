@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .backends import native
+from ..backends import native
 
 _version = operator.attrgetter("_version")
 _address = Tensor.data_ptr

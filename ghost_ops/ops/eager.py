@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import activations
+from .. import activations
 
 _aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""The operators ``torch.ops.ghost_ops.*``: schemas, fake and eager implementations."""
