@@ -324,8 +324,8 @@ MUTANTS = [
         TRAIN, schedules=("plain",),
     ),
     Mutant(
-        "copies in one row", CHEAP, "      at.col -= window.cols;\n      ++at.row;",
-        "      at.col -= window.cols;", GRADS, ("train many",), schedules=("plain",),
+        "copies in one row", CHEAP, "      at.col -= box.cols;\n      ++at.row;",
+        "      at.col -= box.cols;", GRADS, ("train many",), schedules=("plain",),
         device="tiny sm_86",
     ),
     Mutant(
@@ -489,8 +489,8 @@ MUTANTS = [
         schedules=("plain",),
     ),
     Mutant(
-        "slopes of another ghost", CHEAP, "p.slopes2, int64_t{me.first + c} * p.per + j0 + j)",
-        "p.slopes2, int64_t{me.first + c} * p.per + j0)", SUMS, ("train prelu ratio",),
+        "slopes of another ghost", CHEAP, "p.slopes2, int64_t{me.first + c} * p.ghosts_per_map + j0 + j)",
+        "p.slopes2, int64_t{me.first + c} * p.ghosts_per_map + j0)", SUMS, ("train prelu ratio",),
         schedules=("plain",),
     ),
     Mutant(

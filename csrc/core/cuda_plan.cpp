@@ -54,7 +54,7 @@ class Planner {
         tensor_(element_ == 2 || (p.dtype == DType::kFloat32 && allow_tf32)),
         direct_(element_ == 2 && p.layout == Layout::kNHWC && p.has_primary && has_wide_rows(p)),
         halo_(kernel_primary() ? 0 : p.pad()),
-        ghosts_(kernel_primary() ? 0 : p.ratio - 1),
+        ghosts_per_map_(kernel_primary() ? 0 : p.ghosts_per_map()),
         H_(p.out_height()),
         W_(p.out_width()) {}
 
@@ -97,7 +97,7 @@ class Planner {
     if (backward()) instances.resize(element_ == 2 ? 2 : 1);
     for (int64_t instance : instances) {
       const int64_t least = ceil_div(p_.intrinsic, instance);
-      for (int64_t ghost_blocks = 1; ghost_blocks <= std::max<int64_t>(ghosts_, 1);
+      for (int64_t ghost_blocks = 1; ghost_blocks <= std::max<int64_t>(ghosts_per_map_, 1);
            ++ghost_blocks) {
         for (int64_t slice_bytes : {32, 64, 128}) {
           const int64_t slice = slice_bytes / element_;
@@ -174,7 +174,8 @@ class Planner {
   bool lay_out(const CudaChoice& c, CudaTile& t) const {
     const int64_t e = element_, a = compute_;
     const int64_t channels = round_up(ceil_div(p_.intrinsic, c.channel_blocks), 8);
-    const int64_t ghosts = ceil_div(ghosts_, c.ghost_blocks), taps = p_.dw_size * p_.dw_size;
+    const int64_t ghosts = ceil_div(ghosts_per_map_, c.ghost_blocks),
+                  taps = p_.dw_size * p_.dw_size;
     if (channels > c.instance) return false;
     if (direct_ && c.resident && c.instance > 32 && 2 * channels < c.instance) return false;
     t.instance = int32_t(c.instance);
@@ -182,7 +183,7 @@ class Planner {
     t.channels = int32_t(channels);
     t.channel_blocks = int32_t(ceil_div(p_.intrinsic, channels));
     t.ghosts = int32_t(ghosts);
-    t.ghost_blocks = int32_t(ghosts == 0 ? 1 : ceil_div(ghosts_, ghosts));
+    t.ghost_blocks = int32_t(ghosts == 0 ? 1 : ceil_div(ghosts_per_map_, ghosts));
     t.images = int32_t(c.images);
     t.rows = int32_t(c.rows);
     t.cols = int32_t(c.cols);
@@ -266,8 +267,8 @@ class Planner {
     if (kernel_ != CudaKernel::kApply)  // every block of the next pass reads all partials
       most = std::min(most, int64_t(costs_.most_partials) / t.channels);
     const CudaTurns turns(t.tiles, most);
-    t.slots = int32_t(turns.blocks);
-    plan.blocks = int64_t(t.slots) * int64_t(parts);
+    t.workers = int32_t(turns.blocks);
+    plan.blocks = int64_t(t.workers) * int64_t(parts);
 
     const double source = t.max_source, inner = t.max_inner, channels = t.channels;
     const double c = double(p_.channels), d = double(p_.dw_size);
@@ -433,7 +434,7 @@ class Planner {
   const CudaCosts& costs_;
   int64_t element_, compute_;
   bool tensor_, direct_;  // CudaTile::direct
-  int64_t halo_, ghosts_, H_, W_;
+  int64_t halo_, ghosts_per_map_, H_, W_;
 };
 
 using Key = std::tuple<int, bool, int, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,

@@ -33,7 +33,7 @@ struct CudaTile {
   int32_t halo = 0;                        // pixels of y around them
   int32_t tiles_h = 1, tiles_w = 1;        // of an image
   int64_t tiles = 0;
-  int32_t slots = 1;                   // blocks that share the tiles of one channel block, in turn
+  int32_t workers = 1;                 // blocks that share the tiles of one channel block, in turn
   int32_t window_rows = 1;             // of a thread's depthwise window, 1 or 2
   int32_t slice = 32, slice_log2 = 5;  // channels of x in one stage of the pipeline
   int32_t resident = 1;                // w1 stays in shared memory; 0: it passes through in stages

@@ -47,11 +47,11 @@ class GradsPlanner {
         W_(p.out_width()),
         e_(element_size(p.dtype)),
         a_(compute_size(p.dtype)),
-        per_(p.ratio - 1),
-        r_(p.pad()) {}
+        ghosts_per_map_(p.ghosts_per_map()),
+        pad_(p.pad()) {}
 
   // The tile of the rank-th least time, or the last where there are fewer.
-  CheapTile best(int rank) {
+  GradsTile best(int rank) {
     for (; rank > 0 && find_next(); --rank) better_.push_back(best_);
     if (better_.empty()) fail_for_memory(arch_);
     return better_.back();
@@ -61,20 +61,20 @@ class GradsPlanner {
   // The best tile that is none of better_; false if there is no other.
   bool find_next() {
     any_ = false;
-    search(std::max<int64_t>(per_, 1));
-    if (!any_ && per_ > 1) search(1);
+    search(std::max<int64_t>(ghosts_per_map_, 1));
+    if (!any_ && ghosts_per_map_ > 1) search(1);
     return any_;
   }
-  bool is_better(const CheapTile& t) const {
-    const auto all = [](const CheapTile& c) {
+  bool is_better(const GradsTile& t) const {
+    const auto all = [](const GradsTile& c) {
       return std::tie(c.channels, c.ghosts, c.images, c.rows, c.cols);
     };
     return std::any_of(better_.begin(), better_.end(),
-                       [&](const CheapTile& other) { return all(t) == all(other); });
+                       [&](const GradsTile& other) { return all(t) == all(other); });
   }
   // All tiles that keep the parameters of so many ghosts of a channel.
   void search(int64_t ghosts) {
-    ghosts_ = ghosts;
+    kept_ghosts_ = ghosts;
     const int64_t most_channels = std::min<int64_t>(round_up(p_.intrinsic, 8), 64);
     int64_t last = 0;
     for (int64_t blocks = 1; blocks <= ceil_div(p_.intrinsic, 8); ++blocks) {
@@ -99,19 +99,19 @@ class GradsPlanner {
   void consider(int64_t channels, int64_t images, int64_t rows, int64_t cols) {
     constexpr int64_t kMost = 2048;  // pixels of a tile
     if (images * rows * cols > kMost) return;
-    CheapTile t;
+    GradsTile t;
     t.channels = int32_t(channels);
     t.channel_blocks = int32_t(ceil_div(p_.intrinsic, channels));
     t.images = int32_t(images);
     t.rows = int32_t(rows);
     t.cols = int32_t(cols);
-    t.halo_rows = int32_t(rows == H_ ? 0 : r_);
-    t.halo_cols = int32_t(cols == W_ ? 0 : r_);
+    t.halo_rows = int32_t(rows == H_ ? 0 : pad_);
+    t.halo_cols = int32_t(cols == W_ ? 0 : pad_);
     t.tiles_n = int32_t(ceil_div(p_.batch, images));
     t.tiles_h = int32_t(ceil_div(H_, rows));
     t.tiles_w = int32_t(ceil_div(W_, cols));
     t.tiles = int64_t{t.tiles_n} * t.tiles_h * t.tiles_w;
-    t.ghosts = int32_t(ghosts_);
+    t.ghosts = int32_t(kept_ghosts_);
     // Every row of taps needs a thread.
     if (kCudaThreads / (channels / 2) < p_.dw_size || is_better(t) || !lay_out(t)) return;
     const double seconds = estimate(t);
@@ -121,17 +121,17 @@ class GradsPlanner {
     best_ = t;
   }
 
-  bool lay_out(CheapTile& t) const {
+  bool lay_out(GradsTile& t) const {
     const int64_t channels = t.channels, ld = channels + 2, d = p_.dw_size;
     const int64_t groups = kCudaThreads / (channels / 2);
-    const int64_t ghosts = per_ > 0 ? ghosts_ : 0;  // whose parameters are kept
+    const int64_t ghosts = ghosts_per_map_ > 0 ? kept_ghosts_ : 0;  // whose parameters are kept
     const int64_t y =
-        t.images * (t.rows + 2 * (t.halo_rows + r_)) * (t.cols + 2 * (t.halo_cols + r_));
-    const int64_t dv = t.images * (t.rows + 2 * r_) * (t.cols + 2 * r_);
+        t.images * (t.rows + 2 * (t.halo_rows + pad_)) * (t.cols + 2 * (t.halo_cols + pad_));
+    const int64_t dv = t.images * (t.rows + 2 * pad_) * (t.cols + 2 * pad_);
     Sections memory(kAlign);
     // The last strip of a window may reach past its end, into pixels whose results are not used.
     t.y_at = int32_t(memory.place((y + kCudaStrip) * channels * e_));
-    t.grad_at = int32_t(memory.place(per_ > 0 ? (dv + kCudaStrip) * ld * e_ : 0));
+    t.grad_at = int32_t(memory.place(ghosts_per_map_ > 0 ? (dv + kCudaStrip) * ld * e_ : 0));
     t.dy_at = int32_t(memory.place(int64_t{t.images} * t.rows * t.cols * ld * e_));
     t.norm1_at = int32_t(memory.place(4 * channels * a_));
     t.norm2_at = int32_t(memory.place(ghosts * 6 * channels * a_));
@@ -150,7 +150,7 @@ class GradsPlanner {
 
   // Bytes and instructions of the tiles, and how evenly they fill the multiprocessors. Chooses the
   // number of workers.
-  double estimate(CheapTile& t) const {
+  double estimate(GradsTile& t) const {
     CudaWork work;
     work.blocks_per_sm = blocks_per_sm(arch_, t.smem_bytes);
     // Every block of the next launch adds up all workers' sums.
@@ -161,29 +161,30 @@ class GradsPlanner {
     work.turns = turns.turns;
     work.blocks = turns.blocks * t.channel_blocks;
 
-    const double d = double(p_.dw_size), per = double(per_), channels = t.channels;
+    const double d = double(p_.dw_size), ghosts_per_map = double(ghosts_per_map_),
+                 channels = t.channels;
     const double v_rows = double(std::min<int64_t>(t.rows + 2 * t.halo_rows, H_));
     const double v_cols = double(std::min<int64_t>(t.cols + 2 * t.halo_cols, W_));
     const double y_pixels = double(t.images) *
-                            double(std::min<int64_t>(t.rows + 2 * (t.halo_rows + r_), H_)) *
-                            double(std::min<int64_t>(t.cols + 2 * (t.halo_cols + r_), W_));
+                            double(std::min<int64_t>(t.rows + 2 * (t.halo_rows + pad_), H_)) *
+                            double(std::min<int64_t>(t.cols + 2 * (t.halo_cols + pad_), W_));
     const double inner = double(t.images) * t.rows * t.cols;
     // Memory comes in sectors of 32 bytes: narrow blocks of wider pixels read what is not theirs.
     const int64_t row = t.channels * e_;
     const bool shares = p_.layout == Layout::kNHWC && t.channel_blocks > 1;
     const double tile_bytes = double(shares ? round_up(row, 32) : row) *
-                              (y_pixels + t.images * v_rows * v_cols * per + 3 * inner);
+                              (y_pixels + t.images * v_rows * v_cols * ghosts_per_map + 3 * inner);
     const double strip = d * ((kCudaStrip + d - 1) * costs_.grads_read +
                               d * (costs_.window_tap_load + costs_.window_tap * kCudaStrip)) +
                          costs_.grads_result * kCudaStrip + costs_.grads_strip;
     const double strips =
-        t.images * per *
+        t.images * ghosts_per_map *
         ((t.rows + 2 * t.halo_rows) * double(ceil_div(t.cols + 2 * t.halo_cols, kCudaStrip)) +
          t.rows * double(ceil_div(t.cols, kCudaStrip)));
     const int64_t groups = kCudaThreads / (t.channels / 2);
     const double idle = double(groups) / (double(t.tap_splits) * d);
-    const double taps =
-        inner * per * d * (costs_.grads_weight_pixel + costs_.grads_weight_tap * d) * idle;
+    const double taps = inner * ghosts_per_map * d *
+                        (costs_.grads_weight_pixel + costs_.grads_weight_tap * d) * idle;
     work.issue =
         (channels / 2 * (strips * strip + taps) + y_pixels * channels * costs_.grads_element +
          tile_bytes / 16 * costs_.grads_copy) /
@@ -192,17 +193,17 @@ class GradsPlanner {
     work.alone = work.issue * costs_.grads_alone_issue;
     work.l2_bytes = tile_bytes * double(t.tiles) * t.channel_blocks;
     const double pixels = double(p_.batch) * double(H_ * W_);
-    work.dram_bytes = pixels * double(p_.intrinsic) * double(e_) * (3 + per);
+    work.dram_bytes = pixels * double(p_.intrinsic) * double(e_) * (3 + ghosts_per_map);
     return cuda_seconds(work, arch_, costs_);
   }
 
   const Problem& p_;
   const CudaArch& arch_;
   const CudaCosts& costs_ = kCudaCosts;
-  int64_t H_, W_, e_, a_, per_, r_;
-  int64_t ghosts_ = 1;
-  CheapTile best_;
-  std::vector<CheapTile> better_;
+  int64_t H_, W_, e_, a_, ghosts_per_map_, pad_;
+  int64_t kept_ghosts_ = 1;
+  GradsTile best_;
+  std::vector<GradsTile> better_;
   double seconds_ = 0;
   bool any_ = false;
 };
@@ -381,13 +382,13 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
   plan.u = memory.place(plan.stores_u ? pixels * row_bytes : 0);
   plan.da1 = memory.place(product ? pixels * row_bytes : 0);
   // A row of partial sums for each of so many blocks.
-  const int64_t slots = plan.sums_ghosts ? plan.sums.tile.slots : 0;
+  const int64_t sums_workers = plan.sums_ghosts ? plan.sums.tile.workers : 0;
   const int64_t workers = plan.runs_grads ? plan.grads.workers : 0;
-  plan.sums2 = memory.place(slots * 2 * ghosts * a);
+  plan.sums2 = memory.place(sums_workers * 2 * ghosts * a);
   plan.sums1 = memory.place(needs(kNeedDy) ? workers * 2 * m * a : 0);
   plan.dw2_sums = memory.place(needs(kNeedDw2) ? workers * ghosts * p.dw_size * p.dw_size * a : 0);
   plan.dw1_sums = memory.place(int64_t{plan.primary.dw1_splits} * m * p.channels * a);
-  plan.slope_sums2 = memory.place(needs(kNeedPrelu2) ? slots * ghosts * a : 0);
+  plan.slope_sums2 = memory.place(needs(kNeedPrelu2) ? sums_workers * ghosts * a : 0);
   plan.slope_sums1 = memory.place(needs(kNeedPrelu1) ? workers * m * a : 0);
   plan.scratch_bytes = memory.end();
   return plan;

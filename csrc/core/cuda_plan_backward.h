@@ -13,7 +13,7 @@ namespace ghost {
 // Tile of the second launch: some intrinsic channels of some pixels, walked by persistent blocks. A
 // block is one of `workers` along the pixels and one of `channel_blocks` along the channels; the
 // worker takes every workers-th tile, so that there are only so many partial sums.
-struct CheapTile {
+struct GradsTile {
   int32_t channels = 8;                    // intrinsic channels of a block, a multiple of 8
   int32_t images = 1, rows = 1, cols = 1;  // pixels of which a tile gives results
   // Pixels around them where dv is computed as well: none along an axis that the tile spans, for dv
@@ -105,7 +105,7 @@ struct BackwardPlan {
   bool sums_ghosts = false;  // not only for u
   bool runs_grads = false;   // the second launch is needed
   CudaPlan sums;
-  CheapTile grads;
+  GradsTile grads;
   PrimaryGradPlan primary;
   int32_t launches = 0;
   int64_t row_channels = 0;  // elements from row to row of u

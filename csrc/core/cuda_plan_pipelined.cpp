@@ -27,18 +27,18 @@ int32_t pixel_swap(int64_t channels) {
 bool lay_out(const Problem& p, const CudaArch& arch, int64_t images, int64_t rows, int64_t stages,
              PipelinedPlan& plan) {
   CudaTile& t = plan.base.tile;
-  const int64_t H = p.height, W = p.width, halo = p.pad(), ghosts = p.ratio - 1;
+  const int64_t H = p.height, W = p.width, halo = p.pad(), ghosts_per_map = p.ghosts_per_map();
   const int64_t channels = round_up(p.intrinsic, 8), rows16 = round_up(channels, 16);
   const bool whole = rows == H;
   const int64_t source = images * std::min(H, rows + 2 * halo) * W, inner = images * rows * W;
   // What is below is not too large for 32 bits then.
   if (source * p.channels + inner * p.out_channels + rows16 * p.channels +
-          ghosts * channels * p.dw_size * p.dw_size >
+          ghosts_per_map * channels * p.dw_size * p.dw_size >
       std::min<int64_t>(arch.smem_per_block, 1 << 18))
     return false;
   t.instance = kPipelinedChannels;
   t.channels = int32_t(channels);
-  t.ghosts = int32_t(ghosts);
+  t.ghosts = int32_t(ghosts_per_map);
   t.images = int32_t(images);
   t.rows = int32_t(rows);
   t.cols = int32_t(W);
@@ -71,8 +71,8 @@ bool lay_out(const Problem& p, const CudaArch& arch, int64_t images, int64_t row
   plan.x_stage = int32_t(round_up(products * p.channels * 2, 128));
   // Results of halo pixels go to one pixel more.
   plan.out_stage = int32_t(round_up((inner + 1) * p.out_channels * 2, 128));
-  t.affine_at = place((3 + 3 * ghosts) * channels * 4);
-  t.taps_at = place(ghosts * p.dw_size * p.dw_size * channels * 4);
+  t.affine_at = place((3 + 3 * ghosts_per_map) * channels * 4);
+  t.taps_at = place(ghosts_per_map * p.dw_size * p.dw_size * channels * 4);
   plan.positions_at = place(products * 2);
   t.b_at = place(rows16 * round_up(p.channels, 32) * 2);
   t.y_at = place(p.intrinsic / 2 * plan.pair_stride * 4);
@@ -90,7 +90,7 @@ void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
   b.blocks_per_sm = blocks_per_sm(arch, t.smem_bytes);
   const CudaTurns turns(t.tiles, arch.multiprocessors * b.blocks_per_sm);
   b.blocks = turns.blocks;
-  t.slots = int32_t(b.blocks);
+  t.workers = int32_t(b.blocks);
 
   const double d = double(p.dw_size), warps = kCudaThreads / 32;
   const int64_t pairs = p.intrinsic / 2, groups = std::max<int64_t>(kCudaThreads / pairs, 1);

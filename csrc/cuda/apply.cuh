@@ -22,7 +22,7 @@ struct ApplyParams {
   Maps maps;
   WindowGrid windows;
   Intrinsic<T> intrinsic;
-  ParamRef w2;  // [m * (ratio - 1), d, d]
+  ParamRef w2;  // [g, d, d]
   Norm<Accumulator<T>> norm2;
   Activated<Accumulator<T>> act2;
   Output<T> output;
@@ -41,22 +41,23 @@ __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& para
   const CudaTile& t = params.tile;
   const Maps& p = params.maps;
   const Place place(t, p);
-  const int step = p.ratio - 1, taps_count = kLean ? kLeanSize * kLeanSize : p.d * p.d;
-  const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
+  const int ghosts_per_map = p.ghosts_per_map();
+  const int taps_count = kLean ? kLeanSize * kLeanSize : p.d * p.d;
+  const int64_t first_ghost = int64_t(place.c0) * ghosts_per_map + place.ghost0;
   // [3][channels] of the intrinsic maps, then of each ghost.
   A* const affine = reinterpret_cast<A*>(shared + t.affine_at) + 3 * t.channels;
   A* const taps = reinterpret_cast<A*>(shared + t.taps_at);
-  load_intrinsic<kScope>(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
+  load_intrinsic<kScope>(t, place, params.intrinsic, place.worker == 0 && place.writes_y, shared);
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
     A* const own = affine + j * 3 * t.channels;
     if constexpr (kLean) {
-      load_ready_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, own,
+      load_ready_norm(params.norm2, first_ghost + j, ghosts_per_map, place.valid, t.channels, own,
                       own + t.channels);
     } else {
-      load_norm(params.norm2, first_ghost + j, step, place.valid, t.channels, place.slot == 0, own,
-                own + t.channels);
-      load_slopes(params.act2, first_ghost + j, step, place.valid, t.channels,
+      load_norm(params.norm2, first_ghost + j, ghosts_per_map, place.valid, t.channels,
+                place.worker == 0, own, own + t.channels);
+      load_slopes(params.act2, first_ghost + j, ghosts_per_map, place.valid, t.channels,
                   own + 2 * t.channels);
     }
   }
@@ -64,8 +65,8 @@ __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& para
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j) {
     const auto load = [&](const auto& w2) {
-      load_taps(taps + j * taps_count * t.channels, w2, first_ghost + j, step, place.valid,
-                t.channels, taps_count, affine + j * 3 * t.channels);
+      load_taps(taps + j * taps_count * t.channels, w2, first_ghost + j, ghosts_per_map,
+                place.valid, t.channels, taps_count, affine + j * 3 * t.channels);
     };
     if constexpr (kLean)
       load(static_cast<const A*>(params.w2.data));
@@ -135,12 +136,13 @@ __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, i
   const Maps& p = params.maps;
   const Place place(t, p);
   const Tile tile = locate_tile(t, p, prim::opaque(index));
-  const int step = p.ratio - 1, first_z = p.m + place.c0 * step + place.ghost0;
+  const int ghosts_per_map = p.ghosts_per_map();
+  const int first_z = p.m + place.c0 * ghosts_per_map + place.ghost0;
   int z_count = 0;  // ghosts past out_channels are dropped
-  if (step > 0 && first_z < p.out_channels) {
+  if (ghosts_per_map > 0 && first_z < p.out_channels) {
     const int left = p.out_channels - first_z;
-    z_count = min_of(place.valid * place.ghosts,
-                     left / step * place.ghosts + min_of(left % step, place.ghosts));
+    z_count = min_of(place.valid * place.ghosts, left / ghosts_per_map * place.ghosts +
+                                                     min_of(left % ghosts_per_map, place.ghosts));
   }
   const BlockMaps<T> y{reinterpret_cast<const T*>(shared + t.y_at),
                        t.y_stride,
@@ -155,7 +157,7 @@ __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, i
                        false,
                        first_z,
                        place.ghosts,
-                       step};
+                       ghosts_per_map};
   store_tile<kLayout, kScope != Scope::kLean>(
       params.output, p, tile, reinterpret_cast<const PixelEntry*>(shared + t.inner_at),
       reinterpret_cast<const int32_t*>(shared + t.gate_at), y, z);
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, min_blocks<P>(kLayout, kChannels))
   const Maps& p = params.maps;
   load_apply_parameters<kScope>(params, shared);
 #pragma unroll 1
-  for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
+  for (int index = Place(t, p).worker; index < int(t.tiles); index += t.workers) {
     make_y_tile<P, kLayout, kScope, kChannels, kTiles, true>(t, p, params.intrinsic, index,
                                                              params.output.channels, shared);
     const bool gated = kScope != Scope::kLean && params.output.gate != nullptr;

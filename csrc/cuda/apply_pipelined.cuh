@@ -243,14 +243,14 @@ __device__ __forceinline__ void make_pipelined_z(const PipelinedParams<T>& param
   const T* const y =
       reinterpret_cast<const T*>(shared + t.y_at) + 2 * own.pair * params.plan.pair_stride;
   const int total = tile.images * windows.by_group.divisor * windows.by_row.divisor;
-  const int ghosts = p.ratio - 1;
+  const int ghosts_per_map = p.ghosts_per_map();
 #pragma unroll 1
-  for (int j = 0; j < ghosts; ++j) {
+  for (int j = 0; j < ghosts_per_map; ++j) {
     const float* const affine =
         reinterpret_cast<const float*>(shared + t.affine_at) + (j + 1) * 3 * t.channels;
     const float* const taps = reinterpret_cast<const float*>(shared + t.taps_at) +
                               j * kD * kD * t.channels + tap_at(2 * own.pair, 0, kD * kD);
-    const int channel = p.m + 2 * own.pair * ghosts + j;  // of out
+    const int channel = p.m + 2 * own.pair * ghosts_per_map + j;  // of out
 #pragma unroll 1
     for (int s = own.slot; s < total; s += own.slots) {
       int w = s, h = windows.by_row.split(w);
@@ -276,7 +276,7 @@ __device__ __forceinline__ void make_pipelined_z(const PipelinedParams<T>& param
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (r >= rows) break;
-        if (ghosts == 1) {
+        if (ghosts_per_map == 1) {
 #pragma unroll
           for (int i = 0; i < kStrip; ++i)
             if (i < count) store_pair(to + i * p.out_channels, pairs[r * kStrip + i]);
@@ -286,8 +286,8 @@ __device__ __forceinline__ void make_pipelined_z(const PipelinedParams<T>& param
             if (i >= count) break;
             T* const pixel = to + i * p.out_channels;
             if (channel < p.out_channels) store_one(pixel, pairs[r * kStrip + i], 0);
-            if (channel + ghosts < p.out_channels)
-              store_one(pixel + ghosts, pairs[r * kStrip + i], 1);
+            if (channel + ghosts_per_map < p.out_channels)
+              store_one(pixel + ghosts_per_map, pairs[r * kStrip + i], 1);
           }
         }
         to += tile.cols * p.out_channels;
@@ -305,7 +305,7 @@ __device__ __forceinline__ void apply_pipelined(const PipelinedParams<T>& params
   auto* const full = reinterpret_cast<prim::Mbarrier*>(shared);  // of the stages of x
   const bool leader = threadIdx.x == 0;
   const int64_t image = int64_t(p.h) * p.w;
-  const int turns = ceil_div(int(t.tiles), t.slots), first = int(blockIdx.z) * turns;
+  const int turns = ceil_div(int(t.tiles), t.workers), first = int(blockIdx.z) * turns;
   const int end = min_of(first + turns, int(t.tiles));
   TileCursor now(t, first), ahead = now;
   const auto load_next = [&](int stage) {

@@ -18,7 +18,7 @@ class BackwardLaunch {
   const Problem& p_;
   cudaStream_t stream_;
   int64_t height_, width_, pixels_, ghosts_;
-  int per_, dw_size_;
+  int ghosts_per_map_, dw_size_;
   unsigned char* scratch_;
   // u, pixel-major, and the elements from row to row of it and of da1
   const T* u_rows_;
@@ -34,8 +34,8 @@ class BackwardLaunch {
         width_(p_.out_width()),
         pixels_(p_.batch * p_.out_pixels()),
         ghosts_(p_.ghosts()),
-        per_(int(p_.ratio) - 1),
-        dw_size_(per_ > 0 ? int(p_.dw_size) : 1),
+        ghosts_per_map_(int(p_.ghosts_per_map())),
+        dw_size_(ghosts_per_map_ > 0 ? int(p_.dw_size) : 1),
         scratch_(static_cast<unsigned char*>(args.scratch)),
         u_rows_(plan_.stores_u ? at<T>(plan_.u) : static_cast<const T*>(given_u())),
         u_pitch_(plan_.row_channels),
@@ -68,7 +68,7 @@ class BackwardLaunch {
     c.height = int(height_);
     c.width = int(width_);
     c.intrinsic = int(p_.intrinsic);
-    c.per = per_;
+    c.ghosts_per_map = ghosts_per_map_;
     c.out_channels = int(p_.out_channels);
     c.d = dw_size_;
     c.by_vectors = FastDiv(channels / kVector<T>);
@@ -92,7 +92,7 @@ class BackwardLaunch {
     c.grad.pixels_first = std::abs(s[3]) < std::abs(s[1]);
     c.y_grad_bytes = grad_bytes(0);
     // Ghosts of neighbouring channels are neighbours only where there is one a channel.
-    c.z_grad_bytes = per_ == 1 ? grad_bytes(p_.intrinsic) : 0;
+    c.z_grad_bytes = ghosts_per_map_ == 1 ? grad_bytes(p_.intrinsic) : 0;
     return c;
   }
 
@@ -113,7 +113,7 @@ class BackwardLaunch {
   }
   // Elements from pixel to pixel of gradients in shared memory: 16-byte copies want them aligned,
   // else an odd number of words keeps neighbouring pixels in different banks.
-  static int grad_ld(const CheapParams& c, int channels) {
+  static int grad_stride(const CheapParams& c, int channels) {
     return channels + (c.y_grad_bytes > 0 || c.z_grad_bytes > 0 ? 0 : 2);
   }
 
@@ -149,7 +149,7 @@ class BackwardLaunch {
     params.by_image_rows = FastDiv(t.image_rows);
     CheapParams& c = params.cheap = cheap_params(t.channels);
     if (!plan_.sums_ghosts) {
-      c.per = 0;
+      c.ghosts_per_map = 0;
       c.d = 1;
     }
     c.sums2 = at<A>(plan_.sums2);
@@ -158,33 +158,33 @@ class BackwardLaunch {
     c.tile.images = t.images;
     c.tile.rows = t.rows;
     c.tile.cols = t.cols;
-    c.v = c.inner = Window(t.images, t.rows, t.cols);
-    c.v_strips = Window(t.images, t.rows, (t.cols + kStrip - 1) / kStrip);
-    c.y_at = {t.image_rows, t.pitch, t.y_stride};
-    c.grad_at = {t.rows, t.cols, grad_ld(c, t.channels)};
+    c.v = c.inner = PixelBox(t.images, t.rows, t.cols);
+    c.v_strips = PixelBox(t.images, t.rows, (t.cols + kStrip - 1) / kStrip);
+    c.y_map = {t.image_rows, t.pitch, t.y_stride};
+    c.grad_map = {t.rows, t.cols, grad_stride(c, t.channels)};
     return Sums::run(params, stream_);
   }
 
   cudaError_t grads() const {
-    const CheapTile& t = plan_.grads;
+    const GradsTile& t = plan_.grads;
     CheapParams c = cheap_params(t.channels);
-    const int r = dw_size_ / 2, v_rows = t.rows + 2 * t.halo_rows,
+    const int pad = dw_size_ / 2, v_rows = t.rows + 2 * t.halo_rows,
               v_cols = t.cols + 2 * t.halo_cols;
     c.tile = t;
-    c.y = Window(t.images, v_rows + 2 * r, v_cols + 2 * r);
-    c.v = Window(t.images, v_rows, v_cols);
-    c.v_strips = Window(t.images, v_rows, (v_cols + kStrip - 1) / kStrip);
-    c.inner = Window(t.images, t.rows, t.cols);
-    c.inner_strips = Window(t.images, t.rows, (t.cols + kStrip - 1) / kStrip);
-    const int ld = grad_ld(c, t.channels);
-    c.y_at = {c.y.rows, c.y.cols, t.channels};
-    c.grad_at = {t.rows + 2 * r, t.cols + 2 * r, ld};
-    c.dy_at = {t.rows, t.cols, ld};
+    c.y = PixelBox(t.images, v_rows + 2 * pad, v_cols + 2 * pad);
+    c.v = PixelBox(t.images, v_rows, v_cols);
+    c.v_strips = PixelBox(t.images, v_rows, (v_cols + kStrip - 1) / kStrip);
+    c.inner = PixelBox(t.images, t.rows, t.cols);
+    c.inner_strips = PixelBox(t.images, t.rows, (t.cols + kStrip - 1) / kStrip);
+    const int stride = grad_stride(c, t.channels);
+    c.y_map = {c.y.rows, c.y.cols, t.channels};
+    c.grad_map = {t.rows + 2 * pad, t.cols + 2 * pad, stride};
+    c.dy_map = {t.rows, t.cols, stride};
     c.u = u_rows_;
     c.u_pitch = u_pitch_;
     // Given means are one row of sums of one value.
     c.sums2 = args_.means2 != nullptr ? const_cast<void*>(args_.means2) : at<A>(plan_.sums2);
-    c.sums2_rows = args_.means2 != nullptr ? 1 : plan_.sums.tile.slots;
+    c.sums2_rows = args_.means2 != nullptr ? 1 : plan_.sums.tile.workers;
     c.values2 = args_.means2 != nullptr ? 1.0 : double(pixels_);
     if (plan_.primary.blocks() > 0) {
       c.da1 = at<T>(plan_.da1);
@@ -247,12 +247,12 @@ class BackwardLaunch {
       job.narrow = narrow;
       f.add(job);
     };
-    const int slots = plan_.sums.tile.slots, workers = plan_.grads.workers;
+    const int sums_workers = plan_.sums.tile.workers, workers = plan_.grads.workers;
     add(plan_.dw1_sums, 0, w1, w1, plan_.primary.dw1_splits, args_.dw1, true);
     add(plan_.dw2_sums, 0, taps, taps, workers, args_.dw2, true);
-    add(plan_.sums2, 0, 2 * ghosts_, ghosts_, slots, args_.dbeta2, false);
-    add(plan_.sums2, ghosts_, 2 * ghosts_, ghosts_, slots, args_.dgamma2, false);
-    add(plan_.slope_sums2, 0, ghosts_, ghosts_, slots, args_.dslopes2, false);
+    add(plan_.sums2, 0, 2 * ghosts_, ghosts_, sums_workers, args_.dbeta2, false);
+    add(plan_.sums2, ghosts_, 2 * ghosts_, ghosts_, sums_workers, args_.dgamma2, false);
+    add(plan_.slope_sums2, 0, ghosts_, ghosts_, sums_workers, args_.dslopes2, false);
     add(plan_.sums1, 0, 2 * m, m, workers, args_.dbeta1, false);
     add(plan_.sums1, m, 2 * m, m, workers, args_.dgamma1, false);
     add(plan_.slope_sums1, 0, m, m, workers, args_.dslopes1, false);

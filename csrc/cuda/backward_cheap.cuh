@@ -12,12 +12,12 @@
 namespace ghost::cuda {
 
 // A box of pixels of a tile, numbered image by image and row by row.
-struct Window {
+struct PixelBox {
   int rows = 0, cols = 0, count = 0;  // count: of all images
   FastDiv by_cols, by_rows, by_count;
 
-  Window() = default;
-  Window(int images, int rows_, int cols_)
+  PixelBox() = default;
+  PixelBox(int images, int rows_, int cols_)
       : rows(rows_),
         cols(cols_),
         count(images * rows_ * cols_),
@@ -25,48 +25,48 @@ struct Window {
         by_rows(rows_),
         by_count(count) {}
 };
-struct Position {
+struct BoxPixel {
   int image, row, col;
 };
-__device__ __forceinline__ Position locate(const Window& window, int index) {
-  Position at;
+__device__ __forceinline__ BoxPixel locate(const PixelBox& box, int index) {
+  BoxPixel at;
   at.col = index;
-  at.row = window.by_cols.split(at.col);
-  at.image = window.by_rows.split(at.row);
+  at.row = box.by_cols.split(at.col);
+  at.image = box.by_rows.split(at.row);
   return at;
 }
 
 // Every step-th position of a window from the first one on, with a division for the first and the
 // step alone.
-struct Walk {
+struct BoxWalk {
   int index, step;
-  Position at, ahead;
+  BoxPixel at, ahead;
 
-  __device__ __forceinline__ Walk(const Window& window, int first, int step_)
-      : index(first), step(step_), at(locate(window, first)), ahead(locate(window, step_)) {}
-  __device__ __forceinline__ void advance(const Window& window) {
+  __device__ __forceinline__ BoxWalk(const PixelBox& box, int first, int step_)
+      : index(first), step(step_), at(locate(box, first)), ahead(locate(box, step_)) {}
+  __device__ __forceinline__ void advance(const PixelBox& box) {
     index += step;
     at.col += ahead.col;
     at.row += ahead.row;
     at.image += ahead.image;
-    if (at.col >= window.cols) {
-      at.col -= window.cols;
+    if (at.col >= box.cols) {
+      at.col -= box.cols;
       ++at.row;
     }
-    if (at.row >= window.rows) {
-      at.row -= window.rows;
+    if (at.row >= box.rows) {
+      at.row -= box.rows;
       ++at.image;
     }
   }
 };
 
 // Where a map of the tile lies in shared memory.
-struct Placement {
+struct SharedMap {
   int image_rows = 0, pitch = 0;  // rows from image to image, pixels from row to row
-  int ld = 0;                     // elements from pixel to pixel
+  int stride = 0;                 // elements from pixel to pixel
 
   __device__ __forceinline__ int offset(int image, int row, int col) const {
-    return ((image * image_rows + row) * pitch + col) * ld;
+    return ((image * image_rows + row) * pitch + col) * stride;
   }
 };
 
@@ -78,15 +78,15 @@ struct StridedMap {
 };
 
 struct CheapParams {
-  CheapTile tile;
+  GradsTile tile;
   int batch = 0, height = 0, width = 0;  // of u
-  int intrinsic = 0, per = 0, out_channels = 0, d = 1;
+  int intrinsic = 0, ghosts_per_map = 0, out_channels = 0, d = 1;
   FastDiv by_vectors, by_pairs;  // 16-byte vectors and pairs of channels of a block
   Act act1 = Act::kNone, act2 = Act::kNone;
   double slope1 = 0, slope2 = 0;
   ParamRef slopes1, slopes2;  // of a PReLU, [m] and [g]
-  Window y, v, inner, v_strips, inner_strips;
-  Placement y_at, grad_at, dy_at;
+  PixelBox y, v, inner, v_strips, inner_strips;
+  SharedMap y_map, grad_map, dy_map;
   StridedMap grad;
   int y_grad_bytes = 0, z_grad_bytes = 0;  // width of aligned copies of grad's two halves, or 0
   const void* u = nullptr;                 // [pixel][u_pitch]
@@ -107,10 +107,10 @@ struct CheapParams {
 };
 
 // A tile's first pixel.
-struct Origin {
-  int n, h, w;
+struct TileOrigin {
+  int n0, h0, w0;
 };
-__device__ __forceinline__ Origin tile_origin(const CheapTile& t, int64_t index) {
+__device__ __forceinline__ TileOrigin tile_origin(const GradsTile& t, int64_t index) {
   const int64_t per_image = int64_t{t.tiles_h} * t.tiles_w;
   const int64_t group = index / per_image;
   const int rest = static_cast<int>(index - group * per_image);
@@ -174,22 +174,21 @@ struct Copier {
 // neighbours are copied in the background: the caller commits and waits.
 template <class T>
 __device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me, int64_t channel,
-                                          int step, int valid, int bytes, const Window& window,
-                                          const Origin& o, const Placement& to, T* shared) {
+                                          int step, int valid, int bytes, const PixelBox& box,
+                                          const TileOrigin& o, const SharedMap& to, T* shared) {
   const T* const base = static_cast<const T*>(p.grad.data) + channel * p.grad.channel;
-  const auto source = [&](const Position& at) {
-    return base + (o.n + at.image) * p.grad.image + (o.h + at.row) * p.grad.row +
-           (o.w + at.col) * p.grad.col;
+  const auto source = [&](const BoxPixel& at) {
+    return base + (o.n0 + at.image) * p.grad.image + (o.h0 + at.row) * p.grad.row +
+           (o.w0 + at.col) * p.grad.col;
   };
   if (bytes > 0) {
     const Copier mine = Copier::of<T>(p);
     if (!mine.active()) return;
     const int c = mine.channel;
-    for (Walk walk(window, mine.group, mine.groups); walk.index < window.count;
-         walk.advance(window)) {
-      const Position& at = walk.at;
+    for (BoxWalk walk(box, mine.group, mine.groups); walk.index < box.count; walk.advance(box)) {
+      const BoxPixel& at = walk.at;
       T* const out = shared + to.offset(at.image, at.row, at.col) + c;
-      const bool wanted = inside(p, o.n + at.image, o.h + at.row, o.w + at.col);
+      const bool wanted = inside(p, o.n0 + at.image, o.h0 + at.row, o.w0 + at.col);
       const T* const in = wanted ? source(at) + c : base;
       if (wanted && c < valid && c + kVector<T> > valid) {
         for (int e = 0; e < kVector<T>; ++e)
@@ -207,7 +206,7 @@ __device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me,
   }
   // Pairs of channels, four of them in flight.
   const int64_t apart = step * p.grad.channel;
-  const int items = window.count * p.by_pairs.divisor;
+  const int items = box.count * p.by_pairs.divisor;
   constexpr int kUnroll = 4;
   for (int first = me.tid; first < items; first += kUnroll * kThreads) {
     T x[kUnroll], y[kUnroll];
@@ -220,15 +219,15 @@ __device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me,
       if (i < items) {
         int pixel = i, pair;
         if (p.grad.pixels_first) {
-          pair = window.by_count.split(pixel) * 2;
+          pair = box.by_count.split(pixel) * 2;
         } else {
           pair = i;
           pixel = p.by_pairs.split(pair);
           pair *= 2;
         }
-        const Position at = locate(window, pixel);
+        const BoxPixel at = locate(box, pixel);
         out[k] = to.offset(at.image, at.row, at.col) + pair;
-        if (inside(p, o.n + at.image, o.h + at.row, o.w + at.col)) {
+        if (inside(p, o.n0 + at.image, o.h0 + at.row, o.w0 + at.col)) {
           const T* const in = source(at) + pair * apart;
           if (pair < valid) x[k] = in[0];
           if (pair + 1 < valid) y[k] = in[apart];
@@ -242,10 +241,10 @@ __device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me,
 }
 
 // How many of the block's channels have a ghost j that is not sliced off: channel c's is output
-// channel m + c * per + j.
+// channel m + c * ghosts_per_map + j.
 __device__ __forceinline__ int ghosts_kept(const CheapParams& p, const Owner& me, int j) {
-  const int left = p.out_channels - p.intrinsic - j;  // c * per < left
-  const int kept = left <= 0 ? 0 : (left + p.per - 1) / p.per;
+  const int left = p.out_channels - p.intrinsic - j;  // c * ghosts_per_map < left
+  const int kept = left <= 0 ? 0 : (left + p.ghosts_per_map - 1) / p.ghosts_per_map;
   const int end = kept < p.intrinsic ? kept : p.intrinsic;
   const int here = end - me.first;
   return here < 0 ? 0 : here < me.channels ? here : me.channels;
@@ -253,13 +252,13 @@ __device__ __forceinline__ int ghosts_kept(const CheapParams& p, const Owner& me
 
 template <class T>
 __device__ __forceinline__ void copy_ghost_grad(const CheapParams& p, const Owner& me, int j,
-                                                const Window& window, const Origin& o,
-                                                const Placement& to, T* shared) {
-  copy_grad<T>(p, me, int64_t{p.intrinsic} + int64_t{me.first} * p.per + j, p.per,
-               ghosts_kept(p, me, j), p.z_grad_bytes, window, o, to, shared);
+                                                const PixelBox& box, const TileOrigin& o,
+                                                const SharedMap& to, T* shared) {
+  copy_grad<T>(p, me, int64_t{p.intrinsic} + int64_t{me.first} * p.ghosts_per_map + j,
+               p.ghosts_per_map, ghosts_kept(p, me, j), p.z_grad_bytes, box, o, to, shared);
 }
 
-// Rows of norm2 [per][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
+// Rows of norm2 [ghosts_per_map][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
 // With batch statistics dv = scale da2 + kDvV v + kDvConst; before, the two have the means of da2
 // and of da2 vhat. A kernel keeps the slopes of a PReLU in a row that it does not need otherwise.
 enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kDvConst = 4, kDvV = 5 };
@@ -269,7 +268,7 @@ inline constexpr int kSlope1 = 3;
 
 // y = act1(bn1(u)) of the window's pixels from pixel-major u, zeros outside the image.
 template <class T>
-__device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, const Origin& o,
+__device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, const TileOrigin& o,
                                        const Accumulator<T>* norm1, T* y) {
   using A = Accumulator<T>;
   constexpr int kUnroll = 2;
@@ -284,15 +283,15 @@ __device__ __forceinline__ void load_y(const CheapParams& p, const Owner& me, co
     scale[e] = norm1[kScale * me.channels + c + e];
     shift[e] = norm1[kShift * me.channels + c + e];
   }
-  for (Walk walk(p.y, mine.group, mine.groups); walk.index < p.y.count;) {
+  for (BoxWalk walk(p.y, mine.group, mine.groups); walk.index < p.y.count;) {
     uint4 raw[kUnroll];
     int out[kUnroll];
     bool pixel[kUnroll];
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k, walk.advance(p.y)) {
-      const int n = o.n + walk.at.image, h = o.h + walk.at.row, w = o.w + walk.at.col;
+      const int n = o.n0 + walk.at.image, h = o.h0 + walk.at.row, w = o.w0 + walk.at.col;
       out[k] =
-          walk.index < p.y.count ? p.y_at.offset(walk.at.image, walk.at.row, walk.at.col) + c : -1;
+          walk.index < p.y.count ? p.y_map.offset(walk.at.image, walk.at.row, walk.at.col) + c : -1;
       pixel[k] = out[k] >= 0 && exists && inside(p, n, h, w);
       raw[k] = uint4{0, 0, 0, 0};
       if (pixel[k])
@@ -332,7 +331,7 @@ __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& m
     A* const out = norm2 + j * kNorm2Rows * me.channels + c;
     Affine<A> f;
     if (me.first + c < p.intrinsic)
-      f = load_affine<A>(p.norm2, int64_t{me.first + c} * p.per + j0 + j);
+      f = load_affine<A>(p.norm2, int64_t{me.first + c} * p.ghosts_per_map + j0 + j);
     out[kScale * me.channels] = f.scale;
     out[kShift * me.channels] = f.shift;
     out[kMean * me.channels] = f.mean;
@@ -342,8 +341,8 @@ __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& m
   }
   const int owned = min_of(p.intrinsic - me.first, me.channels);
   for (int j = 0; j < count; ++j)
-    load_taps(w2 + j * taps * me.channels, p.w2, int64_t{me.first} * p.per + j0 + j, p.per, owned,
-              me.channels, taps, static_cast<const A*>(nullptr));
+    load_taps(w2 + j * taps * me.channels, p.w2, int64_t{me.first} * p.ghosts_per_map + j0 + j,
+              p.ghosts_per_map, owned, me.channels, taps, static_cast<const A*>(nullptr));
 }
 
 // The slopes of a PReLU of ghosts j0 .. j0 + count to a row of norm2. The threads are those that
@@ -357,7 +356,7 @@ __device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Ow
     const int j = i / me.channels, c = i - j * me.channels;
     norm2[(j * kNorm2Rows + row) * me.channels + c] =
         me.first + c < p.intrinsic
-            ? load_param<A>(p.slopes2, int64_t{me.first + c} * p.per + j0 + j)
+            ? load_param<A>(p.slopes2, int64_t{me.first + c} * p.ghosts_per_map + j0 + j)
             : A(0);
   }
 }
@@ -372,7 +371,7 @@ __device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Ow
 // with a PReLU's slopes.
 template <int kSlopes, class T, class Use, class UseSlopes>
 __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner& me, int j,
-                                               const Origin& o, const T* y, const T* grads,
+                                               const TileOrigin& o, const T* y, const T* grads,
                                                int grads_row, int grads_col,
                                                const Accumulator<T>* norm2,
                                                const Accumulator<T>* w2, const Use& use,
@@ -384,14 +383,16 @@ __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner
   const A* const norm = norm2 + me.pair;
 #pragma unroll 1
   for (int item = me.group; item < p.v_strips.count; item += me.groups) {
-    Position at = locate(p.v_strips, item);
+    BoxPixel at = locate(p.v_strips, item);
     at.col *= kStrip;
-    const int offset = p.grad_at.offset(at.image, at.row + grads_row, at.col + grads_col) + me.pair;
+    const int offset =
+        p.grad_map.offset(at.image, at.row + grads_row, at.col + grads_col) + me.pair;
     const int pixels = min_of(p.v.cols - at.col, kStrip);
-    const unsigned in_image = pixels_inside(p, o.n + at.image, o.h + at.row, o.w + at.col, pixels);
+    const unsigned in_image =
+        pixels_inside(p, o.n0 + at.image, o.h0 + at.row, o.w0 + at.col, pixels);
     Strip<A> rows = {};
-    depthwise_window(p.d, y + p.y_at.offset(at.image, at.row, at.col) + me.pair, p.y_at.ld,
-                     p.y_at.pitch * p.y_at.ld, w2 + tap_at(me.pair, 0, p.d * p.d), rows);
+    depthwise_window(p.d, y + p.y_map.offset(at.image, at.row, at.col) + me.pair, p.y_map.stride,
+                     p.y_map.pitch * p.y_map.stride, w2 + tap_at(me.pair, 0, p.d * p.d), rows);
     A scale[2], shift[2], v[kStripValues], da2[kStripValues];
     load_pair(norm + kScale * me.channels, scale);
     load_pair(norm + kShift * me.channels, shift);
@@ -401,7 +402,7 @@ __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner
       const bool pixel = in_image >> i & 1u;
       if (pixel) exists |= channels << (2 * i);
       A g[2] = {0, 0};
-      if (pixel) load_pair(grads + offset + i * p.grad_at.ld, g);
+      if (pixel) load_pair(grads + offset + i * p.grad_map.stride, g);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         v[2 * i + e] = pixel ? rows[i][e] : A(0);

@@ -3,8 +3,8 @@
 //
 //   da2 = dz act2'(bn2(v)),  v = w2 (*) y,  y = act1(bn1(u))
 //   dv  = scale2 (da2 - mean(da2) - vhat mean(da2 vhat))       (frozen statistics: scale2 da2)
-//   dw2[a][b] = sum of dv[h][w] y[h + a - r][w + b - r],  r = d / 2
-//   dy  = grad of y + sum over taps of w2[a][b] dv[h - a + r][w - b + r]
+//   dw2[a][b] = sum of dv[h][w] y[h + a - pad][w + b - pad],  pad = d / 2
+//   dy  = grad of y + sum over taps of w2[a][b] dv[h - a + pad][w - b + pad]
 //   da1 = dy act1'(bn1(u)), and of a PReLU the sums of dy min(bn1(u), 0)
 //
 // What is not wanted (null pointers in CheapParams) is left out: dw2, or dy and all after it.
@@ -32,15 +32,15 @@ __device__ __forceinline__ void add_weight_gradient(const CheapParams& p, const 
     int row = line;
     const int image = p.inner.by_rows.split(row);
     const T* const y_row =
-        y + p.y_at.offset(image, row + p.tile.halo_rows + tap_row, p.tile.halo_cols) + me.pair;
-    const T* const dv_row = dv + p.grad_at.offset(image, row + D / 2, D / 2) + me.pair;
+        y + p.y_map.offset(image, row + p.tile.halo_rows + tap_row, p.tile.halo_cols) + me.pair;
+    const T* const dv_row = dv + p.grad_map.offset(image, row + D / 2, D / 2) + me.pair;
     A window[D][2];
 #pragma unroll
-    for (int b = 0; b < D - 1; ++b) load_pair(y_row + b * p.y_at.ld, window[b]);
+    for (int b = 0; b < D - 1; ++b) load_pair(y_row + b * p.y_map.stride, window[b]);
     for (int col = 0; col < p.inner.cols; ++col) {
       A g[2];
-      load_pair(y_row + (col + D - 1) * p.y_at.ld, window[D - 1]);
-      load_pair(dv_row + col * p.grad_at.ld, g);
+      load_pair(y_row + (col + D - 1) * p.y_map.stride, window[D - 1]);
+      load_pair(dv_row + col * p.grad_map.stride, g);
 #pragma unroll
       for (int b = 0; b < D; ++b) {
         acc[b][0] = prim::fma(g[0], window[b][0], acc[b][0]);
@@ -92,17 +92,18 @@ __device__ __forceinline__ void begin_ghosts(const CheapParams& p, const Owner& 
   prim::sync_threads();
   if (p.batch_stats) {
     const A pixels = static_cast<A>(p.values2);
-    const int64_t ghosts = int64_t{p.intrinsic} * p.per;
+    const int64_t ghosts = int64_t{p.intrinsic} * p.ghosts_per_map;
     const int owned = min_of(p.intrinsic - me.first, me.channels);
     for (int kind = 0; kind < 2; ++kind)
       sum_rows(
-          static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.per + j0,
+          static_cast<const A*>(p.sums2) + kind * ghosts + int64_t{me.first} * p.ghosts_per_map +
+              j0,
           p.sums2_rows, 2 * ghosts, owned * count, reinterpret_cast<A*>(shared + p.tile.combine_at),
           [&](int i, A sum) {
             const int c = i / count, j = i - c * count;
             norm2[(j * kNorm2Rows + kDvConst + kind) * me.channels + c] = sum / pixels;
           },
-          [&](int i) { return i / count * p.per + i % count; });
+          [&](int i) { return i / count * p.ghosts_per_map + i % count; });
     for (int i = me.tid; i < count * me.channels; i += kThreads) {
       const int j = i / me.channels;
       A* const norm = norm2 + j * kNorm2Rows * me.channels + i - j * me.channels;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void end_ghosts(const CheapParams& p, const Owner& me
                                            int worker, bool more, const Accumulator<T>* slots) {
   using A = Accumulator<T>;
   const int taps = p.d * p.d, tap_slots = taps * p.tile.tap_splits * me.channels;
-  const int64_t all_taps = int64_t{p.intrinsic} * p.per * taps;
+  const int64_t all_taps = int64_t{p.intrinsic} * p.ghosts_per_map * taps;
   for (int i = me.tid; i < count * taps * me.channels; i += kThreads) {
     const int jt = i / me.channels, c = i - jt * me.channels;
     const int j = jt / taps, tap = jt - j * taps, a = tap / p.d, b = tap - a * p.d;
@@ -133,7 +134,8 @@ __device__ __forceinline__ void end_ghosts(const CheapParams& p, const Owner& me
     A total = 0;
     for (int q = 0; q < p.tile.tap_splits; ++q) total += slot[(q * p.d + a) * me.channels];
     A& out = static_cast<A*>(
-        p.dw2_sums)[worker * all_taps + (int64_t{me.first + c} * p.per + j0 + j) * taps + tap];
+        p.dw2_sums)[worker * all_taps + (int64_t{me.first + c} * p.ghosts_per_map + j0 + j) * taps +
+                    tap];
     out = more ? out + total : total;
   }
 }
@@ -142,7 +144,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     ghost_backward_grads_kernel(CheapParams p) {
   using A = Accumulator<T>;
-  const int radius = p.d / 2, taps = p.d * p.d;
+  const int pad = p.d / 2, taps = p.d * p.d;
   GHOST_DYN_SHARED(unsigned char, shared);
   T* const y = reinterpret_cast<T*>(shared + p.tile.y_at);
   T* const grads = reinterpret_cast<T*>(shared + p.tile.grad_at);  // dz, then dv in its place
@@ -176,12 +178,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   if (p.act1 == Act::kPReLU && me.active()) store_pair(slope_sums, A(0), A(0));
   const int tap_slots = taps * p.tile.tap_splits * me.channels;  // of a ghost
   // The ring of dv outside the window of v stays zero: there is no pixel.
-  for (int i = me.tid * 2;
-       p.per > 0 && i < p.tile.images * p.grad_at.image_rows * p.grad_at.pitch * p.grad_at.ld;
+  for (int i = me.tid * 2; p.ghosts_per_map > 0 && i < p.tile.images * p.grad_map.image_rows *
+                                                           p.grad_map.pitch * p.grad_map.stride;
        i += 2 * kThreads)
     store_pair(grads + i, A(0), A(0));
-  const bool all_kept = p.tile.ghosts >= p.per;
-  if (p.per > 0 && all_kept) begin_ghosts<T>(p, me, 0, p.per, shared);
+  const bool all_kept = p.tile.ghosts >= p.ghosts_per_map;
+  if (p.ghosts_per_map > 0 && all_kept) begin_ghosts<T>(p, me, 0, p.ghosts_per_map, shared);
   prim::sync_threads();
 
   A scale1[2], shift1[2], mean1[2];
@@ -194,25 +196,25 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   const int valid = p.intrinsic - me.first;
 
   for (int64_t index = worker; index < p.tile.tiles; index += p.tile.workers) {
-    const Origin o = tile_origin(p.tile, index);
-    const Origin v_origin{o.n, o.h - p.tile.halo_rows, o.w - p.tile.halo_cols};
-    const int grads_row = radius - p.tile.halo_rows, grads_col = radius - p.tile.halo_cols;
-    Placement v_place = p.grad_at;  // of the v window inside dv
-    T* const grads_v = grads + v_place.offset(0, grads_row, grads_col);
+    const TileOrigin o = tile_origin(p.tile, index);
+    const TileOrigin v_origin{o.n0, o.h0 - p.tile.halo_rows, o.w0 - p.tile.halo_cols};
+    const int grads_row = pad - p.tile.halo_rows, grads_col = pad - p.tile.halo_cols;
+    SharedMap v_map = p.grad_map;  // of the v window inside dv
+    T* const grads_v = grads + v_map.offset(0, grads_row, grads_col);
     if (wants_dy)
       copy_grad<T>(p, me, me.first, 1, valid < me.channels ? valid : me.channels, p.y_grad_bytes,
-                   p.inner, o, p.dy_at, dy);
-    if (p.per > 0) copy_ghost_grad<T>(p, me, 0, p.v, v_origin, v_place, grads_v);
+                   p.inner, o, p.dy_map, dy);
+    if (p.ghosts_per_map > 0) copy_ghost_grad<T>(p, me, 0, p.v, v_origin, v_map, grads_v);
     prim::cp_async_commit();
-    load_y<T>(p, me, Origin{v_origin.n, v_origin.h - radius, v_origin.w - radius}, norm1, y);
+    load_y<T>(p, me, TileOrigin{v_origin.n0, v_origin.h0 - pad, v_origin.w0 - pad}, norm1, y);
     prim::cp_async_wait<0>();
     prim::sync_threads();
 
     int j = 0;
     do {  // once without ghosts, too: da1 is due all the same
-      if (p.per > 0) {
+      if (p.ghosts_per_map > 0) {
         if (j > 0) {
-          copy_ghost_grad<T>(p, me, j, p.v, v_origin, v_place, grads_v);
+          copy_ghost_grad<T>(p, me, j, p.v, v_origin, v_map, grads_v);
           prim::cp_async_commit();
           prim::cp_async_wait<0>();
           prim::sync_threads();
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
                   const A other = p.batch_stats ? prim::fma(of_v[e], v[k], rest[e]) : A(0);
                   dv[e] = (exists >> k & 1u) ? prim::fma(scale[e], da2[k], other) : A(0);
                 }
-                store_pair(grads + offset + i * p.grad_at.ld, dv[0], dv[1]);
+                store_pair(grads + offset + i * p.grad_map.stride, dv[0], dv[1]);
               }
             },
             [](const A(&)[kStripValues]) {});
@@ -249,22 +251,22 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
           add_weight_gradient<T>(p.d, p, me, y, grads, slots + kept * tap_slots);
       }
 
-      const bool last = j + 1 >= p.per;
+      const bool last = j + 1 >= p.ghosts_per_map;
       for (int item = me.group; wants_dy && me.active() && item < p.inner_strips.count;
            item += me.groups) {
-        Position at = locate(p.inner_strips, item);
+        BoxPixel at = locate(p.inner_strips, item);
         at.col *= kStrip;
-        const int n = o.n + at.image, h = o.h + at.row, w = o.w + at.col;
+        const int n = o.n0 + at.image, h = o.h0 + at.row, w = o.w0 + at.col;
         const int64_t first_pixel = (int64_t{n} * p.height + h) * p.width + w;
-        T* const own = dy + p.dy_at.offset(at.image, at.row, at.col) + me.pair;
+        T* const own = dy + p.dy_map.offset(at.image, at.row, at.col) + me.pair;
         const unsigned exists =  // bit i: pixel i of the strip is in the tile and in the image
             pixels_inside(p, n, h, w, min_of(p.inner.cols - at.col, kStrip));
         A u[kStripValues], g[kStripValues];
-        if (p.per > 0) {
+        if (p.ghosts_per_map > 0) {
           Strip<A> back = {};
           depthwise_window<true>(
-              p.d, grads + p.grad_at.offset(at.image, at.row, at.col) + me.pair, p.grad_at.ld,
-              p.grad_at.pitch * p.grad_at.ld,
+              p.d, grads + p.grad_map.offset(at.image, at.row, at.col) + me.pair, p.grad_map.stride,
+              p.grad_map.pitch * p.grad_map.stride,
               w2 + (all_kept ? j : 0) * taps * me.channels + tap_at(me.pair, 0, taps), back);
 #pragma unroll
           for (int i = 0; i < kStripValues; ++i) g[i] = back[i / 2][i & 1];
@@ -275,14 +277,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
 #pragma unroll
         for (int i = 0; i < kStrip; ++i) {
           A pair[2] = {0, 0};
-          if (exists >> i & 1u) load_pair(own + i * p.dy_at.ld, pair);
+          if (exists >> i & 1u) load_pair(own + i * p.dy_map.stride, pair);
           g[2 * i] += pair[0];
           g[2 * i + 1] += pair[1];
         }
         if (!last) {
 #pragma unroll
           for (int i = 0; i < kStrip; ++i)
-            if (exists >> i & 1u) store_pair(own + i * p.dy_at.ld, g[2 * i], g[2 * i + 1]);
+            if (exists >> i & 1u) store_pair(own + i * p.dy_map.stride, g[2 * i], g[2 * i + 1]);
           continue;
         }
 #pragma unroll
@@ -331,10 +333,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
         if (p.dw2_sums != nullptr) end_ghosts<T>(p, me, j, 1, worker, index > worker, slots);
         prim::sync_threads();
       }
-    } while (++j < p.per);
+    } while (++j < p.ghosts_per_map);
   }
 
-  if (all_kept && p.dw2_sums != nullptr) end_ghosts<T>(p, me, 0, p.per, worker, false, slots);
+  if (all_kept && p.dw2_sums != nullptr)
+    end_ghosts<T>(p, me, 0, p.ghosts_per_map, worker, false, slots);
   if (!wants_dy) return;
   // da1's sums, over the threads that share a pair of channels.
   prim::sync_threads();

@@ -34,7 +34,7 @@ struct BackwardSums {
   namespace ghost::cuda {                                                                   \
   template <>                                                                               \
   cudaError_t BackwardKernels<T>::grads(const CheapParams& params, cudaStream_t stream) {   \
-    const CheapTile& t = params.tile;                                                       \
+    const GradsTile& t = params.tile;                                                       \
     const unsigned blocks = unsigned(t.workers) * unsigned(t.channel_blocks);               \
     return GHOST_LAUNCH((ghost_backward_grads_kernel<T>), dim3(blocks), dim3(kThreads),     \
                         size_t(t.smem_bytes), stream, params);                              \

@@ -30,18 +30,18 @@ struct SumsParams {
 // u as it was given to pixel-major rows, for the block's channels and the tile's own pixels.
 template <Layout kLayout, class T>
 __device__ __forceinline__ void copy_given_u(const SumsParams<T>& params, const Owner& me,
-                                             const Origin& o, const Tile& tile) {
+                                             const TileOrigin& o, const Tile& tile) {
   const CheapParams& p = params.cheap;
   const T* const u = params.intrinsic.in.x;
   const int64_t plane = int64_t{p.height} * p.width;
   for (int i = me.tid; i < p.inner.count * p.by_pairs.divisor; i += kThreads) {
     int pair = i;
-    const Position at = locate(p.inner, p.by_pairs.split(pair));
+    const BoxPixel at = locate(p.inner, p.by_pairs.split(pair));
     const int c = me.first + 2 * pair;
     if (c >= params.u_pitch || at.image >= tile.images || at.row >= tile.rows ||
         at.col >= tile.cols)
       continue;
-    const int64_t n = o.n + at.image, hw = int64_t{o.h + at.row} * p.width + o.w + at.col;
+    const int64_t n = o.n0 + at.image, hw = int64_t{o.h0 + at.row} * p.width + o.w0 + at.col;
     const bool nhwc = kLayout == Layout::kNHWC;
     const T* const in =
         nhwc ? u + (n * plane + hw) * p.intrinsic + c : u + (n * p.intrinsic + c) * plane + hw;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
   const Place place(t, params.maps);
   const Owner me(p, place.c0);
   const Tile tile = locate_tile(t, params.maps, prim::opaque(index));
-  const Origin o{static_cast<int>(tile.n0), tile.h0, tile.w0};
+  const TileOrigin o{static_cast<int>(tile.n0), tile.h0, tile.w0};
   const A* const taps = reinterpret_cast<const A*>(shared + t.taps_at);
   const A* const norm2 = reinterpret_cast<const A*>(shared + params.tile.norm2_at);
   const T* const y = reinterpret_cast<const T*>(shared + t.y_at);
@@ -118,7 +118,7 @@ __device__ __forceinline__ void add_sums(const SumsParams<T>& params, int index,
     const int j = prim::opaque(place.ghost0 + k);
     if (k > 0) {
       prim::sync_threads();
-      copy_ghost_grad<T>(p, me, j, p.v, o, p.grad_at, grads);
+      copy_ghost_grad<T>(p, me, j, p.v, o, p.grad_map, grads);
       prim::cp_async_commit();
     }
     prim::cp_async_wait<0>();
@@ -183,22 +183,22 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   }
 
 #pragma unroll 1
-  for (int index = Place(t, params.maps).slot; index < int(t.tiles); index += t.slots) {
+  for (int index = Place(t, params.maps).worker; index < int(t.tiles); index += t.workers) {
     const Place place(t, params.maps);
     const Tile tile = locate_tile(t, params.maps, prim::opaque(index));
     prim::sync_threads();  // the tile before is done with its gradients
     {
       const Owner me(p, place.c0);
-      const Origin o{static_cast<int>(tile.n0), tile.h0, tile.w0};
+      const TileOrigin o{static_cast<int>(tile.n0), tile.h0, tile.w0};
       if (place.ghosts > 0)
-        copy_ghost_grad<T>(p, me, place.ghost0, p.v, o, p.grad_at,
+        copy_ghost_grad<T>(p, me, place.ghost0, p.v, o, p.grad_map,
                            reinterpret_cast<T*>(shared + params.tile.grad_at));
       prim::cp_async_commit();
       if (params.intrinsic.in.w1 == nullptr && params.u_rows != nullptr && place.writes_y)
         copy_given_u<kLayout, T>(params, me, o, tile);
     }
     make_y_tile<P, kLayout, kScope, kChannels, 4>(t, params.maps, params.intrinsic, tile, place,
-                                                  index < t.slots, 0, shared,
+                                                  index < t.workers, 0, shared,
                                                   KeepRows<T>(params, tile, place));
     add_sums(params, index, shared);
   }
@@ -207,14 +207,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   const Place place(t, params.maps);
   const Owner me(p, place.c0);
   const int slot_count = me.groups * me.channels;
-  const int64_t ghosts = int64_t{p.intrinsic} * p.per;
+  const int64_t ghosts = int64_t{p.intrinsic} * p.ghosts_per_map;
   for (int i = me.tid; i < place.ghosts * 2 * me.channels; i += kThreads) {
     const int row = i / me.channels, c = i - row * me.channels;  // row: ghost, then kind of sum
     if (c >= place.valid) continue;
     A total = 0;
     for (int g = 0; g < me.groups; ++g) total += slots[row * slot_count + g * me.channels + c];
-    static_cast<A*>(p.sums2)[(int64_t{place.slot} * 2 + (row & 1)) * ghosts +
-                             int64_t{me.first + c} * p.per + place.ghost0 + row / 2] = total;
+    static_cast<A*>(p.sums2)[(int64_t{place.worker} * 2 + (row & 1)) * ghosts +
+                             int64_t{me.first + c} * p.ghosts_per_map + place.ghost0 + row / 2] =
+        total;
   }
   if (p.slope_sums2 == nullptr) return;
 #pragma unroll 1
@@ -225,8 +226,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
 #pragma unroll 1
     for (int g = 0; g < me.groups; ++g)
       total += slope_slots(params, shared)[k * slot_count + g * me.channels + c];
-    static_cast<A*>(
-        p.slope_sums2)[place.slot * ghosts + int64_t{me.first + c} * p.per + place.ghost0 + k] =
+    static_cast<A*>(p.slope_sums2)[place.worker * ghosts +
+                                   int64_t{me.first + c} * p.ghosts_per_map + place.ghost0 + k] =
         total;
   }
 }

@@ -16,8 +16,8 @@ struct CheapStatsParams {
   Maps maps;
   WindowGrid windows;
   Intrinsic<T> intrinsic;
-  ParamRef w2;                        // [m * (ratio - 1), d, d]
-  Partials<Accumulator<T>> partials;  // splits = tile.slots
+  ParamRef w2;                        // [g, d, d]
+  Partials<Accumulator<T>> partials;  // splits = tile.workers
 };
 
 // Sums of ghost j and thread i's pair of channels, in shared memory: shifts [j][2 i + {0, 1}], then
@@ -87,7 +87,7 @@ __device__ __forceinline__ void add_tile(const CheapStatsParams<T>& params, int 
           n += count * rows;
           moments.store(mine, sums);
         });
-    if (index < t.slots) {
+    if (index < t.workers) {
       ShiftedSums<A> sums[2];
       moments.load(mine, sums);
 #pragma unroll
@@ -110,35 +110,36 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
   const Moments<A> moments(t, shared);
   {
     const Place place(t, p);
-    const int step = p.ratio - 1, taps_count = p.d * p.d;
-    const int64_t first_ghost = int64_t(place.c0) * step + place.ghost0;
+    const int ghosts_per_map = p.ghosts_per_map(), taps_count = p.d * p.d;
+    const int64_t first_ghost = int64_t(place.c0) * ghosts_per_map + place.ghost0;
     A* taps = reinterpret_cast<A*>(shared + t.taps_at);
     moments.count[threadIdx.x] = A(0);
-    load_intrinsic(t, place, params.intrinsic, place.slot == 0 && place.writes_y, shared);
+    load_intrinsic(t, place, params.intrinsic, place.worker == 0 && place.writes_y, shared);
     for (int j = 0; j < place.ghosts; ++j) {
-      load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, step, place.valid,
-                t.channels, taps_count, static_cast<const A*>(nullptr));
+      load_taps(taps + j * taps_count * t.channels, params.w2, first_ghost + j, ghosts_per_map,
+                place.valid, t.channels, taps_count, static_cast<const A*>(nullptr));
       const int mine = 2 * (j * kThreads + int(threadIdx.x));
       moments.store(mine, {});
     }
   }
 
 #pragma unroll 1
-  for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
+  for (int index = Place(t, p).worker; index < int(t.tiles); index += t.workers) {
     make_y_tile<P, kLayout, kScope, kChannels, 8>(t, p, params.intrinsic, index, 0, shared);
     add_tile<kWindowRows<T>>(params, index, shared);
   }
 
   const Place place(t, p);
   const StripOwner own(place.valid);
-  const int step = p.ratio - 1;
+  const int ghosts_per_map = p.ghosts_per_map();
   const A seen = moments.count[threadIdx.x];
   prim::sync_threads();
   if (own.slot < own.slots && own.pair == 0) moments.count[own.slot] = seen;
   prim::sync_threads();
 #pragma unroll 1
   for (int j = 0; j < place.ghosts; ++j)
-    write_partials(params.partials, place.slot, int64_t(place.c0) * step + place.ghost0 + j, step,
+    write_partials(params.partials, place.worker,
+                   int64_t(place.c0) * ghosts_per_map + place.ghost0 + j, ghosts_per_map,
                    place.valid, place.c0 == 0 && place.ghost0 == 0 && j == 0, own.slots,
                    moments.count, moments.shift + j * 2 * kThreads, moments.sum + j * 2 * kThreads,
                    moments.squares + j * 2 * kThreads, 2 * own.pairs);

@@ -28,16 +28,16 @@ struct Intrinsic {
 // these numbers and all that is computed from them would take the registers that the phases need.
 struct Place {
   int c0, valid;       // intrinsic channels [c0, c0 + valid)
-  int ghost0, ghosts;  // of each channel's ratio - 1 ghost maps
-  int slot;            // tiles slot, slot + t.slots, ...
+  int ghost0, ghosts;  // of each channel's ghosts_per_map() ghost maps
+  int worker;          // tiles worker, worker + t.workers, ...
   bool writes_y;       // one block of those that share channels and tiles
 
   __device__ __forceinline__ Place(const CudaTile& t, const Maps& p) {
     c0 = prim::opaque(int(blockIdx.x)) * t.channels;
     valid = min_of(t.channels, p.m - c0);
     ghost0 = prim::opaque(int(blockIdx.y)) * t.ghosts;
-    ghosts = min_of(t.ghosts, p.ratio - 1 - ghost0);
-    slot = prim::opaque(int(blockIdx.z));
+    ghosts = min_of(t.ghosts, p.ghosts_per_map() - ghost0);
+    worker = prim::opaque(int(blockIdx.z));
     writes_y = ghost0 == 0;
   }
 };
@@ -163,7 +163,7 @@ __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,
                                             int out_channels, unsigned char* shared) {
   const Place place(t, p);
   make_y_tile<P, kLayout, kScope, kChannels, kTiles, kGated>(
-      t, p, in, locate_tile(t, p, prim::opaque(index)), place, index < t.slots, out_channels,
+      t, p, in, locate_tile(t, p, prim::opaque(index)), place, index < t.workers, out_channels,
       shared);
 }
 

@@ -38,13 +38,13 @@ struct ForwardArgs {
   const void* x = nullptr;        // [N, C, H, W] dense in problem.layout; u if w1 is null
   const void* w1 = nullptr;       // [m, C]
   const void* in_gate = nullptr;  // [N, C] of x's dtype, multiplied to x, or null
-  NormArgs norm1, norm2;          // of m and of m * (ratio - 1) channels
-  ParamRef w2;                    // [m * (ratio - 1), d, d]
-  ParamRef slopes1, slopes2;      // of a PReLU, [m] and [m * (ratio - 1)]
+  NormArgs norm1, norm2;          // of m and of g channels
+  ParamRef w2;                    // [g, d, d]
+  ParamRef slopes1, slopes2;      // of a PReLU, [m] and [g]
   const void* residual = nullptr;  // like out
   const void* gate = nullptr;      // [N, oup, problem.gate_height, problem.gate_width], or null
   void* out = nullptr;             // apply: [N, oup, Ho, Wo]; primary statistics: u or null
-  PartialsRef partials;            // statistics: splits = plan.tile.slots
+  PartialsRef partials;            // statistics: splits = plan.tile.workers
 };
 
 cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream);

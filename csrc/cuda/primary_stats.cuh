@@ -18,7 +18,7 @@ struct PrimaryStatsParams {
   Maps maps;
   Primary<T> in;                      // w1 null: x is u
   Output<T> u;                        // out null: u is not kept
-  Partials<Accumulator<T>> partials;  // splits = tile.slots
+  Partials<Accumulator<T>> partials;  // splits = tile.workers
 };
 
 // The sums that a thread keeps from tile to tile: of its columns of the product, or with u given of
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
   ColumnSums<A, Grid::kTilesN> sums;
 
 #pragma unroll 1
-  for (int index = Place(t, p).slot; index < int(t.tiles); index += t.slots) {
+  for (int index = Place(t, p).worker; index < int(t.tiles); index += t.workers) {
     const Place place(t, p);
     const Tile tile = locate_tile(t, p, prim::opaque(index));
     const int sources = tile.sources();
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
       add_given(u, t, place.valid, sources, source, sums);
     } else {
       primary_product<P, kLayout, kDirect, Grid, false>(
-          t, p, params.in, tile, place.c0, index < t.slots, shared,
+          t, p, params.in, tile, place.c0, index < t.workers, shared,
           [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
             constexpr int kRows = Grid::kTilesM * 2;
             int count = 0;  // rows rise with i: the wanted ones come first
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
           });
       prim::sync_threads();
     }
-    if (index < t.slots) sums.each([&](int, int, auto& sum) { sum.center(A(sums.seen)); });
+    if (index < t.workers) sums.each([&](int, int, auto& sum) { sum.center(A(sums.seen)); });
     if (keeps) {
       const BlockMaps<T> maps{u, t.y_stride, place.valid, true, place.c0, 1, 1};
       const BlockMaps<T> none{u, t.y_stride, 0, true, 0, 1, 1};
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     for (int nt = 0; nt < Grid::kTilesN; ++nt) keep(row * stride + Grid::col(nt), sums.at[nt]);
   }
   prim::sync_threads();
-  write_partials(params.partials, place.slot, place.c0, 1, place.valid, place.c0 == 0, slots,
+  write_partials(params.partials, place.worker, place.c0, 1, place.valid, place.c0 == 0, slots,
                  counts, shifts, shifts + all, shifts + 2 * all, stride);
 }
 

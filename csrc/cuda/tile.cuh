@@ -32,6 +32,8 @@ struct Maps {
   int32_t m = 0, out_channels = 0, ratio = 2, d = 3;
   int32_t h = 0, w = 0;
   FastDiv by_image, by_row;
+
+  __host__ __device__ __forceinline__ int ghosts_per_map() const { return ratio - 1; }
 };
 
 // One tile: n0 its first image, [h0, h0 + rows) x [w0, w0 + cols) its own pixels, [src_h, src_h +

@@ -76,7 +76,7 @@ inline Maps maps_of(const Problem& p, const CudaTile& t) {
 // Blocks that differ only in their channels are neighbours in the grid: they run at the same time
 // and find x in L2.
 inline dim3 grid_of(const CudaTile& t) {
-  return dim3(unsigned(t.channel_blocks), unsigned(t.ghost_blocks), unsigned(t.slots));
+  return dim3(unsigned(t.channel_blocks), unsigned(t.ghost_blocks), unsigned(t.workers));
 }
 
 template <class T>

@@ -32,7 +32,7 @@ py::dict describe(const char* kernel, const ghost::CudaPlan& plan) {
 }
 
 py::dict describe_backward(const ghost::BackwardPlan& plan) {
-  const ghost::CheapTile& g = plan.grads;
+  const ghost::GradsTile& g = plan.grads;
   const ghost::PrimaryGradPlan& q = plan.primary;
   return py::dict(
       "launches"_a = plan.launches, "stores_u"_a = plan.stores_u,

@@ -141,7 +141,7 @@ inline void check_primary(const Tensor& w1, const Tensor& x, const Problem& p) {
   STD_TORCH_CHECK(dtype_of(w1, "w1") == p.dtype, "w1 must have the dtype of x");
 }
 
-// Cheap weights [m * (ratio - 1), 1, d, d] of x's dtype; sets ratio and dw_size.
+// Cheap weights [g, 1, d, d] of x's dtype; sets ratio and dw_size.
 inline void set_cheap(Problem& p, const Tensor& w2, const Tensor& x) {
   check_device(w2, x, "w2");
   STD_TORCH_CHECK(w2.dim() == 4 && w2.size(1) == 1 && w2.size(2) == w2.size(3),

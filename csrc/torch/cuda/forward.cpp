@@ -108,17 +108,13 @@ void set_plan(ForwardArgs& args, CudaKernel kernel, const DeviceScope& scope) {
   if (kernel == CudaKernel::kApply) args.pipelined = choose_pipelined(args.problem, scope.arch());
 }
 
-Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packed,
-             const OptionalTensor& residual, const OptionalTensor& gate, int64_t intrinsic,
-             int64_t out_channels, int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1,
-             double slope1, int64_t act2, double slope2, bool has_primary) {
-  Problem p = problem_of(x);
-  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
-            has_primary);
+// ghost_apply and ghost_apply_gated, with the numeric arguments of the operator in p.
+Tensor apply(Problem p, const Tensor& x, const OptionalTensor& in_gate, const Tensor& packed,
+             const OptionalTensor& residual, const OptionalTensor& gate) {
   check_sizes(p);
   const DeviceScope scope(x);
   const int64_t H = p.out_height(), W = p.out_width();
-  Tensor out = empty_like_device(x, {p.batch, out_channels, H, W}, x.scalar_type(), p.layout);
+  Tensor out = empty_like_device(x, {p.batch, p.out_channels, H, W}, x.scalar_type(), p.layout);
   Tensor res, factor;
   if (residual) {
     check_device(*residual, x, "residual");
@@ -134,7 +130,7 @@ Tensor apply(const Tensor& x, const OptionalTensor& in_gate, const Tensor& packe
   Tensor in_factor;
   if (in_gate) {
     check_device(*in_gate, x, "in_gate");
-    STD_TORCH_CHECK(has_primary && stride == 1,
+    STD_TORCH_CHECK(p.has_primary && p.stride == 1,
                     "in_gate needs a primary convolution of stride 1, which reads x");
     STD_TORCH_CHECK(in_gate->dim() == 2 && in_gate->size(0) == p.batch &&
                         in_gate->size(1) == p.channels && in_gate->scalar_type() == x.scalar_type(),
@@ -161,8 +157,10 @@ Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& 
                    const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
                    int64_t ratio, int64_t dw_size, int64_t stride, int64_t act1, double slope1,
                    int64_t act2, double slope2, bool has_primary) {
-  return apply(x, std::nullopt, packed, residual, gate, intrinsic, out_channels, ratio, dw_size,
-               stride, act1, slope1, act2, slope2, has_primary);
+  Problem p = problem_of(x);
+  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
+            has_primary);
+  return apply(p, x, std::nullopt, packed, residual, gate);
 }
 
 // The mean over the pixels of a 1x1 convolution with its batch norm and activation: a Ghost module
@@ -195,8 +193,10 @@ Tensor ghost_apply_gated(const Tensor& x, const Tensor& in_gate, const Tensor& p
                          int64_t intrinsic, int64_t out_channels, int64_t ratio, int64_t dw_size,
                          int64_t stride, int64_t act1, double slope1, int64_t act2, double slope2,
                          bool has_primary) {
-  return apply(x, in_gate, packed, residual, gate, intrinsic, out_channels, ratio, dw_size, stride,
-               act1, slope1, act2, slope2, has_primary);
+  Problem p = problem_of(x);
+  set_apply(p, intrinsic, out_channels, ratio, dw_size, stride, act1, slope1, act2, slope2,
+            has_primary);
+  return apply(p, x, in_gate, packed, residual, gate);
 }
 
 // The combined statistics of a pass as two tensors of the compute type.
@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor> combined(const Tensor& like, const PartialsRef& parti
 PartialsBuffer primary_pass(ForwardArgs args, const Tensor& x, void* u, const DeviceScope& scope) {
   const Problem& p = args.problem;
   set_plan(args, u ? CudaKernel::kPrimaryStatsKeep : CudaKernel::kPrimaryStats, scope);
-  PartialsBuffer partials = make_partials(x, p.dtype, p.intrinsic, args.plan.tile.slots);
+  PartialsBuffer partials = make_partials(x, p.dtype, p.intrinsic, args.plan.tile.workers);
   args.out = u;
   args.partials = partials.ref;
   check_launch(launch_ghost_primary_stats(args, scope.stream()), "ghost_primary_stats");
@@ -224,7 +224,7 @@ PartialsBuffer primary_pass(ForwardArgs args, const Tensor& x, void* u, const De
 PartialsBuffer cheap_pass(ForwardArgs args, const Tensor& x, const DeviceScope& scope) {
   const Problem& p = args.problem;
   set_plan(args, CudaKernel::kCheapStats, scope);
-  PartialsBuffer partials = make_partials(x, p.dtype, p.ghosts(), args.plan.tile.slots);
+  PartialsBuffer partials = make_partials(x, p.dtype, p.ghosts(), args.plan.tile.workers);
   args.partials = partials.ref;
   check_launch(launch_ghost_cheap_stats(args, scope.stream()), "ghost_cheap_stats");
   return partials;
