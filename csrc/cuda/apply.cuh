@@ -1,14 +1,16 @@
-// out = concat(y, z)[:, :oup] (* gate) (+ residual) in one pass over x:
-//   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y)),  with x * in_gate in the place of x if there
-//   is one
+// ghost_apply in one pass over x:
 //
-// Block: 256 threads; one block of intrinsic channels with their ghosts; tile after tile of pixels.
-// Warps share the product as tiles of mma, 16-bit NHWC maps straight from global memory to
-// registers (product.cuh); for the depthwise part a thread owns a pair of channels and strips of 7
-// pixels, two rows of them for 16-bit types; stores run through shared memory so that a warp writes
-// whole neighbouring vectors of both halves of the concatenation. Binding resource: DRAM bandwidth
-// (x once, out once; the halo of y is recomputed, x's comes from L2). Phases of one block follow
-// each other, several blocks a multiprocessor overlap.
+//   y   = act1(bn1(w1 * x))                  x: times in_gate, if there is one
+//   z   = act2(bn2(w2 (*) y))
+//   out = concat(y, z)[:, :oup]              times gate, plus residual, if there are any
+//
+// Tile map: a block of 256 threads owns one block of intrinsic channels with their ghosts and takes
+// tile after tile of pixels. Product: the warps share it as tiles of mma; 16-bit NHWC maps go
+// straight from global memory to registers (product.cuh). Depthwise: a thread owns a pair of
+// channels and strips of 7 pixels, two rows of them for 16-bit types. Stores: through shared
+// memory, so that a warp writes whole neighbouring vectors of both halves of the concatenation.
+// Binding resource: DRAM bandwidth (x once, out once; the halo of y is recomputed from x in L2).
+// The phases of a block follow each other; the blocks of a multiprocessor overlap theirs.
 #pragma once
 
 #include "cuda/forward.cuh"
@@ -31,8 +33,8 @@ struct ApplyParams {
 
 inline constexpr int kLeanSize = 3;  // d of a lean instance
 
-// Scales, shifts, slopes and taps of the block's channels into shared memory. The second batch
-// norm's scale goes into the taps, its shift is where the sums begin.
+// Scales, shifts, slopes and taps of the block's channels into shared memory. The scale of batch
+// norm 2 is multiplied into the taps; its shift is the start value of the depthwise sums.
 template <Scope kScope, class T>
 __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& params,
                                                       unsigned char* shared) {
@@ -75,7 +77,7 @@ __device__ __forceinline__ void load_apply_parameters(const ApplyParams<T>& para
   }
 }
 
-// z of a tile from its y, into shared memory; a thread makes strips of kRows rows.
+// z of a tile from its y, into shared memory. A thread computes strips of kRows rows.
 template <Scope kScope, class T>
 __device__ __forceinline__ void make_z_tile(const ApplyParams<T>& params, int index,
                                             unsigned char* shared) {
@@ -164,7 +166,7 @@ __device__ __forceinline__ void store_apply_tile(const ApplyParams<T>& params, i
 }
 
 // Means of y over the pixels of a tile's images, to the output [n, m]. A thread takes one channel
-// of one image; neighbouring threads neighbouring channels.
+// of one image; neighbouring threads take neighbouring channels.
 template <class T>
 __device__ __forceinline__ void pool_tile(const ApplyParams<T>& params, int index,
                                           unsigned char* shared) {

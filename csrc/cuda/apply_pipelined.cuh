@@ -1,21 +1,24 @@
-// out = concat(y, z)[:, :oup] in one pass over x, as apply.cuh, for sm_90 and later:
-//   y = act1(bn1(w1 * x)),  z = act2(bn2(w2 (*) y))
+// ghost_apply in one pass over x with bulk copies, for sm_90 and later; apply.cuh otherwise:
 //
-// Block: 256 threads, all intrinsic channels with their ghosts, tile after tile of pixels. A tile
-// is a band of rows across the full width, or whole images: its pixels with the halo rows are one
-// run of x, its output is one run of out. One thread copies them in bulk between global and shared
-// memory, x `stages` tiles ahead, out one tile behind. Where the y of a pixel lies follows from its
-// number q in the run, by a table that serves all tiles.
+//   y   = act1(bn1(w1 * x))
+//   z   = act2(bn2(w2 (*) y))
+//   out = concat(y, z)[:, :oup]
+//
+// Tile map: a block of 256 threads owns all intrinsic channels with their ghosts and takes tile
+// after tile of pixels. A tile is a band of rows across the full width, or whole images: its pixels
+// with the halo rows are one run of x, its output is one run of out. One thread copies them in bulk
+// between global and shared memory, x `stages` tiles ahead, out one tile behind. A table that
+// serves all tiles maps the number q of a pixel in the run to its position in the y tile.
 //   product   a warp takes 32 pixels x 32 channels at a time: mma of 16 channels x 8 pixels, both
 //             operands as 16 bytes of a lane from shared memory. Results go to the y tile, and
 //             those of the tile's own pixels to the output stage.
 //   depthwise as in depthwise.cuh; results go to the output stage.
 // Two barriers a tile: before the depthwise part (the y tile is complete, the stage of x is free)
 // and after it (the output stage is complete, the y tile is free). A block takes neighbouring
-// tiles: a band finds its first rows of y in the last ones of the band above, and moves them, which
-// takes a third barrier.
+// tiles: the first rows of y of a band are the last ones of the band above, and are moved, not
+// recomputed; this takes a third barrier.
 //
-// Binding resource: DRAM bandwidth, or the issue of instructions, half of which are the products of
+// Binding resource: DRAM bandwidth, or the issue slots, half of which go to the multiply-adds of
 // the depthwise part.
 #pragma once
 
@@ -38,7 +41,7 @@ __device__ __forceinline__ int swap_bits(int v, int with) {
   return v ^ different ^ (different << with);
 }
 
-// The tiles of a block, one after the other: neighbours, so that a band may follow the band above.
+// The tiles of a block in order. They are neighbours, so that a band may follow the band above.
 struct TileCursor {
   int index, h0;
   int64_t n0;
@@ -57,7 +60,7 @@ struct TileCursor {
     h0 = 0;
     n0 += t.images;
   }
-  // Of a carried tile the source rows are those below the rows of y that the band above has.
+  // The source rows of a carried tile begin below the rows of y that the band above computed.
   __device__ __forceinline__ Tile tile(const CudaTile& t, const Maps& p) const {
     const int64_t left = p.n - n0;
     Tile r;
@@ -74,8 +77,8 @@ struct TileCursor {
 };
 
 // The y tile is [channel pair][position][2]: the strips of depthwise.cuh read neighbouring words.
-// Zeros in its rows that lie above and below the image; what is beside the image is never written
-// after the block's begin.
+// Writes zeros to its rows above and below the image. The positions left and right of the image are
+// cleared once, when the block starts, and never written again.
 template <class T>
 __device__ __forceinline__ void clear_outer_rows(T* y, const CudaTile& t, const Maps& p,
                                                  int pair_stride, const Tile& tile) {
@@ -92,8 +95,8 @@ __device__ __forceinline__ void clear_outer_rows(T* y, const CudaTile& t, const 
   }
 }
 
-// Moves the last rows of y of the band above to the first ones of the tile, and copies those that
-// are the tile's own to the output stage. A band has as many rows as are carried, or more.
+// Moves the last 2 * halo rows of y of the band above to the first rows of the tile, and copies
+// those that are the tile's own to the output stage. A band has at least 2 * halo rows.
 template <class T>
 __device__ __forceinline__ void carry_rows(T* y, const CudaTile& t, const Maps& p, int pair_stride,
                                            const Tile& tile, const StripOwner& own, T* out) {
@@ -141,7 +144,7 @@ __device__ __forceinline__ void make_pipelined_y(const PipelinedParams<T>& param
   const int lane = int(prim::lane()), swap = params.plan.pixel_swap, first_k = (lane & 3) * 8;
   const int read_pixel = prim::opaque(swap_bits(lane >> 2, swap));
   const int own_pixel = prim::opaque(swap_bits((lane & 3) * 2, swap));
-  const int next_pixel = prim::opaque(1 << swap);  // from an own one to the lane's other one
+  const int next_pixel = prim::opaque(1 << swap);  // distance of the lane's two pixels
   const int row_blocks = ceil_div(t.channels, 16), groups = ceil_div(t.channels, 16 * kN);
   const int sources = tile.sources();
   const uint32_t inners = uint32_t(tile.inners());
@@ -182,8 +185,8 @@ __device__ __forceinline__ void make_pipelined_y(const PipelinedParams<T>& param
       weights += row_blocks * kBlockBytes;
     }
 
-    // Values of a lane: [mt][nt][pixel of two][channel of two]. Those of channels past the last are
-    // anything, and stored nowhere.
+    // Values of a lane: [mt][nt][pixel of two][channel of two]. Values of channels past the last
+    // are undefined and never stored.
     const int c0 = block * 16 + (lane >> 2) * 2;
     float v[kM * kN * 4];
 #pragma unroll
@@ -200,8 +203,8 @@ __device__ __forceinline__ void make_pipelined_y(const PipelinedParams<T>& param
     activate_pairs<T, !kFast>(
         params.apply.intrinsic.act.act,
         [&](int i) { return slope[c0 + i / 4 % kN * 16 + (i & 1)]; }, v, pairs);
-    // Pixels past the last one go to the last position, and those that are not the tile's own to
-    // the pixel behind these: no result depends on either.
+    // Pixels past the last one are stored to the last position of y, and pixels of the halo to one
+    // extra pixel of the output stage: nothing reads either place.
     int y_to[kM * 2], out_to[kM * 2];  // bytes
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -388,8 +391,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     prim::trap();
 }
 
-// Launches the kernel; cudaErrorNotSupported if it cannot serve these addresses, or if the library
-// has it for this device only as code of an older architecture.
+// Launches the kernel. Returns cudaErrorNotSupported if x or out is not aligned to 16 bytes, or if
+// the library has only code of an architecture before sm_90 for this device.
 template <class T>
 cudaError_t launch_pipelined(const ForwardArgs& args, cudaStream_t stream) {
   const CudaPlan& base = args.pipelined.base;

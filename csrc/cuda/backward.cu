@@ -1,4 +1,4 @@
-// The four launches of the backward pass: from plain data to typed kernel parameters.
+// The four launches of the backward pass (backward.h): from plain data to typed kernel parameters.
 #include "cuda/backward.h"
 
 #include <cstdlib>
@@ -20,7 +20,7 @@ class BackwardLaunch {
   int64_t height_, width_, pixels_, ghosts_;
   int ghosts_per_map_, dw_size_;
   unsigned char* scratch_;
-  // u, pixel-major, and the elements from row to row of it and of da1
+  // u [pixel][u_pitch_]; rows of da1 are da1_pitch_ elements apart
   const T* u_rows_;
   int64_t u_pitch_, da1_pitch_;
 
@@ -58,10 +58,10 @@ class BackwardLaunch {
   U* at(int64_t section) const {
     return reinterpret_cast<U*>(scratch_ + section);
   }
-  // u as the caller has it, or null.
+  // The caller's u [N, m, Ho, Wo], or null.
   const void* given_u() const { return p_.has_primary ? args_.u : args_.x; }
 
-  // What the two depthwise launches share.
+  // Parameters common to the two depthwise launches (sums, grads).
   CheapParams cheap_params(int channels) const {
     CheapParams c;
     c.batch = int(p_.batch);
@@ -91,7 +91,7 @@ class BackwardLaunch {
     c.grad.col = s[3];
     c.grad.pixels_first = std::abs(s[3]) < std::abs(s[1]);
     c.y_grad_bytes = grad_bytes(0);
-    // Ghosts of neighbouring channels are neighbours only where there is one a channel.
+    // Ghosts of neighbouring channels are neighbours only if there is one ghost per map.
     c.z_grad_bytes = ghosts_per_map_ == 1 ? grad_bytes(p_.intrinsic) : 0;
     return c;
   }
@@ -111,8 +111,8 @@ class BackwardLaunch {
     }
     return 0;
   }
-  // Elements from pixel to pixel of gradients in shared memory: 16-byte copies want them aligned,
-  // else an odd number of words keeps neighbouring pixels in different banks.
+  // Elements from pixel to pixel of gradients in shared memory: aligned for 16-byte copies, else an
+  // odd number of words, which keeps neighbouring pixels in different banks.
   static int grad_stride(const CheapParams& c, int channels) {
     return channels + (c.y_grad_bytes > 0 || c.z_grad_bytes > 0 ? 0 : 2);
   }
@@ -182,7 +182,7 @@ class BackwardLaunch {
     c.dy_map = {t.rows, t.cols, stride};
     c.u = u_rows_;
     c.u_pitch = u_pitch_;
-    // Given means are one row of sums of one value.
+    // Given means are passed as one row of sums of one value.
     c.sums2 = args_.means2 != nullptr ? const_cast<void*>(args_.means2) : at<A>(plan_.sums2);
     c.sums2_rows = args_.means2 != nullptr ? 1 : plan_.sums.tile.workers;
     c.values2 = args_.means2 != nullptr ? 1.0 : double(pixels_);

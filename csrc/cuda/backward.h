@@ -1,4 +1,4 @@
-// Backward of a Ghost module on the GPU, in at most four launches. Knows CUDA, does not know torch.
+// Backward of a Ghost module on the GPU, in at most four launches. Depends on CUDA, not on torch.
 //
 //   u = w1 * x;  y = act1(bn1(u));  v = w2 (*) y;  z = act2(bn2(v));  out = concat(y, z)[:, :oup]
 //
@@ -6,8 +6,8 @@
 //                of da2 * vhat: dbeta2 and dgamma2
 //   2. grads     dv = bn2'(da2); dw2 = dv correlated with y; da1 = (dy + w2 backwards on dv)
 //                act1'(bn1(u)); sums of da1 and of da1 * uhat: dbeta1 and dgamma1
-//   3. primary   du = bn1'(da1) on the way; dx = du w1, and dw1 = du^T x in slices of the pixels;
-//                both by the same blocks where dw1 fits into registers
+//   3. primary   du = bn1'(da1), never stored; dx = du w1, and dw1 = du^T x in slices of the
+//                pixels; both by the same blocks where dw1 fits into registers
 //   4. finish    adds up the partial sums of dw1, dw2, dgamma and dbeta
 //
 // Every sum is made of partial sums in a fixed order: the same input gives the same bits.
@@ -34,8 +34,9 @@ struct BackwardArgs {
   ParamRef w2;                     // [g, d, d]
   NormArgs norm1, norm2;           // kGiven, of m and of g channels
   ParamRef slopes1, slopes2;       // of a PReLU, [m] and [g]
-  // mean and var are functions of x; then there may be given, in the compute type, the means of da
-  // and of da * uhat over all values, [2, m] and [2, g], in the place of the sums of this batch.
+  // batch_stats: mean and var are functions of x. means1 [2, m] and means2 [2, g], of the compute
+  // type, are the means of da and of da * uhat over all values (of several processes); they replace
+  // the sums of this batch. Null: not given.
   bool batch_stats1 = true, batch_stats2 = true;
   const void *means1 = nullptr, *means2 = nullptr;
   // The gradients that plan.needs names, the others null. Vectors in the compute type.
@@ -47,8 +48,8 @@ struct BackwardArgs {
   void* scratch = nullptr;  // plan.scratch_bytes, aligned to 256 bytes
 };
 
-// Whether given u [N, m, Ho, Wo], dense in problem.layout, serves the kernels as it is:
-// pixel-major, with rows that begin at multiples of 16 bytes.
+// Whether the kernels can read a given u [N, m, Ho, Wo], dense in problem.layout, without a copy:
+// it is pixel-major, and its rows begin at multiples of 16 bytes.
 inline bool is_pixel_rows(const Problem& problem, const void* u) {
   return u != nullptr && problem.layout == Layout::kNHWC &&
          problem.intrinsic * element_size(problem.dtype) % 16 == 0 &&

@@ -1,9 +1,14 @@
-// The depthwise stages of the backward pass, on a tile of pixels in shared memory.
+// The depthwise stages of the backward pass, on a tile of pixels in shared memory: for each ghost
 //
-// A block owns p.tile.channels intrinsic channels with their ghosts and walks over tiles of pixels;
-// all maps lie in shared memory as [pixel][channel]. Thread map: thread t owns the channel pair
+//   v   = w2 (*) y,  y = act1(bn1(u))
+//   da2 = dz act2'(bn2(v))
+//
+// Tile map: a block owns p.tile.channels intrinsic channels with their ghosts and takes tile after
+// tile of pixels; all maps lie in shared memory as [pixel][channel]. Thread t owns the channel pair
 // t % pairs throughout, and every groups-th of the tile's strips of kStrip pixels of a row
 // (depthwise.cuh). Neighbouring threads have neighbouring channels, then neighbouring strips.
+// Binding resource: that of the two kernels that include this file (backward_sums.cuh,
+// backward_grads.cuh): memory traffic.
 #pragma once
 
 #include "cuda/backward_common.cuh"
@@ -36,8 +41,7 @@ __device__ __forceinline__ BoxPixel locate(const PixelBox& box, int index) {
   return at;
 }
 
-// Every step-th position of a window from the first one on, with a division for the first and the
-// step alone.
+// Every step-th pixel of a box, from the first one on. Only the constructor divides.
 struct BoxWalk {
   int index, step;
   BoxPixel at, ahead;
@@ -60,7 +64,7 @@ struct BoxWalk {
   }
 };
 
-// Where a map of the tile lies in shared memory.
+// Layout of a map of the tile in shared memory.
 struct SharedMap {
   int image_rows = 0, pitch = 0;  // rows from image to image, pixels from row to row
   int stride = 0;                 // elements from pixel to pixel
@@ -129,7 +133,7 @@ __device__ __forceinline__ unsigned pixels_inside(const CheapParams& p, int n, i
   return row && begin < end ? (1u << end) - (1u << begin) : 0;
 }
 
-// What a thread owns: a pair of the block's channels, and every groups-th strip.
+// A thread's share: a pair of the block's channels, and every groups-th strip.
 struct Owner {
   int tid, channels;  // channels of the block, masked ones included
   int first;          // first channel of the block
@@ -240,8 +244,8 @@ __device__ __forceinline__ void copy_grad(const CheapParams& p, const Owner& me,
   }
 }
 
-// How many of the block's channels have a ghost j that is not sliced off: channel c's is output
-// channel m + c * ghosts_per_map + j.
+// How many of the block's channels have a ghost j below out_channels: ghost j of channel c is
+// output channel m + c * ghosts_per_map + j.
 __device__ __forceinline__ int ghosts_kept(const CheapParams& p, const Owner& me, int j) {
   const int left = p.out_channels - p.intrinsic - j;  // c * ghosts_per_map < left
   const int kept = left <= 0 ? 0 : (left + p.ghosts_per_map - 1) / p.ghosts_per_map;
@@ -258,9 +262,10 @@ __device__ __forceinline__ void copy_ghost_grad(const CheapParams& p, const Owne
                p.ghosts_per_map, ghosts_kept(p, me, j), p.z_grad_bytes, box, o, to, shared);
 }
 
-// Rows of norm2 [ghosts_per_map][kNorm2Rows][channels] in shared memory: what the stages need of batch norm 2.
-// With batch statistics dv = scale da2 + kDvV v + kDvConst; before, the two have the means of da2
-// and of da2 vhat. A kernel keeps the slopes of a PReLU in a row that it does not need otherwise.
+// Rows of norm2 [ghosts_per_map][kNorm2Rows][channels] in shared memory, the parameters of batch
+// norm 2. With batch statistics dv = scale da2 + kDvV v + kDvConst; until these two are computed,
+// their rows hold the means of da2 vhat and of da2. A kernel keeps the slopes of a PReLU in a row
+// that it does not need otherwise.
 enum : int { kScale = 0, kShift = 1, kMean = 2, kInvStd = 3, kDvConst = 4, kDvV = 5 };
 inline constexpr int kNorm2Rows = 6;
 // Rows of norm1 [4][channels]: kScale, kShift, kMean, and the slopes.
@@ -363,12 +368,12 @@ __device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Ow
 
 // A strip of this thread's two channels is a flat array: values 2 * i and 2 * i + 1 of pixel i.
 
-// For every strip of the v window of ghost j, whose parameters are at norm2 and w2: v by the
-// stencil, then da2 = dz * act2'(bn2(v)). use(offset in `grads` of the first pixel, pixels of the
-// strip, v, da2, exists): what becomes of them. Bit k of exists: value k has a pixel in the image
-// and a ghost that is not sliced off. Where it has none da2 is not to be used, and v is finite.
-// use_slopes: see activate_grad; where no value is, its product is zero. kSlopes: the row of norm2
-// with a PReLU's slopes.
+// For every strip of the box of v of ghost j, whose parameters are at norm2 and w2: v by the
+// stencil, then da2 = dz * act2'(bn2(v)), then use(offset in `grads` of the first pixel, pixels of
+// the strip, v, da2, exists). Bit k of exists: value k has a pixel in the image and a ghost below
+// out_channels. For a value without these da2 is undefined and v is finite. use_slopes: see
+// activate_grad; the product of such a value is zero. kSlopes: the row of norm2 with the slopes of
+// a PReLU.
 template <int kSlopes, class T, class Use, class UseSlopes>
 __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner& me, int j,
                                                const TileOrigin& o, const T* y, const T* grads,

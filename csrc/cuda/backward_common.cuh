@@ -1,5 +1,8 @@
-// What the backward kernels share: vectors in registers, parameters, windows of pixels, sums of
-// partial sums.
+// Shared by the backward kernels: vectors in registers, batch norm parameters, and the reduction
+//
+//   out[i] = sum over r < rows of part[r][i]
+//
+// by a whole block, a thread every groups-th row of one column, in a fixed order.
 #pragma once
 
 #include <cstring>
@@ -12,7 +15,7 @@
 
 namespace ghost::cuda {
 
-// Blocks that a multiprocessor is to have registers for.
+// Blocks per multiprocessor that the register budget allows.
 template <class T>
 inline constexpr int kBackwardBlocks = sizeof(T) == 8 ? 1 : 2;
 
@@ -50,8 +53,8 @@ __device__ __forceinline__ uint4 pack(const Accumulator<T> (&v)[kVector<T>]) {
   return raw;
 }
 
-// `count` numbers from p on, `step` apart, as a vector with zeros behind them. wide: they are
-// neighbours and p is aligned to 16 bytes.
+// `count` numbers from p on, `step` apart, as a vector padded with zeros. wide: step is 1 and p is
+// aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ uint4 load_vector(const T* p, int64_t step, int count, bool wide) {
   if (wide && count >= kVector<T>) return prim::load_readonly<uint4>(p);
@@ -85,7 +88,7 @@ struct NormParams {
       : gamma(n.gamma), beta(n.beta), mean(n.mean), var(n.var), eps(n.eps) {}
 };
 
-// Batch norm of one channel as a * scale + shift, and what its gradient needs.
+// Batch norm of one channel as a * scale + shift, with the mean and 1 / std for its gradient.
 template <class A>
 struct Affine {
   A scale = 0, shift = 0, mean = 0, inv_std = 0;
@@ -107,9 +110,9 @@ struct NextColumn {
   __device__ __forceinline__ int operator()(int i) const { return i; }
 };
 
-// store(i, sum over r < rows of part[r * pitch + column(i)]) for i < count, by the whole block and
-// in a fixed order: each thread adds up every groups-th row, then one adds up the groups. `shared`
-// has kThreads numbers. Ends with a barrier.
+// Calls store(i, sum over r < rows of part[r * pitch + columns(i)]) for i < count. The whole block
+// takes part, in a fixed order: each thread adds up every groups-th row, then one thread of a
+// column adds up the groups. `shared` has kThreads numbers. Ends with a barrier.
 template <class A, class Store, class Column = NextColumn>
 __device__ __forceinline__ void sum_rows(const A* part, int rows, int64_t pitch, int count,
                                          A* shared, const Store& store,

@@ -2,19 +2,19 @@
 // one tile of du. 16-bit types, NHWC, stride 1.
 //
 //   du  = scale1 (da1 - mean(da1) - uhat mean(da1 uhat))      (frozen statistics: scale1 da1)
-//       = a da1 + b u + c, the coefficients a channel's
+//       = a da1 + b u + c, with coefficients a, b, c per channel
 //   dx  = du w1      rows: pixels, columns: channels of x, summed over the intrinsic channels
 //   dw1 = du^T x     rows: intrinsic channels, columns: channels of x, summed over pixels
 //   u   = x w1^T     where a block has all channels of x, rounded as the first launch rounds it;
 //                    else u is read
 //
-// A persistent block owns a slice of the channels of x and all intrinsic channels, and takes every
-// workers-th tile of pixels. Blocks that differ in the slice alone are neighbours: they read the
-// same da1 and u at the same time, once from memory and then from L2. w1 stays in shared memory. A
-// stage holds a tile's da1 (du in its place), u and x, [pixel][channel]; while one is worked on,
-// the next tile arrives in the other. A warp takes units (Unit) of 16 or 32 pixels x 32 columns of
-// u and dx, and owns its part of dw1 (Grid) over all tiles. Binding resource: memory traffic: da1,
-// x and dx pass once.
+// Tile map: a persistent block owns a slice of the channels of x and all intrinsic channels, and
+// takes every workers-th tile of pixels. Blocks that differ in the slice alone are neighbours: they
+// read the same da1 and u at the same time, once from memory and then from L2. w1 stays in shared
+// memory. A stage holds a tile's da1 (later du in its place), u and x, [pixel][channel]; there are
+// two stages, so that the next tile is copied while this one is computed. A warp takes units (Unit)
+// of 16 or 32 pixels x 32 columns of u and dx, and owns its part of dw1 (Grid) over all tiles.
+// Binding resource: memory traffic: da1, x and dx pass once.
 #pragma once
 
 #include "cuda/backward_primary.cuh"
@@ -40,8 +40,8 @@ __device__ __forceinline__ void load_du_coefficients(const PrimaryParams& p, int
 }
 
 // Rows [first, first + rows) of a pixel-major map to shared memory [row][ld], in the background;
-// zeros past the last pixel. What lies past the `valid` channels stays. The vectors of a row belong
-// to 1 << shift neighbouring threads.
+// zeros past the last pixel. Elements past the `valid` channels are left unchanged. The vectors of
+// a row belong to 1 << shift neighbouring threads.
 template <class T>
 __device__ __forceinline__ void copy_rows(const T* map, int64_t pitch, int pixels, int first,
                                           int rows, int valid, int shift, T* shared, int ld) {
@@ -59,7 +59,8 @@ __device__ __forceinline__ void copy_rows(const T* map, int64_t pitch, int pixel
   for (; r < rows; r += step, to += step * ld) prim::store<uint4>(to, uint4{0, 0, 0, 0});
 }
 
-// A tile's place in shared memory.
+// The maps of a tile in one stage of shared memory: du [pixel][du_ld], x [pixel][x_ld] and
+// u [pixel][du_ld].
 template <class T>
 struct DuStage {
   T *du, *x, *u;
@@ -96,7 +97,7 @@ __device__ __forceinline__ void load_four(const float* p, float (&v)[4]) {
   v[3] = raw.w;
 }
 
-// du in the place of da1, a vector of channels a thread, with u from shared memory. Past the last
+// Overwrites da1 by du, a vector of channels a thread, with u from shared memory. Past the last
 // pixel du is not zero, but x is.
 template <class T>
 __device__ __forceinline__ void du_from_u(const PrimaryParams& p, const DuStage<T>& s,
@@ -125,13 +126,13 @@ __device__ __forceinline__ void du_from_u(const PrimaryParams& p, const DuStage<
   }
 }
 
-// The warp's number, as one lane has it: code that depends on it does not diverge.
+// The warp's number by a shuffle, so that the compiler treats it as uniform in the warp.
 __device__ __forceinline__ int uniform_warp() {
   return prim::shuffle(static_cast<int>(prim::warp()), 0);
 }
 
-// f(row, col) for each of this warp's units, of pixels from Unit::kRows * row and of columns from
-// Unit::kCols * col on.
+// Calls f(row, col) for each of this warp's units, which begins at pixel Unit::kRows * row and at
+// column Unit::kCols * col.
 template <class Unit, class F>
 __device__ __forceinline__ void for_units(int pixels, int cols, const F& f) {
   const int rows = pixels / Unit::kRows, all = (cols + Unit::kCols - 1) / Unit::kCols;
@@ -144,7 +145,8 @@ __device__ __forceinline__ void for_units(int pixels, int cols, const F& f) {
   }
 }
 
-// acc = one unit: a, b at the unit's first row and column, `depth` summed, a multiple of 16.
+// acc = one unit of a product: a and b point at its first row and column; the sums have `depth`
+// terms, a multiple of 16.
 template <class P, class Unit, bool kBTrans, int kPairs>
 __device__ __forceinline__ void sum_unit(const typename P::T* a, int lda, const typename P::T* b,
                                          int ldb, int depth,
@@ -164,7 +166,7 @@ __device__ __forceinline__ void unit_product(const typename P::T* a, int lda,
     sum_unit<P, Unit, kBTrans, 1>(a, lda, b, ldb, depth, acc);
 }
 
-// du in the place of da1, with u = x w1^T.
+// Overwrites da1 by du, with u = x w1^T.
 template <class P, class Unit>
 __device__ __forceinline__ void du_from_x(const PrimaryParams& p, const DuStage<typename P::T>& s,
                                           const typename P::T* w1, const float* coefficients) {
@@ -200,7 +202,8 @@ __device__ __forceinline__ void du_from_x(const PrimaryParams& p, const DuStage<
   });
 }
 
-// A lane of four gives word q of each to lane q: v[i] becomes what lane i had for this one.
+// Transposes a 4 x 4 matrix of words over four neighbouring lanes: v[i] of lane q becomes v[q] of
+// lane i.
 __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
   const int t = static_cast<int>(prim::lane() & 3);
 #pragma unroll
@@ -218,7 +221,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
     }
 }
 
-// dx of a tile, straight from the accumulators: four lanes join their words of a row to vectors.
+// dx of a tile, straight from the accumulators: four lanes exchange words, so that each of them
+// stores whole vectors of a row.
 template <class P, class Unit>
 __device__ __forceinline__ void make_dx(const PrimaryParams& p, int first, int c0, int cols,
                                         const DuStage<typename P::T>& s, const typename P::T* w1) {
@@ -249,8 +253,8 @@ __device__ __forceinline__ void make_dx(const PrimaryParams& p, int first, int c
   });
 }
 
-// The block's sum of dw1. Groups of warps that share it are added up in their order, through shared
-// memory that is free by now.
+// The block's sum of dw1. The sums of the kWarpsK groups of warps are added in order of the group,
+// through the shared memory of the stages, which is free after the last tile.
 template <class Grid>
 __device__ __forceinline__ void store_dw1(const PrimaryParams& p, int worker, int c0, int cols,
                                           float* shared,
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   T* const w1 = reinterpret_cast<T*>(shared);  // [padded_m][padded_c + 8]
   float* const coefficients = reinterpret_cast<float*>(shared + t.coefficients_at);
 
-  // The padding of all rows is zero, and stays so.
+  // Clears the padding of all rows, which no copy writes.
   for (int i = static_cast<int>(threadIdx.x) * 16; i < p.plan.smem_bytes; i += kThreads * 16)
     prim::store<uint4>(shared + i, uint4{0, 0, 0, 0});
   prim::sync_threads();
@@ -307,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   for (int tile = worker; tile < t.tiles; tile += t.workers, stage ^= 1) {
     const DuStage<T> s(p, shared, stage);
     prim::cp_async_wait<0>();
-    prim::sync_threads();  // the tile is there, and the one before is done with
+    prim::sync_threads();  // the tile has landed, and the stage of the one before is free
     if (tile + t.workers < t.tiles)
       copy_du_tile<T>(p, (tile + t.workers) * t.pixels, c0, cols, DuStage<T>(p, shared, stage ^ 1));
     if (p.batch_stats && t.makes_u)

@@ -1,7 +1,10 @@
-// Last launch of the backward pass: partial sums to gradients.
+// Last launch of the backward pass, from partial sums to gradients:
 //
-// A block owns up to 32 numbers of one gradient, eight threads each. Bound by launch latency and
-// the reads of the partial sums, which the launches before keep to a few megabytes.
+//   out[i] = sum over r < rows of part[r * pitch + i]
+//
+// Tile map: a block owns up to 32 numbers of one gradient, eight threads each.
+// Binding resource: launch latency, and the reads of the partial sums, which the launches before
+// keep to a few megabytes.
 #pragma once
 
 #include "cuda/backward_common.cuh"

@@ -7,19 +7,20 @@
 //   dy  = grad of y + sum over taps of w2[a][b] dv[h - a + pad][w - b + pad]
 //   da1 = dy act1'(bn1(u)), and of a PReLU the sums of dy min(bn1(u), 0)
 //
-// What is not wanted (null pointers in CheapParams) is left out: dw2, or dy and all after it.
-// Shared memory: y with a halo of twice r (once along an axis that the tile spans), dv with a halo
-// of r, dy. Binding resource: memory traffic, u and grad_out in, da1 out, with shared-memory reads
-// of the three stencils close behind: a tile as large as fits keeps the halo small.
+// Outputs whose pointer in CheapParams is null are skipped: dw2, or dy and everything after it.
+// Tile map: that of backward_cheap.cuh. Shared memory: y with a halo of 2 pad (pad along an axis
+// that the tile spans), dv with a halo of pad, dy.
+// Binding resource: memory traffic, u and grad_out in, da1 out, with shared-memory reads of the
+// three stencils close behind: a tile as large as fits keeps the halo small.
 #pragma once
 
 #include "cuda/backward_cheap.cuh"
 
 namespace ghost::cuda {
 
-// Adds the tile's part of dw2 of one ghost to this thread's own slots [d][d *
-// tap_splits][channels]: the thread owns a pair of channels, a row of taps and every tap_splits-th
-// row of pixels, along which a window of y slides in registers.
+// Adds the tile's part of dw2 of one ghost to this thread's own slots, in shared memory
+// [d][d * tap_splits][channels]. The thread owns a pair of channels, a row of taps and every
+// tap_splits-th row of pixels, along which a window of y slides in registers.
 template <class T, int D>
 __device__ __forceinline__ void add_weight_gradient(const CheapParams& p, const Owner& me,
                                                     const T* y, const T* dv,
@@ -77,8 +78,8 @@ __device__ __forceinline__ void add_weight_gradient(int d, const CheapParams& p,
   }
 }
 
-// Batch norm 2, taps, and sums still zero, of ghosts j0 .. j0 + count, to shared memory. Ends with
-// a barrier.
+// Batch norm 2 and taps of ghosts j0 .. j0 + count to shared memory; clears their sums of dw2. Ends
+// with a barrier.
 template <class T>
 __device__ __forceinline__ void begin_ghosts(const CheapParams& p, const Owner& me, int j0,
                                              int count, unsigned char* shared) {
@@ -118,8 +119,8 @@ __device__ __forceinline__ void begin_ghosts(const CheapParams& p, const Owner& 
   prim::sync_threads();
 }
 
-// dw2 of ghosts j0 .. j0 + count: a tap's row and its pixel rows' owners are added up in their
-// order, to what is there already where `more`.
+// dw2 of ghosts j0 .. j0 + count to dw2_sums: the slots of the threads that share a tap are added
+// in order. more: the sum is added to dw2_sums, else it is stored there.
 template <class T>
 __device__ __forceinline__ void end_ghosts(const CheapParams& p, const Owner& me, int j0, int count,
                                            int worker, bool more, const Accumulator<T>* slots) {
@@ -153,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
   A* const norm2 = reinterpret_cast<A*>(shared + p.tile.norm2_at);
   A* const w2 = reinterpret_cast<A*>(shared + p.tile.taps_at);
   A* const slots = reinterpret_cast<A*>(shared + p.tile.slots_at);
-  // Workers go first. One dimension: y has room for 65,535 blocks, and channels may need more.
+  // The worker index runs fastest. The grid has one dimension: y has room for 65,535 blocks only,
+  // and the channel blocks may be more.
   const int block = static_cast<int>(blockIdx.x);
   const int worker = block % p.tile.workers;
   const Owner me(p, block / p.tile.workers * p.tile.channels);
@@ -172,12 +174,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
           me.first + c < p.intrinsic ? load_param<A>(p.slopes1, me.first + c) : A(0);
   }
   const bool wants_dy = p.sums1 != nullptr;
-  // Sums of the first slopes' gradients of this thread's channels.
+  // This thread's sums of the gradients of the slopes of act1.
   A* const slope_sums =
       reinterpret_cast<A*>(shared + p.tile.slopes_at) + me.group * me.channels + me.pair;
   if (p.act1 == Act::kPReLU && me.active()) store_pair(slope_sums, A(0), A(0));
   const int tap_slots = taps * p.tile.tap_splits * me.channels;  // of a ghost
-  // The ring of dv outside the window of v stays zero: there is no pixel.
+  // The border of dv outside the box of v stays zero: it lies outside the image.
   for (int i = me.tid * 2; p.ghosts_per_map > 0 && i < p.tile.images * p.grad_map.image_rows *
                                                            p.grad_map.pitch * p.grad_map.stride;
        i += 2 * kThreads)
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     const TileOrigin o = tile_origin(p.tile, index);
     const TileOrigin v_origin{o.n0, o.h0 - p.tile.halo_rows, o.w0 - p.tile.halo_cols};
     const int grads_row = pad - p.tile.halo_rows, grads_col = pad - p.tile.halo_cols;
-    SharedMap v_map = p.grad_map;  // of the v window inside dv
+    SharedMap v_map = p.grad_map;  // of the box of v inside dv
     T* const grads_v = grads + v_map.offset(0, grads_row, grads_col);
     if (wants_dy)
       copy_grad<T>(p, me, me.first, 1, valid < me.channels ? valid : me.channels, p.y_grad_bytes,
@@ -211,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     prim::sync_threads();
 
     int j = 0;
-    do {  // once without ghosts, too: da1 is due all the same
+    do {  // once without ghosts, too: da1 is computed all the same
       if (p.ghosts_per_map > 0) {
         if (j > 0) {
           copy_ghost_grad<T>(p, me, j, p.v, v_origin, v_map, grads_v);
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                   const int k = 2 * i + e;
-                  // With frozen statistics v does not count, not even if it is Inf.
+                  // With frozen statistics dv does not depend on v, even if v is Inf.
                   const A other = p.batch_stats ? prim::fma(of_v[e], v[k], rest[e]) : A(0);
                   dv[e] = (exists >> k & 1u) ? prim::fma(scale[e], da2[k], other) : A(0);
                 }

@@ -1,4 +1,4 @@
-// The instances of the backward kernels, and the choice among them. A file in instances/ defines
+// The instances of the backward kernels, and the choice among them. Each file in instances/ defines
 // some of them with GHOST_BACKWARD_*_INSTANCES.
 #pragma once
 
@@ -11,13 +11,13 @@
 
 namespace ghost::cuda {
 
-// Of a storage type.
+// Kernels that depend on the storage type alone.
 template <class T>
 struct BackwardKernels {
   static cudaError_t grads(const CheapParams& params, cudaStream_t stream);
   static cudaError_t finish(const FinishParams& params, cudaStream_t stream);
 };
-// Of a storage type and an arithmetic.
+// Kernels that depend on the storage type and the arithmetic.
 template <class P>
 struct BackwardProducts {
   static cudaError_t primary(const PrimaryParams& params, cudaStream_t stream);
@@ -55,7 +55,7 @@ struct BackwardSums {
   }                                                                                               \
   }
 
-// The instance of that place in kDuInstances, by the warps' parts of dw1 (TileGrid).
+// Instance number `place` of kDuInstances, by the share of a warp in dw1 (TileGrid).
 #define GHOST_BACKWARD_DU_CASE(P, place, tiles_m, tiles_n, warps_m, warps_n)                 \
   case place: {                                                                              \
     using Grid = TileGrid<tiles_m, tiles_n, warps_m, warps_n>;                               \
@@ -97,7 +97,7 @@ struct BackwardSums {
   GHOST_BACKWARD_SUMS_CASE(P, L, 32, Scope::kDirect) \
   GHOST_BACKWARD_SUMS_CASE(P, L, 64, Scope::kDirect)
 
-// CASES: the channel widths that the plan may choose.
+// CASES: the channel widths and scopes that the plan may choose.
 #define GHOST_BACKWARD_SUMS_INSTANCES(P, L, CASES)                                           \
   namespace ghost::cuda {                                                                    \
   template <>                                                                                \

@@ -6,10 +6,13 @@
 //                    sums one slice of the pixels
 //   without a primary convolution dx = du
 //
-// du is never in main memory: it is computed on the way to shared memory, [pixel][intrinsic
-// channel]. Thread map of the products: gemm.cuh; of the copies: neighbouring threads take
-// neighbouring 16-byte vectors. Binding resource: memory traffic. For dx a tile of du stays in
-// shared memory while all of w1 goes by; x and dx pass once.
+// du is never in main memory: it is computed on the way to shared memory, as
+// [pixel][intrinsic channel].
+// Tile map: a block makes tiles of kProductRows x kProductCols results of dx, or one of dw1. The
+// warps share a product as in gemm.cuh; in the copies neighbouring threads take neighbouring
+// 16-byte vectors.
+// Binding resource: memory traffic. For dx a tile of du stays in shared memory while all of w1
+// passes through; x and dx pass once.
 #pragma once
 
 #include "cuda/backward_common.cuh"
@@ -65,8 +68,8 @@ __device__ __forceinline__ void load_coefficients(const PrimaryParams& p, int fi
            [&](int i, A sum) { coefficients[kDuHat * padded + i] *= -(sum / pixels); });
 }
 
-// The same where there are so many channels that there are few rows of partial sums (the plan sees
-// to it): a thread adds up a channel's, in as few registers as a product leaves.
+// The same for so many channels that the plan allows few rows of partial sums: one thread adds up
+// the rows of a channel, in the few registers that the product leaves.
 template <class A>
 __device__ __forceinline__ void reload_coefficients(const PrimaryParams& p, int first, int count,
                                                     int padded, A* coefficients) {
@@ -144,8 +147,8 @@ __device__ __forceinline__ void build_du(const PrimaryParams& p, int first, int 
   }
 }
 
-// kVector<T> elements to shared memory in the background, of which the first `valid` exist, the
-// rest become zeros. bytes: what the address is aligned to, 16, 8, 4 or one element.
+// kVector<T> elements to shared memory in the background; zeros from element `valid` on. bytes: the
+// alignment of the address, 16, 8, 4 or one element.
 template <class T>
 __device__ __forceinline__ void copy_vector(T* shared, const T* global, int valid, int bytes) {
   const int piece = bytes / static_cast<int>(sizeof(T));
@@ -160,7 +163,7 @@ __device__ __forceinline__ void copy_vector(T* shared, const T* global, int vali
   }
 }
 
-// Pixel of x under a pixel of u.
+// The pixel of x that a pixel of u reads.
 struct InputPixel {
   int64_t image;
   int row, col;
@@ -171,8 +174,9 @@ __device__ __forceinline__ InputPixel input_pixel(const PrimaryParams& p, int pi
   return {image, row * p.stride, pixel * p.stride};
 }
 
-// dx of `rows` pixels from `first` on and `cols` channels from c0 on, out of shared memory
-// [row][ld]. With a stride, a pixel of u owns a square of dx, of which it fills the corner.
+// dx of `rows` pixels from `first` on and `cols` channels from c0 on, from shared memory [row][ld].
+// With a stride, a pixel of u owns a square of stride x stride pixels of dx: the value goes to its
+// first pixel, zeros to the others.
 template <class T>
 __device__ __forceinline__ void store_dx(const PrimaryParams& p, int first, int rows, int c0,
                                          int cols, const T* stage, int ld) {
@@ -232,7 +236,8 @@ __device__ __forceinline__ void store_dx(const PrimaryParams& p, int first, int 
   }
 }
 
-// Rows k0 .. k0 + depth of w1, columns c0 .. c0 + padded, zeros outside, to shared memory.
+// Rows k0 .. k0 + depth of w1, columns c0 .. c0 + padded, to shared memory [row][ld]; zeros outside
+// w1.
 template <class T>
 __device__ __forceinline__ void copy_w1(const PrimaryParams& p, int k0, int depth, int c0,
                                         int padded, T* shared, int ld) {
@@ -258,7 +263,8 @@ __device__ __forceinline__ void dx_role(const PrimaryParams& p, unsigned char* s
   A* const coefficients = reinterpret_cast<A*>(shared);
   T* const du = reinterpret_cast<T*>(shared + p.plan.left_at);
   T* const right = reinterpret_cast<T*>(shared + p.plan.right_at);  // w1, then the results
-  // Coefficients of all channels stay in shared memory, or those of a tile of du come with it.
+  // The coefficients of all channels stay in shared memory, or those of a tile of du are loaded
+  // with it.
   const int kept = p.plan.dx_coefficients;
   const bool all_kept = kept >= p.intrinsic;
   if (all_kept)
@@ -324,7 +330,7 @@ __device__ __forceinline__ void dx_role(const PrimaryParams& p, unsigned char* s
   }
 }
 
-// x under pixels [first, first + rows), channels [c0, c0 + padded), zeros outside, to shared
+// x at pixels [first, first + rows) of u, channels [c0, c0 + padded), zeros outside, to shared
 // memory: [pixel][channel] for NHWC, [channel][pixel] for NCHW, ld elements a row. rows: a multiple
 // of 16, no more than dw1_pixels.
 template <class T>

@@ -1,13 +1,14 @@
-// First launch of the backward pass: what the second batch norm's gradient needs to know of the
-// whole batch, the sums over all pixels of
+// First launch of the backward pass: the sums over all pixels that the gradient of batch norm 2
+// needs, of
 //
 //   da2 = dz act2'(bn2(v))  and  da2 * vhat,   v = w2 (*) y,  y = act1(bn1(w1 * x))
 //
-// of a PReLU also dz min(bn2(v), 0), and u = w1 * x for the launches after it, pixel-major, unless
-// it is given like that.
+// and, for a PReLU, of dz min(bn2(v), 0). The launch also writes u = w1 * x for the launches after
+// it, pixel-major, unless the caller has u in that form.
 //
-// Tile and product as in the forward passes (forward.cuh), the stencil as in backward_cheap.cuh; a
-// thread keeps the sums of its pair of channels in shared memory between tiles.
+// Tile map: tile and product as in the forward passes (forward.cuh), the stencil as in
+// backward_cheap.cuh; a thread keeps the sums of its pair of channels in shared memory between
+// tiles.
 // Binding resource: memory traffic, x and dz in, u out.
 #pragma once
 
@@ -18,7 +19,7 @@ namespace ghost::cuda {
 
 template <class T>
 struct SumsParams {
-  CheapParams cheap;  // of its tile only channels, images, rows, cols and tiles_* count
+  CheapParams cheap;  // only channels, images, rows and cols of its tile are set
   CudaTile tile;
   Maps maps;
   Intrinsic<T> intrinsic;
@@ -27,7 +28,7 @@ struct SumsParams {
   FastDiv by_pitch, by_image_rows;  // positions of the y tile to columns and rows
 };
 
-// u as it was given to pixel-major rows, for the block's channels and the tile's own pixels.
+// Copies the given u to pixel-major rows, for the block's channels and the tile's own pixels.
 template <Layout kLayout, class T>
 __device__ __forceinline__ void copy_given_u(const SumsParams<T>& params, const Owner& me,
                                              const TileOrigin& o, const Tile& tile) {
@@ -52,13 +53,13 @@ __device__ __forceinline__ void copy_given_u(const SumsParams<T>& params, const 
   }
 }
 
-// Writes u to its row where the pixel is the tile's own, and rounds it to what was written: the
-// sums must be those of the u that the next launch reads.
+// Writes u to its row where the pixel is the tile's own, and replaces u by its rounded value: the
+// sums must be of the u that the next launch reads.
 template <class T>
 struct KeepRows {
   const SumsParams<T>& params;
-  int extent;       // of the tile: rows << 16 | columns; as few registers as possible lie in the
-  int first_pixel;  // way of the product. first_pixel < 0: u is not kept
+  int extent;       // of the tile: rows << 16 | columns, one register to leave more to the product
+  int first_pixel;  // negative: u is not kept
   int first;        // channel of the block
 
   __device__ __forceinline__ KeepRows(const SumsParams<T>& params_, const Tile& tile,
@@ -75,7 +76,8 @@ struct KeepRows {
     u1 = prim::to_float(prim::from_float<T>(u1));
     if (first_pixel < 0 || first + n >= params.u_pitch) return;
     const int halo = params.tile.halo;
-    // Opaque: hoisted out of the loop over channels, rows and columns would cost its registers.
+    // Opaque: the compiler must not hoist row and col out of the loop over channels, which has no
+    // registers for them.
     int col = prim::opaque(position), row = params.by_pitch.split(col);
     const int image = params.by_image_rows.split(row);
     col -= halo;
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<typename P::T>)
   for (int index = Place(t, params.maps).worker; index < int(t.tiles); index += t.workers) {
     const Place place(t, params.maps);
     const Tile tile = locate_tile(t, params.maps, prim::opaque(index));
-    prim::sync_threads();  // the tile before is done with its gradients
+    prim::sync_threads();  // the gradients of the tile before are free
     {
       const Owner me(p, place.c0);
       const TileOrigin o{static_cast<int>(tile.n0), tile.h0, tile.w0};

@@ -1,8 +1,10 @@
-// Partial statistics of v = w2 (*) y, y = act1(bn1(w1 * x)): the second pass of training.
+// The second pass of training: partial mean and variance, over all pixels, of
 //
-// The tile and its y as in apply.cuh, the depthwise part likewise; instead of z a thread keeps the
-// sums of its pair of channels (stats.cuh), in shared memory between tiles.
-// Binding resource: reading x (DRAM) for small C, the product for wide ones.
+//   v = w2 (*) y,  y = act1(bn1(w1 * x))
+//
+// Tile map: tile, y and depthwise part as in apply.cuh; instead of z a thread keeps the sums of its
+// pair of channels (stats.cuh), in shared memory between tiles.
+// Binding resource: reading x (DRAM) for small C, the product for large C.
 #pragma once
 
 #include "cuda/forward.cuh"
@@ -20,8 +22,9 @@ struct CheapStatsParams {
   Partials<Accumulator<T>> partials;  // splits = tile.workers
 };
 
-// Sums of ghost j and thread i's pair of channels, in shared memory: shifts [j][2 i + {0, 1}], then
-// sums and squares likewise; then how many values each thread has seen, at the end each slot.
+// Sums in shared memory, of ghost j and thread i's pair of channels: shifts [j][2 i + {0, 1}], then
+// sums and squares in the same form; then the number of values of each thread [i], at the end of
+// each slot.
 template <class A>
 struct Moments {
   A *shift, *sum, *squares, *count;

@@ -4,11 +4,11 @@
 //   out[n][o][h][w] = act(shift[o] + sum over i, j < 3 and c of
 //                         weight[i][j][c][o] * x[n][c][h * s + i - 1][w * s + j - 1])
 //
-// Block: 256 threads, a part of one image's pixels, all output channels. A thread owns a vector of
-// output channels and four pixels; neighbouring lanes share a pixel, then take the next one, so
-// that a warp reads a row of x. x and out may have different layouts. Weights come from L1, the
-// same for all lanes of a vector. Binding resource: multiply-adds, close to DRAM bandwidth for 3
-// -> 16.
+// Tile map: a block of 256 threads owns a part of one image's pixels and all output channels. A
+// thread owns a vector of output channels and four pixels; neighbouring lanes have neighbouring
+// vectors of one pixel, then of the next pixel, so that a warp reads a row of x. x and out may have
+// different layouts. Weights come from L1, the same for all lanes with the same vector.
+// Binding resource: multiply-adds; DRAM bandwidth is close for 3 input and 16 output channels.
 #pragma once
 
 #include "core/cuda_plan_layers.h"

@@ -1,9 +1,12 @@
-// The cheap operation: depthwise windows over the y tile in shared memory.
+// The cheap operation, depthwise windows over the y tile in shared memory:
 //
-// A thread owns one pair of neighbouring channels and takes strips of kCudaStrip pixels, of two
-// rows where there is nothing else to keep in registers: each row of y with its halo is read once
-// and used by all d taps of a row, for both rows of v. Lanes run over the channel pairs first, so
-// that a warp reads neighbouring words.
+//   v[h][w] = start + sum over i, j < d of w2[i][j] * y[h + i - d / 2][w + j - d / 2]
+//
+// Tile map: a thread owns one pair of neighbouring channels and takes strips of kCudaStrip pixels,
+// of two rows where the registers allow it: each row of y with its halo is read once and used by
+// all d taps of a row, for both rows of v. Lanes run over the channel pairs first, so that a warp
+// reads neighbouring words.
+// Binding resource: multiply-adds and reads of shared memory.
 //
 // Products and sums are float32 for the 16-bit types as well: before sm_100 there is no 2-wide
 // arithmetic that keeps their digits, only 2-wide conversions and comparisons.
@@ -16,7 +19,7 @@ namespace ghost::cuda {
 inline constexpr int kStrip = kCudaStrip;
 inline constexpr int kStripValues = 2 * kStrip;  // of a pair of channels
 
-// Rows of a thread's windows: two where the registers that it may have are enough.
+// Rows of a thread's windows: two where its register budget allows it.
 template <class T>
 inline constexpr int kWindowRows = sizeof(T) == 2 ? 2 : 1;
 
@@ -24,7 +27,7 @@ inline constexpr int kWindowRows = sizeof(T) == 2 ? 2 : 1;
 template <class A>
 using Strip = A[kStrip][2];
 
-// acc[s] += sum over j of taps[j] * row[s + j], for both channels; row: a strip with its halo.
+// acc[s] += sum over j of taps[j] * row[s + j], for both channels. row: a strip with its halo.
 template <int kD, int kStep, class A>
 __device__ __forceinline__ void add_row(const A (&row)[kStrip + kD - 1][2], const A* taps,
                                         Strip<A>& acc) {
@@ -134,15 +137,15 @@ struct StripOwner {
   }
 };
 
-// Where tap k of a block's channel c lies in shared memory: the taps of a pair of channels follow
+// Offset in shared memory of tap k of a block's channel c. The taps of a pair of channels follow
 // each other, so that the windows read them at fixed distances.
 __device__ __forceinline__ int tap_at(int c, int k, int taps_count) {
   return (c >> 1) * (2 * taps_count) + 2 * k + (c & 1);
 }
 
-// Taps of one ghost map for each channel of a block, in shared memory, zeros past `valid`; scale
-// (may be null) [channels] is multiplied in. Channel i is ghost first + i * step of w2 [ghosts, d,
-// d], a ParamRef or a const A*.
+// Taps of one ghost map for each channel of a block, in shared memory, zeros past `valid`, times
+// scale [channels] (null: 1). Channel i of the block has ghost first + i * step of w2 [g, d, d], a
+// ParamRef or a const A*.
 template <class A, class Taps>
 __device__ __forceinline__ void load_taps(A* taps, const Taps& w2, int64_t first, int step,
                                           int valid, int channels, int taps_count, const A* scale) {
@@ -155,9 +158,10 @@ __device__ __forceinline__ void load_taps(A* taps, const Taps& w2, int64_t first
   }
 }
 
-// v of one ghost map of every channel over the tile's own pixels, from start [channels] (nullptr:
-// 0) on: f(v, count, inner, rows) for kRows strips of this thread, one below the other; v[r][s] are
-// its two channels at inner pixel inner + r * tile.cols + s, valid for s < count and r < rows.
+// v of one ghost map of every channel over the tile's own pixels, with start [channels] (nullptr:
+// 0) as the start value of the sums. Calls f(v, count, inner, rows) for kRows strips of this
+// thread, one below the other; v[r][s] are its two channels at inner pixel
+// inner + r * tile.cols + s, valid for s < count and r < rows.
 // kD: the size of the kernel, or 0 if it is known only at run time.
 template <int kRows, int kD, class T, class A, class Start, class F>
 __device__ __forceinline__ void depthwise_tile(const T* y, const CudaTile& t, const Maps& p,

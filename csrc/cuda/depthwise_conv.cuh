@@ -4,11 +4,12 @@
 //                         weight[i][j][c] * x[n][c][h * s + i - d / 2][w * s + j - d / 2])
 //   sums[n][part][c] = sum of out[n][c] over the pixels of a part of the image
 //
-// Block: 256 threads, one image or a part of its strips, a block of channels. NHWC: a thread owns a
-// vector of neighbouring channels and makes strips of four, two or one pixels of a row; a pixel of
-// x is loaded once a row of taps and used by all pixels of the strip. Neighbouring lanes have
-// neighbouring vectors. NCHW (and float64): a thread owns one channel and makes pixel after pixel;
-// neighbouring lanes have neighbouring pixels. Taps come from L1. Sums are added in a fixed order.
+// Tile map: a block of 256 threads owns one image or a part of its strips, and a block of channels.
+// NHWC: a thread owns a vector of neighbouring channels and computes strips of four, two or one
+// pixels of a row; a pixel of x is loaded once a row of taps and used by all pixels of the strip.
+// Neighbouring lanes have neighbouring vectors. NCHW (and float64): a thread owns one channel and
+// computes one pixel at a time; neighbouring lanes have neighbouring pixels. Taps come from L1.
+// Sums are added in a fixed order.
 // Binding resource: DRAM bandwidth, x once and out once; rows that strips share come from L1 and
 // L2.
 #pragma once
@@ -53,7 +54,8 @@ __device__ __forceinline__ void load_parameters(const A* p, A (&v)[kCount]) {
   }
 }
 
-// Where a thread's work lies.
+// A thread's share: image n, channels [channel, channel + vec), and every slots-th of the block's
+// strips [first, last).
 struct DepthwisePlace {
   int64_t n;
   int split, lane, slot, channel;  // channel: the thread's first, c if it has none
@@ -75,7 +77,7 @@ struct DepthwisePlace {
   }
 };
 
-// sums of this block: the threads of a channel in the order of their slots.
+// Writes the block's sums: those of the threads of a channel are added in the order of their slots.
 template <int kVec, class T>
 __device__ __forceinline__ void store_sums(const DepthwiseParams<T>& p, const DepthwisePlace& place,
                                            const Accumulator<T> (&sum)[kVec],
@@ -181,7 +183,7 @@ __device__ __forceinline__ void depthwise_pixels(const DepthwiseParams<T>& p,
   const DepthwisePlace place(p.plan, p.c, !kNhwc);
   A sum[1] = {A(0)};
   if (place.channel < p.c) {
-    // From one pixel to the next, and from one channel to the next.
+    // Elements from one pixel to the next, and from one channel to the next in NCHW.
     const int64_t pixel = kNhwc ? p.c : 1, plane = int64_t(p.h) * p.w;
     const int64_t out_plane = int64_t(p.out_h) * p.out_w;
     const T* const x = p.x + place.n * p.c * plane + place.channel * (kNhwc ? 1 : plane);
@@ -210,7 +212,7 @@ __device__ __forceinline__ void depthwise_pixels(const DepthwiseParams<T>& p,
   if (p.sums != nullptr) store_sums<1>(p, place, sum, shared);
 }
 
-// kD: the size of the kernel, 0 for the kernel by pixels, which takes any.
+// kD: the size of the kernel; 0: the kernel by pixels, for any size and stride.
 template <class T, Layout kLayout, int kD, int kStride>
 __global__ void __launch_bounds__(kThreads, sizeof(T) < 8 ? 2 : 1)
     ghost_depthwise_conv_kernel(const DepthwiseParams<T> params) {

@@ -1,8 +1,9 @@
-// Activations and their derivatives on small arrays of registers, and batch norm as scale and
-// shift.
+// Activations and their derivatives on small arrays of registers; batch norm as scale and shift:
 //
-// The activation is a run-time code: one uniform branch serves the whole array, so that the cost of
-// the choice is shared by its values. NaN goes through every activation, as in PyTorch.
+//   bn(u) = u * scale + shift,  scale = gamma / sqrt(var + eps),  shift = beta - mean * scale
+//
+// The activation is a run-time code: one uniform branch serves the whole array of a thread. NaN
+// goes through every activation, as in PyTorch.
 #pragma once
 
 #include <cmath>
@@ -44,10 +45,9 @@ __device__ __forceinline__ A activate_costly(Act act, A x) {
   }
 }
 
-// v = act(v), where slope(i) is that of v[i]. The cheap ones are written out for every value. The
-// others go round in a loop, which takes the first value and puts its result at the end: written
-// out they would be most of the kernel's code, and an index known only at run time would force v
-// out of the registers.
+// v = act(v), where slope(i) is the slope of v[i]. Cheap activations are unrolled over all values.
+// For the others a loop takes the first values, and rotates v by them: unrolled they would be most
+// of the kernel's code, and an index known only at run time would force v out of the registers.
 template <class A, int N, class Slope>
 __device__ __forceinline__ void activate(Act act, const Slope& slope, A (&v)[N]) {
   switch (act) {
@@ -103,8 +103,8 @@ __device__ __forceinline__ A activate_grad_costly(Act act, A x, A g) {
 }
 
 // g = g * d act(x) / dx at x = v * scale + shift, for values of two channels in turn: v[0], v[2],
-// ... belong to scale[0], shift[0], slope(0). v comes back as it was, but goes round with g
-// meanwhile. use_slopes(products): of a PReLU, g min(x, 0), the slopes' gradient at each value.
+// ... belong to scale[0], shift[0], slope(0). v is rotated with g in the loop, and unchanged at the
+// end. For a PReLU, use_slopes(products) gets g min(x, 0), each value's gradient of the slope.
 template <class A, int N, class Slope, class UseSlopes>
 __device__ __forceinline__ void activate_grad(Act act, const Slope& slope, const A (&scale)[2],
                                               const A (&shift)[2], A (&v)[N], A (&g)[N],
@@ -219,9 +219,9 @@ __device__ __forceinline__ void store_one(T* p, const PairOf<T>& pair, int which
     *p = pair.v[which];
 }
 
-// pairs = act(v), rounded. ReLU comes with the rounding of 16-bit types, ReLU6 after it with two
-// numbers at a time: rounding is monotonous and leaves 0 and 6 alone, the result is the same. v is
-// used up. Not kAny: the activation is ReLU or none, of a 16-bit type.
+// pairs = act(v), rounded; v is overwritten. For 16-bit types the rounding instruction includes
+// ReLU, and ReLU6 follows on pairs of rounded numbers: rounding is monotonic and keeps 0 and 6, so
+// that the result is the same. kAny = false: the type has 16 bits, the activation is ReLU or none.
 template <class T, bool kAny = true, class A, int N, class Slope>
 __device__ __forceinline__ void activate_pairs(Act act, const Slope& slope, A (&v)[N],
                                                PairOf<T> (&pairs)[N / 2]) {
@@ -283,7 +283,7 @@ __device__ __forceinline__ A load_param_or(const ParamRef& p, int64_t i, A other
   return p.data == nullptr ? otherwise : load_param<A>(p, i);
 }
 
-// Partial statistics of a pass: split s of `splits` saw count[s] values of every channel, with mean
+// Partial statistics of a pass: split s of `splits` has count[s] values of every channel, with mean
 // mean[c * splits + s] and sum of squared deviations m2[c * splits + s].
 template <class A>
 struct Partials {
@@ -293,7 +293,7 @@ struct Partials {
   int splits = 0;
 };
 
-// Where the scale and shift of a batch norm come from, see forward.h.
+// The scale and shift of a batch norm, from the source that NormSource names (params.h).
 template <class A>
 struct Norm {
   NormSource source = NormSource::kReady;
@@ -306,10 +306,15 @@ struct Norm {
   A* var_out = nullptr;
 };
 
-// Mean and biased variance of kCount channels (first, first + step, ...) from their partials, by
-// one warp, the same bits in every block: sum of n_s d_s first, where d_s is the distance from the
-// first split's mean, which keeps the digits of a large mean; then of m2_s + n_s (d_s - d)^2. Lanes
-// in a fixed tree. Several channels at once share the wait for memory.
+// Mean and biased variance of kCount channels from their partials, by one warp:
+//
+//   d_s  = mean_s - mean_0             distance from the mean of the first split, which keeps the
+//   d    = sum of n_s d_s / n          digits of a large mean
+//   mean = mean_0 + d
+//   var  = sum of (m2_s + n_s (d_s - d)^2) / n
+//
+// The lanes are added in a fixed tree: every block gets the same bits. Several channels at once
+// share the wait for memory.
 template <int kCount, class A>
 __device__ __forceinline__ void combine_partials(const Partials<A>& p,
                                                  const int64_t (&channel)[kCount],
@@ -368,9 +373,9 @@ __device__ __forceinline__ void combine_partials(const Partials<A>& p, int64_t c
   var = vars[0];
 }
 
-// scale[i], shift[i] for i < count in shared memory: bn(u) = u * scale + shift of channel
-// first + i * step, from a norm whose source is kReady; i >= valid gets zeros. All threads of the
-// block call it; a sync_threads must follow.
+// scale[i], shift[i] for i < count to shared memory, of channel first + i * step (step: 1 for
+// intrinsic channels, ghosts_per_map for ghosts), from a norm whose source is kReady; zeros for
+// i >= valid. All threads of the block call it; a sync_threads must follow.
 template <class A>
 __device__ __forceinline__ void load_ready_norm(const Norm<A>& norm, int64_t first, int step,
                                                 int valid, int count, A* scale, A* shift) {
@@ -382,7 +387,7 @@ __device__ __forceinline__ void load_ready_norm(const Norm<A>& norm, int64_t fir
   }
 }
 
-// The same from any source; `leader` blocks also write the statistics they combine.
+// The same from any source. leader: the block also writes the statistics that it combines.
 template <class A>
 __device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, int step, int valid,
                                           int count, bool leader, A* scale, A* shift) {
@@ -440,7 +445,7 @@ __device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, in
   }
 }
 
-// An activation with its slope: one for all channels, or of a PReLU one for each.
+// An activation with its slope: one for all channels, or for a PReLU one per channel.
 template <class A>
 struct Activated {
   Act act = Act::kNone;

@@ -1,4 +1,5 @@
-// From plain data to typed kernel parameters, and to the instance that the plan chose.
+// Launchers of forward.h: from plain data to typed kernel parameters, and to the instance that the
+// plan chose.
 #include "cuda/forward.h"
 
 #include <algorithm>
@@ -11,7 +12,7 @@
 namespace ghost::cuda {
 namespace {
 
-// An output of `channels` maps, of which the blocks write the first m and the rest separately.
+// An output of `channels` maps; the blocks store the first m of them and the rest separately.
 template <class T>
 Output<T> output_of(const ForwardArgs& args, int64_t channels) {
   const Problem& p = args.problem;
@@ -38,7 +39,7 @@ Output<T> output_of(const ForwardArgs& args, int64_t channels) {
   return r;
 }
 
-// Whether a lean instance of ghost_apply does what is asked: Scope::kLean in forward.cuh.
+// Whether the arguments satisfy the conditions of a lean instance: Scope::kLean in forward.cuh.
 template <class T>
 bool is_lean(const ForwardArgs& args, const Output<T>& output) {
   const Problem& p = args.problem;

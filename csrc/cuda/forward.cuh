@@ -1,4 +1,10 @@
-// What the passes of a forward share: a block's place in the grid, and its y tile.
+// Shared by the forward passes: a block's place in the grid, and its y tile,
+//
+//   y = act1(bn1(w1 * x))
+//
+// Tile map: blockIdx x, y, z choose intrinsic channels, ghosts, and the first of every workers-th
+// tile; the product is that of product.cuh.
+// Binding resource: that of the kernel that includes this file.
 #pragma once
 
 #include "cuda/depthwise.cuh"
@@ -6,11 +12,11 @@
 
 namespace ghost::cuda {
 
-// What a kernel instance leaves to run time.
+// What a kernel instance decides at run time, or at compile time.
 //   kAny: everything. x goes through shared memory, or is u.
 //   kDirect: x goes straight to registers (product.cuh).
-//   kLean: as kDirect, with what most networks have in inference fixed: parameters packed, d = 3,
-//     ratio 2, activations ReLU or none, stores of 8 or 16 bytes, no gate on the output, no
+//   kLean: as kDirect, with the settings of most networks in inference fixed: parameters packed,
+//     d = 3, ratio 2, activations ReLU or none, stores of 8 or 16 bytes, no gate on the output, no
 //     pooling. A quarter of the code, so that its loops stay in the instruction cache.
 enum class Scope { kAny, kDirect, kLean };
 
@@ -24,8 +30,9 @@ struct Intrinsic {
 
 // The block's channels and the first of its tiles: grid_of in typed.cuh.
 //
-// Every phase of a kernel makes its own, from an opaque block index: kept from phase to phase,
-// these numbers and all that is computed from them would take the registers that the phases need.
+// Every phase of a kernel constructs a Place of its own, from an opaque block index: kept from
+// phase to phase, these numbers and those computed from them would occupy registers that the phases
+// need.
 struct Place {
   int c0, valid;       // intrinsic channels [c0, c0 + valid)
   int ghost0, ghosts;  // of each channel's ghosts_per_map() ghost maps
@@ -42,8 +49,8 @@ struct Place {
   }
 };
 
-// Scale, shift and slope of the block's intrinsic channels to shared memory, where make_y_tile
-// looks for them. All threads call it; a sync_threads must follow. `leader`: see load_norm.
+// Scale, shift and slope of the block's intrinsic channels to shared memory, at affine_at, for
+// make_y_tile. All threads call it; a sync_threads must follow. leader: see load_norm.
 template <Scope kScope = Scope::kAny, class T>
 __device__ __forceinline__ void load_intrinsic(const CudaTile& t, const Place& place,
                                                const Intrinsic<T>& in, bool leader,
@@ -57,16 +64,16 @@ __device__ __forceinline__ void load_intrinsic(const CudaTile& t, const Place& p
   }
 }
 
-// What make_y_tile does with u besides: nothing.
+// The keep_u of make_y_tile for kernels that do not keep u.
 struct DropU {
   template <class A>
   __device__ __forceinline__ void operator()(int, int, A, A) const {}
 };
 
 // Tables, zero padding and the y tile of one tile. Begins and ends with a sync_threads.
-// keep_u(position, n, u0, u1) gets the products of channels c0 + n and c0 + n + 1 (not with u
-// given). out_channels: of the tensor that the inner table is for; 0 makes none. kGated: x may have
-// a gate.
+// keep_u(position, n, u0, u1) is called with the products of channels c0 + n and c0 + n + 1, unless
+// u is given. out_channels: channels of the tensor of the inner table; 0: no inner table. kGated: x
+// may have a gate.
 template <class P, Layout kLayout, Scope kScope, int kChannels, int kTiles, bool kGated = false,
           class KeepU = DropU>
 __device__ __forceinline__ void make_y_tile(const CudaTile& t, const Maps& p,

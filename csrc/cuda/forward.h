@@ -1,4 +1,4 @@
-// Launchers of the forward passes. Know CUDA, do not know torch. One launch each.
+// Launchers of the forward passes, one launch each. They depend on CUDA, not on torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@
 
 namespace ghost::cuda {
 
-// Partial statistics in the compute type: split s saw count[s] values of every channel.
+// Partial statistics in the compute type: split s has count[s] values of every channel.
 struct PartialsRef {
   void* mean = nullptr;   // [channels, splits]
   void* m2 = nullptr;     // [channels, splits], sums of squared deviations
@@ -27,7 +27,7 @@ struct NormArgs {
   ParamRef gamma, beta, mean, var;
   PartialsRef partials;
   double eps = 0;
-  void* mean_out = nullptr;  // kPartials: the statistics they make, compute type
+  void* mean_out = nullptr;  // kPartials: the combined statistics [channels], compute type
   void* var_out = nullptr;
 };
 
@@ -48,7 +48,7 @@ struct ForwardArgs {
 };
 
 cudaError_t launch_ghost_apply(const ForwardArgs& args, cudaStream_t stream);
-// cudaErrorNotSupported: launch_ghost_apply takes the other kernel.
+// cudaErrorNotSupported: launch_ghost_apply launches ghost_apply_kernel instead.
 cudaError_t launch_pipelined_half(const ForwardArgs& args, cudaStream_t stream);
 cudaError_t launch_pipelined_bfloat16(const ForwardArgs& args, cudaStream_t stream);
 cudaError_t launch_ghost_cheap_stats(const ForwardArgs& args, cudaStream_t stream);
@@ -66,7 +66,7 @@ struct PackArgs {
   ParamRef w2;
   ParamRef prelu1, prelu2;  // slopes [m] and [g] behind the rest, or none
   void* packed = nullptr;
-  int64_t packed_bytes = 0;  // what CudaPackedLayout leaves over is cleared
+  int64_t packed_bytes = 0;  // bytes past CudaPackedLayout::bytes are cleared
 };
 cudaError_t launch_ghost_pack(const PackArgs& args, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
 // The instances of the forward kernels for one policy and layout, and the choice among their
-// channel widths. A file in instances/ defines them with GHOST_FORWARD_INSTANCES.
+// channel widths. Each file in instances/ defines one set with GHOST_FORWARD_INSTANCES.
 #pragma once
 
 #include "cuda/apply.cuh"
@@ -12,7 +12,7 @@ namespace ghost::cuda {
 template <class P, Layout kLayout>
 struct ForwardKernels {
   using T = typename P::T;
-  // lean: what Scope::kLean wants is given.
+  // lean: the arguments satisfy the conditions of Scope::kLean.
   static cudaError_t apply(const ApplyParams<T>& params, bool lean, cudaStream_t stream);
   static cudaError_t cheap_stats(const CheapStatsParams<T>& params, cudaStream_t stream);
   static cudaError_t primary_stats(const PrimaryStatsParams<T>& params, cudaStream_t stream);

@@ -1,11 +1,14 @@
 // Matrix products of a warp: one accumulator layout for tensor cores (float16, bfloat16, TF32) and
 // plain multiply-adds (float, double), so that every epilogue is written once.
 //
-// A 16 x 8 tile of results is spread over a warp as mma.sync does it: with g = lane / 4 and
-// t = lane % 4 a lane holds c[0], c[1] = (row g, columns 2t, 2t + 1) and c[2], c[3] the same of row
-// g + 8. Both operands lie in shared memory. Their slices of K are 64 bytes (or a power of two of
-// them) wide, the rows padded by 16 bytes: ldmatrix and the scalar loads are free of bank
+//   c[row][col] += sum over k of a[row][k] * b[k][col]
+//
+// Tile map: a 16 x 8 tile of results is spread over a warp as by mma.sync. With g = lane / 4 and
+// t = lane % 4 a lane holds c[0], c[1] = (row g, columns 2t, 2t + 1) and c[2], c[3] = (row g + 8,
+// the same columns). Both operands lie in shared memory. Their slices of K are 64 bytes (or a power
+// of two of them) wide, the rows padded by 16 bytes: ldmatrix and the scalar loads are free of bank
 // conflicts.
+// Binding resource: tensor cores, or shared-memory reads for the plain multiply-adds.
 #pragma once
 
 #include "core/problem.h"
@@ -30,8 +33,8 @@ using Tf32Policy = Policy<float, true>;
 using FloatPolicy = Policy<float, false>;
 using DoublePolicy = Policy<double, false>;
 
-// Blocks that a multiprocessor should hold, which bounds the registers. cuda_plan.cpp counts on it.
-// Three where that spills nothing: narrow blocks of TF32 in NHWC. One for double.
+// Blocks that a multiprocessor should hold, which bounds the registers. cuda_plan.cpp assumes the
+// same. Three where that causes no spills: narrow blocks of TF32 in NHWC. One for double.
 template <class P>
 constexpr int min_blocks(Layout layout, int channels) {
   if (sizeof(typename P::A) == 8) return 1;
@@ -44,7 +47,7 @@ inline constexpr int kWarps = kThreads / 32;
 
 // How kWarpsM x kWarpsN warps share a product, kTilesM x kTilesN tiles of 16 rows and 8 columns
 // each (kTilesN even). Tiles are dealt out in turn, so that a ragged last chunk leaves all warps
-// about equally idle. Where the block has more warps, kWarpsK groups of them share the sum.
+// about equally idle. If the block has more warps, kWarpsK groups of them split the sum over k.
 template <int kTilesM_, int kTilesN_, int kWarpsM_, int kWarpsN_>
 struct TileGrid {
   static constexpr int kTilesM = kTilesM_, kTilesN = kTilesN_;
@@ -68,7 +71,7 @@ struct TileGrid {
   static __device__ __forceinline__ int col(int nt) {
     return ((nt >> 1) * kWarpsN + warp_n()) * 16 + (nt & 1) * 8 + int(prim::lane() & 3) * 2;
   }
-  // How many of this warp's row tiles (column pairs of tiles) begin before `rows` (`cols`).
+  // How many of this warp's row tiles begin before `rows`, and pairs of column tiles before `cols`.
   static __device__ __forceinline__ int active_m(int rows) {
     const int left = (rows + 15) / 16 - warp_m();
     const int n = left <= 0 ? 0 : (left + kWarpsM - 1) / kWarpsM;
@@ -97,11 +100,11 @@ struct WarpGrid : TileGrid<(kCols >= 128 ? 64 : 128) / 16 / kGridWarpsM<kCols>,
 //   a, not kATrans: a[row * lda + k], points at row 0 of the chunk and the first k
 //      kATrans:     a[k * lda + row]
 //   b, not kBTrans: b[n * ldb + k];  kBTrans: b[k * ldb + n]
-// lda, ldb: multiples of 16 bytes. Rows, columns past the active tiles are neither read nor
-// written; those inside must be readable, whatever they hold (each only spoils its own results).
-// Warp-uniform: m_active, n_active (WarpGrid::active_m, active_n).
+// lda, ldb: multiples of 16 bytes. Rows and columns past the active tiles are neither read nor
+// written; those inside must be readable but may hold anything (a row or column affects only its
+// own results). m_active, n_active are warp-uniform (WarpGrid::active_m, active_n).
 //
-// What of an address depends on the lane is computed once: a step moves the two pointers on.
+// The lane's part of an address is computed once: a step advances the two pointers.
 template <class P, class Grid, bool kATrans, bool kBTrans>
 class MmaStep {
   using T = typename P::T;
@@ -184,8 +187,8 @@ class MmaStep {
       }
   }
 
-  // Fragments of a 16 x kStep tile: ldmatrix moves 16-byte rows, so that 4 floats of a row pass for
-  // 8 halves; only the transposed float tile must be picked element by element.
+  // Fragments of a 16 x kStep tile: ldmatrix moves 16-byte rows, which may be 8 halves or 4 floats;
+  // only the transposed float tile is loaded element by element.
   __device__ __forceinline__ void load_a(uint32_t (&r)[4], const T* p) const {
     if constexpr (!kATrans) {
       prim::ldmatrix_x4(r, p);

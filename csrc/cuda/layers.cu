@@ -1,4 +1,4 @@
-// From plain data to typed kernel parameters, and to the kernel instance.
+// Launchers of layers.h: from plain data to typed kernel parameters, and to the kernel instance.
 #include "cuda/layers.h"
 
 #include <algorithm>

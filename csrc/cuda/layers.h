@@ -1,5 +1,5 @@
-// Launchers of what stands between the Ghost modules of a network. Know CUDA, do not know torch.
-// One launch each, if nothing else is said.
+// Launchers of the layers between the Ghost modules of a network, one launch each unless noted.
+// They depend on CUDA, not on torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,13 +37,13 @@ struct StemArgs {
 };
 cudaError_t launch_conv_stem(const StemArgs& args, cudaStream_t stream);
 
-// gate = f(w_expand' act(w_reduce mean(x) + b_reduce) + b_expand)
+// gate = f(w_expand^T act(w_reduce mean(x) + b_reduce) + b_expand)
 struct GateArgs {
   GatePlan plan;
   Layout layout = Layout::kNCHW;
   DType dtype = DType::kFloat32;
   int64_t batch = 0, channels = 0, reduced = 0, pixels = 0;
-  const void* x = nullptr;     // [N, C, H, W] dense in layout; not read where there are sums
+  const void* x = nullptr;     // [N, C, H, W] dense in layout; not read if there are sums
   const void* sums = nullptr;  // [N, splits, C], compute type, or null
   int64_t splits = 0;
   const void* w_reduce = nullptr;  // [R, C] of dtype
@@ -52,10 +52,10 @@ struct GateArgs {
   const void* b_expand = nullptr;  // [C], compute type
   Activation act;
   bool sigmoid = false;    // f: sigmoid or hard sigmoid
-  void* hidden = nullptr;  // [N, R], compute type; scratch where plan.parts > 1
+  void* hidden = nullptr;  // [N, R], compute type; scratch if plan.parts > 1
   void* gate = nullptr;    // [N, C] of dtype
 };
-// Two launches where plan.parts > 1.
+// Two launches if plan.parts > 1.
 cudaError_t launch_squeeze_excite_gate(const GateArgs& args, cudaStream_t stream);
 
 }  // namespace ghost::cuda

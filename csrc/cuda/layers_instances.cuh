@@ -1,5 +1,5 @@
-// The instances of the layer kernels for one storage type. A file in instances/ defines them with
-// GHOST_LAYER_INSTANCES.
+// The instances of the layer kernels for one storage type. Each file in instances/ defines one set
+// with GHOST_LAYER_INSTANCES.
 #pragma once
 
 #include "cuda/conv_stem.cuh"

@@ -1,5 +1,10 @@
-// Parameters of eval in the order and types that ghost_apply wants (CudaPackedLayout): one thread
-// an element. Runs once a module; bound by launch latency.
+// The parameters of inference in the order and types of CudaPackedLayout:
+//
+//   scale = gamma / sqrt(var + eps),  shift = beta - mean * scale      (of either batch norm)
+//   w1_out = w1 * scale1 if folded, else w1;  w2_out = w2 * scale2
+//
+// Tile map: a thread takes every gridDim * blockDim-th element of each vector.
+// Binding resource: launch latency; the kernel runs once per module.
 #pragma once
 
 #include "cuda/epilogue.cuh"
@@ -17,7 +22,7 @@ struct PackParams {
   Accumulator<T>*scale1 = nullptr, *shift1 = nullptr, *w2_out = nullptr, *shift2 = nullptr;
   ParamRef slopes1, slopes2;  // of a PReLU [m], [g], or none
   Accumulator<T>*slopes1_out = nullptr, *slopes2_out = nullptr;
-  unsigned char* rest = nullptr;  // cleared
+  unsigned char* rest = nullptr;  // [rest_bytes], set to zero
   int64_t rest_bytes = 0;
 };
 
@@ -56,7 +61,7 @@ __global__ void __launch_bounds__(256) ghost_pack_kernel(const PackParams<T> p) 
   for (int64_t i = first; i < p.rest_bytes; i += step) p.rest[i] = 0;
 }
 
-// mean and var [channels] from partial statistics, a warp a channel.
+// mean and var [channels] from partial statistics (combine_partials). A warp takes one channel.
 template <class A>
 __global__ void __launch_bounds__(256)
     combine_stats_kernel(const Partials<A> partials, int64_t channels, A* mean, A* var) {

@@ -1,13 +1,13 @@
-// Everything in the kernels that only nvcc knows, under one roof: PTX, intrinsics, launches.
+// All that is specific to nvcc in the kernels: PTX, intrinsics, launches.
 //
 // The kernel sources are compiled twice. nvcc takes the first half of this file. A plain C++
 // compiler with GHOST_OPS_EMULATOR defined takes tests/emulator/emulated_prim.h instead, which has
 // the same functions in software, run by a scheduler of emulated thread blocks. Each function here
-// therefore has a twin there with the same name, arguments and result.
+// has a twin there with the same name, arguments and result.
 //
-// Kernels may use what the emulator knows as well: __global__, __device__, __host__,
+// Besides, kernels may use the names that the emulator defines: __global__, __device__, __host__,
 // __forceinline__, __launch_bounds__, __restrict__, threadIdx, blockIdx, blockDim, gridDim, dim3,
-// uint2, uint4, float2, float4 and "#pragma unroll". Everything else of CUDA goes through here.
+// uint2, uint4, float2, float4 and "#pragma unroll". All other uses of CUDA go through this file.
 //
 // Collectives (ldmatrix, mma, shuffles, sync_warp) are executed by all 32 lanes of a warp together,
 // sync_threads by all threads of the block that have not returned. There are no atomics: a
@@ -34,8 +34,8 @@
   extern __shared__ __align__(128) unsigned char ghost_shared_raw[]; \
   T* name = reinterpret_cast<T*>(ghost_shared_raw)
 
-// Starts a kernel and gives back a cudaError_t. A template kernel with commas stands in
-// parentheses. Arguments are converted to the kernel's parameter types.
+// Launches a kernel and returns a cudaError_t. A template kernel with commas stands in parentheses.
+// Arguments are converted to the kernel's parameter types.
 #define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::ghost::prim::launch<false>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 // The same for a kernel of which every thread begins with wait_for_previous_kernel: it may start
@@ -184,8 +184,8 @@ __device__ __forceinline__ uint32_t mul_pair<bfloat16_t>(uint32_t a, uint32_t b)
   return fma_pair<bfloat16_t>(a, b, 0x80008000u);
 }
 
-// v, of which the compiler is told nothing: what is computed from it can neither be moved out of
-// the loop around nor be kept in registers from one phase of a kernel to the next.
+// v, with its origin hidden from the compiler, which therefore can neither hoist computations with
+// v out of a loop nor keep their results in registers from one phase of a kernel to the next.
 __device__ __forceinline__ int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
@@ -310,12 +310,12 @@ __device__ __forceinline__ const void* zeros() {
 }
 
 // Copies Bytes from global to shared memory in the background, or writes that many zeros if not
-// wanted; global is not read then, but aligned all the same.
+// wanted; then global is not read, but must be aligned all the same.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool wanted) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
   const int source_bytes = wanted ? Bytes : 0;
-  if constexpr (Bytes == 16) {  // past L1: what is copied to shared memory is not needed there
+  if constexpr (Bytes == 16) {  // bypasses L1: nothing else reads the data
     asm volatile(
         "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
         "l"(global), "r"(source_bytes));
@@ -363,8 +363,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, uint32
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
       "r"(bytes) : "memory");
 }
-// Waits while the current phase has this parity: until the phase with it completes. What arrived in
-// that phase is visible then.
+// Waits while the current phase has this parity, until that phase completes. The data that arrived
+// in the phase are visible afterwards.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity) {
   uint32_t done = 1;
   do {
@@ -398,12 +398,12 @@ __device__ __forceinline__ void bulk_commit() {
   GHOST_SM90_ASM("cp.async.bulk.commit_group;" :: : "memory");
 }
 // Waits until at most Pending of the youngest groups of this thread still read shared memory. A
-// thread must not end before none of them does.
+// thread must wait for all of them before it ends.
 template <int Pending>
 __device__ __forceinline__ void bulk_wait_read() {
   GHOST_SM90_ASM("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
-// Waits until at most Pending of them are under way: what the others wrote is visible.
+// Waits until at most Pending of them are under way; the data of the others are visible.
 template <int Pending>
 __device__ __forceinline__ void bulk_wait() {
   GHOST_SM90_ASM("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
@@ -415,9 +415,9 @@ __device__ __forceinline__ void trap() {
 
 // -------------------------------------------------------------------------------- tensor cores
 
-// Four (or two) 8x8 matrices of 16-bit numbers from shared memory. Lane l gives the address,
-// 16-byte aligned, of row l % 8 of matrix l / 8, and gets the elements (l / 4, 2 * (l % 4) + {0,
-// 1}) of each.
+// Four (or two) 8x8 matrices of 16-bit numbers from shared memory. Lane l passes the address,
+// 16-byte aligned, of row l % 8 of matrix l / 8, and receives of each matrix the elements
+//   (row l / 4, columns 2 * (l % 4) and 2 * (l % 4) + 1)
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -430,7 +430,8 @@ __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared
                : "r"(shared_address(shared))
                : "memory");
 }
-// The same with each matrix transposed: the lane gets the elements (2 * (l % 4) + {0, 1}, l / 4).
+// The same with each matrix transposed: the lane receives
+//   (rows 2 * (l % 4) and 2 * (l % 4) + 1, column l / 4)
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -487,8 +488,8 @@ struct Unchanged {
   using type = T;
 };
 
-// Whether GHOST_LAUNCH_EARLY launches early on the current device: with GHOST_OPS_CUDA_PDL=1, and
-// where the code that runs there has the wait. All kernels are compiled for the same architectures.
+// Whether GHOST_LAUNCH_EARLY launches early on the current device: GHOST_OPS_CUDA_PDL=1, and the
+// code for the device has the wait. All kernels are compiled for the same architectures.
 inline bool starts_early(const void* kernel) {
   static const bool wanted = is_switched_on("GHOST_OPS_CUDA_PDL");
   if (!wanted) return false;

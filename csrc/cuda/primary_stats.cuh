@@ -1,9 +1,12 @@
-// Partial statistics of u = w1 * x, and u itself where it is kept: the first pass of training.
+// The first pass of training: partial mean and variance, over all pixels, of
 //
-// Tiles without halo. From the accumulators of the product a lane keeps the sums of its columns
-// (stats.cuh); where u is kept it goes through shared memory to whole vectors. With u given the
-// tile is read into shared memory and a thread sums a pair of channels. Binding resource: reading x
-// (DRAM); writing u where it is kept.
+//   u = w1 * x
+//
+// and u itself if it is kept.
+// Tile map: tiles without halo. From the accumulators of the product a lane keeps the sums of its
+// columns (stats.cuh); a kept u goes through shared memory, to be stored in whole vectors. A given
+// u is read into shared memory, and a thread sums a pair of channels.
+// Binding resource: reading x (DRAM), and writing u if it is kept.
 #pragma once
 
 #include "cuda/forward.cuh"
@@ -21,8 +24,8 @@ struct PrimaryStatsParams {
   Partials<Accumulator<T>> partials;  // splits = tile.workers
 };
 
-// The sums that a thread keeps from tile to tile: of its columns of the product, or with u given of
-// one pair of channels (column 0).
+// The sums that a thread keeps from tile to tile: of its columns of the product, or of one pair of
+// channels (column 0) if u is given.
 template <class A, int kColumns>
 struct ColumnSums {
   int seen = 0;  // values of each channel
@@ -105,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
 #pragma unroll
             for (int i = 0; i < kRows; ++i) count += q0 + Grid::row(i / 2, i % 2) < sources ? 1 : 0;
             if (count == 0) return;
-            // The passes to come read the u that is kept: the statistics must be of the same.
+            // The statistics must be of the rounded u, which the next passes read.
             if (keeps) round_to<T>(acc);
             if (sums.seen == 0)
               sums.each([&](int nt, int e, auto& sum) { sum.shift = acc[0][nt][e]; });
@@ -143,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
     }
   }
 
-  // What the tiles took from b_at on is free now. A slot is a thread's share (u given) or a row of
-  // lanes (product).
+  // The shared memory from b_at on is free after the last tile. A slot is a thread's share (u
+  // given) or a row of lanes (product).
   prim::sync_threads();
   const Place place(t, p);
   const StripOwner own(place.valid);

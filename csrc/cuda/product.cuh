@@ -1,9 +1,13 @@
-// u = w1 * x of a tile's source pixels, in the registers of the warps, chunk by chunk of rows.
+// The primary product of a tile's source pixels, in the registers of the warps:
 //
-// Two ways to get at x. Staged: it passes through shared memory, slice by slice of its channels,
-// the block in step. Direct, for 16-bit types in NHWC whose pixels are whole 16-byte vectors: a
-// warp takes its own pixels from global memory into registers, as operands of the product, and runs
-// on without any barrier.
+//   u[pixel][m] = sum over c of w1[m][c] * x[pixel][c]        (x: times its gate, if there is one)
+//
+// Tile map: a block computes chunks of Grid::kRows pixels x Grid::kCols channels; WarpGrid
+// (gemm.cuh) or DirectGrid says which lane owns which results. Staged: x passes through shared
+// memory, slice by slice of its channels, with a barrier a slice. Direct, for 16-bit types in NHWC
+// whose pixels are whole 16-byte vectors: a warp loads its own pixels from global memory into
+// registers, as operands of the product, without any barrier.
+// Binding resource: reads of x from DRAM or L2; tensor cores for many channels.
 #pragma once
 
 #include "cuda/stores.cuh"
@@ -14,7 +18,8 @@ namespace ghost::cuda {
 // How the eight warps of a block share kRows pixels x kCols channels where x comes directly: tiles
 // of 8 pixels x 16 channels. With g = lane / 4 and t = lane % 4 a lane holds c[0], c[1] = (pixel
 // 2t, channels 2g, 2g + 1) and c[2], c[3] the same of pixel 2t + 1. Members as those of WarpGrid.
-// kTiles of them for each warp, as there are registers: 4, 8 or 16 (DirectTiles in cuda_plan.cpp).
+// kTiles: tiles of a warp, as many as it has registers for: 4, 8 or 16 (DirectTiles in
+// cuda_plan.cpp).
 template <int kCols_, int kTiles>
 struct DirectGrid {
   static constexpr int kCols = kCols_;  // 16, 32, 64 or 128
@@ -60,8 +65,8 @@ __device__ __forceinline__ void copy_async(T* shared, const T* global, bool want
 }
 
 // Channels [k0, k0 + t.slice) of the source pixels [q0, q0 + kRows) into one stage: [pixel][k] for
-// NHWC, [k][pixel] for NCHW. Zeros from channel c up to the next whole step of the product, nothing
-// beyond; pixels past the last are left as they are.
+// NHWC, [k][pixel] for NCHW. Zeros from channel c up to the next whole step of the product;
+// channels beyond and pixels past the last one are left unchanged.
 template <class P, Layout kLayout, int kRows>
 __device__ __forceinline__ void load_pixels(typename P::T* stage, const CudaTile& t, const Maps& p,
                                             const typename P::T* x, int x_bytes,
@@ -71,7 +76,7 @@ __device__ __forceinline__ void load_pixels(typename P::T* stage, const CudaTile
   with_bytes<T>(x_bytes, [&](auto bytes) {
     constexpr int kBytes = decltype(bytes)::value, kVec = kBytes / int(sizeof(T));
     if constexpr (kLayout == Layout::kNHWC) {
-      // A thread stays with its channels: only rows change.
+      // A thread keeps its channels and takes every step-th row.
       const int shift = t.slice_log2 - kLog2<kVec>, per_row = 1 << shift;
       const int kk = (int(threadIdx.x) & (per_row - 1)) * kVec, k = k0 + kk;
       if (k >= k_end) return;
@@ -100,7 +105,7 @@ __device__ __forceinline__ void load_pixels(typename P::T* stage, const CudaTile
   });
 }
 
-// The gates of a tile's images to shared memory, [images][t.in_gate_stride], zeros past channel c.
+// The gates of a tile's images to shared memory [images][t.in_gate_stride], zeros past channel c.
 template <class T>
 __device__ __forceinline__ void load_input_gates(T* gates, const CudaTile& t, const Maps& p,
                                                  const T* gate, const Tile& tile) {
@@ -111,7 +116,8 @@ __device__ __forceinline__ void load_input_gates(T* gates, const CudaTile& t, co
   }
 }
 
-// Multiplies what this thread copied by load_pixels, with the same arguments, by its gates.
+// Multiplies the elements that this thread copied by load_pixels, with the same arguments, by their
+// gates.
 template <class P, Layout kLayout, int kRows>
 __device__ __forceinline__ void gate_pixels(typename P::T* stage, const CudaTile& t, const Maps& p,
                                             const typename P::T* gates, int x_bytes,
@@ -173,9 +179,9 @@ __device__ __forceinline__ void load_weights(T* shared, const CudaTile& t, const
   });
 }
 
-// primary_product by way of shared memory. The loads run kCudaStages - 1 stages ahead through
-// chunks and slices alike, so that an epilogue never waits for memory. One barrier a stage: it
-// tells that the stage's copies have landed and that the stage before is free.
+// primary_product by way of shared memory. The loads run kCudaStages - 1 stages ahead, across the
+// borders of slices and chunks, so that an epilogue never waits for memory. After the one barrier
+// of a stage its copies have landed and the stage before is free.
 template <class P, Layout kLayout, class Grid, bool kGated, class Emit>
 __device__ __forceinline__ void staged_product(const CudaTile& t, const Maps& p,
                                                const Primary<typename P::T>& in, const Tile& tile,
@@ -262,9 +268,9 @@ __device__ __forceinline__ void staged_product(const CudaTile& t, const Maps& p,
   }
 }
 
-// Eight columns of rows that are `pitch` apart, the first row's at `first`, aligned to 16 bytes;
-// zeros if the columns do not exist: all rows are the same zeros then, which costs less than a
-// choice for each.
+// Eight columns of rows that are `pitch` apart, those of the first row at `first`, aligned to 16
+// bytes. If the columns do not exist, every row reads the same 16 bytes of zeros: cheaper than a
+// branch per row.
 template <class T>
 struct RowColumns {
   const T* first;
@@ -279,10 +285,10 @@ struct RowColumns {
   }
 };
 
-// w1 as operand of the direct product, whose rows are whole vectors. A sum over channels has
-// no order: where mma numbers those of two steps so that lane t of four has 2t, 2t + 1, 2t + 8,
-// ..., it gets 8t ... 8t + 7 here, 16 bytes of a pixel, and 16 of each of two rows of w1. Rows g
-// and g + 8 of mma are channels 2g and 2g + 1.
+// w1 as operand of the direct product, whose rows are whole vectors. The sum over channels may run
+// in any order: mma gives lane t of four the channels 2t, 2t + 1, 2t + 8, ... of two steps; here
+// the lane takes 8t ... 8t + 7 instead, 16 bytes of a pixel, and 16 of each of two rows of w1. Rows
+// g and g + 8 of mma are channels 2g and 2g + 1.
 constexpr int kBlockColumns = 32, kBlockBytes = 1024;  // a block: 16 rows x 32 columns
 
 // Copies columns [k0, k1) of w1 rows [c0, c0 + t.channels) to shared memory, block by block of
@@ -310,9 +316,9 @@ __device__ __forceinline__ void copy_weight_blocks(unsigned char* shared, const 
   }
 }
 
-// primary_product by way of registers. The next blocks of x are on their way while the results
-// before are being worked on. w1 stays in shared memory, or passes through a ring of two stages of
-// kCudaRing columns there: the copies of a stage run while the stage before is multiplied.
+// primary_product by way of registers. The next blocks of x are loaded while the current ones are
+// multiplied. w1 stays in shared memory, or passes through a ring of two stages of kCudaRing
+// columns there: the copies of a stage run while the stage before is multiplied.
 template <class P, class Grid, bool kGated, class Emit>
 __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
                                                const Primary<typename P::T>& in, const Tile& tile,
@@ -325,7 +331,7 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
   static_assert(kCudaRing % kStep == 0, "a step of the product lies in one stage of the ring");
   const int lane = int(prim::lane()), first_k = (lane & 3) * 8;
   const int row_blocks = ceil_div(t.channels, 16), sources = tile.sources() - Grid::first_row();
-  // A ring is filled by the whole block: all warps take part in all chunks then.
+  // The whole block fills a ring, so that all warps take part in all chunks.
   const bool ring = Grid::kCols > 32 && !t.resident;
   const int end = ring ? tile.sources() : sources;
 
@@ -386,7 +392,7 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
     }
   };
 
-  // Before the first chunk there is one in which only x is fetched.
+  // One pass before the first chunk fetches x and multiplies nothing.
 #pragma unroll 1
   for (int q0 = -Grid::kRows; q0 < end; q0 += Grid::kRows) {
     const bool begun = q0 >= 0, more = q0 + Grid::kRows < end, mine = begun && q0 < sources;
@@ -434,8 +440,8 @@ __device__ __forceinline__ void direct_product(const CudaTile& t, const Maps& p,
 }
 
 // u = w1 * x for all source pixels of a tile and the channels [c0, c0 + t.channels), in chunks of
-// Grid::kRows pixels; emit(acc, q0) gets the accumulators of the chunk that begins with source
-// pixel q0 (rows and columns: Grid::row, Grid::col; rows past the last pixel hold anything).
+// Grid::kRows pixels. emit(acc, q0) is called with the accumulators of the chunk that begins with
+// source pixel q0 (rows and columns: Grid::row, Grid::col; rows past the last pixel are undefined).
 //
 // Before: the source table is visible to all threads and the stages are free. After: this thread's
 // copies have landed; a sync_threads must come before the stages are used otherwise.

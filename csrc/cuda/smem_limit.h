@@ -1,5 +1,5 @@
-// The limit of a kernel's dynamic shared memory. Uses only functions of the CUDA runtime, which the
-// emulator has too: both halves of prim.cuh include this file.
+// The limit of a kernel's dynamic shared memory. Uses only functions of the CUDA runtime that the
+// emulator has too: prim.cuh and emulated_prim.h both include this file.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,9 +13,9 @@ namespace ghost::prim {
 // A launch with more dynamic shared memory than this fails unless the kernel's limit was raised.
 inline constexpr size_t kDefaultSmemLimit = 48 * 1024;
 
-// The kernels and devices whose limit is raised. Lock-free, and nothing is ever removed. A kernel
-// without an entry (a full table) or a device without a bit only costs time: its limit is raised at
-// every launch, always to the same value.
+// The kernels and devices whose limit is raised. Lock-free; no entry is ever removed. The limit of
+// a kernel without an entry (a full table), or on a device without a bit, is raised at every
+// launch, always to the same value; this only costs time.
 class RaisedLimits {
  public:
   // One bit for each of the first kDevices devices; null if the table is full.
@@ -47,8 +47,9 @@ class RaisedLimits {
 };
 inline RaisedLimits g_raised_limits;
 
-// Raises the limit to what a block may have on the device. Not to the bytes of one launch: another
-// host thread that sets a smaller number between this call and the launch would make it fail.
+// Raises the limit to all that a block may have on the device. Not to the bytes of one launch:
+// another host thread could set a smaller number between this call and the launch, which would
+// fail.
 inline cudaError_t raise_smem_limit(const void* kernel, int device) {
   int most = 0;
   cudaFuncAttributes attributes;
@@ -61,8 +62,8 @@ inline cudaError_t raise_smem_limit(const void* kernel, int device) {
   return status;
 }
 
-// To be called before a launch with so many bytes on the current device. Raises the limit the first
-// time, on each device; later calls cost a table look-up.
+// Must be called before a launch with so many bytes on the current device. Raises the limit at the
+// first call on each device; later calls cost a table look-up.
 inline cudaError_t allow_dynamic_smem(const void* kernel, size_t bytes) {
   if (bytes <= kDefaultSmemLimit) return cudaSuccess;
   int device = 0;

@@ -1,15 +1,17 @@
 // The gate of a squeeze-and-excitation, for a few images a block.
 //
-//   mean[n][c]   = sum over pixels of x[n][c] / P           from x, or from sums made before
+//   mean[n][c]   = sum over pixels of x[n][c] / P           from x, or from given partial sums
 //   hidden[n][r] = act(b_reduce[r] + sum over c of w_reduce[r][c] * mean[n][c])
 //   gate[n][c]   = f(b_expand[c] + sum over r of w_expand[r][c] * hidden[n][r])
 //
-// Block: 512 threads, plan.images images; where these are cut into parts, some rows of hidden or
-// some channels of the gate, in two launches. Means: NHWC a thread owns a vector of channels and
-// every slots-th pixel, NCHW a warp four channels; reduce: a warp a row of weights; expand: a
-// thread a vector of channels and every parts-th row. Partial sums meet in shared memory in a fixed
-// order. Binding resource: x from DRAM for large batches, else the weights from L2 (64 bytes a
-// clock of a multiprocessor): each is read once for all images of a block.
+// c: channels, r: reduced channels, P: pixels of a map, f: sigmoid or hard sigmoid.
+// Tile map: a block of 512 threads owns plan.images images; if these are cut into parts, some rows
+// of hidden or some channels of the gate, in two launches. Means: in NHWC a thread owns a vector of
+// channels and every slots-th pixel, in NCHW a warp owns four channels. Reduce: a warp owns a row
+// of weights. Expand: a thread owns a vector of channels and every parts-th row. Partial sums are
+// added through shared memory in a fixed order.
+// Binding resource: x from DRAM for large batches, else the weights from L2 (64 bytes a clock of a
+// multiprocessor), read once for all images of a block.
 #pragma once
 
 #include "core/cuda_plan_layers.h"
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(kGateThreads, 1)
       hidden[k] = p.hidden[n0 * p.r + k];
   }
   prim::sync_threads();
-  // In whole vectors, however wide they are.
+  // In whole vectors: a part has a multiple of 8 channels.
   const int channels = ceil_div(ceil_div(p.c, 8), p.plan.parts) * 8;
   const int first = part * channels, last = min_of(first + channels, p.c);
   if (first < last) expand_channels(p, n0, images, first, last, hidden, scratch);

@@ -1,9 +1,11 @@
-// Partial statistics: mean and sum of squared deviations of a block's share, per channel.
+// Partial statistics: mean and sum of squared deviations of a block's values, per channel.
 //
-// A thread sums v - k and (v - k)^2 of its values v, where the shift k is one of them and, from the
-// second tile on, the mean of the first tile: sums about 0 would lose the digits of a variance that
-// is small beside the mean. Slots (threads or lanes of a channel) and blocks are joined in a fixed
-// order: the same input gives the same bits.
+//   sum = sum of (v - k),  squares = sum of (v - k)^2         k: the shift
+//   mean = k + sum / n,    m2 = squares - sum^2 / n
+//
+// The shift k is a thread's first value and, from the second tile on, the mean of its first tile:
+// sums about 0 would lose the digits of a variance that is small beside the mean. Slots (threads or
+// lanes of a channel) and blocks are joined in a fixed order: the same input gives the same bits.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -29,9 +31,10 @@ struct ShiftedSums {
   }
 };
 
-// The statistics of a block from those of its slots, in shared memory: slot s saw n[s] values, with
-// the sums at s * stride + c for channel c. Slot 0 has values if any has. Writes split `split` of
-// the partials of channel first + c * step, c < valid. All threads call it, after a sync_threads.
+// The statistics of a block from those of its slots, in shared memory: slot s has n[s] values, with
+// the sums at s * stride + c for channel c. Slot 0 has values if any slot has. Writes split `split`
+// of the partials of channel first + c * step, c < valid. All threads call it, after a
+// sync_threads.
 template <class A>
 __device__ __forceinline__ void write_partials(const Partials<A>& out, int split, int64_t first,
                                                int step, int valid, bool writes_count, int slots,

@@ -1,13 +1,19 @@
-// The maps of a tile from shared memory to the output, with a gate and a residual.
+// The maps of a tile from shared memory to the output:
+//
+//   out = maps * nearest(gate) + residual
+//
+// Tile map: in NHWC neighbouring lanes store neighbouring vectors of a pixel; in NCHW a warp stores
+// 32 pixels of several channel pairs.
+// Binding resource: DRAM bandwidth.
 #pragma once
 
 #include "cuda/tile.cuh"
 
 namespace ghost::cuda {
 
-// Where a block's maps go: out [n, out_channels, h, w], dense in the kernel's layout, at the tile's
-// first image. residual (may be null) has the same shape and layout; gate (may be null) is
-// [n, out_channels, gate_h, gate_w] in the same layout: out = maps * nearest(gate) + residual.
+// The tensors of the output: out [n, channels, h, w], dense in the kernel's layout; residual (or
+// null) of the same shape and layout; gate (or null) [n, channels, gate_h, gate_w] in the same
+// layout.
 template <class T>
 struct Output {
   T* out = nullptr;
@@ -28,8 +34,8 @@ struct Output {
   }
 };
 
-// Offset of the gate's pixel over each inner pixel, in pixels for NHWC and in elements of channel 0
-// for NCHW, as the offsets of build_table: F.interpolate(mode="nearest").
+// Offset of the gate's pixel for each inner pixel, in pixels for NHWC and in elements of channel 0
+// for NCHW, as the offsets of build_table. The pixel is that of F.interpolate(mode="nearest").
 template <Layout kLayout, class T>
 __device__ __forceinline__ void build_gate_table(int32_t* table, const Tile& tile,
                                                  const Output<T>& o) {
@@ -46,8 +52,8 @@ __device__ __forceinline__ void build_gate_table(int32_t* table, const Tile& til
   }
 }
 
-// f(word) for each pair of numbers of a vector of a 16-bit type; a lone number is the lower of its
-// pair.
+// v = f(v, a, b) for each pair of numbers of a vector of a 16-bit type, as 32-bit words; a vector
+// of one number is the lower half of a word.
 template <class T, int kVec, class F>
 __device__ __forceinline__ void change_pairs(Vec<T, kVec>& v, const Vec<T, kVec>& a,
                                              const Vec<T, kVec>& b, const F& f) {
@@ -63,7 +69,7 @@ __device__ __forceinline__ void change_pairs(Vec<T, kVec>& v, const Vec<T, kVec>
   }
 }
 
-// v * gate + residual in one rounding, without gate or residual where they do not count.
+// v = v * gate + residual with one rounding; `gated` and `added` say which of the two exist.
 template <class T, int kVec>
 __device__ __forceinline__ void scale_and_add(Vec<T, kVec>& v, bool gated, const Vec<T, kVec>& gate,
                                               bool added, const Vec<T, kVec>& residual) {
@@ -88,7 +94,8 @@ __device__ __forceinline__ void scale_and_add(Vec<T, kVec>& v, bool gated, const
   }
 }
 
-// One vector to the output, `at` bytes from its first, by way of load_gate(gate): its gates.
+// Stores one vector to the output, `at` bytes from its first element. load_gate(gate) loads its
+// gates.
 template <class T, int kVec, class LoadGate>
 __device__ __forceinline__ void store_out(const Output<T>& o, int64_t at, Vec<T, kVec> v,
                                           const LoadGate& load_gate) {
@@ -118,7 +125,7 @@ struct BlockMaps {
     return group == step ? first + k : first + k / group * step + k % group;
   }
 };
-// Field by field: a choice between references would put both into local memory.
+// b if second, else a. Field by field: a choice of references would put both into local memory.
 template <class T>
 __device__ __forceinline__ BlockMaps<T> choose(bool second, const BlockMaps<T>& a,
                                                const BlockMaps<T>& b) {
@@ -131,8 +138,9 @@ __device__ __forceinline__ BlockMaps<T> choose(bool second, const BlockMaps<T>& 
 // The inner pixels of a tile from shared memory to the output: y, then z.
 // NHWC: neighbouring lanes write neighbouring addresses, through y and z of a pixel and on to the
 // next pixel. NCHW: a warp takes 32 pixels of as many channel pairs as a store has elements.
-// Every pixel of a vector must be inside the tile and, in NCHW, neighbours in memory. gates: of
-// build_gate_table, if there is a gate. Not kAny: there is none, and a store has 8 or 16 bytes.
+// In NCHW the pixels of a vector must be inner pixels that are neighbours in memory. gates: the
+// table of build_gate_table, if there is a gate. kAny = false: there is no gate, and a store has 8
+// or 16 bytes.
 template <Layout kLayout, bool kAny = true, class T>
 __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, const Tile& tile,
                                            const PixelEntry* inner, const int32_t* gates,
@@ -148,7 +156,8 @@ __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, co
   with_bytes<T, kAny ? int(sizeof(T)) : 8>(o.bytes, [&](auto width) {
     constexpr int kVec = decltype(width)::value / int(sizeof(T));
     if constexpr (kLayout == Layout::kNHWC) {
-      // A thread stays with its channels, pixel by pixel. More vectors than threads take turns.
+      // A thread keeps its channels and takes every slots-th pixel; more vectors than threads take
+      // several rounds.
       const int y_chunks = y.count / kVec, per_pixel = y_chunks + z.count / kVec;
 #pragma unroll 1
       for (int first = 0; first < per_pixel; first += kThreads) {
@@ -159,7 +168,7 @@ __device__ __forceinline__ void store_tile(const Output<T>& o, const Maps& p, co
         const bool ghost = k >= y_chunks;
         k = (ghost ? k - y_chunks : k) * kVec;
         const BlockMaps<T> from = choose(ghost, y, z);
-        // In bytes from a thread's own channel on: an address is one multiplication.
+        // Offsets in bytes from the thread's first channel: an address costs one multiplication.
         const Output<T> mine = at.from_channel(from.channel(k));
         const T* const data = from.data + k;
         const auto offset = [&](int32_t pixel) {

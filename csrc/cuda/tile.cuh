@@ -1,15 +1,18 @@
-// A tile: which pixels a block owns, where they lie in memory, and the intrinsic maps of them in
-// shared memory.
+// A tile of the forward passes and of the first backward launch: its pixels, their addresses, and
+// its intrinsic maps y in shared memory.
 //
 // Source pixels are those whose y the tile needs: its own and the halo, as far as they lie in the
-// image. They are numbered q = 0, 1, ... row by row; a table holds for each its offset in x and its
-// position in the y tile, so that all divisions happen once a tile. Inner pixels, numbered
-// likewise, are those that the tile stores.
+// image. They are numbered q = 0, 1, ... row by row; a table has for each its offset in x and its
+// position in the y tile, so that a tile divides once per pixel. Inner pixels, numbered in the same
+// way, are those that the tile stores.
 //
 // The y tile is [position][channel] in both layouts: a position is a pixel of the tile or of the
-// zero padding around it. Rows are `pitch` positions apart. Where a tile spans the full width the
-// zero columns right of a row are those left of the next, and whole images share their zero rows in
-// the same way.
+// zero padding around it. Rows are `pitch` positions apart:
+//
+//   position = (image * image_rows + h - h0 + halo) * pitch + w - w0 + halo
+//
+// If a tile spans the full width, the zero columns right of a row are those left of the next one;
+// whole images share their zero rows in the same way.
 #pragma once
 
 #include <cstring>
@@ -24,8 +27,8 @@
 
 namespace ghost::cuda {
 
-// The maps that a kernel works on. x [n, c, in_h, in_w], output maps [h, w], and the tiles of an
-// image and of a row of them.
+// The shapes of a kernel's maps: x [n, c, in_h, in_w], m intrinsic maps [h, w] and their ghosts,
+// cut to out_channels. by_image, by_row: tiles of an image and of a row of tiles.
 struct Maps {
   int64_t n = 0;
   int32_t c = 0, in_h = 0, in_w = 0, stride = 1;
@@ -85,15 +88,16 @@ __device__ __forceinline__ int y_position(const CudaTile& t, const Tile& tile, i
   return (i * t.image_rows + h - tile.h0 + t.halo) * t.pitch + w - tile.w0 + t.halo;
 }
 
-// Offset of a source pixel in x, or of an inner pixel in the output, relative to the tile's first
-// image: in pixels for NHWC, in elements of channel 0 for NCHW. And its position in the y tile.
+// offset: of a source pixel in x, or of an inner pixel in the output, relative to the tile's first
+// image; in pixels for NHWC, in elements of channel 0 for NCHW. position: in the y tile.
 struct alignas(8) PixelEntry {
   int32_t offset;
   int32_t position;
 };
 
-// Warps over rows, lanes over columns. `stride` is the step between pixels of the map in a tensor
-// of [channels, height, width] maps: the primary's stride for x, 1 for the output.
+// The entries of a box of pixels of each image; warps take rows, lanes take columns. The tensor is
+// [n, channels, height, width]; neighbouring pixels of the box are `stride` apart in it: the stride
+// of the primary convolution for x, 1 for the output.
 template <Layout kLayout>
 __device__ __forceinline__ void build_table(PixelEntry* table, const CudaTile& t, const Tile& tile,
                                             int first_h, int rows, int first_w, int cols,
@@ -110,7 +114,8 @@ __device__ __forceinline__ void build_table(PixelEntry* table, const CudaTile& t
       table[r * cols + c] = PixelEntry{offset + (first_w + c) * stride, position + c};
   }
 }
-// Rows of a product past the last pixel read the first one, and go where nobody looks.
+// Rows of a product past the last pixel read the first pixel; their results go to the last position
+// of the y tile, which nothing reads.
 template <Layout kLayout>
 __device__ __forceinline__ void build_source_table(PixelEntry* table, const CudaTile& t,
                                                    const Tile& tile, const Maps& p) {
@@ -126,8 +131,8 @@ __device__ __forceinline__ void build_inner_table(PixelEntry* table, const CudaT
                        p.w);
 }
 
-// Zeros at the positions that no source pixel has: outside the image y is 0, whatever the
-// activation makes of shift1. Warps over rows of positions.
+// Zeros at the positions outside the image, where the depthwise convolution pads y with 0 (and not
+// with act1(shift1)). Warps take rows of positions.
 template <class T>
 __device__ __forceinline__ void clear_padding(T* y, const CudaTile& t, const Tile& tile) {
   const int warps = int(blockDim.x >> 5), lane = int(prim::lane());
@@ -153,8 +158,7 @@ __device__ __forceinline__ void clear_padding(T* y, const CudaTile& t, const Til
 
 // ------------------------------------------------------------------------------------ vectors
 
-// Calls f with the run-time number of bytes (16, 8, 4, 2; not below kLeast, at least one element)
-// as a constant.
+// Calls f with the run-time number of bytes (16, 8, 4 or 2; at least kLeast) as a constant.
 template <class T, int kLeast = int(sizeof(T)), class F>
 __device__ __forceinline__ void with_bytes(int bytes, F&& f) {
   if (bytes == 16)
@@ -220,9 +224,9 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, kCount>& v) {
 
 // --------------------------------------------------------------------------------- maps given
 
-// x is u: u of all source pixels and of the channels [c0, c0 + valid) into the y tile, through
-// f(v, n, step): a register array of float (double), v[i] belonging to channel c0 + n + i * step
-// (past what was loaded: anything).
+// For a given u: copies u of all source pixels and of the channels [c0, c0 + valid) into the y
+// tile. f(v, n, step) changes the values on the way: v[i], in the compute type, belongs to channel
+// c0 + n + i * step; elements past the vector that was loaded are undefined.
 template <Layout kLayout, class T, class F>
 __device__ __forceinline__ void read_maps(T* y, const CudaTile& t, const Maps& p, const T* u,
                                           int bytes, const Tile& tile, int c0, int valid,

@@ -1,4 +1,4 @@
-// From plain data of a launcher to typed parameters of the kernels.
+// From a launcher's plain data to typed kernel parameters.
 #pragma once
 
 #include <numeric>
@@ -19,7 +19,7 @@ int32_t copy_bytes(const void* p, int64_t count) {
   return int32_t(bytes);
 }
 
-// Pixels that lie next to each other in NCHW maps for every tile of a plan: 1 if they do not.
+// The number of pixels that, in every tile of a plan, lie next to each other in NCHW maps.
 inline int64_t pixel_run(const CudaTile& t, int64_t height, int64_t width, bool source) {
   if (t.tiles_w > 1) return source && t.halo > 0 ? 1 : std::gcd(int64_t(t.cols), width);
   return t.tiles_h > 1 ? width : height * width;
@@ -73,8 +73,8 @@ inline Maps maps_of(const Problem& p, const CudaTile& t) {
   return m;
 }
 
-// Blocks that differ only in their channels are neighbours in the grid: they run at the same time
-// and find x in L2.
+// Blocks that differ only in their channels are neighbours in the grid: they run at the same time,
+// and all but the first read x from L2.
 inline dim3 grid_of(const CudaTile& t) {
   return dim3(unsigned(t.channel_blocks), unsigned(t.ghost_blocks), unsigned(t.workers));
 }

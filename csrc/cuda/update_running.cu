@@ -1,9 +1,11 @@
-// running = (1 - momentum) * running + momentum * stat, for both batch norms of a module.
+// Running statistics of both batch norms of a module:
 //
-// Tile map: one block a batch norm, one thread a channel in turn. One block, because all of its
-// threads read the counter of batches that one of them raises.
-// Bound by launch latency: a layer has at most a few thousand channels. One launch replaces the
-// ten that PyTorch arithmetic on means, variances and counters would take.
+//   running = (1 - momentum) * running + momentum * stat
+//
+// Tile map: a block owns a batch norm, a thread every 256th channel. One block only, because all of
+// its threads read the counter of batches that one of them raises.
+// Binding resource: launch latency; a layer has at most a few thousand channels. One launch
+// replaces the ten of PyTorch arithmetic on means, variances and counters.
 
 #include "cuda/update_running.h"
 
@@ -46,7 +48,7 @@ __device__ __forceinline__ void update(const Norm<Running, Stat>& norm, Stat unb
   }
 }
 
-// Two calls and not one of a chosen norm, which would be copied to the stack to be chosen from.
+// Two calls: a norm chosen at run time would be copied to the stack.
 template <typename Running, typename Stat>
 __global__ void __launch_bounds__(kThreads)
     update_running_kernel(Norm<Running, Stat> first, Norm<Running, Stat> second, Stat unbias) {

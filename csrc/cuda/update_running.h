@@ -1,4 +1,4 @@
-// Running statistics of batch norms on the GPU. Knows CUDA, does not know torch.
+// Running statistics of batch norms on the GPU. Depends on CUDA, not on torch.
 #pragma once
 
 #include <cuda_runtime_api.h>
