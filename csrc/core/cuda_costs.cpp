@@ -17,7 +17,8 @@ constexpr CudaArch kArchs[] = {
 
 constexpr int64_t kReservedSmem = 1024;  // of each block, by the driver
 
-// Too few bytes in flight do not fill the memory pipes.
+// The share of the bandwidth that `blocks` reach: too few bytes in flight do not fill the memory
+// pipes.
 double filled(int64_t blocks, const CudaArch& arch) {
   return std::min(1.0, double(blocks) / double(arch.multiprocessors));
 }
@@ -36,7 +37,7 @@ CudaArch cuda_arch(int sm, int64_t multiprocessors, int64_t smem_per_block) {
     if (known.sm <= sm) arch = known;
   arch.sm = sm;
   if (multiprocessors > 0) {
-    // Bandwidth goes with the size of the chip, more or less.
+    // Bandwidth is roughly proportional to the number of multiprocessors.
     const double share = double(multiprocessors) / double(arch.multiprocessors);
     arch.dram_gb_s *= share;
     arch.l2_gb_s *= share;
@@ -66,7 +67,7 @@ double dram_seconds(double bytes, int64_t blocks, const CudaArch& arch, const Cu
 
 double cuda_seconds(const CudaWork& work, const CudaArch& arch, const CudaCosts& costs) {
   const double clock = arch.clock_ghz * 1e9;
-  // A block alone cannot overlap its phases; several can.
+  // One block cannot overlap its phases; several blocks overlap theirs.
   const double here = std::ceil(double(work.blocks) / double(arch.multiprocessors));
   const double side_by_side = std::min(here, double(work.blocks_per_sm));
   const double shared = side_by_side * overlapped(work.issue / costs.issue_share, work.product,

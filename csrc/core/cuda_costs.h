@@ -8,8 +8,8 @@
 
 namespace ghost {
 
-// What the model knows of a GPU. Bandwidths are data sheet values: they weigh bytes against
-// arithmetic, nothing is claimed by them.
+// The figures of a GPU that the model uses. Bandwidths are data sheet values: they weigh bytes
+// against arithmetic and are no measured result.
 struct CudaArch {
   int sm = 80;  // compute capability, 10 * major + minor
   int64_t multiprocessors = 108;
@@ -20,8 +20,8 @@ struct CudaArch {
   int64_t tensor_flops_clock = 2048;  // float16 multiply-adds a clock of a multiprocessor, x 2
 };
 
-// The nearest entry of the table at or below the compute capability, with the real device's number
-// of multiprocessors and shared memory where they are known (> 0).
+// The nearest entry of the table at or below the compute capability. multiprocessors and
+// smem_per_block replace those of the entry if they are positive.
 CudaArch cuda_arch(int sm, int64_t multiprocessors = 0, int64_t smem_per_block = 0);
 
 enum class CostOrigin { kDataSheet, kCounted, kChosen, kEstimate, kFitted };
@@ -33,7 +33,7 @@ struct CudaCosts {
 };
 inline constexpr CudaCosts kCudaCosts;
 
-// The table, for those who print it or fit it.
+// The table, for code that prints or fits it.
 struct CudaCost {
   const char* name;
   double CudaCosts::* value;
@@ -54,32 +54,33 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// By shared memory, of which each block takes 1 KiB more than it has, and by registers.
+// The limit by shared memory, of which the driver reserves 1 KiB per block, and by registers.
 int64_t blocks_per_sm(const CudaArch& arch, int64_t smem_bytes, int64_t by_registers = 2);
 
-// Blocks that share tiles in turn: no more than `most`, and no fewer than the same number of turns
-// needs.
+// The blocks that share `tiles`, at most `most` of them, and the tiles of a block (turns): the
+// least turns, then the fewest blocks with that many turns.
 struct CudaTurns {
   int64_t blocks, turns;
   CudaTurns(int64_t tiles, int64_t most);
 };
 
-// What a launch does. Cycles are those of a multiprocessor for one tile of one block.
+// The work of a launch. Cycles are those of a multiprocessor for one tile of one block.
 struct CudaWork {
   int64_t blocks = 1, blocks_per_sm = 1;
   int64_t turns = 1;      // tiles of a block
   double issue = 0;       // instructions of a scheduler
   double product = 0;     // cycles of the units that multiply
   double pipe = 0;        // cycles of the pipe to shared memory and L1
-  double alone = 0;       // cycles of a block beside which no other runs
+  double alone = 0;       // cycles of a tile if one block has the multiprocessor to itself
   double prologue = 0;    // cycles before the first tile
   double dram_bytes = 0;  // of the launch
   double l2_bytes = 0;
 };
-// Without launch_us, which ranks nothing.
+// The predicted time without launch_us, which is the same for all plans of a launch.
 double cuda_seconds(const CudaWork& work, const CudaArch& arch, const CudaCosts& costs);
 
-// Bytes at the memory's speed, less where few blocks leave multiprocessors idle.
+// The time of `bytes` at the bandwidth of the memory, reduced if there are fewer blocks than
+// multiprocessors.
 double dram_seconds(double bytes, int64_t blocks, const CudaArch& arch, const CudaCosts& costs);
 
 }  // namespace ghost

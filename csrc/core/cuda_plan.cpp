@@ -31,9 +31,10 @@ struct DirectTiles {
   int64_t rows() const { return 8 * m * (kCudaThreads / 32 / warps_n); }
 };
 
-// Elements between rows of a map tile in shared memory. NHWC: rows aligned to 16 bytes and an odd
-// number of 16-byte (32-byte for float32) groups apart, so that the lanes of an mma fragment hit
-// different banks. NCHW: an odd number of pairs apart, for the columns that its stores read.
+// Elements between rows of a map tile in shared memory. NHWC: rows are aligned to 16 bytes and an
+// odd number of 16-byte (32-byte for float32) groups apart, so that the lanes of an mma fragment
+// hit different banks. NCHW: rows are an odd number of pairs apart, because the stores read
+// columns.
 int64_t padded_stride(int64_t channels, Layout layout, int64_t element) {
   if (layout == Layout::kNCHW) return channels + 2;
   return element < 8 && channels / 8 % 2 == 0 ? channels + 8 : channels;
@@ -58,7 +59,7 @@ class Planner {
         H_(p.out_height()),
         W_(p.out_width()) {}
 
-  // The plan of the rank-th least time, or the last where there are fewer.
+  // The plan with the rank-th least time, or the last one if there are fewer.
   CudaPlan best(int rank) {
     std::vector<CudaChoice> better;
     std::optional<CudaPlan> found = search(better), next = found;
@@ -79,7 +80,7 @@ class Planner {
   }
 
  private:
-  // The best plan that is none of these; nothing if there is no other.
+  // The best plan that is not in `better`; nullopt if there is no other.
   std::optional<CudaPlan> search(const std::vector<CudaChoice>& better) const {
     std::optional<CudaPlan> found;
     bool any = false;
@@ -106,15 +107,15 @@ class Planner {
           if (direct_ && slice_bytes != kDirectSlice) continue;
           for (bool resident : {true, false}) {
             if (!p_.has_primary && !resident) continue;
-            // Narrow instances have no ring; and w1 of two stages is no larger than a ring.
+            // Narrow instances have no ring, and w1 of at most two stages stays resident.
             if (direct_ && !resident && (instance <= 32 || p_.channels <= 2 * kCudaRing)) continue;
-            // Narrower blocks than the instance has room for: more of them for a small batch.
+            // Blocks narrower than the instance: more blocks for a small batch.
             for (int64_t blocks : {least, 2 * least, 4 * least})
               if (blocks == least || p_.intrinsic > 8 * (blocks / 2))
                 tile_shapes({instance, blocks, ghost_blocks, 1, H_, W_, slice, resident}, consider);
           }
         }
-        if (any) break;  // sharing out the ghosts of a map is only for want of memory
+        if (any) break;  // the ghosts of a map are split only if a block lacks shared memory
       }
     }
     if (!any)
@@ -129,13 +130,13 @@ class Planner {
   }
   bool backward() const { return kernel_ == CudaKernel::kBackwardSums; }
   bool keeps() const { return kernel_ == CudaKernel::kPrimaryStatsKeep; }
-  // Pixels of a chunk of the product, by kernel instance: as in WarpGrid of gemm.cuh where staged.
+  // Pixels of a chunk of the product, by kernel instance; staged: as in WarpGrid of gemm.cuh.
   int64_t chunk_rows(int64_t instance) const {
     if (direct_) return DirectTiles(instance, kernel_).rows();
     return instance >= 128 ? 64 : 128;
   }
-  // Whether the registers of an instance are bounded so that a multiprocessor holds three blocks of
-  // it, not two: min_blocks in gemm.cuh.
+  // Whether the register bound of an instance lets a multiprocessor hold three blocks of it, not
+  // two: min_blocks in gemm.cuh.
   bool three_blocks(int64_t instance) const {
     const bool sums = kernel_primary() || kernel_ == CudaKernel::kCheapStats;  // registers for them
     return !sums && tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
@@ -170,7 +171,7 @@ class Planner {
     }
   }
 
-  // The tile of a choice with its place in shared memory; false if it does not fit.
+  // The tile of a choice with its layout of shared memory; false if it does not fit.
   bool lay_out(const CudaChoice& c, CudaTile& t) const {
     const int64_t e = element_, a = compute_;
     const int64_t channels = round_up(ceil_div(p_.intrinsic, c.channel_blocks), 8);
@@ -243,7 +244,7 @@ class Planner {
     const int64_t kinds = backward() && !sums_slopes(p_, kernel_) ? 4 : 6;
     t.moments_at = place(sums ? (ghosts * kinds + 1) * kCudaThreads * a : 0);
     t.norm2_at = place(backward() ? ghosts * 6 * channels * a : 0);
-    // The gradient of z, with a strip's unused pixels behind it.
+    // The gradient of z, and the unused pixels of its last strip.
     const int64_t grads = backward() && ghosts > 0 ? inner + kCudaStrip : 0;
     t.grad_at = place(grads * (channels + 2) * e);
     const int64_t ring = direct_ ? 2 * kCudaRing : 0;
@@ -256,8 +257,8 @@ class Planner {
     return at <= arch_.smem_per_block;
   }
 
-  // Bytes and instructions of the tiles against what a multiprocessor can do, then how many blocks
-  // share one.
+  // The time of the tiles, from their bytes and instructions and the rates of a multiprocessor;
+  // also chooses the number of workers.
   void estimate(CudaPlan& plan) const {
     CudaTile& t = plan.tile;
     const double e = double(element_), parts = double(t.channel_blocks) * t.ghost_blocks;
@@ -346,7 +347,8 @@ class Planner {
     plan.seconds = cuda_seconds(work, arch_, costs_) + costs_.launch_us * 1e-6;
   }
 
-  // Pieces of consecutive addresses that a tile of ghost_apply reads and writes, channels_last.
+  // The number of runs of consecutive addresses that a tile of ghost_apply reads and writes in
+  // NHWC.
   double runs(const CudaTile& t) const {
     if (p_.layout != Layout::kNHWC || kernel_ != CudaKernel::kApply) return 0;
     const bool rows = t.tiles_w > 1, parts = t.channel_blocks * t.ghost_blocks > 1;
@@ -358,9 +360,8 @@ class Planner {
     return in + out;
   }
 
-  // Adds the depthwise windows of a tile. They are dealt out to groups of threads in rounds; a warp
-  // costs the same whether all of its lanes have one. Returns the instructions of the thread that
-  // has the most.
+  // Adds the depthwise windows of a tile. Groups of threads take them in rounds; a warp costs the
+  // same however many of its lanes have a window. Returns the instructions of the busiest thread.
   double windows(const CudaTile& t, CudaWork& work) const {
     const double d = double(p_.dw_size), width = kCudaStrip + d - 1;
     const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
@@ -383,7 +384,7 @@ class Planner {
     return double(rounds + (rest > 0)) * t.ghosts * window;
   }
 
-  // Adds the staged product of a tile. Its two warps a scheduler take every slice and chunk.
+  // Adds the staged product of a tile. Both warps of a scheduler take every slice and chunk.
   void staged_product(const CudaTile& t, double x_width, double chunks, CudaWork& work) const {
     const double c = double(p_.channels), e = double(element_);
     const double results = double(t.instance * chunk_rows(t.instance)) / kCudaThreads;
@@ -526,7 +527,7 @@ CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bo
 }
 
 bool cuda_stashes_u(const Problem& p) {
-  // Reading x in each of three passes, against once and then writing u once and reading it twice.
+  // x read three times, against x read once, u written once and read twice.
   return p.has_primary && 3 * p.channels * p.height * p.width >
                               p.channels * p.height * p.width + 3 * p.intrinsic * p.out_pixels();
 }

@@ -1,6 +1,6 @@
 // How the CUDA kernels cut a problem into tiles: the choice per architecture, from bytes moved,
-// matrix work and how evenly the blocks fill the multiprocessors. Plain data, decided here and
-// nowhere else; the launchers and kernels only carry it out.
+// matrix work and how evenly the blocks fill the multiprocessors. Plain data: all decisions are
+// made here, the launchers and kernels only read them.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ enum class CudaKernel : int {
 // A tile is a set of output pixels (several whole images, or a band of rows and columns of one)
 // times a block of intrinsic channels with their ghosts. Strides in elements, offsets in bytes.
 struct CudaTile {
-  int32_t instance = 64;  // channels that the kernel instance has room for: 16 ... 128
+  int32_t instance = 64;  // width of the kernel instance in channels: 16 ... 128
   int32_t direct = 0;     // x goes straight to registers, not through shared memory
   int32_t channels = 64;  // intrinsic channels a block owns: a multiple of 8
   int32_t channel_blocks = 1;
@@ -71,20 +71,20 @@ struct CudaPlan {
   double seconds = 0;                    // the model's estimate, used to rank candidates
 };
 
-// Pixels of a map, at most, of a pooled problem: its tiles are whole images, which have to fit into
-// the shared memory of every architecture and dtype.
+// The most pixels of a map of a pooled problem: its tiles are whole images, which must fit into the
+// shared memory of every architecture and dtype.
 inline constexpr int64_t kCudaMostPooled = 512;
 
-// Which of the best plans the launchers take: 1, or 2 or 3 where GHOST_OPS_CUDA_PLAN says so when
-// it is first read. Raises std::runtime_error if it says something else.
+// The rank of the plan that the launchers take: the value 1, 2 or 3 of GHOST_OPS_CUDA_PLAN, read
+// once; 1 if it is not set. Raises std::runtime_error for any other value.
 int cuda_plan_rank();
 
-// The plan of the rank-th least predicted time, or the last where there are fewer; remembered.
+// The plan with the rank-th least predicted time, or the last one if there are fewer; cached.
 // Raises std::runtime_error if no tile fits into shared memory.
 CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bool allow_tf32,
                    int rank = cuda_plan_rank());
 
-// What decides a tile; the rest follows.
+// The free choices of a tile; all other members follow from them.
 struct CudaChoice {
   int64_t instance, channel_blocks, ghost_blocks, images, rows, cols, slice;
   bool resident;
@@ -92,31 +92,31 @@ struct CudaChoice {
 bool operator==(const CudaChoice& a, const CudaChoice& b);
 CudaChoice choice_of(const CudaTile& tile);
 
-// The plan of a choice, predicted with other constants than the table's; nothing if the kernels
-// have no such tile.
+// The plan of a choice, with its time predicted by the given constants; nullopt if the kernels have
+// no such tile.
 std::optional<CudaPlan> plan_cuda_choice(const Problem& p, CudaKernel kernel, const CudaArch& arch,
                                          bool allow_tf32, const CudaChoice& choice,
                                          const CudaCosts& costs);
 
-// Tiles of 8 pixels x 16 channels that a warp of the direct product makes.
+// Tiles of 8 pixels x 16 channels that a warp of the direct product computes.
 int64_t direct_tiles(int64_t instance, CudaKernel kernel);
 
-// Does the first pass of training write u for the passes after it? Where reading x three times
-// moves more bytes than reading it once, writing u and reading that twice.
+// Whether the first pass of training writes u for the passes after it: if reading x three times
+// moves more bytes than reading x once, writing u once and reading u twice.
 bool cuda_stashes_u(const Problem& p);
 
-// What each pass of a training forward works on. u is written where it pays, and where it is kept
-// for backward; then the later passes read it in place of x. batch1: the first norm has statistics
-// of the batch; without them u is written only to be kept.
+// The problem of each pass of a training forward. u is written if cuda_stashes_u, or if it is kept
+// for backward; the later passes then read u instead of x. batch1: batch norm 1 has statistics of
+// the batch; without them u is written only to be kept.
 struct CudaTraining {
   Problem primary, cheap, apply;
   bool writes_u = false;
 };
 CudaTraining cuda_training(const Problem& p, bool keep_u, bool batch1 = true);
 
-// Offsets in bytes inside the packed parameters of the CUDA kernels. Half types keep w1 unscaled in
-// their own type (a folded scale would cost digits); float32, float64 and the single input channel
-// of half types have scale1 folded in, and no scale1 vector.
+// Offsets in bytes inside the packed parameters of the CUDA kernels. 16-bit types keep w1 unscaled
+// in their own type (a folded scale would cost digits). float32, float64, and 16-bit types with a
+// single input channel have scale1 folded into w1, and no scale1 vector.
 struct CudaPackedLayout {
   bool folded = false;
   int64_t w1 = 0, scale1 = 0, shift1 = 0, w2 = 0, shift2 = 0, slopes1 = 0, slopes2 = 0, bytes = 0;

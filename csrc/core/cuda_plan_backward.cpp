@@ -50,7 +50,7 @@ class GradsPlanner {
         ghosts_per_map_(p.ghosts_per_map()),
         pad_(p.pad()) {}
 
-  // The tile of the rank-th least time, or the last where there are fewer.
+  // The tile with the rank-th least time, or the last one if there are fewer.
   GradsTile best(int rank) {
     for (; rank > 0 && find_next(); --rank) better_.push_back(best_);
     if (better_.empty()) fail_for_memory(arch_);
@@ -58,7 +58,7 @@ class GradsPlanner {
   }
 
  private:
-  // The best tile that is none of better_; false if there is no other.
+  // Finds the best tile that is not in better_; false if there is no other.
   bool find_next() {
     any_ = false;
     search(std::max<int64_t>(ghosts_per_map_, 1));
@@ -72,7 +72,7 @@ class GradsPlanner {
     return std::any_of(better_.begin(), better_.end(),
                        [&](const GradsTile& other) { return all(t) == all(other); });
   }
-  // All tiles that keep the parameters of so many ghosts of a channel.
+  // Considers all tiles that keep the parameters of this many ghosts of a channel.
   void search(int64_t ghosts) {
     kept_ghosts_ = ghosts;
     const int64_t most_channels = std::min<int64_t>(round_up(p_.intrinsic, 8), 64);
@@ -129,14 +129,14 @@ class GradsPlanner {
         t.images * (t.rows + 2 * (t.halo_rows + pad_)) * (t.cols + 2 * (t.halo_cols + pad_));
     const int64_t dv = t.images * (t.rows + 2 * pad_) * (t.cols + 2 * pad_);
     Sections memory(kAlign);
-    // The last strip of a window may reach past its end, into pixels whose results are not used.
+    // The last strip of a row may reach past its end, into pixels whose results are not used.
     t.y_at = int32_t(memory.place((y + kCudaStrip) * channels * e_));
     t.grad_at = int32_t(memory.place(ghosts_per_map_ > 0 ? (dv + kCudaStrip) * ld * e_ : 0));
     t.dy_at = int32_t(memory.place(int64_t{t.images} * t.rows * t.cols * ld * e_));
     t.norm1_at = int32_t(memory.place(4 * channels * a_));
     t.norm2_at = int32_t(memory.place(ghosts * 6 * channels * a_));
     t.taps_at = int32_t(memory.place(ghosts * d * d * channels * a_));
-    // More threads sum a weight gradient faster, but each has a slot of its own for every tap.
+    // More threads sum a weight gradient faster, but each needs a slot for every tap.
     constexpr int64_t kSlots = 24 << 10;
     const auto slot_bytes = [&] { return ghosts * d * d * t.tap_splits * channels * a_; };
     t.tap_splits = int32_t(groups / d);
@@ -169,7 +169,8 @@ class GradsPlanner {
                             double(std::min<int64_t>(t.rows + 2 * (t.halo_rows + pad_), H_)) *
                             double(std::min<int64_t>(t.cols + 2 * (t.halo_cols + pad_), W_));
     const double inner = double(t.images) * t.rows * t.cols;
-    // Memory comes in sectors of 32 bytes: narrow blocks of wider pixels read what is not theirs.
+    // Memory is read in sectors of 32 bytes: blocks narrower than a pixel also read bytes of
+    // others.
     const int64_t row = t.channels * e_;
     const bool shares = p_.layout == Layout::kNHWC && t.channel_blocks > 1;
     const double tile_bytes = double(shares ? round_up(row, 32) : row) *
@@ -216,7 +217,7 @@ int32_t log2_up(int64_t n) {
   return shift;
 }
 
-// Both products from one tile of du, or a plan without workers where dw1 does not fit.
+// Both products from one tile of du; a plan without workers if dw1 does not fit.
 PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
   const int64_t m = p.intrinsic, c = p.channels, pixels = p.batch * p.out_pixels(), vector = 8;
   PrimaryGradPlan plan;
@@ -232,7 +233,7 @@ PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
   t.instance = int32_t(chosen - kDuInstances);
   t.channels = int32_t(round_up(ceil_div(c, slices), vector));
   t.slices = int32_t(ceil_div(c, t.channels));
-  // A product more for fewer bytes: not where u is few of them.
+  // One more product saves the bytes of u: not worth it if u is a small part of all bytes.
   t.makes_u = t.slices == 1 && c <= 4 * m;
   t.padded_m = int32_t(round_up(m, 16));
   t.padded_c = int32_t(round_up(t.channels, 16));
@@ -308,7 +309,7 @@ PrimaryGradPlan plan_primary(const Problem& p, const CudaArch& arch, bool need_d
     plan.smem_bytes = int32_t(memory.end());
     return memory.end();
   };
-  // All coefficients, unless they would take the place of a second block.
+  // All coefficients, unless they leave no shared memory for a second block.
   const int64_t least = lay_out(need_dx ? plan.dx_depth : 0);
   if (least > arch.smem_per_block) fail_for_memory(arch);
   const int64_t blocks = blocks_per_sm(arch, least);
@@ -342,7 +343,7 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
                        const BackwardTask& task) {
   Problem p = problem;
   p.has_residual = false;
-  if (p.ratio <= 1) p.dw_size = 1;  // no ghosts: a stencil of nothing
+  if (p.ratio <= 1) p.dw_size = 1;  // no ghosts, no halo
   const int64_t e = element_size(p.dtype), a = compute_size(p.dtype);
   const int64_t m = p.intrinsic, ghosts = p.ghosts(), pixels = p.batch * p.out_pixels();
   BackwardPlan plan;
@@ -358,7 +359,7 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
   if (plan.runs_sums) {
     Problem first = p;
     if (!plan.sums_ghosts) first.ratio = first.dw_size = 1;
-    if (task.u_given && p.has_primary) {  // the product was kept: its result is the input
+    if (task.u_given && p.has_primary) {  // the given u replaces x as the input
       first.channels = m;
       first.height = p.out_height();
       first.width = p.out_width();
@@ -381,7 +382,7 @@ BackwardPlan make_plan(const Problem& problem, const CudaArch& arch, bool allow_
   const int64_t row_bytes = round_up(m, 8) * e;
   plan.u = memory.place(plan.stores_u ? pixels * row_bytes : 0);
   plan.da1 = memory.place(product ? pixels * row_bytes : 0);
-  // A row of partial sums for each of so many blocks.
+  // One row of partial sums for each worker.
   const int64_t sums_workers = plan.sums_ghosts ? plan.sums.tile.workers : 0;
   const int64_t workers = plan.runs_grads ? plan.grads.workers : 0;
   plan.sums2 = memory.place(sums_workers * 2 * ghosts * a);

@@ -1,5 +1,5 @@
-// How the backward pass on a GPU is cut into blocks. Plain data: printable, testable, and the only
-// place where a backward kernel's tile is decided. csrc/cuda/backward.h says what the kernels do.
+// How the backward pass on a GPU is cut into blocks. Plain data: all decisions on the tiles of the
+// backward kernels are made here. csrc/cuda/backward.h has the formulas of the launches.
 #pragma once
 
 #include <cstdint>
@@ -10,20 +10,20 @@
 
 namespace ghost {
 
-// Tile of the second launch: some intrinsic channels of some pixels, walked by persistent blocks. A
-// block is one of `workers` along the pixels and one of `channel_blocks` along the channels; the
-// worker takes every workers-th tile, so that there are only so many partial sums.
+// Tile of the second launch (grads): some intrinsic channels of some pixels. A persistent block is
+// one of `workers` along the pixels and one of `channel_blocks` along the channels; a worker takes
+// every workers-th tile, which bounds the number of partial sums.
 struct GradsTile {
   int32_t channels = 8;                    // intrinsic channels of a block, a multiple of 8
   int32_t images = 1, rows = 1, cols = 1;  // pixels of which a tile gives results
-  // Pixels around them where dv is computed as well: none along an axis that the tile spans, for dv
+  // Pixels around them where dv is computed too: none along an axis that the tile spans, because dv
   // is 0 outside the image.
   int32_t halo_rows = 0, halo_cols = 0;
   int32_t tiles_n = 0, tiles_h = 0, tiles_w = 0;
   int64_t tiles = 0;
   int32_t workers = 0, channel_blocks = 0;
-  // Ghosts of a channel whose parameters and sums stay in shared memory: all, or where that is too
-  // much one at a time, loaded and added up anew in every tile.
+  // Ghosts of a channel whose parameters and sums stay in shared memory: all of them; or 1 if they
+  // do not fit, which is then loaded and added up anew in every tile.
   int32_t ghosts = 1;
   int32_t tap_splits = 1;  // threads that share a row of taps of a channel pair's weight gradient
   // Bytes in shared memory.
@@ -37,19 +37,19 @@ struct DuInstance {
   int32_t intrinsic, channels, warp_groups;
 
   constexpr int32_t sums() const { return intrinsic * channels * warp_groups; }
-  // Rows of a warp's unit of u or dx: as many as the sums leave registers for.
+  // Rows of a warp's unit of u or dx: bounded by the registers that the sums leave free.
   constexpr int32_t unit_rows() const { return sums() > 8192 ? 16 : 32; }
 };
 inline constexpr DuInstance kDuInstances[] = {
     {32, 32, 8}, {64, 64, 2}, {32, 128, 2}, {128, 64, 1}, {128, 128, 1}, {64, 256, 1}, {256, 64, 1},
 };
-// The third launch where one block makes dx and dw1 of a slice of the channels of x: workers *
-// slices blocks, of which each takes every workers-th tile of pixels.
+// The third launch if one block makes dx and dw1 of a slice of the channels of x: workers * slices
+// blocks, each of which takes every workers-th tile of pixels.
 struct DuTile {
   int32_t instance = 0;  // of kDuInstances
   int32_t channels = 0, slices = 1;
-  int32_t pixels = 0, tiles = 0, workers = 0;  // workers = 0: other blocks make dx than dw1
-  bool makes_u = false;                        // from x, which a block has whole; else it reads u
+  int32_t pixels = 0, tiles = 0, workers = 0;  // workers = 0: dx and dw1 have separate blocks
+  bool makes_u = false;  // u is computed from x, of which a block has all channels; else read
   // Channels in shared memory, multiples of 16, and the binary logarithms of the threads that copy
   // a row of them.
   int32_t padded_m = 0, padded_c = 0, m_shift = 0, c_shift = 0;
@@ -58,15 +58,15 @@ struct DuTile {
 };
 inline constexpr int kMostDuPixels = 256;
 
-// The two products of the third launch: those of `du`, or dx_blocks blocks for dx, then dw1_tiles_m
-// * dw1_tiles_n * dw1_splits for dw1. Such a block makes kProductRows x kProductCols results at a
-// time.
+// The two products of the third launch: in the blocks of `du`, or in dx_blocks blocks for dx,
+// followed by dw1_tiles_m * dw1_tiles_n * dw1_splits blocks for dw1, which make
+// kProductRows x kProductCols results at a time.
 struct PrimaryGradPlan {
   DuTile du;
   int32_t dx_blocks = 0;
   int32_t dx_depth = 0;  // intrinsic channels of a tile of du that stay in shared memory
-  // Intrinsic channels whose coefficients stay in shared memory: all, or where there are too many
-  // those of a tile of du, loaded with each.
+  // Intrinsic channels whose coefficients stay in shared memory: all; or, if they do not fit, those
+  // of a tile of du, loaded with each tile.
   int32_t dx_coefficients = 0;
   int32_t dx_groups = 1;   // independent parts of the channels of x
   int64_t dx_items = 0;    // tiles of kProductRows pixels, times dx_groups
@@ -88,21 +88,20 @@ inline int product_depth(int64_t element_bytes) {
   return static_cast<int>(element_bytes == 8 ? 32 : 256 / element_bytes);
 }
 
-// What a backward pass is given and asked for.
+// Inputs and outputs of a backward pass.
 struct BackwardTask {
-  bool u_given = false;     // somehow
-  bool u_rows = false;      // pixel-major, aligned to 16 bytes
-  bool reads_sums2 = true;  // the gradient of v takes the sums of this batch, not means given
+  bool u_given = false;     // u is given, in any layout
+  bool u_rows = false;      // u is given, pixel-major and aligned to 16 bytes
+  bool reads_sums2 = true;  // the gradient of v takes the sums of this batch, not given means
   int needs = kNeedAll;
 };
 
 struct BackwardPlan {
   bool tensor_cores = false;
-  int needs = 0;  // those of the task that the problem has
-  // u goes to scratch, pixel-major, for the later launches; else it is given like that.
-  bool stores_u = false;
-  bool runs_sums = false;    // the first launch is needed,
-  bool sums_ghosts = false;  // not only for u
+  int needs = 0;             // backward_needs of the task
+  bool stores_u = false;     // u goes to scratch, pixel-major, for the later launches
+  bool runs_sums = false;    // the first launch is needed, for u or for the sums
+  bool sums_ghosts = false;  // the first launch is needed for the sums
   bool runs_grads = false;   // the second launch is needed
   CudaPlan sums;
   GradsTile grads;
@@ -117,7 +116,7 @@ struct BackwardPlan {
 // The gradients of a task that the problem has.
 int backward_needs(const Problem& problem, int needs);
 
-// Remembers what it planned. Raises std::runtime_error if no tile fits into shared memory.
+// Plans are cached. Raises std::runtime_error if no tile fits into shared memory.
 BackwardPlan plan_cuda_backward(const Problem& problem, const CudaArch& arch, bool allow_tf32,
                                 const BackwardTask& task);
 

@@ -1,7 +1,7 @@
 // How the CUDA kernels between the Ghost modules of a network are launched: depthwise convolution,
 // the gate of a squeeze-and-excitation, and a network's first convolution. Plain data, as in
-// cuda_plan.h. Of a Problem they use the shape of x, stride, dw_size (the size of the kernel,
-// padded with half of it), out_channels, dtype and layout.
+// cuda_plan.h. The plans use these members of a Problem: the shape of x, stride, dw_size (size of
+// the convolution kernel; the padding is dw_size / 2), out_channels, dtype and layout.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace ghost {
 
-// Pixels of a row that a thread of the NHWC kernel makes: with a row of taps they have to fit into
+// Pixels of a row that a thread of the NHWC kernel computes: with a row of taps they must fit into
 // the registers.
 constexpr int depthwise_strip(int64_t dw_size) {
   return dw_size <= 3 ? 4 : dw_size <= 5 ? 2 : 1;
@@ -33,10 +33,10 @@ struct DepthwisePlan {
   double seconds = 0;  // the model's, from data sheets
 };
 
-// sums: the kernel also writes sums over the pixels of out. alignment: of x and out, in bytes.
+// sums: the kernel also writes sums over the pixels of out. alignment: of x and of out, in bytes.
 DepthwisePlan plan_depthwise(const Problem& p, bool sums, int64_t alignment, const CudaArch& arch);
 
-inline constexpr int kStemPixels = 4;     // that a thread makes
+inline constexpr int kStemPixels = 4;     // pixels of a thread
 inline constexpr int kStemChannels = 4;   // of x, at most
 inline constexpr int kStemOutputs = 512;  // output channels, at most
 
@@ -56,9 +56,11 @@ StemPlan plan_stem(const Problem& p, const CudaArch& arch);
 inline constexpr int kGateThreads = 512;
 inline constexpr int kGateImages = 4;  // at most, of a block
 
-// gate = f(w_expand' act(w_reduce mean + b) + b'), some images a block. Few images are cut into
-// parts, which takes two launches: the first makes the hidden values, a block some rows of them,
-// the second the gate, a block some channels of it.
+//   gate = f(w_expand^T act(w_reduce mean + b_reduce) + b_expand)
+//
+// A block takes some images. If there are few images, they are cut into parts, which takes two
+// launches: in the first a block computes some of the hidden values, in the second some channels of
+// the gate.
 struct GatePlan {
   int32_t images = 1;      // of a block
   int32_t parts = 1;       // blocks that share the images; more than one: two launches
@@ -69,8 +71,8 @@ struct GatePlan {
   double seconds = 0;
 };
 
-// has_sums: the sums of x over its pixels are there already, in `splits` parts an image. Raises
-// std::runtime_error if a block has not enough shared memory for one image.
+// has_sums: the sums of x over its pixels are given, in `splits` parts per image. Raises
+// std::runtime_error if a block has too little shared memory for one image.
 GatePlan plan_gate(int64_t batch, int64_t channels, int64_t reduced, int64_t pixels, bool has_sums,
                    int64_t splits, DType dtype, const CudaArch& arch);
 

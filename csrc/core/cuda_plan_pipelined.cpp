@@ -8,7 +8,7 @@
 namespace ghost {
 namespace {
 
-// Bulk copies need rows of whole 16-byte vectors; pairs of channels need even numbers of them.
+// Bulk copies need rows of whole 16-byte vectors; the kernel works on pairs of intrinsic channels.
 bool qualifies(const Problem& p, const CudaArch& arch) {
   return arch.sm >= 90 && element_size(p.dtype) == 2 && p.layout == Layout::kNHWC &&
          p.has_primary && p.kernel == 1 && p.padding == 0 && p.stride == 1 && p.ratio >= 2 &&
@@ -31,7 +31,7 @@ bool lay_out(const Problem& p, const CudaArch& arch, int64_t images, int64_t row
   const int64_t channels = round_up(p.intrinsic, 8), rows16 = round_up(channels, 16);
   const bool whole = rows == H;
   const int64_t source = images * std::min(H, rows + 2 * halo) * W, inner = images * rows * W;
-  // What is below is not too large for 32 bits then.
+  // Larger tiles do not fit, and might exceed 32 bits below.
   if (source * p.channels + inner * p.out_channels + rows16 * p.channels +
           ghosts_per_map * channels * p.dw_size * p.dw_size >
       std::min<int64_t>(arch.smem_per_block, 1 << 18))
@@ -69,7 +69,7 @@ bool lay_out(const Problem& p, const CudaArch& arch, int64_t images, int64_t row
   // A warp's share of the product may have pixels past the last one.
   const int64_t products = round_up(source, kPipelinedPixels);
   plan.x_stage = int32_t(round_up(products * p.channels * 2, 128));
-  // Results of halo pixels go to one pixel more.
+  // Results of halo pixels go to one extra pixel.
   plan.out_stage = int32_t(round_up((inner + 1) * p.out_channels * 2, 128));
   t.affine_at = place((3 + 3 * ghosts_per_map) * channels * 4);
   t.taps_at = place(ghosts_per_map * p.dw_size * p.dw_size * channels * 4);
@@ -94,8 +94,8 @@ void estimate(const Problem& p, const CudaArch& arch, PipelinedPlan& plan) {
 
   const double d = double(p.dw_size), warps = kCudaThreads / 32;
   const int64_t pairs = p.intrinsic / 2, groups = std::max<int64_t>(kCudaThreads / pairs, 1);
-  // Of every thread and tile: what is computed once, and the rows of y that a band moves from where
-  // the band above had them.
+  // Instructions of a thread per tile: those outside the loops, and the move of the rows of y that
+  // a band shares with the band above.
   const bool carries = t.tiles_h > 1;
   const CudaCosts& costs = kCudaCosts;
   const double row = costs.bulk_row + costs.bulk_row_pixel * double(ceil_div(p.width, groups));
@@ -147,7 +147,7 @@ PipelinedPlan plan_pipelined(const Problem& p, const CudaArch& arch) {
     }
     return true;
   };
-  for (int64_t rows = 2 * p.pad(); rows < p.height; ++rows)  // at least those carried on
+  for (int64_t rows = 2 * p.pad(); rows < p.height; ++rows)  // at least the carried rows
     if (!consider(1, rows)) break;
   for (int64_t images = 1; images <= p.batch; ++images)
     if (!consider(images, p.height)) break;

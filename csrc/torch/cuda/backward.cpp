@@ -1,5 +1,6 @@
-// ghost_backward on CUDA: checks, allocation, the plan, and the launches. No arithmetic here. The
-// schema stands in ghost_ops/ops.py, where also stands what every argument is.
+// ghost_backward on CUDA: checks, allocation, plan and launches; no arithmetic. The schema, which
+// fixes the argument list below, and the meaning of each argument are in
+// ghost_ops/ops/ghost.py.
 #include "cuda/backward.h"
 
 #include <tuple>
@@ -12,7 +13,7 @@ namespace {
 using Gradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Means [2, channels] of a norm's gradients, as the kernels read them, or null.
+// The data of checked means [2, channels] of a norm's gradients, or null if none are given.
 const void* means_of(const OptionalTensor& means, bool batch_stats, int64_t channels,
                      const Tensor& like, ScalarType type, const char* name) {
   if (!means.has_value()) return nullptr;
@@ -62,7 +63,7 @@ Gradients ghost_backward(const Tensor& grad_out, const Tensor& x, const Optional
   task.needs = backward_needs(p, int(needs));
 
   const DeviceScope scope(x);
-  // What is not needed comes back without elements.
+  // Gradients that are not needed are returned without elements.
   const auto wanted = [&](int what, std::vector<int64_t> sizes, ScalarType of,
                           Layout layout = Layout::kNCHW) {
     if ((task.needs & what) == 0) sizes = {0};

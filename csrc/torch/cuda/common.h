@@ -1,6 +1,6 @@
-// What the CUDA operators share: checks, allocation, device, stream and architecture, on the
+// Shared by the CUDA operators: checks, allocation, device, stream and architecture, on the
 // LibTorch Stable ABI only. With GHOST_OPS_EMULATOR the same operators are registered for CPU
-// tensors under another name, and run on the block emulator.
+// tensors, as ghost_emu, and run on the block emulator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,7 +28,7 @@
 
 namespace ghost {
 
-// `t` must be where `like` is, and that must be a CUDA device.
+// Raises unless t and like are on the same CUDA device.
 inline void check_device(const Tensor& t, const Tensor& like, const char* name) {
 #ifdef GHOST_OPS_EMULATOR
   STD_TORCH_CHECK(t.is_cpu() && like.is_cpu(), name, " must be on the CPU");
@@ -45,7 +45,7 @@ inline void check_launch(cudaError_t status, const char* name) {
                   ": the kernel was not launched: ", cudaGetErrorString(status));
 }
 
-// The current device, guarded, its stream and what the plan wants to know of it.
+// Makes the device of a tensor current while it lives; its stream, and its figures for the plan.
 class DeviceScope {
  public:
 #ifdef GHOST_OPS_EMULATOR
@@ -154,7 +154,7 @@ inline void set_cheap(Problem& p, const Tensor& w2, const Tensor& x) {
   p.dw_size = w2.size(3);
 }
 
-// A per-channel vector as the kernels read it: any floating dtype, contiguous.
+// A per-channel vector [size] for the kernels: contiguous, of any floating dtype.
 inline cuda::ParamRef param(const OptionalTensor& t, int64_t size, const Tensor& like,
                             const char* name) {
   if (!t.has_value()) return {};
@@ -178,7 +178,7 @@ inline cuda::NormArgs given(const OptionalTensor& gamma, const OptionalTensor& b
   return n;
 }
 
-// The slopes [size], which a PReLU has and nothing else.
+// The slopes [size] of a PReLU; raises if slopes are missing for one, or given for another act.
 inline cuda::ParamRef slopes_of(const Activation& act, const OptionalTensor& slopes, int64_t size,
                                 const Tensor& like, const char* name) {
   STD_TORCH_CHECK((act.act == Act::kPReLU) == slopes.has_value(), name,
@@ -190,8 +190,8 @@ inline DType compute_dtype_of(const Problem& p) {
   return p.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-// float32 products follow torch's switch for convolutions, which only Python tells. The other
-// dtypes do not ask.
+// Whether products may use TF32: for float32 torch's switch for convolutions, which is read through
+// Python; true for the other dtypes, which do not depend on it.
 inline bool allow_tf32(const Problem& p) {
   if (p.dtype != DType::kFloat32) return true;
   std::array<StableIValue, 1> stack{};

@@ -1,5 +1,6 @@
-// The forward operators on CUDA: checks, allocation, the plan, and the launches. No arithmetic
-// here. Schemas stand in ghost_ops/ops.py, where also stands what every argument is.
+// The forward operators on CUDA: checks, allocation, plan and launches; no arithmetic. The schemas,
+// which fix the argument lists below, and the meaning of each argument are in
+// ghost_ops/ops/ghost.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,7 +17,7 @@ using cuda::NormArgs;
 using cuda::NormSource;
 using cuda::PartialsRef;
 
-// Partial statistics in one allocation; the tensor lives as long as the launches are being queued.
+// Partial statistics in one allocation. The tensor must live until all launches are queued.
 struct PartialsBuffer {
   Tensor memory;
   PartialsRef ref;
@@ -78,7 +79,7 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
   return packed;
 }
 
-// Points the arguments of a pass at packed parameters.
+// Sets the parameter pointers of a pass to the sections of packed.
 void use_packed(ForwardArgs& args, const Tensor& packed) {
   const Problem& p = args.problem;
   const PackedLayout whole(p.channels, p.intrinsic, p.ghosts(), p.dw_size, p.has_primary);
@@ -284,8 +285,8 @@ std::tuple<Tensor, Tensor> ghost_cheap_stats(const Tensor& x, const Tensor& pack
 }
 
 // Three launches, two without ghosts: statistics of u (which may write u), statistics of v, apply.
-// Each pass combines the partial statistics of those before it as it begins. A norm with constant
-// statistics does without its launch, unless that has to write u.
+// Each pass first combines the partial statistics of the passes before it. A norm with given
+// statistics needs no launch, unless the launch has to write u.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
     const Tensor& x, const OptionalTensor& w1, const OptionalTensor& gamma1,
     const OptionalTensor& beta1, const OptionalTensor& mean1, const OptionalTensor& var1,
@@ -346,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
   PartialsBuffer first, second;
   if (batch1 || training.writes_u)
     first = primary_pass(args, x, training.writes_u ? scratch.mutable_data_ptr() : nullptr, scope);
-  if (!training.apply.has_primary && p.has_primary) {  // the passes to come read u instead of x
+  if (!training.apply.has_primary && p.has_primary) {  // the next passes read u instead of x
     args.x = scratch.const_data_ptr();
     args.w1 = nullptr;
   }
@@ -364,7 +365,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ghost_train_forward(
     norm2.partials = second.ref;
     norm2.mean_out = batch_mean2.mutable_data_ptr();
     norm2.var_out = batch_var2.mutable_data_ptr();
-    if (batch1) {  // known by now: cheaper than to combine them again
+    if (batch1) {  // combined by the pass before: cheaper than to combine them again
       args.norm1.source = NormSource::kGiven;
       args.norm1.mean = {batch_mean1.const_data_ptr(), compute_dtype_of(p)};
       args.norm1.var = {batch_var1.const_data_ptr(), compute_dtype_of(p)};

@@ -1,5 +1,5 @@
-// The operators between the Ghost modules of a network on CUDA: checks, allocation, the plan, and
-// the launches. No arithmetic here. Schemas stand in ghost_ops/ops/layers.py.
+// The operators between the Ghost modules of a network on CUDA: checks, allocation, plan and
+// launches; no arithmetic. The schemas are in ghost_ops/ops/layers.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace ghost {
 namespace {
 
-// A contiguous vector or matrix of parameters.
+// Raises unless t is a contiguous vector or matrix of parameters of this dtype and size.
 void check_parameter(const Tensor& t, const Tensor& x, ScalarType type, int64_t numel,
                      const char* name) {
   check_device(t, x, name);
@@ -20,20 +20,20 @@ void check_parameter(const Tensor& t, const Tensor& x, ScalarType type, int64_t 
                   " must be contiguous and in the dtype that the packing gives it");
 }
 
-// Bytes that the memory of t is aligned to, at most 16.
+// The alignment of the memory of t in bytes, at most 16.
 int64_t alignment_of(const Tensor& t) {
   int64_t bytes = 16;
   while (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % size_t(bytes) != 0) bytes /= 2;
   return bytes;
 }
 
-// The kernels read neighbouring parameters in vectors of up to 16 bytes: a view that begins in the
-// middle of another tensor is copied.
+// t, or a copy of it if it is not aligned to 16 bytes: the kernels read parameters in vectors of up
+// to 16 bytes.
 Tensor aligned(const Tensor& t) {
   return alignment_of(t) == 16 ? t : torch::stable::clone(t);
 }
 
-// Taps [d * d, C]: the memory of a weight [C, 1, d, d] that was packed so, a copy otherwise.
+// Taps [d * d, C]: a view of a weight [C, 1, d, d] that was packed in this order, else a copy.
 Tensor taps_first(const Tensor& weight, int64_t channels, int64_t d) {
   Tensor taps = torch::stable::transpose(torch::stable::view(weight, {channels, d * d}), 0, 1);
   return aligned(taps.is_contiguous() ? taps : torch::stable::contiguous(taps));

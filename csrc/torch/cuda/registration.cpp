@@ -1,4 +1,4 @@
-// Running statistics on CUDA. An operator without a kernel for CUDA keeps its composite
+// ghost_update_running_ on CUDA. Operators that are not registered for CUDA keep their composite
 // implementation.
 #include "cuda/update_running.h"
 #include "torch/cuda/common.h"
