@@ -101,13 +101,13 @@ struct CheapParams {
   double values2 = 1;       // the sums over all rows of sums2, divided by it, are means
   int sums2_rows = 0;
   void* sums2 = nullptr;        // [rows][2][g]: sums of da2 and of da2 * vhat
-  void* slope_sums2 = nullptr;  // [rows][g]: sums of dz min(bn2(v), 0), or null: not wanted
+  void* slope_sums2 = nullptr;  // [rows][g]: sums of dz min(bn2(v), 0), or null: not needed
   void* da1 = nullptr;          // [pixel][da1_pitch]
-  int64_t da1_pitch = 0;        // 0: da1 is not wanted
-  // [workers][2][m]: sums of da1 and of da1 * uhat, or null: dy is not wanted
+  int64_t da1_pitch = 0;        // 0: da1 is not needed
+  // [workers][2][m]: sums of da1 and of da1 * uhat, or null: dy is not needed
   void* sums1 = nullptr;
-  void* slope_sums1 = nullptr;  // [workers][m]: sums of dy min(bn1(u), 0), or null: not wanted
-  void* dw2_sums = nullptr;     // [workers][g, d, d], or null: not wanted
+  void* slope_sums1 = nullptr;  // [workers][m]: sums of dy min(bn1(u), 0), or null: not needed
+  void* dw2_sums = nullptr;     // [workers][g, d, d], or null: not needed
 };
 
 // A tile's first pixel.

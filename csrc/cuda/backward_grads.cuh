@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
       norm1[kSlope1 * me.channels + c] =
           me.first + c < p.intrinsic ? load_param<A>(p.slopes1, me.first + c) : A(0);
   }
-  const bool wants_dy = p.sums1 != nullptr;
+  const bool needs_dy = p.sums1 != nullptr;
   // This thread's sums of the gradients of the slopes of act1.
   A* const slope_sums =
       reinterpret_cast<A*>(shared + p.tile.slopes_at) + me.group * me.channels + me.pair;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     const int grads_row = pad - p.tile.halo_rows, grads_col = pad - p.tile.halo_cols;
     SharedMap v_map = p.grad_map;  // of the box of v inside dv
     T* const grads_v = grads + v_map.offset(0, grads_row, grads_col);
-    if (wants_dy)
+    if (needs_dy)
       copy_grad<T>(p, me, me.first, 1, valid < me.channels ? valid : me.channels, p.y_grad_bytes,
                    p.inner, o, p.dy_map, dy);
     if (p.ghosts_per_map > 0) copy_ghost_grad<T>(p, me, 0, p.v, v_origin, v_map, grads_v);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
       }
 
       const bool last = j + 1 >= p.ghosts_per_map;
-      for (int item = me.group; wants_dy && me.active() && item < p.inner_strips.count;
+      for (int item = me.group; needs_dy && me.active() && item < p.inner_strips.count;
            item += me.groups) {
         BoxPixel at = locate(p.inner_strips, item);
         at.col *= kStrip;
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
 
   if (all_kept && p.dw2_sums != nullptr)
     end_ghosts<T>(p, me, 0, p.ghosts_per_map, worker, false, slots);
-  if (!wants_dy) return;
+  if (!needs_dy) return;
   // da1's sums, over the threads that share a pair of channels.
   prim::sync_threads();
   A* const own = slots + me.group * me.channels + me.pair;

@@ -23,7 +23,7 @@ struct SumsParams {
   CudaTile tile;
   Maps maps;
   Intrinsic<T> intrinsic;
-  T* u_rows = nullptr;  // [pixel][u_pitch], or null: not wanted
+  T* u_rows = nullptr;  // [pixel][u_pitch], or null: not needed
   int64_t u_pitch = 0;
   FastDiv by_pitch, by_image_rows;  // positions of the y tile to columns and rows
 };

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename P::A) == 8 ? 1 : 2)
           t, p, params.in, tile, place.c0, index < t.workers, shared,
           [&](A(&acc)[Grid::kTilesM][Grid::kTilesN][4], int q0) {
             constexpr int kRows = Grid::kTilesM * 2;
-            int count = 0;  // rows rise with i: the wanted ones come first
+            int count = 0;  // rows rise with i: the valid ones come first
 #pragma unroll
             for (int i = 0; i < kRows; ++i) count += q0 + Grid::row(i / 2, i % 2) < sources ? 1 : 0;
             if (count == 0) return;

@@ -24,7 +24,7 @@ struct RunningNorm {
 
 // running_mean = (1 - momentum) * running_mean + momentum * mean
 // running_var  = (1 - momentum) * running_var  + momentum * var * count / (count - 1)
-// With count 1 var is taken as it is; with count 0 (an empty batch) only the counters change, as
+// With count 1 var is not scaled; with count 0 (an empty batch) only the counters change, as
 // in torch. The compute type is float64 if is_double, else float32.
 cudaError_t launch_update_running(const RunningNorm (&norms)[2], Storage storage, bool is_double,
                                   int64_t count, cudaStream_t stream);
