@@ -1,15 +1,14 @@
-"""One check of the CUDA operators for both places they run: the emulator and a GPU.
+"""Checks of the CUDA operators that run both on the emulator and on a GPU.
 
-A ``World`` is where the operators are: ``torch.ops.ghost_emu`` on CPU tensors (the kernel sources
-under the block emulator) or ``torch.ops.ghost_ops`` on CUDA tensors. Operands are made on the CPU,
-results come back to it, and the oracle and the tolerance rule are those of ``helpers``.
+A ``World`` selects the operators: ``torch.ops.ghost_emu`` on CPU tensors (the kernel sources under
+the block emulator) or ``torch.ops.ghost_ops`` on CUDA tensors. Operands are created on the CPU,
+results are copied back to it; the oracle and the tolerance rule are those of ``helpers``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +29,7 @@ from helpers import (
     oracle,
     peer_conv2d,
     plain,
+    same_bits,
     with_layout,
 )
 from torch import Tensor
@@ -44,28 +44,27 @@ PRELU = 8  # of activations
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty full of NaN: whatever a kernel does not write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """torch.empty returns NaN, so that elements that a kernel does not write are found."""
+    settings = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    fill, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory, True
-    )  # fmt: skip
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Where the operators run."""
+    """The operators, and the device of their arguments."""
 
     ops: Any
     device: str
 
     def move(self, value: Any) -> Any:
-        """A tensor or None to the device, strides and all; anything else as it is."""
+        """Copies a tensor to the device, with its strides. Returns other values unchanged."""
         if not isinstance(value, Tensor) or self.device == "cpu":
             return value
         if not value.numel():
@@ -76,7 +75,7 @@ class World:
         return memory.to(self.device).as_strided(value.shape, value.stride())
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """The operator's results, on the CPU."""
+        """Calls an operator. Returns its results on the CPU."""
         moved = [self.move(a) for a in arguments]
         with poisoned_memory():
             result = getattr(self.ops, name)(*moved)
@@ -85,7 +84,7 @@ class World:
         return result if result is None else tuple(t.cpu() for t in result)
 
     def pack(self, *arguments: Any) -> Tensor:
-        """Packed parameters, left on the device: their content is the backend's own."""
+        """Packed parameters, on the device. Their layout depends on the backend."""
         moved = [self.move(a) for a in arguments]
         with poisoned_memory():
             return self.ops.ghost_pack(*moved)
@@ -104,7 +103,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @dataclasses.dataclass
 class Operands:
-    """A module's parameters and input, as the operators take them."""
+    """Parameters and input of a module, as arguments of the operators."""
 
     case: Case
     p: Params
@@ -150,7 +149,7 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
 
 
 def as_tensor_cores_see_it(o: Operands, use_tf32: bool) -> tuple[Params, Tensor]:
-    """Parameters and input of the peer: those of PyTorch, rounded where TF32 rounds them."""
+    """Parameters and input of the PyTorch peer; w1 and x rounded to TF32 if the kernel does so."""
     p, x = o.p.to(o.case.dtype if o.case.bn_dtype else None), o.x
     if use_tf32 and o.case.dtype == torch.float32:
         p.w1.data = rounded_to_tf32(p.w1)
@@ -169,7 +168,7 @@ def norm_arguments(o: Operands) -> tuple[list[Tensor | None], list[Tensor | None
 
 
 def same_format(got: Tensor, x: Tensor) -> None:
-    """channels_last out of channels_last in."""
+    """Asserts that the output has the memory format of x."""
     if got.numel() and x.is_contiguous(memory_format=torch.channels_last) != x.is_contiguous():
         nchw = x.is_contiguous()
         fmt = torch.contiguous_format if nchw else torch.channels_last
@@ -230,8 +229,6 @@ def check_extras(
     o = operands(case, has_primary)
     case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
     slopes = make_slopes(case, prelu)
-    codes = [PRELU if s is not None else ACT_CODE[name]
-             for s, name in zip(slopes, (case.act1, case.act2), strict=True)]  # fmt: skip
 
     def activate(t: Tensor, name: str, slope: Tensor | None) -> Tensor:
         return activation_module(name)(t) if slope is None else F.prelu(t, slope.to(t.dtype))
@@ -272,10 +269,8 @@ def check_extras(
         eager = module(peer_p, peer_x, inner, factor, extra)
         packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5, *slopes)
         name, first = ("ghost_apply_gated", [o.x, inner]) if in_gate else ("ghost_apply", [o.x])
-        got = world.call(
-            name, *first, packed, extra, factor, *o.shape, codes[0], SLOPE, codes[1], SLOPE,
-            o.w1 is not None,
-        )  # fmt: skip
+        acts = Training(slopes=slopes).codes(o)
+        got = world.call(name, *first, packed, extra, factor, *o.shape, *acts, o.w1 is not None)
     assert got.dtype == o.x.dtype
     same_format(got, o.x)
     assert_close(got, want, eager, dtype=tolerance_dtype(case, use_tf32))
@@ -296,14 +291,15 @@ class Training:
 
     @property
     def plain(self) -> bool:
-        """Whether ``helpers.oracle`` knows it."""
+        """Whether ``helpers.oracle`` supports it."""
         return self.batch[0] == self.batch[1] and self.slopes == (None, None)
 
     def codes(self, o: Operands) -> tuple[int, float, int, float]:
-        first, _, second, _ = o.acts
-        codes = [code if s is None else PRELU
-                 for s, code in zip(self.slopes, (first, second), strict=True)]  # fmt: skip
-        return codes[0], SLOPE, codes[1], SLOPE
+        acts = o.acts[0], o.acts[2]
+        first, second = (
+            PRELU if s is not None else c for s, c in zip(self.slopes, acts, strict=True)
+        )
+        return first, SLOPE, second, SLOPE
 
 
 def layers(p: Params, x: Tensor, case: Case, how: Training) -> Result:
@@ -329,7 +325,7 @@ def layers(p: Params, x: Tensor, case: Case, how: Training) -> Result:
 def gradients(
     p: Params, x: Tensor, grad: Tensor, case: Case, how: Training
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients, in float64 of ``oracle`` where that knows ``how``."""
+    """Output and gradients; in float64 of ``oracle`` if it supports ``how``."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     slopes = [None if s is None else s.to(x.dtype).requires_grad_() for s in how.slopes]
     if not how.plain:
@@ -349,8 +345,8 @@ def gradients(
 def near(
     got: Tensor, want: Tensor, dtype: torch.dtype, what: str, spread: Tensor | None = None
 ) -> None:
-    """Statistics: sums of many terms, with the operands' own rounding. ``spread``: the size of the
-    terms, where they cancel."""
+    """Asserts that statistics, sums of many rounded terms, are close. ``spread``: the size of the
+    terms, if they cancel."""
     eps = torch.finfo(dtype).eps
     scale = max(
         (t.abs().max().item() for t in (want, spread) if t is not None and t.numel()), default=0.0
@@ -360,7 +356,7 @@ def near(
 
 
 def make_grad(o: Operands, size: torch.Size, style: str) -> Tensor:
-    """grad_out [N, oup, Ho, Wo] in the manner of ``style``."""
+    """grad_out [N, oup, Ho, Wo]; ``style`` selects its strides."""
     case = o.case.replace(c=o.case.oup, h=size[2], w=size[3])
     if style == "expanded":
         return make_input(case.replace(n=1, h=1, w=1, layout="nchw"), 3).expand(size)
@@ -373,9 +369,18 @@ def make_grad(o: Operands, size: torch.Size, style: str) -> Tensor:
     return make_input(case, 3)
 
 
-GRADIENTS = (
-    "x", "w1", "gamma1", "beta1", "slopes1", "w2", "gamma2", "beta2", "slopes2"
-)  # fmt: skip
+# Names of the results of ghost_backward, and the bits of NEEDS that request them.
+GRADIENTS = {
+    "x": NEEDS.DX,
+    "w1": NEEDS.DW1,
+    "gamma1": NEEDS.NORM1,
+    "beta1": NEEDS.NORM1,
+    "slopes1": NEEDS.PRELU1,
+    "w2": NEEDS.DW2,
+    "gamma2": NEEDS.NORM2,
+    "beta2": NEEDS.NORM2,
+    "slopes2": NEEDS.PRELU2,
+}
 
 
 def make_slopes(case: Case, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
@@ -391,32 +396,34 @@ def train_forward(world: World, o: Operands, how: Training, keep_u: bool) -> tup
         [*n[:2], *((None, None) if batch else n[2:]), 1e-5, slopes]
         for n, batch, slopes in zip(norm_arguments(o), how.batch, how.slopes, strict=True)
     ]
-    return world.call(
-        "ghost_train_forward", o.x, o.w1, *norms[0], o.p.w2.detach(), *norms[1], o.case.oup,
-        o.stride, *how.codes(o), keep_u,
-    )  # fmt: skip
+    arguments = (o.x, o.w1, *norms[0], o.p.w2.detach(), *norms[1], o.case.oup, o.stride)
+    return world.call("ghost_train_forward", *arguments, *how.codes(o), keep_u)
 
 
 def backward(
-    world: World, o: Operands, how: Training, grad: Tensor, u: Tensor | None,
-    moments: list[Tensor], needs: int = NEEDS.ALL,
+    world: World,
+    o: Operands,
+    how: Training,
+    grad: Tensor,
+    u: Tensor | None,
+    moments: list[Tensor],
+    needs: int = NEEDS.ALL,
     means: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> dict[str, Tensor]:  # fmt: skip
-    """Results of ``ghost_backward``; what is not needed must be empty, and is left out."""
+) -> dict[str, Tensor]:
+    """Results of ``ghost_backward`` by name. Those that are not needed must be empty, and are left
+    out."""
     bn1, bn2 = norm_arguments(o)
-    found = world.call(
-        "ghost_backward", grad, o.x, u, o.w1, *bn1[:2], *moments[:2], 1e-5, how.slopes[0],
-        means[0], o.p.w2.detach(), *bn2[:2], *moments[2:], 1e-5, how.slopes[1], means[1],
-        o.stride, *how.codes(o), *how.batch, needs,
-    )  # fmt: skip
-    n = NEEDS
-    wanted = {"x": n.DX, "w1": n.DW1, "gamma1": n.NORM1, "beta1": n.NORM1, "slopes1": n.PRELU1,
-              "w2": n.DW2, "gamma2": n.NORM2, "beta2": n.NORM2, "slopes2": n.PRELU2}  # fmt: skip
+    norms = [
+        [*bn[:2], *statistics, 1e-5, how.slopes[i], means[i]]
+        for i, (bn, statistics) in enumerate([(bn1, moments[:2]), (bn2, moments[2:])])
+    ]
+    arguments = (grad, o.x, u, o.w1, *norms[0], o.p.w2.detach(), *norms[1], o.stride)
+    found = world.call("ghost_backward", *arguments, *how.codes(o), *how.batch, needs)
     named = dict(zip(GRADIENTS, found, strict=True))
     missing = {"w1": o.w1, "slopes1": how.slopes[0], "slopes2": how.slopes[1]}
     kept = {}
     for name, t in named.items():
-        if needs & wanted[name] and not (name in missing and missing[name] is None):
+        if needs & GRADIENTS[name] and not (name in missing and missing[name] is None):
             kept[name] = t
         else:
             assert t.numel() == 0, name
@@ -426,7 +433,7 @@ def backward(
 def backward_in_three(
     world: World, o: Operands, how: Training, grad: Tensor, u: Tensor | None, moments: list[Tensor]
 ) -> dict[str, Tensor]:
-    """The same by calls that stop where the sums of several processes would be added up."""
+    """The same in three calls, which end where several processes would add up their sums."""
     if u is None and o.w1 is not None:
         u = peer_conv2d(o.x, o.w1, o.stride, 0, 1)
         u = with_layout(u, o.case.layout)
@@ -470,9 +477,11 @@ def check_train(
     how = Training(batch, make_slopes(case, prelu))
     reference = o.p.to(torch.float64)
     with torch.no_grad():
-        exact = oracle(reference, o.x.double(), case, batch[0]) if how.plain else layers(
-            reference, o.x.double(), case, how
-        )  # fmt: skip
+        x = o.x.double()
+        if how.plain:
+            exact = oracle(reference, x, case, batch[0])
+        else:
+            exact = layers(reference, x, case, how)
     grad = make_grad(o, exact.out.shape, grad_style)
     want_out, want = gradients(reference, o.x.double(), grad.double(), case, how)
     peer_p, peer_x = as_tensor_cores_see_it(o, use_tf32)
@@ -482,8 +491,8 @@ def check_train(
     )
     rms, slack = rms or kinked, 4.0
     if kinked:
-        # The derivative jumps: some eps of all pre-activations round to the other side, each an
-        # error of its full size. The smooth activations are held to the strict rule.
+        # The derivative jumps: a share eps of the pre-activations rounds to the other side, each
+        # with an error of the full size of the jump. Smooth activations keep the strict rule.
         slack = (8 * torch.finfo(dtype).eps) ** 0.5 / (2 * torch.finfo(dtype).eps)
 
     got: dict[str, Tensor] = {}
@@ -530,141 +539,13 @@ def check_train(
         size = scale[name]
         if name[:-1] in ("gamma", "beta", "slopes") and chance > size.abs().max():
             size = chance
-        assert_close(
-            found[name], want[name], eager[name], f"gradient of {name}", rms=rms, slack=slack,
-            scale=size, dtype=dtype,
-        )  # fmt: skip
+        label, how_close = f"gradient of {name}", {"rms": rms, "slack": slack, "dtype": dtype}
+        assert_close(found[name], want[name], eager[name], label, scale=size, **how_close)
         got[name] = found[name]
     return got
 
 
-def check_statistics(world: World, case: Case, has_primary: bool = True) -> None:
-    """``ghost_primary_stats`` and ``ghost_cheap_stats`` on their own."""
-    o = operands(case, has_primary)
-    bn1, _ = norm_arguments(o)
-    reference = o.p.to(torch.float64)
-    with torch.no_grad(), tf32(False):
-        live = oracle(reference, o.x.double(), o.case, training=True)
-        frozen = oracle(reference, o.x.double(), o.case, training=False)
-        mean, var = world.call("ghost_primary_stats", o.x, o.w1, o.stride)
-        near(mean, live.mean1, case.dtype, "mean1", live.var1.sqrt())
-        near(var, live.var1, case.dtype, "var1")
-        for prelu in (False, True):
-            how = Training((False, False), make_slopes(case, (prelu, False)))
-            if prelu:
-                frozen = layers(reference, o.x.double(), o.case, how)
-            none = (None, None, None, None)
-            packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *none, 1e-5, how.slopes[0])
-            mean, var = world.call(
-                "ghost_cheap_stats", o.x, packed, case.m, case.ratio, case.d, o.stride,
-                *how.codes(o)[:2], has_primary,
-            )  # fmt: skip
-            near(mean, frozen.mean2, case.dtype, "mean2", frozen.var2.sqrt())
-            near(var, frozen.var2, case.dtype, "var2")
-
-
-def moments(world: World, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of x from each pass, by way of an identity in the place of w1 and w2."""
-    c = x.size(1)
-    w1 = torch.eye(c, dtype=x.dtype)[:, :, None, None]
-    w2, gamma = torch.zeros(c, 1, 3, 3, dtype=x.dtype), torch.ones(c, dtype=x.dtype)
-    w2[:, 0, 1, 1] = 1
-    none = (None, None, None)
-    with tf32(False):
-        packed = world.pack(None, gamma, *none, 0.0, w2, *none, None, 0.0)
-        norm = (None, None, None, None, 0.0, None)
-        given = (x, None, *norm, w2, *norm, 2 * c, 1, 0, 0.0, 0, 0.0, False)
-        return {
-            "primary": world.call("ghost_primary_stats", x, w1, 1),
-            "x is u": world.call("ghost_primary_stats", x, None, 1),
-            "u given": world.call("ghost_train_forward", *given)[1:3],
-            "cheap": world.call("ghost_cheap_stats", x, packed, c, 2, 3, 1, 0, 0.0, False),
-        }
-
-
-def welford(x: Tensor) -> Tensor:
-    """Variance in float32 as PyTorch's CUDA batch norm computes it, by 32 threads a channel."""
-    v = x.transpose(0, 1).flatten(1).float()
-    v = v[:, : v.size(1) // 32 * 32].unflatten(1, (-1, 32))
-    mean, m2 = v[:, 0], torch.zeros_like(v[:, 0])
-    for i in range(1, v.size(1)):
-        d = v[:, i] - mean
-        mean = mean + d / (i + 1)
-        m2 = m2 + d * (v[:, i] - mean)
-    count = v.size(1)
-    while mean.size(1) > 1:
-        half = mean.size(1) // 2
-        d = mean[:, half:] - mean[:, :half]
-        mean, m2 = mean[:, :half] + d / 2, m2[:, :half] + m2[:, half:] + d * d * count / 2
-        count *= 2
-    return m2[:, 0].double() / count
-
-
-def check_far_statistics(
-    world: World, mean: float, deviation: float, kind: str, dtype: torch.dtype, layout: str
-) -> None:
-    """As many digits as PyTorch's float32, with E[u^2] - E[u]^2 there would be none. ``kind``:
-    "normal", "outliers" (the first value of every image) or "drift" (of the images' means). The
-    last channel is constant."""
-    x = torch.randn(5, 8, 15, 16, generator=torch.Generator().manual_seed(0)).double()
-    if kind == "outliers":
-        x[:, :, 0, 0] = 300
-    elif kind == "drift":
-        x += 20 * torch.arange(5).view(5, 1, 1, 1)
-    x = x * deviation + mean
-    x[:, -1] = mean
-    x = with_layout(x.to(dtype), layout)
-    want, exact = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
-    varies, eager = exact > 0, welford(x)
-    usual = 2 * ((eager - exact)[varies] / exact[varies]).abs().max() + 1e-6 if any(varies) else 0
-    for name, (got, var) in moments(world, x).items():
-        near = exact.sqrt() * 1e-6 + want.abs() * 1.2e-7
-        assert bool(((got.double() - want).abs() <= near).all()), name
-        assert not var[~varies].any(), name
-        error = ((var.double() - exact).abs() / exact)[varies]
-        assert bool((error <= usual).all()), (name, error, usual)
-
-
-def check_empty(world: World, case: Case, has_primary: bool = True) -> None:
-    """All operators on a batch of no images, as PyTorch: outputs are empty, statistics and
-    gradients of parameters are zero, running statistics stay as they are."""
-    o = operands(case, has_primary)
-    case, (bn1, bn2), w2 = o.case, norm_arguments(o), o.p.w2.detach()
-    assert o.x.numel() == 0
-    size = (case.n, case.oup, *(-(-n // o.stride) for n in (case.h, case.w)))
-
-    def zero(tensors: Any) -> None:
-        for t in tensors:
-            assert torch.equal(t, torch.zeros_like(t))
-
-    packed = world.pack(o.w1, *bn1, 1e-5, w2, *bn2, 1e-5)
-    maps = make_input(case.replace(c=case.oup, h=size[2], w=size[3]))
-    gate = make_input(case.replace(c=case.oup, h=1, w=1))
-    for extras in ((None, None), (maps, gate)):
-        out = world.call("ghost_apply", o.x, packed, *extras, *o.shape, *o.acts, has_primary)
-        assert out.shape == size
-    zero(world.call("ghost_primary_stats", o.x, o.w1, o.stride))
-    shape = (case.m, case.ratio, case.d, o.stride)
-    zero(world.call("ghost_cheap_stats", o.x, packed, *shape, *o.acts[:2], has_primary))
-    for keep_u, batch in itertools.product((False, True), repeat=2):
-        how = Training((batch, batch), make_slopes(case, (batch, not batch)))
-        out, *found, u = train_forward(world, o, how, keep_u)
-        assert out.shape == size
-        zero(found)
-        assert all((t.numel() == 0) == (not batch or (case.ratio == 1 and i > 1))
-                   for i, t in enumerate(found))  # fmt: skip
-        wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-        moments = [t.to(wide) for t in (*bn1[2:], *bn2[2:])]
-        grads = backward(world, o, how, out, u, moments)
-        assert grads.pop("x").shape == o.x.shape
-        zero(grads.values())
-    # On the operator itself: it changes its arguments.
-    running = [world.move(t.to(moments[0].dtype).clone()) for t in (*bn1[2:], *bn2[2:])]
-    before, counts = [t.cpu() for t in running], [world.move(torch.tensor(3)) for _ in range(2)]
-    moments = [world.move(t) for t in moments]
-    world.ops.ghost_update_running_(
-        *running[:2], counts[0], *moments[:2], 0.1, *running[2:], counts[1], *moments[2:], None, 0
-    )
-    for old, new in zip(before, running, strict=True):
-        assert torch.equal(old, new.cpu())
-    assert [int(t) for t in counts] == [4, 4]
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], what: str) -> None:
+    """Asserts that named results have the same bits."""
+    for name in a:
+        assert same_bits(a[name], b[name]), f"{name} differs {what}"

@@ -1,14 +1,16 @@
-"""Runs checks of the CUDA operators in a process of its own, which a mistake may bring down.
+"""Runs checks of the CUDA operators in a separate process, which a faulty kernel may crash.
 
     python tests/cuda_driver.py --library build/emulator/ops/lib.so --cases small --schedules all
     python tests/cuda_driver.py --gpu --cases small
 
-The sanitizers and the planted mistakes use it. Exit status: 0 all right, 1 a check failed.
+Used by the tests with sanitizers and with planted mistakes. Exit status: 0 if all checks pass, 1 if
+one fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,8 +28,6 @@ from cuda_cases import (  # noqa: E402
     World,
     check_eval,
     check_extras,
-    check_far_statistics,
-    check_statistics,
     check_train,
     misaligned,
     norm_arguments,
@@ -35,6 +35,7 @@ from cuda_cases import (  # noqa: E402
     poisoned_memory,
 )
 from cuda_layer_cases import check_depthwise, check_gate, check_pooled, check_stem  # noqa: E402
+from cuda_statistics_cases import check_far_statistics, check_statistics  # noqa: E402
 from helpers import Case  # noqa: E402
 
 HALF, BF16, FP32, FP64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -66,8 +67,14 @@ IMAGES = Case(9, 72, 5, 5, 40, layout="nhwc", dtype=HALF, act1="silu", act2="sil
 Check = Callable[[World], object]
 
 
+def spawn(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process of its own, with some more environment variables."""
+    command, env = [sys.executable, *arguments], {**os.environ, **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
 def with_nan(world: World, case: Case = NHWC) -> None:
-    """NaN in x comes out as NaN, at every pixel that sees it and at no other."""
+    """NaN in x gives NaN at every output pixel that depends on it, and at no other."""
     case = case.replace(act1="relu", act2="relu")
     x = torch.randn(case.n, case.c, case.h, case.w, dtype=torch.float64).to(case.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -84,6 +91,7 @@ def with_nan(world: World, case: Case = NHWC) -> None:
 
 
 def nan_output(world: World, case: Case, x: torch.Tensor) -> torch.Tensor:
+    """The output of ``ghost_apply`` for a given x and the seeded parameters of a case."""
     o = operands(case)
     bn1, bn2 = norm_arguments(o)
     packed = world.pack(o.w1, *bn1, 1e-5, o.p.w2.detach(), *bn2, 1e-5)
@@ -154,9 +162,9 @@ SMALL: dict[str, Check] = {
 }
 
 
-# What runs on ghost_apply_pipelined where GHOST_OPS_CUDA_PIPELINE is 1. On "tiny sm_90": bands with
-# halo rows, a ragged last one, and several tiles a block; whole images, of which the last tile has
-# fewer; ghosts that are cut off; one channel block of several groups.
+# Cases of ghost_apply_pipelined, with GHOST_OPS_CUDA_PIPELINE=1. On "tiny sm_90": bands with halo
+# rows, a ragged last band, and several tiles per block; whole images, fewer in the last tile;
+# ghosts past out_channels; one channel block of several groups.
 BULK = {"layout": "nhwc", "dtype": HALF, "act1": "relu", "act2": "none"}
 PIPELINED: dict[str, Case] = {
     "bands": Case(3, 16, 33, 45, 48, **BULK),
@@ -182,7 +190,7 @@ def check_pipelined(world: World, case: Case, library: Any) -> None:
     print("digest", library.last_kernel() if library else "GPU", digest)
 
 
-# What needs emulator.SMALL_BLOCKS to be of interest.
+# Cases that exceed the shared memory of the devices in emulator.SMALL_BLOCKS.
 SHORT_OF_MEMORY: dict[str, Check] = {
     "many channels": lambda w: check_train(w, CHANNELS),
     "many channels, u": lambda w: check_train(w, CHANNELS, has_primary=False),
@@ -191,7 +199,7 @@ SHORT_OF_MEMORY: dict[str, Check] = {
 
 
 def run(world: World, library: Any, names: Sequence[str], schedules: dict[str, int]) -> int:
-    """How many checks fail; each failure is printed."""
+    """Returns the number of checks that fail; prints each failure."""
     failed = 0
     for schedule, bits in schedules.items():
         if library:
@@ -221,12 +229,33 @@ def run_library(path: Path, names: Sequence[str], schedules: Sequence[str], devi
     return run(World(torch.ops.ghost_emu, "cpu"), library, names, bits)
 
 
-def results_of(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Jobs with what ``run_jobs`` adds to them, by name."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Checks on one emulator library, run in a separate process.
+
+    Args:
+        name: unique among the jobs.
+        library: path of the library.
+        cases: keys of ``SMALL``, ``SHORT_OF_MEMORY`` or ``PIPELINED``.
+        schedules: keys of ``emulator.SCHEDULES``.
+        device: the GPU that the emulator stands for.
+        environment: variables of the process.
+    """
+
+    name: str
+    library: str
+    cases: Sequence[str]
+    schedules: Sequence[str]
+    device: str
+    environment: dict[str, str]
+
+
+def results_of(jobs: Sequence[Job], folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs jobs in a driver process. Returns them by name, with the status and output of each."""
     import emulator
 
     file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
+    file.write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     environment = {**os.environ, "PYTHONPATH": str(emulator.ROOT)}
     command = [sys.executable, __file__, "--jobs", str(file)]
     subprocess.run(command, env=environment, check=True)
@@ -234,18 +263,17 @@ def results_of(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[str, dict[s
 
 
 def run_jobs(file: Path) -> None:
-    """Each job, with its environment, in a fork of this process, which has done the slow imports.
-    Writes the results into
-    the same file: exit status (negative: the signal that ended it) and output."""
+    """Runs each job in a fork of this process, which has done the slow imports. Writes into the
+    same file each job's exit status (negative: the signal that ended it) and output."""
     jobs = json.loads(file.read_text())
     with poisoned_memory():
-        pass  # imports half of torch, once for all
+        pass  # the import of what it uses takes long: once for all jobs
     for job in jobs:
         out = file.with_suffix(".out")
         child = os.fork()
         if child == 0:
             os.environ.update(job["environment"])
-            signal.alarm(120)  # a mistake may make a kernel run for ever
+            signal.alarm(120)  # a faulty kernel may run forever
             with out.open("w") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)

@@ -39,7 +39,7 @@ def depthwise_operands(row: Row) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """As ``model_ops.fold`` packs it for a GPU."""
+    """A weight in the memory order of ``ops.layers.fold`` for a GPU."""
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
@@ -65,7 +65,7 @@ def check_depthwise(world: World, row: Row, sums: bool) -> None:
     assert got.dtype == x.dtype
     assert got.stride() == torch.empty_like(with_layout(want, row["layout"])).stride()
     assert_close(got, want, eager, scale=want.abs().max() + u.abs().max())
-    # As it comes from a module, not packed: the same bits.
+    # The weight in the order of a module gives the same bits.
     assert torch.equal(got, world.call("depthwise_conv", x, weight, shift, *settings))
 
 

@@ -1,7 +1,7 @@
-"""What nvcc makes of the CUDA kernels: architectures, registers, spills, instructions.
+"""The compiled CUDA kernels: architectures, registers, spills, instructions.
 
-Reads the library that the normal build makes, or builds it where that is missing or older than its
-sources. Needs nvcc and cuobjdump, no GPU.
+Reads the library of the normal build, or builds it if it is missing or older than its sources.
+Needs nvcc and cuobjdump, no GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SOURCES = [
 
 
 def tool(name: str) -> str:
-    """A program of the CUDA toolkit; Triton's package has some of them too."""
+    """The path of a program of the CUDA toolkit, or of the same program in Triton's package."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
     if (triton := importlib.util.find_spec("triton")) and triton.origin:
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
@@ -56,10 +56,9 @@ def library() -> Path:
     environment = {**os.environ, "GHOST_OPS_BUILD_CPU": "0", "GHOST_OPS_BUILD_CUDA": "1"}
     with open(GATES / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes build once
-        done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(GATES)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(GATES)]
+        how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, **how, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return GATES / "ghost_ops" / "_cuda.so"
 
@@ -73,7 +72,7 @@ def cuobjdump(*options: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one kernel takes on one architecture."""
+    """Resources of one kernel on one architecture: registers, and bytes of memory."""
 
     arch: str
     symbol: str
@@ -84,7 +83,7 @@ class Usage:
 
     @property
     def name(self) -> str:
-        """The kernel's own name: what stands before its template arguments."""
+        """The kernel's name, without namespace and template arguments."""
         return kernel_name(self.symbol)
 
 
@@ -104,12 +103,8 @@ def usages() -> list[Usage]:
             symbol = match[1]
         elif "REG:" in line:
             numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-            found.append(
-                Usage(
-                    arch, symbol, numbers["REG"], numbers["STACK"], numbers["LOCAL"],
-                    numbers["SHARED"],
-                )
-            )  # fmt: skip
+            used = [numbers[name] for name in ("REG", "STACK", "LOCAL", "SHARED")]
+            found.append(Usage(arch, symbol, *used))
     assert found
     return found
 
@@ -131,6 +126,14 @@ def test_architectures() -> None:
         assert not entry.endswith("+PTX") or served, f"{entry}: PTX only for {sorted(ptx)}"
 
 
+KERNELS = """
+ghost_apply ghost_primary_stats ghost_cheap_stats ghost_pack update_running
+ghost_depthwise_conv ghost_squeeze_excite_gate ghost_conv_stem
+ghost_backward_sums ghost_backward_grads ghost_backward_du ghost_backward_primary
+ghost_backward_finish
+"""
+
+
 def test_every_architecture_has_every_kernel() -> None:
     by_arch = collections.defaultdict(set)
     for usage in usages():
@@ -138,13 +141,7 @@ def test_every_architecture_has_every_kernel() -> None:
     first, *others = by_arch.values()
     assert all(symbols == first for symbols in others)
     names = {usage.name for usage in usages()}
-    assert {"ghost_apply_kernel", "ghost_primary_stats_kernel", "ghost_cheap_stats_kernel",
-            "ghost_pack_kernel", "update_running_kernel"} <= names  # fmt: skip
-    assert {"ghost_depthwise_conv_kernel", "ghost_squeeze_excite_gate_kernel",
-            "ghost_conv_stem_kernel"} <= names  # fmt: skip
-    assert {"ghost_backward_sums_kernel", "ghost_backward_grads_kernel",
-            "ghost_backward_du_kernel", "ghost_backward_primary_kernel",
-            "ghost_backward_finish_kernel"} <= names  # fmt: skip
+    assert {f"{name}_kernel" for name in KERNELS.split()} <= names
 
 
 def test_nothing_spills() -> None:
@@ -153,14 +150,14 @@ def test_nothing_spills() -> None:
 
 
 def test_register_budgets() -> None:
-    """Blocks of 256 threads: 128 registers let two of them onto a multiprocessor. float64, which is
-    there for gradcheck, may have all 255."""
+    """128 registers per thread allow two blocks of 256 threads on a multiprocessor. float64, which
+    is meant for gradcheck, may use all 255."""
     wrong = [u for u in usages() if u.registers > 128 and storage_type(u.symbol) != "float64"]
     assert not wrong, "\n".join(f"{u.arch} {u.symbol}: {u.registers} registers" for u in wrong)
 
 
 def test_static_shared_memory() -> None:
-    """All of it is dynamic, where the plan counts it; 1 KiB is the system's own on sm_90."""
+    """All shared memory is dynamic, which the plan counts; sm_90 reserves 1 KiB for the system."""
     wrong = [u for u in usages() if u.shared > 1024]
     assert not wrong, "\n".join(f"{u.arch} {u.symbol}: {u.shared} B shared" for u in wrong)
 
@@ -228,8 +225,8 @@ def test_tf32_kernels_use_tensor_cores(kernel: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kernel", HALF_PRODUCTS)
 def test_memory_instructions_are_wide(kernel: str, dtype: str) -> None:
-    """x arrives in 16-byte asynchronous copies, in NHWC in 16-byte loads where it goes straight to
-    registers; what writes maps stores 16 bytes at once."""
+    """x is read by 16-byte asynchronous copies, or in NHWC by 16-byte loads to registers; kernels
+    that write maps store 16 bytes at once."""
     found = instructions()[kernel, dtype]
     assert any(n.startswith("LDGSTS.E.") and n.endswith(".128") for n in found), found
     if kernel in FORWARD:
@@ -242,7 +239,7 @@ def test_memory_instructions_are_wide(kernel: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_layer_kernels_load_wide(dtype: str) -> None:
-    """Vectors of eight channels, also where the kernel's image has a border."""
+    """Vectors of eight channels, at the border of the image too."""
     found = instructions()["ghost_depthwise_conv_kernel", dtype]
     assert found["LDG.E.128"] > 0, found
     assert any(n.startswith("STG.E") and n.endswith(".128") for n in found), found
@@ -250,11 +247,10 @@ def test_layer_kernels_load_wide(dtype: str) -> None:
 
 
 def test_the_pipelined_kernel_copies_in_bulk() -> None:
-    """Its code for sm_90 does, and nothing is left of it in the code for sm_80."""
+    """Its code for sm_90 does; its code for sm_80 is only a trap."""
     symbols = {u.symbol for u in usages() if u.name == "ghost_apply_pipelined_kernel"}
-    assert (
-        len(symbols) == 8
-    )  # two dtypes, two sizes of the depthwise kernel, all activations or two
+    # Two dtypes, two sizes of the depthwise kernel, any activation or only ReLU and none.
+    assert len(symbols) == 8
     for symbol in symbols:
         code = cuobjdump("-sass", "-arch", "sm_90", "-fun", symbol)
         for instruction in ("UBLKCP.S.G", "UBLKCP.G.S", "SYNCS.PHASECHK", "HMMA.16816.F32"):

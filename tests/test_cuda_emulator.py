@@ -1,33 +1,29 @@
-"""The emulator reports what is wrong with a kernel: what it lets pass proves nothing otherwise."""
+"""The emulator reports faulty kernels. If it did not, a green test on it would prove nothing."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import subprocess
-import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import emulator
 import pytest
 import torch
+from cuda_driver import spawn
 
 BLOCK = 64
 
 
 @pytest.fixture(scope="module")
 def library() -> emulator.Library:
-    try:
-        return emulator.prims()
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    return emulator.or_skip(emulator.prims)
 
 
 def run(library: emulator.Library, name: str, shared_bytes: int = 4 * BLOCK) -> torch.Tensor:
-    """What the kernel of this name makes of the numbers 0 to 63."""
+    """The output of the kernel of this name for the numbers 0 to 127."""
     data = torch.arange(2 * BLOCK, dtype=torch.int32)
     out = torch.full((2 * BLOCK,), -1, dtype=torch.int32)
     library.call("ghost_faulty_run", name, data.data_ptr(), out.data_ptr(), shared_bytes)
@@ -66,7 +62,7 @@ def run(library: emulator.Library, name: str, shared_bytes: int = 4 * BLOCK) -> 
 @pytest.mark.parametrize("schedule", emulator.SCHEDULES)
 def test_faults(library: emulator.Library, name: str, message: str, schedule: str) -> None:
     if name == "returned lane" and emulator.SCHEDULES[schedule] & emulator.REVERSE_LANES == 0:
-        message = "deadlock"  # the others wait already when the last one returns
+        message = "deadlock"  # the other lanes already wait when the last one returns
     with (
         library.scheduled(emulator.SCHEDULES[schedule]),
         pytest.raises(RuntimeError, match=message) as error,
@@ -113,24 +109,15 @@ def test_too_much_shared_memory_is_refused(library: emulator.Library) -> None:
         run(library, "nothing wrong", 228 * 1024)
 
 
-# Devices that no other test poses as: no kernel's limit is set on them yet.
+# Devices that no other test uses: no kernel's limit is set on them yet.
 FRESH = [emulator.Device(9, 0, n, 200 << 10, 201 << 10, 50 << 20) for n in (7, 11)]
 
 
-@contextlib.contextmanager
-def posing_as(library: emulator.Library, device: emulator.Device) -> Iterator[None]:
-    library.set_device(device)
-    try:
-        yield
-    finally:
-        library.set_device(emulator.DEVICES["sm_90"])
-
-
 def test_the_shared_memory_limit_is_set_once(library: emulator.Library) -> None:
-    """Once for each kernel and device, to all that a block may have."""
+    """Once for each kernel and device, to the most that a block may have."""
     before = library.limits_set()
     for device in FRESH:
-        with posing_as(library, device):
+        with library.as_device(device):
             run(library, "nothing wrong", 48 << 10)
             assert library.limits_set() == before
             for kib in (64, 200, 49, 64):
@@ -153,8 +140,8 @@ def test_the_shared_memory_limit_is_set_once(library: emulator.Library) -> None:
 def test_wrong_shared_memory_limits(
     library: emulator.Library, limit: str, kib: tuple[int, int], message: str
 ) -> None:
-    """Launchers that set no limit, or the bytes of each launch: the second launch fails."""
-    with posing_as(library, emulator.Device(9, 0, 3, 150 << 10, 151 << 10, 50 << 20)):
+    """With launchers that set no limit, or the bytes of each launch, the second launch fails."""
+    with library.as_device(emulator.Device(9, 0, 3, 150 << 10, 151 << 10, 50 << 20)):
         library.call("ghost_faulty_limit", limit, 0, 0, kib[0] << 10)
         with pytest.raises(RuntimeError, match=message):
             library.call("ghost_faulty_limit", limit, 0, 0, kib[1] << 10)
@@ -185,7 +172,7 @@ def test_grids_that_the_driver_refuses(library: emulator.Library, grid: str, run
 def test_host_threads_launch_the_same_kernel(library: emulator.Library) -> None:
     """With more and with less shared memory, at the same time."""
     names = ("nothing wrong", "no barrier")
-    with posing_as(library, emulator.Device(9, 0, 5, 100 << 10, 101 << 10, 50 << 20)):
+    with library.as_device(emulator.Device(9, 0, 5, 100 << 10, 101 << 10, 50 << 20)):
         ready, before = threading.Barrier(8), library.limits_set()
 
         def launch(turn: int) -> None:
@@ -211,16 +198,15 @@ def test_threads_share_the_blocks(library: emulator.Library) -> None:
         run(library, "misaligned copy")
 
 
+def faulty_kernels(name: str, flags: list[str]) -> Path:
+    """A library of the faulty kernels, compiled with more flags."""
+    sources = [emulator.HERE / "faulty_kernels.cu", *emulator.runtime_sources()]
+    return emulator.or_skip(lambda: emulator.build(name, sources, flags))
+
+
 def test_fibers_of_other_processors() -> None:
-    """The same scheduler over ucontext, which is what runs where there is no fast switch."""
-    try:
-        path = emulator.build(
-            "prims-ucontext",
-            [emulator.HERE / "faulty_kernels.cu", *emulator.runtime_sources()],
-            ["-DGHOST_EMU_UCONTEXT"],
-        )
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    """The same scheduler over ucontext, which is used where there is no fast switch."""
+    path = faulty_kernels("prims-ucontext", ["-DGHOST_EMU_UCONTEXT"])
     library = emulator.Library(path)
     assert isinstance(library.c, ctypes.CDLL)
     for bits in emulator.SCHEDULES.values():
@@ -231,13 +217,11 @@ def test_fibers_of_other_processors() -> None:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What makes a Python process load a library with the address sanitizer in it."""
+    """Environment variables with which Python loads a library with the address sanitizer."""
     libraries = []
     for name in ("libasan.so", "libubsan.so"):
-        found = subprocess.run(
-            [emulator.compiler(), f"-print-file-name={name}"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+        command = [emulator.compiler(), f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         if "/" not in found:
             pytest.skip(f"the compiler has no {name}")
         libraries.append(found)
@@ -264,21 +248,11 @@ for name in {names!r}:
 
 
 def test_the_address_sanitizer_works_with_the_fibers() -> None:
-    try:
-        path = emulator.build(
-            "prims-sanitized",
-            [emulator.HERE / "faulty_kernels.cu", *emulator.runtime_sources()],
-            emulator.SANITIZE,
-        )
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    path = faulty_kernels("prims-sanitized", emulator.SANITIZE)
     environment = sanitizer_environment()
 
     def sanitized(*names: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", SANITIZED.format(path=str(path), names=names)],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        return spawn("-c", SANITIZED.format(path=str(path), names=names), **environment)
 
     good = sanitized("misaligned copy", "nothing wrong")
     assert good.returncode == 0, good.stderr

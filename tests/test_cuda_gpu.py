@@ -1,6 +1,6 @@
-"""The CUDA kernels on a real GPU: the same checks as under the emulator, and what only a GPU has.
+"""The CUDA kernels on a GPU: the checks of the emulator, CUDA graphs, streams, several devices.
 
-Skips itself with a reason where there is no CUDA device.
+Skipped without a CUDA device.
 """
 
 from __future__ import annotations
@@ -12,20 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import World, check_empty, check_eval, check_statistics, check_train
+from cuda_cases import World, assert_same, check_eval, check_train
 from cuda_driver import SMALL
+from cuda_grids import EMPTY, EVAL, FROZEN, MANY_IMAGES, MIXED, STATISTICS, TRAIN, identity
+from cuda_statistics_cases import check_empty, check_statistics
 from helpers import GHOSTNET, LAYOUTS, Case, make_input, make_module, same_bits
-from test_cuda_kernels import (
-    EMPTY,
-    EVAL,
-    FROZEN,
-    MANY_IMAGES,
-    MIXED,
-    STATISTICS,
-    TRAIN,
-    assert_same,
-    identity,
-)
 
 import ghost_ops
 from ghost_ops import models
@@ -110,7 +101,7 @@ def on_gpu(case: Case) -> tuple[torch.nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuda_graph(world: World, layout: str, training: bool) -> None:
-    """Captured once, replayed on new input: no host synchronisation, no memory of its own."""
+    """A captured step replays on new input: no host synchronisation, no memory kept elsewhere."""
     case = Case(8, 40, 14, 14, 80, layout=layout, dtype=torch.float16)
     module, x = on_gpu(case)
     module.train(training)
@@ -145,7 +136,7 @@ def test_cuda_graph(world: World, layout: str, training: bool) -> None:
 
 
 def test_streams(world: World) -> None:
-    """Work of several streams at once does not mix: scratch belongs to the stream it is used on."""
+    """Concurrent work on several streams gives the same results: each stream has its scratch."""
     cases = [Case(16, 40, 28, 28, 80 + 8 * i, dtype=torch.float16, act1="silu") for i in range(4)]
     modules = [(on_gpu(case)[0].train(), on_gpu(case)[1].requires_grad_()) for case in cases]
 
@@ -182,7 +173,7 @@ def steps_on(
 def test_two_streams_at_the_same_time(
     world: World, layout: str, training: bool, host_threads: int
 ) -> None:
-    """The same module on two streams gives the bits that it gives on one after the other.
+    """The same module on two streams at once gives the same bits as on one after the other.
 
     Sizes alternate, so that the launches of a kernel differ in shared memory: its limit must not
     fall between the launches of two host threads.
@@ -350,7 +341,7 @@ def test_offsets_beyond_32_bits(world: World) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_fused_network(world: World, dtype: torch.dtype, layout: str) -> None:
-    """What stands between the Ghost modules runs in 16 bits, and errs no more than eager."""
+    """A fused network in 16 bits has an error of at most twice that of eager."""
     check_network("cuda", dtype, layout)
 
 
@@ -358,7 +349,7 @@ def check_network(device: str, dtype: torch.dtype, layout: str) -> None:
     torch.manual_seed(0)
     network = models.ghostnet(0.5, 100, dropout=0.0)
     ghost_ops.unfuse(network)
-    network(torch.randn(16, 3, 64, 64))  # statistics that no batch norm has at birth
+    network(torch.randn(16, 3, 64, 64))  # statistics unlike those of a new batch norm
     network = network.eval().to(device, dtype)
     formats = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
     x = torch.randn(4, 3, 64, 64).to(device, dtype, memory_format=formats[layout])

@@ -42,7 +42,7 @@ def load(model: nn.Module) -> None:
 
 
 def on_gpu(device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
-    """A fused GhostNet and a function that makes its inputs."""
+    """A fused GhostNet, and a function that returns seeded inputs."""
     torch.manual_seed(0)
     model = ghost_ops.models.ghostnet(0.5, 10, dropout=0.0)
     model = randomize(model).to(device, torch.float16).eval()
@@ -56,7 +56,7 @@ def on_gpu(device: torch.device) -> tuple[nn.Module, Callable[..., Tensor]]:
 
 
 def near(got: Tensor, want: Tensor) -> bool:
-    """Equal but for the order of sums, which libraries choose; different images are not near."""
+    """Equal up to the order of sums, which libraries choose; other images differ more."""
     return bool((got.float() - want.float()).abs().max() <= 0.01 * want.float().abs().max())
 
 
@@ -94,7 +94,7 @@ def test_changed_weights(device: torch.device, change: Callable[[nn.Module], Non
 
 
 def test_dropped_packed_weights(device: torch.device) -> None:
-    """``eval()`` frees packed weights; a graph never reads memory that others have since."""
+    """``eval()`` frees packed weights; a graph must not read their memory afterwards."""
     model, images = on_gpu(device)
     fast, x = ghost_ops.graphed(model, images()), images(seed=2)
     want = fast(x)
@@ -114,7 +114,7 @@ def test_eviction(device: torch.device) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_streams(device: torch.device, threads: int) -> None:
-    """Two streams, queued from one thread or from two, get the outputs of their own inputs."""
+    """Work on two streams, queued from one thread or two, gives the outputs of its own inputs."""
     model, images = on_gpu(device)
     fast = ghost_ops.graphed(model, images())
     xs = [images(1 + i % 2, seed=i) for i in range(20)]
@@ -160,7 +160,7 @@ def test_capture_while_another_thread_allocates(device: torch.device) -> None:
 
 
 def test_capture_that_fails(device: torch.device) -> None:
-    """A model that synchronises runs itself, and PyTorch captures other models afterwards."""
+    """A model that synchronises runs without a graph; later captures of other models work."""
 
     class Synchronising(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def test_autocast(device: torch.device) -> None:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(device: torch.device, mode: str) -> None:
-    """Changed weights are noticed, also where the compiler captures CUDA graphs of its own."""
+    """Changed weights take effect, also if the compiler captures its own CUDA graphs."""
     model, images = on_gpu(device)
     torch.compiler.reset()
     compiled = torch.compile(model, mode=mode, fullgraph=True)

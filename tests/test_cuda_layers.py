@@ -29,24 +29,20 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     if request.param == "cuda":
         yield World(torch.ops.ghost_ops, "cuda")
         return
-    try:
-        emulator.ops()
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    emulator.or_skip(emulator.ops)
     yield World(torch.ops.ghost_emu, "cpu")
 
 
 @pytest.fixture(params=["sm_90", "tiny sm_86"])
 def device(request: pytest.FixtureRequest, world: World) -> Iterator[str]:
-    """What the emulator poses as; a GPU is what it is."""
+    """The GPU that the emulator stands for, or the real one."""
     if world.device == "cuda":
         if request.param != "sm_90":
-            pytest.skip("a GPU is what it is")
+            pytest.skip("the device is a real GPU")
         yield "cuda"
         return
-    emulator.ops().set_device(emulator.DEVICES[request.param])
-    yield request.param
-    emulator.ops().set_device(emulator.DEVICES["sm_90"])
+    with emulator.ops().as_device(emulator.DEVICES[request.param]):
+        yield request.param
 
 
 def ids(row: dict[str, Any]) -> str:
@@ -56,15 +52,22 @@ def ids(row: dict[str, Any]) -> str:
 DEPTHWISE = covering(
     {
         # Odd sizes and channels, one pixel, one channel, less than a strip, C not a multiple of 8.
-        "shape": [(2, 8, 9, 7), (1, 20, 14, 14), (3, 33, 5, 6), (1, 1, 6, 5), (2, 12, 1, 1),
-                  (5, 40, 3, 13), (1, 272, 4, 9)],
+        "shape": [
+            (2, 8, 9, 7),
+            (1, 20, 14, 14),
+            (3, 33, 5, 6),
+            (1, 1, 6, 5),
+            (2, 12, 1, 1),
+            (5, 40, 3, 13),
+            (1, 272, 4, 9),
+        ],
         "k": [1, 3, 5, 7],
         "stride": [1, 2],
         "act": list(ACTIVATIONS),
         "layout": ["nchw", "nhwc"],
         "dtype": list(DTYPES),
     }
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("sums", [False, True])
@@ -94,7 +97,7 @@ STEMS = covering(
         "layouts": [("nchw", "nchw"), ("nhwc", "nhwc"), ("nchw", "nhwc"), ("nhwc", "nchw")],
         "dtype": list(DTYPES),
     }
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("row", STEMS, ids=ids)
@@ -104,8 +107,14 @@ def test_conv_stem(world: World, device: str, row: dict[str, Any]) -> None:
 
 GATES = covering(
     {
-        "shape": [(2, 5, 3, 7), (5, 72, 6, 6), (1, 140, 7, 7), (7, 1032, 2, 1), (3, 16, 1, 1),
-                  (300, 8, 2, 2)],
+        "shape": [
+            (2, 5, 3, 7),
+            (5, 72, 6, 6),
+            (1, 140, 7, 7),
+            (7, 1032, 2, 1),
+            (3, 16, 1, 1),
+            (300, 8, 2, 2),
+        ],
         "reduced": [1, 4, 37],
         "act": ["relu", "silu", "leaky_relu"],
         "gate": [model_ops.HARD_SIGMOID, model_ops.SIGMOID],
@@ -113,7 +122,7 @@ GATES = covering(
         "layout": ["nchw", "nhwc"],
         "dtype": list(DTYPES),
     }
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("row", GATES, ids=ids)
@@ -124,14 +133,21 @@ def test_squeeze_excite_gate(world: World, device: str, row: dict[str, Any]) -> 
 GATED = covering(
     {
         # Images that share a tile, bands, many channels (w1 in a ring), odd channels, one pixel.
-        "shape": [(6, 24, 7, 7, 20), (2, 40, 30, 34, 24), (1, 7300, 3, 3, 20), (3, 13, 9, 6, 21),
-                  (5, 100, 1, 1, 36), (9, 272, 7, 7, 160), (70, 33, 3, 2, 130)],
+        "shape": [
+            (6, 24, 7, 7, 20),
+            (2, 40, 30, 34, 24),
+            (1, 7300, 3, 3, 20),
+            (3, 13, 9, 6, 21),
+            (5, 100, 1, 1, 36),
+            (9, 272, 7, 7, 160),
+            (70, 33, 3, 2, 130),
+        ],
         "dtype": list(DTYPES),
         "layout": ["nchw", "nhwc"],
         "residual": [False, True],
         "use_tf32": [False, True],
     }
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("row", GATED, ids=ids)
@@ -140,14 +156,12 @@ def test_gate_of_the_input(world: World, device: str, row: dict[str, Any]) -> No
     if c > 1000 and row["dtype"].itemsize > 4 and device == "tiny sm_86":
         pytest.skip("float64 weights of so many channels do not fit")
     case = Case(n, c, h, w, oup, layout=row["layout"], dtype=row["dtype"], act1="relu", act2="none")
-    check_extras(
-        world, case, residual=row["residual"], use_tf32=row["use_tf32"], in_gate=True,
-        gate=(3, 2) if n == 3 else None,
-    )  # fmt: skip
+    flags = {"residual": row["residual"], "use_tf32": row["use_tf32"]}
+    check_extras(world, case, **flags, in_gate=True, gate=(3, 2) if n == 3 else None)
 
 
 def test_every_schedule(world: World) -> None:
-    """The same bits, whatever the order of the warps and the copies."""
+    """The bits do not depend on the order of the warps and the copies."""
     if world.device == "cuda":
         pytest.skip("a GPU has one schedule")
     row = {"shape": (2, 40, 9, 11), "dtype": torch.float16, "k": 5, "layout": "nhwc"}
@@ -167,7 +181,7 @@ def test_every_schedule(world: World) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_views_into_other_tensors(world: World, dtype: torch.dtype, layout: str) -> None:
-    """Operands that are less aligned than the vectors that the kernels read them in."""
+    """Operands that begin one element past the alignment of the kernels' vectors."""
     gen = torch.Generator().manual_seed(4)
 
     def off_by_one(*shape: int, to: torch.dtype = torch.float32) -> Tensor:
@@ -211,14 +225,19 @@ def test_empty(world: World) -> None:
 POOLED = covering(
     {
         # Images that share a tile, a map as large as a tile, odd channels, one pixel.
-        "shape": [(6, 24, 7, 7, 40), (2, 13, 9, 5, 21), (3, 7300, 1, 1, 20), (1, 8, 16, 32, 12),
-                  (9, 160, 7, 7, 960)],
+        "shape": [
+            (6, 24, 7, 7, 40),
+            (2, 13, 9, 5, 21),
+            (3, 7300, 1, 1, 20),
+            (1, 8, 16, 32, 12),
+            (9, 160, 7, 7, 960),
+        ],
         "act": ["relu", "silu"],
         "dtype": list(DTYPES),
         "layout": ["nchw", "nhwc"],
         "use_tf32": [False, True],
     }
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("row", POOLED, ids=ids)
@@ -249,9 +268,7 @@ def test_too_many_pixels_to_pool(world: World) -> None:
 )
 def test_bad_gate_of_the_input(world: World, in_gate: Tensor, stride: int, message: str) -> None:
     x, none = torch.ones(2, 4, 3, 3), (None,) * 4
-    packed = world.pack(
-        torch.ones(3, 4, 1, 1), *none, 1e-5, torch.ones(3, 1, 3, 3), *none, 1e-5
-    )  # fmt: skip
+    packed = world.pack(torch.ones(3, 4, 1, 1), *none, 1e-5, torch.ones(3, 1, 3, 3), *none, 1e-5)
     numbers = (3, 6, 2, 3, stride, 1, 0.0, 1, 0.0, True)
     with pytest.raises(RuntimeError, match=message):
         world.call("ghost_apply_gated", x, in_gate, packed, None, None, *numbers)
@@ -277,7 +294,7 @@ def test_bad_gate_of_the_input(world: World, in_gate: Tensor, stride: int, messa
         ("squeeze_excite_gate", {8: 2}, "gate must be 0 .hard sigmoid. or 1"),
         ("squeeze_excite_gate", {1: torch.ones(1, 2, 4)}, "sums must be a contiguous"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(world: World, name: str, change: dict[int, Any], message: str) -> None:
     x = torch.ones(1, 3, 4, 4)
     p = (torch.ones(2, 3), torch.ones(2), torch.ones(2, 3), torch.ones(3))

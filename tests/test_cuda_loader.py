@@ -1,4 +1,4 @@
-"""The loader of the CUDA library says why it does not load, and what to do about it."""
+"""The loader of the CUDA library reports why the library does not load, and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ghost_ops.backends import cuda
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loader that has tried nothing yet, in a torch with CUDA and without a GPU."""
+    """A loader before its first load, in a torch with CUDA and without a GPU."""
     monkeypatch.setattr(cuda, "_state", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -27,7 +27,7 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -
 
 
 def junk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """A file where the library should be that no loader takes."""
+    """Puts a file that is no library in the place of the library."""
     path = folder / "_cuda.so"
     path.write_bytes(b"not a library")
     monkeypatch.setattr(cuda, "PATH", path)
@@ -44,7 +44,7 @@ def fat_binary(*code: tuple[int, int]) -> bytes:
 
 
 def library(monkeypatch: pytest.MonkeyPatch, folder: Path, *binaries: bytes) -> None:
-    """A file where the library should be, with GPU code in it."""
+    """Puts a file with GPU code in the place of the library."""
     path = folder / "_cuda.so"
     path.write_bytes(b"\x7fELF and more " + b" rest ".join(binaries))
     monkeypatch.setattr(cuda, "PATH", path)
@@ -102,7 +102,7 @@ def test_library_of_another_architecture(
     )
 
 
-# Machine code of the generation, of an older version of it, PTX; and what is not understood.
+# Machine code of the same generation, of an older minor version, PTX; and unreadable binaries.
 FITTING = [
     ((9, 0), fat_binary((2, 80), (2, 90))),
     ((8, 9), fat_binary((2, 80))),
@@ -128,7 +128,7 @@ def test_library_that_fits_is_loaded(
 
 
 def test_no_gpu_and_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The library of a wheel is loaded all the same; what is missing is said."""
+    """The library of a wheel is loaded all the same; the reason names the missing GPU."""
     library(monkeypatch, tmp_path, fat_binary((2, 90)))
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
     assert cuda.load()

@@ -1,8 +1,8 @@
-"""Planted mistakes in the CUDA sources, each of which must turn a check red.
+"""Planted mistakes in the CUDA sources, each of which must make a check fail.
 
-A check that passes whatever the kernel does proves nothing. Each mistake is a replacement of text
-in a copy of csrc, of which only the files named are compiled again; the rest of the library is the
-right one. A mistake whose text is not found any more is a failure: the list has to follow the code.
+Each mistake is a replacement of text in a copy of csrc. Only the files in ``compile`` are compiled
+again; the rest of the library is linked unchanged. If the text of a mistake is not found in the
+source, the test fails: the list must follow the code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import emulator
 import pytest
-from cuda_driver import results_of
+from cuda_driver import Job, results_of
 
 NHWC = ("cuda/instances/forward_half_nhwc.cu",)
 STAGED = ("cuda/instances/forward_tf32_nhwc.cu",)
@@ -40,7 +40,7 @@ class Mutant:
         compile: which sources are compiled with it.
         cases: checks of ``cuda_driver``, one of which must fail.
         schedules: under which to run them.
-        device: what the emulator poses as.
+        device: the GPU that the emulator stands for.
         count: how often ``old`` occurs; all are replaced.
         pipeline: the checks run with GHOST_OPS_CUDA_PIPELINE=1.
     """
@@ -62,7 +62,7 @@ class Mutant:
 
     @property
     def quick(self) -> bool:
-        """Whether it is among those of every test run: one of each kind."""
+        """Whether every test run plants it: one mistake of each kind."""
         return self.name in QUICK
 
 
@@ -75,17 +75,29 @@ DEPTHWISE, GATE = "cuda/depthwise_conv.cuh", "cuda/squeeze_excite.cuh"
 RING = ("eval huge",)  # w1 does not fit into shared memory
 TRAIN = ("train nhwc", "train deep", "train wide", "frozen nhwc")
 DU, CHEAP = "cuda/backward_du.cuh", "cuda/backward_cheap.cuh"
-QUICK = (
-    "no barrier after the copies", "one wait too few", "halo off by one",
-    "pixels too many overwrite others", "weights read before they are there",
-    "ring read before its stage has landed",
-    "gate of another image", "row of taps one off", "hidden values without a barrier",
-    "load not waited for", "no fence before the bulk store", "output stage used again too early",
-    "one stage of x too few",
-    "ReLU swallows NaN", "shared memory too small", "no barrier between dv and its use",
-    "no barrier between du and its products", "next tile over the one at work",
-    "sums of slopes not cleared", "one norm's kind for both",
-)  # fmt: skip
+# The mistakes of every test run.
+QUICK = """
+no barrier after the copies
+one wait too few
+halo off by one
+pixels too many overwrite others
+weights read before they are there
+ring read before its stage has landed
+gate of another image
+row of taps one off
+hidden values without a barrier
+load not waited for
+no fence before the bulk store
+output stage used again too early
+one stage of x too few
+ReLU swallows NaN
+shared memory too small
+no barrier between dv and its use
+no barrier between du and its products
+next tile over the one at work
+sums of slopes not cleared
+one norm's kind for both
+""".strip().splitlines()
 
 
 def pipelined(
@@ -489,7 +501,8 @@ MUTANTS = [
         schedules=("plain",),
     ),
     Mutant(
-        "slopes of another ghost", CHEAP, "p.slopes2, int64_t{me.first + c} * p.ghosts_per_map + j0 + j)",
+        "slopes of another ghost", CHEAP,
+        "p.slopes2, int64_t{me.first + c} * p.ghosts_per_map + j0 + j)",
         "p.slopes2, int64_t{me.first + c} * p.ghosts_per_map + j0)", SUMS, ("train prelu ratio",),
         schedules=("plain",),
     ),
@@ -537,7 +550,7 @@ MUTANTS = [
 
 
 def plant(mutant: Mutant) -> Path:
-    """The library with the mistake in it."""
+    """The library with the mistake."""
     folder = emulator.BUILD / "mutants" / mutant.name.replace(" ", "-")
     csrc = folder / "csrc"
     changed = csrc / mutant.file
@@ -548,39 +561,27 @@ def plant(mutant: Mutant) -> Path:
         emulator.CSRC, csrc, dirs_exist_ok=True, ignore=shutil.ignore_patterns(changed.name)
     )
     planted = text.replace(mutant.old, mutant.new)
-    if not changed.exists() or changed.read_text() != planted:  # else it is compiled already
+    if not changed.exists() or changed.read_text() != planted:  # else already compiled
         changed.write_text(planted)
     name = folder.relative_to(emulator.BUILD).as_posix()
     return emulator.build_variant(name, mutant.compile, csrc)
 
 
 def build_and_run(mutants: Sequence[Mutant], folder: Path) -> dict[str, dict[str, Any]]:
-    """By name, the mistakes and what their checks gave; the good library too."""
-    try:
-        good = emulator.build_ops()
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
-    # One compilation a mistake: with as many at a time as build() has jobs for one library.
+    """The results of the checks on each mistake and on the good library, by name."""
+    good = emulator.or_skip(emulator.build_ops)
+    # One compilation per mistake, two at a time.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         libraries = list(pool.map(plant, mutants))
     jobs = [
-        {
-            "name": mutant.name, "library": str(path), "cases": mutant.cases,
-            "schedules": mutant.schedules, "device": mutant.device,
-            "environment": mutant.environment,
-        }
-        for mutant, path in zip(mutants, libraries, strict=True)
-    ]  # fmt: skip
+        Job(m.name, str(path), m.cases, m.schedules, m.device, m.environment)
+        for m, path in zip(mutants, libraries, strict=True)
+    ]
     for device, pipeline in sorted({(m.device, m.pipeline) for m in mutants}):
         alike = [m for m in mutants if (m.device, m.pipeline) == (device, pipeline)]
-        jobs.append(
-            {
-                "name": f"good {device} {pipeline}", "library": str(good),
-                "cases": sorted({case for m in alike for case in m.cases}),
-                "schedules": ["plain", "greedy-eager", "reversed"], "device": device,
-                "environment": alike[0].environment,
-            }
-        )  # fmt: skip
+        cases = sorted({case for m in alike for case in m.cases})
+        name, schedules = f"good {device} {pipeline}", ["plain", "greedy-eager", "reversed"]
+        jobs.append(Job(name, str(good), cases, schedules, device, alike[0].environment))
     return results_of(jobs, folder)
 
 
@@ -590,7 +591,7 @@ def verify(mutants: Sequence[Mutant], folder: Path) -> None:
     good = [job for name, job in results.items() if name.startswith("good ")]
     assert good
     assert all(job["status"] == 0 for job in good), [job["output"] for job in good]
-    assert not unnoticed, "nobody noticed"
+    assert not unnoticed, "no check failed"
 
 
 def test_planted_mistakes_are_found(tmp_path: Path) -> None:

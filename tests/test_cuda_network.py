@@ -1,4 +1,4 @@
-"""Whole fused networks on the emulated GPU: the kernels and launches of a CUDA device."""
+"""Whole fused networks on the emulated GPU: same kernels and launches as on a CUDA device."""
 
 from __future__ import annotations
 
@@ -24,15 +24,12 @@ from ghost_ops.reference import GhostBottleneck
 
 @pytest.fixture
 def library() -> emulator.Library:
-    try:
-        return emulator.ops()
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    return emulator.or_skip(emulator.ops)
 
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """CPU tensors take the way of CUDA tensors, and the operators run on the emulator."""
+    """CPU tensors are dispatched like CUDA tensors, to the operators of the emulator."""
     names = ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem")
     on_emulator = torch.ops.ghost_emu
     with pytest.MonkeyPatch.context() as patch:
@@ -48,7 +45,7 @@ def emulated() -> Iterator[None]:
 
 
 class Log(TorchDispatchMode):
-    """The operators that run, and the tensors of PyTorch's that are as large as maps."""
+    """Records the operators that run, and PyTorch operators with a float32 map as output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +75,7 @@ def inputs(dtype: torch.dtype, size: int = 33) -> Tensor:
     ("dtype", "width"), [(torch.float32, 0.5), (torch.float16, 1.0)], ids=["float32", "float16"]
 )
 def test_ghostnet(library: emulator.Library, dtype: torch.dtype, width: float) -> None:
-    """Right, in at most 75 launches, and no float32 map in float16."""
+    """The output is right, there are at most 75 launches, and no float32 map in float16."""
     torch.manual_seed(0)
     plain = ghost_ops.models.GhostNet(width).eval()
     randomize(plain)
@@ -99,10 +96,9 @@ def test_ghostnet(library: emulator.Library, dtype: torch.dtype, width: float) -
     plan = ghost_ops.planner.explain(plain, tuple(x.shape), device="sm_90", dtype=dtype)
     assert our_launches(plan) == launches  # more than 55: a gate of few images takes two
     counts = {name: log.ours.count(name) for name in set(log.ours)}
-    assert counts == {
-        "conv_stem": 1, "ghost_apply": 30, "ghost_apply_gated": 7, "ghost_apply_pooled": 1,
-        "depthwise_conv": 7, "depthwise_conv_sums": 2, "squeeze_excite_gate": 7,
-    }  # fmt: skip
+    once, seven = {"conv_stem": 1, "ghost_apply_pooled": 1}, {"depthwise_conv": 7}
+    seven |= {"ghost_apply_gated": 7, "squeeze_excite_gate": 7}
+    assert counts == {"ghost_apply": 30, "depthwise_conv_sums": 2, **once, **seven}
     moving = [name for name in log.others if name not in VIEWS]
     assert launches + len(moving) <= 75, moving
     assert dtype is torch.float32 or not log.wide
@@ -112,9 +108,12 @@ VIEWS = ("aten::view", "aten::t", "aten::detach", "aten::_unsafe_view")
 
 # (in, mid, out, kernel, stride, squeeze-excite ratio), as in tests/test_bottleneck.py.
 BLOCKS = [
-    (8, 12, 8, 3, 1, 0.0), (8, 20, 8, 5, 1, 0.25), (8, 20, 12, 3, 1, 0.25), (8, 13, 10, 3, 2, 0.0),
+    (8, 12, 8, 3, 1, 0.0),
+    (8, 20, 8, 5, 1, 0.25),
+    (8, 20, 12, 3, 1, 0.25),
+    (8, 13, 10, 3, 2, 0.0),
     (8, 20, 12, 5, 2, 0.25),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
@@ -143,7 +142,7 @@ def test_bottlenecks(
 
 
 def test_a_gate_before_a_library_convolution(library: emulator.Library) -> None:
-    """A second Ghost module whose primary convolution is not ours gets the gated map."""
+    """A second Ghost module with a library convolution as its primary gets the gated map."""
     plain = randomize(GhostBottleneck(8, 20, 12, 3, 1, se_ratio=0.25))
     plain.ghost2 = randomize(ghost_ops.reference.GhostModule(20, 12, 3, relu=False), 3)
     plain = plain.half().eval()

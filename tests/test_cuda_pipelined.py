@@ -1,21 +1,18 @@
 """ghost_apply_pipelined under the emulator gives the bits of ghost_apply, whatever the schedule.
 
-GHOST_OPS_CUDA_PIPELINE is read once a process: each run is a job of ``cuda_driver``.
+GHOST_OPS_CUDA_PIPELINE is read once per process, so that each run is a job of ``cuda_driver``.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import emulator
 import pytest
 import torch
 from conftest import native_module
-from cuda_driver import PIPELINED, results_of
+from cuda_driver import PIPELINED, Job, results_of, spawn
 
 VARIABLE = "GHOST_OPS_CUDA_PIPELINE"
 DEVICES = ("sm_90", "tiny sm_90", "sm_80")
@@ -30,21 +27,16 @@ def digests(output: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
-    """By device, with the variable set, the digests of all cases under all schedules; those of
-    ghost_apply under ``off``."""
-    try:
-        library = emulator.build_ops()
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    """Digests of all cases under all schedules with the variable set, by device; under "off" those
+    of ghost_apply."""
+    library = emulator.or_skip(emulator.build_ops)
     runs = [("off", "sm_90", "0", ["plain"])]
     runs += [(device, device, "1", list(emulator.SCHEDULES)) for device in DEVICES]
+    cases = [*PIPELINED, *OTHERS]
     jobs = [
-        {
-            "name": name, "library": str(library), "cases": [*PIPELINED, *OTHERS],
-            "schedules": schedules, "device": device, "environment": {VARIABLE: value},
-        }
+        Job(name, str(library), cases, schedules, device, {VARIABLE: value})
         for name, device, value, schedules in runs
-    ]  # fmt: skip
+    ]
     found = results_of(jobs, tmp_path_factory.mktemp("pipelined"))
     assert all(job["status"] == 0 for job in found.values()), [j["output"] for j in found.values()]
     return {name: digests(job["output"]) for name, job in found.items()}
@@ -67,10 +59,7 @@ def test_the_bits_of_ghost_apply_on_a_gpu() -> None:
         pytest.skip("the device is older than sm_90")
     driver, found = Path(__file__).with_name("cuda_driver.py"), []
     for value in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, str(driver), "--gpu", "--cases", *PIPELINED, *OTHERS],
-            env={**os.environ, VARIABLE: value}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = spawn(str(driver), "--gpu", "--cases", *PIPELINED, *OTHERS, **{VARIABLE: value})
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(digests(done.stdout))
     assert len(found[0]) == len(PIPELINED)
@@ -98,10 +87,8 @@ for shape, oup, arguments in (
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_the_plan_names_the_kernel(value: str) -> None:
     root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, VARIABLE: value, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", EXPLAIN], env=environment, capture_output=True, text=True, check=True
-    )
+    done = spawn("-c", EXPLAIN, **{VARIABLE: value, "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
     names = done.stdout.split()
     assert names[0] == ("ghost_apply_pipelined" if value == "1" else "ghost_apply")
     assert names[1:] == ["ghost_apply"] * 5

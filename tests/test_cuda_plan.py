@@ -1,4 +1,4 @@
-"""The tile plan of the CUDA kernels: golden choices, and what every plan promises.
+"""The tile plan of the CUDA kernels: golden choices, and properties of every plan.
 
 The golden lines are decisions, not measurements. A change of the model changes some of them: look
 at each, then write the new ones down (``python tests/test_cuda_plan.py`` prints them).
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from conftest import native_module
+from cuda_driver import spawn
 from helpers import GHOSTNET, product
 
 from ghost_ops import planner
@@ -131,10 +130,8 @@ GOLDEN: dict[tuple[Any, ...], tuple[str, ...]] = {
 
 def plan_of(key: tuple[Any, ...]) -> planner.CudaPlan:
     device, shape, oup, dtype, layout, extra = key
-    return planner.explain(
-        shape, oup, device=device, dtype=getattr(torch, dtype), channels_last=layout == "NHWC",
-        **dict(extra),
-    )  # fmt: skip
+    layout_and_dtype = {"channels_last": layout == "NHWC", "dtype": getattr(torch, dtype)}
+    return planner.explain(shape, oup, device=device, **layout_and_dtype, **dict(extra))
 
 
 @pytest.mark.parametrize("key", GOLDEN, ids=str)
@@ -144,8 +141,16 @@ def test_golden(key: tuple[Any, ...]) -> None:
 
 PROBLEMS = list(
     product(
-        shape=((1, 16, 112, 112), (256, 40, 28, 28), (3, 7, 7, 7), (33, 960, 7, 7), (1, 3, 1, 1),
-               (2, 5, 300, 17), (1, 64, 1, 20000), (4, 1, 640, 640)),
+        shape=(
+            (1, 16, 112, 112),
+            (256, 40, 28, 28),
+            (3, 7, 7, 7),
+            (33, 960, 7, 7),
+            (1, 3, 1, 1),
+            (2, 5, 300, 17),
+            (1, 64, 1, 20000),
+            (4, 1, 640, 640),
+        ),
         out_channels=(1, 16, 51, 960),
         ratio=(1, 2, 5),
         dw_size=(1, 3, 7),
@@ -153,14 +158,14 @@ PROBLEMS = list(
         dtype=(torch.float16, torch.float32, torch.float64),
         channels_last=(False, True),
     )
-)  # fmt: skip
+)
 
 
 def check(one: planner.CudaPass, problem: dict[str, Any], device: str) -> None:
     n, _, h, w = problem["shape"]
     stride, ratio = problem["stride"], problem["ratio"]
     ho, wo, m = -(-h // stride), -(-w // stride), math.ceil(problem["out_channels"] / ratio)
-    ghosts = 0 if one.kernel == "ghost_primary_stats" else ratio - 1
+    ghosts_per_map = 0 if one.kernel == "ghost_primary_stats" else ratio - 1
     assert 1 <= one.images <= n
     assert one.images == 1 or (one.rows, one.cols) == (ho, wo), "only whole images are joined"
     assert 1 <= one.rows <= ho
@@ -169,8 +174,8 @@ def check(one: planner.CudaPass, problem: dict[str, Any], device: str) -> None:
     assert one.channels % 8 == 0
     assert one.channels <= one.instance
     assert one.channels * one.channel_blocks >= m > one.channels * (one.channel_blocks - 1)
-    assert one.ghosts * one.ghost_blocks >= ghosts
-    assert ghosts == 0 or ghosts > one.ghosts * (one.ghost_blocks - 1)
+    assert one.ghosts * one.ghost_blocks >= ghosts_per_map
+    assert ghosts_per_map == 0 or ghosts_per_map > one.ghosts * (one.ghost_blocks - 1)
     parts = one.channel_blocks * one.ghost_blocks
     assert one.blocks % parts == 0
     assert parts <= one.blocks <= parts * one.tiles, "no block is without a tile"
@@ -194,7 +199,7 @@ def test_every_plan_covers_its_problem(device: str) -> None:
 
 
 def test_traffic_is_at_least_the_floor() -> None:
-    """The model never counts less than x once and out once, and says what is read again."""
+    """The model counts at least x once and out once, and repeated reads in l2_bytes."""
     for size, c, oup, _ in GHOSTNET:
         plan = planner.explain((32, c, size, size), oup, device="sm_90", **HALF_NHWC)
         (one,) = plan.passes
@@ -204,7 +209,7 @@ def test_traffic_is_at_least_the_floor() -> None:
 
 
 def test_a_batch_of_one_uses_the_whole_gpu() -> None:
-    """Channels and rows are split further where there are few images."""
+    """Channels and rows are split further if there are few images."""
     for size, c, oup, _ in GHOSTNET:
         shape = (c, size, size)
         one = planner.explain((1, *shape), oup, device="sm_90", **HALF_NHWC).passes[0]
@@ -253,19 +258,15 @@ def test_text_names_every_launch() -> None:
 
 
 def tile_of(one: planner.CudaPass) -> tuple[Any, ...]:
-    return (
-        one.instance, one.channels, one.ghosts, one.images, one.rows, one.cols, one.slice,
-        one.resident,
-    )  # fmt: skip
+    names = ("instance", "channels", "ghosts", "images", "rows", "cols", "slice", "resident")
+    return tuple(getattr(one, name) for name in names)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_alternatives_are_different_plans_in_order(training: bool) -> None:
     for size, c, oup, _ in GHOSTNET:
-        plan = planner.explain(
-            (256, c, size, size), oup, device="sm_90", training=training, alternatives=4,
-            **HALF_NHWC,
-        )  # fmt: skip
+        settings = {"device": "sm_90", "training": training, "alternatives": 4, **HALF_NHWC}
+        plan = planner.explain((256, c, size, size), oup, **settings)
         for one in plan.passes:
             assert tile_of(one.alternatives[0]) == tile_of(one)
             assert len({tile_of(other) for other in one.alternatives}) == 4
@@ -305,11 +306,7 @@ print(plan.backward.rows, plan.backward.cols, plan.backward.channels, plan.backw
 
 
 def ranked(value: str, code: str = RANKED) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from dataclasses import replace\n" + code],
-        env={**os.environ, "GHOST_OPS_CUDA_PLAN": value}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    return spawn("-c", "from dataclasses import replace\n" + code, GHOST_OPS_CUDA_PLAN=value)
 
 
 def test_the_environment_chooses_among_the_best_plans() -> None:

@@ -1,4 +1,4 @@
-"""The plan of the backward pass on a GPU: golden choices, and what every plan promises.
+"""The plan of the backward pass on a GPU: golden choices, and properties of every plan.
 
 The golden lines are decisions, not measurements. A change of the model changes some of them: look
 at each, then write the new ones down (``python tests/test_cuda_plan_backward.py`` prints them).
@@ -29,10 +29,8 @@ def backward(
     channels_last: bool = True,
     **settings: object,
 ) -> planner.CudaBackward:
-    plan = planner.explain(
-        shape, oup, dtype=dtype, channels_last=channels_last, device=device, training=True,
-        **settings,
-    )  # fmt: skip
+    settings |= {"dtype": dtype, "channels_last": channels_last, "device": device}
+    plan = planner.explain(shape, oup, training=True, **settings)
     assert isinstance(plan, planner.CudaPlan) and plan.backward is not None
     return plan.backward
 
@@ -109,7 +107,7 @@ def test_every_plan(device: str, dtype: torch.dtype, channels_last: bool) -> Non
 
 @pytest.mark.parametrize("ratio,dw_size", [(1, 3), (2, 7), (5, 5)])
 def test_settings(ratio: int, dw_size: int) -> None:
-    """Without ghosts there is nothing to sum first, except that u may have to be made."""
+    """Without ghosts the first launch runs only if it has to store u."""
     b = backward("sm_80", (8, 24, 20, 20), 40, ratio=ratio, dw_size=dw_size)
     assert (b.sums is not None) == (b.stores_u or ratio > 1)
     assert b.launches == 3 + (b.sums is not None)
@@ -139,13 +137,17 @@ def test_whatever_has_a_forward_has_a_backward(device: str, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("changed", "one_block"),
     [
-        ({}, True), ({"dtype": torch.bfloat16}, True), ({"dtype": torch.float32}, False),
-        ({"channels_last": False}, False), ({"stride": 2}, False),
+        ({}, True),
+        ({"dtype": torch.bfloat16}, True),
+        ({"dtype": torch.float32}, False),
+        ({"channels_last": False}, False),
+        ({"stride": 2}, False),
         ({"shape": (8, 44, 14, 14)}, False),  # rows of x that begin inside a vector
-        ({"oup": 512}, True), ({"oup": 514}, False),
+        ({"oup": 512}, True),
+        ({"oup": 514}, False),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_which_modules_have_one_block_for_both_products(
     changed: dict[str, Any], one_block: bool
 ) -> None:
@@ -160,7 +162,7 @@ def test_which_modules_have_one_block_for_both_products(
     ("channels", "makes_u"), [(24, True), (96, True), (104, False), (520, False)]
 )
 def test_u_is_made_again_where_that_saves_bytes(channels: int, makes_u: bool) -> None:
-    """Where a block has all of x, and u is no small part of what it would read."""
+    """If a block has all channels of x, and u is a large part of the bytes that it would read."""
     b = backward("sm_90", (8, channels, 14, 14), 48)
     assert b.makes_u == makes_u
     assert f"u {'made again' if makes_u else 'read'}" in str(b)

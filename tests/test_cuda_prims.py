@@ -1,7 +1,7 @@
-"""The emulated primitives compute what the hardware's are documented to, and so does a GPU.
+"""The emulated primitives compute what the hardware's documentation says, and so does a GPU.
 
-``prim_harness.cu`` has one kernel for each function of csrc/cuda/prim.cuh. Under the emulator they
-are compared with formulas written here; a real GPU must give the emulator's words.
+``prim_harness.cu`` has one kernel for each function of csrc/cuda/prim.cuh. Under the emulator their
+outputs are compared with formulas of this file; a GPU must give the same words as the emulator.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 65519.9,
-           65520.0, -65520.0, 2.0**-14, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, 3 * 2.0**-25,
-           6.1e-5, 1e-45, 1e38, 3.3895e38, 3.4e38, 1.0009765625, 1.00048828125, 1.00146484375,
-           1.00390625, 1.01171875, 2.0**-126, 2.0**-130]  # fmt: skip
+SPECIAL = [
+    *(0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 65519.9, 65520.0),
+    *(-65520.0, 2.0**-14, 2.0**-24, 2.0**-25, 2.0**-25 * 1.0001, 3 * 2.0**-25, 6.1e-5, 1e-45),
+    *(1e38, 3.3895e38, 3.4e38, 1.0009765625, 1.00048828125, 1.00146484375, 1.00390625),
+    *(1.01171875, 2.0**-126, 2.0**-130),
+]
 
 
 def words(t: Tensor) -> Tensor:
@@ -106,8 +108,8 @@ def expect_pair(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
 
 
 def expect_pair_arithmetic(dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-    """Operands so near one another that float32 has room for every exact result, and, for the sums
-    and products alone, of any size: rounding twice cannot show there."""
+    """Operands of similar size, so that float32 holds every exact result; for sums and products
+    also operands of any size, where rounding twice makes no difference."""
     g = generator()
     near = 1 + torch.rand(600, 2, 3, generator=g)
     wide = numbers(1200)[: 1200 // 6 * 6].view(-1, 2, 3).clone()
@@ -211,10 +213,13 @@ def expect_mma(dtype: torch.dtype | None) -> tuple[Tensor, Tensor, int]:
     else:
         t = lane % 4 * 2
         pairs = [
-            (a[g, t], a[g, t + 1]), (a[g + 8, t], a[g + 8, t + 1]),
-            (a[g, t + 8], a[g, t + 9]), (a[g + 8, t + 8], a[g + 8, t + 9]),
-            (b[t, g], b[t + 1, g]), (b[t + 8, g], b[t + 9, g]),
-        ]  # fmt: skip
+            (a[g, t], a[g, t + 1]),
+            (a[g + 8, t], a[g + 8, t + 1]),
+            (a[g, t + 8], a[g, t + 9]),
+            (a[g + 8, t + 8], a[g + 8, t + 9]),
+            (b[t, g], b[t + 1, g]),
+            (b[t + 8, g], b[t + 9, g]),
+        ]
         registers = [bits16(x.to(dtype)) | bits16(y.to(dtype)) << 16 for x, y in pairs]
     t = lane % 4 * 2
 
@@ -279,10 +284,7 @@ RESULTS: dict[str, tuple[torch.dtype, ...]] = {
 
 @pytest.fixture(scope="module")
 def library() -> emulator.Library:
-    try:
-        return emulator.prims()
-    except emulator.Unavailable as reason:
-        pytest.skip(str(reason))
+    return emulator.or_skip(emulator.prims)
 
 
 def equal_words(got: Tensor, want: Tensor, dtype: torch.dtype) -> Tensor:
@@ -360,11 +362,9 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     major, minor = torch.cuda.get_device_capability()
     path: Path = tmp_path_factory.mktemp("prims") / "prims.so"
     arch = f"arch=compute_{major}{minor},code=sm_{major}{minor}"
-    subprocess.run(
-        [nvcc, "-std=c++17", "-O3", f"-I{emulator.CSRC}", "-gencode", arch, "-shared", "-Xcompiler",
-         "-fPIC", str(emulator.HERE / "prim_harness.cu"), "-o", str(path)],
-        check=True,
-    )  # fmt: skip
+    flags = ["-std=c++17", "-O3", f"-I{emulator.CSRC}", "-gencode", arch, "-shared"]
+    files = [str(emulator.HERE / "prim_harness.cu"), "-o", str(path)]
+    subprocess.run([nvcc, *flags, "-Xcompiler", "-fPIC", *files], check=True)
     return ctypes.CDLL(str(path))
 
 

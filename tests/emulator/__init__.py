@@ -1,8 +1,8 @@
-"""Builds the CUDA sources for the block emulator, and its switches from Python.
+"""Builds the CUDA sources for the block emulator, and sets its options.
 
-The libraries land in build/emulator and are compiled again only where a source changed. ``ops``
-has the real kernels, launchers and registrations, as operators ``torch.ops.ghost_emu.*`` on CPU
-tensors; ``prims`` has one kernel for each primitive, and kernels that are wrong on purpose.
+The libraries are written to build/emulator; only changed sources are compiled again. ``ops`` has
+the real kernels, launchers and registrations, as operators ``torch.ops.ghost_emu.*`` on CPU
+tensors; ``prims`` has one kernel for each primitive, and kernels with deliberate faults.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -27,7 +30,8 @@ BUILD = ROOT / "build" / "emulator"
 
 # Bits of a schedule, as in emulator.h.
 REVERSE_WARPS, REVERSE_LANES, GREEDY, EAGER_COPIES, RANDOM_WARPS = 1, 2, 4, 8, 16
-# What one order hides another shows: lazy and eager copies, greedy and fair warps, both directions.
+# A race that one order hides shows in another: lazy and eager copies, greedy and fair warps, both
+# directions.
 SCHEDULES = {
     "plain": 0,
     "reversed": REVERSE_WARPS | REVERSE_LANES,
@@ -38,8 +42,8 @@ SCHEDULES = {
     "random-eager": RANDOM_WARPS | EAGER_COPIES,
 }
 
-# The kernels take turns on one core anyway: what counts is the time that compiling takes. The
-# emulator itself is worth optimising.
+# Compiling the kernels takes longer than running them, so that they are not optimised much. The
+# emulator itself is.
 KERNEL_FLAGS, RUNTIME_FLAGS = ["-Og"], ["-O2"]
 CXX_FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra -Wno-unknown-pragmas "
@@ -97,8 +101,8 @@ def build(
 ) -> Path:
     """Compiles sources into build/emulator/<name>/lib.so; csrc is what they include from.
 
-    ``objects`` are compiled already. They are linked last: of an inline function that several
-    files have, the one of ``sources`` is taken.
+    ``objects`` are already compiled. They are linked last, so that of an inline function defined in
+    several files the definition in ``sources`` is used.
 
     Raises:
         Unavailable: there is no compiler or no ninja.
@@ -147,14 +151,14 @@ def runtime_sources() -> list[Path]:
 
 
 def op_sources(csrc: Path = CSRC) -> list[Path]:
-    """What the operators consist of: plan, launchers, kernels, registrations."""
+    """The sources of the operators: plan, launchers, kernels, registrations."""
     patterns = ("core/*.cpp", "cuda/*.cpp", "cuda/**/*.cu", "torch/cuda/*.cpp")
     return sorted({path for pattern in patterns for path in csrc.glob(pattern)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A GPU, as the launchers see it. Sizes in bytes."""
+    """The attributes of a GPU that the launchers query. Sizes in bytes."""
 
     major: int
     minor: int
@@ -167,11 +171,11 @@ class Device:
 DEVICES = {
     "sm_90": Device(9, 0, 132, 227 << 10, 228 << 10, 50 << 20),
     "sm_80": Device(8, 0, 108, 163 << 10, 164 << 10, 40 << 20),
-    # As small as they come: blocks take several tiles in turn, and tiles are small.
+    # Very small: blocks take several tiles in turn, and tiles are small.
     "tiny sm_86": Device(8, 6, 2, 99 << 10, 100 << 10, 1 << 20),
 }
-# With less shared memory than any GPU has: where a block runs short of it there, at thousands of
-# channels, it does so here at hundreds.
+# Less shared memory than any GPU has: blocks run short of it at hundreds of channels, as they do on
+# a GPU at thousands.
 SMALL_BLOCKS = {
     "40 KiB": Device(8, 6, 2, 40 << 10, 41 << 10, 1 << 20),
     "58 KiB": Device(8, 6, 2, 58 << 10, 59 << 10, 1 << 20),
@@ -181,7 +185,7 @@ SMALL_BLOCKS = {
 
 
 class Library:
-    """An emulator library that was loaded, and its switches."""
+    """A loaded emulator library, and its options."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -202,8 +206,17 @@ class Library:
             self.configure()
 
     def set_device(self, device: Device) -> None:
-        """What the launchers plan for from now on."""
+        """From now on, launchers plan for this GPU."""
         self.c.ghost_emu_set_device(*dataclasses.astuple(device))
+
+    @contextlib.contextmanager
+    def as_device(self, device: Device) -> Iterator[None]:
+        """Inside, launchers plan for this GPU; afterwards for the default one."""
+        self.set_device(device)
+        try:
+            yield
+        finally:
+            self.set_device(DEVICES["sm_90"])
 
     def launches(self) -> int:
         """Kernels launched in this process so far."""
@@ -234,9 +247,19 @@ class Library:
         return names
 
 
+def or_skip(build: Callable[[], T]) -> T:
+    """The result of ``build``; skips the test if the emulator cannot be built here."""
+    import pytest
+
+    try:
+        return build()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
 @functools.cache
 def prims() -> Library:
-    """The primitives and the wrong kernels."""
+    """The primitives and the faulty kernels."""
     sources = [HERE / "prim_harness.cu", HERE / "faulty_kernels.cu", *runtime_sources()]
     return Library(build("prims", sources))
 
@@ -248,9 +271,9 @@ def build_ops() -> Path:
 def build_variant(
     name: str, only: Sequence[str], csrc: Path = CSRC, flags: Sequence[str] = ()
 ) -> Path:
-    """The operators with some sources (names or globs, relative to csrc) compiled in another way:
-    with more flags, or from a changed copy of csrc. All others are linked as ``build_ops`` made
-    them."""
+    """The operators with some sources (names or globs, relative to csrc) compiled again, with more
+    flags or from a changed copy of csrc. The others are linked from the objects of ``build_ops``.
+    """
     base = build_ops().parent
     fresh = [*(path for path in op_sources(csrc) if matches(path.relative_to(csrc), only))]
     assert fresh, f"no source matches {only}"

@@ -1,4 +1,4 @@
-// The emulator's switches, for ctypes.
+// The emulator's options, for ctypes.
 
 #include "emulator.h"
 
@@ -14,7 +14,7 @@ GHOST_EXPORT void ghost_emu_configure(unsigned schedule, unsigned seed, int thre
   settings.threads = threads;
 }
 
-// What the launchers are told of the device, so that they plan for it.
+// Sets the attributes of the device that the launchers query and plan for.
 GHOST_EXPORT void ghost_emu_set_device(int major, int minor, int multiprocessors,
                                        int shared_per_block, int shared_per_multiprocessor,
                                        int l2_bytes) {

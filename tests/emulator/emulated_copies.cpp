@@ -1,5 +1,5 @@
-// Copies in the background: cp.async, and the bulk copies of sm_90 with their barriers. They land
-// as late as the schedule allows.
+// Copies in the background: cp.async, and the bulk copies of sm_90 with their barriers. Each lands
+// at the latest or the earliest possible time, depending on the schedule.
 
 #include <algorithm>
 #include <string>
@@ -57,7 +57,7 @@ void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Sit
   check_waited(global, site);
   const Copy copy{shared, global, bytes, wanted};
   if (g_block->schedule & kEagerCopies) perform(copy);
-  // Even a copy that is done already has to be waited for.
+  // A copy that is already performed must be waited for, too.
   g_thread->copies.push_back(copy);
 }
 

@@ -1,5 +1,5 @@
-// The matrix products of a warp: most of what the emulator computes, and so in a file of its own
-// that is always compiled with optimisation.
+// The matrix products of a warp. They take most of the emulator's time; this file is always
+// compiled with optimisation.
 
 #include "emulated_prim.h"
 

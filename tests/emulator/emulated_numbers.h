@@ -1,4 +1,4 @@
-// float16 and bfloat16 as the GPU rounds them, without help from the compiler or the processor.
+// float16 and bfloat16 with the rounding of the GPU, in plain C++.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ inline float as_float(uint32_t v) {
   return bits_as<float>(v);
 }
 
-// To float with the last bit set where anything is lost: rounded once more to fewer bits the result
-// is that of the double.
+// Rounds to odd: the last bit of the float is set if the double is not exact. A second rounding to
+// fewer bits then gives the same result as one rounding of the double.
 inline float round_to_odd(double v) {
   const float f = float(v);
   if (double(f) == v || v != v) return f;

@@ -1,5 +1,5 @@
 // The software twins of csrc/cuda/prim.cuh: same names, arguments and results, run by emulator.h.
-// What each function does is said there.
+// The functions are documented there.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,7 @@ struct alignas(16) float4 {
   ::ghost::prim::launch<false>(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define GHOST_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
   ::ghost::prim::launch<true>(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
-// Default arguments that name the line of the caller.
+// Default arguments with the file and line of the caller.
 #define GHOST_EMU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace ghost::prim {
@@ -87,8 +87,8 @@ inline uint32_t pack_pair(float x, float y) {
   return from_float<T>(x).bits | uint32_t(from_float<T>(y).bits) << 16;
 }
 
-// f of both numbers of each operand. In double, where sums and products of them are exact or as
-// good as that, and rounded once.
+// Applies f to both numbers of each operand, in double, where sums and products of 16-bit numbers
+// are exact or nearly so, and rounds once.
 template <class T, class F, class... Words>
 inline uint32_t map_pairs(F&& f, Words... words) {
   uint32_t r = 0;
@@ -143,7 +143,7 @@ inline double min_nan(double a, double b) {
   return a < b || a != a ? a : b;
 }
 
-// Not std::fma: without the instruction that is a slow library call.
+// Not std::fma, which is a slow library call on processors without the instruction.
 inline float fma(float a, float b, float c) {
   return a * b + c;
 }
@@ -179,7 +179,7 @@ inline void wait_for_previous_kernel() {
   emu::wait_for_previous_kernel();
 }
 
-// Each lane leaves its value and the lane it wants to hear from.
+// Each lane passes its value and the index of its source lane.
 template <class T>
 inline T shuffle_from(T v, int source, const emu::Site& site) {
   struct Message {

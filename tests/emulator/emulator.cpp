@@ -81,7 +81,7 @@ Fault make_fault(const Block& block, const std::string& what) {
                ": " + what);
 }
 
-// The end of a thread: those that wait for the block wait for one less.
+// Ends a thread: a block barrier no longer counts it.
 void retire() {
   Block& block = *g_block;
   Thread& self = *g_thread;
@@ -112,7 +112,7 @@ void fiber_main() {
   for (;;) Context::switch_to(g_thread->context, block.scheduler);
 }
 
-// Stacks are kept from launch to launch: fresh ones would be page faults.
+// Stacks are reused from launch to launch: new ones would cause page faults.
 Stack& stack(size_t i) {
   static thread_local std::vector<std::unique_ptr<Stack>> stacks;
   while (stacks.size() <= i) stacks.push_back(std::make_unique<Stack>());
@@ -146,7 +146,7 @@ void prepare(Block& block) {
   }
 }
 
-// Lets each thread of a warp that can go on do so once; tells whether any could.
+// Runs each thread of a warp that can continue, once. Returns whether there was one.
 bool run_warp(Block& block, unsigned warp) {
   bool progress = false;
   const unsigned lanes = block.warps[warp].size;
@@ -201,7 +201,7 @@ void run_block(Block& block) {
       while (again && block.schedule & kGreedy) again = run_warp(block, warp);
     }
     if (!progress) {
-      // A random draw may have missed the only warp that can go on.
+      // The random draws may have missed the only warp that can continue.
       for (unsigned warp = 0; warp < warps && !progress; ++warp) progress = run_warp(block, warp);
       if (!progress && !land_loads(block)) report_deadlock(block);
     }
@@ -216,7 +216,7 @@ void run_block(Block& block) {
   }
 }
 
-// The devices that this process posed as. A device's number is its place here.
+// The emulated devices of this process. A device's number is its index.
 class Devices {
   std::mutex mutex_;
   std::vector<Device> known_;

@@ -1,16 +1,16 @@
 // Runs CUDA thread blocks on a CPU, for tests of the kernel sources where there is no GPU.
 //
-// A CUDA thread is a fiber, a block one OS thread that switches between its fibers where they have
-// to wait for each other. What makes mistakes show:
-//   - Shared memory starts out as NaN (as an integer a huge one), as do the tests' outputs.
-//   - cp.async really is late: the bytes arrive at the wait, or at once, whichever is worse.
-//   - A bulk load leaves NaN in its place and lands when no thread can go on before it has, or at
-//     once; a bulk store reads shared memory at the wait, or at once, whichever is worse.
-//   - Several schedules: an order of warps and threads that hides a missing barrier is undone by
-//     another one.
+// A CUDA thread is a fiber; a block is one OS thread that switches between its fibers where they
+// wait for each other. How mistakes of a kernel are found:
+//   - Shared memory initially holds NaN (a huge number as an integer), as do the tests' outputs.
+//   - cp.async is late: depending on the schedule the bytes arrive at the wait or at once.
+//   - A bulk load fills its destination with NaN, and lands when no thread can continue without it,
+//     or at once; a bulk store reads shared memory at the wait, or at once.
+//   - Several schedules: a missing barrier that one order of warps and threads hides shows in
+//     another.
 //   - Misaligned and out-of-range shared memory addresses, barriers and collectives that not every
-//     thread reaches, and copies nobody waits for are faults: C++ exceptions that leave the launch.
-// Not seen: bank conflicts, speed, the PTX text and the hardware's register layouts.
+//     thread reaches, and copies without a wait are faults: C++ exceptions that end the launch.
+// Not checked: bank conflicts, speed, the PTX text and the hardware's register layouts.
 #pragma once
 
 #include <atomic>
@@ -23,7 +23,7 @@
 
 namespace ghost::emu {
 
-// A mistake of a kernel.
+// A fault of a kernel.
 class Fault : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -33,9 +33,9 @@ class Fault : public std::runtime_error {
 enum : unsigned {
   kReverseWarps = 1,  // the last warp, and the last block, goes first
   kReverseLanes = 2,  // the last lane goes first
-  kGreedy = 4,        // a warp goes on until all of it waits for the block
+  kGreedy = 4,        // a warp runs until all of its threads wait for the block
   kEagerCopies = 8,   // cp.async and bulk copies are done when issued, not when waited for
-  kRandomWarps = 16,  // which warp goes next is drawn anew each time
+  kRandomWarps = 16,  // the next warp is drawn at random each time
 };
 
 struct Device {
@@ -61,14 +61,14 @@ struct Counters {
 };
 Counters& counters();
 
-// Where in the kernel sources a thread waits.
+// The place in the kernel sources where a thread waits.
 struct Site {
   const char* file;
   int line;
   const char* what;
 };
 
-// ------------------------------------------------------------ what a running thread may ask
+// -------------------------------------------------------------- functions for running threads
 
 dim3 thread_index();
 dim3 block_index();
@@ -78,7 +78,7 @@ void* shared_memory();
 
 void block_barrier(Site site);
 
-// A warp collective: each lane leaves up to 32 bytes, the last one computes all lanes' results.
+// A warp collective: each lane passes up to 32 bytes, the last lane computes the results of all.
 constexpr size_t kSlotBytes = 32;
 struct alignas(16) Slot {
   unsigned char bytes[kSlotBytes];
@@ -91,8 +91,8 @@ void copy_async(void* shared, const void* global, size_t bytes, bool wanted, Sit
 void copy_commit();
 void copy_wait(size_t pending);
 
-// Bulk copies see only writes to shared memory that note_store knows of and that their thread
-// fenced (fence_async); those of kernels that initialise no mbarrier are not recorded.
+// A bulk copy of shared memory that a thread wrote (note_store) without a later fence_async is a
+// fault. Writes of kernels that initialise no mbarrier are not recorded.
 void note_store(const void* p, size_t bytes);
 void fence_async();
 void mbarrier_init(void* barrier, unsigned arrivals, Site site);
@@ -113,8 +113,8 @@ void check_shared(const void* p, size_t bytes, const Site& site);
 
 // ------------------------------------------------------------------------------- launches
 
-// Runs body(context) once for each thread of the grid; returns when all have. function: the kernel,
-// as cudaFuncSetAttribute names it. early: the kernel before it may not have ended.
+// Runs body(context) once for each thread of the grid; returns when all have ended. function: the
+// kernel's address, as for cudaFuncSetAttribute. early: the kernel before it may not have ended.
 cudaError_t run_grid(const char* kernel, const void* function, dim3 grid, dim3 block,
                      size_t shared_bytes, void (*body)(const void*), const void* context,
                      bool early = false);

@@ -1,5 +1,5 @@
-// What the scheduler (emulator.cpp) and the copies (emulated_copies.cpp) of the block emulator
-// share: the state of a block and of its threads.
+// The state of a block and of its threads, shared by the scheduler (emulator.cpp) and the copies
+// (emulated_copies.cpp) of the block emulator.
 #pragma once
 
 #include <cstdlib>
@@ -14,8 +14,8 @@
 
 namespace ghost::emu {
 
-// A 16-bit pattern that is NaN as float16, bfloat16, float32 and float64, and as an integer far
-// outside every array: -1, which 0xFFFF would give, is a value that tables of offsets use.
+// A 16-bit pattern that is NaN as float16, bfloat16, float32 and float64, and an index far outside
+// every array as an integer. 0xFFFF would be -1, which may be a valid table entry.
 inline constexpr uint16_t kPoison = 0x7fff;
 
 struct Copy {
@@ -25,7 +25,7 @@ struct Copy {
   bool wanted;
 };
 
-// A bulk store; `data` is what it read, if it has.
+// A bulk store; `data` holds the bytes after it has read them.
 struct BulkStore {
   void* to;
   const void* from;
@@ -41,15 +41,15 @@ struct BulkStore {
 };
 struct BulkGroup {
   std::vector<BulkStore> stores;
-  bool waited = false;  // for its reads
+  bool waited = false;  // a thread has waited for its reads
 };
 
-// State of a barrier in shared memory, whose 8 bytes only hold kMbarrierMark.
+// State of a barrier in shared memory, whose 8 bytes there hold only kMbarrierMark.
 struct Mbarrier {
   unsigned arrivals, missing;  // of each phase; of the current one
   int64_t bytes = 0;           // expected in the current phase, less those that have landed
   unsigned phase = 0;
-  unsigned thread, fences;  // who initialised it, and the fences of that thread before
+  unsigned thread, fences;  // the thread that initialised it, and its fences before
   std::vector<Copy> loads;  // not landed yet
 
   void settle() {
@@ -63,7 +63,7 @@ inline constexpr uint64_t kMbarrierMark = 0x7fff6d6261727fffu;
 // The last ordinary write to two bytes of shared memory.
 struct LastWrite {
   int thread = -1;
-  unsigned fences = 0;  // of that thread before
+  unsigned fences = 0;  // fences of that thread before the write
 };
 
 // One CUDA thread.
@@ -71,7 +71,7 @@ struct Thread {
   dim3 index;
   unsigned lane = 0, warp = 0;
   bool done = false, waited = false;     // waited: for the kernel before this one
-  const unsigned* generation = nullptr;  // what it waits for: until this is not `seen` any more
+  const unsigned* generation = nullptr;  // it waits until this differs from `seen`
   unsigned seen = 0;
   Site site{};
   std::vector<Copy> copies;        // not performed yet, oldest first
@@ -89,10 +89,11 @@ struct Warp {
   Slot in[32], out[32];
 };
 
-// The shared memory of a block: dirty before each block, watched at its end.
+// The shared memory of a block: poisoned before each block; the bytes behind it are checked at its
+// end.
 class SharedMemory {
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kWatched = 0;  // the sanitizer watches better
+  static constexpr size_t kWatched = 0;  // the sanitizer checks accesses
 #else
   static constexpr size_t kWatched = 4096;
 #endif
@@ -161,7 +162,7 @@ extern thread_local Thread* g_thread;
 // Lets other threads run until `generation` changes.
 void wait_for(const unsigned& generation, const Site& site);
 
-// Lands the loads of the first barrier that a thread waits for; tells whether there were any.
+// Lands the loads of the first barrier that a thread waits for. Returns whether there were any.
 bool land_loads(Block& block);
 // The end of a thread: its bulk stores write, and a fault if one of them may still read.
 void finish_bulk_stores();

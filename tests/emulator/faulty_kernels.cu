@@ -1,4 +1,4 @@
-// Kernels with one mistake each, to see that the emulator reports it. Never run on a GPU.
+// Kernels with one mistake each, which the emulator must report. Never run on a GPU.
 
 #include <cstdio>
 #include <cstring>
@@ -26,7 +26,7 @@ __global__ void exchange_kernel(Words in, Out out) {
   out[i] = word[kBlock - 1 - i];
 }
 
-// The same for each warp on its own, without the warp barrier.
+// The same within each warp, without the warp barrier.
 __global__ void warp_exchange_kernel(Words in, Out out) {
   GHOST_DYN_SHARED(uint32_t, word);
   const int i = threadIdx.x;
@@ -93,7 +93,7 @@ __global__ void write_past_the_end_kernel(Words in, Out) {
   word[threadIdx.x + 1] = in[threadIdx.x];
 }
 
-// Half a block waits for the rest, which waits for something else.
+// Half a block waits at one barrier, the rest at another.
 __global__ void deadlock_kernel(Words, Out) {
   if (prim::warp() == 0) {
     prim::sync_threads();
@@ -126,7 +126,7 @@ __global__ void returned_lane_kernel(Words, Out out) {
 }
 
 // out = in + 1, 32 words a round for two rounds, through one stage of shared memory by bulk copies.
-// Make leaves out or changes one of the steps.
+// Make selects the step that is left out or changed.
 struct BulkSteps {
   bool init = true, init_fence = true, load_wait = true, store_fence = true, read_wait = true,
        last_wait = true;

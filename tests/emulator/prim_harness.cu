@@ -1,7 +1,7 @@
 // One kernel for each primitive of csrc/cuda/prim.cuh, on arrays of 32-bit words. Compiled by nvcc
-// for a GPU and by g++ for the emulator, the two must give the same words.
+// for a GPU and by g++ for the emulator, both must give the same words.
 //
-// Every kernel is one block; in and out are flat arrays whose meaning stands with the kernel.
+// Every kernel is one block; in and out are flat arrays, described at each kernel.
 
 #include <cstring>
 #include <exception>
@@ -35,7 +35,7 @@ __device__ uint32_t bits_of(T value) {
   return bits;
 }
 
-// ---- numbers: out[i] = f(in[i]); the loop lets one block take any n
+// ---- numbers: out[i] = f(in[i]), for any n by a loop of one block
 
 template <class T>
 __global__ void from_float_kernel(Words in, Out out, int n) {
@@ -49,8 +49,8 @@ __global__ void to_float_kernel(Words in, Out out, int n) {
     out[i] = prim::as_uint(prim::to_float(from_bits<T>(uint16_t(in[i]))));
   }
 }
-// in [n, 2] floats -> out [n, 4]: the packed pair, both halves of it unpacked again, the packed
-// pair of what ReLU leaves.
+// in [n, 2] floats -> out [n, 4]: the packed pair, both of its numbers unpacked again, and the pair
+// packed with ReLU.
 template <class T>
 __global__ void pair_kernel(Words in, Out out, int n) {
   for (int i = threadIdx.x; i < n; i += kBlock) {
