@@ -189,14 +189,14 @@ def expect_bulk(again: bool) -> tuple[Tensor, Tensor, int]:
     return x.flatten(), torch.cat([out, out[-1:]]) if again else out, 5
 
 
-def expect_ldmatrix(matrices: int, transposed: bool) -> tuple[Tensor, Tensor, int]:
+def expect_ldmatrix(transposed: bool) -> tuple[Tensor, Tensor, int]:
     rows = torch.arange(32 * 8, dtype=torch.int32).view(4, 8, 8)
     data = rows.flatten()[0::2] | rows.flatten()[1::2] << 16
-    matrix = rows.flip(1)[:matrices]
+    matrix = rows.flip(1)
     matrix = matrix.mT if transposed else matrix
     lane = torch.arange(32)
     g, t = lane // 4, lane % 4 * 2
-    out = matrix[:, g, t] | matrix[:, g, t + 1] << 16  # [matrices, 32]
+    out = matrix[:, g, t] | matrix[:, g, t + 1] << 16  # [4, 32]
     return data, out.T.flatten(), 32
 
 
@@ -255,10 +255,8 @@ EXPECTED: dict[str, Callable[[], tuple[Tensor, Tensor, int]]] = {
     "mbarrier": expect_barrier,
     "bulk_load": lambda: expect_bulk(False),
     "bulk_store": lambda: expect_bulk(True),
-    "ldmatrix_x4": lambda: expect_ldmatrix(4, False),
-    "ldmatrix_x2": lambda: expect_ldmatrix(2, False),
-    "ldmatrix_x4_trans": lambda: expect_ldmatrix(4, True),
-    "ldmatrix_x2_trans": lambda: expect_ldmatrix(2, True),
+    "ldmatrix_x4": lambda: expect_ldmatrix(False),
+    "ldmatrix_x4_trans": lambda: expect_ldmatrix(True),
     "mma_half": lambda: expect_mma(HALF),
     "mma_bfloat16": lambda: expect_mma(BFLOAT16),
     "mma_tf32": lambda: expect_mma(None),

@@ -53,17 +53,7 @@ __device__ __forceinline__ uint4 pack(const Accumulator<T> (&v)[kVector<T>]) {
   return raw;
 }
 
-// `count` numbers from p on, `step` apart, as a vector padded with zeros. wide: step is 1 and p is
-// aligned to 16 bytes.
-template <class T>
-__device__ __forceinline__ uint4 load_vector(const T* p, int64_t step, int count, bool wide) {
-  if (wide && count >= kVector<T>) return prim::load_readonly<uint4>(p);
-  Accumulator<T> v[kVector<T>];
-#pragma unroll
-  for (int e = 0; e < kVector<T>; ++e)
-    v[e] = e < count ? prim::to_float(p[e * step]) : Accumulator<T>(0);
-  return pack<T>(v);
-}
+// The first `count` elements of v to p, `step` apart. wide: step is 1 and p is aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ void store_vector(T* p, int64_t step, int count, bool wide,
                                              const Accumulator<T> (&v)[kVector<T>]) {

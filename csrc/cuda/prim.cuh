@@ -293,11 +293,6 @@ template <class Vector>
 __device__ __forceinline__ void store(void* p, Vector v) {
   *static_cast<Vector*>(p) = v;
 }
-// To global memory that this kernel does not read again: leaves the L2 cache first.
-template <class Vector>
-__device__ __forceinline__ void store_streaming(void* p, Vector v) {
-  __stcs(static_cast<Vector*>(p), v);
-}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -415,7 +410,7 @@ __device__ __forceinline__ void trap() {
 
 // -------------------------------------------------------------------------------- tensor cores
 
-// Four (or two) 8x8 matrices of 16-bit numbers from shared memory. Lane l passes the address,
+// Four 8x8 matrices of 16-bit numbers from shared memory. Lane l passes the address,
 // 16-byte aligned, of row l % 8 of matrix l / 8, and receives of each matrix the elements
 //   (row l / 4, columns 2 * (l % 4) and 2 * (l % 4) + 1)
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
@@ -424,23 +419,11 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
                : "r"(shared_address(shared))
                : "memory");
 }
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(shared))
-               : "memory");
-}
 // The same with each matrix transposed: the lane receives
 //   (rows 2 * (l % 4) and 2 * (l % 4) + 1, column l / 4)
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(shared))
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(shared))
                : "memory");
 }

@@ -241,10 +241,6 @@ inline void store(void* p, Vector v, GHOST_EMU_SITE) {
   std::memcpy(p, &v, sizeof v);
   emu::note_store(p, sizeof v);
 }
-template <class Vector>
-inline void store_streaming(void* p, Vector v, GHOST_EMU_SITE) {
-  store<Vector>(p, v, file, line);
-}
 
 template <int Bytes>
 inline void cp_async(void* shared, const void* global, bool wanted, GHOST_EMU_SITE) {
@@ -301,16 +297,14 @@ inline void trap(GHOST_EMU_SITE) {
 
 // -------------------------------------------------------------------------------- tensor cores
 
-template <int Matrices, bool Transposed>
-inline void ldmatrix(uint32_t (&r)[Matrices], const void* shared, const emu::Site& site) {
-  if (lane() < 8 * Matrices) {  // the addresses of the others are not used
-    emu::check_aligned(shared, 16, site);
-    emu::check_shared(shared, 16, site);
-  }
+template <bool Transposed>
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, const emu::Site& site) {
+  emu::check_aligned(shared, 16, site);
+  emu::check_shared(shared, 16, site);
   emu::warp_collective(
       site,
       [](const emu::Slot(&in)[32], emu::Slot(&out)[32]) {
-        for (int matrix = 0; matrix < Matrices; ++matrix) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
           uint16_t element[8][8];
           for (int row = 0; row < 8; ++row) {
             const void* address;
@@ -328,16 +322,10 @@ inline void ldmatrix(uint32_t (&r)[Matrices], const void* shared, const emu::Sit
       &shared, sizeof shared, r, sizeof r);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared, GHOST_EMU_SITE) {
-  ldmatrix<4, false>(r, shared, {file, line, "ldmatrix_x4"});
-}
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* shared, GHOST_EMU_SITE) {
-  ldmatrix<2, false>(r, shared, {file, line, "ldmatrix_x2"});
+  ldmatrix_x4<false>(r, shared, {file, line, "ldmatrix_x4"});
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared, GHOST_EMU_SITE) {
-  ldmatrix<4, true>(r, shared, {file, line, "ldmatrix_x4_trans"});
-}
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared, GHOST_EMU_SITE) {
-  ldmatrix<2, true>(r, shared, {file, line, "ldmatrix_x2_trans"});
+  ldmatrix_x4<true>(r, shared, {file, line, "ldmatrix_x4_trans"});
 }
 
 struct MmaOperands {

@@ -143,10 +143,10 @@ __global__ void vector_kernel(Words in, Out out, int) {
   const int i = 4 * threadIdx.x;
   prim::store(out + i, prim::load<uint4>(in + i));
   Out second = out + 4 * kBlock + i;
-  prim::store_streaming(second, prim::load_readonly<uint4>(in + i));
+  prim::store(second, prim::load_readonly<uint4>(in + i));
   Out third = second + 4 * kBlock;
   prim::store(third, prim::load<uint2>(in + i));
-  prim::store_streaming(third + 2, prim::load_readonly<uint2>(in + i + 2));
+  prim::store(third + 2, prim::load_readonly<uint2>(in + i + 2));
   auto fourth = reinterpret_cast<uint16_t*>(third + 4 * kBlock);
   for (int k = 0; k < 8; ++k) {
     prim::store(fourth + k,
@@ -257,35 +257,23 @@ __global__ void bulk_store_kernel(Words in, Out out, int n) {
 // ---- tensor cores: one warp
 
 // in: 32 rows of 8 numbers of 16 bits; matrix k has the rows 8k .. 8k + 7, in reverse.
-template <class Load, int Registers>
-__device__ void ldmatrix_body(Words in, Out out, Load run) {
-  GHOST_DYN_SHARED(uint32_t, row);
-  const int lane = int(prim::lane());
-  for (int k = 0; k < 4; ++k) row[lane * 4 + k] = in[lane * 4 + k];
-  prim::sync_threads();
-  uint32_t r[Registers];
-  run(r, row + (lane ^ 7) * 4);
-  for (int k = 0; k < Registers; ++k) out[lane * Registers + k] = r[k];
-}
 struct X4 {
   __device__ void operator()(uint32_t (&r)[4], const void* p) const { prim::ldmatrix_x4(r, p); }
-};
-struct X2 {
-  __device__ void operator()(uint32_t (&r)[2], const void* p) const { prim::ldmatrix_x2(r, p); }
 };
 struct X4Trans {
   __device__ void operator()(uint32_t (&r)[4], const void* p) const {
     prim::ldmatrix_x4_trans(r, p);
   }
 };
-struct X2Trans {
-  __device__ void operator()(uint32_t (&r)[2], const void* p) const {
-    prim::ldmatrix_x2_trans(r, p);
-  }
-};
-template <class Load, int Registers>
+template <class Load>
 __global__ void ldmatrix_kernel(Words in, Out out, int) {
-  ldmatrix_body<Load, Registers>(in, out, Load{});
+  GHOST_DYN_SHARED(uint32_t, row);
+  const int lane = int(prim::lane());
+  for (int k = 0; k < 4; ++k) row[lane * 4 + k] = in[lane * 4 + k];
+  prim::sync_threads();
+  uint32_t r[4];
+  Load()(r, row + (lane ^ 7) * 4);
+  for (int k = 0; k < 4; ++k) out[lane * 4 + k] = r[k];
 }
 
 struct Fp16Mma {
@@ -343,10 +331,8 @@ const Entry kEntries[] = {
     {"mbarrier", mbarrier_kernel, kBlock},
     {"bulk_load", bulk_load_kernel, kBlock},
     {"bulk_store", bulk_store_kernel, kBlock},
-    {"ldmatrix_x4", ldmatrix_kernel<X4, 4>, 32},
-    {"ldmatrix_x2", ldmatrix_kernel<X2, 2>, 32},
-    {"ldmatrix_x4_trans", ldmatrix_kernel<X4Trans, 4>, 32},
-    {"ldmatrix_x2_trans", ldmatrix_kernel<X2Trans, 2>, 32},
+    {"ldmatrix_x4", ldmatrix_kernel<X4>, 32},
+    {"ldmatrix_x4_trans", ldmatrix_kernel<X4Trans>, 32},
     {"mma_half", mma_kernel<Fp16Mma>, 32},
     {"mma_bfloat16", mma_kernel<Bf16Mma>, 32},
     {"mma_tf32", mma_kernel<Tf32Mma>, 32},
