@@ -1,12 +1,10 @@
-// ghost_ops._C: what was built, which instruction set runs, and the plan. Importing it also
-// registers the CPU operators.
+// ghost_ops._C: build information, instruction sets and plans. Importing it also registers the CPU
+// operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "core/plan.h"
 #include "cpu/dispatch.h"
-#include "cpu/layers.h"
-#include "cpu/tail_kernels.h"
 #include "python/cached_call.h"
 #include "python/watch.h"
 
@@ -74,11 +72,12 @@ PYBIND11_MODULE(_C, m) {
                     "stable_abi"_a = "2.10");
   });
   m.def("available_isas", &ghost::available_isas);
-  m.def("isa", [] { return std::string(ghost::active_kernels().name); });
+  m.def("isa", [] { return std::string(ghost::active_isa().name); });
   m.def("set_isa", &ghost::set_isa, "name"_a);
+  // The names of the instruction sets that the tables in use were compiled for.
   m.def("tables", [] {
-    return std::vector<std::string>{ghost::active_kernels().name, ghost::active_layers().name,
-                                    ghost::active_tail().name};
+    const ghost::Isa& isa = ghost::active_isa();
+    return std::vector<std::string>{isa.ghost.name, isa.layers.name, isa.tail.name};
   });
   m.def(
       "machine",
