@@ -1,7 +1,9 @@
-// The checks before a fused module in eval mode calls its operator, and the call: in Python the dozen
-// checks take as long as the arithmetic of a small module. Written with the C API and no torch
-// header. ghost_ops/cached_call.py is the same in Python and documents the arguments.
+// The checks before a fused module in eval mode calls its operator, and the call: in Python the
+// dozen checks take as long as the arithmetic of a small module. Written with the C API and no
+// torch header. ghost_ops/cached_call.py is the same in Python and documents the arguments.
 #include "python/cached_call.h"
+
+#include <initializer_list>
 
 #include "python/watch.h"
 
@@ -94,8 +96,8 @@ PyObject* call_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   return reinterpret_cast<PyObject*>(self);
 }
 
-// Releases `object` and returns whether it is `wanted`, which another reference keeps alive. Null (an
-// exception is set) is not.
+// Releases `object` and returns whether it is `wanted`, which another reference keeps alive. False
+// for null, which means that an exception is set.
 bool is(PyObject* object, PyObject* wanted) {
   Py_XDECREF(object);
   return object == wanted;
@@ -164,8 +166,8 @@ PyObject* call_run(CachedCall* self, PyObject* const* args, Py_ssize_t count) {
     for (Py_ssize_t k = 0; k < stored; ++k) with[1 + k] = PyTuple_GET_ITEM(self->arguments, k);
     result = PyObject_Vectorcall(self->op, with, static_cast<size_t>(stored + 1), nullptr);
   } else {
-    // A check that raised counts as failed. The caller then takes the general path, which raises the
-    // error again if it is one.
+    // A check that raised counts as failed. The caller then takes the general path, which raises
+    // again if there is an error to report.
     PyErr_Clear();
     result = Py_NewRef(Py_None);
   }

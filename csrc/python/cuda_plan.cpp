@@ -139,9 +139,9 @@ ghost::CudaCosts costs_of(const std::map<std::string, double>& given) {
 // instance, channels, resident, images, rows, cols
 using TileTuple = std::array<int64_t, 6>;
 
-// For each tile of ghost_apply in float16 and channels_last: the seconds that the constants predict,
-// bytes of shared memory, blocks, and direct_tiles of the instance; None if the kernel has no such
-// tile.
+// For each tile of ghost_apply in float16 and channels_last: the seconds that the constants
+// predict, bytes of shared memory, blocks, and direct_tiles of the instance; None if the kernel has
+// no such tile.
 py::list predict(int64_t batch, int64_t channels, int64_t height, int64_t width,
                  int64_t out_channels, int64_t ratio, int64_t dw_size, int sm,
                  const std::vector<TileTuple>& tiles, const std::map<std::string, double>& costs) {

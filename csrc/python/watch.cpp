@@ -1,8 +1,8 @@
-// Before every call of a fused module in eval mode, Watch compares the module's parameters, buffers,
-// children, hooks and settings with those that its packed weights depend on: about twelve tensors,
-// fifty dictionaries and as many attributes. In Python that takes longer than the arithmetic of a
-// small module. Written with the C API and no torch header. ghost_ops/watch.py is the same in Python
-// and documents the arguments.
+// Before every call of a fused module in eval mode, Watch compares the parameters, buffers,
+// children, hooks and settings of the module with those that its packed weights depend on: about
+// twelve tensors, fifty dictionaries and as many attributes. In Python that takes longer than the
+// arithmetic of a small module. Written with the C API and no torch header. ghost_ops/watch.py is
+// the same in Python and documents the arguments.
 #include "python/watch.h"
 
 #include <new>
@@ -66,8 +66,8 @@ PyObject* g_version = nullptr;
 PyObject* g_data_ptr = nullptr;
 PyObject* g_class = nullptr;
 
-// The descriptors of _version and data_ptr of torch's tensors. A direct call of one takes a third of
-// the time of a lookup and call. Null if the attribute is not a descriptor of the expected type.
+// The descriptors of _version and data_ptr of torch's tensors. A direct call of one takes a third
+// of the time of a lookup and call. Null if the attribute is not a descriptor of the expected type.
 PyGetSetDescrObject* g_version_of = nullptr;
 PyMethodDescrObject* g_data_ptr_of = nullptr;
 
