@@ -3,7 +3,7 @@
 
 namespace ghost {
 
-// The bits of ops.NEEDS in Python. "Norm" stands for gamma and beta.
+// The bits of ops.eager.NEEDS in Python. "Norm" stands for gamma and beta.
 enum BackwardNeed : int {
   kNeedDx = 1,
   kNeedDw1 = 2,

@@ -1,6 +1,6 @@
 // The checks before a fused module in eval mode calls its operator, and the call: in Python the
 // dozen checks take as long as the arithmetic of a small module. Written with the C API and no
-// torch header. ghost_ops/cached_call.py is the same in Python and documents the arguments.
+// torch header. ghost_ops/fusion/cached_call.py is the same in Python and documents the arguments.
 #include "python/cached_call.h"
 
 #include <initializer_list>
@@ -182,7 +182,7 @@ PyMethodDef g_methods[] = {
 };
 
 PyType_Slot g_slots[] = {
-    {Py_tp_doc, const_cast<char*>("CachedCall(...): see ghost_ops.cached_call.")},
+    {Py_tp_doc, const_cast<char*>("CachedCall(...): see ghost_ops.fusion.cached_call.")},
     {Py_tp_new, reinterpret_cast<void*>(call_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(call_dealloc)},
     {Py_tp_traverse, reinterpret_cast<void*>(call_traverse)},

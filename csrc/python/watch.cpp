@@ -1,8 +1,8 @@
 // Before every call of a fused module in eval mode, Watch compares the parameters, buffers,
 // children, hooks and settings of the module with those that its packed weights depend on: about
 // twelve tensors, fifty dictionaries and as many attributes. In Python that takes longer than the
-// arithmetic of a small module. Written with the C API and no torch header. ghost_ops/watch.py is
-// the same in Python and documents the arguments.
+// arithmetic of a small module. Written with the C API and no torch header.
+// ghost_ops/fusion/watch.py is the same in Python and documents the arguments.
 #include "python/watch.h"
 
 #include <new>
