@@ -258,8 +258,8 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
   const bool in_place = s > 1 && !p.has_gate();
   plan.fetch_results = past && in_place && whole && large && p.out_channels > p.channels;
   plan.stream = past && !plan.fetch_results && !(in_place && plan.fetch == Fetch::kImages);
-  // dx in training: du is in cache. If dx has more channels than du, the prefetch is spread evenly
-  // over the product.
+  // dx in training. If it has more channels than du, du stays in cache and the prefetch is for the
+  // place of the results, evenly over the product; else the prefetch is for both.
   if (p.joined && whole && !large && !plan.stream && plan.images == 1 &&
       plan.fetch != Fetch::kNothing) {
     if (p.out_channels > p.channels && plan.group == m && plan.channel_splits == 1)
