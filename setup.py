@@ -42,8 +42,9 @@ CXX_FLAGS = (
     "-fvisibility=hidden -fvisibility-inlines-hidden -pthread -ffp-contract=fast -fno-math-errno "
     "-fno-trapping-math -Wall -Wextra -Wno-ignored-optimization-argument"
 ).split()
-# A source named *_<key>.cpp is compiled for that instruction set, and only on x86.
-ISA_FLAGS = {
+# Every source in csrc/cpu/isa is compiled once for each of these; off x86 for "generic" alone.
+ISA_FLAGS: dict[str, list[str]] = {
+    "generic": [],
     "avx2": "-mavx2 -mfma -mf16c".split(),
     "avx512": (
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512 "
@@ -51,6 +52,8 @@ ISA_FLAGS = {
         "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
     ).split(),
 }
+if not IS_X86:
+    ISA_FLAGS = {"generic": []}
 LOST_WITHOUT_CPU_LIBRARY = (
     "ghost_ops will work, but through plain PyTorch operators: without the fused CPU kernels it is "
     "several times slower and keeps more memory in training, and ghost_ops.planner is missing."
@@ -182,19 +185,9 @@ def import_build_requirements():
 
 
 def sources(*patterns: str) -> list[str]:
-    """Sources relative to ROOT, those for one instruction set last.
-
-    The order matters: of an inline function that several files emit, the linker keeps the first. It
-    must not be the one compiled with instructions that the processor may lack.
-    """
+    """Sources relative to ROOT."""
     files = sorted(path for pattern in patterns for path in CSRC.glob(pattern))
-    plain = [path for path in files if isa_of(path) is None]
-    special = [path for isa in ISA_FLAGS for path in files if isa_of(path) == isa]
-    return [path.relative_to(ROOT).as_posix() for path in plain + (special if IS_X86 else [])]
-
-
-def isa_of(path: Path) -> str | None:
-    return next((isa for isa in ISA_FLAGS if path.stem.endswith(f"_{isa}")), None)
+    return [path.relative_to(ROOT).as_posix() for path in files]
 
 
 def extensions() -> list[Extension]:
@@ -203,7 +196,7 @@ def extensions() -> list[Extension]:
         found.append(
             Extension(
                 "ghost_ops._C",
-                sources("core/*.cpp", "cpu/*.cpp", "torch/*.cpp", "python/*.cpp"),
+                sources("core/*.cpp", "cpu/**/*.cpp", "torch/*.cpp", "python/*.cpp"),
             )
         )
     if wants_cuda():
@@ -325,31 +318,39 @@ class NinjaBuildExt(build_ext):
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
+        # Of an inline function that several objects define, the linker keeps the first: it must not
+        # be one compiled with instructions that the processor may lack. Those objects come last.
+        units = [
+            (Path(source), isa)
+            for isa in (None, *ISA_FLAGS)
+            for source in ext.sources
+            if (Path(source).parent.name == "isa") == (isa is not None)
+        ]
         objects = {}
+        for source, isa in units:
+            suffix = f".{isa}{source.suffix}.o" if isa else f"{source.suffix}.o"
+            obj = build_dir / source.relative_to("csrc").with_suffix(suffix)
+            objects[source, isa] = ninja_path(obj)
         # Ninja starts them in this order: the kernel tables, which take longest, first.
-        for source in sorted(map(Path, ext.sources), key=lambda path: "kernels_" not in path.name):
-            obj = build_dir / source.relative_to("csrc").with_suffix(source.suffix + ".o")
-            objects[source] = ninja_path(obj)
-            rule, flags = ("cxx", self.cxx_flags(source))
+        for source, isa in sorted(units, key=lambda unit: unit[1] is None):
+            rule, flags = "cxx", self.cxx_flags(source, isa)
             if source.suffix == ".cu":
-                rule, flags = ("nvcc", self.nvcc_flags(source))
+                rule, flags = "nvcc", self.nvcc_flags(source)
             lines += [
-                f"build {objects[source]}: {rule} {ninja_path(ROOT / source)}",
+                f"build {objects[source, isa]}: {rule} {ninja_path(ROOT / source)}",
                 f"  flags = {join(flags)}",
-                f"  label = {source}",
+                f"  label = {source}{f' ({isa})' if isa else ''}",
             ]
         target = ninja_path(library)
-        linked = " ".join(objects[Path(source)] for source in ext.sources)
-        lines += [f"build {target}: link {linked}", f"default {target}", ""]
+        lines += [f"build {target}: link {' '.join(objects.values())}", f"default {target}", ""]
         return "\n".join(lines)
 
-    def cxx_flags(self, source: Path) -> list[str]:
+    def cxx_flags(self, source: Path, isa: str | None) -> list[str]:
         """Flags of one C++ source: what it may include depends on its folder."""
         flags = [*CXX_FLAGS, f"-I{CSRC}"]
-        if IS_X86:
-            flags += [f"-DGHOST_OPS_HAVE_{isa.upper()}" for isa in ISA_FLAGS]
-        if isa := isa_of(source):
-            flags += ISA_FLAGS[isa]
+        flags += [f"-DGHOST_OPS_HAVE_{name.upper()}" for name in ISA_FLAGS]
+        if isa:
+            flags += [f"-DGHOST_ISA={isa}", f'-DGHOST_ISA_NAME="{isa}"', *ISA_FLAGS[isa]]
         folder = source.parts[1]
         if folder == "torch":
             flags += self.torch_flags()

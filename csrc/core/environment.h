@@ -1,5 +1,5 @@
-// Switches in the environment that only the libraries read. ghost_ops/environment.py lists and checks
-// them.
+// Environment variables that only the native libraries read. ghost_ops/environment.py lists and
+// checks them.
 #pragma once
 
 #include <cstdlib>
@@ -7,7 +7,7 @@
 
 namespace ghost {
 
-// Whether a variable is 1.
+// Whether the variable is "1".
 inline bool is_switched_on(const char* variable) {
   const char* const value = std::getenv(variable);
   return value != nullptr && std::strcmp(value, "1") == 0;

@@ -1,9 +1,9 @@
-// Which gradients a backward pass is asked for.
+// The gradients that a backward pass computes.
 #pragma once
 
 namespace ghost {
 
-// The bits of ops.NEEDS in Python. A norm's gradients are those of gamma and beta.
+// The bits of ops.eager.NEEDS in Python. "Norm" stands for gamma and beta.
 enum BackwardNeed : int {
   kNeedDx = 1,
   kNeedDw1 = 2,
@@ -12,7 +12,7 @@ enum BackwardNeed : int {
   kNeedDw2 = 16,
   kNeedNorm2 = 32,
   kNeedPrelu2 = 64,
-  kNeedDy = kNeedDx | kNeedDw1 | kNeedNorm1 | kNeedPrelu1,  // what the gradient of y is for
+  kNeedDy = kNeedDx | kNeedDw1 | kNeedNorm1 | kNeedPrelu1,  // those that need the gradient of y
   kNeedAll = 127
 };
 

@@ -9,17 +9,17 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Maps up to this size are taken as whole images where the caches allow it.
+// Maps of at most this many pixels are computed as whole images if the caches allow it.
 constexpr int64_t kWholeImage = 64 * 64;
 
-// Images up to this size are fetched one ahead. In larger ones the planes are long enough for the
-// hardware to follow, and few at a time, see gemm_nn.
+// Images of at most this many pixels are prefetched one ahead. In larger ones the planes are few at
+// a time and long enough for the hardware prefetcher, see gemm_nn.
 constexpr int64_t kSmallImage = 1024;
 
 // GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C *
-// vecs vectors) must stay in L1 while the channels go by; past that, two vectors by twelve channels
-// ask the least of L2. In large images, whose lines come one by one, six channels by four vectors
-// are a little ahead of four by five, if the channels fill them.
+// vecs vectors) must stay in L1 during the loop over channels. Else three vectors load L2 least. In
+// large images, whose lines arrive one by one, six vectors are a little faster than five if there
+// are channels enough.
 int choose_vecs(const Problem& p, const CpuMachine& cpu) {
   const int64_t vector_bytes = cpu.lanes * 4;
   const int most = max_vecs(cpu.registers);
@@ -36,19 +36,6 @@ bool keep_primary(const Problem& p) {
   return p.intrinsic * p.out_pixels() * 4 <= p.channels * p.height * p.width;
 }
 
-WeightGradPath plan_weight_grad(const Problem& p, const CpuMachine& cpu) {
-  const bool planes =
-      p.layout == Layout::kNCHW && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype);
-  if (!planes) return WeightGradPath::kTransposed;
-  // The lanes of a broadcast product are the rows of the narrower operand. With few of them, and
-  // many of the lanes idle, dot products over long runs of pixels are faster.
-  const int64_t narrow = std::min(p.intrinsic, p.channels);
-  const bool few =
-      narrow <= 8 ||
-      (narrow < 32 && narrow * 10 < 7 * round_up(narrow, cpu.lanes * 4 / compute_size(p.dtype)));
-  return few && p.out_pixels() >= 256 ? WeightGradPath::kDot : WeightGradPath::kBroadcast;
-}
-
 Traffic traffic(const Problem& p) {
   const int64_t e = element_size(p.dtype), px = p.batch * p.out_pixels();
   const int64_t m = p.intrinsic, g = p.ghosts(), d2 = p.dw_size * p.dw_size;
@@ -57,8 +44,8 @@ Traffic traffic(const Problem& p) {
   const int64_t params = (p.has_primary ? p.channels * m : 0) + g * d2 + 2 * (m + g);
   Traffic t;
   t.bytes_fused = (x + out + params) * e;
-  // conv: x -> u; bn: u -> u'; act in place; depthwise: y -> v; bn: v -> v'; act in place; concat
-  // reads both, writes all.
+  // Passes of eager mode: conv x -> u; bn u -> u'; act in place; depthwise y -> v; bn v -> v'; act
+  // in place; concat reads y and z and writes out.
   const int64_t acts =
       (p.act1.act != Act::kNone ? 2 * m : 0) + (p.act2.act != Act::kNone ? 2 * g : 0);
   const int64_t conv = p.has_primary ? x + m * px : 0;
@@ -69,9 +56,9 @@ Traffic traffic(const Problem& p) {
 
 namespace {
 
-// NCHW maps up to this size leave vectors of pixels partly idle.
+// NCHW maps of at most this many pixels leave lanes idle in vectors of pixels.
 constexpr int64_t kRaggedImage = 64;
-// NCHW modules of this many intrinsic channels and more are transposed for tiles.
+// NCHW modules of at least this many intrinsic channels are transposed for tiles.
 constexpr int64_t kFewestForTiles = 48;
 
 bool takes_tiles(const Problem& p, const CpuMachine& cpu) {
@@ -81,7 +68,7 @@ bool takes_tiles(const Problem& p, const CpuMachine& cpu) {
 bool takes_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   if (!p.allows_channel_lanes) return false;
   if (p.layout == Layout::kNHWC || p.kernel > 1 || p.padding > 0 || p.has_tail) return true;
-  // From here on tiles save more than it takes to transpose x and out.
+  // Tiles then save more time than transposing x and out takes.
   if (takes_tiles(p, cpu) && p.intrinsic >= kFewestForTiles) return true;
   return p.has_primary && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype) &&
          p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels;
@@ -96,7 +83,7 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   plan.group = m;
   plan.band_rows = H;
   // The weights of a block's slice take half of L1. The slice depends on all m channels, not on the
-  // channels of one item: the order of a sum is the same for any number of threads.
+  // channels of one item, so that the order of a sum is the same for any number of threads.
   const int64_t lanes = cpu.lanes * 4 / a, widest = kPanel <= lanes ? 4 : 2;
   const int64_t most = cpu.l1_bytes / 2 / (std::min(ceil_div(m, lanes), widest) * lanes * a);
   const int64_t slices = p.depth() > most * 5 / 4 ? ceil_div(p.depth(), most) : 1;
@@ -109,17 +96,18 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const bool direct = same ? (nhwc ? p.kernel == 1 : plain) : plan.amx && nhwc && p.kernel == 1;
   plan.pack = !(p.has_primary && p.padding == 0 && direct);
 
-  // What a pixel needs in L2 between the product and its ghosts.
+  // Bytes of a pixel that must stay in L2 between the product and its ghosts.
   const int64_t out_image = P * p.out_channels * e;
   const int64_t pixel = a * ((plan.pack ? p.channels * p.stride * p.stride : 0) + p.out_channels) +
                         e * p.channels * p.stride * p.stride;
   const int64_t budget = cpu.l2_bytes / 2;
-  // Where the weights stay in L1 or near it, y does so too, in bands of a few rows.
+  // If the weights fit into L1 or nearly so, bands of a few rows keep y in L1, too.
   const int64_t row = W * e * (p.channels * p.stride * p.stride + p.out_channels);
   const bool light = p.depth() * m * a <= cpu.l1_bytes * 3 / 2 && H * row > cpu.l1_bytes;
   if (light) {
     const int64_t fewest = ceil_div(24, W);
-    // On tiles the depthwise rows take more time than the product, and a call has its costs.
+    // On tiles the depthwise rows take more time than the product, and every call of the product
+    // has a fixed cost: larger bands.
     const int64_t room = plan.amx ? cpu.l1_bytes * 3 : cpu.l1_bytes * 3 / 4;
     plan.band_rows = std::clamp<int64_t>(room / row, std::min(fewest, H), H);
   } else if (P * pixel <= budget) {
@@ -127,7 +115,7 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
     plan.images = std::clamp<int64_t>(budget / (P * pixel), 1, share);
     plan.images = ceil_div(p.batch, ceil_div(p.batch, plan.images));
   } else {
-    // As many rows as L2 holds: every band reads all weights.
+    // As many rows as L2 holds, because every band reads all weights.
     plan.band_rows = std::clamp<int64_t>(budget / (W * pixel), std::min(ceil_div(48, W), H), H);
   }
   plan.fetch_results =
@@ -135,7 +123,7 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
   if (tiles < want) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
-    const int64_t cuts = H / (4 * pad + 4);  // of the rows, enough in each for their halo
+    const int64_t cuts = H / (4 * pad + 4);  // parts with rows enough for their halo
     if (plan.images == 1 && cuts > 1 && (plan.band_rows < H || panels < split)) {
       plan.row_splits = std::min(split, cuts);
       plan.band_rows = std::min(plan.band_rows, ceil_div(H, plan.row_splits));
@@ -148,13 +136,13 @@ ApplyPlan plan_channel_lanes(const Problem& p, const CpuMachine& cpu) {
 
   plan.in_place =
       nhwc && same && !p.has_residual && !p.has_tail && p.ratio <= 2 && plan.row_splits == 1;
-  // Stores past the caches write whole rows at once, which cannot lie in out before.
+  // Non-temporal stores write whole rows at once, so y and z cannot be computed in out.
   plan.stream = plan.in_place && plan.channel_splits == 1 && p.out_channels > p.channels &&
                 p.batch * out_image > 3 * cpu.l2_bytes;
   plan.in_place = plan.in_place && !plan.stream;
   const int64_t rows = std::min(H, plan.band_rows + 2 * pad),
                 pixels = plan.band_rows == H ? plan.images * P : rows * W;
-  // Rows of x with their padding, or a copy of y and z.
+  // Elements of the rows of x with their padding.
   const int64_t height = plan.band_rows == H ? H : rows,
                 lines = plan.pack ? ((height - 1) * p.stride + p.kernel) *
                                         (p.width + 2 * p.padding) * p.channels * plan.images
@@ -184,37 +172,37 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
     return plan;
   }
 
-  // Scratch a pixel of a tile needs for every channel it carries; half of L2 is ours, the rest is x
-  // and out passing by. Transposed tiles are kept small: a block of channels touches as many pages
-  // as it has rows.
+  // Scratch bytes of a pixel of a tile for each of its channels. The scratch takes half of L2; the
+  // lines of x and out pass through the rest. Transposed tiles are kept small: a block of channels
+  // touches as many pages as it has rows.
   const int64_t budget =
       plan.pack && p.layout == Layout::kNHWC ? cpu.l2_bytes / 8 : cpu.l2_bytes / 2;
-  const bool changed = p.has_residual || p.has_gate();  // on the way out
-  const bool z_in_scratch = !native || changed;         // else ghosts go straight to the output
+  const bool changed = p.has_residual || p.has_gate();  // before the store
+  const bool z_in_scratch = !native || changed;         // else the kernel writes ghosts into out
   const int64_t per_channel = a * (1 + (z_in_scratch ? s - 1 : 0));
   const int64_t x_bytes = plan.pack ? p.channels * a : 0;
   plan.group = m;
 
-  // Fetching one tile ahead: its images, the next one's, the results and half of the next results
-  // share L2 with the weights.
+  // Prefetching one tile ahead: the images of this tile and of the next one, the results and half
+  // of the next results share L2 with the weights.
   const int64_t e = element_size(p.dtype), x_image = p.channels * p.height * p.width * e,
                 out_image = p.out_channels * P * e, image = 2 * x_image + out_image * 3 / 2,
                 room = cpu.l2_bytes * 3 / 4;
   const bool ahead = native && !p.joined && p.has_primary;
 
-  // Whole images where a useful number of channels of one fits; otherwise bands of rows with a
-  // carried halo.
+  // Whole images if a useful number of channels of one image fits; otherwise bands of rows, each
+  // of which keeps the halo of y for the next one.
   const int64_t min_group = std::min<int64_t>(m, 4 * kPanel);
   if (P * (x_bytes + min_group * per_channel) <= budget && P <= kWholeImage) {
     plan.band_rows = H;
-    // A map that leaves the last vector mostly idle is joined with its neighbours.
+    // Images that leave the last vector mostly idle are joined.
     const int64_t vectors = ceil_div(P, cpu.lanes);
     const bool ragged = P * 10 < vectors * cpu.lanes * 9;
-    // Joined images leave through scratch. Where the sums are short that costs more than idle
-    // lanes, and here the images lie side by side already.
+    // The results of joined images go through scratch. If sums are short and x is joined already,
+    // that costs more than idle lanes.
     const bool side_by_side = p.joined && p.channels < 256;
-    // A few pixels more than whole vectors are no idle lanes; yet where more is read than written,
-    // what counts is how often the weights are read.
+    // A few pixels past whole vectors leave no lanes idle, see kMostPixels. If more is read than
+    // written, joining still pays, because it reads the weights less often.
     const bool by_channels =
         ahead && s > 1 && P % (cpu.lanes * 4 / a) <= kMostPixels && p.out_channels > p.channels;
     if (ragged && p.batch > 1 && p.has_primary && !side_by_side && !by_channels) {
@@ -235,7 +223,7 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
     int64_t rows = std::max<int64_t>(1, budget / 2 / std::max<int64_t>(row, 1) - 2 * pad);
     rows = std::min(H, std::max<int64_t>(rows, std::min<int64_t>(H, 4)));
     if (rows < H && rows > 1)
-      rows -= rows % 2;  // even bands keep output rows of 8 floats and more aligned
+      rows -= rows % 2;  // even bands keep output rows of at least 8 floats aligned
     plan.band_rows = rows;
   }
 
@@ -243,9 +231,9 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
   const int64_t tiles = ceil_div(p.batch, plan.images), want = cpu.cores > 1 ? 2 * cpu.cores : 1;
   if (tiles < want && cpu.cores > 1) {
     const int64_t split = ceil_div(want, tiles), panels = ceil_div(m, kPanel);
-    const int64_t cuts = std::min(split, H / 4);  // of the rows, four or more in each
+    const int64_t cuts = std::min(split, H / 4);  // parts of at least four rows
     if (plan.band_rows == H && panels < cuts && plan.images == 1 && H >= 2 * p.dw_size) {
-      plan.band_rows = ceil_div(H, cuts);  // too few channels to share out: cut the rows
+      plan.band_rows = ceil_div(H, cuts);  // too few channels for all cores: cut the rows
       plan.group = m;
     }
     if (plan.band_rows < H)
@@ -257,21 +245,21 @@ ApplyPlan plan_apply(const Problem& p, const CpuMachine& cpu) {
   }
   plan.items = tiles * plan.row_splits * plan.channel_splits;
   const bool whole = plan.band_rows == H && P <= kWholeImage, large = P > kSmallImage;
-  // Costs nothing where x is in cache after all, a few shapes with many input channels excepted.
+  // If x is in cache nevertheless, prefetching slows only a few shapes with many input channels.
   if (!plan.pack && p.batch * x_image > cpu.l1_bytes) plan.fetch = Fetch::kColumns;
   if (ahead && whole && !large && plan.group == m && plan.channel_splits == 1 &&
       p.batch * x_image > cpu.l1_bytes && plan.images * image <= room)
     plan.fetch = Fetch::kImages;
-  // Stores past the caches write whole lines: planes that begin inside one gain nothing from them.
-  // They take their time, too: where the place of the results can be fetched ahead, and where more
-  // is written than read, ordinary stores are faster.
+  // Non-temporal stores write whole lines: planes that begin inside a line gain nothing from them.
+  // Ordinary stores are faster if the place of the results can be prefetched and more is written
+  // than read.
   const bool aligned = P * a % (cpu.lanes * 4) == 0;
   const bool past = native && !p.has_residual && aligned && p.batch * out_image > 3 * cpu.l2_bytes;
   const bool in_place = s > 1 && !p.has_gate();
   plan.fetch_results = past && in_place && whole && large && p.out_channels > p.channels;
   plan.stream = past && !plan.fetch_results && !(in_place && plan.fetch == Fetch::kImages);
-  // Training's dx: the place of the results is fetched where they are more than du, which is in
-  // cache; else both are.
+  // dx in training. If it has more channels than du, du stays in cache and the prefetch is for the
+  // place of the results, evenly over the product; else the prefetch is for both.
   if (p.joined && whole && !large && !plan.stream && plan.images == 1 &&
       plan.fetch != Fetch::kNothing) {
     if (p.out_channels > p.channels && plan.group == m && plan.channel_splits == 1)
@@ -301,6 +289,61 @@ Share share_of(const Problem& p, const ApplyPlan& plan, int64_t item) {
           H * (row_part + 1) / plan.row_splits,
           channel(channel_part),
           channel(channel_part + 1)};
+}
+
+int64_t channel_stride(int64_t pixels, DType dtype) {
+  const int64_t line = 64 / compute_size(dtype);
+  return (ceil_div(pixels, line) | 1) * line;
+}
+
+int64_t channel_block(const Problem& p) {
+  return p.layout == Layout::kNHWC ? 16 : 1;
+}
+
+int64_t channel_items(const Problem& p) {
+  return ceil_div(p.intrinsic, channel_block(p));
+}
+
+WeightGradPath plan_weight_grad(const Problem& p, const CpuMachine& cpu) {
+  const bool planes =
+      p.layout == Layout::kNCHW && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype);
+  if (!planes) return WeightGradPath::kTransposed;
+  // The lanes of a broadcast product are the rows of the narrower operand. If these rows are few
+  // or leave many lanes idle, dot products over long runs of pixels are faster.
+  const int64_t narrow = std::min(p.intrinsic, p.channels);
+  const bool few =
+      narrow <= 8 ||
+      (narrow < 32 && narrow * 10 < 7 * round_up(narrow, cpu.lanes * 4 / compute_size(p.dtype)));
+  return few && p.out_pixels() >= 256 ? WeightGradPath::kDot : WeightGradPath::kBroadcast;
+}
+
+int64_t weight_grad_items(const Problem& p) {
+  return ceil_div(p.intrinsic, kGradRowsPerItem);
+}
+
+bool sums_by_lanes(const Problem& p) {
+  return p.layout == Layout::kNHWC && p.stride == 1 &&
+         element_size(p.dtype) == compute_size(p.dtype) && p.batch * p.out_pixels() > 0;
+}
+
+bool trains_by_lanes(const Problem& p) {
+  return sums_by_lanes(p) && p.ratio == 2 && p.out_channels == 2 * p.intrinsic &&
+         p.act1.act != Act::kPReLU && p.act2.act != Act::kPReLU;
+}
+
+LaneItems lane_items(const Problem& p, const CpuMachine& cpu) {
+  LaneItems items;
+  const int64_t row = p.width * p.intrinsic * compute_size(p.dtype), map = p.height * row;
+  // Three maps of a chunk, with their halo, fit into half of L2.
+  const int64_t budget = cpu.l2_bytes / 6, halo = 2 * p.pad() * 2;
+  items.images = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(map, 1), 1,
+                                     std::max<int64_t>(p.batch / 8, 1));
+  items.count = ceil_div(p.batch, items.images);
+  items.band = p.height;
+  items.chunk_images = std::clamp<int64_t>(budget / std::max<int64_t>(map, 1), 1, items.images);
+  if (map > budget)
+    items.band = std::clamp<int64_t>(budget / row - halo, std::min<int64_t>(p.height, 4), p.height);
+  return items;
 }
 
 }  // namespace ghost

@@ -1,4 +1,4 @@
-// The Ghost module as plain data: what every backend's launcher and the planner agree on.
+// The Ghost module as plain data: the launchers of every backend and the planner take it.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +20,18 @@ enum class Act : int {
   kGELUTanh = 7,
   kPReLU = 8,  // LeakyReLU with a slope per channel
 };
-inline constexpr int kNumActs = 8;  // those without parameters
+inline constexpr int kNumActs = 8;  // activations without parameters
 
 struct Activation {
   Act act = Act::kNone;
   double slope = 0.0;  // LeakyReLU only
 };
 
-// u = w1 * x;  y = act1(bn1(u));  v = w2 (*) y;  z = act2(bn2(v));  out = concat(y, z)[:,
-// :out_channels]
+//   u = w1 * x
+//   y = act1(bn1(u))
+//   v = w2 (*) y
+//   z = act2(bn2(v))
+//   out = concat(y, z)[:, :out_channels]
 struct Problem {
   int64_t batch = 0;
   int64_t channels = 0;           // C of x
@@ -46,7 +49,7 @@ struct Problem {
   bool has_primary = true;  // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
   bool pooled = false;       // out is the mean over its pixels, [N, oup]; of ratio 1 only
-  bool has_in_gate = false;  // x is multiplied by a gate [N, C] as it is read
+  bool has_in_gate = false;  // x is multiplied by a gate [N, C] when it is read
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
   bool joined = false;                // x is [C, N, H, W]: the images of a channel are adjacent
   bool allows_channel_lanes = false;  // inference without a gate and without a PReLU
@@ -60,7 +63,7 @@ struct Problem {
   }
   int64_t out_height() const { return out_size(height); }
   int64_t out_width() const { return out_size(width); }
-  int64_t depth() const { return channels * kernel * kernel; }  // of the product
+  int64_t depth() const { return channels * kernel * kernel; }  // K of the product
   int64_t out_pixels() const { return out_height() * out_width(); }
   int64_t ghosts_per_map() const { return ratio - 1; }
   int64_t ghosts() const { return intrinsic * ghosts_per_map(); }
@@ -72,11 +75,14 @@ inline int64_t element_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 // Arithmetic and packed parameters: float64 for float64, float32 for everything else.
+inline DType compute_dtype(DType t) {
+  return t == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
 inline int64_t compute_size(DType t) {
-  return t == DType::kFloat64 ? 8 : 4;
+  return element_size(compute_dtype(t));
 }
 
-// Primary weights are packed in panels of this many output channels: whole vectors of them, and
+// Primary weights are packed in panels of this many output channels: a panel is whole vectors, and
 // every register block of the GEMM (2, 4, 8 or 16 channels) is a contiguous slice of one panel.
 inline constexpr int64_t kPanel = 16;
 inline int64_t round_up(int64_t a, int64_t b) {
@@ -87,11 +93,10 @@ inline int64_t round_up(int64_t a, int64_t b) {
 struct PackedLayout {
   int64_t w1 = 0, shift1 = 0, w2 = 0, shift2 = 0, scale1 = 0;
   int64_t lane_taps = 0;  // w2 again, as [d * d][ghosts]
-  // bfloat16 weights as they are, [ceil(m / kPanel)][K / 2][kPanel][2], and bn1's scale: products
-  // in bfloat16 apply the scale to their sums, because weights times scale would have to be
-  // rounded.
+  // The bfloat16 weights without bn1's scale, [ceil(m / kPanel)][K / 2][kPanel][2], and the scale:
+  // products in bfloat16 apply it to their sums, because scaled weights would have to be rounded.
   int64_t pairs = 0, pair_scale = 0;
-  int64_t tail = 0, numel = 0;  // behind all of these, if there is a tail: its scale and its shift
+  int64_t tail = 0, numel = 0;  // at the end: scale and shift of the tail, not counted in numel
   PackedLayout(int64_t channels, int64_t intrinsic, int64_t ghosts, int64_t dw_size,
                bool has_primary) {
     const int64_t padded = round_up(intrinsic, kPanel);

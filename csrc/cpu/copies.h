@@ -1,6 +1,7 @@
 // Copies that change the order of values in memory. Binding resource: the memory bus.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -13,10 +14,15 @@ void planes_to_pixels(const T* x, T* out, int64_t pixels) {
     for (int c = 0; c < C; ++c) out[i * C + c] = x[c * pixels + i];
 }
 
-// Runs [begin, end) of `bytes` each, which lie one after the other, to places `step` bytes apart.
+// Copies runs [begin, end) of `bytes` each, contiguous in `from`, to places `step` bytes apart.
 inline void spread_runs(const char* from, int64_t bytes, char* to, int64_t step, int64_t begin,
                         int64_t end) {
   for (int64_t r = begin; r < end; ++r) std::memcpy(to + r * step, from + r * bytes, size_t(bytes));
+}
+
+// Runs of an item of the parallel loop: about 16 KiB of results.
+inline int64_t runs_per_item(int64_t bytes) {
+  return std::max<int64_t>(int64_t{1 << 14} / std::max<int64_t>(bytes, 1), 1);
 }
 
 }  // namespace ghost

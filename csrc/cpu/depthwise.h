@@ -195,7 +195,7 @@ void stencil(int64_t d, const Stencil<A>& s) {
   }
 #undef GHOST_STENCIL
 }
-// Instantiated in kernels.inc, once for each instruction set.
+// Instantiated in isa/kernels.cpp, once for each instruction set.
 extern template void stencil(int64_t, const Stencil<float>&);
 extern template void stencil(int64_t, const Stencil<double>&);
 

@@ -12,14 +12,19 @@
 #include <stdexcept>
 
 namespace ghost {
-namespace {
+// Defined in cpu/isa/, once for each instruction set.
+#define GHOST_DECLARE_TABLES(isa)          \
+  namespace isa {                          \
+  extern const Kernels kKernels;           \
+  extern const LayerKernels kLayerKernels; \
+  extern const TailKernels kTailKernels;   \
+  }
+GHOST_DECLARE_TABLES(generic)
+GHOST_DECLARE_TABLES(avx2)
+GHOST_DECLARE_TABLES(avx512)
+#define GHOST_TABLES(isa) isa::kKernels, isa::kLayerKernels, isa::kTailKernels
 
-struct Entry {
-  const char* name;
-  const Kernels* (*table)(bool amx);
-  bool (*supported)();
-  bool amx = false, for_tests = false;
-};
+namespace {
 
 #if defined(GHOST_OPS_HAVE_AVX512)
 bool has_avx512() {
@@ -28,8 +33,8 @@ bool has_avx512() {
          __builtin_cpu_supports("fma");
 }
 
-// Whether the processor multiplies tiles of bfloat16, and Linux lets this process use them: their
-// registers make its saved state 8 KiB larger, so that it has to ask.
+// Whether the processor multiplies tiles of bfloat16 and Linux lets this process use them. The
+// process must request permission, because the tiles add 8 KiB to its saved state.
 bool has_amx() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -47,32 +52,32 @@ bool has_amx() {
 #endif
 
 // Best first.
-const Entry kEntries[] = {
+const Isa kIsas[] = {
 #if defined(GHOST_OPS_HAVE_AVX512)
-    {"avx512_amx", kernels_avx512,
-     [] { return has_avx512() && has_amx() && kernels_avx512(true) != nullptr; }, true},
-    {"avx512", kernels_avx512, has_avx512},
+    {"avx512_amx", GHOST_TABLES(avx512),
+     [] { return has_avx512() && has_amx() && avx512::kKernels.has_tiles; }, true},
+    {"avx512", GHOST_TABLES(avx512), has_avx512},
 #endif
 #if defined(GHOST_OPS_HAVE_AVX2)
-    {"avx2", kernels_avx2,
+    {"avx2", GHOST_TABLES(avx2),
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
-    {"generic", kernels_generic, [] { return true; }},
-    // For tests: the instructions of AMX in software.
-    {"generic_amx", kernels_generic, [] { return kernels_generic(true) != nullptr; }, true, true},
+    {"generic", GHOST_TABLES(generic), [] { return true; }},
+    // The instructions of AMX in software.
+    {"generic_amx", GHOST_TABLES(generic), [] { return generic::kKernels.has_tiles; }, true, true},
 };
 
-const Kernels* find(const std::string& name) {
-  for (const Entry& e : kEntries)
-    if (name == e.name && e.supported()) return e.table(e.amx);
+const Isa& find(const std::string& name) {
+  for (const Isa& isa : kIsas)
+    if (name == isa.name && isa.supported()) return isa;
   std::string all;
   for (const std::string& s : available_isas()) all += (all.empty() ? "" : ", ") + s;
   throw std::invalid_argument("GHOST_OPS_CPU_ISA: \"" + name +
                               "\" is not available on this machine; allowed: " + all);
 }
 
-std::atomic<const Kernels*> g_active{nullptr};
-std::atomic<int64_t> g_l1_bytes{0}, g_l2_bytes{0}, g_cores{0};  // forced; 0: not
+std::atomic<const Isa*> g_active{nullptr};
+std::atomic<int64_t> g_l1_bytes{0}, g_l2_bytes{0}, g_cores{0};  // of force_machine; 0: unset
 
 int64_t cache_bytes(int name, int64_t fallback) {
 #if defined(__linux__)
@@ -87,24 +92,24 @@ int64_t cache_bytes(int name, int64_t fallback) {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> out;
-  for (const Entry& e : kEntries)
-    if (!e.for_tests && e.supported()) out.push_back(e.name);
+  for (const Isa& isa : kIsas)
+    if (!isa.for_tests && isa.supported()) out.push_back(isa.name);
   return out;
 }
 
-const Kernels& active_kernels() {
-  const Kernels* k = g_active.load(std::memory_order_acquire);
-  if (k == nullptr) {
+const Isa& active_isa() {
+  const Isa* isa = g_active.load(std::memory_order_acquire);
+  if (isa == nullptr) {
     const char* forced = std::getenv("GHOST_OPS_CPU_ISA");
     const std::string name = forced == nullptr ? "" : forced;
-    k = find(name.empty() || name == "auto" ? available_isas().front() : name);
-    g_active.store(k, std::memory_order_release);
+    isa = &find(name.empty() || name == "auto" ? available_isas().front() : name);
+    g_active.store(isa, std::memory_order_release);
   }
-  return *k;
+  return *isa;
 }
 
 void set_isa(const std::string& name) {
-  g_active.store(find(name), std::memory_order_release);
+  g_active.store(&find(name), std::memory_order_release);
 }
 
 CpuMachine cpu_machine(int64_t threads) {
@@ -114,15 +119,15 @@ CpuMachine cpu_machine(int64_t threads) {
 #else
   static const int64_t l1 = 32 << 10, l2 = 1 << 20;
 #endif
-  const Kernels& k = active_kernels();
+  const Isa& isa = active_isa();
   const auto forced_or = [](const std::atomic<int64_t>& forced, int64_t value) {
     const int64_t f = forced.load(std::memory_order_relaxed);
     return f > 0 ? f : value;
   };
   CpuMachine machine;
-  machine.lanes = k.lanes;
-  machine.registers = k.registers;
-  machine.amx = k.amx;
+  machine.lanes = isa.ghost.lanes;
+  machine.registers = isa.ghost.registers;
+  machine.amx = isa.amx;
   machine.l1_bytes = forced_or(g_l1_bytes, std::max<int64_t>(l1, 16 << 10));
   machine.l2_bytes = forced_or(g_l2_bytes, std::clamp<int64_t>(l2, 256 << 10, 4 << 20));
   machine.cores = forced_or(g_cores, threads);
@@ -133,30 +138,6 @@ void force_machine(int64_t l1_bytes, int64_t l2_bytes, int64_t cores) {
   g_l1_bytes.store(l1_bytes, std::memory_order_relaxed);
   g_l2_bytes.store(l2_bytes, std::memory_order_relaxed);
   g_cores.store(cores, std::memory_order_relaxed);
-}
-
-int64_t channel_block(const Problem& p) {
-  return p.layout == Layout::kNHWC ? 16 : 1;
-}
-int64_t channel_items(const Problem& p) {
-  return (p.intrinsic + channel_block(p) - 1) / channel_block(p);
-}
-LaneItems lane_items(const Problem& p, const CpuMachine& cpu) {
-  LaneItems items;
-  const int64_t row = p.width * p.intrinsic * compute_size(p.dtype), map = p.height * row;
-  // Three maps of a chunk, with their halo, take a part of L2. Items do not depend on threads.
-  const int64_t budget = cpu.l2_bytes / 6, halo = 2 * p.pad() * 2;
-  items.images = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(map, 1), 1,
-                                     std::max<int64_t>(p.batch / 8, 1));
-  items.count = (p.batch + items.images - 1) / items.images;
-  items.band = p.height;
-  items.chunk_images = std::clamp<int64_t>(budget / std::max<int64_t>(map, 1), 1, items.images);
-  if (map > budget)
-    items.band = std::clamp<int64_t>(budget / row - halo, std::min<int64_t>(p.height, 4), p.height);
-  return items;
-}
-int64_t weight_grad_items(const Problem& p) {
-  return (p.intrinsic + kGradRowsPerItem - 1) / kGradRowsPerItem;
 }
 
 }  // namespace ghost

@@ -1,4 +1,5 @@
-// Which kernel table runs on this machine, and the description of it that the planner takes.
+// The instruction set that runs on this machine, and the description of the machine that the
+// planner takes.
 #pragma once
 
 #include <string>
@@ -6,23 +7,30 @@
 
 #include "core/plan.h"
 #include "cpu/kernels.h"
+#include "cpu/layers.h"
+#include "cpu/tail_kernels.h"
 
 namespace ghost {
 
+// An instruction set and the kernels compiled for it.
+struct Isa {
+  const char* name;
+  const Kernels& ghost;
+  const LayerKernels& layers;
+  const TailKernels& tail;
+  bool (*supported)();     // whether this machine runs it
+  bool amx = false;        // products of bfloat16 run on tiles
+  bool for_tests = false;  // absent from available_isas()
+};
+
 std::vector<std::string> available_isas();  // best first
-// The table in use: GHOST_OPS_CPU_ISA at first use, else the best available.
-const Kernels& active_kernels();
-// Of the tables of other kernels that of the same vectors; null for those that were not built.
-template <class T>
-const T& table_in_use(const T* avx512, const T* avx2, const T* generic) {
-  const int64_t lanes = active_kernels().lanes;
-  return lanes == 16 && avx512 ? *avx512 : lanes == 8 && avx2 ? *avx2 : *generic;
-}
+// The instruction set in use: GHOST_OPS_CPU_ISA at first use, else the best available one.
+const Isa& active_isa();
 // Throws std::invalid_argument for a name that is not available here.
 void set_isa(const std::string& name);
-// The machine of the kernels in use: its caches, and `threads` cores unless they are forced.
+// The machine of the kernels in use: its caches, and `threads` cores unless force_machine set them.
 CpuMachine cpu_machine(int64_t threads);
-// Makes the plans those of other caches or another number of cores; 0 for what the machine has.
+// Makes plans for these cache sizes and cores; 0 restores the machine's own value.
 void force_machine(int64_t l1_bytes, int64_t l2_bytes, int64_t cores);
 
 }  // namespace ghost

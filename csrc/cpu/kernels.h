@@ -1,6 +1,6 @@
-// The CPU kernels as a table of functions, one table an instruction set. Everything here is plain
-// data and raw pointers. A kernel runs a range of items of its parallel loop; results do not depend
-// on how the range was cut.
+// The Ghost kernels as a table of functions, one table for each instruction set. Arguments are
+// plain data and raw pointers. A kernel runs a range of items of its parallel loop; results do not
+// depend on how the loop is cut into ranges.
 #pragma once
 
 #include <cstdint>
@@ -15,21 +15,22 @@ namespace ghost {
 struct ApplyArgs {
   Problem problem;
   ApplyPlan plan;
-  const void* x;          // [N, C, H, W] in problem.layout; u itself if !problem.has_primary
-  int64_t x_image = 0;    // elements from image to image of x
-  int64_t x_channel = 0;  // and from channel to channel, if NCHW
-  const void* packed;     // PackedLayout, compute type
-  const void* residual;   // like out, or null
-  const void* slopes1 = nullptr;  // of a PReLU, [m] and [m * (ratio - 1)], compute type
-  const void* slopes2 = nullptr;
-  const void* gate = nullptr;  // [N, oup, Hg, Wg] in out_layout, or null
-  void* out;                   // [N, oup, Ho, Wo] in out_layout
+  const void* packed = nullptr;    // PackedLayout, compute type
+  const void* residual = nullptr;  // like out, or null
+  const void* slopes1 = nullptr;   // of a PReLU, [m], compute type; or null
+  const void* slopes2 = nullptr;   // [ghosts]
+  const void* gate = nullptr;      // [N, oup, Hg, Wg] in out_layout, or null
+  const void* x = nullptr;         // [N, C, H, W] in problem.layout; u if !problem.has_primary
+  int64_t x_image = 0;             // elements from image to image of x
+  int64_t x_channel = 0;           // elements from channel to channel of x, if NCHW
+  void* out = nullptr;             // [N, oup, Ho, Wo] in out_layout
   Layout out_layout = Layout::kNCHW;
-  int64_t out_image = 0;  // as for x
+  int64_t out_image = 0;  // elements from image to image of out
   int64_t out_channel = 0;
-  int64_t scatter =
-      1;  // pixel (h, w) goes to (h * scatter, w * scatter): dx of a strided convolution
-  int64_t scatter_width = 0;  // width of out then
+  // Pixel (h, w) of the result is stored at (h * scatter, w * scatter) of an out of scatter_width
+  // columns: dx of a strided convolution.
+  int64_t scatter = 1;
+  int64_t scatter_width = 0;
 };
 
 // Per-channel parameters of one batch norm, compute type; gamma and beta may be null (1 and 0).
@@ -39,12 +40,12 @@ struct NormArgs {
   const void* mean;  // forward: null for the batch's; backward: the statistics the forward used
   const void* var;   // biased
   double eps;
-  const void* slopes = nullptr;  // of a PReLU behind it
+  const void* slopes = nullptr;  // of a PReLU behind the norm
   // Backward.
   bool batch_stats = false;  // mean and var are functions of x
-  const void* means =
-      nullptr;  // [2][channels]: the means of g = dL/d(norm's output) and of g times
-                // the normalised input, over more than this batch; null: its own
+  // [2][channels]: the means of g = dL/d(norm's output) and of g times the normalised input, over
+  // more than this batch. Null: the kernel computes them from this batch.
+  const void* means = nullptr;
 };
 
 // Gradients of one batch norm's parameters and of the slopes behind it, per channel, compute type;
@@ -55,27 +56,29 @@ struct NormGrads {
   void* dslopes = nullptr;
 };
 
+// Arguments that both layouts of training share. Pointers are to the compute type if not said
+// otherwise.
+struct TrainArgs {
+  Problem problem;  // height and width are those of u; layout that of out and grad_out
+  const void* w2;   // [g, d*d]; null for statistics of u alone
+  NormArgs norm1, norm2;
+  // forward
+  void* out;  // [N, oup, P] in the element type, or null where only statistics are wanted
+  void *mean1, *var1, *mean2, *var2;  // results; null where the norm's own are given
+  // backward
+  const void* grad_out;  // [N, oup, P] in the element type, dense in problem.layout
+  void* dw2;             // [g, d*d], or null if not needed
+  NormGrads grads1, grads2;
+};
+
 // The part of training that goes channel by channel, all images of a channel at once, so that a
 // channel's planes stay in L2 between the statistics and their use. Between the passes u and du are
 // channel-major, [m, N, P]: the images of a channel are one row of pixels, whatever their size.
-struct ChannelArgs {
-  Problem problem;  // height and width are those of u; layout that of out / grad_out
-  void* u;          // [m, N, P] compute type: u in. Backward: du out, if need_du.
-  int64_t u_step;   // elements from channel to channel of u
-  const void* w2;   // [g, d*d], compute type
-  NormArgs norm1, norm2;
-  // forward
-  void* out;    // [N, oup, P], or null where only statistics are wanted
-  bool u_is_y;  // u already holds y: only v and its statistics are wanted
-  void* mean1;  // results, compute type; null where norm1 or norm2 has them given
-  void* var1;
-  void* mean2;
-  void* var2;
-  // backward
-  const void* grad_out;  // [N, oup, P] dense in problem.layout
+struct ChannelArgs : TrainArgs {
+  void* u;         // [m, N, P], compute type. Backward: replaced by du if need_du.
+  int64_t u_step;  // elements from channel to channel of u
+  bool u_is_y;     // forward: u already holds y; only v and its statistics are computed
   bool need_du;
-  void* dw2;  // [g, d*d], compute type; null: not needed
-  NormGrads grads1, grads2;
 };
 
 // dw1[i][k] = sum over images and pixels of du[i] x[k].
@@ -88,31 +91,15 @@ struct WeightGradArgs {
   WeightGradPath path;
 };
 
-// Images of a pass of training in NHWC with channels along the lanes, cpu/lane_train.h.
-struct LaneItems {
-  int64_t count = 0, images = 0;       // items, and images of each
-  int64_t chunk_images = 0, band = 0;  // of a chunk: images, or rows of one
-};
-LaneItems lane_items(const Problem& p, const CpuMachine& cpu);
-
-struct LaneTrainArgs {
-  Problem problem;  // as in ChannelArgs, of ratio 2 with all ghosts
+// Training in NHWC with channels along the lanes, cpu/lane_train.h; of ratio 2 with all ghosts.
+struct LaneTrainArgs : TrainArgs {
   LaneItems items;
-  const void* u;   // [N, P, m]
-  const void* w2;  // [m, d*d], all of the compute type; null for the moments of u alone
-  NormArgs norm1, norm2;
+  const void* u;    // [N, P, m]
   double* partial;  // [items.count][2 + d*d][m]
-  // forward
-  void* out;  // [N, P, oup]
-  void *mean1, *var1, *mean2, *var2;
-  // backward
-  const void* grad_out;  // [N, P, oup]
-  double* totals;        // [4][m]: sums of bn2's gradient and of bn1's
-  void* g1;              // [N, P, m]: gradient of bn1's output, then du; null: not needed
-  void* dw2;             // [m, d*d]; null: not needed
-  NormGrads grads1, grads2;
+  double* totals;   // backward: [4][m], sums of bn2's gradient and of bn1's
+  void* g1;         // backward: [N, P, m], gradient of bn1's output, then du; null: not needed
 };
-// Passes over the items, and merges, of one item, of their sums.
+// Passes over the items. A kMerge... pass has one item and merges the sums of the pass before it.
 enum class LaneStep {
   kMoments1,
   kMergeMoments1,
@@ -126,36 +113,24 @@ enum class LaneStep {
   kInput
 };
 
+// A kernel, run over the items [begin, end) of its parallel loop.
+template <class Args>
+using Kernel = void (*)(const Args&, int64_t begin, int64_t end);
+
 struct Kernels {
-  const char* name;
-  int64_t lanes;      // of float32
+  const char* name;   // of the instruction set
+  int64_t lanes;      // float32 lanes of a vector register
   int64_t registers;  // vector registers
-  bool amx;           // products of bfloat16 on tiles
-  // Indexed by DType. Ranges are of items of the respective parallel loop.
-  void (*apply[4])(const ApplyArgs&, int64_t begin, int64_t end);
-  void (*apply_to_compute[4])(const ApplyArgs&, int64_t begin,
-                              int64_t end);  // out is of the compute type
-  void (*apply_from_compute[4])(const ApplyArgs&, int64_t begin,
-                                int64_t end);  // x is of the compute type
-  void (*channels_forward[4])(const ChannelArgs&, int64_t begin, int64_t end);
-  void (*channels_backward[4])(const ChannelArgs&, int64_t begin, int64_t end);
-  void (*primary_stats[2])(const ChannelArgs&, int64_t begin,
-                           int64_t end);  // indexed by (compute is float64)
-  void (*weight_grad[4])(const WeightGradArgs&, int64_t begin, int64_t end);
-  void (*lane_train[2])(const LaneTrainArgs&, LaneStep, int64_t begin,
-                        int64_t end);  // indexed by (compute is float64)
+  bool has_tiles;     // the compiler has the instructions of AMX, cpu/amx.h
+  // Tables of four are indexed by DType, tables of two by (compute type is float64).
+  Kernel<ApplyArgs> apply[4];
+  Kernel<ApplyArgs> apply_to_compute[4];    // out is of the compute type
+  Kernel<ApplyArgs> apply_from_compute[4];  // x is of the compute type
+  Kernel<ChannelArgs> channels_forward[4];
+  Kernel<ChannelArgs> channels_backward[4];
+  Kernel<ChannelArgs> primary_stats[2];
+  Kernel<WeightGradArgs> weight_grad[4];
+  void (*lane_train[2])(const LaneTrainArgs&, LaneStep, int64_t begin, int64_t end);
 };
-
-// Items of the two channel loops and of the weight gradient's.
-inline constexpr int64_t kGradRowsPerItem =
-    2 * kPanel;  // rows of dw1 an item of the weight gradient owns
-int64_t channel_block(const Problem& p);
-int64_t channel_items(const Problem& p);
-int64_t weight_grad_items(const Problem& p);
-
-// amx: with products of bfloat16 on tiles; null if the compiler has no such instructions.
-const Kernels* kernels_generic(bool amx);
-const Kernels* kernels_avx2(bool amx);
-const Kernels* kernels_avx512(bool amx);
 
 }  // namespace ghost

@@ -1,5 +1,5 @@
-// One growing, cache-line aligned buffer a thread: tiles live in it and die with the call, without
-// page faults every time.
+// One page-aligned buffer for each thread, which only grows: tiles live in it during a call, and
+// the next call finds its pages mapped.
 #pragma once
 
 #include <cstddef>

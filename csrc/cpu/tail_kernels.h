@@ -1,18 +1,18 @@
 // Training of Ghost modules whose batch norm and activation follow the concatenation, as a table of
-// functions, one table an instruction set. Plain data and raw pointers, as in kernels.h.
+// functions, one table for each instruction set. Arguments and items as in kernels.h.
 #pragma once
 
 #include "cpu/kernels.h"
 
 namespace ghost {
 
-// The formula stands in tail.h.
+// The formula is in cpu/tail.h.
 struct TailArgs {
   Problem problem;       // of y, height and width too; act2 and layout are those of out
-  const void* y;         // [N, m, H, W]; it and the other maps are dense in problem.layout
+  const void* y;         // [N, m, H, W]; this and the other maps are dense in problem.layout
   const void* w2;        // [g, d*d], compute type
   NormArgs norm;         // [oup]
-  bool batch_stats;      // mean and var are functions of y; forward: they are results
+  bool batch_stats;      // mean and var are functions of y; in forward they are results
   const void* residual;  // [N, oup, H, W], added before the activation; or null
   // forward
   void* out;
@@ -25,10 +25,11 @@ struct TailArgs {
   void* dw2;
   void* dgamma;
   void* dbeta;      // compute type
-  double* partial;  // NHWC: sums of the items, [items][2 * oup], or [items][g * d * d] of kGrads
+  double* partial;  // NHWC: sums of the items, [items][2 * oup]; kGrads: [items][g * d * d]
 };
 
-// NHWC goes through the images in two passes, with merges, of one item, in between.
+// The passes of NHWC over the images. A kMerge... pass has one item and merges the sums of the pass
+// before it.
 enum class TailStep {
   kMoments,
   kMergeMoments,
@@ -39,7 +40,7 @@ enum class TailStep {
   kMergeGrads
 };
 
-// Items of these passes: some images each, by groups of a few.
+// Items of these passes: `item` images each, taken `group` images at a time.
 struct TailItems {
   int64_t batch, group, item, count;
   explicit TailItems(const Problem& p) : batch(p.batch) {
@@ -53,18 +54,12 @@ struct TailItems {
 };
 
 struct TailKernels {
-  const char* name;
-  // Indexed by DType. NCHW, items are channels of y; NHWC, items are those of TailItems.
-  void (*forward[4])(const TailArgs&, int64_t begin, int64_t end);
-  void (*backward[4])(const TailArgs&, int64_t begin, int64_t end);
+  const char* name;  // of the instruction set
+  // Indexed by DType. Items of forward and backward (NCHW) are channels of y, those of lanes (NHWC)
+  // are TailItems.
+  Kernel<TailArgs> forward[4];
+  Kernel<TailArgs> backward[4];
   void (*lanes[4])(const TailArgs&, TailStep, int64_t begin, int64_t end);
 };
-
-const TailKernels* tail_generic();
-const TailKernels* tail_avx2();
-const TailKernels* tail_avx512();
-
-// The table of the instruction set that the Ghost kernels run with.
-const TailKernels& active_tail();
 
 }  // namespace ghost

@@ -1,10 +1,9 @@
-// All that is checked before a fused module in eval mode runs its operator, and the call of the
-// operator: a dozen checks that in Python take as long as a small module's arithmetic. With the C
-// API and no torch header; ghost_ops/cached_call.py has the same in Python, and documents each
-// argument.
+// The checks before a fused module in eval mode calls its operator, and the call: in Python the
+// dozen checks take as long as the arithmetic of a small module. Written with the C API and no
+// torch header. ghost_ops/fusion/cached_call.py is the same in Python and documents the arguments.
 #include "python/cached_call.h"
 
-#include <vector>
+#include <initializer_list>
 
 #include "python/watch.h"
 
@@ -14,7 +13,7 @@ constexpr Py_ssize_t kMostArguments = 31;  // after x
 
 struct CachedCall {
   PyObject_HEAD PyObject* watch;
-  PyObject* guards;  // of pairs (function, arguments): each must answer False
+  PyObject* guards;  // pairs (function, arguments); each call must return False
   PyObject *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
   long long channels;
 };
@@ -31,24 +30,24 @@ int for_each(CachedCall* self, F&& f) {
   return 0;
 }
 
-int kept_clear(CachedCall* self) {
+int call_clear(CachedCall* self) {
   return for_each(self, [](PyObject*& object) {
     PyObject* dropped = object;
-    object = nullptr;  // first: a destructor may come back here
+    object = nullptr;  // before the decref: a destructor may call this function again
     Py_DECREF(dropped);
     return 0;
   });
 }
 
-int kept_traverse(CachedCall* self, visitproc visit, void* arg) {
+int call_traverse(CachedCall* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   return for_each(self, [&](PyObject* object) { return visit(object, arg); });
 }
 
-void kept_dealloc(CachedCall* self) {
+void call_dealloc(CachedCall* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
-  kept_clear(self);
+  call_clear(self);
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -63,7 +62,7 @@ bool are_guards(PyObject* guards) {
   return true;
 }
 
-PyObject* kept_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
+PyObject* call_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   static const char* kNames[] = {"watch",         "guards",   "tensor_type", "dtype",     "device",
                                  "channels_last", "channels", "operator",    "arguments", nullptr};
   PyObject *watch, *guards, *tensor_type, *dtype, *device, *channels_last, *op, *arguments;
@@ -97,25 +96,26 @@ PyObject* kept_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   return reinterpret_cast<PyObject*>(self);
 }
 
-// Whether a new reference is `wanted`; false as well with an exception set.
-bool is(PyObject* answer, PyObject* wanted) {
-  Py_XDECREF(answer);  // what is compared with lives on elsewhere
-  return answer == wanted;
+// Releases `object` and returns whether it is `wanted`, which another reference keeps alive. False
+// for null, which means that an exception is set.
+bool is(PyObject* object, PyObject* wanted) {
+  Py_XDECREF(object);
+  return object == wanted;
 }
 
 bool guards_hold(PyObject* guards) {
   for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(guards); ++k) {
     PyObject* pair = PyTuple_GET_ITEM(guards, k);
     PyObject* with = PyTuple_GET_ITEM(pair, 1);
-    PyObject* answer = PyObject_Vectorcall(PyTuple_GET_ITEM(pair, 0),
+    PyObject* result = PyObject_Vectorcall(PyTuple_GET_ITEM(pair, 0),
                                            reinterpret_cast<PyTupleObject*>(with)->ob_item,
                                            static_cast<size_t>(PyTuple_GET_SIZE(with)), nullptr);
-    if (!is(answer, Py_False)) return false;
+    if (!is(result, Py_False)) return false;
   }
   return true;
 }
 
-// [N, channels, H, W], none of them zero.
+// Whether the shape is [N, channels, H, W] without a zero. Releases it.
 bool fits(PyObject* shape, long long channels) {
   if (shape == nullptr) return false;
   bool good = PyTuple_Check(shape) && PyTuple_GET_SIZE(shape) == 4;
@@ -128,9 +128,9 @@ bool fits(PyObject* shape, long long channels) {
 }
 
 bool is_dense(PyObject* x, PyObject* channels_last) {
-  PyObject* answer = PyObject_CallMethodNoArgs(x, g_is_contiguous);
-  if (answer == nullptr) return false;
-  if (is(answer, Py_True)) return true;
+  PyObject* contiguous = PyObject_CallMethodNoArgs(x, g_is_contiguous);
+  if (contiguous == nullptr) return false;
+  if (is(contiguous, Py_True)) return true;
   PyObject* with[] = {x, channels_last};
   return is(PyObject_VectorcallMethod(g_is_contiguous, with, 1, g_memory_format), Py_True);
 }
@@ -150,23 +150,24 @@ bool may_run(CachedCall* self, PyObject* x, PyObject* own) {
          guards_hold(self->guards) && unchanged(self->watch, own);
 }
 
-PyObject* kept_run(CachedCall* self, PyObject* const* args, Py_ssize_t count) {
+PyObject* call_run(CachedCall* self, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) {
     PyErr_Format(PyExc_TypeError, "run takes x and a dictionary, got %zd arguments", count);
     return nullptr;
   }
-  // Cleared by the garbage collector, which begins with the watch.
+  // The garbage collector has cleared this object, the watch first.
   if (self->watch == nullptr) Py_RETURN_NONE;
   // The guards and the operator may run Python that drops the last reference to this object.
   Py_INCREF(self);
   PyObject* result;
   if (may_run(self, args[0], args[1])) {
     PyObject* with[1 + kMostArguments] = {args[0]};
-    const Py_ssize_t kept = PyTuple_GET_SIZE(self->arguments);
-    for (Py_ssize_t k = 0; k < kept; ++k) with[1 + k] = PyTuple_GET_ITEM(self->arguments, k);
-    result = PyObject_Vectorcall(self->op, with, static_cast<size_t>(kept + 1), nullptr);
+    const Py_ssize_t stored = PyTuple_GET_SIZE(self->arguments);
+    for (Py_ssize_t k = 0; k < stored; ++k) with[1 + k] = PyTuple_GET_ITEM(self->arguments, k);
+    result = PyObject_Vectorcall(self->op, with, static_cast<size_t>(stored + 1), nullptr);
   } else {
-    // A check that raises fails; the general path then raises what is to be raised.
+    // A check that raised counts as failed. The caller then takes the general path, which raises
+    // again if there is an error to report.
     PyErr_Clear();
     result = Py_NewRef(Py_None);
   }
@@ -175,17 +176,17 @@ PyObject* kept_run(CachedCall* self, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyMethodDef g_methods[] = {
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(kept_run)),
-     METH_FASTCALL, "The operator's result for x, or None where something does not fit."},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(call_run)),
+     METH_FASTCALL, "The operator's result for x, or None if a check fails."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyType_Slot g_slots[] = {
-    {Py_tp_doc, const_cast<char*>("CachedCall(...): see ghost_ops.cached_call.")},
-    {Py_tp_new, reinterpret_cast<void*>(kept_new)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(kept_dealloc)},
-    {Py_tp_traverse, reinterpret_cast<void*>(kept_traverse)},
-    {Py_tp_clear, reinterpret_cast<void*>(kept_clear)},
+    {Py_tp_doc, const_cast<char*>("CachedCall(...): see ghost_ops.fusion.cached_call.")},
+    {Py_tp_new, reinterpret_cast<void*>(call_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(call_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(call_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(call_clear)},
     {Py_tp_methods, g_methods},
     {0, nullptr},
 };

@@ -1,4 +1,4 @@
-// ghost_ops._C.CachedCall: one call of an operator with kept arguments, if everything still fits.
+// ghost_ops._C.CachedCall: calls an operator with stored arguments if all its checks pass.
 #pragma once
 
 #include <Python.h>

@@ -1,4 +1,4 @@
-// The plan of the CUDA kernels as Python sees it. Needs no GPU: it is plain arithmetic.
+// The plans of the CUDA kernels as Python dictionaries. Plain arithmetic: needs no GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -51,9 +51,9 @@ py::dict describe_backward(const ghost::BackwardPlan& plan) {
 
 }  // namespace
 
-// The launches of an eval pass, or of a training forward, one dictionary each, and whether the
-// first of them writes u; for training the backward pass, too. A pass lists so many of its best
-// plans, in the order of their ranks.
+// The launches of a forward pass in eval or training mode, one dictionary each; whether the first
+// launch writes u; in training also the backward pass. "alternatives": up to that many plans of a
+// launch, best first.
 py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training,
                           int alternatives) {
   using ghost::CudaKernel;
@@ -101,7 +101,7 @@ py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32
   return py::dict("passes"_a = passes, "writes_u"_a = t.writes_u, "backward"_a = backward);
 }
 
-// The figures of an architecture that the models of time divide by.
+// The rates and sizes of an architecture that the model of time uses.
 py::dict cuda_arch_figures(int sm) {
   const ghost::CudaArch arch = ghost::cuda_arch(sm);
   return py::dict("sm"_a = arch.sm, "multiprocessors"_a = arch.multiprocessors,
@@ -139,8 +139,9 @@ ghost::CudaCosts costs_of(const std::map<std::string, double>& given) {
 // instance, channels, resident, images, rows, cols
 using TileTuple = std::array<int64_t, 6>;
 
-// For each tile of ghost_apply in float16, channels_last: the seconds that the constants predict,
-// its shared memory, blocks, and tiles a warp; None where the kernel has no such tile.
+// For each tile of ghost_apply in float16 and channels_last: the seconds that the constants
+// predict, bytes of shared memory, blocks, and direct_tiles of the instance; None if the kernel has
+// no such tile.
 py::list predict(int64_t batch, int64_t channels, int64_t height, int64_t width,
                  int64_t out_channels, int64_t ratio, int64_t dw_size, int sm,
                  const std::vector<TileTuple>& tiles, const std::map<std::string, double>& costs) {
@@ -199,15 +200,15 @@ py::dict figures(const Plan& plan) {
 
 }  // namespace
 
-// The model of time: its constants, and what others would predict.
+// The model of time: its constants, and its predictions with other constants.
 void define_cost_model(py::module_& m) {
   m.def("cuda_costs", &cost_table);
   m.def("cuda_predict", &predict, "batch"_a, "channels"_a, "height"_a, "width"_a, "out_channels"_a,
         "ratio"_a, "dw_size"_a, "sm"_a, "tiles"_a, "costs"_a);
 }
 
-// Blocks, bytes and the model's time of the kernels between the Ghost modules, and in how many
-// parts a depthwise convolution sums an image.
+// Blocks, bytes and predicted time of the kernels between the Ghost modules. "splits": the parts of
+// an image that a depthwise convolution sums separately.
 void define_layer_plans(py::module_& m) {
   m.def(
       "cuda_depthwise_plan",

@@ -1,8 +1,8 @@
-// Before every call of a fused module in eval mode, its parameters, buffers, children, hooks and
-// settings are compared with those that its packed weights were made from: about twelve tensors,
-// fifty dictionaries and as many attributes. In Python that costs more than a small module's
-// arithmetic, so it is done here, with the C API and no torch header. ghost_ops/watch.py has the
-// same in Python, and documents each argument.
+// Before every call of a fused module in eval mode, Watch compares the parameters, buffers,
+// children, hooks and settings of the module with those that its packed weights depend on: about
+// twelve tensors, fifty dictionaries and as many attributes. In Python that takes longer than the
+// arithmetic of a small module. Written with the C API and no torch header.
+// ghost_ops/fusion/watch.py is the same in Python and documents the arguments.
 #include "python/watch.h"
 
 #include <new>
@@ -12,11 +12,11 @@ namespace {
 
 struct Dict {
   PyObject* dict;
-  std::vector<PyObject*> content;  // keys and values by turns, in the dictionary's order
+  std::vector<PyObject*> content;  // key, value, key, value, ... in the dictionary's order
 };
 
 struct Item {
-  // dict nullptr: the dictionary given at the call. value nullptr: the key must be absent.
+  // dict nullptr: the argument of unchanged(). value nullptr: the key must be absent.
   PyObject *dict, *key, *value;
 };
 
@@ -61,12 +61,13 @@ struct Watch {
 };
 
 PyTypeObject* g_type = nullptr;  // Watch
-PyObject* g_version = nullptr;   // interned attribute names
+// Interned attribute names.
+PyObject* g_version = nullptr;
 PyObject* g_data_ptr = nullptr;
 PyObject* g_class = nullptr;
 
-// What these names are on torch's tensors; called directly, they cost a third of a lookup and call.
-// Null where they are not what they have always been.
+// The descriptors of _version and data_ptr of torch's tensors. A direct call of one takes a third
+// of the time of a lookup and call. Null if the attribute is not a descriptor of the expected type.
 PyGetSetDescrObject* g_version_of = nullptr;
 PyMethodDescrObject* g_data_ptr_of = nullptr;
 
@@ -84,10 +85,11 @@ void find_descriptors(PyTypeObject* tensor_type) {
   PyErr_Clear();
 }
 
-// The integer that a new reference holds; false with a Python exception set where there is none.
+// Stores the integer in *out and releases `number`. Returns false, with a Python exception set, if
+// there is no integer.
 bool take_integer(PyObject* number, long long* out) {
   if (number == nullptr) return false;
-  // Addresses can have the top bit set: only their bits matter here.
+  // Addresses can have the top bit set; comparing their bits is enough.
   *out = static_cast<long long>(PyLong_AsUnsignedLongLongMask(number));
   Py_DECREF(number);
   return !(*out == -1 && PyErr_Occurred());
@@ -190,7 +192,7 @@ bool add_attributes(Contents& to, PyObject* attributes) {
 int watch_clear(Watch* self) {
   if (self->contents != nullptr) {
     Contents* contents = self->contents;
-    self->contents = nullptr;  // first: a destructor may come back here
+    self->contents = nullptr;  // before the decrefs: a destructor may call this function again
     contents->for_each([](PyObject* object) {
       Py_DECREF(object);
       return 0;
@@ -240,7 +242,7 @@ void watch_dealloc(Watch* self) {
   Py_DECREF(type);
 }
 
-// The same object, or an equal one of the same type: 8 and 8.0 are not the same number of channels.
+// Whether both are one object, or equal and of one type: 8 channels are not 8.0 channels.
 bool same(PyObject* value, PyObject* wanted) {
   if (value == wanted) return true;
   if (value == nullptr || wanted == nullptr || Py_TYPE(value) != Py_TYPE(wanted)) return false;
@@ -276,7 +278,7 @@ bool holds(const Item& item, PyObject* own) {
 }
 
 bool holds(const Attribute& entry) {
-  // The usual answer to `object.__class__`, without a call. A proxy may give another one.
+  // Usually `object.__class__` is the type, which needs no call. A proxy may return another class.
   if (entry.name == g_class && reinterpret_cast<PyObject*>(Py_TYPE(entry.object)) == entry.value)
     return true;
   PyObject* value = attribute(entry.object, entry.name);
@@ -308,7 +310,7 @@ bool all_hold(Watch* self, PyObject* own) {
   const bool unchanged = c != nullptr && items_hold(c->items) && all(c->dicts) && all(c->tensors) &&
                          all(c->attributes);
   Py_DECREF(self);
-  // What cannot be read any more has changed.
+  // A value that cannot be read counts as changed.
   if (!unchanged) PyErr_Clear();
   return unchanged;
 }
@@ -324,7 +326,7 @@ PyObject* watch_unchanged(Watch* self, PyObject* const* args, Py_ssize_t count) 
 
 PyMethodDef g_methods[] = {
     {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(watch_unchanged)),
-     METH_FASTCALL, "Whether everything watched is as it was at construction."},
+     METH_FASTCALL, "Whether no watched object has changed since construction."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,4 +1,4 @@
-// ghost_ops._C.Watch: tells whether what packed weights were made from has changed.
+// ghost_ops._C.Watch: detects changes of the objects that packed weights depend on.
 #pragma once
 
 #include <Python.h>
@@ -7,5 +7,5 @@
 int add_watch_type(PyObject* module);
 
 bool is_watch(PyObject* object);
-// own: the dictionary of the items without one, or nullptr.
+// Whether no watched object has changed. own: the dictionary for items without one, or nullptr.
 bool unchanged(PyObject* watch, PyObject* own);

@@ -1,4 +1,4 @@
-// Checks of arguments that the operators of every device make.
+// Checks of arguments, for the operators of every device.
 #pragma once
 
 #include <optional>
@@ -12,8 +12,7 @@ using OptionalTensor = std::optional<Tensor>;
 // The layout of a dense [N, C, H, W].
 inline Layout dense_layout(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 4, name, " must be 4-D [N, C, H, W], got ", x.dim(), "-D");
-  // A single channel is dense both ways; its stride tells which of them it was made as, as in
-  // PyTorch.
+  // A single channel is dense in both layouts; PyTorch then takes the layout from its stride.
   const bool one_map_nhwc = x.size(1) == 1 && x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
   const bool nchw = is_dense(x, Layout::kNCHW) && !one_map_nhwc;
   STD_TORCH_CHECK(nchw || is_dense(x, Layout::kNHWC), name,
@@ -31,13 +30,13 @@ inline Activation activation(int64_t code, double slope, const char* name) {
   return {Act(code), slope};
 }
 
-// The same, where slopes per channel may be given.
+// An activation, or a PReLU whose slopes are an argument of their operator.
 inline Activation activation_or_prelu(int64_t code, double slope, const char* name) {
   return code == int64_t(Act::kPReLU) ? Activation{Act::kPReLU, 0.0}
                                       : activation(code, slope, name);
 }
 
-// The arguments of ghost_apply that are numbers; act1 and act2 may be slopes per channel.
+// Checks the numbers among the arguments of ghost_apply and stores them in p. PReLU is allowed.
 inline void set_apply(Problem& p, int64_t intrinsic, int64_t out_channels, int64_t ratio,
                       int64_t dw_size, int64_t stride, int64_t act1, double slope1, int64_t act2,
                       double slope2, bool has_primary) {
@@ -64,7 +63,7 @@ inline Tensor in_layout(const Tensor& t, Layout layout) {
   return is_dense(t, layout) ? t : torch::stable::contiguous(t, memory_format(layout));
 }
 
-// The residual in the layout of p; told to p.
+// Checks the residual, notes it in p and returns it in the layout of p.
 inline Tensor set_residual(Problem& p, const Tensor& residual, ScalarType type) {
   STD_TORCH_CHECK(residual.dim() == 4 && residual.size(0) == p.batch &&
                       residual.size(1) == p.out_channels && residual.size(2) == p.out_height() &&
@@ -74,7 +73,7 @@ inline Tensor set_residual(Problem& p, const Tensor& residual, ScalarType type) 
   return in_layout(residual, p.layout);
 }
 
-// The gate [N, out_channels, Hg, Wg] in the layout of p; its size told to p.
+// Checks the gate [N, out_channels, Hg, Wg], notes its size in p, returns it in the layout of p.
 inline Tensor set_gate(Problem& p, const Tensor& gate, ScalarType type) {
   STD_TORCH_CHECK(gate.dim() == 4 && gate.size(0) == p.batch && gate.size(1) == p.out_channels &&
                       gate.size(2) >= 1 && gate.size(3) >= 1 && gate.scalar_type() == type,

@@ -1,14 +1,12 @@
-// The operators of inference on the CPU: checks, allocation, the plan, and the parallel loops over
-// the kernels' items. No arithmetic here. Schemas stand in ghost_ops/ops.
+// The operators of inference on the CPU: checks, allocation and calls of kernels. No arithmetic.
+// Schemas: ghost_ops/ops.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
+#include <cstring>
 
-#include "core/plan.h"
-#include "cpu/dispatch.h"
 #include "cpu/pack.h"
 #include "torch/cpu_common.h"
-#include "torch/cpu_operators.h"
+#include "torch/cpu_layers.h"
 
 namespace ghost {
 namespace {
@@ -33,69 +31,28 @@ Tensor ghost_pack(const OptionalTensor& w1, const OptionalTensor& gamma1,
   const int64_t C = w1.has_value() ? w1->size(1) : 0, g = w2.size(0), d = w2.size(3);
   PackedLayout at(C, m, g, d, w1.has_value());
   const bool pairs = w1.has_value() && dtype_of(*w1, "w1") == DType::kBFloat16 &&
-                     dtype != DType::kFloat64 && C % 2 == 0 && active_kernels().amx;
+                     dtype != DType::kFloat64 && C % 2 == 0 && active_isa().amx;
   if (pairs) at.add_pairs(C, m);
-  const Param g1(gamma1, dtype, m, "gamma1"), b1(beta1, dtype, m, "beta1"),
-      m1(mean1, dtype, m, "mean1"), v1(var1, dtype, m, "var1"), g2(gamma2, dtype, g, "gamma2"),
-      b2(beta2, dtype, g, "beta2"), m2(mean2, dtype, g, "mean2"), v2(var2, dtype, g, "var2"),
-      cheap(w2, dtype, g * d * d, "w2");
-  const Param primary = w1.has_value() ? Param(*w1, dtype, m * C, "w1") : Param();
-  const Param slopes1(prelu1, dtype, m, "prelu1"), slopes2(prelu2, dtype, g, "prelu2");
+  const NormParams norm1("1", dtype, m, eps1, gamma1, beta1, mean1, var1, prelu1),
+      norm2("2", dtype, g, eps2, gamma2, beta2, mean2, var2, prelu2);
+  const Param primary(w1, dtype, m * C, "w1"), cheap(w2, dtype, g * d * d, "w2");
   const int64_t slopes = (prelu1 ? m : 0) + (prelu2 ? g : 0);
   Tensor packed = empty({at.numel + slopes}, compute_type(dtype));
+  const PackArgs args{primary.data(), cheap.data(), norm1.args(), norm2.args(), C, m, g, d * d};
   with_dtype(dtype, [&](auto zero) {
-    using A = decltype(zero);
-    A* p = static_cast<A*>(packed.mutable_data_ptr());
-    const size_t nm = static_cast<size_t>(m), ng = static_cast<size_t>(g);
-    std::vector<A> scale1(nm), shift1(nm), scale2(ng), shift2(ng);
-    fold_norm(g1.as<A>(), b1.as<A>(), m1.as<A>(), v1.as<A>(), eps1, m, scale1.data(),
-              shift1.data());
-    fold_norm(g2.as<A>(), b2.as<A>(), m2.as<A>(), v2.as<A>(), eps2, g, scale2.data(),
-              shift2.data());
-    if (w1.has_value()) {
-      pack_panels<A>(primary.as<A>(), m, C, C, 1, scale1.data(), p + at.w1);
-      std::fill(p + at.shift1, p + at.w2, A(0));
-    } else {
-      std::copy(scale1.begin(), scale1.end(), p + at.scale1);
-    }
-    std::copy(shift1.begin(), shift1.end(), p + at.shift1);
-    scale_taps(cheap.as<A>(), g, d * d, scale2.data(), p + at.w2);
-    transpose_taps(p + at.w2, g, d * d, p + at.lane_taps);
-    std::copy(shift2.begin(), shift2.end(), p + at.shift2);
-    if constexpr (std::is_same_v<A, float>) {
-      if (pairs) {
-        std::fill(p + at.lane_taps + g * d * d, p + at.pairs, A(0));
-        pack_pairs(primary.as<A>(), m, C, reinterpret_cast<uint16_t*>(p + at.pairs));
-        std::fill(std::copy(scale1.begin(), scale1.end(), p + at.pair_scale), p + at.numel, A(0));
-      }
-    }
-    A* end = p + at.numel;
-    if (prelu1) end = std::copy_n(slopes1.as<A>(), m, end);
-    if (prelu2) std::copy_n(slopes2.as<A>(), g, end);
+    pack_ghost(args, at, static_cast<decltype(zero)*>(packed.mutable_data_ptr()));
   });
   return packed;
 }
 
-// The kernel run over x; the output is new, in the problem's layout. args: all that is neither x,
-// the output nor the plan.
-Tensor run_apply(const Problem& p, const Tensor& x, ApplyArgs args) {
-  const int64_t H = p.out_height(), W = p.out_width();
-  Tensor out = empty({p.batch, p.out_channels, H, W}, x.scalar_type(), p.layout);
+// The new output, in the problem's layout. args: the parameters.
+Tensor run_apply(const Problem& p, const Tensor& x, ApplyArgs& args) {
+  Tensor out =
+      empty({p.batch, p.out_channels, p.out_height(), p.out_width()}, x.scalar_type(), p.layout);
   args.problem = p;
-  args.plan = plan_apply(p, cpu_machine(threads()));
-  args.x = x.const_data_ptr();
-  args.x_image = p.channels * p.height * p.width;
-  args.x_channel = p.height * p.width;
-  args.out = out.mutable_data_ptr();
-  args.out_layout = p.layout;
-  args.out_image = p.out_channels * H * W;
-  args.out_channel = H * W;
-  const auto kernel = active_kernels().apply[int(p.dtype)];
-  parallel(args.plan.items, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  run_apply(active_isa().ghost.apply[int(p.dtype)], args, source_of(x), target_of(out, p.layout));
   return out;
 }
-
-}  // namespace
 
 Tensor ghost_apply(const Tensor& x, const Tensor& packed, const OptionalTensor& residual,
                    const OptionalTensor& gate, int64_t intrinsic, int64_t out_channels,
@@ -153,8 +110,6 @@ Tensor ghost_conv_apply(const Tensor& x, const Tensor& packed, const OptionalTen
   return run_apply(p, x, args);
 }
 
-namespace {
-
 // The mean over the pixels of a 1x1 convolution with its batch norm and activation, [N, channels].
 Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channels, int64_t act,
                           double slope) {
@@ -162,6 +117,136 @@ Tensor ghost_apply_pooled(const Tensor& x, const Tensor& packed, int64_t channel
       ghost_apply(x, packed, {}, {}, channels, channels, 1, 1, 1, act, slope, 0, 0.0, true);
   const Tensor means = pixel_means(y);
   return torch::stable::view(torch::stable::transpose(means, 1, 3), {y.size(0), channels});
+}
+
+// ---------------------------------------------------------------- programs
+//
+// Several operators in one call. If Python and the dispatcher ran between the layers of a network,
+// each layer would evict their code from the caches.
+//
+// A program is a row of numbers. An instruction is its code, the count of the numbers that follow,
+// the count of values released after it, these values, and the operands:
+//   ghost       x, residual, packed, slope1, slope2, kernel_size, padding, tail, intrinsic,
+//               out_channels, ratio, dw_size, stride, act1, act2, has_primary; kernel_size 0 is
+//               ghost_apply, else ghost_conv_apply
+//   depthwise   x, weight, the same weight with its taps first, shift, kernel_size, stride, act,
+//               slope
+//   excite      x, the first of four tensors, act, slope, gate; in place
+//   sum         x, other, act, slope, in_place: act(x + other), or act(x) without other
+//   concat      values
+//   mean        x; the images become pixels, [1, C, 1, N] in channels_last
+//   nhwc        x; x in channels_last
+//   rows        x [1, C, 1, N] in channels_last, dims; [N, C] or [N, C, 1, 1]
+// x, residual and other are values: value 0 is the input, value k the result of instruction k.
+// Tensors are numbered by their places in `tensors`. -1 is none. Slopes are the bits of a double.
+
+enum class Code : int64_t { kGhost, kDepthwise, kExcite, kSum, kConcat, kMean, kNHWC, kRows };
+// Operands of an instruction; concat: at least one.
+constexpr int64_t kLength[] = {16, 8, 5, 5, 1, 1, 1, 2};
+
+double real(int64_t bits) {
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+class Program {
+  const std::vector<Tensor>& tensors_;
+  std::vector<OptionalTensor> values_;
+
+  const Tensor& tensor(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < int64_t(tensors_.size()), "program: no tensor ", i);
+    return tensors_[size_t(i)];
+  }
+  const Tensor& value(int64_t i) const {
+    STD_TORCH_CHECK(i >= 0 && i < int64_t(values_.size()) && values_[size_t(i)].has_value(),
+                    "program: no value ", i);
+    return *values_[size_t(i)];
+  }
+  OptionalTensor optional(int64_t i) const {
+    return i < 0 ? OptionalTensor() : OptionalTensor(value(i));
+  }
+
+  Tensor ghost(const int64_t* a) const {
+    const OptionalTensor residual = optional(a[1]);
+    const double slope1 = real(a[3]), slope2 = real(a[4]);
+    if (a[5] == 0)
+      return ghost_apply(value(a[0]), tensor(a[2]), residual, {}, a[8], a[9], a[10], a[11], a[12],
+                         a[13], slope1, a[14], slope2, a[15] != 0);
+    return ghost_conv_apply(value(a[0]), tensor(a[2]), residual, a[5], a[6], a[7] != 0, a[8], a[9],
+                            a[10], a[11], a[12], a[13], slope1, a[14], slope2);
+  }
+  Tensor depthwise(const int64_t* a) const {
+    const Tensor& x = value(a[0]);
+    const bool nchw = layout_of(x, "x") == Layout::kNCHW;
+    return depthwise_conv(x, tensor(nchw ? a[1] : a[2]), tensor(a[3]), a[4], a[5], a[6],
+                          real(a[7]));
+  }
+  Tensor rows(const Tensor& x, int64_t dims) const {
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == 1 && x.size(2) == 1, "program: no rows");
+    const Tensor t = torch::stable::transpose(x, 1, 3);
+    if (dims == 2) return torch::stable::view(t, {x.size(3), x.size(1)});
+    return torch::stable::view(t, {x.size(3), x.size(1), 1, 1});
+  }
+
+  // The result of an instruction with n operands.
+  Tensor result(Code code, const int64_t* a, int64_t n) const {
+    switch (code) {
+      case Code::kGhost:
+        return ghost(a);
+      case Code::kDepthwise:
+        return depthwise(a);
+      case Code::kExcite:
+        squeeze_excite_(value(a[0]), tensor(a[1]), tensor(a[1] + 1), tensor(a[1] + 2),
+                        tensor(a[1] + 3), a[2], real(a[3]), a[4]);
+        return value(a[0]);
+      case Code::kSum:
+        return sum(value(a[0]), optional(a[1]), activation(a[2], real(a[3]), "act"), a[4] != 0);
+      case Code::kConcat: {
+        std::vector<Tensor> parts;
+        for (int64_t i = 0; i < n; ++i) parts.push_back(value(a[i]));
+        return concat(parts);
+      }
+      case Code::kMean:
+        return pixel_means(value(a[0]));
+      case Code::kNHWC:
+        return channels_last(value(a[0]));
+      case Code::kRows:
+        return rows(value(a[0]), a[1]);
+    }
+    STD_TORCH_CHECK(false, "program: not an instruction");
+  }
+
+ public:
+  Program(const Tensor& x, const std::vector<Tensor>& tensors) : tensors_(tensors) {
+    values_.emplace_back(x);
+  }
+
+  Tensor run(const int64_t* code, int64_t length) {
+    for (const int64_t *at = code, *end = code + length; at < end;) {
+      const auto known = int64_t(std::size(kLength));
+      STD_TORCH_CHECK(
+          at[0] >= 0 && at[0] < known && at + 3 <= end && at + 2 + at[1] <= end && at[2] >= 0,
+          "program: not an instruction");
+      const int64_t *const released = at + 3, *const a = released + at[2];
+      const int64_t n = at[1] - 1 - at[2];
+      STD_TORCH_CHECK(n >= kLength[at[0]], "program: not an instruction");
+      values_.emplace_back(result(Code(at[0]), a, n));
+      for (const int64_t* r = released; r < a; ++r) {
+        value(*r);
+        values_[size_t(*r)].reset();
+      }
+      at += 2 + at[1];
+    }
+    return value(int64_t(values_.size()) - 1);
+  }
+};
+
+Tensor run_program(const Tensor& x, std::vector<Tensor> tensors, const Tensor& code) {
+  STD_TORCH_CHECK(code.is_cpu() && code.is_contiguous() &&
+                      code.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "code must be a contiguous int64 tensor on the CPU");
+  return Program(x, tensors).run(static_cast<const int64_t*>(code.const_data_ptr()), code.numel());
 }
 
 }  // namespace
@@ -172,4 +257,5 @@ STABLE_TORCH_LIBRARY_IMPL(ghost_ops, CPU, m) {
   m.impl("ghost_apply", TORCH_BOX(&ghost::ghost_apply));
   m.impl("ghost_conv_apply", TORCH_BOX(&ghost::ghost_conv_apply));
   m.impl("ghost_apply_pooled", TORCH_BOX(&ghost::ghost_apply_pooled));
+  m.impl("run_program", TORCH_BOX(&ghost::run_program));
 }

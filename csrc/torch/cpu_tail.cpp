@@ -1,26 +1,22 @@
-// The operators of training with a batch norm behind the concatenation, on the CPU: checks,
-// allocation and the parallel loops over channels. Schemas stand in ghost_ops/tail.py.
+// Training with one norm behind the concatenation, on the CPU: checks, allocation and calls of
+// kernels. No arithmetic. Schemas: ghost_ops/autograd/tail.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "cpu/tail_kernels.h"
 #include "torch/cpu_common.h"
 
 namespace ghost {
 namespace {
 
-// What both directions read; `tail` points into its own tensors.
+// The arguments of both directions; `args` points into the members' tensors.
 struct Tail {
   Tail(const Tensor& y, const Tensor& w2, const OptionalTensor& gamma, const OptionalTensor& beta,
        const OptionalTensor& mean, const OptionalTensor& var, double eps,
        const OptionalTensor& residual, int64_t out_channels, int64_t act, double slope)
       : image(image_of(y, "y")),
-        gamma_(gamma, image.dtype, out_channels, "gamma"),
-        beta_(beta, image.dtype, out_channels, "beta"),
-        mean_(mean, image.dtype, out_channels, "mean"),
-        var_(var, image.dtype, out_channels, "var"),
+        norm_("", image.dtype, out_channels, eps, gamma, beta, mean, var),
         taps_(w2, image.dtype, w2.numel(), "w2") {
     Problem& p = args.problem;
     p = problem_of(image);
@@ -35,7 +31,7 @@ struct Tail {
     if (residual) residual_ = set_residual(p, *residual, y.scalar_type());
     args.y = y.const_data_ptr();
     args.w2 = taps_.data();
-    args.norm = {gamma_.data(), beta_.data(), mean_.data(), var_.data(), eps};
+    args.norm = norm_.args();
     args.residual = residual ? residual_.const_data_ptr() : nullptr;
   }
 
@@ -43,28 +39,30 @@ struct Tail {
     return empty({image.n, channels, image.h, image.w}, type, image.layout);
   }
 
-  // Memory for the sums of the items, NHWC.
+  // NHWC: memory for the sums of the items.
   Tensor partial_sums(int64_t size) {
     const int64_t items = TailItems(args.problem).count;
     Tensor sums = empty({items, size}, ScalarType::Double);
     args.partial = static_cast<double*>(sums.mutable_data_ptr());
     return sums;
   }
-  void run(TailStep pass) const {
-    const auto kernel = active_tail().lanes[int(image.dtype)];
+  // NHWC.
+  void pass(TailStep step) const {
+    const auto kernel = active_isa().tail.lanes[int(image.dtype)];
     parallel(TailItems(args.problem).count,
-             [&](int64_t b, int64_t e) { kernel(args, pass, b, e); });
+             [&](int64_t b, int64_t e) { kernel(args, step, b, e); });
   }
-  void run(TailStep pass, TailStep merge) const {
-    run(pass);
-    active_tail().lanes[int(image.dtype)](args, merge, 0, 1);
+  void pass(TailStep step, TailStep merge) const {
+    pass(step);
+    active_isa().tail.lanes[int(image.dtype)](args, merge, 0, 1);
   }
 
   Image image;
   TailArgs args{};
 
  private:
-  Param gamma_, beta_, mean_, var_, taps_;
+  NormParams norm_;
+  Param taps_;
   Tensor residual_;
 };
 
@@ -84,17 +82,16 @@ std::tuple<Tensor, Tensor, Tensor> ghost_tail_forward(
   args.mean = batch_mean.mutable_data_ptr();
   args.var = batch_var.mutable_data_ptr();
   if (tail.image.layout == Layout::kNCHW) {
-    const auto kernel = active_tail().forward[int(dtype)];
-    parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+    run(active_isa().tail.forward[int(dtype)], args, channel_items(args.problem));
     return {out, batch_mean, batch_var};
   }
   const Tensor partial = tail.partial_sums(2 * out_channels);
   if (args.batch_stats) {
-    tail.run(TailStep::kMoments, TailStep::kMergeMoments);
+    tail.pass(TailStep::kMoments, TailStep::kMergeMoments);
     args.norm.mean = args.mean;
     args.norm.var = args.var;
   }
-  tail.run(TailStep::kForward);
+  tail.pass(TailStep::kForward);
   return {out, batch_mean, batch_var};
 }
 
@@ -120,18 +117,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ghost_tail_backward(
          dgamma = empty({out_channels}, ct), dbeta = empty({out_channels}, ct);
   args.batch_stats = batch_stats;
   args.grad_out = grad.const_data_ptr();
-  args.dy = need_dy ? dy.mutable_data_ptr() : nullptr;
-  args.dresidual = need_dresidual ? dresidual.mutable_data_ptr() : nullptr;
+  args.dy = data_if(need_dy, dy);
+  args.dresidual = data_if(need_dresidual, dresidual);
   args.dw2 = dw2.mutable_data_ptr();
   args.dgamma = dgamma.mutable_data_ptr();
   args.dbeta = dbeta.mutable_data_ptr();
   if (image.layout == Layout::kNCHW) {
-    const auto kernel = active_tail().backward[int(image.dtype)];
-    parallel(channel_items(args.problem), [&](int64_t b, int64_t e) { kernel(args, b, e); });
+    run(active_isa().tail.backward[int(image.dtype)], args, channel_items(args.problem));
   } else {
     const Tensor partial = tail.partial_sums(std::max(2 * out_channels, dw2.numel()));
-    tail.run(TailStep::kGradSums, TailStep::kMergeGradSums);
-    tail.run(TailStep::kGrads, TailStep::kMergeGrads);
+    tail.pass(TailStep::kGradSums, TailStep::kMergeGradSums);
+    tail.pass(TailStep::kGrads, TailStep::kMergeGrads);
   }
   if (type != ct) dw2 = torch::stable::to(dw2, type);
   return {dy, dw2, dgamma, dbeta, dresidual};

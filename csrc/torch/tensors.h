@@ -1,4 +1,4 @@
-// What the operators need to know of a tensor, on the LibTorch Stable ABI only.
+// Tensors of the operators: layout, dtype, allocation. LibTorch Stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -24,7 +24,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Strides of size-1 dimensions mean nothing, as in PyTorch.
+// As in PyTorch, the strides of dimensions of size 1 do not count.
 inline bool is_dense(const Tensor& t, Layout layout) {
   static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
   int64_t expected = 1;
@@ -67,9 +67,9 @@ inline MemoryFormat memory_format(Layout layout) {
   return layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// Memory of this size glibc takes from the kernel anew at every allocation, however often (its
-// largest mmap threshold). Page by page that costs more than to write it; huge pages, where the
-// kernel allows them on demand, cost a quarter.
+// glibc maps blocks of at least this size anew at every allocation (its largest mmap threshold).
+// The page faults then take longer than writing the block. With huge pages, if the kernel allows
+// them on demand, they take a quarter of that time.
 inline constexpr size_t kFreshBytes = size_t{32} << 20;
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
@@ -83,8 +83,8 @@ inline void prefer_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Dense and uninitialised, on the CPU. The call that the library functions end in, without the
-// dispatcher on the way: it is called several times in an operator that may take 5 us in all.
+// Dense and uninitialised, on the CPU. Calls the C function below torch::stable's own and so avoids
+// the dispatcher: an operator that takes 5 us in all allocates several tensors.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
                     Layout layout = Layout::kNCHW) {
   static constexpr size_t kNHWC[4] = {1, 3, 2, 0};
@@ -107,8 +107,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
   return t;
 }
 
-// A small tensor of parameters in the compute type: the tensor's own memory where it already is, a
-// converted copy otherwise.
+// A small tensor of parameters in the compute type: the tensor itself if it has this type and is
+// contiguous, else a converted copy.
 class Param {
   std::optional<Tensor> tensor_;
 

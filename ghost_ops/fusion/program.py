@@ -1,7 +1,7 @@
 """Several operators in a row as one operator of the CPU, ``ghost_ops::run_program``.
 
 At batch 1 the interpreter, the dispatcher and the guards between two layers take a good part of the
-time, because each layer evicts their code from the caches. ``csrc/torch/cpu_program.cpp`` describes
+time, because each layer evicts their code from the caches. ``csrc/torch/cpu_eval.cpp`` describes
 the instructions.
 """
 

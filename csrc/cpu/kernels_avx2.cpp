@@ -1,5 +1,0 @@
-#define GHOST_ISA avx2
-#define GHOST_TABLE kernels_avx2
-#define GHOST_STRING_(x) #x
-#define GHOST_STRING(x) GHOST_STRING_(x)
-#include "cpu/kernels.inc"
