@@ -1,4 +1,4 @@
-// Parameters into the form the kernels read. A few thousand numbers once per call or less: plain
+// Parameters in the form that the kernels read. A few thousand numbers, once a call or less: plain
 // loops.
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace ghost {
 
-// w [rows][cols] (row stride ld, column stride step) -> panels [ceil(rows/kPanel)][cols][kPanel],
-// zero padded, rows scaled.
+// w [rows][cols], row stride ld, column stride `step` -> out [ceil(rows / kPanel)][cols][kPanel],
+// padded with zeros; row i times scale[i], scale null: 1.
 template <class A, class T>
 void pack_panels(const T* w, int64_t rows, int64_t cols, int64_t ld, int64_t step, const A* scale,
                  A* out) {
@@ -21,8 +21,8 @@ void pack_panels(const T* w, int64_t rows, int64_t cols, int64_t ld, int64_t ste
         *out = p + i < rows ? A(w[(p + i) * ld + k * step]) * (scale ? scale[p + i] : A(1)) : A(0);
 }
 
-// w [rows][cols] with an even number of columns -> [ceil(rows/kPanel)][cols/2][kPanel][2], zero
-// padded, the upper halves of float32: bfloat16 weights as they are.
+// w [rows][cols], values of bfloat16, cols even -> out [ceil(rows / kPanel)][cols / 2][kPanel][2],
+// padded with zeros: the upper halves of the float32 values.
 inline void pack_pairs(const float* w, int64_t rows, int64_t cols, uint16_t* out) {
   for (int64_t p = 0; p < rows; p += kPanel)
     for (int64_t k = 0; k < cols; k += 2)
@@ -33,8 +33,8 @@ inline void pack_pairs(const float* w, int64_t rows, int64_t cols, uint16_t* out
       }
 }
 
-// scale = gamma / sqrt(var + eps), shift = beta - mean * scale; null gamma, beta, mean or var mean
-// 1, 0, 0 and "no division".
+// scale = gamma / sqrt(var + eps), shift = beta - mean * scale; all [n]. A null gamma is 1, a null
+// beta or mean 0; without var nothing is divided.
 template <class A>
 void fold_norm(const A* gamma, const A* beta, const A* mean, const A* var, double eps, int64_t n,
                A* scale, A* shift) {
@@ -46,7 +46,8 @@ void fold_norm(const A* gamma, const A* beta, const A* mean, const A* var, doubl
   }
 }
 
-// The PackedLayout of an affine map without primary convolution that changes nothing.
+// packed: scale [n] = 1 and shift [n] = 0, the affine map of a PackedLayout without primary
+// convolution.
 template <class A>
 void identity_affine(int64_t n, A* packed) {
   for (int64_t i = 0; i < n; ++i) {
@@ -55,7 +56,7 @@ void identity_affine(int64_t n, A* packed) {
   }
 }
 
-// w [g][taps] -> out, every map's taps scaled.
+// w [g][taps] -> out [g][taps], the taps of map i times scale[i].
 template <class A>
 void scale_taps(const A* w, int64_t g, int64_t taps, const A* scale, A* out) {
   for (int64_t i = 0; i < g * taps; ++i) out[i] = w[i] * scale[i / taps];
@@ -67,7 +68,8 @@ void transpose_taps(const A* w, int64_t g, int64_t taps, A* out) {
   for (int64_t i = 0; i < g * taps; ++i) out[i % taps * g + i / taps] = w[i];
 }
 
-// running = (1 - momentum) * running + momentum * factor * stat; factor makes a variance unbiased.
+// running = (1 - momentum) * running + momentum * factor * stat, all [n]; factor: count / (count -
+// 1) for a variance, which stat has biased; else 1.
 template <class A>
 void blend_running(A* running, const A* stat, int64_t n, double momentum, double factor) {
   for (int64_t i = 0; i < n; ++i)

@@ -1,5 +1,5 @@
-// One growing, cache-line aligned buffer a thread: tiles live in it and die with the call, without
-// page faults every time.
+// Scratch memory of the calling thread, aligned to a page: one buffer that grows and is kept, so
+// that a call causes no page faults. A call of thread_scratch ends the life of the one before.
 #pragma once
 
 #include <cstddef>
