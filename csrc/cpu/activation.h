@@ -1,4 +1,9 @@
-// Activations and their derivatives on vectors. NaN goes through every one of them, as in PyTorch.
+// Activations and their derivatives on vectors. A NaN stays a NaN, as in PyTorch.
+//
+//   y = act(x)        dx = act'(x) * dy
+//
+// Tile map: one vector, or a row of them; no state. Binding resource: FMA ports, for activations
+// with an exponential also the divider.
 #pragma once
 
 #include <cmath>
@@ -12,10 +17,11 @@ namespace GHOST_ISA {
 
 // float32 is computed here; float64, which exists for gradcheck, by the C library.
 //
-// e^y = 2^n e^r with n = round(y / ln2). t = kRound + n holds n in its low bits, and shifting them
-// into the exponent gives 2^(n-1): zero at n = -126, the smallest n, and Inf at n = 129, the
-// largest. The polynomials are twice e^r for |r| <= ln2/2 and twice 2^f for |f| <= 1/2, within 1.1
-// ulp: twice, so that n = 128 needs no second factor.
+//   e^y = 2^n e^r      n = round(y / ln2), |r| <= ln2/2
+//
+// t = kRound + n holds n in its low bits; shifted into the exponent they are 2^(n-1): zero at the
+// smallest n, -126, and Inf at the largest, 129. The polynomials are 2 e^r for |r| <= ln2/2 and
+// 2 * 2^f for |f| <= 1/2, within 1.1 ulp. The factor 2 makes n = 128 representable.
 inline constexpr float kRound = 12582912.0f + 126.0f;  // adding 1.5 * 2^23 rounds to an integer
 GHOST_INLINE VecF half_pow2(VecF t) {
   return (VecF)((VecI32)t << 23);
@@ -38,7 +44,8 @@ GHOST_INLINE VecD exp_neg(VecD x) {
   for (int l = 0; l < kLanes<double>; ++l) r[l] = std::exp(-x[l]);
   return r;
 }
-// 2^(m k), for n = -126 .. 129; half of that, n one more, with round = kRound - 1.
+// 2^(m k) for round = kRound, n = -126 .. 129; half of that for round = kRound - 1, where n is one
+// more.
 GHOST_INLINE VecF exp2_product(VecF m, VecF k, float round) {
   const VecF t = m * k + round, f = m * k - (t - round);
   VecF p = f * 0.00264488766f + 0.0193434563f;
@@ -80,14 +87,14 @@ GHOST_INLINE VecF minus_abs(VecF x) {
 GHOST_INLINE VecD minus_abs(VecD x) {
   return (VecD)((VecI64)x | INT64_MIN);
 }
-// F(x) from F(-|x|), where F(x) = 1 - F(-x): the half where F is small loses no digits.
+// F(x) from F(-|x|) for an F with F(x) = 1 - F(-x): the small values of F lose no digits.
 template <class A>
 GHOST_INLINE Vec<A> from_lower_half(Vec<A> x, Vec<A> lower) {
   return (typename Simd<A>::I)x < 0 ? lower : A(1) - lower;
 }
 
-// The normal distribution's F. F(m) = 2^(m k(m)) / 2 for m <= 0, with a fit of k that leaves F off
-// by at most 1e-8 down to m = -5.6 and lets it fall from there to zero at -9.94.
+// F of the normal distribution: F(m) = 2^(m k(m)) / 2 for m <= 0. The fit of k has an error of F of
+// at most 1e-8 down to m = -5.6; from there F falls to zero at -9.94.
 GHOST_INLINE VecF normal_cdf(VecF x) {
   const VecF m = at_least(minus_abs(x), -9.94f);
   VecF k = m * -2.84151838e-6f - 3.94581548e-5f;
@@ -155,12 +162,13 @@ GHOST_INLINE void with_activation(Act act, F&& f) {
     GHOST_ACT(Act::kHardswish)
     GHOST_ACT(Act::kGELU)
     GHOST_ACT(Act::kGELUTanh)
-    case Act::kPReLU:  // the caller gives every channel its slope
+    case Act::kPReLU:  // LeakyReLU with the slope of the channel
       GHOST_ACT(Act::kLeakyReLU)
   }
 #undef GHOST_ACT
 }
 
+// row [n] = act(row).
 template <class A>
 __attribute__((noinline)) void activate_row(const Activation& a, A* row, int64_t n) {
   constexpr int L = kLanes<A>;
@@ -174,8 +182,8 @@ __attribute__((noinline)) void activate_row(const Activation& a, A* row, int64_t
   });
 }
 
-// The activation of N vectors in registers. Those with an exponential would be too much code in
-// every kernel: their vectors go through a buffer.
+// The activation of N vectors in registers. Activations with an exponential go through a buffer and
+// a function that is not inlined, which keeps the kernels small.
 template <class A, int N>
 GHOST_INLINE void activate_vectors(const Activation& a, Vec<A>* v) {
   constexpr int L = kLanes<A>;

@@ -3,17 +3,18 @@
 //   Y[p][c] = act(shift[c] + scale[c] * sum_k X[p][k] W[k][c])      sums in float32
 //
 // Tile map: tiles 0 to 3 hold the sums of up to 16 pixels by the 16 channels of a panel each; tile
-// 4 holds x of such pixels and up to 32 k, straight from NHWC, tile 5 the weights of these k, two
-// to a 32-bit element, which is how they are packed. Tiles 6 and 7 are the same for the last k
-// where 32 do not divide their number. Pixels that do not fill a tile overlap the tile before: both
-// compute the same values. Binding resource: the loads of x from L2, the stores of the sums.
+// 4 holds x of these pixels and up to 32 k, as it is in NHWC; tile 5 holds the packed weights of
+// these k, two to an element of 32 bits. Tiles 6 and 7 are tiles 4 and 5 for the last k if K is not
+// a multiple of 32. A last, partial tile of pixels overlaps the tile before: both compute the same
+// values.
+// Binding resource: the loads of x from L2, the stores of the sums.
 #pragma once
 
 #include <cmath>
 
 #include "cpu/lanes.h"
 
-// The assembler has had the instructions as long as these compilers have had their options.
+// Assemblers as old as these compilers have the instructions.
 #if defined(__linux__) && defined(__x86_64__) && defined(__AVX512F__)
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define GHOST_OPS_AMX_UNIT 1
@@ -28,10 +29,10 @@ namespace GHOST_ISA {
 inline constexpr int kTileRows = 16, kTileBytes = 64;
 inline constexpr int kTileDepth = kTileBytes / int(sizeof(BFloat16));
 
-// What ldtilecfg reads.
+// The operand of ldtilecfg.
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};  // of a row, tile by tile
+  uint16_t bytes[16] = {};  // of a row of each tile
   uint8_t rows[16] = {};
 };
 
@@ -49,8 +50,8 @@ inline TileConfig tile_config(int rows, int depth, int rest) {
 }
 
 #if defined(GHOST_OPS_AMX_UNIT)
-// To nearest, ties to even, as Narrow, but subnormal numbers to zero. Processors with tiles have
-// it.
+// To nearest, ties to even, as Narrow, but subnormal numbers become zero. All processors with tiles
+// have the instruction.
 GHOST_INLINE VecU16 narrow_flushed(VecF v) {
   VecU16 h;
   asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));
@@ -82,7 +83,7 @@ struct Tiles {
   }
 };
 #elif defined(GHOST_OPS_EMULATED_AMX_UNIT)
-// The same in software, for tests on any machine.
+// The instructions in software, for tests on any machine.
 GHOST_INLINE VecU16 narrow_flushed(VecF v) {
   const VecU32 u = (VecU32)v, tiny = (VecU32)((u & 0x7fffffffu) < 0x00800000u);
   return Narrow::apply((VecF)(u & ~(tiny & 0x7fffffffu)), BFloat16{});
@@ -92,7 +93,7 @@ class Tiles {
   const TileConfig config_;
   char tile_[8][kTileRows][kTileBytes];
 
-  // The instruction takes subnormal numbers for zero, and rounds them to zero.
+  // The instruction treats subnormal operands as zero, and rounds subnormal results to zero.
   static float flushed(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
   template <class E>
   E& element(int t, int row, int i) {
@@ -122,7 +123,7 @@ class Tiles {
     for (int r = 0; r < config_.rows[kTile]; ++r)
       std::memcpy(static_cast<char*>(p) + r * step, tile_[kTile][r], config_.bytes[kTile]);
   }
-  // Even and odd k are summed apart, then both sums are added.
+  // Even and odd k have separate sums, which are added at the end.
   template <int kSums, int kX, int kW>
   void multiply() {
     for (int r = 0; r < config_.rows[kSums]; ++r)
@@ -141,7 +142,7 @@ class Tiles {
 #if defined(GHOST_OPS_AMX_UNIT) || defined(GHOST_OPS_EMULATED_AMX_UNIT)
 inline constexpr bool kHasTiles = true;
 
-// bfloat16 in memory where products run on tiles.
+// bfloat16 in memory, for products on tiles.
 struct TileStorage : HalfStorage<BFloat16> {
   static GHOST_INLINE void store(BFloat16* p, VecF v) {
     const VecU16 h = narrow_flushed(v);
@@ -154,8 +155,10 @@ struct TileStorage : HalfStorage<BFloat16> {
 };
 
 // The sums of some tiles of pixels and a panel of channels.
-//   x: their first pixels; w: the panel, [K / 2][kPanel][2]; run: k of a row of taps
-//   ahead: x that is prefetched meanwhile, as many bytes as the tiles read; or null
+//   x: the first pixel of each tile; run: values k of a row of taps
+//   w: the panel, [K / 2][kPanel][2]
+//   ahead: memory to prefetch, as many bytes as the tiles read; or null
+//   sums: [pixels of a tile][kPanel] of each tile
 template <size_t... kTile>
 void tile_sums(Tiles& tiles, std::index_sequence<kTile...>, const LaneSource<BFloat16>& in,
                const BFloat16* const* x, const BFloat16* w, int64_t run, const char* ahead,
@@ -184,7 +187,7 @@ void tile_sums(Tiles& tiles, std::index_sequence<kTile...>, const LaneSource<BFl
   (tiles.template write<int(kTile)>(sums[kTile], kRow), ...);
 }
 
-// y = act(scale * sums + shift) of a tile; channels: of the panel.
+// y [rows][ld] = act(scale * sums + shift) of a tile; channels: of the panel.
 template <Act kAct>
 void finish_tile(const float* sums, int rows, const float* scale, const float* shift, float slope,
                  float* y, int64_t ld, int64_t channels) {
@@ -202,8 +205,10 @@ void finish_tile(const float* sums, int rows, const float* scale, const float* s
   }
 }
 
-// As lane_product, for an even number of k in a row of taps.
-//   pairs: [ceil(M/kPanel)][K / 2][kPanel][2]; scale, shift: padded to kPanel
+// lane_product on tiles, for an even number of values k in a row of taps: y [pixels][ld].
+//   pairs: [ceil(M / kPanel)][K / 2][kPanel][2]
+//   scale, shift: [M], padded to kPanel
+//   fetch: prefetch x, which is contiguous, from beyond L2
 inline void tile_product(const LaneSource<BFloat16>& in, const BFloat16* pairs, int64_t K,
                          const float* scale, const float* shift, int64_t M, float* y, int64_t ld,
                          const Activation& act, bool fetch) {

@@ -1,13 +1,16 @@
-// ghost_apply: x and packed parameters in, concat(act(u), act(v))[:, :oup] (* gate) (+ residual)
-// out, in one pass.
+// ghost_apply with pixels along the lanes, one pass from x and the packed parameters to out.
 //
-//   y = act1(W1' x + shift1)           W1' carries bn1's scale; y lives in a tile of scratch and
-//   nowhere else z = act2(w2' (*) y + shift2)       w2' carries bn2's scale
+//   y = act1(W1' x + shift1)            W1' includes the scale of bn1
+//   z = act2(w2' (*) y + shift2)        w2' includes the scale of bn2
+//   out = concat(y, z)[:, :out_channels] (* gate) (+ residual)
+//
+// y is written to a tile of scratch, or to out itself. H x W, P pixels of out; m intrinsic
+// channels; d the size of the depthwise kernel.
 //
 // Tile map: an item is a run of images (small maps, joined into one row of pixels) or a range of
-// rows of one image (large maps, walked in bands; the last d - 1 rows of y are carried from band to
-// band). Inside, channels go in groups whose y stays in L2. Binding resource: FMA ports while C is
-// above about 16, then the memory bus.
+// rows of one image (large maps, in bands; the last d - 1 rows of y are carried from band to band).
+// Inside an item, channels go in groups whose y stays in L2. Binding resource: FMA ports if C is
+// above about 16, else the memory bus.
 #pragma once
 
 #include "core/plan.h"
@@ -18,6 +21,7 @@
 #include "cpu/kernels.h"
 #include "cpu/lane_tile.h"
 #include "cpu/scratch.h"
+#include "cpu/source.h"
 #include "cpu/storage.h"
 
 namespace ghost {
@@ -27,56 +31,7 @@ inline bool linear_or_relu(const Activation& a) {
   return a.act == Act::kNone || a.act == Act::kReLU;
 }
 
-// Addresses of x as [image][channel][pixel] rows.
-template <class T>
-struct Source {
-  const T* x;
-  int64_t image, channel, channels, height, width, stride;
-  Layout layout;
-  int64_t out_width;
-
-  // Whole images [n, n + images) side by side: dst[c][j * pixels + p].
-  void pack_images(int64_t n, int64_t images, ComputeOf<T>* dst, int64_t ld) const {
-    const int64_t rows = (height - 1) / stride + 1, px = rows * out_width;
-    if (layout == Layout::kNCHW && stride == 1) {
-      // Channel by channel, so that the scratch is written in order.
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t j = 0; j < images; ++j)
-          read_row(x + (n + j) * image + c * channel, dst + c * ld + j * px, px);
-    } else {
-      for (int64_t j = 0; j < images; ++j) pack(n + j, 0, rows, dst + j * px, ld);
-    }
-  }
-
-  // Output pixels [row * out_width, (row + rows) * out_width) of image n into dst[c][0 .. rows *
-  // out_width).
-  void pack(int64_t n, int64_t row, int64_t rows, ComputeOf<T>* dst, int64_t ld) const {
-    const int64_t px = rows * out_width;
-    if (layout == Layout::kNCHW) {
-      const T* base = x + n * image;
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* s = base + c * channel;
-        ComputeOf<T>* d = dst + c * ld;
-        if (stride == 1) {
-          read_row(s + row * width, d, px);
-        } else {
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t w = 0; w < out_width; ++w)
-              d[r * out_width + w] =
-                  Storage<T>::to_compute(s[(row + r) * stride * width + w * stride]);
-        }
-      }
-    } else if (stride == 1) {
-      read_transposed(x + n * image + row * width * channels, channels, dst, ld, px, channels);
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        read_transposed(x + n * image + (row + r) * stride * width * channels, channels * stride,
-                        dst + r * out_width, ld, out_width, channels);
-    }
-  }
-};
-
-// T: element type of x, O: of out. They differ only inside training, where one side is scratch of
+// T: element type of x, O: of out. They differ in training only, where one of both is scratch of
 // the compute type.
 template <class T, class O>
 class ApplyTile {
@@ -86,11 +41,11 @@ class ApplyTile {
   const ApplyPlan& plan;
   const PackedLayout at;
   const A* const packed;
-  const int64_t H, W, P, m, ghosts_per, d, pad, out_channel;
+  const int64_t H, W, P, m, ghosts_per_map, d, pad, out_channel;
   const bool nchw;
-  const bool
-      direct;  // the output's planes are of the kernels' own form: results may be made in place
-  const bool y_direct, z_direct;
+  // The planes of out are rows of the compute type that nothing is added to or multiplied with: y
+  // and z may be made in place.
+  const bool direct, y_direct, z_direct;
   Source<T> source;
   O* const out;
   const O* const residual;
@@ -107,7 +62,7 @@ class ApplyTile {
         W(p.out_width()),
         P(H * W),
         m(p.intrinsic),
-        ghosts_per(p.ratio - 1),
+        ghosts_per_map(p.ghosts_per_map()),
         d(p.dw_size),
         pad(p.pad()),
         out_channel(args.out_channel),
@@ -139,21 +94,21 @@ class ApplyTile {
   }
 
  private:
-  // May every vector of rows that start `step` elements apart at p be stored past the caches (which
-  // needs alignment)?
+  // Whether non-temporal stores are possible: rows that start at p, `step` elements apart, are
+  // aligned to vectors.
   static bool streamable(const O* p, int64_t step) {
     return reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0 &&
            step * sizeof(O) % kVectorBytes == 0;
   }
 
-  // NHWC: both halves of the concat leave in one transposed pass, from scratch where the ghosts'
-  // rows follow y's.
+  // NHWC: y and z are written in one transposed pass, from scratch where the rows of z follow those
+  // of y.
   bool writes_with_ghosts(int64_t c0, int64_t c1) const {
-    return !nchw && args.scatter == 1 && ghosts_per > 0 && c0 == 0 && c1 == m;
+    return !nchw && args.scatter == 1 && ghosts_per_map > 0 && c0 == 0 && c1 == m;
   }
 
-  // y rows of channels [c0, c1) from `pixels` pixels of x; copy: where the first half of the concat
-  // starts, or null.
+  // y [c1 - c0][ldy] of channels [c0, c1) from x [C][ldx], `pixels` pixels; copy: the place of
+  // these channels in out, or null.
   void primary(const A* x, int64_t ldx, int64_t pixels, int64_t c0, int64_t c1, A* y, int64_t ldy,
                A* copy, const Meanwhile<A>& meanwhile) const {
     const GemmOut<A> o{y,
@@ -169,12 +124,13 @@ class ApplyTile {
     if (!linear_or_relu(p.act1)) activate_rows(first_act(c0), y, ldy, c1 - c0, pixels);
   }
 
-  // What the product of images [n, n + images) fetches: the next ones, and the place of what is
-  // written until their product is through, where these are runs of memory.
+  // The memory that the product of images [n, n + images) prefetches: the next images of x, and the
+  // part of out that is written before their product ends. Columns of x if either is not
+  // contiguous.
   Meanwhile<A> meanwhile(int64_t n, int64_t images) const {
     const int64_t left = p.batch - n - images, more = left < images ? left : images;
     if (plan.fetch != Fetch::kImages || more <= 0) return columns();
-    if (p.joined) {  // x is in cache: du
+    if (p.joined) {  // x is du, in cache
       Meanwhile<A> next;
       next.write = {reinterpret_cast<const A*>(out) + (n + images) * args.out_image,
                     more * p.out_channels * P};
@@ -185,7 +141,7 @@ class ApplyTile {
     next.read = {reinterpret_cast<const A*>(source.x) + (n + images) * args.x_image,
                  more * args.x_image};
     if (out_channel == P && !plan.stream) {
-      // Made in place, y is written while it is made.
+      // The product itself writes the y that is made in place.
       const int64_t first = direct && images == 1 ? m : 0;
       next.write = {reinterpret_cast<const A*>(out) + n * args.out_image + first * P,
                     images * args.out_image};
@@ -198,7 +154,7 @@ class ApplyTile {
     return next;
   }
 
-  // Without a primary convolution x is u: y = act(scale1 * u + shift1).
+  // Without a primary convolution x is u [c1 - c0][ldu]: y = act1(scale1 * u + shift1).
   void given(const A* u, int64_t ldu, int64_t pixels, int64_t c0, int64_t c1, A* y,
              int64_t ldy) const {
     const A* scale = packed + at.scale1 + c0;
@@ -212,10 +168,10 @@ class ApplyTile {
     activate_rows(first_act(c0), y, ldy, c1 - c0, pixels);
   }
 
-  // An activation for rows of channels, the slopes of a PReLU `step` apart.
+  // An activation for rows of channels; slopes of a PReLU, `step` elements from row to row.
   struct RowActivation {
     const Activation& act;
-    const A* slopes;  // null: act's own
+    const A* slopes;  // null: the slope of act
     int64_t step;
     A slope(int64_t row) const { return slopes ? slopes[row * step] : A(act.slope); }
   };
@@ -245,8 +201,7 @@ class ApplyTile {
     });
   }
 
-  // rows [row, row + rows) of image n, output channels [ch, ch + count), from channel-major
-  // scratch.
+  // src [count][ld], rows [row, row + rows) of image n, into channels [ch, ch + count) of out.
   void write(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch,
              int64_t count) const {
     if (ch + count > p.out_channels) count = p.out_channels - ch;
@@ -269,8 +224,8 @@ class ApplyTile {
               out + o + i,
               load_n(src + c * ld + i, px - i) + Storage<O>::load_n(residual + o + i, px - i),
               px - i);
-      } else if (plan.stream) {
-        stream_row(src + c * ld, reinterpret_cast<A*>(out) + o, px);  // only planned where O is A
+      } else if (plan.stream) {  // planned only if O is A
+        stream_row(src + c * ld, reinterpret_cast<A*>(out) + o, px);
       } else {
         write_row(src + c * ld, out + o, px);
       }
@@ -298,6 +253,7 @@ class ApplyTile {
     }
   }
 
+  // As write, but pixel (h, w) goes to (h * scatter, w * scatter).
   void scatter(const A* src, int64_t ld, int64_t n, int64_t row, int64_t rows, int64_t ch,
                int64_t count) const {
     const int64_t step = args.scatter, sw = args.scatter_width;
@@ -315,19 +271,19 @@ class ApplyTile {
     }
   }
 
-  // Ghosts of channels [c0, c1), output rows [r0, r1) of image n. y: those channels' rows from
-  // image row y_row0 on.
+  // Ghosts of channels [c0, c1), output rows [r0, r1) of image n. y [c1 - c0][ldy]: the rows of
+  // these channels from image row y_row0 on. z: scratch.
   void cheap(const A* y, int64_t ldy, int64_t y_row0, int64_t n, int64_t r0, int64_t r1, int64_t c0,
              int64_t c1, A* z) const {
-    if (ghosts_per == 0 || r1 <= r0) return;
+    if (ghosts_per_map == 0 || r1 <= r0) return;
     const bool with_y = writes_with_ghosts(c0, c1);
     const int64_t ldz = with_y ? ldy : (r1 - r0) * W + 16;
     if (with_y) z = const_cast<A*>(y) + (c1 - c0) * ldy + (r0 - y_row0) * W;
     const bool in_place = z_direct && (!plan.stream || streamable(out + r0 * W, W));
-    for (int64_t j = 0; j < ghosts_per; ++j) {
-      const int64_t g = c0 * ghosts_per + j,
-                    kept = (p.out_channels - m - j + ghosts_per - 1) / ghosts_per;
-      const int64_t last = c1 < kept ? c1 : kept;  // ghosts past it are cut off by the slice
+    for (int64_t j = 0; j < ghosts_per_map; ++j) {
+      const int64_t g = c0 * ghosts_per_map + j,
+                    kept = (p.out_channels - m - j + ghosts_per_map - 1) / ghosts_per_map;
+      const int64_t last = c1 < kept ? c1 : kept;  // the slice cuts off ghosts of later channels
       Stencil<A> s{y,
                    y_row0,
                    H,
@@ -345,21 +301,21 @@ class ApplyTile {
                 : z + j * ldz;
       s.channels = last - c0;
       s.y_step = ldy;
-      s.taps_step = ghosts_per * d * d;
-      s.shift_step = ghosts_per;
-      s.v_step = ghosts_per * (in_place ? out_channel : ldz);
+      s.taps_step = ghosts_per_map * d * d;
+      s.shift_step = ghosts_per_map;
+      s.v_step = ghosts_per_map * (in_place ? out_channel : ldz);
       stencil<A>(d, s);
       if (in_place && !linear_or_relu(p.act2))
-        activate_rows(second_act(g, ghosts_per), s.v, s.v_step, s.channels, (r1 - r0) * W);
+        activate_rows(second_act(g, ghosts_per_map), s.v, s.v_step, s.channels, (r1 - r0) * W);
     }
     if (in_place) return;
-    const int64_t count = (c1 - c0) * ghosts_per;
+    const int64_t count = (c1 - c0) * ghosts_per_map;
     if (!linear_or_relu(p.act2))
-      activate_rows(second_act(c0 * ghosts_per, 1), z, ldz, count, (r1 - r0) * W);
+      activate_rows(second_act(c0 * ghosts_per_map, 1), z, ldz, count, (r1 - r0) * W);
     if (with_y)
       write(y + (r0 - y_row0) * W, ldy, n, r0, r1 - r0, 0, m + count);
     else
-      write(z, ldz, n, r0, r1 - r0, m + c0 * ghosts_per, count);
+      write(z, ldz, n, r0, r1 - r0, m + c0 * ghosts_per_map, count);
   }
 
   void whole_images(int64_t n0, int64_t images, int64_t c0, int64_t c1) const {
@@ -367,7 +323,7 @@ class ApplyTile {
     A* scratch = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
     A* y = scratch + 64;
     A* z = y + plan.group * ld + 64;
-    A* panel = z + plan.group * ghosts_per * ld + 64;
+    A* panel = z + plan.group * ghosts_per_map * ld + 64;
     const A* x = reinterpret_cast<const A*>(source.x) + n0 * args.x_image;
     int64_t ldx = args.x_channel;
     if (plan.pack) {
@@ -383,7 +339,7 @@ class ApplyTile {
               ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * out_channel
               : nullptr;
       if (p.has_primary && planes && !plan.stream) {
-        // The output's own planes serve as y: written once, read back through the cache.
+        // y is made in the planes of out: written once, read back through the cache.
         primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr, fetch);
         for (int64_t j = 0; j < images; ++j)
           cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
@@ -403,7 +359,7 @@ class ApplyTile {
     }
   }
 
-  // u's own rows of channels [c0, c1) into scratch.
+  // u of channels [c0, c1), rows [row, row + rows) of image n, into y [c1 - c0][ld].
   void read_given(int64_t n, int64_t row, int64_t rows, int64_t c0, int64_t c1, A* y,
                   int64_t ld) const {
     if (p.layout == Layout::kNCHW) {
@@ -424,20 +380,20 @@ class ApplyTile {
     A* scratch = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
     A* y = scratch + 64;
     A* z = y + count * ld + 64;
-    A* panel = z + count * ghosts_per * ld + 64;
+    A* panel = z + count * ghosts_per_map * ld + 64;
     const int64_t first = row0 - pad > 0 ? row0 - pad : 0, last = row1 + pad < H ? row1 + pad : H;
-    int64_t base = first, have = first,
-            done = row0;  // y holds rows [base, have); output rows up to `done` are finished
+    // y holds rows [base, have); output rows up to `done` are finished.
+    int64_t base = first, have = first, done = row0;
     while (done < row1) {
-      // Drop rows no output row needs any more.
+      // Drop the rows that no later output row reads.
       const int64_t keep = done - pad > base ? done - pad : base;
       if (keep > base && keep < have)
         for (int64_t c = 0; c < count; ++c)
           std::memmove(y + c * ld, y + c * ld + (keep - base) * W,
                        size_t(have - keep) * W * sizeof(A));
       base = keep;
-      // New rows, cut where they enter and leave this item's own range: rows outside belong to a
-      // neighbour's output.
+      // New rows, cut at the first and the last row of this item: another item writes the y of rows
+      // outside.
       int64_t until = base + buffer_rows < last ? base + buffer_rows : last;
       if (have >= row0 && have + plan.band_rows < until) until = have + plan.band_rows;
       while (have < until) {
@@ -455,7 +411,7 @@ class ApplyTile {
     }
   }
 
-  // The same with the output's own planes as y: nothing is carried, nothing is copied.
+  // The same with y in the planes of out: no rows are carried or copied.
   void bands_in_place(int64_t n, int64_t c0, int64_t c1) const {
     A* panel = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes))) + 64;
     A* z = panel + (plan.pack ? p.channels * (round_up(plan.band_rows * W, 16) + 16) : 0) + 64;
@@ -478,7 +434,7 @@ class ApplyTile {
     }
   }
 
-  // y rows [r0, r1) of image n, also written to the output if `owned`.
+  // y [c1 - c0][ld] of rows [r0, r1) of image n; also written to out if the item owns these rows.
   void rows(int64_t n, int64_t r0, int64_t r1, bool owned, int64_t c0, int64_t c1, A* y, int64_t ld,
             A* panel) const {
     const int64_t px = (r1 - r0) * W;

@@ -1,53 +1,68 @@
 // Depthwise d x d stencils over one channel's plane, rows of W pixels packed without gaps.
 //
-//   v[h][w] = shift + sum_{i,j} tap[i][j] * y[h + i - d/2][w + j - d/2]      (zero outside the
-//   image)
+//   v[h][w] = shift + sum_{i,j} tap[i][j] * y[h + i - d/2][w + j - d/2]
 //
-// Tile map: kStrips strips of one vector each slide down the rows together. Every input row is
-// loaded once per tap column (d loads) and feeds d output rows, held as d accumulators a strip: 3
-// loads for 9 FMAs instead of 9. Columns outside the image are masked to zero and never read.
-// Binding resource: FMA ports for d = 3, load ports and the taps' broadcasts for d >= 5.
+// y is zero outside the image. In the code D = d, R = D / 2, L lanes.
+//
+// Tile map: pixels of a row along the lanes. kStrips strips of one vector each slide down the rows
+// together. Every input row is loaded once per tap column (d loads) and feeds d output rows, held
+// as d accumulators a strip: 3 loads for 9 FMAs instead of 9. Columns outside the image are masked
+// to zero and never read. Binding resource: FMA ports for d = 3, load ports and the broadcasts of
+// the taps for d >= 5.
 #pragma once
 
+#include "cpu/kernel_size.h"
 #include "cpu/simd.h"
 
 namespace ghost {
 namespace GHOST_ISA {
 
-// The same stencil shape over `channels` planes; every array advances by its own step from one
-// channel to the next.
+// One stencil over `channels` planes. The *_step fields are elements from one channel to the next.
 template <class A>
 struct Stencil {
-  const A* y;      // plane of activated intrinsic maps
-  int64_t y_row0;  // the image row that y points at
+  const A* y;      // [channels][rows][width]: activated intrinsic maps
+  int64_t y_row0;  // image row that y points at
   int64_t height, width;
-  int64_t row_begin, row_end;  // output rows wanted
-  const A* taps;               // [d*d]
-  const A* shift;              // null: 0
-  A* v;                        // output row row_begin, row stride = width
+  int64_t row_begin, row_end;  // rows of v to compute
+  const A* taps;               // [channels][d * d]
+  const A* shift;              // [channels], or null: 0
+  A* v;                        // [channels][row_end - row_begin][width]
   bool relu;
-  bool accumulate;  // start from `from` instead of from shift (the input gradient sums over a map's
-                    // ghosts)
-  bool stream;      // non-temporal stores: v and width must keep every strip aligned
+  // Start from `from` instead of from shift: the gradient of y sums over the ghosts of a map.
+  bool accumulate;
+  bool stream;  // non-temporal stores; every strip of v must be aligned to a vector
   int64_t channels = 1, y_step = 0, taps_step = 0, shift_step = 0, v_step = 0;
   const A* from = nullptr;  // like v; null: v itself
   int64_t from_step = 0;
 };
 
-// Strips at columns col, col + L, ... of every channel, kPair channels at a time. Only strip 0 may
-// touch the left edge and only the last one the right edge. Narrow maps have a single strip, too
-// few independent sums to hide the FMA latency: they go in pairs of channels.
+// A stencil over whole planes: v (+)= taps (*) y for `planes` planes [H][W] that share their taps
+// [d*d]; y_step, v_step: elements from plane to plane.
+template <class A>
+Stencil<A> whole_planes(const A* y, int64_t y_step, int64_t planes, int64_t H, int64_t W,
+                        const A* taps, A* v, int64_t v_step, bool accumulate = false) {
+  Stencil<A> s{y, 0, H, W, 0, H, taps, nullptr, v, false, accumulate, false};
+  s.channels = planes;
+  s.y_step = y_step;
+  s.v_step = v_step;
+  return s;
+}
+
+// Strips at columns col, col + L, ... of channels [channel, channel_end), kPair channels at a time;
+// returns the first channel that it leaves. Only strip 0 may touch the left edge and only the last
+// one the right edge. A narrow map has one strip, too few independent sums to hide the latency of
+// an FMA: two channels go together.
 template <class A, int D, int kStrips, int kPair, bool kAccumulate>
 __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_t channel,
                                         int64_t channel_end) {
   constexpr int L = kLanes<A>, R = D / 2, kLast = kStrips - 1, S = kStrips * kPair;
   constexpr bool kTapsInRegisters = D * D * kPair <= 18;
   using V = Vec<A>;
-  // Locals, because a store through v could alias *s as far as the compiler knows.
+  // Locals: for the compiler, a store through v may change *s.
   const int64_t W = s.width, begin = s.row_begin, end = s.row_end, last_col = col + kLast * L;
   const int64_t y_step = s.y_step, taps_step = s.taps_step, v_step = s.v_step;
   const bool with_relu = s.relu, stream = s.stream;
-  MaskT<A> first[D], last[D];  // lanes whose column is inside the image, by tap column
+  MaskT<A> first[D], last[D];  // per tap column: lanes whose column is inside the image
 #pragma GCC unroll 7
   for (int j = 0; j < D; ++j) {
     first[j] = lane_range<A>(R - j - col, W + R - j - col);
@@ -92,8 +107,8 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
       else
         store(p, r);
     };
-    // While input row r is read, acc[a] belongs to output row r - R + a, for which r is tap row D -
-    // 1 - a.
+    // While input row r is read, acc[a] belongs to output row r - R + a, whose tap row for r is
+    // D - 1 - a.
     V acc[D][S];
 #pragma GCC unroll 7
     for (int a = 0; a < D - 1; ++a)
@@ -132,7 +147,7 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
 #pragma GCC unroll 4
         for (int i = 0; i < S; ++i) acc[a][i] = acc[a + 1][i];
     }
-    // At the lower edge of the image the missing rows are zeros.
+    // Rows below the image are zeros.
 #pragma GCC unroll 7
     for (int a = 0; a < D - 1; ++a) {
       const int64_t row = r_last - R + a;
@@ -148,7 +163,7 @@ __attribute__((noinline)) int64_t slide(const Stencil<A>& s, int64_t col, int64_
 template <class A, int D, bool kAccumulate>
 void slide_all(const Stencil<A>& s) {
   constexpr int L = kLanes<A>, R = D / 2;
-  // Accumulators (d a strip) and, for d = 3, the nine taps stay in registers: 32 of them with
+  // D accumulators a strip and, for D = 3, the nine taps stay in registers: 32 registers with
   // AVX-512 and NEON, else 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
   constexpr int kMost = D <= 3 ? 4 : D == 5 ? 3 : 2;
@@ -157,14 +172,14 @@ void slide_all(const Stencil<A>& s) {
 #endif
   constexpr int kTwo = kMost >= 3 ? 2 : 1;  // channels at a time where there is one strip
   const int64_t n = (s.width + L - 1) / L;
-  // Channels whose rows stay in L1 while the strip groups of a wide map go over them.
+  // Channels whose rows stay in L1 while all groups of strips of a wide map pass over them.
   const int64_t rows = s.row_end - s.row_begin + 2 * R;
   int64_t block = 4096 / (rows * s.width + 1);
   block = n <= kMost ? s.channels : block < 1 ? 1 : block;
   for (int64_t c = 0; c < s.channels; c += block) {
     const int64_t c_end = c + block < s.channels ? c + block : s.channels;
     for (int64_t k = 0; k < n;) {
-      // Inner strips of a group are read without masks, so they must stay clear of both edges.
+      // Inner strips of a group are read without masks: no tap of theirs may reach an edge.
       int64_t take = n - k < kMost ? n - k : kMost;
       while (take > 1 && ((k + 1) * L < R || (k + take - 1) * L + R > s.width)) --take;
       const int64_t col = k * L;
@@ -184,20 +199,75 @@ void slide_all(const Stencil<A>& s) {
 
 template <class A>
 void stencil(int64_t d, const Stencil<A>& s) {
-#define GHOST_STENCIL(D) \
-  case D:                \
+  with_kernel_size(d, [&](auto size) {
+    constexpr int D = decltype(size)::value;
     return s.accumulate ? slide_all<A, D, true>(s) : slide_all<A, D, false>(s);
-  switch (d) {
-    GHOST_STENCIL(1)
-    GHOST_STENCIL(3)
-    GHOST_STENCIL(5)
-    GHOST_STENCIL(7)
-  }
-#undef GHOST_STENCIL
+  });
 }
 // Instantiated in isa/kernels.cpp, once for each instruction set.
 extern template void stencil(int64_t, const Stencil<float>&);
 extern template void stencil(int64_t, const Stencil<double>&);
+
+// Pixels that the sums of the taps' gradient span in the compute type; sums of these are added in
+// double. D * D sums at once: more pixels than kSumPixels of batch_norm.h.
+inline constexpr int64_t kTapSumPixels = 8192;
+
+// The gradient of the stencil's taps, D * D sums in registers:
+//   dw[a][b] += sum_{n,h,w} dv[n][h][w] * y[n][h + a - D/2][w + b - D/2]
+// y, dv [N][H][W] of one channel; dw [D * D].
+template <class A, int D>
+__attribute__((noinline)) void stencil_weight_grad(const A* y_all, const A* dv_all, int64_t N,
+                                                   int64_t H, int64_t W, double* dw) {
+  constexpr int L = kLanes<A>, R = D / 2;
+  Vec<A> acc[D][D] = {};
+  for (int64_t col = 0; col < W; col += L) {
+    MaskT<A> mask[D];
+#pragma GCC unroll 7
+    for (int b = 0; b < D; ++b) mask[b] = lane_range<A>(R - b - col, W + R - b - col);
+    const MaskT<A> inside = lane_range<A>(0, W - col);
+    for (int64_t n = 0; n < N; ++n) {
+      const A* y = y_all + n * H * W + col - R;
+      const A* dv = dv_all + n * H * W + col;
+      // Tap row a multiplies row r of y with row r + R - a of dv: D rows of dv slide along in
+      // registers.
+      Vec<A> g[D];
+#pragma GCC unroll 7
+      for (int a = 0; a < D; ++a) g[a] = Vec<A>{};
+      for (int64_t h = 0; h < R; ++h) {
+#pragma GCC unroll 7
+        for (int a = D - 1; a > 0; --a) g[a] = g[a - 1];
+        g[0] = h < H ? load_masked(dv + h * W, inside) : Vec<A>{};
+      }
+      for (int64_t r = 0; r < H; ++r) {
+#pragma GCC unroll 7
+        for (int a = D - 1; a > 0; --a) g[a] = g[a - 1];
+        g[0] = r + R < H ? load_masked(dv + (r + R) * W, inside) : Vec<A>{};
+#pragma GCC unroll 7
+        for (int b = 0; b < D; ++b) {
+          const Vec<A> yv = load_masked(y + r * W + b, mask[b]);
+#pragma GCC unroll 7
+          for (int a = 0; a < D; ++a) acc[a][b] += g[a] * yv;
+        }
+      }
+    }
+  }
+#pragma GCC unroll 7
+  for (int a = 0; a < D; ++a)
+#pragma GCC unroll 7
+    for (int b = 0; b < D; ++b) dw[a * D + b] += double(reduce_add<A>(acc[a][b]));
+}
+// Images in groups of about kTapSumPixels pixels, at least one.
+template <class A>
+void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t H, int64_t W,
+                         double* dw) {
+  const int64_t P = H * W, most = P < kTapSumPixels ? kTapSumPixels / (P > 0 ? P : 1) : 1;
+  for (int64_t n = 0; n < N; n += most, y += most * P, dv += most * P) {
+    const int64_t images = N - n < most ? N - n : most;
+    with_kernel_size(d, [&](auto size) {
+      stencil_weight_grad<A, decltype(size)::value>(y, dv, images, H, W, dw);
+    });
+  }
+}
 
 }  // namespace GHOST_ISA
 }  // namespace ghost

@@ -1,14 +1,15 @@
 // A depthwise convolution with its batch norm folded in, and an activation: one pass over x.
 //
-//   out[c][h][w] = act(shift[c] + sum_{i,j} weight[c][i][j] * x[c][h * s + i - k/2][w * s + j -
-//   k/2])
+//   out[c][h][w] = act(shift[c] +
+//                      sum_{i,j} weight[c][i][j] * x[c][h * s + i - k/2][w * s + j - k/2])
 //
-// NCHW, a plane an item, pixels along the lanes. Stride 1 is the Ghost modules' stencil. Stride 2:
-// a band of x's rows is taken apart into even and odd columns with borders of zeros, in scratch
-// that stays in L1; then every tap reads consecutive elements of one of the two. Tile: M rows by N
-// vectors of out. Rows of half a vector or less go in pairs of channels, one in each half.
-// NHWC, a row of out an item, channels along the lanes: lane_depthwise.h. Binding resource: the
-// memory bus for large maps; else FMA ports, with load ports close behind.
+// Tile map, NCHW: an item is a plane, pixels along the lanes. Stride 1 is the stencil of
+// depthwise.h. Stride 2: a band of rows of x is split into even and odd columns with borders of
+// zeros, in scratch that stays in L1; then every tap reads consecutive elements of one of the two.
+// A tile is M rows by N vectors of out. Planes of half a vector or less go in pairs, one in each
+// half of the vectors.
+// Tile map, NHWC: an item is a row of out, channels along the lanes, lane_depthwise.h.
+// Binding resource: the memory bus for large maps; else FMA ports, with load ports close behind.
 #pragma once
 
 #include <algorithm>
@@ -23,27 +24,27 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// A band of a plane, or of two planes that share vectors, for a convolution of stride 2.
+// A band of a plane, or of two planes that share vectors, of a convolution of stride 2.
 template <class A>
 struct HalvedBand {
-  // Rows of x, from the first that out's first row reads: ld elements of even columns, ld of odd
-  // ones; column 0 stands here.
+  // Column 0 of the first row of x that the band reads. A row is ld elements of even columns, then
+  // ld of odd ones.
   const A* x;
   int64_t ld;
   const A* taps[2];  // [k * k] of each plane
   Vec<A> shift;
-  A* out[2];  // the second plane's: null if there is none
+  A* out[2];  // [rows][width] of each plane; the second is null if there is one plane
   int64_t rows, width;
   Activation act;
 };
 
-// M rows by N vectors of out at a time, from vector column v on, down the band. kOnly: there are no
-// other vectors, so that ld is a constant and so are all distances.
+// M rows by N vectors of out at a time, from vector column v on, down the band. kOnly: a row has no
+// other vectors, which makes ld and all distances constants.
 template <class A, int K, int M, int N, bool kOnly>
 __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
   constexpr int L = kLanes<A>, R = K / 2;
   constexpr bool kTapsInRegisters = K <= 3 || (K == 5 && M == 2 && N == 1);
-  // Two sums for a vector where there are too few to hide the latency of an FMA.
+  // Two sums for a vector if one would not hide the latency of an FMA.
   constexpr int kSums = kTapsInRegisters && K == 5 ? 2 : 1;
   using V = Vec<A>;
   const int64_t ld = kOnly ? (N + 1) * L : b.ld, width = b.width, rows = b.rows;
@@ -92,7 +93,8 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
     } else {
       const A* from = x;
       for (int i = 0; i < K; ++i, from += 2 * ld) {
-        asm("" : "+r"(from));  // else what the next i loads again is carried there, and spilled
+        // Else the compiler keeps vectors for the next i, and spills them.
+        asm("" : "+r"(from));
 #pragma GCC unroll 7
         for (int j = 0; j < K; ++j) {
           tap[j] = tap_at(i * K + j);
@@ -122,6 +124,7 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
   }
 }
 
+// A whole band, with tiles by the number of vectors in a row.
 template <class A, int K>
 void halved_band(const HalvedBand<A>& b) {
   const int64_t n = (b.width + kLanes<A> - 1) / kLanes<A>;
@@ -144,22 +147,24 @@ void halved_band(const HalvedBand<A>& b) {
   }
 }
 
+// Planes of a convolution of stride 2.
 template <class T, int K>
 class HalvedPlanes {
   using A = ComputeOf<T>;
   using V = Vec<A>;
   static constexpr int R = K / 2, L = kLanes<A>;
   static constexpr bool kSame = sizeof(T) == sizeof(A);
-  // Rows of out in a band, and of x for them; a tile may compute, and not store, 6 rows more.
+  // Rows of out in a band, and the rows of x that it reads. A tile may compute 6 rows more, which
+  // are not stored.
   static constexpr int64_t kBand = 14, kRows = 2 * kBand + K - 2;
   const DepthwiseArgs& a;
   const int64_t x_plane, out_plane;  // elements from one plane to the next
   const int64_t ld;
-  // Two planes share vectors if both fit, with the zeros between them that the taps reach.
+  // Two planes share vectors if both fit, with zeros between them for the taps that reach across.
   const bool paired;
   const int64_t pairs, step;  // whole pairs of vectors in a row of x; elements of a halved row
-  const MaskT<A> low, high;   // columns of x in the pair after them
-  A *halved, *line, *band;
+  const MaskT<A> low, high;   // columns of x in the last, partial pair
+  A *halved, *line, *band;    // rows of x, split; rows of x and of out in the compute type
 
  public:
   // Elements of scratch.
@@ -186,7 +191,7 @@ class HalvedPlanes {
     std::fill(halved, line, A(0));  // the borders stay zero
   }
 
-  // Planes [begin, end); the parameters are those of channel (plane modulo the channels).
+  // Planes [begin, end); plane i has the parameters of channel i % channels.
   void run(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; i += paired ? 2 : 1) plane(i, paired && i + 1 < end ? 2 : 1);
   }
@@ -242,14 +247,15 @@ class HalvedPlanes {
     }
   }
 
-  // x is read in bursts between the bands, too short for the hardware to run ahead.
+  // x is read in bursts between the bands, too short for the hardware prefetcher.
   GHOST_INLINE void fetch(const A* x) const {
     constexpr int kLine = 64 / sizeof(A), kAhead = 2048 / sizeof(A);
     if constexpr (kSame)
       for (int i = 0; i < 2 * L; i += kLine) __builtin_prefetch(x + kAhead + i);
   }
 
-  // A row of x, or one of each plane. Locals, because a store could alias *this.
+  // Splits a row of x, or one of each plane, into its even and odd columns. Locals: for the
+  // compiler, a store may change *this.
   GHOST_INLINE void split(const A* x, int64_t distance, A* to) const {
     const int64_t odd = ld, n = pairs, next = paired ? distance : L;
     const bool rest = a.width != n * 2 * L;
@@ -269,7 +275,8 @@ class HalvedPlanes {
   }
 };
 
-// Stride 1: the stencil of the Ghost modules, from x's own plane where that is of the compute type.
+// Stride 1, NCHW: the stencil of depthwise.h, on the planes of x and out if they are of the compute
+// type, else on copies.
 template <class T>
 void full_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
@@ -306,7 +313,7 @@ void full_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Rows of out, channels_last. Row by row, because x may be larger than the caches.
+// Rows of out, NHWC. Row by row, because x may be larger than the caches.
 template <class T>
 void channel_rows(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
@@ -342,20 +349,13 @@ void halved_planes(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   Planes(a, a.height * a.width, a.out_height * a.out_width, memory).run(begin, end);
 }
 
+// Items [begin, end): planes (NCHW) or rows of out (NHWC).
 template <class T>
 void depthwise_items(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   if (a.layout == Layout::kNHWC) return channel_rows<T>(a, begin, end);
   if (a.stride == 1) return full_planes<T>(a, begin, end);
-  switch (a.kernel) {
-    case 1:
-      return halved_planes<T, 1>(a, begin, end);
-    case 3:
-      return halved_planes<T, 3>(a, begin, end);
-    case 5:
-      return halved_planes<T, 5>(a, begin, end);
-    case 7:
-      return halved_planes<T, 7>(a, begin, end);
-  }
+  with_kernel_size(a.kernel,
+                   [&](auto size) { halved_planes<T, decltype(size)::value>(a, begin, end); });
 }
 
 }  // namespace GHOST_ISA

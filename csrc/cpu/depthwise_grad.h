@@ -1,15 +1,17 @@
 // Both gradients of a depthwise convolution of stride 2 (those of stride 1 are stencils again).
 //
-//   dw[i][j]  = sum over pixels (h, w) of grad of  grad[h][w] * x[2 h + i - R][2 w + j - R]
-//   dx[h][w]  = sum over the taps (i, j) of the parities of (h + R, w + R) of
-//               weight[i][j] * grad[(h + R - i) / 2][(w + R - j) / 2]               R = K / 2
+//   dw[i][j] = sum_{h,w} grad[h][w] * x[2 h + i - R][2 w + j - R]                       R = K / 2
+//   dx[h][w] = sum_{i,j} weight[i][j] * grad[(h + R - i) / 2][(w + R - j) / 2]
+//              over i of the parity of h + R, j of the parity of w + R
 //
-// One plane at a time: grad is copied into rows with borders of zeros, x into such rows too, taken
-// apart into even and odd columns. Then, with pixels along the lanes:
-//   dw: a vector of grad meets one vector of x for each tap; the sums of some kernel rows stay in
-//       registers
-//   dx: the even and the odd columns are two small stencils of grad with every other tap, woven
-//       together as they are stored
+// One plane at a time: grad is copied into rows with borders of zeros; x as well, split into even
+// and odd columns.
+//
+// Tile map: pixels along the lanes.
+//   dw: a vector of grad multiplies one vector of x for each tap; the sums of some kernel rows stay
+//       in registers
+//   dx: the even and the odd columns are two stencils of grad with every other tap; their vectors
+//       are zipped before they are stored
 // Binding resource: load ports.
 #pragma once
 
@@ -20,7 +22,7 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// a and b become the elements of a[0], b[0], a[1], b[1], ...: the reverse of unzip.
+// (a, b) = a[0], b[0], a[1], b[1], ...: the reverse of unzip.
 template <class A>
 GHOST_INLINE void zip(Vec<A>& a, Vec<A>& b) {
   constexpr int L = kLanes<A>;
@@ -51,7 +53,8 @@ class HalvedGrad {
   static constexpr int kFit = ((kVectorBytes == 64 ? 32 : 16) - 4) / K;
   static constexpr int kRows = kFit < 1 ? 1 : kFit < K ? kFit : K;
   const int64_t H, W, Ho, Wo, ld;
-  A *even, *odd, *grad;  // row 0, column 0; R rows of zeros above and below
+  // Element (0, 0) of rows of ld elements, with R rows of zeros above and below.
+  A *even, *odd, *grad;
 
   static int64_t row_elements(int64_t out_width) { return round_up(out_width, L) + 2 * kBorder; }
 
@@ -69,7 +72,7 @@ class HalvedGrad {
     grad = odd + (H + 2 * R) * ld;
   }
 
-  // x [H, W] and g [Ho, Wo] are taken into scratch; what follows is of these.
+  // Copies x [H, W] and g [Ho, Wo], the operands of `weight` and `input`, into scratch.
   void load_planes(const A* x, const A* g) const {
     for (int64_t h = 0; h < Ho; ++h) {
       A* const to = grad + h * ld;
@@ -86,7 +89,7 @@ class HalvedGrad {
     }
   }
 
-  // sums [K * K] += the terms of dw, by lanes.
+  // sums [K * K] += dw, by lanes.
   void weight(V* sums) const { weight_rows<0>(sums); }
 
   // dx [H, W] for the taps [K * K].
@@ -122,7 +125,7 @@ class HalvedGrad {
     if constexpr (I + kTake < K) weight_rows<I + kTake>(sums);
   }
 
-  // Row h of dx, which kernel rows kFirst, kFirst + 2, ... reach.
+  // Row h of dx, the sum over kernel rows kFirst, kFirst + 2, ...
   template <int kFirst>
   GHOST_INLINE void input_row(const A* taps, int64_t h, A* dx) const {
     const A* const top = grad + (h + R - kFirst) / 2 * ld;

@@ -1,20 +1,22 @@
 // A depthwise convolution with batch norm and activation in training, forward and backward.
 //
-//   u   = depthwise(x, weight)                     zero padding of k / 2 on every side
-//   out = act(norm(u))                             norm: the batch's statistics, constant ones, or
-//                                                  none
+//   u   = depthwise(x, weight)      zero padding of k / 2 on every side
+//   out = act(norm(u))              norm: statistics of the batch, constant statistics, or no norm
 //
-// Channel by channel, all images of a channel together: u of one channel is scratch that stays in
-// L2 between its statistics and their use, and backward computes it again, so that nothing but x
-// is kept. Tile map: an item is one channel (NCHW) or kDepthwiseChannels of them (NHWC, so that
-// whole cache lines are read); x and grad are read as channel-major rows, where they are if they
-// can be. A channel's sums run in one order: the bits do not depend on the number of threads.
-// Binding resource: memory for x, out and dx; else L2.
+// N images, C channels, P pixels of x and Po of out; K the size of the kernel, R = K / 2.
+//
+// Channel by channel, all images of a channel together: u of one channel is scratch, which stays in
+// L2 between its statistics and their use. Backward computes u again; only x is saved for it. The
+// sums of a channel run in one order: the bits do not depend on the number of threads.
+//
+// Tile map: an item is one channel (NCHW) or kDepthwiseChannels of them (NHWC, so that whole cache
+// lines are read). x and grad are rows of channels: read in place in NCHW of the compute type, else
+// copied. Binding resource: memory for x, out and dx; else L2.
 #pragma once
 
 #include <algorithm>
 
-#include "cpu/channels.h"
+#include "cpu/batch_norm.h"
 #include "cpu/depthwise_conv.h"
 #include "cpu/depthwise_grad.h"
 
@@ -27,8 +29,8 @@ class DepthwiseNorm {
   using V = Vec<A>;
   static constexpr int R = K / 2, L = kLanes<A>;
   const DepthwiseNormArgs& a;
-  const int64_t N, C, P, Po, row;  // row: pixels of a channel of out
-  const bool nhwc, direct;         // direct: x, out and dx are channel-major as they are
+  const int64_t N, C, P, Po, row;  // pixels of an image of x, of out, and of a channel of out
+  const bool nhwc, direct;         // direct: x, out and dx are used in place
   const int64_t block, ld_x, ld;   // channels of an item; elements of a channel's row in scratch
 
  public:
@@ -64,7 +66,7 @@ class DepthwiseNorm {
 
   void backward(int64_t item) const {
     const int64_t c0 = item * block, count = std::min(block, C - c0);
-    const bool linear = !a.has_norm && a.conv.act.act == Act::kNone;  // grad is that of u
+    const bool linear = !a.has_norm && a.conv.act.act == Act::kNone;  // grad is the gradient of u
     Scratch s(*this, count, 1 + count);
     A* const g_all = s.u + ld;
     read(a.conv.x, c0, count, P, s.x, ld_x);
@@ -89,14 +91,16 @@ class DepthwiseNorm {
   }
 
  private:
-  // The planes of one channel, as rows of the compute type; `step` from image to image.
+  // The planes of one channel in the compute type, `step` elements from image to image.
   struct Planes {
     A* at;
     int64_t step;
   };
 
   struct Scratch {
-    A *x, *u, *more;  // channels' rows of x, rows of out's size, and memory of the convolution
+    A* x;     // [channels][ld_x]
+    A* u;     // [rows][ld]
+    A* more;  // of the convolution
     Scratch(const DepthwiseNorm& d, int64_t count, int64_t rows) {
       const int64_t of_x = count * d.ld_x, of_u = rows * d.ld;
       const DepthwiseArgs conv = d.channel();
@@ -121,7 +125,7 @@ class DepthwiseNorm {
     return {static_cast<A*>(const_cast<void*>(map)) + c * P, C * P};
   }
 
-  // The convolution of one channel.
+  // The arguments of the convolution of one channel.
   DepthwiseArgs channel() const {
     DepthwiseArgs one = a.conv;
     one.channels = 1;
@@ -144,19 +148,16 @@ class DepthwiseNorm {
   }
 
   void stencil_of(const Planes& in, const A* weight, const Planes& out) const {
-    Stencil<A> s{in.at,  0,       a.conv.height, a.conv.width, 0,     a.conv.height,
-                 weight, nullptr, out.at,        false,        false, false};
-    s.channels = N;
-    s.y_step = in.step;
-    s.v_step = out.step;
-    stencil<A>(K, s);
+    stencil<A>(K, whole_planes(static_cast<const A*>(in.at), in.step, N, a.conv.height,
+                               a.conv.width, weight, out.at, out.step));
   }
 
-  // Of a channel whose statistics are known.
+  // The norm of channel c with given statistics, or with none.
   Affine<A> affine(int64_t c) const {
     return a.has_norm ? Affine<A>(a.norm, c) : Affine<A>(a.norm, c, 0.0, 1.0);
   }
 
+  // The norm of channel c; with batch_stats by the moments of u, which are written to mean and var.
   Affine<A> batch_norm(int64_t c, const A* u) const {
     if (!a.batch_stats) return affine(c);
     Moments m;
@@ -166,7 +167,7 @@ class DepthwiseNorm {
     return Affine<A>(a.norm, c, m.mean, m.variance());
   }
 
-  // dw and dx of a channel, from the gradient g of u. dx may lie where x does.
+  // dw and dx of a channel, from the gradient g of u. dx may be in place of x.
   void gradients(const Planes& x, int64_t c, const A* g, const Planes& dx, A* memory) const {
     if (a.conv.stride == 1) {
       if (a.dw) {
@@ -183,7 +184,7 @@ class DepthwiseNorm {
     }
     const HalvedGrad<A, K> plane(a.conv.height, a.conv.width, a.conv.out_height, a.conv.out_width,
                                  memory);
-    // Of some images in the compute type, of these sums in double (channels.h, kTapSumPixels).
+    // Sums of `some` images are in the compute type; these are added in double.
     const int64_t some = std::max<int64_t>(kTapSumPixels / Po, 1);
     double dw[K * K] = {};
     V sums[K * K] = {};
@@ -202,7 +203,8 @@ class DepthwiseNorm {
     for (int t = 0; t < K * K; ++t) put(a.dw, c * K * K + t, dw[t]);
   }
 
-  // Rows [N, pixels] of the channels from c0 on into `to`; x only if it is not read where it is.
+  // Channels [c0, c0 + count) of a map into to [count][ld_to], N * pixels each; without `always`
+  // only if the map is not used in place.
   void read(const void* map, int64_t c0, int64_t count, int64_t pixels, A* to, int64_t ld_to,
             bool always = false) const {
     if (direct && !always) return;
@@ -215,6 +217,7 @@ class DepthwiseNorm {
     }
   }
 
+  // The reverse.
   void write(const A* from, int64_t ld_from, int64_t c0, int64_t count, int64_t pixels,
              void* map) const {
     T* const to = static_cast<T*>(map);
@@ -233,19 +236,12 @@ void depthwise_norm_channels(const DepthwiseNormArgs& a, int64_t begin, int64_t 
   for (int64_t i = begin; i < end; ++i) a.grad ? pass.backward(i) : pass.forward(i);
 }
 
-// Forward, or backward where there is a gradient; items as depthwise_norm_items has them.
+// Forward, or backward if a.grad is not null, of items [begin, end) of depthwise_norm_items.
 template <class T>
 void depthwise_norm(const DepthwiseNormArgs& a, int64_t begin, int64_t end) {
-  switch (a.conv.kernel) {
-    case 1:
-      return depthwise_norm_channels<T, 1>(a, begin, end);
-    case 3:
-      return depthwise_norm_channels<T, 3>(a, begin, end);
-    case 5:
-      return depthwise_norm_channels<T, 5>(a, begin, end);
-    case 7:
-      return depthwise_norm_channels<T, 7>(a, begin, end);
-  }
+  with_kernel_size(a.conv.kernel, [&](auto size) {
+    depthwise_norm_channels<T, decltype(size)::value>(a, begin, end);
+  });
 }
 
 }  // namespace GHOST_ISA

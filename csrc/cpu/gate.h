@@ -1,13 +1,14 @@
-// The gate of ghost_apply's epilogue: small maps that the output is multiplied with while it is
-// stored, brought to its size by nearest neighbours.
+// The gate of ghost_apply's epilogue: a small map, resized by nearest neighbours, multiplies out
+// while it is stored.
 //
 //   out[n][c][h][w] = v[n][c][h][w] * gate[n][c][source(h, Hg, H)][source(w, Wg, W)]
 //   source(i, in, out) = min(floor(i * (float(in) / out)), in - 1)   in float32, as F.interpolate
 //
-// A line is a row of the output; or its whole plane where that is at hand and its rows are short,
-// which would leave lanes idle. The values that a vector of pixels needs lie close together: one
-// load and one permutation fetch them. Where they do not (a gate wider than the output), each lane
-// loads its own.
+// Tile map: the caller's thread takes a line at a time, pixels along the lanes. A line is a row of
+// out, or its whole plane if the caller has whole planes and short rows would leave lanes idle. The
+// values of the gate for a vector of pixels are close together: one load and one permutation. If
+// they are not (a gate wider than out), they are loaded one by one.
+// Binding resource: that of the store of out.
 #pragma once
 
 #include <cstdlib>
@@ -20,7 +21,7 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// An array of vectors or numbers. The standard library's would be one for all instruction sets.
+// An array of vectors or numbers. std::vector would be one symbol for all instruction sets.
 template <class T>
 class Table {
   T* data_ = nullptr;
@@ -47,8 +48,8 @@ template <class O>
 class Gate {
   using A = ComputeOf<O>;
   static constexpr int L = kLanes<A>;
-  // Where L pixels of a line find their values: at `base` of the gate's line on, in these lanes of
-  // the `count` that are loaded; or, with a count of 0, at these places of the line.
+  // The values for L pixels of a line: pixel l has lane lanes[l] of the `count` values that are
+  // loaded from `base` of the gate's line on; with a count of 0, value lanes[l] of that line.
   struct Block {
     typename Simd<A>::I lanes;
     int64_t base, count;
@@ -58,7 +59,7 @@ class Gate {
   int64_t image_ = 0, channel_ = 0, row_ = 0, rows_in_ = 0;
   float row_scale_ = 0;
   bool planes_ = false;
-  Table<int64_t> at_;  // elements from the start of a line of the gate, by pixel
+  Table<int64_t> at_;  // pixel of a line -> element of the gate's line
   Table<Block> blocks_;
 
   static int64_t source(int64_t i, int64_t in, float scale) {
@@ -94,14 +95,14 @@ class Gate {
   }
 
  public:
-  // whole: write() will be given whole planes.
+  // whole: the caller writes whole planes.
   Gate(const ApplyArgs& args, int64_t H, int64_t W, bool whole)
       : gate_(static_cast<const O*>(args.gate)) {
     if (!gate_) return;
     const bool nchw = args.out_layout == Layout::kNCHW;
     const int64_t width = args.problem.gate_width, plane = args.problem.gate_height * width;
-    const int64_t oup = args.problem.out_channels, pixel = nchw ? 1 : oup;
-    image_ = oup * plane;
+    const int64_t out_channels = args.problem.out_channels, pixel = nchw ? 1 : out_channels;
+    image_ = out_channels * plane;
     channel_ = nchw ? plane : 1;
     row_ = width * pixel;
     rows_in_ = args.problem.gate_height;
@@ -124,7 +125,8 @@ class Gate {
   explicit operator bool() const { return gate_ != nullptr; }
   int64_t line_pixels() const { return at_.size(); }
 
-  // The gate's line for row h of image n (of all of it, where lines are planes), from channel on.
+  // The gate's line for row h of image n, or for its whole plane if lines are planes, from
+  // `channel` on.
   const O* line(int64_t n, int64_t channel, int64_t h) const {
     return gate_ + n * image_ + channel * channel_ +
            (planes_ ? 0 : source(h, rows_in_, row_scale_) * row_);

@@ -1,14 +1,12 @@
-// Register-blocked products for the 1x1 convolution and its gradients.
+// The register-blocked product of the 1x1 convolution, of its recomputation, and of dx (with the
+// weights transposed).
 //
-// gemm_nn:  Y[i][p] (+)= sum_k W[i][k] X[k][p]          primary conv, its recomputation, and dx
-// (with W transposed)
-//   Tile map: a block keeps kRows x kVecs accumulators in registers; pixels run along the lanes,
-//   weights are broadcast. Binding resource: the FMA ports. Per k a block issues kRows + kVecs
-//   loads for kRows * kVecs FMAs. A last vector that would hold a pixel or four goes the other way
-//   round, channels along the lanes.
-// gemm_nt:  D[i][j] += sum_p A[i][p] B[j][p]             dw1
-//   Both operands are contiguous in p, so products are accumulated lane by lane and summed once per
-//   chunk of pixels.
+//   Y[i][p] (+)= shift[i] + sum_k W[i][k] X[k][p]
+//
+// Tile map: a block keeps kRows x kVecs accumulators in registers; pixels run along the lanes,
+// weights are broadcast. For each k a block issues kRows + kVecs loads for kRows * kVecs FMAs. One
+// to four pixels past the last whole vector are computed with channels along the lanes.
+// Binding resource: FMA ports.
 #pragma once
 
 #include "core/plan.h"
@@ -17,35 +15,35 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// What happens to a finished block.
+// Where a finished block goes.
 template <class A>
 struct GemmOut {
-  A* y;  // [rows][ldy] result (always written)
+  A* y;  // [M][ldy]
   int64_t ldy;
-  A* copy;  // optional second destination (the first half of the concat), or null
+  A* copy;  // [M][ldcopy], a second destination (the first half of the concat), or null
   int64_t ldcopy;
-  bool relu;  // applied to the finished sum
-  bool
-      stream;  // non-temporal stores to `copy`: its rows must then be vector-aligned at every block
+  bool relu;        // of the finished sum
+  bool stream;      // non-temporal stores to `copy`, whose blocks must be aligned to vectors
   bool accumulate;  // start from y instead of from shift
-  bool ahead;       // fetch the place of the next columns' results
+  bool ahead;       // prefetch the place of the results of the next columns
 };
 
-// Memory that a product fetches meanwhile: evenly, in the order of addresses.
+// Memory that a product prefetches evenly, in the order of addresses.
 template <class A>
 struct Run {
   const A* at = nullptr;
   int64_t count = 0;  // 0: nothing
 };
 
-// What a product fetches from beyond L2.
+// What a product prefetches from beyond L2: the next columns of x, or the memory that is read and
+// written after the product.
 template <class A>
 struct Meanwhile {
-  bool columns = false;  // the next columns of x
-  Run<A> read, write;    // instead: what is read, and written, after this product
+  bool columns = false;
+  Run<A> read, write;
 };
 
-// Where a run has got to, and how far it goes for each k.
+// The next address of a run, and the bytes that it advances for each k.
 struct Walk {
   const char* at = nullptr;
   int64_t step = 0;
@@ -55,9 +53,11 @@ struct Walks {
   Walk read, write;
 };
 
-// One register block. w points at the first of kRows channels inside a panel (stride kPanel per k).
-// What is fetched goes between the products, two lines for each k. All at once it would stop them:
-// a core keeps few lines in flight. kColumns: two vectors of every row of x from `next` on.
+// One register block: channels of w [K][kPanel], from the first of the block's kRows on; x
+// [K][ldx]; out's columns from col on; rows: channels to store; tail: pixels of the last vector if
+// kTail. Prefetches stand between the products, two lines for each k: a core keeps few lines in
+// flight, and many at once would stall the products. Fetch::kColumns: two vectors of each row of
+// `next` [K][ldx].
 template <class A, int kRows, int kVecs, bool kTail, Fetch kFetch>
 GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, const A* shift,
                              const GemmOut<A>& out, int64_t col, int rows, int64_t tail,
@@ -137,7 +137,7 @@ GHOST_INLINE void gemm_block(const A* x, int64_t ldx, const A* w, int64_t K, con
   }
 }
 
-// Register budget: 32 vector registers with AVX-512 and NEON, 16 elsewhere.
+// 32 vector registers with AVX-512 and NEON, 16 elsewhere.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kRegisters = 32, kMaxVecs = max_vecs(kRegisters);
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 16, 8, 8, 4, 4, 4};
@@ -145,11 +145,11 @@ inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 16, 8, 8, 4, 4, 4};
 inline constexpr int kRegisters = 16, kMaxVecs = max_vecs(kRegisters);
 inline constexpr int kRowsFor[kMaxVecs + 1] = {0, 8, 4, 4};
 #endif
-// float64 has the two narrow blocks only: every further one adds seconds to the build.
+// float64 has the two narrow blocks only: each further one adds seconds to the build.
 template <class A>
 inline constexpr int kWidest = sizeof(A) == 8 ? 2 : kMaxVecs;
 
-// All channels [0, M) of one block of pixels, kVecs wide.
+// All channels [0, M) of one block of pixels, kVecs vectors wide.
 template <class A, int kVecs, bool kTail>
 __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* panels,
                                             int64_t ldpanel, int64_t K, const A* shift, int64_t M,
@@ -170,15 +170,15 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
       walks.write.at += walks.write.step * K;
       continue;
     }
-    // Two vectors of the next columns while the first channels pass, two while the following do.
+    // Each block of channels prefetches two vectors of the next columns.
     const int64_t pair = i / R * 2;
     if (!kTail && rows == R && next && pair < kVecs) {
       gemm_block<A, R, kVecs, false, Fetch::kColumns>(x, ldx, w, K, s, o, col, rows, tail,
                                                       next + pair * L, walks);
       continue;
     }
-    // The smallest block that holds the rows. Panels and shifts are zero-padded to kPanel channels,
-    // so a block may compute idle rows; it never stores them.
+    // The smallest block that holds the rows. Panels and shifts are padded with zeros to kPanel
+    // channels: a block may compute rows that it does not store.
 #define GHOST_ROWS(n)                                                                           \
   gemm_block<A, (n <= R ? n : R), kVecs, kTail, Fetch::kNothing>(x, ldx, w, K, s, o, col, rows, \
                                                                  tail, nullptr, walks)
@@ -194,9 +194,9 @@ __attribute__((noinline)) void gemm_columns(const A* x, int64_t ldx, const A* pa
   }
 }
 
-// The last kPixels pixels, too few for a vector of them: here the channels of a panel lie along the
-// lanes, kPanels panels at a time so that enough sums are under way. Every sum is made in the order
-// of gemm_block's.
+// The last kPixels pixels, too few for a vector: channels of a panel along the lanes, kPanels
+// panels at a time for enough independent sums. A sum has the order of gemm_block. Returns the
+// first row that is left.
 template <class A, int kPixels, int kPanels>
 int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K,
                     const A* shift, int64_t M, const GemmOut<A>& out, int64_t row) {
@@ -215,7 +215,7 @@ int64_t gemm_pixels(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, i
         lanes[q][i / kPanel][i % kPanel] = out.accumulate ? out.y[(row + i) * out.ldy + q]
                                            : shift        ? shift[row + i]
                                                           : A(0);
-    // Loops with nothing but accumulators in them: then GCC holds these in registers.
+    // GCC holds the accumulators in registers if no other code stands in these loops.
     V acc[kPanels][kParts][kPixels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; ++p)
@@ -267,46 +267,53 @@ __attribute__((noinline)) void gemm_tail(const A* x, int64_t ldx, const A* panel
   gemm_pixels<A, kPixels, 1>(x, ldx, panels, ldpanel, K, shift, M, out, row);
 }
 
-inline constexpr int64_t kSlice = 24 << 10;  // bytes of a slice of K: `vecs` vectors for each k
+// The pixels past the last whole vector, if they are few: a last vector costs as much as a full
+// one. Returns their number, or 0 if they are left to a masked vector.
+template <class A>
+int64_t gemm_rest(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K,
+                  const A* shift, int64_t M, int64_t pixels, const GemmOut<A>& out) {
+  const int64_t rest = pixels % kLanes<A>;
+  if (rest == 0 || rest > kMostPixels || rest * 4 >= M) return 0;
+  GemmOut<A> o = out;
+  o.y += pixels - rest;
+  if (o.copy) o.copy += pixels - rest;
+  const A* const last = x + pixels - rest;
+  switch (int(rest)) {
+    case 1:
+      gemm_tail<A, 1>(last, ldx, panels, ldpanel, K, shift, M, o);
+      break;
+    case 2:
+      gemm_tail<A, 2>(last, ldx, panels, ldpanel, K, shift, M, o);
+      break;
+    case 3:
+      gemm_tail<A, 3>(last, ldx, panels, ldpanel, K, shift, M, o);
+      break;
+    case 4:
+      gemm_tail<A, 4>(last, ldx, panels, ldpanel, K, shift, M, o);
+      break;
+  }
+  return rest;
+}
 
-// From beyond L2, planes of kLongPlane pixels and more are read kLongDepth side by side, few enough
-// for the hardware to follow each of them, and kLongRun pixels of each before the next planes'
-// turn. Shorter planes lie several to a page, which is what it follows.
+inline constexpr int64_t kSlice = 24
+                                  << 10;  // bytes of x in a slice of K, `vecs` vectors for each k
+
+// Planes of kLongPlane pixels and more, from beyond L2, are read kLongDepth side by side, kLongRun
+// pixels of each before the next planes: few enough streams for the hardware prefetcher. It follows
+// streams by page, and a page holds several shorter planes.
 inline constexpr int64_t kLongPlane = 512, kLongDepth = 36, kLongRun = 1024;
 
-// Y[0..M)[0..pixels) from X[0..K)[0..pixels), `vecs` vectors of pixels at a time.
-//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; ldpanel = elements from panel to panel;
-//   shift: padded, or null
+// Y [M][pixels] from X [K][ldx], `vecs` vectors of pixels at a time.
+//   panels: [ceil(M / kPanel)][K][kPanel], padded with zeros; ldpanel: elements from panel to panel
+//   shift: [M], padded to kPanel, or null
 template <class A>
 void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t K, const A* shift,
              int64_t M, int64_t pixels, int vecs, const Meanwhile<A>& meanwhile,
              const GemmOut<A>& out) {
   constexpr int L = kLanes<A>;
   vecs = vecs < kWidest<A> ? vecs : kWidest<A>;
-  const int64_t rest = pixels % L;
-  // A last vector with few pixels in it costs as much as a full one.
-  if (rest > 0 && rest <= kMostPixels && rest * 4 < M) {
-    GemmOut<A> o = out;
-    o.y += pixels - rest;
-    if (o.copy) o.copy += pixels - rest;
-    const A* last = x + pixels - rest;
-    switch (int(rest)) {
-      case 1:
-        gemm_tail<A, 1>(last, ldx, panels, ldpanel, K, shift, M, o);
-        break;
-      case 2:
-        gemm_tail<A, 2>(last, ldx, panels, ldpanel, K, shift, M, o);
-        break;
-      case 3:
-        gemm_tail<A, 3>(last, ldx, panels, ldpanel, K, shift, M, o);
-        break;
-      case 4:
-        gemm_tail<A, 4>(last, ldx, panels, ldpanel, K, shift, M, o);
-        break;
-    }
-    pixels -= rest;
-    if (pixels == 0) return;
-  }
+  pixels -= gemm_rest<A>(x, ldx, panels, ldpanel, K, shift, M, pixels, out);
+  if (pixels == 0) return;
   const int64_t total = (pixels + L - 1) / L;  // vectors, the last one possibly partial
   const int64_t blocks = (total + vecs - 1) / vecs;
   const int64_t most_depth = kSlice / (vecs * kVectorBytes);
@@ -319,7 +326,7 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
   Walks walks;
   const int64_t rounds = blocks * (M / kRowsFor[(total + blocks - 1) / blocks]) * K;
   const auto walk = [&](const Run<A>& what) {
-    // An idle one stays where there is memory for certain.
+    // A run of nothing stays at x, which is valid memory.
     if (what.count == 0 || rounds == 0) return Walk{reinterpret_cast<const char*>(x), 0};
     walks.any = true;
     return Walk{reinterpret_cast<const char*>(what.at),
@@ -329,8 +336,8 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
   walks.write = walk(meanwhile.write);
   for (int64_t b0 = 0; b0 < blocks; b0 += run) {
     const int64_t b1 = b0 + run < blocks ? b0 + run : blocks;
-    // Deep products go in slices of K whose x columns stay in L1 while all channels pass; the sums
-    // wait in y in between, exactly.
+    // A deep product goes in slices of K, whose columns of x stay in L1 while all channels pass.
+    // The sums stay in y in between, in the compute type.
     for (int64_t k = 0; k == 0 || k < K; k += depth) {
       const int64_t len = K - k < depth ? K - k : depth;
       GemmOut<A> o = out;
@@ -341,13 +348,13 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
       }
       const A* pk = panels + k * kPanel;
       for (int64_t b = b0; b < b1; ++b) {
-        // Even split: 13 vectors in blocks of 6 run as 4 + 4 + 5, not 6 + 6 + 1.
+        // An even split: 13 vectors in blocks of 6 are 4 + 4 + 5, not 6 + 6 + 1.
         const int64_t v0 = total * b / blocks, v1 = total * (b + 1) / blocks;
         const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
         const bool partial = tail < L;
         const A* xk = x + col + k * ldx;
-        // Late at the start of every page, even where the hardware follows: what comes next is
-        // fetched meanwhile.
+        // The hardware prefetcher is late at the start of every page: the next columns are
+        // prefetched here.
         const A* next = nullptr;
         if (meanwhile.columns)
           next = b + 1 < b1    ? xk + (v1 - v0) * L

@@ -1,15 +1,16 @@
 // Depthwise rows with channels along the lanes: NHWC.
 //
-//   out[w][c] = act(shift[c] + sum_{i,j} taps[i][j][c] * x_i[w * s + j - k/2][c])     x_i: k rows
+//   out[h][w][c] = act(shift[c] + sum_{i,j} taps[i][j][c] * x[h * s + i - k/2][w * s + j - k/2][c])
 //
-// Tile map: one vector of channels slides along the k rows; every pixel is loaded once per row and
-// feeds all sums that it belongs to. Columns outside of the image are never visited, rows outside
-// are zeros. Binding resource: the FMA ports.
+// Tile map: one vector of channels slides along the k rows of x under a row of out; every pixel is
+// loaded once per row and feeds all sums that it belongs to. Columns outside the image are never
+// visited, rows outside are zeros. Binding resource: FMA ports.
 #pragma once
 
 #include <algorithm>
 
 #include "cpu/activation.h"
+#include "cpu/kernel_size.h"
 #include "cpu/lanes.h"
 #include "cpu/storage.h"
 
@@ -20,16 +21,17 @@ namespace GHOST_ISA {
 template <class T>
 struct LaneDepthwise {
   using A = ComputeOf<T>;
-  const T* x;                  // [height][width][ld_x], channel 0
-  T* out;                      // [out_height][out_width][ld_out], channel 0
-  int64_t ld_x, ld_out, ring;  // row r of either is at r % ring
+  const T* x;                  // [height][width][ld_x], from channel 0
+  T* out;                      // [out_height][out_width][ld_out], from channel 0
+  int64_t ld_x, ld_out, ring;  // row r of x and out is at r % ring
   int64_t row0, row1, height, width, channels;
   const A* taps;  // [k * k][ld_taps]
   int64_t ld_taps;
-  const A* shift;
+  const A* shift;  // [channels]
   Activation act;
 };
 
+// The rows for channels [c, c + n); kFull: n is a whole vector.
 template <class T, int K, int S, bool kFull>
 GHOST_INLINE void lane_slide(const LaneDepthwise<T>& s, int64_t c, int64_t n) {
   using A = ComputeOf<T>;
@@ -73,7 +75,7 @@ GHOST_INLINE void lane_slide(const LaneDepthwise<T>& s, int64_t c, int64_t n) {
       step[i] = inside ? s.ld_x : 0;
     }
     out = s.out + at(row) * out_width * ld_out + c;
-    // While columns w * S, ... are read, sum[a] belongs to output column w - R / S + a.
+    // While columns [w * S, (w + 1) * S) are read, sum[a] belongs to output column w - R / S + a.
     V sum[kSums];
 #pragma GCC unroll 7
     for (int a = 0; a < kSums; ++a) sum[a] = shift;
@@ -118,16 +120,7 @@ __attribute__((noinline)) void lane_depthwise(const LaneDepthwise<T>& s) {
 }
 template <class T, int S = 1>
 void lane_depthwise(int64_t k, const LaneDepthwise<T>& s) {
-  switch (k) {
-    case 1:
-      return lane_depthwise<T, 1, S>(s);
-    case 3:
-      return lane_depthwise<T, 3, S>(s);
-    case 5:
-      return lane_depthwise<T, 5, S>(s);
-    case 7:
-      return lane_depthwise<T, 7, S>(s);
-  }
+  with_kernel_size(k, [&](auto size) { lane_depthwise<T, decltype(size)::value, S>(s); });
 }
 
 }  // namespace GHOST_ISA

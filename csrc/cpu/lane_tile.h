@@ -1,15 +1,20 @@
-// ghost_apply with channels along the lanes: NHWC, and small NCHW maps that are bound by the
+// ghost_apply with channels along the lanes: NHWC, and small NCHW maps whose time is that of the
 // product.
 //
 //   y = act1(shift1 + sum over taps and channels of x * w1)     k x k, any stride and padding
 //   z = act2(shift2 + depthwise(y, w2))
-//   out = concat(y', z)[:, :oup] (+ residual)       y' = y, or act2(tail_scale * y + tail_shift)
+//   out = concat(y', z)[:, :out_channels] (+ residual)
 //
-// Tile map: an item is a run of whole images, or a range of rows of one image, walked in bands, of
-// a part of the channels. y and z of a pixel lie side by side, as in NHWC: in out itself, or in
-// scratch, from where finished rows go out converted, transposed or with the residual added.
-// Scratch holds whole images or a ring of rows. Binding resource: FMA ports, the memory bus for
-// large maps of few channels.
+// y' is y, or act2(tail_scale * y + tail_shift).
+//
+// H x W, P pixels of out; m intrinsic channels; K values of x under the taps of a pixel; d the size
+// of the depthwise kernel.
+//
+// Tile map: an item is a part of the channels of a run of whole images, or of a range of rows of
+// one image, in bands. y and z of a pixel are adjacent, as in NHWC: in out itself, or in scratch,
+// from which finished rows are converted, transposed or added to the residual. Scratch holds whole
+// images or a ring of rows. Binding resource: FMA ports; the memory bus for large maps of few
+// channels.
 #pragma once
 
 #include "core/plan.h"
@@ -38,12 +43,13 @@ class LaneTile {
   // The channels of an item, and the memory of their y and z.
   struct Part {
     int64_t c0, channels;  // first intrinsic channel, and their number
-    int64_t g0, ghosts;  // first ghost map, and their number: without those that the slice cuts off
+    int64_t g0, ghosts;    // first ghost, and their number, without those that the slice cuts off
     int64_t
-        repeated;  // ratio > 2: offset in a pixel of the copies of y, one for each ghost; else 0
-    A *panel, *pixels;
-    HalfVectors<A> halves;  // of the product's channels
-    int64_t ring, ld;  // rows of the buffer, which row r enters at r % ring; elements of a pixel
+        repeated;  // ghosts_per_map > 1: offset in a pixel of the copies of y, one a ghost; else 0
+    A* panel;      // packed rows of x
+    A* pixels;     // [images][ring][W][ld] y and z; row r is at r % ring
+    HalfVectors<A> halves;  // the last channels of the product
+    int64_t ring, ld;
   };
 
  public:
@@ -80,13 +86,15 @@ class LaneTile {
     Part part;
     part.c0 = c0;
     part.channels = c1 - c0;
-    const int64_t per = p.ratio - 1;
-    part.g0 = c0 * per;
-    part.ghosts = std::clamp<int64_t>(p.out_channels - m - part.g0, 0, part.channels * per);
-    part.repeated = per > 1 ? part.channels + part.ghosts : 0;
+    const int64_t ghosts_per_map = p.ghosts_per_map();
+    part.g0 = c0 * ghosts_per_map;
+    part.ghosts =
+        std::clamp<int64_t>(p.out_channels - m - part.g0, 0, part.channels * ghosts_per_map);
+    part.repeated = ghosts_per_map > 1 ? part.channels + part.ghosts : 0;
     const bool whole = plan.band_rows >= H;
     part.ring = whole || in_place ? H : std::min(H, plan.band_rows + 2 * pad);
-    part.ld = in_place ? p.out_channels : part.channels + part.ghosts + (per > 1 ? part.ghosts : 0);
+    part.ld = in_place ? p.out_channels
+                       : part.channels + part.ghosts + (ghosts_per_map > 1 ? part.ghosts : 0);
     part.panel = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes)));
     pack_halves(part);
     if (in_place) {
@@ -98,8 +106,8 @@ class LaneTile {
     return part;
   }
 
-  // Packs the weights of the part's last channels where they fill half a vector at most. The choice
-  // depends on all m channels: the order of a sum is the same for any number of threads.
+  // Packs the weights of the part's last channels if they fill half a vector at most. The choice
+  // depends on all m channels, so that the order of a sum is the same for any number of threads.
   void pack_halves(Part& part) const {
     const bool in_lanes = p.has_primary && !plan.amx && (plan.pack || nhwc) && p.channels % 2 == 0;
     HalfVectors<A>& h = part.halves;
@@ -112,7 +120,7 @@ class LaneTile {
     h.pack(packed + at.w1 + part.c0 * K, packed + at.shift1 + part.c0, K);
   }
 
-  // y of rows [row, row + rows) of `images` images, to pixels `to`.
+  // y of rows [row, row + rows) of `images` images, to `to` [images * rows * W][ld].
   void primary(int64_t n, int64_t images, int64_t row, int64_t rows, const Part& part,
                A* to) const {
     const int64_t c0 = part.c0;
@@ -132,7 +140,7 @@ class LaneTile {
                     packed + at.shift1 + c0, part.halves.from, plan.depth, o, part.halves);
   }
 
-  // Where the product finds x, in the compute type or as it is.
+  // The x of the product: E is the compute type, or T for products on tiles.
   template <class E>
   LaneSource<E> source(int64_t n, int64_t images, int64_t row, int64_t rows,
                        const Part& part) const {
@@ -169,7 +177,7 @@ class LaneTile {
     }
   }
 
-  // [C][pixels] to [pixels][C] of T: what write_transposed does, but from T.
+  // x [C][x_channel] to dst [pixels][C]: write_transposed, but from T.
   void transpose_planes(const T* x, int64_t pixels, T* dst) const {
     constexpr int L = kLanes<A>;
     const int64_t C = p.channels;
@@ -188,8 +196,8 @@ class LaneTile {
     });
   }
 
-  // The rows of x that rows [row, row + rows) of the output read, NHWC of the compute type or of T
-  // with the padding in it: dst [(rows - 1) * stride + kernel][width + 2 * padding][C].
+  // The rows of x that rows [row, row + rows) of the output read, as NHWC of the compute type or of
+  // T, padding included: dst [(rows - 1) * stride + kernel][width + 2 * padding][C].
   template <class E>
   void pad_rows(int64_t n, int64_t row, int64_t rows, E* dst) const {
     const int64_t C = p.channels, border = p.padding * C, line = p.width * C;
@@ -216,10 +224,11 @@ class LaneTile {
         planes_to_pixels(x + h * p.width, dst + border);
     }
   }
+  // x [C][x_channel] to dst [width][C].
   void planes_to_pixels(const T* x, A* dst) const {
     const int64_t C = p.channels;
     if (C >= kLanes<A>) {
-      // [C][width] to [width][C]: what reads NHWC, with pixels and channels exchanged.
+      // The function reads NHWC: pixels and channels are exchanged here.
       read_transposed(x, args.x_channel, dst, C, C, p.width);
       return;
     }
@@ -228,7 +237,7 @@ class LaneTile {
         dst[w * C + c] = Storage<T>::to_compute(x[c * args.x_channel + w]);
   }
 
-  // z of rows [r0, r1) of an image whose pixels begin at `image`.
+  // z of rows [r0, r1) of the image [ring][W][ld].
   void cheap(const Part& part, A* image, int64_t r0, int64_t r1) const {
     if (part.ghosts == 0) return;
     lane_depthwise<A>(
@@ -237,18 +246,18 @@ class LaneTile {
             packed + at.shift2 + part.g0, p.act2});
   }
 
-  // Copies y of some pixels, once for each ghost of a channel, for the depthwise rows to read.
+  // Copies y [pixels][ld], one copy for each ghost of a channel: the inputs of the depthwise rows.
   void repeat(const Part& part, A* y, int64_t pixels) const {
     if (part.repeated == 0) return;
-    const int64_t per = p.ratio - 1;
+    const int64_t ghosts_per_map = p.ghosts_per_map();
     for (int64_t q = 0; q < pixels; ++q, y += part.ld)
-      for (int64_t g = 0; g < part.ghosts; ++g) y[part.repeated + g] = y[g / per];
+      for (int64_t g = 0; g < part.ghosts; ++g) y[part.repeated + g] = y[g / ghosts_per_map];
   }
 
-  // Finished rows [r0, r1) of image n from scratch to the output.
+  // Finished rows [r0, r1) of image n from scratch to out.
   void write(const Part& part, const A* image, int64_t n, int64_t r0, int64_t r1) const {
     for (int64_t r = r0; r < r1;) {
-      const int64_t stop = std::min(r1, (r / part.ring + 1) * part.ring);  // the ring's end
+      const int64_t stop = std::min(r1, (r / part.ring + 1) * part.ring);  // the end of the ring
       write_run(part, image + r % part.ring * W * part.ld, n, r, (stop - r) * W);
       r = stop;
     }
@@ -296,7 +305,7 @@ class LaneTile {
       S::store_n(to + i, load_n(src + i, count - i) + S::load_n(add + i, count - i), count - i);
   }
 
-  // A copy whose first half is act2(tail_scale * y + tail_shift).
+  // A copy of src [pixels][ld] whose first half is act2(tail_scale * y + tail_shift).
   const A* with_tail(const Part& part, const A* src, int64_t pixels) const {
     constexpr int L = kLanes<A>;
     const A* const scale = packed + at.tail + part.c0;

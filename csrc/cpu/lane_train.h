@@ -1,209 +1,57 @@
-// Training in NHWC with channels along the lanes: what channels.h computes, for modules of ratio 2
+// Training in NHWC with channels along the lanes: the formula of channels.h for modules of ratio 2
 // whose slice keeps all ghosts, on u [N * P][m]. Nothing is transposed.
 //
 //   y = act1(bn1(u)),   v = w2 (*) y,   out = concat(y, act2(bn2(v)))
 //
-// Each sum over all pixels splits a direction into passes over the images: forward has three (the
-// statistics of u, those of v, out), backward has three (the sums of bn2, those of bn1 with dw2,
-// du). Every pass makes y and v again from u. A row of a map is W * m neighbouring numbers, in
-// which a step of one pixel is a step of m, see tail_lanes.h.
+// A sum over all pixels ends a pass over the images. Forward has three passes: the statistics of u,
+// those of v, out. Backward has three: the sums of bn2; dw2 and the sums of bn1; du. Every pass
+// makes y and v again from u. A row of a map is W * m adjacent numbers, see lane_stencil.h.
 //
-// Tile map: an item is a fixed number of images, whatever the number of threads, and goes through
-// them by chunks whose maps stay in L2: some images, or a band of rows of one. Every item has its
-// own sums, which are added up in the order of the items. Binding resource: L2 bandwidth.
+// Tile map: an item is a fixed number of images, see lane_pass.h, and goes through them in chunks
+// whose maps stay in L2: some images, or a band of rows of one. Binding resource: L2 bandwidth.
 #pragma once
 
 #include <algorithm>
-#include <iterator>
 
-#include "cpu/lanes.h"
-#include "cpu/tail_lanes.h"
+#include "cpu/lane_pass.h"
 
 namespace ghost {
 namespace GHOST_ISA {
 
-// out[h][i] (+)= sum_{a,b} taps[a][b][i % q] * in[h + a - D/2][i + (b - D/2) * q]
-//   rows h of [out0, out1), at `out`; in holds rows [in0, in1), those outside are zero; the rest as
-//   in lane_stencil
-template <class A, int D>
-__attribute__((noinline)) void lane_stencil_rows(const A* in, int64_t in0, int64_t in1,
-                                                 const A* taps, int64_t ld, A* out, int64_t out0,
-                                                 int64_t out1, int64_t F, int64_t q,
-                                                 bool accumulate) {
-  constexpr int L = kLanes<A>, R = D / 2;
-  constexpr bool kTapsInRegisters = D <= 3;
-  using V = Vec<A>;
-  for (int64_t i = 0; i < F; i += L) {
-    const A* const tap = taps + i % q;
-    const MaskT<A> inside = lane_range<A>(0, F - i);
-    const bool whole = i >= R * q && i + L + R * q <= F;  // no lane of any tap is outside
-    MaskT<A> mask[D];
-    V held[kTapsInRegisters ? D * D : 1];
-#pragma GCC unroll 7
-    for (int b = 0; b < D; ++b) {
-      const int64_t at = i + (b - R) * q;
-      mask[b] = lane_range<A>(-at, F - at);
-    }
-    if constexpr (kTapsInRegisters) {
-#pragma GCC unroll 9
-      for (int t = 0; t < D * D; ++t) held[t] = load(tap + t * ld);
-    }
-    const auto rows = [&](auto full) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(full)::value;
-      V acc[D] = {};  // of rows r - R, ..., r + R
-      for (int64_t r = out0 - R; r < out1 + R; ++r) {
-        if (r >= in0 && r < in1) {
-          const A* const x = in + (r - in0) * F + i;
-#pragma GCC unroll 7
-          for (int b = 0; b < D; ++b) {
-            const A* const p = x + (b - R) * q;
-            const V xb = kFull ? load(p) : load_masked(p, mask[b]);
-#pragma GCC unroll 7
-            for (int a = 0; a < D; ++a) {
-              const int t = (D - 1 - a) * D + b;
-              if constexpr (kTapsInRegisters)
-                acc[a] += held[t] * xb;
-              else
-                acc[a] += load(tap + t * ld) * xb;
-            }
-          }
-        }
-        if (r >= out0 + R) {
-          A* const o = out + (r - R - out0) * F + i;
-          if constexpr (kFull)
-            store(o, accumulate ? acc[0] + load(o) : acc[0]);
-          else
-            store_masked(o, accumulate ? acc[0] + load_masked(o, inside) : acc[0], inside);
-        }
-#pragma GCC unroll 7
-        for (int a = 0; a + 1 < D; ++a) acc[a] = acc[a + 1];
-        acc[D - 1] = V{};
-      }
-    };
-    if (whole)
-      rows(std::true_type{});
-    else
-      rows(std::false_type{});
-  }
-}
-
-// sums[a][b][i] += sum_h dv[h][i] * in[h + a - D/2][i + (b - D/2) * q]
-//   rows h of [r0, r1); dv and in hold rows from dv0 and in0 on; rows of `in` outside [in0, in1)
-//   are zero; sums: [D * D][ld]
-template <class A, int D>
-__attribute__((noinline)) void lane_weight_grad_rows(const A* in, int64_t in0, int64_t in1,
-                                                     const A* dv, int64_t dv0, int64_t r0,
-                                                     int64_t r1, int64_t F, int64_t q, A* sums,
-                                                     int64_t ld) {
-  constexpr int L = kLanes<A>, R = D / 2;
-  for (int64_t i = 0; i < F; i += L) {
-    Vec<A> acc[D][D] = {};
-    MaskT<A> mask[D];
-#pragma GCC unroll 7
-    for (int b = 0; b < D; ++b) {
-      const int64_t at = i + (b - R) * q;
-      mask[b] = lane_range<A>(-at, F - at);
-    }
-    const MaskT<A> inside = lane_range<A>(0, F - i);
-    // Row r of the input meets row r + R - a of dv under tap row a.
-    Vec<A> g[D] = {};
-    for (int64_t r = r0 - 2 * R; r < r1 + R; ++r) {
-#pragma GCC unroll 7
-      for (int a = D - 1; a > 0; --a) g[a] = g[a - 1];
-      g[0] = r + R >= r0 && r + R < r1 ? load_masked(dv + (r + R - dv0) * F + i, inside) : Vec<A>{};
-      if (r < in0 || r >= in1 || r < r0 - R) continue;
-#pragma GCC unroll 7
-      for (int b = 0; b < D; ++b) {
-        const Vec<A> x = load_masked(in + (r - in0) * F + i + (b - R) * q, mask[b]);
-#pragma GCC unroll 7
-        for (int a = 0; a < D; ++a) acc[a][b] += g[a] * x;
-      }
-    }
-#pragma GCC unroll 7
-    for (int a = 0; a < D; ++a)
-#pragma GCC unroll 7
-      for (int b = 0; b < D; ++b) {
-        A* const s = sums + (a * D + b) * ld + i;
-        store_masked(s, load_masked(s, inside) + acc[a][b], inside);
-      }
-  }
-}
-
-// The last few channels of a pixel. A masked store is slow on some AVX2 processors.
 template <class A>
-struct LastLanes {
-  int64_t count;
-  MaskT<A> mask;
-  GHOST_INLINE Vec<A> load(const A* p) const { return load_masked(p, mask); }
-  GHOST_INLINE void store(A* p, Vec<A> v) const { store_first(p, v, count); }
-};
-// Calls f(c, lanes) for vectors of a pixel's channels.
-template <class A, class F>
-GHOST_INLINE void for_vectors_of(int64_t channels, F&& f) {
-  constexpr int64_t L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + L <= channels; c += L) f(c, Lanes<A, true>{L, {}});
-  if (c < channels) f(c, LastLanes<A>{channels - c, lane_range<A>(0, channels - c)});
-}
-
-template <class A>
-class LaneTrain {
-  static constexpr int L = kLanes<A>;
-  static constexpr int64_t kPiece = 256;  // pixels whose sums are float32
+class LaneTrain : LanePass<A> {
+  using Base = LanePass<A>;
+  using Base::L, Base::p, Base::weight, Base::flipped, Base::sums, Base::put;
+  using Base::N, Base::H, Base::W, Base::P, Base::m, Base::out_channels, Base::d, Base::taps,
+      Base::F;
+  using Base::partial;
+  static constexpr int64_t kPiece = 256;  // pixels that a float32 sum spans
   const LaneTrainArgs& args;
-  const Problem& p;
-  const int64_t N, H, W, P, m, oup, d, taps, R, F;
+  const int64_t R;
   const LaneItems items;
-  const int64_t ld_taps, ld_sums, ld_norm;
-  // Parameters of both norms, repeated to m + a vector.
-  A *norm, *acc;               // [12][m + L], [2][m + L]
-  A *weight, *flipped, *sums;  // [taps][ld_taps] twice, [taps][ld_sums]
-  A *y, *v, *dy;               // of a chunk
-
-  enum Parameter { kScale, kShift, kMean, kInvStd, kMeanG, kMeanGx, kParameters };
-  A* param(int which, Parameter i) const {
-    return norm + ((which - 1) * kParameters + i) * ld_norm;
-  }
+  LaneNorm<A> norm1, norm2;
+  A *sum_g, *sum_gx;  // [m + L]
+  A *y, *v, *dy;      // of a chunk
 
  public:
   explicit LaneTrain(const LaneTrainArgs& a)
-      : args(a),
-        p(a.problem),
-        N(p.batch),
-        H(p.height),
-        W(p.width),
-        P(H * W),
-        m(p.intrinsic),
-        oup(p.out_channels),
-        d(p.dw_size),
-        taps(d * d),
+      : Base(a.problem, a.problem.intrinsic, a.items.count, a.partial,
+             (2 + a.problem.dw_size * a.problem.dw_size) * a.problem.intrinsic),
+        args(a),
         R(d / 2),
-        F(W * m),
-        items(a.items),
-        ld_taps(m + L),
-        ld_sums(F + L),
-        ld_norm(m + L) {
+        items(a.items) {
     const int64_t map = items.chunk_images * std::min(H, items.band + 4 * R) * F + 64;
-    const int64_t sizes[] = {2 * kParameters * ld_norm,
-                             2 * ld_norm,
-                             taps * ld_taps,
-                             taps * ld_taps,
-                             taps * ld_sums,
-                             map,
-                             map,
-                             map};
-    A** const parts[] = {&norm, &acc, &weight, &flipped, &sums, &y, &v, &dy};
-    int64_t total = 64;
-    for (int64_t size : sizes) total += round_up(size, 16) + 16;
-    A* next = static_cast<A*>(thread_scratch(size_t(total) * sizeof(A))) + 32;
-    for (size_t i = 0; i < std::size(sizes); ++i) {
-      *parts[i] = next;
-      next += round_up(sizes[i], 16) + 16;
-    }
-    const A* const w2 = static_cast<const A*>(args.w2);
-    for (int64_t t = 0; t < taps && w2; ++t)
-      for (int64_t i = 0, c = 0; i < ld_taps; ++i, c = c + 1 < m ? c + 1 : 0)
-        weight[t * ld_taps + i] = flipped[(taps - 1 - t) * ld_taps + i] = w2[c * taps + t];
+    A *of_norm1, *of_norm2;
+    this->allocate({{&of_norm1, LaneNorm<A>::elements(m)},
+                    {&of_norm2, LaneNorm<A>::elements(m)},
+                    {&sum_g, m + L},
+                    {&sum_gx, m + L},
+                    {&y, map},
+                    {&v, map},
+                    {&dy, map}},
+                   args.w2);
+    norm1 = LaneNorm<A>(of_norm1, m);
+    norm2 = LaneNorm<A>(of_norm2, m);
   }
 
   void run(LaneStep step, int64_t begin, int64_t end) const {
@@ -214,72 +62,55 @@ class LaneTrain {
       case LaneStep::kMergeMoments1:
         return merge_moments(args.mean1, args.var1);
       case LaneStep::kMoments2:
-        set_norm(1, args.norm1);
+        norm1.set(args.norm1);
         for (int64_t i = begin; i < end; ++i) moments2(i);
         break;
       case LaneStep::kMergeMoments2:
         return merge_moments(args.mean2, args.var2);
       case LaneStep::kForward:
-        set_norm(1, args.norm1);
-        set_norm(2, args.norm2);
+        norm1.set(args.norm1);
+        norm2.set(args.norm2);
         for (int64_t i = begin; i < end; ++i) forward(i);
         break;
       case LaneStep::kSums2:
-        set_norm(1, args.norm1);
-        set_norm(2, args.norm2);
+        norm1.set(args.norm1);
+        norm2.set(args.norm2);
         for (int64_t i = begin; i < end; ++i) sums2(i);
         break;
       case LaneStep::kMergeSums2:
         return merge_sums(args.grads2, args.totals);
       case LaneStep::kGrads:
-        set_norm(1, args.norm1);
-        set_norm(2, args.norm2);
-        set_means(2, args.norm2, args.totals);
+        norm1.set(args.norm1);
+        norm2.set(args.norm2);
+        set_means(norm2, args.norm2, args.totals);
         for (int64_t i = begin; i < end; ++i) grads(i);
         break;
       case LaneStep::kMergeGrads:
         merge_sums(args.grads1, args.totals + 2 * m);
-        return merge_taps();
+        if (args.dw2) this->merge_tap_sums(2 * m, m, args.dw2);
+        break;
       case LaneStep::kInput:
-        set_norm(1, args.norm1);
-        set_means(1, args.norm1, args.totals + 2 * m);
+        norm1.set(args.norm1);
+        set_means(norm1, args.norm1, args.totals + 2 * m);
         for (int64_t i = begin; i < end; ++i) input_grad(i);
         break;
     }
   }
 
  private:
-  static void put(void* p, int64_t i, double x) {
-    if (p) static_cast<A*>(p)[i] = A(x);
-  }
-
-  void set_norm(int which, const NormArgs& n) const {
-    for (int64_t c = 0; c < ld_norm; ++c) {
-      const Affine<A> f(n, c % m);
-      param(which, kScale)[c] = f.scale;
-      param(which, kShift)[c] = f.shift;
-      param(which, kMean)[c] = f.mean;
-      param(which, kInvStd)[c] = f.inv_std;
-      param(which, kMeanG)[c] = param(which, kMeanGx)[c] = A(0);
-    }
-  }
-  // What a norm with batch statistics subtracts from its gradient. totals: [2][m]
-  void set_means(int which, const NormArgs& n, const double* totals) const {
+  // The means that the gradient of a norm with batch statistics subtracts. totals: [2][m]
+  void set_means(const LaneNorm<A>& norm, const NormArgs& n, const double* totals) const {
     if (!n.batch_stats) return;
     const A* const given = static_cast<const A*>(n.means);
     const double count = double(N * P);
-    for (int64_t i = 0; i < ld_norm; ++i) {
-      const int64_t c = i % m;
-      param(which, kMeanG)[i] = given ? given[c] : A(totals[c] / count);
-      param(which, kMeanGx)[i] = given ? given[m + c] : A(totals[m + c] / count);
-    }
+    norm.set_means([&](int64_t c) { return given ? given[c] : A(totals[c] / count); },
+                   [&](int64_t c) { return given ? given[m + c] : A(totals[m + c] / count); });
   }
 
-  double* partial(int64_t item) const { return args.partial + item * (2 + taps) * m; }
-
-  // Rows [r0, r1) of images [n, n + images); all rows where there are several images.
+  // Rows [r0, r1) of images [n, n + images): all rows if there are several images.
   struct Chunk {
     int64_t n, images, r0, r1;
+    int64_t pixels(int64_t width) const { return images * (r1 - r0) * width; }
   };
   template <class Fn>
   void for_chunks(int64_t item, Fn&& f) const {
@@ -292,18 +123,26 @@ class LaneTrain {
         f(Chunk{n, std::min(items.chunk_images, end - n), 0, H});
     }
   }
-  int64_t above(const Chunk& c, int64_t halo) const { return std::max<int64_t>(c.r0 - halo, 0); }
-  int64_t below(const Chunk& c, int64_t halo) const { return std::min(H, c.r1 + halo); }
+  // The rows of a chunk's map with `halo` rows around them, those inside the image.
+  template <class Number>
+  LaneRows<Number> rows_of(Number* map, const Chunk& c, int64_t halo) const {
+    return {map, std::max<int64_t>(c.r0 - halo, 0), std::min(H, c.r1 + halo)};
+  }
 
-  // Calls f for runs of pixels whose maps stay in L1 while the vectors of channels pass.
+  template <class Fn>
+  static GHOST_INLINE void for_vectors_of(int64_t channels, Fn&& f) {
+    for_channels<A, LastLanes<A>>(channels, f);
+  }
+
+  // Calls f for runs of pixels whose maps stay in L1 while all vectors of channels pass.
   template <class Fn>
   GHOST_INLINE void for_tiles(int64_t pixels, Fn&& f) const {
     const int64_t tile = std::clamp<int64_t>(2048 / m, 8, kPiece);
     for (int64_t i = 0; i < pixels; i += tile) f(i, std::min(i + tile, pixels));
   }
 
-  // Calls f(i, c, lanes) for the vectors of a map of some pixels, i numbers from its start, where
-  // channel c is the first.
+  // Calls f(i, c, lanes) for the vectors of a map [pixels][m]; i: numbers before the vector; c: the
+  // channel of its first lane.
   template <class Fn>
   GHOST_INLINE void for_numbers(int64_t pixels, Fn&& f) const {
     const int64_t n = pixels * m, step = L % m;
@@ -312,109 +151,65 @@ class LaneTrain {
     if (i < n) f(i, c, LastLanes<A>{n - i, lane_range<A>(0, n - i)});
   }
 
-  // y of the chunk's rows and `halo` rows around them.
-  void make_y(const Chunk& c, int64_t halo) const {
-    const int64_t rows = below(c, halo) - above(c, halo), n = c.images * rows * W;
-    const A* const u = static_cast<const A*>(args.u) + (c.n * H + above(c, halo)) * F;
-    const A* const scale = param(1, kScale);
-    const A* const shift = param(1, kShift);
+  // y of the chunk's rows and of `halo` rows around them.
+  LaneRows<const A> make_y(const Chunk& c, int64_t halo) const {
+    const LaneRows<A> rows = rows_of(y, c, halo);
+    const int64_t pixels = c.images * (rows.end - rows.begin) * W;
+    const A* const u = static_cast<const A*>(args.u) + (c.n * H + rows.begin) * F;
     with_activation(p.act1.act, [&](auto act) {
-      for_numbers(n, [&](int64_t i, int64_t c, auto lanes) {
-        lanes.store(y + i,
-                    activate<decltype(act)::value, A>(
-                        lanes.load(u + i) * load(scale + c) + load(shift + c), A(p.act1.slope)));
+      for_numbers(pixels, [&](int64_t i, int64_t c, auto lanes) {
+        const Vec<A> pre = lanes.load(u + i) * load(norm1.scale + c) + load(norm1.shift + c);
+        lanes.store(y + i, activate<decltype(act)::value, A>(pre, A(p.act1.slope)));
       });
     });
+    return {y, rows.begin, rows.end};
+  }
+  // y as above and v = w2 (*) y of the chunk's rows.
+  LaneRows<const A> make_v(const Chunk& c) const {
+    const LaneRows<const A> from = make_y(c, R);
+    this->template convolve<false>(from, weight, rows_of(v, c, 0), c.images, false);
+    return from;
   }
 
-  // Rows of the chunk with `halo` rows around them, of what has `in_halo` such rows.
-  void convolve(const Chunk& c, const A* in, int64_t in_halo, const A* w, A* out, int64_t halo,
-                bool accumulate) const {
-    const int64_t in0 = above(c, in_halo), in1 = below(c, in_halo), out0 = above(c, halo),
-                  out1 = below(c, halo);
-    for (int64_t j = 0; j < c.images; ++j) {
-      const A* const x = in + j * (in1 - in0) * F;
-      A* const o = out + j * (out1 - out0) * F;
-      switch (d) {
-#define GHOST_TAPS(D)                                                                  \
-  case D:                                                                              \
-    lane_stencil_rows<A, D>(x, in0, in1, w, ld_taps, o, out0, out1, F, m, accumulate); \
-    break;
-        GHOST_TAPS(1)
-        GHOST_TAPS(3)
-        GHOST_TAPS(5)
-        GHOST_TAPS(7)
-#undef GHOST_TAPS
-      }
-    }
-  }
-
-  // Adds the moments of x [pixels][m], the item's pixels from `before` on.
-  void add_moments(const A* x, int64_t pixels, int64_t before, double* of) const {
-    for (int64_t q = 0; q < pixels; q += kPiece) {
-      const int64_t n = std::min(kPiece, pixels - q);
-      for_vectors_of<A>(m, [&](int64_t c, auto lanes) {
-        const A* const from = x + q * m + c;
-        const Vec<A> mean = sum_pixels<A, false>(from, n, m, Vec<A>{}, lanes) / set1(A(n));
-        A means[L], squares[L];
-        store(means, mean);
-        store(squares, sum_pixels<A, true>(from, n, m, mean, lanes));
-        for (int64_t l = 0; l < std::min<int64_t>(lanes.count, L); ++l) {
-          Moments all{double(before + q), of[c + l], of[m + c + l]};
-          all.merge(double(n), double(means[l]), double(squares[l]));
-          of[c + l] = all.mean;
-          of[m + c + l] = all.m2;
-        }
-      });
-    }
-  }
   void moments1(int64_t item) const {
     double* const of = partial(item);
     std::fill_n(of, 2 * m, 0.0);
     const int64_t first = item * items.images, end = std::min(N, first + items.images);
-    add_moments(static_cast<const A*>(args.u) + first * P * m, (end - first) * P, 0, of);
+    this->add_moments(static_cast<const A*>(args.u) + first * P * m, (end - first) * P, m, kPiece,
+                      0, of, of + m);
   }
   void moments2(int64_t item) const {
     double* const of = partial(item);
     std::fill_n(of, 2 * m, 0.0);
     int64_t before = 0;
     for_chunks(item, [&](const Chunk& c) {
-      make_y(c, R);
-      convolve(c, y, R, weight, v, 0, false);
-      const int64_t pixels = c.images * (c.r1 - c.r0) * W;
-      add_moments(v, pixels, before, of);
-      before += pixels;
+      make_v(c);
+      this->add_moments(v, c.pixels(W), m, kPiece, before, of, of + m);
+      before += c.pixels(W);
     });
   }
   void merge_moments(void* mean, void* var) const {
-    for (int64_t c = 0; c < m; ++c) {
-      Moments all;
-      for (int64_t item = 0; item < items.count; ++item) {
-        const int64_t first = item * items.images, images = std::min(items.images, N - first);
-        all.merge(double(images * P), partial(item)[c], partial(item)[m + c]);
-      }
-      put(mean, c, all.mean);
-      put(var, c, all.variance());
-    }
+    const auto images = [&](int64_t item) {
+      return std::min(items.images, N - item * items.images);
+    };
+    Base::merge_moments(m, images, mean, var);
   }
 
   void forward(int64_t item) const {
-    const A* const scale = param(2, kScale);
-    const A* const shift = param(2, kShift);
     for_chunks(item, [&](const Chunk& c) {
-      make_y(c, R);
-      convolve(c, y, R, weight, v, 0, false);
-      const int64_t y0 = above(c, R), y1 = below(c, R), rows = c.r1 - c.r0;
+      const LaneRows<const A> rows_y = make_v(c);
+      const int64_t rows = c.r1 - c.r0;
       with_activation(p.act2.act, [&](auto act) {
         for (int64_t j = 0; j < c.images; ++j) {
-          const A* from_y = y + (j * (y1 - y0) + c.r0 - y0) * F;
+          const A* from_y = rows_y.image(j, F).data + (c.r0 - rows_y.begin) * F;
           const A* from_v = v + j * rows * F;
-          A* out = static_cast<A*>(args.out) + ((c.n + j) * H + c.r0) * W * oup;
-          for (int64_t i = 0; i < rows * W; ++i, from_y += m, from_v += m, out += oup) {
-            for_vectors_of<A>(
+          A* out = static_cast<A*>(args.out) + ((c.n + j) * H + c.r0) * W * out_channels;
+          for (int64_t i = 0; i < rows * W; ++i, from_y += m, from_v += m, out += out_channels) {
+            for_vectors_of(
                 m, [&](int64_t ch, auto lanes) { lanes.store(out + ch, lanes.load(from_y + ch)); });
-            for_vectors_of<A>(m, [&](int64_t ch, auto lanes) {
-              const Vec<A> pre = lanes.load(from_v + ch) * load(scale + ch) + load(shift + ch);
+            for_vectors_of(m, [&](int64_t ch, auto lanes) {
+              const Vec<A> pre =
+                  lanes.load(from_v + ch) * load(norm2.scale + ch) + load(norm2.shift + ch);
               lanes.store(out + m + ch, activate<decltype(act)::value, A>(pre, A(p.act2.slope)));
             });
           }
@@ -423,20 +218,19 @@ class LaneTrain {
     });
   }
 
-  // g = grad * act'(bn(x)) of n pixels, stored to dst if that is not null; their sums of g and of g
-  // times the normalised x are added to of [2][m], if that is not null.
-  void through_activation(int which, const Activation& a, const A* x, const A* grad,
+  // dst = g = grad * act'(bn(x)) of n pixels, dst null for the sums alone. The sums of g and of
+  // g * xhat, xhat the normalised x, are added to of [2][m], or null.
+  // x, dst [n][m]; grad [n][ld_grad].
+  void through_activation(const LaneNorm<A>& norm, const Activation& a, const A* x, const A* grad,
                           int64_t ld_grad, A* dst, int64_t n, double* of) const {
-    A* const sum_g = acc;
-    A* const sum_gx = acc + ld_norm;
     with_activation(a.act, [&](auto act) {
       for (int64_t q = 0; q < n; q += kPiece) {
-        std::fill_n(acc, 2 * ld_norm, A(0));
+        std::fill_n(sum_g, norm.size, A(0));
+        std::fill_n(sum_gx, norm.size, A(0));
         for_tiles(std::min(kPiece, n - q), [&](int64_t begin, int64_t end) {
-          for_vectors_of<A>(m, [&](int64_t c, auto lanes) {
-            const Vec<A> k = load(param(which, kScale) + c), s = load(param(which, kShift) + c),
-                         mean = load(param(which, kMean) + c),
-                         inv = load(param(which, kInvStd) + c);
+          for_vectors_of(m, [&](int64_t c, auto lanes) {
+            const Vec<A> k = load(norm.scale + c), s = load(norm.shift + c),
+                         mean = load(norm.mean + c), inv = load(norm.inv_std + c);
             Vec<A> sum = load(sum_g + c), sum_x = load(sum_gx + c);
             for (int64_t i = q + begin; i < q + end; ++i) {
               const Vec<A> xv = lanes.load(x + i * m + c);
@@ -457,118 +251,82 @@ class LaneTrain {
       }
     });
   }
-  // dst = d(bn input) of n pixels from g, in place of g too.
-  void through_norm(int which, const NormArgs& norm_args, const A* x, const A* g, A* dst,
+  // dst: the gradient of the norm's input x from g, the gradient of its output; all [n][m], dst may
+  // be g.
+  void through_norm(const LaneNorm<A>& norm, bool batch_stats, const A* x, const A* g, A* dst,
                     int64_t n) const {
-    const A* const scale = param(which, kScale);
-    if (!norm_args.batch_stats) {
+    if (!batch_stats) {
       for_numbers(n, [&](int64_t i, int64_t c, auto lanes) {
-        lanes.store(dst + i, lanes.load(g + i) * load(scale + c));
+        lanes.store(dst + i, lanes.load(g + i) * load(norm.scale + c));
       });
       return;
     }
-    const A* const mean = param(which, kMean);
-    const A* const inv = param(which, kInvStd);
-    const A* const mean_g = param(which, kMeanG);
-    const A* const mean_gx = param(which, kMeanGx);
     for_numbers(n, [&](int64_t i, int64_t c, auto lanes) {
-      const Vec<A> xhat = (lanes.load(x + i) - load(mean + c)) * load(inv + c);
-      lanes.store(dst + i, (lanes.load(g + i) - load(mean_g + c) - xhat * load(mean_gx + c)) *
-                               load(scale + c));
+      const Vec<A> xhat = (lanes.load(x + i) - load(norm.mean + c)) * load(norm.inv_std + c);
+      const Vec<A> centered =
+          lanes.load(g + i) - load(norm.mean_g + c) - xhat * load(norm.mean_gx + c);
+      lanes.store(dst + i, centered * load(norm.scale + c));
     });
   }
 
   const A* grad_at(int64_t n, int64_t row, int64_t channel) const {
-    return static_cast<const A*>(args.grad_out) + (n * H + row) * W * oup + channel;
+    return static_cast<const A*>(args.grad_out) + (n * H + row) * W * out_channels + channel;
   }
 
   void sums2(int64_t item) const {
     double* const of = partial(item);
     std::fill_n(of, 2 * m, 0.0);
     for_chunks(item, [&](const Chunk& c) {
-      make_y(c, R);
-      convolve(c, y, R, weight, v, 0, false);
-      through_activation(2, p.act2, v, grad_at(c.n, c.r0, m), oup, nullptr,
-                         c.images * (c.r1 - c.r0) * W, of);
+      make_v(c);
+      through_activation(norm2, p.act2, v, grad_at(c.n, c.r0, m), out_channels, nullptr,
+                         c.pixels(W), of);
     });
   }
 
-  // dw2's sums, and g of bn1 with its sums.
+  // The sums of dw2, and g of bn1 with its sums.
   void grads(int64_t item) const {
     double* const of = partial(item);
     std::fill_n(of, (2 + taps) * m, 0.0);
-    std::fill_n(sums, taps * ld_sums, A(0));
+    std::fill_n(sums, taps * this->ld_sums, A(0));
     int64_t rows_since = 0;
     for_chunks(item, [&](const Chunk& c) {
-      // dv of the rows that dy needs, from v in the same place.
-      const int64_t halo = args.g1 ? R : 0, t0 = above(c, halo), t1 = below(c, halo),
-                    y0 = above(c, halo + R), y1 = below(c, halo + R),
-                    pixels = c.images * (t1 - t0) * W, rows = c.r1 - c.r0;
-      make_y(c, halo + R);
-      convolve(c, y, halo + R, weight, v, halo, false);
-      through_activation(2, p.act2, v, grad_at(c.n, t0, m), oup, dy, pixels, nullptr);
-      through_norm(2, args.norm2, v, dy, v, pixels);
+      const int64_t halo = args.g1 ? R : 0;  // of the rows of dv that dy reads
+      const LaneRows<const A> rows_y = make_y(c, halo + R);
+      const LaneRows<A> rows_v = rows_of(v, c, halo);
+      const LaneRows<const A> dv = rows_of<const A>(v, c, halo);  // in place of v
+      const int64_t pixels = c.images * (dv.end - dv.begin) * W;
+      this->template convolve<false>(rows_y, weight, rows_v, c.images, false);
+      through_activation(norm2, p.act2, v, grad_at(c.n, dv.begin, m), out_channels, dy, pixels,
+                         nullptr);
+      through_norm(norm2, args.norm2.batch_stats, v, dy, v, pixels);
       for (int64_t j = 0; args.dw2 && j < c.images; ++j)
-        weight_grad(y + j * (y1 - y0) * F, y0, y1, v + j * (t1 - t0) * F, t0, c.r0, c.r1);
-      rows_since += c.images * rows;
+        this->add_tap_sums(rows_y.image(j, F), dv.image(j, F), c.r0, c.r1, 1);
+      rows_since += c.images * (c.r1 - c.r0);
       if (rows_since >= kPiece) {
-        flush_taps(of);
+        this->flush_tap_sums(of + 2 * m);
         rows_since = 0;
       }
       if (!args.g1) return;
       const A* grad = grad_at(c.n, c.r0, 0);
-      for (int64_t i = 0; i < c.images * rows * W; ++i, grad += oup)
-        for_vectors_of<A>(m, [&](int64_t ch, auto lanes) {
+      for (int64_t i = 0; i < c.pixels(W); ++i, grad += out_channels)
+        for_vectors_of(m, [&](int64_t ch, auto lanes) {
           lanes.store(dy + i * m + ch, lanes.load(grad + ch));
         });
-      convolve(c, v, halo, flipped, dy, 0, true);
+      this->template convolve<false>(dv, flipped, rows_of(dy, c, 0), c.images, true);
       const int64_t at = (c.n * H + c.r0) * F;
-      through_activation(1, p.act1, static_cast<const A*>(args.u) + at, dy, m,
-                         static_cast<A*>(args.g1) + at, c.images * rows * W, of);
+      through_activation(norm1, p.act1, static_cast<const A*>(args.u) + at, dy, m,
+                         static_cast<A*>(args.g1) + at, c.pixels(W), of);
     });
-    flush_taps(of);
-  }
-  void weight_grad(const A* in, int64_t in0, int64_t in1, const A* dv, int64_t dv0, int64_t r0,
-                   int64_t r1) const {
-    switch (d) {
-#define GHOST_TAPS(D)                                                                \
-  case D:                                                                            \
-    lane_weight_grad_rows<A, D>(in, in0, in1, dv, dv0, r0, r1, F, m, sums, ld_sums); \
-    break;
-      GHOST_TAPS(1)
-      GHOST_TAPS(3)
-      GHOST_TAPS(5)
-      GHOST_TAPS(7)
-#undef GHOST_TAPS
-    }
-  }
-  // Moves dw2's sums to double: of [2 .. 2 + taps)[m].
-  void flush_taps(double* of) const {
-    for (int64_t t = 0; t < taps; ++t) {
-      A* const s = sums + t * ld_sums;
-      double* const to = of + (2 + t) * m;
-      for (int64_t w = 0; w < W; ++w)
-        for (int64_t c = 0; c < m; ++c) to[c] += double(s[w * m + c]);
-      std::fill_n(s, F, A(0));
-    }
+    this->flush_tap_sums(of + 2 * m);
   }
 
+  // totals: [2][m]
   void merge_sums(const NormGrads& out, double* totals) const {
-    std::fill_n(totals, 2 * m, 0.0);
-    for (int64_t item = 0; item < items.count; ++item)
-      for (int64_t i = 0; i < 2 * m; ++i) totals[i] += partial(item)[i];
+    for (int64_t i = 0; i < 2 * m; ++i) totals[i] = this->sum_of_items(i);
     for (int64_t c = 0; c < m; ++c) {
       put(out.dbeta, c, totals[c]);
       put(out.dgamma, c, totals[m + c]);
     }
-  }
-  void merge_taps() const {
-    for (int64_t c = 0; args.dw2 && c < m; ++c)
-      for (int64_t t = 0; t < taps; ++t) {
-        double sum = 0;
-        for (int64_t item = 0; item < items.count; ++item) sum += partial(item)[(2 + t) * m + c];
-        put(args.dw2, c * taps + t, sum);
-      }
   }
 
   // du, in place of g1.
@@ -576,7 +334,7 @@ class LaneTrain {
     const int64_t first = item * items.images, end = std::min(N, first + items.images);
     for (int64_t q = first * P; q < end * P; q += kPiece) {
       A* const g = static_cast<A*>(args.g1) + q * m;
-      through_norm(1, args.norm1, static_cast<const A*>(args.u) + q * m, g, g,
+      through_norm(norm1, args.norm1.batch_stats, static_cast<const A*>(args.u) + q * m, g, g,
                    std::min(kPiece, end * P - q));
     }
   }

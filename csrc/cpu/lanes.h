@@ -2,11 +2,10 @@
 //
 //   Y[p][c] = act(shift[c] + sum_k X[p][k] W[k][c])
 //
-// Tile map: a block keeps kPixels x kVecs accumulators in registers. Weights are loaded as
-// vectors of channels from the panels, values of x are broadcast. K goes in slices, so that a
-// slice of the block's weights stays in L1 while all pixels pass. No lane idles at 49 or 196
-// pixels; where channels do not fill the last vector, its idle lanes are never stored.
-// Binding resource: the FMA ports.
+// Tile map: a block keeps kPixels x kVecs accumulators in registers. Weights are loaded as vectors
+// of channels from the panels, values of x are broadcast. K goes in slices: a slice of the block's
+// weights stays in L1 while all pixels pass. Maps of 49 or 196 pixels leave no lane idle; lanes
+// past the last channel are never stored. Binding resource: FMA ports.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +21,7 @@ namespace GHOST_ISA {
 
 template <class A>
 inline constexpr int kPanelVecs = int(kPanel) / kLanes<A>;
-// Vectors of channels in a block: blocks start at even vectors where a panel has several.
+// Vectors of channels in a block. Blocks start at the first vector of a panel.
 template <class A>
 inline constexpr int kMostBlockVecs = kPanelVecs<A> == 1 ? 4 : 2;
 constexpr int most_pixels(int vecs) {
@@ -33,7 +32,7 @@ constexpr int most_pixels(int vecs) {
 #endif
 }
 
-// The first n lanes, n > 0. Masked stores are slow on some AVX2 processors.
+// Stores the first n lanes, n > 0, without a mask: masked stores are slow on some AVX2 processors.
 template <class A>
 GHOST_INLINE void store_first(A* p, Vec<A> v, int64_t n) {
   constexpr int L = kLanes<A>;
@@ -56,9 +55,9 @@ GHOST_INLINE void store_first(A* p, Vec<A> v, int64_t n) {
 #endif
 }
 
-// Where a product's last channels fill half a vector, a vector sums two values of a pixel at once:
-// its lane 2 * c + j the products of channel c with the values 2 * i + j. Both are added at the
-// end.
+// If the last channels of a product fill half a vector, a vector sums two values of a pixel at
+// once: lane 2 * c + j sums the products of channel c with values 2 * i + j of x, i = 0, 1, ...
+// Both lanes of a channel are added at the end.
 #if defined(__AVX512F__) || defined(__AVX2__)
 template <class A>
 inline constexpr bool kHasHalves = sizeof(A) == 4;
@@ -67,21 +66,23 @@ template <class A>
 inline constexpr bool kHasHalves = false;
 #endif
 
-// The last channels of a product, from `from` on, with their weights in the order of these lanes:
-// panels [ceil(channels / 8)][K / 2][kPanel]; shift [ceil(channels / 8)][kPanel], in even lanes.
+// The last channels of a product, from `from` on, with their weights in the order of these lanes.
+//   panels: [ceil(channels / 8)][K / 2][kPanel]
+//   shift: [ceil(channels / 8)][kPanel], in even lanes
 template <class A>
 struct HalfVectors {
   int64_t from, channels;
   A *panels, *shift;
 
-  // The first of them, of m channels: half a vector, or one and a half if those are all.
+  // Their first channel if the product has m: they are half a vector, or one and a half if the
+  // product has no more.
   static int64_t first(int64_t m) {
     constexpr int kHalf = kLanes<A> / 2;
     const int64_t halves = (m + kHalf - 1) / kHalf;
     return !kHasHalves<A> || halves % 2 == 0 ? m : halves <= 3 ? 0 : (halves - 1) * kHalf;
   }
   int64_t panel_count() const { return (channels + kPanel / 2 - 1) / (kPanel / 2); }
-  // from * K elements into the packed weights; K is even.
+  // From panels [ceil((from + channels) / kPanel)][K][kPanel] and their shift; K is even.
   void pack(const A* packed, const A* packed_shift, int64_t K) {
     std::fill_n(panels, panel_count() * K / 2 * kPanel, A(0));
     std::fill_n(shift, panel_count() * kPanel, A(0));
@@ -95,7 +96,7 @@ struct HalfVectors {
   }
 };
 
-// p[0], or p[0] and p[1] in turn.
+// All lanes p[0]; or p[0] in even and p[1] in odd lanes.
 template <int kValues, class A>
 GHOST_INLINE Vec<A> broadcast(const A* p) {
   if constexpr (kValues == 1) {
@@ -107,7 +108,7 @@ GHOST_INLINE Vec<A> broadcast(const A* p) {
   }
 }
 
-// Half a vector, of n elements.
+// Stores the low or the high half of v, at most n elements.
 #if defined(__AVX512F__) || defined(__AVX2__)
 GHOST_INLINE void store_half(float* p, VecF v, bool high, int64_t n) {
   constexpr int kHalf = kLanes<float> / 2;
@@ -125,7 +126,7 @@ GHOST_INLINE void store_half(float* p, VecF v, bool high, int64_t n) {
 }
 #endif
 
-// Memory that a product prefetches evenly: what it reads later, and the place of later results.
+// Memory that a product prefetches evenly: later input, and the place of later results.
 struct Ahead {
   const char *read, *write;
   int64_t read_bytes = 0, write_bytes = 0;
@@ -133,8 +134,8 @@ struct Ahead {
 inline constexpr int64_t kDistance = 4096;        // bytes ahead
 inline constexpr int64_t kFewResults = 64 << 10;  // bytes: they stay in L1 or near it
 
-// Where a product's x is: any order of pixels and channels. K is a row of channels, or several:
-// what lies under the rows of taps of a convolution.
+// The x of a product, pixels and channels in any order. K is `taps` rows of values: one, or one
+// under each row of taps of a k x k convolution.
 template <class A>
 struct LaneSource {
   const A* x;                   // image 0, pixel 0, channel 0
@@ -144,17 +145,18 @@ struct LaneSource {
   int64_t taps = 1, tap = 0;    // rows of taps; elements from one to the next
 };
 
-// What a product does with its sums.
+// Where the sums of a product go.
 template <class A>
 struct LaneOut {
-  A* y;  // [pixels][ld], channel 0 of the product
+  A* y;  // [pixels][ld], from channel 0 of the product
   int64_t ld;
   Activation act;
-  bool fetch = false;       // prefetch x, which is contiguous, from beyond L2
+  bool fetch = false;       // prefetch x from beyond L2; x is contiguous
   bool fetch_y = false;     // prefetch the place after y too
-  bool accumulate = false;  // add to y instead of to the shift: not the first slice of K
+  bool accumulate = false;  // add to y instead of to the shift: slices of K after the first
 };
 
+// y [pixels][ld] = act(y), `channels` of each pixel.
 template <class A>
 void activate_pixels(const Activation& a, A* y, int64_t ld, int64_t pixels, int64_t channels) {
   constexpr int L = kLanes<A>;
@@ -171,9 +173,9 @@ void activate_pixels(const Activation& a, A* y, int64_t ld, int64_t pixels, int6
   });
 }
 
-// `tiles` register blocks, pixels after pixels. w: the block's first vector in its panel, further
-// panels ldpanel apart; K: of one row of taps, divided by kValues, the values of a pixel that a
-// vector sums at once.
+// `tiles` register blocks of kPixels pixels each, one after the other. weights: the first vector of
+// the block in its panel [K][kPanel]; the next panel is ldpanel elements further. K: values of one
+// row of taps, divided by kValues, the values of a pixel that a vector sums at once.
 template <class A, int kValues, int kVecs, int kPixels>
 __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, const A* weights,
                                           int64_t ldpanel, int64_t K, const A* shift,
@@ -182,7 +184,7 @@ __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, c
   constexpr int L = kLanes<A>, kChannels = L / kValues, kGroups = (kPixels + 2) / 3;
   using V = Vec<A>;
   const int64_t last = channels - (kVecs - 1) * kChannels;  // channels of the last vector
-  // Locals, because a store could alias the structures.
+  // Locals: for the compiler, a store may change the structures.
   const int64_t next = in.pixel * int64_t(sizeof(A)),
                 deeper = in.depth * kValues * int64_t(sizeof(A)), pixel = in.pixel, taps = in.taps,
                 tap = in.tap, ld = out.ld;
@@ -199,8 +201,7 @@ __attribute__((noinline)) void lane_block(const A* x, const LaneSource<A>& in, c
     }
     const A* w = weights;
     for (int64_t i = 0; i < taps; ++i) {
-      // Three pixels a pointer: base, base + next and base + 2 * next are addresses of one
-      // instruction.
+      // One pointer for three pixels: base, base + next and base + 2 * next are addressing modes.
       const char* p[kGroups];
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g)
@@ -263,7 +264,7 @@ constexpr std::array<LaneBlock<A>, sizeof...(kIndex)> lane_blocks(std::index_seq
   return {lane_block<A, kValues, kVecs, int(kIndex) + 1>...};
 }
 
-// All pixels of one block of channels, in tiles of nearly equal size.
+// All pixels of one block of channels, in tiles of kMost pixels or fewer, of nearly equal size.
 template <class A, int kValues, int kVecs>
 void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K, const A* shift,
                  const LaneOut<A>& out, A* y, int64_t channels, Ahead ahead) {
@@ -287,25 +288,46 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
   }
 }
 
-// Y[0..pixels)[0..M) from X[0..pixels)[0..K), the images' pixels one after the other in Y.
-//   panels: [ceil(M/kPanel)][K][kPanel], zero padded; shift: padded to kPanel; depth: of a slice;
-//   halves: channels from M on
+// The last channels of a product, where a vector sums two values of a pixel at once.
+template <class A>
+void lane_halves(const LaneSource<A>& source, int64_t K, const LaneOut<A>& out,
+                 const HalfVectors<A>& halves, const Ahead& ahead) {
+  if constexpr (kHasHalves<A>) {
+    const auto pass = [&](auto vecs) {
+      lane_pixels<A, 2, decltype(vecs)::value>(source, halves.panels, K / 2 * kPanel,
+                                               K / source.taps / 2, halves.shift, out,
+                                               out.y + halves.from, halves.channels, ahead);
+    };
+    if (halves.channels > kLanes<A>)
+      pass(std::integral_constant<int, 3>{});
+    else if (halves.channels > kLanes<A> / 2)
+      pass(std::integral_constant<int, 2>{});
+    else
+      pass(std::integral_constant<int, 1>{});
+  }
+}
+
+// Y [images * rows * pixels][M] from X of the same pixels and K values each.
+//   panels: [ceil(M / kPanel)][K][kPanel], padded with zeros
+//   shift: [M], padded to kPanel
+//   depth: values of a slice of K
+//   halves: the channels from M on
 template <class A>
 void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const A* shift,
                   int64_t M, int64_t depth, const LaneOut<A>& out, const HalfVectors<A>& halves) {
   constexpr int L = kLanes<A>, kMost = kMostBlockVecs<A>;
   const int64_t ldpanel = K * kPanel, total = (M + L - 1) / L, blocks = (total + kMost - 1) / kMost;
-  // Slices are several rows of taps, or parts of one.
+  // A slice is several rows of taps, or a part of one.
   const int64_t per_tap = K / source.taps,
                 some = std::max<int64_t>(depth / std::max<int64_t>(per_tap, 1), 1),
                 parts = std::max<int64_t>((per_tap + depth - 1) / depth, 1),
                 slices = parts > 1 ? source.taps * parts : (source.taps + some - 1) / some;
-  // Results of a large product are fetched by all passes, those of a small one by the first.
+  // All passes prefetch the results of a large product, the first pass those of a small one.
   const int64_t pixels = source.images * source.rows * source.pixels, e = sizeof(A),
                 results = pixels * out.ld * e;
   const bool large = results > kFewResults;
   const int64_t passes = large ? slices * blocks + (halves.channels > 0 ? 1 : 0) : 1;
-  // Without anything to fetch the addresses stay where there is memory for certain.
+  // With nothing to prefetch the addresses stay at x and y, which are valid memory.
   const auto ahead = [&](int64_t pass) {
     Ahead a{reinterpret_cast<const char*>(source.x), reinterpret_cast<const char*>(out.y)};
     if (out.fetch && pass == 0) {
@@ -335,7 +357,7 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
                     v1 = even ? std::min(v0 + kMost, total) : total * (b + 1) / blocks;
       const int64_t c = v0 * L, channels = std::min(M, v1 * L) - c;
       const A* const w = panels + c / kPanel * ldpanel + k0 * kPanel + c % kPanel;
-      // The next block's weights may come from beyond L2.
+      // The weights of the next block may come from beyond L2.
       Ahead fetch = ahead(s * blocks + b);
       const A* next = nullptr;
       if (b + 1 < blocks)
@@ -367,20 +389,7 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
       }
     }
   }
-  if constexpr (kHasHalves<A>) {
-    if (halves.channels == 0) return;
-    const auto pass = [&](auto vecs) {
-      lane_pixels<A, 2, decltype(vecs)::value>(source, halves.panels, K / 2 * kPanel, per_tap / 2,
-                                               halves.shift, out, out.y + halves.from,
-                                               halves.channels, ahead(slices * blocks));
-    };
-    if (halves.channels > L)
-      pass(std::integral_constant<int, 3>{});
-    else if (halves.channels > L / 2)
-      pass(std::integral_constant<int, 2>{});
-    else
-      pass(std::integral_constant<int, 1>{});
-  }
+  if (halves.channels > 0) lane_halves<A>(source, K, out, halves, ahead(slices * blocks));
 }
 
 }  // namespace GHOST_ISA

@@ -1,6 +1,6 @@
-// One vector type for every instruction set, chosen by the flags of the translation unit that
-// includes it. Everything lives in the unit's own namespace GHOST_ISA, so that no symbol built for
-// a newer CPU can be linked into an older path.
+// One vector type for each instruction set, chosen by the flags of the translation unit. Everything
+// is in the namespace GHOST_ISA, which each instruction set defines differently: the linker cannot
+// take a function built for a newer CPU into the code of an older one.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ inline constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
 #else
-inline constexpr int kVectorBytes = 16;  // SSE2, NEON: whatever the compiler's baseline has
+inline constexpr int kVectorBytes = 16;  // SSE2, NEON: the baseline of the compiler
 #endif
 
 typedef float VecF __attribute__((vector_size(kVectorBytes)));
@@ -79,8 +79,8 @@ GHOST_INLINE VecD set1(double s) {
 #endif
 }
 
-// Lane masks. AVX-512 has them in registers of their own; elsewhere a mask is a vector of all-ones
-// and all-zeros. lane_range(lo, hi) selects lanes lo <= l < hi.
+// Lane masks: mask registers of AVX-512, vectors of all-ones and all-zeros of AVX2, else the bounds
+// of the lanes. lane_range(lo, hi) selects lanes lo <= l < hi.
 #if defined(__AVX512F__)
 template <class A>
 struct MaskT {
@@ -155,7 +155,7 @@ GHOST_INLINE void store_masked(A* p, Vec<A> v, MaskT<A> m) {
   for (int l = m.lo; l < m.hi; ++l) p[l] = v[l];
 }
 #endif
-// The first n lanes; the rest reads as zero and is not touched in memory.
+// The first n lanes. Other lanes are loaded as zero, and their memory is neither read nor written.
 template <class A>
 GHOST_INLINE Vec<A> load_n(const A* p, int64_t n) {
   return load_masked(p, lane_range<A>(0, n));
@@ -165,8 +165,8 @@ GHOST_INLINE void store_n(A* p, Vec<A> v, int64_t n) {
   store_masked(p, v, lane_range<A>(0, n));
 }
 
-// Makes the compiler hold v in a register: it likes to load a value used twice from memory twice,
-// and loads are scarce.
+// Makes the compiler hold v in a register. Else it may load a value for each use, and load ports
+// are scarce.
 template <class V>
 GHOST_INLINE void keep(V& v) {
 #if defined(__x86_64__) && defined(__AVX512F__)
@@ -178,7 +178,7 @@ GHOST_INLINE void keep(V& v) {
 #endif
 }
 
-// Non-temporal store of a whole, aligned vector: the line goes to memory without being read first.
+// Non-temporal store of an aligned vector: the cache line is written to memory without a read.
 template <class A>
 GHOST_INLINE void store_stream(A* p, Vec<A> v) {
 #if defined(__AVX512F__)
@@ -195,9 +195,9 @@ GHOST_INLINE void stream_fence() {
 #endif
 }
 
-// max(v, 0) that keeps NaN, as torch.relu does: MAXPS returns its second operand when either is
-// NaN. (The maskz form is the plain instruction, without GCC warning about an undefined
-// pass-through operand.)
+// max(v, 0) that keeps NaN, as torch.relu does: MAXPS returns its second operand if either is NaN.
+// The maskz form is the same instruction, without GCC's warning about an undefined pass-through
+// operand.
 GHOST_INLINE VecF relu(VecF v) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_maskz_max_ps((__mmask16)-1, _mm512_setzero_ps(), (__m512)v);
@@ -217,7 +217,7 @@ GHOST_INLINE VecD relu(VecD v) {
 #endif
 }
 
-// Clamping that keeps NaN, by the same property.
+// max(v, lo) and min(v, hi) that keep NaN, in the same way.
 GHOST_INLINE VecF at_least(VecF v, float lo) {
 #if defined(__AVX512F__)
   return (VecF)_mm512_maskz_max_ps((__mmask16)-1, (__m512)set1(lo), (__m512)v);
@@ -240,8 +240,7 @@ GHOST_INLINE VecD at_most(VecD v, double hi) {
   return v > hi ? set1(hi) : v;
 }
 
-// Sum of all lanes in a fixed order (pairwise halves), so that results do not depend on anything
-// but the input.
+// Sum of all lanes in a fixed order: pairwise halves.
 template <class A>
 GHOST_INLINE A reduce_add(Vec<A> v) {
   A t[kLanes<A>];

@@ -1,15 +1,17 @@
 // Squeeze-and-excitation in place, in three stages.
 //
-//   mean[n][c] = sum over pixels of x / P                  gate_means
-//   gate[n][c] = f(w_expand' act(w_reduce mean + b) + b')  gate_values
-//   x[n][c]   *= gate[n][c]                                gate_scale
+//   mean[n][c] = sum over pixels of x / P                               gate_means
+//   gate[n][c] = f(w_expand^T act(w_reduce mean + b_reduce) + b_expand) gate_values
+//   x[n][c]   *= gate[n][c]                                             gate_scale
 //
-// The caller runs a few images at a time through all three, so that what was summed is still in the
-// cache when it is multiplied, and the weights are read once for several images.
-// Tiles: means and products keep several vectors of sums; rows of both matrices stream whole, 8 at
-// once for one image, fewer for up to 4 images. Sums of as many rows as a vector has lanes are
-// reduced together.
-// Binding resource: the memory bus for large maps, the weights' bytes for small ones.
+// C channels, R reduced channels, P pixels.
+//
+// The caller runs a few images at a time through all stages: x is still in the cache when it is
+// multiplied, and the weights are read once for several images.
+//
+// Tile map: means and products keep several vectors of sums; rows of both matrices are read whole,
+// 8 at once for one image, fewer for up to 4 images. Sums of as many rows as a vector has lanes are
+// reduced together. Binding resource: the memory bus for large maps, the weights for small ones.
 #pragma once
 
 #include "cpu/activation.h"
@@ -19,7 +21,7 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// Lane i: the sum of row i of [L, L], in the order of reduce_add.
+// Lane i: the sum of row i of rows [L, L], in the order of reduce_add.
 template <class A>
 GHOST_INLINE Vec<A> sum_rows(const A* rows) {
   constexpr int L = kLanes<A>;
@@ -36,7 +38,7 @@ GHOST_INLINE Vec<A> sum_rows(const A* rows) {
   return r[0];
 }
 
-// The sum of one plane, by lanes.
+// The sum of one plane p [n], by lanes. rest: all-ones in the last n % L lanes.
 template <class T>
 GHOST_INLINE Vec<ComputeOf<T>> plane_sum(const T* p, int64_t n,
                                          typename Simd<ComputeOf<T>>::I rest) {
@@ -52,12 +54,12 @@ GHOST_INLINE Vec<ComputeOf<T>> plane_sum(const T* p, int64_t n,
     s3 += Storage<T>::load(p + i + 3 * L);
   }
   for (; i + L <= n; i += L) s0 += Storage<T>::load(p + i);
-  // A whole vector that ends at the last pixel, without the lanes that are summed already.
+  // A whole vector that ends at the last pixel, without the lanes that are already summed.
   if (i < n) s1 += (V)((typename Simd<ComputeOf<T>>::I)Storage<T>::load(p + n - L) & rest);
   return (s0 + s1) + (s2 + s3);
 }
 
-// Means of N vectors of channels, channels_last; `left` channels if N is 1.
+// Means of N vectors of channels of x [pixels][C], or of `left` channels if not kWhole.
 template <class T, int N, bool kWhole>
 GHOST_INLINE void channel_means(const T* x, int64_t pixels, int64_t C, ComputeOf<T> scale,
                                 ComputeOf<T>* mean, int64_t left = 0) {
@@ -113,8 +115,9 @@ void gate_means(const GateArgs& a, int64_t n0, int64_t n1, int64_t c0, int64_t c
   }
 }
 
-// sums[image][q] = w[q] * mean[image] by lanes, for Q rows of w (the last one again where there are
-// fewer) and I images. next: the rows to be read after them, which may come from beyond L2.
+// sums[image][q] = w[q] * mean[image] by lanes, for Q rows of w [rows][C] (the last one again if
+// there are fewer) and I images, mean [I][C], sums [I][L][L]. next: the rows that are read after
+// them, to prefetch.
 template <class A, int Q, int I>
 __attribute__((noinline)) void reduce_rows(const A* w, int64_t rows, int64_t C, const A* mean,
                                            A* sums, const A* next) {
@@ -146,8 +149,9 @@ __attribute__((noinline)) void reduce_rows(const A* w, int64_t rows, int64_t C, 
     for (int i = 0; i < I; ++i) store(sums + (i * L + q) * L, s[q * I + i]);
 }
 
-// gate[image] = from[image] + the sum of w[q] * h[image][q] over Q rows of w, for I images. The
-// next Q rows are prefetched; a prefetch beyond the last row does nothing.
+// gate[image] = from[image] + sum_q w[q] * h[image][q] over Q rows of w [Q][C], for I images: gate
+// [I][C], from [I][ld_from], h [I][R]. The next Q rows are prefetched; a prefetch beyond the last
+// row has no effect.
 template <class A, int Q, int I>
 __attribute__((noinline)) void expand_rows(const A* w, int64_t C, const A* h, int64_t R,
                                            const A* from, int64_t ld_from, A* gate) {
@@ -208,7 +212,7 @@ void gate_images(const GateArgs& a, int64_t n) {
       }
     });
   }
-  // The means are not needed any more: the gates take their place.
+  // The gates are written over the means.
   int64_t r = 0;
   for (; r + Q <= R; r += Q)
     expand_rows<A, Q, I>(we + r * C, C, hidden + r, R, r ? mean : be, r ? C : 0, mean);
@@ -231,8 +235,8 @@ void gate_values(const GateArgs& a, int64_t n0, int64_t n1) {
   if (n < n1) gate_images<A, 1>(a, n);
 }
 
-// p[i] *= gate(i) for i < n. The last vector ends at the last element; it is read before its
-// neighbour is written.
+// p[i] *= gate(i) for i < n. The last vector ends at the last element; it is read before the vector
+// that it overlaps is written.
 template <class T, class F>
 GHOST_INLINE void scale_row(T* p, int64_t n, F gate) {
   constexpr int L = kLanes<ComputeOf<T>>;
@@ -267,7 +271,7 @@ void gate_scale(const GateArgs& a, int64_t n0, int64_t n1, int64_t c0, int64_t c
   }
 }
 
-// The two passes of its gradient.
+// The two passes of the gradient: out = scale * x + shift by planes of P pixels, ...
 template <class T>
 void plane_affine(const PlaneArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
@@ -284,6 +288,7 @@ void plane_affine(const PlaneArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// ... and out[plane] = sum over pixels of x * other.
 template <class T>
 void plane_dot(const PlaneArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;

@@ -1,6 +1,12 @@
-// Element types in memory and their vectors in the compute type: float64 computes in float64,
-// everything else in float32. Also the two ways a tile travels between a layout and the kernels'
-// own channel-major scratch: copied rows (NCHW) and transposed blocks (NHWC).
+// Element types in memory and their vectors in the compute type: float64 for float64, float32 for
+// all others. Also the copies of tiles between a layout and channel-major scratch: rows (NCHW), and
+// transposed blocks (NHWC).
+//
+//   read_transposed    dst[c][p] = src[p][c]
+//   write_transposed   dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c])
+//
+// Tile map: a block of L x L values, L lanes, is transposed in registers. Binding resource: shuffle
+// ports, load and store ports.
 #pragma once
 
 #include "cpu/simd.h"
@@ -31,7 +37,7 @@ inline constexpr int kHalfVectorBytes = kVectorBytes / 2;
 typedef uint16_t VecU16 __attribute__((vector_size(kHalfVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 
-// GCC 12 takes five instructions for __builtin_convertvector.
+// One instruction; GCC 12 makes five of __builtin_convertvector.
 GHOST_INLINE VecU32 widen_bits(VecU16 h) {
 #if defined(__AVX512F__)
   return (VecU32)_mm512_cvtepu16_epi32((__m256i)h);
@@ -41,7 +47,7 @@ GHOST_INLINE VecU32 widen_bits(VecU16 h) {
   return __builtin_convertvector(h, VecU32);
 #endif
 }
-// Values below 2^16.
+// The values are below 2^16.
 GHOST_INLINE VecU16 narrow_bits(VecU32 u) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i v = (__m256i)u;
@@ -59,8 +65,8 @@ struct Widen {
 #elif defined(__F16C__)
     return (VecF)_mm256_cvtph_ps((__m128i)h);
 #else
-    // Move exponent and mantissa into place, rebias by a multiplication (exact, also for
-    // subnormals), fix Inf and NaN.
+    // Shift exponent and mantissa into place, rebias by a multiplication (exact, for subnormals
+    // too), correct Inf and NaN.
     const VecU32 u = __builtin_convertvector(h, VecU32);
     const VecU32 sign = (u & 0x8000u) << 16, magnitude = (u & 0x7fffu) << 13;
     VecU32 r = (VecU32)((VecF)magnitude * 0x1p112f);
@@ -85,8 +91,8 @@ struct Narrow {
     return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
     const VecU32 u = (VecU32)v, sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
-    // Normal halves: rebias and round in the integer domain. Subnormal halves: let an addition do
-    // the rounding.
+    // Normal halves are rebiased and rounded as integers; subnormal halves are rounded by an
+    // addition.
     const VecU32 normal = (a - 0x38000000u + (0xfffu + ((a >> 13) & 1u))) >> 13;
     const VecU32 subnormal = (VecU32)((VecF)a + 0.5f) - 0x3f000000u;
     const VecU32 small = (VecU32)(a < 0x38800000u), big = (VecU32)(a >= 0x477ff000u);
@@ -136,7 +142,7 @@ struct Storage<Float16> : HalfStorage<Float16> {};
 template <class T>
 using ComputeOf = typename Storage<T>::Compute;
 
-// dst[i] = src[i], converted.
+// dst [n] = src [n], converted.
 template <class T>
 GHOST_INLINE void read_row(const T* src, ComputeOf<T>* dst, int64_t n) {
   constexpr int L = kLanes<ComputeOf<T>>;
@@ -152,7 +158,7 @@ GHOST_INLINE void write_row(const ComputeOf<T>* src, T* dst, int64_t n) {
   if (i < n) Storage<T>::store_n(dst + i, load_n(src + i, n - i), n - i);
 }
 
-// dst[i] = src[i] past the caches, whatever the alignment of dst.
+// dst [n] = src [n] with non-temporal stores; dst of any alignment.
 template <class A>
 GHOST_INLINE void stream_row(const A* src, A* dst, int64_t n) {
   constexpr int L = kLanes<A>;
@@ -164,7 +170,7 @@ GHOST_INLINE void stream_row(const A* src, A* dst, int64_t n) {
   if (i < n) store_n(dst + i, load_n(src + i, n - i), n - i);
 }
 
-// Swaps, between a and b, the lanes whose number has bit s set in a and clear in b.
+// Swaps the lanes of a whose number has bit s set with the lanes of b whose number has it clear.
 template <class A>
 GHOST_INLINE void exchange_lanes(Vec<A>& a, Vec<A>& b, int s) {
   constexpr int L = kLanes<A>;
@@ -197,8 +203,7 @@ GHOST_INLINE void unzip(Vec<A>& a, Vec<A>& b) {
     b[l] = l < L / 2 ? x[2 * l % L + 1] : y[2 * l % L + 1];
   }
 #else
-  // With AVX2 inside the halves of 16 bytes first, then whole pairs of elements: one instruction
-  // each.
+  // AVX2: first inside the halves of 16 bytes, then whole pairs of elements, one instruction each.
   constexpr bool kHalves = kVectorBytes == 32;
   constexpr int H = kHalves ? L / 4 : L / 2;  // elements from x, then as many from y
   typename Simd<A>::I even, odd, order;
@@ -230,7 +235,7 @@ GHOST_INLINE Vec<A> permute(Vec<A> v, typename Simd<A>::I lanes) {
 #endif
 }
 
-// In-register transpose of an L x L block by log2(L) butterfly steps.
+// Transposes a block of L x L in registers, by log2(L) butterfly steps.
 template <class A>
 GHOST_INLINE void transpose_registers(Vec<A>* r) {
   constexpr int L = kLanes<A>;
@@ -242,9 +247,9 @@ GHOST_INLINE void transpose_registers(Vec<A>* r) {
   }
 }
 
-// Corners of L x L blocks that cover rows x cols. The last block of a direction overlaps its
-// neighbour rather than being partial (both write the same values); only what is narrower than a
-// block is left partial.
+// Calls f with the corners of L x L blocks that cover rows x cols. A last block overlaps the one
+// before instead of being partial (both write the same values), unless rows or cols are less than
+// L.
 template <int L, class F>
 GHOST_INLINE void for_blocks(int64_t rows, int64_t cols, F&& f) {
   const bool whole = rows >= L && cols >= L;
@@ -253,8 +258,8 @@ GHOST_INLINE void for_blocks(int64_t rows, int64_t cols, F&& f) {
       f(whole && p + L > rows ? rows - L : p, whole && c + L > cols ? cols - L : c);
 }
 
-// One L x L block, or what is left of it: dst[c][p] = src[p][c], `rows` pixels p by `cols` channels
-// c.
+// dst[c][p] = src[p][c] for one L x L block, or for a partial one of `rows` pixels p by `cols`
+// channels c.
 template <class T>
 GHOST_INLINE void read_block(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst) {
   using A = ComputeOf<T>;
@@ -281,8 +286,8 @@ __attribute__((noinline)) void read_partial_block(const T* src, int64_t ld_src, 
     if (i < cols) store_n(dst + i * ld_dst, r[i], rows);
 }
 
-// dst[c][p] = src[p][c] for `rows` pixels p (stride ld_src) and `cols` channels c: an NHWC tile
-// into channel-major scratch.
+// dst[c][p] = src[p][c] for `rows` pixels p and `cols` channels c: src [rows][ld_src], an NHWC
+// tile, into channel-major scratch dst [cols][ld_dst].
 template <class T>
 void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld_dst, int64_t rows,
                      int64_t cols) {
@@ -298,14 +303,14 @@ void read_transposed(const T* src, int64_t ld_src, ComputeOf<T>* dst, int64_t ld
   });
 }
 
-// A gate for transposed output: pixel p is multiplied with the channels at gate + at[p].
+// A gate for transposed output: pixel p is multiplied by the channels at gate + at[p].
 template <class T>
 struct GateAt {
   const T* gate;  // null: none
   const int64_t* at;
 };
 
-// The reverse, dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c]).
+// dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c]) for one block, or a partial one.
 template <class T>
 GHOST_INLINE void write_block(const ComputeOf<T>* src, int64_t ld_src, T* dst, const T* add,
                               GateAt<T> gate, int64_t ld_dst) {
@@ -342,7 +347,8 @@ __attribute__((noinline)) void write_partial_block(const ComputeOf<T>* src, int6
   }
 }
 
-// dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c]): channel-major scratch into an NHWC tile.
+// dst[p][c] = src[c][p] (* gate[p][c]) (+ add[p][c]): channel-major scratch src [cols][ld_src] into
+// an NHWC tile dst [rows][ld_dst]; add as dst, or null.
 template <class T>
 void write_transposed(const ComputeOf<T>* src, int64_t ld_src, T* dst, int64_t ld_dst, int64_t rows,
                       int64_t cols, const T* add = nullptr, GateAt<T> gate = {}) {

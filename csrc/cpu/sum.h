@@ -1,4 +1,8 @@
-// out = act(x + other), value by value. Binding resource: the memory bus.
+// The sum of two tensors with an activation.
+//
+//   out = act(x + other)       other: 0 if null
+//
+// Tile map: an item is kSumValues values, a vector at a time. Binding resource: the memory bus.
 #pragma once
 
 #include <algorithm>

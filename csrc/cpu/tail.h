@@ -1,15 +1,16 @@
 // Training of a Ghost module whose batch norm and activation follow the concatenation, from the
-// primary convolution's output y on, in NCHW:
+// output y of the primary convolution on, in NCHW.
 //
-//   v = w2 (*) y,   u = concat(y, v)[:, :oup],   out = act(bn(u) + residual)
+//   v = w2 (*) y,   u = concat(y, v)[:, :out_channels],   out = act(bn(u) + residual)
 //
-//   forward   u and its statistics -> out
-//   backward  u again -> g = act'(..) grad_out, which is the residual's gradient, and bn's sums ->
-//             du -> dw2, dy = du of y + w2 applied backwards to du of v
+//   forward    u and its statistics -> out
+//   backward   u again -> g = act'(bn(u) + residual) * grad_out, the gradient of the residual, and
+//              the sums of bn -> du -> dw2, dy = du of y + flipped w2 (*) du of v
 //
-// A channel of y meets its own ghosts only. Tile map: an item is a channel of y with its ghosts,
-// all images at once, each channel of u a row of N * P pixels. Order of the sums and binding
-// resource as in channels.h.
+// N images, m intrinsic channels, P = H * W pixels of an image, d the size of the depthwise kernel.
+//
+// Tile map: an item is a channel of y with its ghosts, all images together; a channel of u is a row
+// of N * P pixels. Order of the sums and binding resource as in channels.h.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,7 @@ class TailPass {
   using A = ComputeOf<T>;
   const TailArgs& args;
   const Problem& p;
-  const int64_t N, P, m, oup, per, taps, row, ld;
+  const int64_t N, P, m, out_channels, ghosts_per_map, taps, row, ld;
   const A* const w2;
 
  public:
@@ -35,8 +36,8 @@ class TailPass {
         N(p.batch),
         P(p.height * p.width),
         m(p.intrinsic),
-        oup(p.out_channels),
-        per(p.ratio - 1),
+        out_channels(p.out_channels),
+        ghosts_per_map(p.ghosts_per_map()),
         taps(p.dw_size * p.dw_size),
         row(N * P),
         ld(round_up(row, 16) + 16),
@@ -59,9 +60,9 @@ class TailPass {
         norm.mean = args.mean;
         norm.var = args.var;
       }
-      if (residual) read(args.residual, oup, ch, residual);
+      if (residual) read(args.residual, out_channels, ch, residual);
       affine_activate(p.act2, Affine<A>(norm, ch), ui, ui, row, residual);
-      write(ui, oup, ch, args.out);
+      write(ui, out_channels, ch, args.out);
     }
   }
 
@@ -78,16 +79,17 @@ class TailPass {
       const A* const ui = u + i * ld;
       A* const gi = i == 0 ? du : g;
       GradSums sums;
-      read(args.grad_out, oup, ch, gi);
-      if (residual) read(args.residual, oup, ch, residual);
+      read(args.grad_out, out_channels, ch, gi);
+      if (residual) read(args.residual, out_channels, ch, residual);
       activation_backward(p.act2, f, ui, gi, gi, row, sums, residual);
       put(args.dgamma, ch, sums.gx);
       put(args.dbeta, ch, sums.g);
-      if (args.dresidual) write(gi, oup, ch, args.dresidual);
+      if (args.dresidual) write(gi, out_channels, ch, args.dresidual);
       norm_backward(f, sums, double(row), args.batch_stats, ui, gi, gi, row);
-      if (i > 0) ghost_backward(c * per + i - 1, u, g, du);
+      if (i > 0) ghost_backward(c * ghosts_per_map + i - 1, u, g, du);
     }
-    for (int64_t i = (c * per + kept) * taps; i < (c + 1) * per * taps; ++i) put(args.dw2, i, 0.0);
+    const int64_t cut = (c * ghosts_per_map + kept) * taps, end = (c + 1) * ghosts_per_map * taps;
+    for (int64_t i = cut; i < end; ++i) put(args.dw2, i, 0.0);
     if (args.dy) write(du, m, c, args.dy);
   }
 
@@ -95,37 +97,37 @@ class TailPass {
   static void put(void* p, int64_t i, double v) { static_cast<A*>(p)[i] = A(v); }
 
   // Ghosts of channel c that the slice does not cut off.
-  int64_t ghosts(int64_t c) const { return std::clamp<int64_t>(oup - m - c * per, 0, per); }
-  // Of u, where row i of channel c belongs.
-  int64_t channel(int64_t c, int64_t i) const { return i == 0 ? c : m + c * per + i - 1; }
+  int64_t ghosts(int64_t c) const {
+    return std::clamp<int64_t>(out_channels - m - c * ghosts_per_map, 0, ghosts_per_map);
+  }
+  // The channel of u in row i of item c.
+  int64_t channel(int64_t c, int64_t i) const {
+    return i == 0 ? c : m + c * ghosts_per_map + i - 1;
+  }
 
   A* scratch(int64_t rows) const {
     return static_cast<A*>(thread_scratch(size_t(rows * ld + 128) * sizeof(A))) + 64;
   }
 
+  // u [1 + ghosts][ld] of item c.
   void make_u(int64_t c, A* u) const {
     read(args.y, m, c, u);
     for (int64_t j = 0; j < ghosts(c); ++j)
-      convolve(u, w2 + (c * per + j) * taps, u + (1 + j) * ld, false);
+      convolve(u, w2 + (c * ghosts_per_map + j) * taps, u + (1 + j) * ld, false);
   }
 
-  // out (+)= taps (*) in, image by image of one channel's row.
+  // out (+)= weight (*) in, rows of one channel.
   void convolve(const A* in, const A* weight, A* out, bool accumulate) const {
-    Stencil<A> s{in,     0,       p.height, p.width, 0,          p.height,
-                 weight, nullptr, out,      false,   accumulate, false};
-    s.channels = N;
-    s.y_step = s.v_step = P;
-    stencil<A>(p.dw_size, s);
+    stencil<A>(p.dw_size, whole_planes(in, P, N, p.height, p.width, weight, out, P, accumulate));
   }
 
+  // dw2 of a ghost from its inputs y and its gradient dv, and its part of dy.
   void ghost_backward(int64_t ghost, const A* y, const A* dv, A* dy) const {
     double dw[49] = {};
     stencil_weight_grad(p.dw_size, y, dv, N, p.height, p.width, dw);
+    for (int64_t t = 0; t < taps; ++t) put(args.dw2, ghost * taps + t, dw[t]);
     A flipped[49];
-    for (int64_t t = 0; t < taps; ++t) {
-      put(args.dw2, ghost * taps + t, dw[t]);
-      flipped[t] = w2[ghost * taps + taps - 1 - t];
-    }
+    std::reverse_copy(w2 + ghost * taps, w2 + (ghost + 1) * taps, flipped);
     convolve(dv, flipped, dy, true);
   }
 

@@ -1,30 +1,39 @@
-// dw1[i][k] = sum over images and pixels of du[i][p] * x[k][p]: both operands are contiguous in p,
-// so products are added lane by lane and lanes are summed once per chunk of pixels.
+// The gradient of the primary convolution's weights.
 //
-// Tile map: an item is kGradRowsPerItem rows i; chunks of pixels are the outer loop. The inner one
-// is broadcasts of the wider operand against a transposed tile of the narrower one; register blocks
-// of 8 x 2 dot products where the narrower one has few rows; gemm_nn on transposed tiles where x is
-// not planes of the compute type. Chunks come in a fixed order, so the sums do not depend on the
-// number of threads. Binding resource: FMA ports.
+//   dw1[i][k] = sum_{n,p} du[i][n][p] * x[n][k][p]
+//
+// N images, C channels of x, m rows of du, P = H * W pixels of du.
+//
+// Tile map: an item is kGradRowsPerItem rows i; the outer loop goes over chunks of pixels, in a
+// fixed order, so that the sums do not depend on the number of threads. The inner loop depends on
+// WeightGradPath:
+//   kBroadcast   values of the operand with more rows are broadcast against a transposed tile of
+//                the other one
+//   kDot         register blocks of 8 x 2 dot products over pixels: one operand has few rows
+//   kTransposed  gemm_nn on transposed tiles: x is not planes of the compute type
+// Binding resource: FMA ports.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/apply.h"
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+#include "cpu/scratch.h"
+#include "cpu/source.h"
 
 namespace ghost {
 namespace GHOST_ISA {
 
-// 16 (8 where there are 16 registers) sums in flight. More rows than columns: the rows stay in L1
-// while the columns stream by.
+// A block of 16 sums, or 8 with 16 registers. More rows than columns: the rows stay in L1 while the
+// columns stream by.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int64_t kGradRows = 8, kGradCols = 2;
 #else
 inline constexpr int64_t kGradRows = 4, kGradCols = 2;
 #endif
-inline constexpr int64_t kGradChunk = 1024;  // pixels: kGradRows rows of it fill half of L1
+inline constexpr int64_t kGradChunk = 1024;  // pixels: kGradRows rows of a chunk fill half of L1
 
-// out[i] = sum of the lanes of v[i], for all L vectors at once: a transpose whose every step adds.
+// out[i] = sum of the lanes of v[i], for L vectors together: a transpose that adds at every step.
 template <class A>
 GHOST_INLINE void reduce_block(Vec<A>* v, A* out) {
   constexpr int L = kLanes<A>;
@@ -40,8 +49,7 @@ GHOST_INLINE void reduce_block(Vec<A>* v, A* out) {
   store(out, v[0]);
 }
 
-// sums[i][k] = over n pixels; rows and columns past the valid ones repeat the last one and are
-// dropped by the caller.
+// sums[i][k] = sum over n pixels of a[i] * b[k], kGradRows x kGradCols.
 template <class A>
 GHOST_INLINE void dot_block(const A* const* a, const A* const* b, int64_t n, A* sums) {
   constexpr int L = kLanes<A>;
@@ -73,11 +81,12 @@ GHOST_INLINE void dot_block(const A* const* a, const A* const* b, int64_t n, A* 
 
 template <class A>
 struct Rows {
-  const A* data;
+  const A* data;  // [count][ld]
   int64_t ld, count;
 };
 
-// d[i * step_a + k * step_b] += sum over n pixels of a[i] b[k], for all rows i of a and k of b.
+// d[i * step_a + k * step_b] += sum over n pixels of a[i] * b[k], for all rows i of a and k of b. A
+// block that is not full repeats its last row or column.
 template <class A>
 void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t step_a,
                   int64_t step_b) {
@@ -98,28 +107,28 @@ void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t s
   }
 }
 
-// The same sum as a product of transposed operands, [rows, px] x [px, C]. x needs none where it is
-// NHWC.
+// Pixels that a float32 sum of a transposed product spans; such sums are added in double.
 inline constexpr int64_t kPixelsAFlush = 2048;
-// As many of a broadcast product, whose every sum is a single chain of additions.
+// The same for a broadcast product, where a sum is one chain of additions.
 inline constexpr int64_t kBroadcastFlush = 256;
-// Rows of a broadcast block by its vectors: no more than six, or their addresses would leave the
-// registers.
+// Rows of a broadcast block by its number of vectors. More than six addresses of rows would spill.
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kGradRowsFor[] = {0, 6, 6, 6, 6, 5, 4};
 #else
 inline constexpr int kGradRowsFor[] = {0, 6, 6, 4};
 #endif
 
+// kTransposed: the product of transposed operands, [rows, px] x [px, C]. x in NHWC is read in
+// place.
 template <class T>
 class TransposedGrad {
   using A = ComputeOf<T>;
   const WeightGradArgs& args;
   const Source<T>& source;
   const int64_t N, C, P, W, ld, chunk;
-  A* const tile;       // [chunk][ld] x, pixels by channels
+  A* const tile;       // [chunk][ld] x
   A* const panels;     // [rows / kPanel][chunk][kPanel] du
-  A* const planes;     // [C][chunk + 16] x on its way, where it needs converting or gathering first
+  A* const planes;     // [C][chunk + 16] x, converted or gathered before its transposition
   double* const sums;  // [rows][C]
 
  public:
@@ -170,7 +179,6 @@ class TransposedGrad {
       const GemmOut<A> out{dw + row0 * C, C, nullptr, 0, false, false, !fresh, false};
       gemm_nn<A>(x, ldx, panels, chunk * kPanel, px, nullptr, rows, C, vecs, {}, out);
       fresh = false;
-      // A float32 sum over all pixels would lose digits: it is moved to double from time to time.
       since += px;
       if (since >= kPixelsAFlush || q + px == N * P) {
         for (int64_t i = 0; i < rows * C; ++i) sums[i] += double(dw[row0 * C + i]);
@@ -182,7 +190,7 @@ class TransposedGrad {
   }
 
  private:
-  // Pixels [q, q + px), counted through all images, as [px][ldx].
+  // Pixels [q, q + px) of x, counted over all images, as [px][ldx].
   const A* load_tile(int64_t q, int64_t px, int64_t& ldx) const {
     if (source.layout == Layout::kNHWC && source.stride == 1) {
       if (sizeof(T) == sizeof(A)) {
@@ -219,30 +227,31 @@ class TransposedGrad {
   }
 };
 
-// Rows of pixels, image after image: pixel p of image n of row r is data[r * row + n * image + p].
+// Rows of pixels: pixel p of image n of row r is data[r * row + n * image + p].
 template <class A>
 struct PixelRows {
   const A* data;
   int64_t row, image, count;
 };
 
-// The same sum with one operand read by broadcasts from the very planes it is in:
-//   partial[k][j] += sum over pixels of wide[k][p] * narrow[j][p]
-// Only `narrow`, which has fewer rows, is transposed, a chunk of pixels at a time. The chunk stays
-// in L1 while all rows of `wide` pass; each is read from memory once, and fetched a block ahead.
+// kBroadcast:
+//   partial[k][j] += sum over the pixels of a chunk of wide[k][p] * narrow[j][p]
+// `narrow`, which has fewer rows, is transposed, a chunk of pixels at a time. The chunk stays in L1
+// while all rows of `wide` pass, whose values are broadcast from their planes; each is read from
+// memory once, prefetched a block ahead.
 template <class A>
 class BroadcastGrad {
   static constexpr int L = kLanes<A>, kMost = kWidest<A>;
   const PixelRows<A> wide, narrow;
   const int64_t pixels, P, ld, chunk;
-  A* const tile;       // [chunk][ld] of narrow, pixels by rows
+  A* const tile;       // [chunk][ld] narrow
   A* const partial;    // [wide.count][ld] sums since the last flush
   double* const sums;  // [wide.count][ld]
 
  public:
   static int64_t columns(int64_t rows) { return round_up(rows, L); }
-  // From all rows of the narrow operand, not from an item's: the order of the sums must not depend
-  // on the number of threads.
+  // narrow_rows: of all items, because the order of the sums must not depend on the number of
+  // threads.
   static int64_t chunk_pixels(int64_t narrow_rows) {
     const int64_t wanted = (24 << 10) / int64_t(sizeof(A)) / columns(narrow_rows);
     return wanted < 16 ? 16 : wanted < kBroadcastFlush ? wanted : kBroadcastFlush;
@@ -263,7 +272,7 @@ class BroadcastGrad {
         partial(tile + chunk * ld),
         sums(reinterpret_cast<double*>(partial + wide_.count * ld)) {}
 
-  // dw[k * step_wide + j * step_narrow]
+  // dw[k * step_wide + j * step_narrow] = the sum of rows k and j.
   void run(A* dw, int64_t step_wide, int64_t step_narrow) const {
     std::memset(sums, 0, size_t(wide.count * ld) * sizeof(double));
     if (ld > narrow.count) std::memset(tile, 0, size_t(chunk * ld) * sizeof(A));
@@ -289,8 +298,8 @@ class BroadcastGrad {
   }
 
  private:
-  // f(image, first pixel, offset from q, count) for the runs of pixels [q, q + px), counted through
-  // all images.
+  // Calls f(image, first pixel, offset from q, count) for the part of pixels [q, q + px), counted
+  // over all images, in each image.
   template <class F>
   GHOST_INLINE void for_runs(int64_t q, int64_t px, F&& f) const {
     for (int64_t done = 0; done < px;) {
@@ -333,7 +342,7 @@ class BroadcastGrad {
       }
   }
 
-  // Rows past the last one repeat it and are not stored.
+  // Rows past the last one repeat it, and are not stored.
   template <int kRows, int kVecs>
   __attribute__((noinline)) void block(int64_t k, int64_t q, int64_t px, int64_t col, bool fresh,
                                        bool fetch) const {
@@ -384,12 +393,41 @@ class BroadcastGrad {
   }
 };
 
+template <class A>
+void broadcast_grad(const PixelRows<A>& du, const PixelRows<A>& x, const WeightGradArgs& args,
+                    A* dw) {
+  const Problem& p = args.problem;
+  const int64_t m = p.intrinsic, C = p.channels, N = p.batch, P = p.out_pixels();
+  const bool wide_x = C >= m;
+  const PixelRows<A>&wide = wide_x ? x : du, &narrow = wide_x ? du : x;
+  const int64_t chunk = BroadcastGrad<A>::chunk_pixels(wide_x ? m : C),
+                scratch = BroadcastGrad<A>::scratch(chunk, wide.count, narrow.count);
+  A* const memory = static_cast<A*>(thread_scratch(size_t(scratch) * sizeof(A)));
+  BroadcastGrad<A>(wide, narrow, N, P, chunk, memory).run(dw, wide_x ? 1 : C, wide_x ? C : 1);
+}
+
+// Few rows: dot products over the pixels of one image, both operands read where they are.
+template <class A>
+void dot_grad(const PixelRows<A>& du, const PixelRows<A>& x, const WeightGradArgs& args, A* dw) {
+  const Problem& p = args.problem;
+  const int64_t m = p.intrinsic, C = p.channels, P = p.out_pixels();
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t q = 0; q < P; q += kGradChunk) {
+      const int64_t px = q + kGradChunk < P ? kGradChunk : P - q;
+      const Rows<A> du_rows{du.data + n * du.image + q, du.row, du.count},
+          x_rows{x.data + n * x.image + q, x.row, x.count};
+      if (m >= C)
+        add_products<A>(du_rows, x_rows, px, dw, C, 1);
+      else
+        add_products<A>(x_rows, du_rows, px, dw, 1, C);
+    }
+}
+
 template <class T>
 void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
   const Problem& p = args.problem;
-  const int64_t m = p.intrinsic, C = p.channels, H = p.out_height(), W = p.out_width(), P = H * W,
-                N = p.batch;
+  const int64_t m = p.intrinsic, C = p.channels, W = p.out_width(), P = p.out_pixels();
   const Source<T> source{static_cast<const T*>(args.x),
                          C * p.height * p.width,
                          p.height * p.width,
@@ -399,50 +437,27 @@ void weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
                          p.stride,
                          p.layout,
                          W};
-  A* dw = static_cast<A*>(args.dw1);
+  A* const dw = static_cast<A*>(args.dw1);
   const int64_t row0 = begin * kGradRowsPerItem,
-                row1 = end * kGradRowsPerItem < m ? end * kGradRowsPerItem : m;
-  if (row1 <= row0) return;
-  std::memset(dw + row0 * C, 0, size_t(row1 - row0) * C * sizeof(A));
-  if (P == 0 || N == 0 || C == 0) return;
+                row1 = end * kGradRowsPerItem < m ? end * kGradRowsPerItem : m, rows = row1 - row0;
+  if (rows <= 0) return;
+  std::memset(dw + row0 * C, 0, size_t(rows) * C * sizeof(A));
+  if (P == 0 || p.batch == 0 || C == 0) return;
 
+  if (args.path == WeightGradPath::kTransposed || !std::is_same_v<T, A>) {
+    A* const memory =
+        static_cast<A*>(thread_scratch(size_t(TransposedGrad<T>::scratch(C, rows)) * sizeof(A)));
+    return TransposedGrad<T>(args, source, rows, memory).run(row0, rows, dw);
+  }
   if constexpr (std::is_same_v<T, A>) {
-    if (args.path == WeightGradPath::kBroadcast) {
-      const PixelRows<A> du{static_cast<const A*>(args.du) + row0 * args.du_step, args.du_step, P,
-                            row1 - row0},
-          x{source.x, source.channel, source.image, C};
-      const bool wide_x = C >= m;
-      const int64_t chunk = BroadcastGrad<A>::chunk_pixels(wide_x ? m : C);
-      A* memory = static_cast<A*>(
-          thread_scratch(size_t(wide_x ? BroadcastGrad<A>::scratch(chunk, C, du.count)
-                                       : BroadcastGrad<A>::scratch(chunk, du.count, C)) *
-                         sizeof(A)));
-      if (wide_x)
-        BroadcastGrad<A>(x, du, N, P, chunk, memory).run(dw + row0 * C, 1, C);
-      else
-        BroadcastGrad<A>(du, x, N, P, chunk, memory).run(dw + row0 * C, C, 1);
-      return;
-    }
+    const PixelRows<A> du{static_cast<const A*>(args.du) + row0 * args.du_step, args.du_step, P,
+                          rows},
+        x{source.x, source.channel, source.image, C};
+    if (args.path == WeightGradPath::kBroadcast)
+      broadcast_grad<A>(du, x, args, dw + row0 * C);
+    else
+      dot_grad<A>(du, x, args, dw + row0 * C);
   }
-  if (args.path != WeightGradPath::kDot) {
-    A* memory = static_cast<A*>(
-        thread_scratch(size_t(TransposedGrad<T>::scratch(C, row1 - row0)) * sizeof(A)));
-    TransposedGrad<T>(args, source, row1 - row0, memory).run(row0, row1 - row0, dw);
-    return;
-  }
-  // Few rows: straight dot products over runs of one image, both operands read where they are.
-  const A* du = static_cast<const A*>(args.du);
-  const A* x = reinterpret_cast<const A*>(source.x);
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t q = 0; q < P; q += kGradChunk) {
-      const int64_t px = q + kGradChunk < P ? kGradChunk : P - q;
-      const Rows<A> du_rows{du + row0 * args.du_step + n * P + q, args.du_step, row1 - row0},
-          x_rows{x + n * C * P + q, P, C};
-      if (m >= C)
-        add_products<A>(du_rows, x_rows, px, dw + row0 * C, C, 1);
-      else
-        add_products<A>(x_rows, du_rows, px, dw + row0 * C, 1, C);
-    }
 }
 
 }  // namespace GHOST_ISA
