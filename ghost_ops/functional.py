@@ -7,14 +7,15 @@ from torch import Tensor
 
 from . import activations
 from .activations import ActivationSpec
-from .autograd.ghost import GhostModuleFunction, RunningUpdate, autocast_dtype, run
-from .ops.eager import compute_dtype
+from .autograd.forward import RunningUpdate
+from .autograd.ghost import GhostModuleFunction, run
+from .conventions import DTYPES, compute_dtype
+from .modes import autocast_dtype
 from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WIDE = {dtype: compute_dtype(dtype) for dtype in _DTYPES}
+_WIDE = {dtype: compute_dtype(dtype) for dtype in DTYPES}
 
 IntPair = int | tuple[int, int]
 FloatPair = float | tuple[float, float]
@@ -178,7 +179,7 @@ def _slopes(x: Tensor, weight: Tensor | None, channels: int, name: str) -> Tenso
         return None
     if weight.shape not in ((1,), (channels,)):
         raise RuntimeError(f"{name} must be of shape [1] or [{channels}], got {list(weight.shape)}")
-    if weight.device != x.device or weight.dtype not in _DTYPES:
+    if weight.device != x.device or weight.dtype not in DTYPES:
         raise RuntimeError(
             f"{name} must be floating-point and on {x.device}, where x is, got {weight.dtype} on "
             f"{weight.device}"
@@ -348,7 +349,7 @@ def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
         raise kind(
             f"expected 4D input [N, C, H, W] (got {x.dim()}D input of shape {list(x.shape)})"
         )
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise RuntimeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if is_u:
         return
@@ -374,7 +375,7 @@ def _check_weight(name: str, w: Tensor, x: Tensor) -> None:
     if w.device != x.device:
         raise RuntimeError(f"{name} is on {w.device}, but x is on {x.device}")
     if w.dtype is not x.dtype and (
-        w.dtype not in _DTYPES or _dtype_in_use(w) is not _dtype_in_use(x)
+        w.dtype not in DTYPES or _dtype_in_use(w) is not _dtype_in_use(x)
     ):
         raise RuntimeError(f"x and {name} must have one dtype, got {x.dtype} and {w.dtype}")
 

@@ -50,7 +50,7 @@ from helpers import (
 from torch import Tensor
 
 from ghost_ops import planner
-from ghost_ops.ops.ghost import NEEDS
+from ghost_ops.conventions import NEEDS
 
 SCHEDULES = list(emulator.SCHEDULES.values())
 DEVICES = list(emulator.DEVICES.values())

@@ -157,7 +157,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Launche
     monkeypatch.setenv("GHOST_OPS_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "autotune", True)
     monkeypatch.setattr(tuning, "measure", found.measure)
-    monkeypatch.setattr(tuning, "_announced", set())
+    monkeypatch.setattr("ghost_ops.announce._said", set())
     tuning.forget()
     yield found
     tuning.forget()

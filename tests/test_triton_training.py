@@ -39,7 +39,7 @@ from torch import Tensor
 from triton_cases import SMALL_TILE, launches, planned
 
 from ghost_ops.backends.triton import plan
-from ghost_ops.ops.ghost import NEEDS
+from ghost_ops.conventions import NEEDS
 
 # Every pair of these occurs; a second activation goes with each first one.
 COVERING = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...activations import PRELU
-from ...ops.eager import NEEDS, memory_format
+from ...conventions import NEEDS, memory_format
 from . import tuning
 from .checks import (
     check_cheap,

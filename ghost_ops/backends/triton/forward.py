@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...activations import PRELU
-from ...ops.eager import intrinsic_count, memory_format
+from ...conventions import intrinsic_count, memory_format
 from . import layout
 from .checks import (
     check_cheap,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.eager import memory_format
+from ...conventions import memory_format
 from .kernels.common import INTERPRET
 from .plan import (
     INTERPRETER,

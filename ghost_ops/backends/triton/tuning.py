@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ import torch
 
 from ... import environment
 from ..._version import __version__
+from ...announce import warn_once
 from .plan import Device, Problem, Tile, candidates
 
 Result = TypeVar("Result")
@@ -32,7 +32,6 @@ autotune: bool = environment.TRITON_AUTOTUNE.get() == "1"
 _lock = threading.RLock()
 _chosen: dict[tuple[Device, str], Tile] = {}
 _loaded: dict[Device, dict[str, Any]] = {}
-_announced: set[str] = set()
 
 
 def cache_file(device: Device) -> Path:
@@ -154,7 +153,8 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _announce(f"the autotuning cache {path} cannot be read and is begun anew ({error})")
+        text = f"ghost_ops: the autotuning cache {path} cannot be read and is begun anew ({error})"
+        warn_once(text, stacklevel=3)
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -173,10 +173,5 @@ def _remember(device: Device, name: str, tile: Tile, milliseconds: float) -> Non
             json.dump(entries, file, indent=1, sort_keys=True)
         os.replace(file.name, path)  # a reader sees the old file or the new one, nothing between
     except OSError as error:
-        _announce(f"the autotuning cache {path} cannot be written ({error})")
-
-
-def _announce(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        warnings.warn(f"ghost_ops: {message}", UserWarning, stacklevel=4)
+        text = f"ghost_ops: the autotuning cache {path} cannot be written ({error})"
+        warn_once(text, stacklevel=3)
