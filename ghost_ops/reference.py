@@ -1,4 +1,4 @@
-"""The Ghost module in plain PyTorch: the oracle, the baseline and the last fallback.
+"""The Ghost module in plain PyTorch: the oracle of tests, the baseline and the fallback.
 
 Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1 (Ghost
 module) and 3.2 (Ghost bottleneck); squeeze-and-excitation from Hu et al., CVPR 2018
@@ -278,7 +278,7 @@ class SqueezeExcite(nn.Module):
     Args:
         in_chs: channels.
         se_ratio: reduced channels over ``reduced_base_chs or in_chs``, then made divisible.
-        reduced_base_chs: what se_ratio is relative to; in_chs if None.
+        reduced_base_chs: the channels that se_ratio multiplies; in_chs if None.
         act_layer: activation type between the two convs, called with ``inplace=True``.
         gate_fn: the gate.
         divisor: the reduced channels are a multiple of it.
@@ -317,8 +317,8 @@ class GhostBottleneck(nn.Module):
     """Ghost bottleneck: expand, (stride and squeeze-excite), project, add the shortcut.
 
     ghost1 (in -> mid, ReLU); for stride > 1 a depthwise conv with batch norm; squeeze-excite if
-    asked for; ghost2 (mid -> out, linear); plus the shortcut, which is the input itself where the
-    shape allows, else depthwise conv, batch norm, 1x1 conv, batch norm.
+    requested; ghost2 (mid -> out, linear); plus the shortcut, which is the input if the shape
+    allows, else depthwise conv, batch norm, 1x1 conv, batch norm.
     [N, in_chs, H, W] -> [N, out_chs, ceil(H / stride), ceil(W / stride)] for odd kernels.
 
     Args:

@@ -23,7 +23,7 @@ from .ops.sync import combine, mean_gradients
 
 
 def group_of(bn: nn.Module) -> Any:
-    """The processes over which a norm takes its statistics now, a ``ProcessGroup``.
+    """The ``ProcessGroup`` over which a norm computes its statistics now.
 
     None if it uses the statistics of this process alone: no SyncBatchNorm, eval mode, no process
     group, or a group of one process.
@@ -277,7 +277,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     compute something else.
 
     Args:
-        model: what to convert.
+        model: the model, changed in place.
         process_group: the processes; all of them if None.
 
     Returns:

@@ -17,9 +17,16 @@ H100 = plan.Device("H100", 132, 50 * 2**20)
 
 
 def problem(
-    n: int = 256, c: int = 16, size: int = 112, oup: int = 16, ratio: int = 2, d: int = 3,
-    nhwc: bool = True, dtype: torch.dtype = torch.float16, has_primary: bool = True,
-) -> plan.Problem:  # fmt: skip
+    n: int = 256,
+    c: int = 16,
+    size: int = 112,
+    oup: int = 16,
+    ratio: int = 2,
+    d: int = 3,
+    nhwc: bool = True,
+    dtype: torch.dtype = torch.float16,
+    has_primary: bool = True,
+) -> plan.Problem:
     m = -(-oup // ratio)
     return plan.Problem(
         n, c, size, size, m, ratio, oup, d, 1, 1, 0.0, 1, 0.0, nhwc, dtype, has_primary

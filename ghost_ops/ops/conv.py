@@ -222,7 +222,7 @@ def ghost_conv_apply(x: Tensor, packed: Tensor, residual: Tensor | None, *number
 
     Args:
         x: [N, C, H, W], dense, NCHW or channels_last.
-        packed: 1-D, what the ``ghost_pack`` of the backend in force gives for
+        packed: 1-D, the result of ``ghost_pack`` of the backend in force for
             ``w1.permute(0, 2, 3, 1).reshape(m, k * k * C, 1, 1)``, the norms and w2; with a tail
             tail_scale [m] and tail_shift [m] come after it. In the compute dtype.
         residual: like the output, or None.
@@ -276,7 +276,7 @@ def conv_stem(
 
     Args:
         x: [N, C, H, W], dense, NCHW or channels_last; C at most 4.
-        weight: [O, C, 3, 3] as ``fold`` gives it; O even, at most 512. shift: [O], likewise.
+        weight: [O, C, 3, 3] as ``fold`` returns it; O even, at most 512. shift: [O], from ``fold``.
         stride: 1 or 2. act, slope: a code of ``activations``.
         channels_last: the layout of the output.
 

@@ -34,7 +34,7 @@ def conv_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw) of a convolution without bias, None for what is not needed."""
+    """(dx, dw) of a convolution without bias; None for a gradient that is not needed."""
     product = need_dw and groups == 1 and not any(padding) and onednn_corrupts(x, weight, stride)
     dx, dw = None, None
     if need_dx or not product:

@@ -1,6 +1,6 @@
 """Definition of an operator of ``torch.ops.ghost_ops``: schema, fake and eager implementation.
 
-The decorator ``operator`` stands on the eager implementation and registers all three. The native
+The decorator ``operator`` of the eager implementation registers all three. The native
 libraries add kernels for their devices; a device without a kernel runs the eager implementation.
 No operator is differentiable: ``autograd`` has the autograd functions.
 

@@ -23,7 +23,7 @@ HARD_SIGMOID, SIGMOID = range(2)  # codes of the gate's function
 def pack_gate(
     w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A gate's tensors as ``squeeze_excite_`` and ``squeeze_excite_gate`` take them.
+    """The packed tensors of a gate, for ``squeeze_excite_`` and ``squeeze_excite_gate``.
 
     Args:
         w_reduce: [R, C, 1, 1]. b_reduce: [R]. w_expand: [C, R, 1, 1]. b_expand: [C].
@@ -135,7 +135,7 @@ def squeeze_excite_(
         return
     native.squeeze_excite_(x, *arguments)
     if not x.is_inference():
-        # The kernel writes memory that autograd does not watch: tell it, and tell caches.
+        # The kernel writes without autograd: raise the version that autograd and caches check.
         torch.autograd.graph.increment_version(x)
 
 
@@ -150,10 +150,10 @@ def squeeze_excite_gate(
     slope: float = activations.DEFAULT_SLOPE,
     gate: int = HARD_SIGMOID,
 ) -> Tensor:
-    """gate(act(mean of x * w_reduce + b_reduce) * w_expand + b_expand), which x is left without.
+    """gate(act(mean of x * w_reduce + b_reduce) * w_expand + b_expand), without multiplying x.
 
     Args:
-        sums: of ``depthwise_conv_sums``, if x is its output; x is not read then.
+        sums: of ``depthwise_conv_sums`` if x is its output, and then x is not read; or None.
         The others: as ``squeeze_excite_``.
 
     Returns:

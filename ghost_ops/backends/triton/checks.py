@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...activations import NAMES, PRELU
+from . import DTYPES
 from .plan import Problem
 
 DW_SIZES = (1, 3, 5, 7)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 def check_image(name: str, x: Tensor) -> None:
     """4-D, in a dtype of the kernels, dense in NCHW or channels_last."""
     _require(x.dim() == 4, f"{name} must be 4-D [N, C, H, W], got {x.dim()}-D")
-    _require(x.dtype in _DTYPES, f"{name} must be one of {_DTYPES}, got {x.dtype}")
+    _require(x.dtype in DTYPES, f"{name} must be one of {DTYPES}, got {x.dtype}")
     _require(
         x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last),
         f"{name} must be dense, contiguous or channels_last; its strides are {x.stride()}",

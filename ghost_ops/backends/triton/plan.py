@@ -338,7 +338,7 @@ def tiles_per_program(
     blocks = math.ceil(channel_axis(kind, p) / tile.channels)
     if kind == "weight_gradient":
         blocks *= math.ceil(p.c / tile.depth)
-    wanted = math.ceil(8 * device.multiprocessors / max(blocks * images, 1))
+    programs = math.ceil(8 * device.multiprocessors / max(blocks * images, 1))
     if kind == "weight_gradient":
-        wanted = max(1, wanted // 4)
-    return rounded_up(max(1, math.ceil(tiles / wanted)))
+        programs = max(1, programs // 4)
+    return rounded_up(max(1, math.ceil(tiles / programs)))

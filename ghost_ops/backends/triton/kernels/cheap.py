@@ -1,4 +1,4 @@
-"""The cheap operation with what follows it: v = w2 (*) y, z = act2(bn2(v)), statistics of v."""
+"""The cheap operation, norm and activation: v = w2 (*) y, z = act2(bn2(v)), statistics of v."""
 
 from __future__ import annotations
 

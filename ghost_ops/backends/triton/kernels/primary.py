@@ -1,4 +1,4 @@
-"""The primary convolution with what follows it: u = w1 * x, y = act1(bn1(u)), statistics of u."""
+"""The primary convolution, norm and activation: u = w1 * x, y = act1(bn1(u)), statistics of u."""
 
 from __future__ import annotations
 
