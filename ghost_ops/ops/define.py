@@ -11,6 +11,7 @@ schema, and the kernel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -76,12 +77,18 @@ def overload(namespace: str, name: str) -> Any:
 
 def _by_name(schema: str, fake: Fake) -> Callable[..., Any]:
     """The fake as a function with the arguments of the schema."""
-    arguments = torch._C.parse_schema(schema).arguments
-    names = [a.name for a in arguments]
-    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
 
     def call(*given: Any, **named: Any) -> Any:
+        names, defaults = _arguments(schema)
         bound = dict(zip(names, given, strict=False))
         return fake(SimpleNamespace(**{**defaults, **bound, **named}))
 
     return call
+
+
+@functools.cache
+def _arguments(schema: str) -> tuple[list[str], dict[str, Any]]:
+    """The names of a schema's arguments, and the defaults by name."""
+    arguments = torch._C.parse_schema(schema).arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return [a.name for a in arguments], defaults
