@@ -1,5 +1,7 @@
 """The operators between the Ghost modules of a network, under one name: ``ghost_ops.model_ops``."""
 
+# ruff: noqa: F401  (the names are re-exported)
+
 from .conv import (
     MOST_POOLED,
     conv_stem,
@@ -30,30 +32,3 @@ from .gate import (
     squeeze_excite_gate,
 )
 from .select import on_gpu
-
-__all__ = [
-    "HARD_SIGMOID",
-    "MOST_POOLED",
-    "SIGMOID",
-    "conv_stem",
-    "depthwise_conv",
-    "depthwise_conv_sums",
-    "depthwise_norm",
-    "depthwise_norm_backward",
-    "fold",
-    "ghost_apply_gated",
-    "ghost_apply_pooled",
-    "ghost_conv_apply",
-    "has_conv",
-    "has_conv_kernel",
-    "has_depthwise",
-    "has_stem",
-    "native_ghost_conv_apply",
-    "native_run_program",
-    "on_gpu",
-    "pack_gate",
-    "plane_affine",
-    "plane_dot",
-    "squeeze_excite_",
-    "squeeze_excite_gate",
-]
