@@ -17,11 +17,11 @@ code  name          formula                                        module
 8     prelu         x if x > 0 else slope[channel] * x             PReLU
 ====  ============  =============================================  ==========================
 
-A PReLU learns its slopes, one a channel or one for all: they are a parameter of its module, packed
-with the weights in inference and an operand of the operators in training. Only Ghost modules have
-it; ``resolve``, for activations without parameters, does not.
+A PReLU learns its slopes, one a channel or one for all. They are a parameter of its module, packed
+with the weights in inference and an operand of the operators in training. Only Ghost modules
+support it; ``resolve`` covers the activations without parameters.
 
-NaN goes through every one of them, as it does in PyTorch.
+Every activation propagates NaN, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ ActivationSpec = str | nn.Module
 _aten = torch.ops.aten
 
 
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """relu6(x + 3) / 6, elementwise: a gate, not one of the activations above."""
+    return F.relu6(x + 3.0) / 6.0
+
+
 def resolve(
     activation: ActivationSpec, name: str = "activation", names: tuple[str, ...] = NAMES
 ) -> tuple[int, float]:
@@ -52,11 +57,10 @@ def resolve(
     Args:
         activation: one of ``NAMES``, or a module of one of the types in the table above.
         name: the argument's name, for the error message.
-        names: those that the message allows.
+        names: the names that the error message lists.
 
     Returns:
-        ``(code, slope)``; the slope is ``DEFAULT_SLOPE`` except for a ``LeakyReLU`` module, which
-        has its own.
+        ``(code, slope)``; the slope is that of a ``LeakyReLU`` module, else ``DEFAULT_SLOPE``.
 
     Raises:
         ValueError: the name, or the type of the module, is not one of them.
@@ -81,9 +85,9 @@ def resolve(
 
 
 def of_module(module: nn.Module) -> tuple[int, float] | None:
-    """The code and slope of an activation module, or None if it is not one we know.
+    """The code and slope of an activation module; None for a type that the table does not list.
 
-    Only the exact types count: a subclass may compute something else.
+    The type must match exactly, because a subclass may compute something else.
     """
     kind = type(module)
     if kind is nn.ReLU:
@@ -104,7 +108,7 @@ def of_module(module: nn.Module) -> tuple[int, float] | None:
 
 
 def of_ghost_branch(module: nn.Module) -> tuple[int, float] | None:
-    """As ``of_module``, and PReLU, which behind the convolutions of a Ghost module is known too."""
+    """As ``of_module``, and also for PReLU, which a Ghost module supports."""
     return (PRELU, DEFAULT_SLOPE) if type(module) is nn.PReLU else of_module(module)
 
 
@@ -132,13 +136,13 @@ def make_module(
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A new module for an activation (a module is copied, so that no two branches share one).
+    """A new module for an activation. A given module is copied: branches never share one.
 
     Args:
         activation: a name of the table above, or a module of one of its types.
         name: the argument's name, for error messages.
-        channels: slopes of a new ``"prelu"``, each 0.25 as PyTorch has it.
-        device, dtype: of a new PReLU's slopes; of a copy's only if given.
+        channels: number of slopes of a new ``"prelu"``, each 0.25 as in PyTorch.
+        device, dtype: of the slopes of a PReLU; a copy keeps its own if they are None.
 
     Raises:
         ValueError, TypeError: as ``resolve``.
@@ -168,7 +172,7 @@ def make_module(
 def apply(
     x: Tensor, code: int, slope: float, inplace: bool = False, slopes: Tensor | None = None
 ) -> Tensor:
-    """act(x), differentiable twice. ``inplace`` may overwrite x (of any shape) and saves a pass.
+    """act(x) for x of any shape, differentiable twice. ``inplace`` may overwrite x.
 
     slopes: [x.size(1)], of a PReLU.
     """
@@ -196,8 +200,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(grad * act'(x), values whose sum over a channel is the gradient of its slope).
 
-    x is the input of the activation, of the shape of grad; the second result is None but for a
-    PReLU, whose slopes are [x.size(1)].
+    x is the input of the activation, of the shape of grad. slopes: [x.size(1)], of a PReLU; for any
+    other activation the second result is None.
     """
     if code == NONE:
         return grad, None

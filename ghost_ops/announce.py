@@ -9,9 +9,14 @@ import torch
 _said: set[str] = set()
 
 
+def warn_once(text: str, stacklevel: int = 2) -> None:
+    """Warn with a ``UserWarning``, unless the same text was given before."""
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, UserWarning, stacklevel=stacklevel + 1)
+
+
 def announce(text: str) -> None:
-    """Warn with a ``UserWarning``, unless the same was said before or a graph is being compiled."""
-    if torch.compiler.is_compiling() or text in _said:
-        return
-    _said.add(text)
-    warnings.warn(f"{text} (Said once.)", UserWarning, stacklevel=3)
+    """``warn_once``, except while a graph is being compiled."""
+    if not torch.compiler.is_compiling():
+        warn_once(f"{text} (Said once.)", stacklevel=3)

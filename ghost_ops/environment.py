@@ -21,7 +21,7 @@ class Variable:
     meaning: str
 
     def get(self) -> str:
-        """The value in force. Raises ValueError if it is not an allowed one."""
+        """The value in force. Raises ValueError if it is not allowed."""
         value = os.environ.get(self.name, "").strip() or self.default
         if self.choices and value not in self.choices:
             allowed = ", ".join(repr(choice) for choice in self.choices)
@@ -36,7 +36,7 @@ BACKEND = Variable(
     "auto",
     ("auto", "native", "triton", "eager"),
     "import",
-    "What runs: native (compiled kernels), triton (on GPUs), eager (plain PyTorch); auto: the "
+    "The backend: native (compiled kernels), triton (on GPUs), eager (plain PyTorch); auto: the "
     "first of them that can.",
 )
 EMULATED = "generic_amx"  # for tests: AMX in software
@@ -90,8 +90,8 @@ CUDA_PDL = Variable(
     "0",
     ("0", "1"),
     "first use",
-    "1: on GPUs of compute capability 9.0, kernels of the forward start before the kernel before "
-    "them has ended, and wait for it (programmatic dependent launch).",
+    "1: on GPUs of compute capability 9.0, a kernel of the forward starts before the previous one "
+    "has ended, and waits for it (programmatic dependent launch).",
 )
 
 CUDA_PLAN = Variable(
@@ -122,10 +122,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 
 
 def cpu_machine() -> dict[str, int]:
-    """GHOST_OPS_CPU_MACHINE as ``l1_bytes``, ``l2_bytes`` and ``cores``; 0: it does not name that.
+    """GHOST_OPS_CPU_MACHINE as ``l1_bytes``, ``l2_bytes`` and ``cores``; 0 where absent.
 
     Raises:
-        ValueError: a part is not of the form, not in its range, or there twice.
+        ValueError: a part has another form, is out of its range, or occurs twice.
     """
     text = CPU_MACHINE.get()
     found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""The Ghost module as a function of tensors, for those who hold them."""
+"""The Ghost module as a function of tensors."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 from . import activations
 from .activations import ActivationSpec
-from .autograd.ghost import GhostModuleFunction, RunningUpdate, autocast_dtype, run
-from .ops.eager import compute_dtype
+from .autograd.forward import RunningUpdate
+from .autograd.ghost import GhostModuleFunction, run
+from .conventions import DTYPES, compute_dtype
+from .modes import autocast_dtype
 from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WIDE = {dtype: compute_dtype(dtype) for dtype in _DTYPES}
+_WIDE = {dtype: compute_dtype(dtype) for dtype in DTYPES}
 
 IntPair = int | tuple[int, int]
 FloatPair = float | tuple[float, float]
@@ -59,21 +60,22 @@ def ghost_module(
 
     Differentiable twice in x, both weights, the weights and biases of both batch norms, and the
     slopes of a PReLU. Under torch.func transforms and forward-mode differentiation it runs unfused,
-    which a warning says. Saves for backward x, the parameters and the statistics per channel, and u
-    only where it has at most a quarter of x's elements.
+    with a warning. Saves for backward x, the parameters and the statistics per channel, and u only
+    if it has at most a quarter of the elements of x.
 
-    A primary convolution other than 1x1 with groups 1 and padding 0 runs through the library
-    convolution; the rest is fused from its output on.
+    A primary convolution other than 1x1 with groups 1 and padding 0 runs through PyTorch's
+    convolution; the operations after it are fused.
 
     Args:
         x: [N, C, H, W], in float32, float64, bfloat16 or float16. NCHW and channels_last are used
-            as they are, and the result has the same layout (NCHW where x is both, as with C = 1);
-            any other x (sliced, expanded) is copied to the nearer of the two first.
+            as they are, and the result has the same layout (NCHW if x is both, as with C = 1). Any
+            other x (sliced, expanded) is first copied to the nearer of the two layouts.
         primary_weight: [m, C / groups, k, k], or None: x already is u, and C = m.
         cheap_weight: [g, 1, d, d] with d odd and g a multiple of m; ratio = g / m + 1.
         primary_bn_weight, primary_bn_bias: [m], or None for 1 and 0.
         primary_running_mean, primary_running_var: [m]; may both be None in training.
-        cheap_bn_weight, cheap_bn_bias, cheap_running_mean, cheap_running_var: [g], likewise.
+        cheap_bn_weight, cheap_bn_bias, cheap_running_mean, cheap_running_var: [g], with the
+            same defaults.
         out_channels: channels of the result, from m to m + g; m + g if None.
         training: normalise with the batch's statistics and update the running ones; otherwise with
             the running ones.
@@ -164,7 +166,7 @@ def ghost_module(
 
 
 def _activation(activation: ActivationSpec, weight: Tensor | None, name: str) -> tuple[int, float]:
-    """The code and slope; a PReLU comes by name, with its slopes."""
+    """The code and slope of an activation; "prelu" requires slopes, and no other allows them."""
     if (activation == "prelu") != (weight is not None):
         raise ValueError(f"{name}_weight must be given for {name}='prelu', and only for it")
     if activation == "prelu":
@@ -178,7 +180,7 @@ def _slopes(x: Tensor, weight: Tensor | None, channels: int, name: str) -> Tenso
         return None
     if weight.shape not in ((1,), (channels,)):
         raise RuntimeError(f"{name} must be of shape [1] or [{channels}], got {list(weight.shape)}")
-    if weight.device != x.device or weight.dtype not in _DTYPES:
+    if weight.device != x.device or weight.dtype not in DTYPES:
         raise RuntimeError(
             f"{name} must be floating-point and on {x.device}, where x is, got {weight.dtype} on "
             f"{weight.device}"
@@ -214,13 +216,13 @@ def check(
     settings: Settings,
     stats: Statistics,
 ) -> None:
-    """Raise what ``ghost_module`` documents, naming the argument, its value and what is allowed."""
+    """Raise the documented errors of ``ghost_module``, with the argument and its value."""
     if not _plainly_fits(x, w1, w2, norms, settings, stats):
         _check_each(x, w1, w2, norms, settings, stats)
 
 
 def _counts_alone(stats: Statistics) -> bool:
-    """Whether a norm takes the statistics of this process's batch, which one value has none of."""
+    """Whether a norm uses the statistics of this process's batch, which needs two values."""
     first, second = stats.group1 is None, stats.group2 is None
     return (stats.batch1 and first) or (stats.batch2 and second)
 
@@ -233,10 +235,10 @@ def _plainly_fits(
     settings: Settings,
     stats: Statistics,
 ) -> bool:
-    """True only if nothing is wrong; quick, since it runs at every call.
+    """True only if the arguments are valid; quick, because it runs at every call.
 
-    It knows the usual case (a 1x1 primary convolution with all batch norm tensors) and leaves the
-    others to ``_check_each``.
+    It covers the usual case, a 1x1 primary convolution with all batch norm tensors. ``_check_each``
+    covers the others.
     """
     if not isinstance(x, Tensor) or w1 is None or x.dim() != 4:
         return False
@@ -248,12 +250,13 @@ def _plainly_fits(
         return False
     (n, c, h, w), (m, c1, k, k1), (g, one, d, d1) = x.shape, w1.shape, w2.shape
     s = settings
-    if not (
-        c == c1 and k == k1 == one == s.groups == 1 and m <= s.out_channels <= m + g
-        and d == d1 and d % 2 and g % m == 0 and s.padding == (0, 0) and s.dilation == (1, 1)
-        and s.stride[0] > 0 and s.stride[1] > 0 and h > 0 and w > 0
-        and w1.device == device and w2.device == device
-    ):  # fmt: skip
+    if not (c == c1 and k == k1 == one == s.groups == 1 and m <= s.out_channels <= m + g):
+        return False
+    if not (d == d1 and d % 2 and g % m == 0 and s.padding == (0, 0) and s.dilation == (1, 1)):
+        return False
+    if not (s.stride[0] > 0 and s.stride[1] > 0 and h > 0 and w > 0):
+        return False
+    if w1.device != device or w2.device != device:
         return False
     alone = _counts_alone(stats)
     if alone and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
@@ -343,12 +346,12 @@ def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dim() != 4:
-        # A 3-D input passes PyTorch's convolution, and its batch norm has ValueError for it.
+        # PyTorch's convolution accepts a 3-D input, and its batch norm raises ValueError.
         kind = ValueError if x.dim() == 3 else RuntimeError
         raise kind(
             f"expected 4D input [N, C, H, W] (got {x.dim()}D input of shape {list(x.shape)})"
         )
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise RuntimeError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
     if is_u:
         return
@@ -365,7 +368,7 @@ def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
 
 
 def _dtype_in_use(t: Tensor) -> torch.dtype:
-    """The dtype that a convolution has t in: autocast's, where that applies."""
+    """The dtype in which a convolution uses t: autocast's if it applies."""
     device_type = t.device.type
     return t.dtype if t.dtype is torch.float64 else autocast_dtype(device_type) or t.dtype
 
@@ -374,7 +377,7 @@ def _check_weight(name: str, w: Tensor, x: Tensor) -> None:
     if w.device != x.device:
         raise RuntimeError(f"{name} is on {w.device}, but x is on {x.device}")
     if w.dtype is not x.dtype and (
-        w.dtype not in _DTYPES or _dtype_in_use(w) is not _dtype_in_use(x)
+        w.dtype not in DTYPES or _dtype_in_use(w) is not _dtype_in_use(x)
     ):
         raise RuntimeError(f"x and {name} must have one dtype, got {x.dtype} and {w.dtype}")
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .fusion.fused import fused_forward
 from .fusion.network import FusedNetwork
 from .nn import FusedGhostBottleneck, FusedGhostModule
-from .reference import _make_divisible
+from .reference import make_divisible
 
 __all__ = [
     "FusedGhostNet",
@@ -105,7 +105,7 @@ class GhostNet(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
         self.dropout = dropout
-        channels = _make_divisible(16 * width, 4)
+        channels = make_divisible(16 * width, 4)
         self.conv_stem = nn.Conv2d(in_chans, channels, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = nn.ReLU(inplace=True)
@@ -114,8 +114,8 @@ class GhostNet(nn.Module):
         for stage in _STAGES:
             blocks = []
             for kernel, expand, out, se_ratio, stride in stage:
-                expanded = _make_divisible(expand * width, 4)
-                out = _make_divisible(out * width, 4)
+                expanded = make_divisible(expand * width, 4)
+                out = make_divisible(out * width, 4)
                 blocks.append(
                     FusedGhostBottleneck(channels, expanded, out, kernel, stride, se_ratio=se_ratio)
                 )

@@ -14,7 +14,7 @@ from .activations import ActivationSpec
 from .fusion.bottleneck import FusedBottleneck
 from .fusion.fused import attach, fused_forward
 from .fusion.ghost import FusedGhost
-from .reference import GhostBottleneck, GhostModule, _build_children, _checked_arguments
+from .reference import GhostBottleneck, GhostModule, build_children, checked_arguments
 
 
 class FusedGhostModule(FusedGhost, GhostModule):
@@ -75,14 +75,14 @@ class FusedGhostModule(FusedGhost, GhostModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        numbers = _checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
+        numbers = checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
         first = ("relu" if relu else "none") if activation is None else activation
         second = first if cheap_activation is None else cheap_activation
         m = math.ceil(numbers[1] / numbers[3])
         g = m * (numbers[3] - 1)
         act1 = activations.make_module(first, "activation", m, device, dtype)
         act2 = activations.make_module(second, "cheap_activation", g, device, dtype)
-        _build_children(self, *numbers, act1, act2, device, dtype)
+        build_children(self, *numbers, act1, act2, device, dtype)
         attach(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The Ghost module in plain PyTorch: the oracle, the baseline and the last fallback.
+"""The Ghost module in plain PyTorch: the oracle of tests, the baseline and the fallback.
 
 Source: Han et al., "GhostNet: More Features from Cheap Operations", CVPR 2020, section 3.1 (Ghost
 module) and 3.2 (Ghost bottleneck); squeeze-and-excitation from Hu et al., CVPR 2018
@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import activations, sync
+from .activations import hard_sigmoid
+from .conventions import ghosts_per_map
 
 
 class Settings(NamedTuple):
@@ -112,10 +114,10 @@ def ghost_formula(
         x: [N, C, H, W].
         w1: [m, C / groups, k, k], or None if x already is u.
         w2: [g, 1, d, d]; g = 0 for ratio 1.
-        norms, settings: the rest.
-        stats: of each norm; a norm with the batch's statistics moves the running ones, where given,
-            by momentum1 or momentum2.
-        slopes: where settings name a PReLU.
+        norms, settings: the tensors of both batch norms, and the numbers.
+        stats: of each norm. A norm with the batch's statistics updates the running ones, if given,
+            with momentum1 or momentum2.
+        slopes: of the PReLUs among the activations.
 
     Returns:
         [N, out_channels, Ho, Wo].
@@ -145,7 +147,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``F.batch_norm``; over the processes of a group, if there is one, without an update."""
+    """``F.batch_norm``; with a group, batch norm over its processes, without an update."""
     if group is None:
         return F.batch_norm(u, mean, var, gamma, beta, batch, momentum, eps)
     return sync.sync_formula(u, gamma, beta, eps, group)
@@ -164,7 +166,7 @@ def _positive_int(name: str, value: Any) -> int:
     return number
 
 
-def _checked_arguments(
+def checked_arguments(
     inp: Any, oup: Any, kernel_size: Any, ratio: Any, dw_size: Any, stride: Any
 ) -> tuple[int, int, int, int, int, int]:
     """The constructor's numbers as ints. TypeError if one is no int, ValueError if out of range."""
@@ -179,7 +181,7 @@ def _checked_arguments(
     return inp, oup, kernel_size, ratio, dw_size, stride
 
 
-def _build_children(
+def build_children(
     module: nn.Module,
     inp: int,
     oup: int,
@@ -195,7 +197,7 @@ def _build_children(
     """Give ``module`` its oup, primary_conv and cheap_operation. The order fixes the use of RNG."""
     made = {"device": device, "dtype": dtype}
     m = math.ceil(oup / ratio)
-    g = m * (ratio - 1)
+    g = m * ghosts_per_map(ratio)
     module.oup = oup
     module.primary_conv = nn.Sequential(
         nn.Conv2d(inp, m, kernel_size, stride, kernel_size // 2, bias=False, **made),
@@ -203,7 +205,7 @@ def _build_children(
         act1,
     )
     with warnings.catch_warnings():
-        # Ratio 1 has an empty cheap weight, and initialising that is a no-op by intent.
+        # Ratio 1 has an empty cheap weight, whose initialisation does nothing.
         if g == 0:
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         cheap = nn.Conv2d(m, g, dw_size, 1, dw_size // 2, groups=m, bias=False, **made)
@@ -243,10 +245,10 @@ class GhostModule(nn.Module):
         relu: bool = True,
     ) -> None:
         super().__init__()
-        numbers = _checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
+        numbers = checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
         name = "relu" if relu else "none"
         act1, act2 = activations.make_module(name), activations.make_module(name)
-        _build_children(self, *numbers, act1, act2)
+        build_children(self, *numbers, act1, act2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
@@ -258,12 +260,7 @@ class GhostModule(nn.Module):
         return torch.cat([x1, x2], dim=1)[:, : self.oup]
 
 
-def hard_sigmoid(x: Tensor) -> Tensor:
-    """relu6(x + 3) / 6, elementwise."""
-    return F.relu6(x + 3.0) / 6.0
-
-
-def _make_divisible(v: float, divisor: int, min_value: int | None = None) -> int:
+def make_divisible(v: float, divisor: int, min_value: int | None = None) -> int:
     """v rounded to a multiple of divisor, at least min_value, and not below nine tenths of v."""
     if min_value is None:
         min_value = divisor
@@ -281,7 +278,7 @@ class SqueezeExcite(nn.Module):
     Args:
         in_chs: channels.
         se_ratio: reduced channels over ``reduced_base_chs or in_chs``, then made divisible.
-        reduced_base_chs: what se_ratio is relative to; in_chs if None.
+        reduced_base_chs: the channels that se_ratio multiplies; in_chs if None.
         act_layer: activation type between the two convs, called with ``inplace=True``.
         gate_fn: the gate.
         divisor: the reduced channels are a multiple of it.
@@ -301,7 +298,7 @@ class SqueezeExcite(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_fn = gate_fn
-        reduced_chs = _make_divisible((reduced_base_chs or in_chs) * se_ratio, divisor)
+        reduced_chs = make_divisible((reduced_base_chs or in_chs) * se_ratio, divisor)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.conv_reduce = nn.Conv2d(in_chs, reduced_chs, 1, bias=True)
         self.act1 = act_layer(inplace=True)
@@ -320,15 +317,15 @@ class GhostBottleneck(nn.Module):
     """Ghost bottleneck: expand, (stride and squeeze-excite), project, add the shortcut.
 
     ghost1 (in -> mid, ReLU); for stride > 1 a depthwise conv with batch norm; squeeze-excite if
-    asked for; ghost2 (mid -> out, linear); plus the shortcut, which is the input itself where the
-    shape allows, else depthwise conv, batch norm, 1x1 conv, batch norm.
+    requested; ghost2 (mid -> out, linear); plus the shortcut, which is the input if the shape
+    allows, else depthwise conv, batch norm, 1x1 conv, batch norm.
     [N, in_chs, H, W] -> [N, out_chs, ceil(H / stride), ceil(W / stride)] for odd kernels.
 
     Args:
         in_chs, mid_chs, out_chs: channels of the input, between the Ghost modules, of the output.
         dw_kernel_size: of the strided depthwise conv and of the shortcut's.
         stride: 1 or more.
-        act_layer: taken for compatibility with the authors' signature, which does not use it.
+        act_layer: unused; the authors' constructor has it too.
         se_ratio: squeeze-and-excitation with this ratio; none for None or 0.
 
     Source: GhostNet, CVPR 2020, section 3.2.

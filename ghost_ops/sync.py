@@ -1,18 +1,9 @@
 """Batch norm over all processes of a group, on any device that the group's backend reaches.
 
 PyTorch's ``SyncBatchNorm`` runs on GPUs only, and DistributedDataParallel refuses a model with one
-on a CPU. ``SyncBatchNorm`` here runs over every backend, gloo included. Inside a Ghost module both
-run fused: the passes of ``autograd`` stop at the statistics, which ``combine`` and
-``mean_gradients`` exchange.
-
-With n values per channel in a process, mean and var of these, and N the sum of n over all processes
-(Chan, Golub and LeVeque 1979)::
-
-    MEAN = sum(n * mean) / N
-    VAR  = sum(n * (var + (mean - MEAN)^2)) / N
-
-Communicated per norm: forward 2 C + 1 numbers (mean, var, n) from every process to every other,
-backward the sum of 2 C numbers (dbeta, dgamma).
+on a CPU. ``SyncBatchNorm`` here runs over every backend of torch.distributed, gloo included. Inside
+a Ghost module both run fused: the passes of ``autograd`` stop at the statistics, which ``combine``
+and ``mean_gradients`` of ``ops.sync`` exchange.
 """
 
 from __future__ import annotations
@@ -26,25 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ops.eager import compute_dtype
-
-_library = torch.library.Library("ghost_ops", "FRAGMENT")
-# Opaque to the compiler: a collective, and an exception that depends on what it brings.
-_library.define(
-    "sync_combine(Tensor mean, Tensor var, SymInt count, str group) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "sync_mean_gradients(Tensor dbeta, Tensor dgamma, Tensor count, str group) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from .conventions import compute_dtype
+from .modes import differentiate
+from .ops.sync import combine, mean_gradients
 
 
 def group_of(bn: nn.Module) -> Any:
-    """The processes over which a norm takes its statistics now, a ``ProcessGroup``.
+    """The ``ProcessGroup`` over which a norm computes its statistics now.
 
-    None where it takes those of its own process: no SyncBatchNorm, eval mode, no process group, or
-    a group of one process.
+    None if it uses the statistics of this process alone: no SyncBatchNorm, eval mode, no process
+    group, or a group of one process.
 
     Raises:
         ValueError: its ``process_group`` was destroyed.
@@ -59,98 +41,6 @@ def group_of(bn: nn.Module) -> Any:
     if not torch.compiler.is_compiling():
         dist.get_backend(group)  # raises if it was destroyed
     return group
-
-
-def combine(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics over all processes, by the formula of this file's docstring; one collective.
-
-    The sums are in float64, and every process gets the same bits.
-
-    Args:
-        mean, var: [C], of the values of this process, biased; anything where count is 0.
-        count: values per channel in this process.
-        group: a ``ProcessGroup``.
-
-    Returns:
-        mean and biased var [C] in the dtype of mean, and the count of all processes, a 0-dim
-        float64 tensor. Zeros where no process has a value.
-
-    Raises:
-        ValueError: one value per channel in all processes together; in every one of them.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.ghost_ops.sync_combine.default(mean, var, count, group.group_name)
-    return _combine(mean, var, count, group)
-
-
-def _combine(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if count == 0:
-        mean = var = torch.zeros_like(mean)  # in the place of 0 / 0
-    local = torch.cat([mean, var, mean.new_full((1,), count)])
-    gathered = local.new_empty(dist.get_world_size(group), local.numel())
-    dist.all_gather(list(gathered.unbind()), local, group=group)
-    means, variances, counts = gathered.double().split([mean.numel(), mean.numel(), 1], 1)
-    total = counts.sum()
-    # A GPU's number is read only where it can be so small: no process has two values then.
-    if count <= 1 and total == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got 1 in all processes together"
-        )
-    share = counts / total.clamp(min=1)
-    whole = (share * means).sum(0)
-    spread = (share * (variances + (means - whole).square())).sum(0)
-    return whole.to(mean.dtype), spread.to(mean.dtype), total
-
-
-def mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: Any) -> Tensor:
-    """Means over all values of all processes of da and of da * uhat; one all-reduce.
-
-    da is the gradient at the norm's output, uhat its normalised input.
-
-    Args:
-        dbeta, dgamma: [C], the sums of da and of da * uhat in this process.
-        count: of ``combine``.
-        group: a ``ProcessGroup``.
-
-    Returns:
-        [2, C], in the dtype of dbeta.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.ghost_ops.sync_mean_gradients.default(
-            dbeta, dgamma, count, group.group_name
-        )
-    return _mean_gradients(dbeta, dgamma, count, group)
-
-
-def _mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: Any) -> Tensor:
-    sums = torch.stack([dbeta, dgamma])
-    dist.all_reduce(sums, group=group)
-    return sums.div_(count.clamp(min=1))
-
-
-def _resolved(function: Any) -> Any:
-    """The function for a group that is named, as it is in a compiled graph."""
-
-    @torch.no_grad()
-    def call(*arguments: Any) -> Any:
-        *tensors, group = arguments
-        return function(*tensors, dist.distributed_c10d._resolve_process_group(group))
-
-    return call
-
-
-_library.impl("sync_combine", _resolved(_combine), "CompositeExplicitAutograd")
-_library.impl("sync_mean_gradients", _resolved(_mean_gradients), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ghost_ops::sync_combine", lib=_library)
-def _(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(mean), torch.empty_like(mean), mean.new_empty((), dtype=torch.float64)
-
-
-@torch.library.register_fake("ghost_ops::sync_mean_gradients", lib=_library)
-def _(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: str) -> Tensor:
-    return dbeta.new_empty(2, dbeta.numel())
 
 
 class _AllReduce(torch.autograd.Function):
@@ -173,7 +63,7 @@ def sync_formula(
 ) -> Tensor:
     """Batch norm over all processes in plain PyTorch, differentiable any number of times.
 
-    Every process has to differentiate it as often as the others: each time is two all-reduces.
+    All processes must differentiate it equally often: each time costs two all-reduces.
 
     Args:
         x: [N, C, *]; N may differ between processes, and be 0.
@@ -188,7 +78,7 @@ def sync_formula(
     total = _AllReduce.apply(torch.cat([wide.sum(dims), count]), group)
     count = total[-1].detach().clamp(min=1)
     centred = wide - (total[:-1] / count).view(shape)
-    # From centred values, in a second exchange: E[u^2] - E[u]^2 would lose digits.
+    # A second exchange, of centred values, because E[u^2] - E[u]^2 would lose digits.
     var = _AllReduce.apply(centred.square().sum(dims), group) / count
     out = centred * torch.rsqrt(var + eps).view(shape)
     if gamma is not None:
@@ -226,7 +116,6 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x, gamma, beta, mean, var, count = ctx.saved_tensors
         needs, eps, group = ctx.needs_input_grad, ctx.eps, ctx.group
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            from .autograd.ghost import differentiate  # which imports this file
 
             def formula(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
                 return sync_formula(x, gamma, beta, eps, group)
@@ -238,7 +127,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             dx, dgamma, dbeta = torch.empty_like(x), *(torch.zeros_like(mean) for _ in range(2))
         else:
             wide = None if gamma is None else gamma.to(mean.dtype)
-            ones = torch.ones_like(mean) if wide is None else wide  # so that it gives the sums
+            ones = torch.ones_like(mean) if wide is None else wide  # the operator then sums
             dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
                 grad_out, x, ones, mean, var, mean, inv_std, False, eps, [needs[0], True, True]
             )
@@ -257,7 +146,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _forward(bn: Any, x: Tensor, group: Any) -> Tensor:
-    """The output of a SyncBatchNorm, PyTorch's or ours, over the batches of a group."""
+    """The output of a SyncBatchNorm, PyTorch's or this file's, over the batches of a group."""
     count = x.numel() // x.size(1)
     with torch.no_grad():
         mean, var, total = combine(*_statistics(x), count, group)
@@ -273,7 +162,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if wide.numel() == 0 or torch.compiler.is_compiling():
         var, mean = torch.var_mean(wide, (0, *range(2, x.dim())), correction=0)
         return mean, var
-    return torch.batch_norm_update_stats(wide, None, None, 0.0)  # faster; the compiler has it not
+    return torch.batch_norm_update_stats(wide, None, None, 0.0)  # faster; not for the compiler
 
 
 def update_running(
@@ -286,11 +175,12 @@ def update_running(
     total: Tensor,
     count: int,
 ) -> None:
-    """Running statistics and counter of one norm, after a batch of count values a channel here.
+    """Update the running statistics and the batch counter of one norm.
 
-    Without a look at a number of the device, and with the same bits in all processes.
+    Reads no number from the device, and gives the same bits in all processes.
 
     Args:
+        count: values per channel in this process.
         momentum: None for the average over all batches.
         mean, var, total: of ``combine``.
     """
@@ -304,7 +194,7 @@ def update_running(
             if batches is None:
                 return
             weight = (1.0 / batches).to(running_mean.dtype)
-        if count == 0:  # and perhaps everywhere: nothing moves then
+        if count == 0:  # total may be 0 too; the weight is 0 then
             weight = (total > 0).to(running_mean.dtype) * weight
         unbiased = var * (total / (total - 1)).to(var.dtype)
         running_mean.lerp_(mean.to(running_mean.dtype), weight)
@@ -312,12 +202,12 @@ def update_running(
 
 
 def refuses(bn: nn.Module, x: Tensor) -> bool:
-    """Whether a module is PyTorch's SyncBatchNorm and raises because x is on a CPU."""
+    """Whether a module is PyTorch's SyncBatchNorm and would raise because x is on a CPU."""
     return isinstance(bn, nn.SyncBatchNorm) and x.device.type == "cpu" and group_of(bn) is not None
 
 
 def run_norm(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``; where PyTorch's SyncBatchNorm refuses x, what it would compute."""
+    """``bn(x)``, also where PyTorch's SyncBatchNorm refuses x."""
     return _forward(bn, x, group_of(bn)) if refuses(bn, x) else bn(x)
 
 
@@ -368,26 +258,26 @@ class SyncBatchNorm(_BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        memo[id(self.process_group)] = self.process_group  # the copy's too: it cannot be copied
+        memo[id(self.process_group)] = self.process_group  # shared: it cannot be copied
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
 
-# The batch norms that Ghost modules are fused with.
+# Batch norms with which a Ghost module can be fused.
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm)
 _CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Let every batch norm of a model take its statistics over all processes.
+    """Make every batch norm of a model compute its statistics over all processes.
 
     As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, and for any device. Before or after
     ``fuse``; before the model is wrapped in DistributedDataParallel. Parameters, buffers, keys,
-    hooks and modes stay. Subclasses of PyTorch's batch norms stay as they are: what else these
-    compute would be lost.
+    hooks and modes stay. Subclasses of PyTorch's batch norms are not converted, because they may
+    compute something else.
 
     Args:
-        model: what to convert.
+        model: the model, changed in place.
         process_group: the processes; all of them if None.
 
     Returns:
@@ -403,7 +293,7 @@ def _converted(
         return done[module]
     new = module
     if type(module) in _CONVERTED:
-        # A new object, so that whoever keeps something about the old one notices.
+        # A new object: guards on the old one then fail.
         new = SyncBatchNorm.__new__(SyncBatchNorm)
         new.__dict__.update(module.__dict__)
         new.process_group = process_group

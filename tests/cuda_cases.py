@@ -34,7 +34,7 @@ from helpers import (
 )
 from torch import Tensor
 
-from ghost_ops.ops.ghost import NEEDS
+from ghost_ops.conventions import NEEDS
 from ghost_ops.reference import GhostModule
 
 LOW = (torch.bfloat16, torch.float16)

@@ -22,8 +22,8 @@ from helpers import ACT_CODE, Case, Params, activation, assert_close, with_layou
 from torch import Tensor
 
 from ghost_ops import activations
+from ghost_ops.conventions import compute_dtype
 from ghost_ops.ops import layers as model_ops
-from ghost_ops.ops.eager import compute_dtype
 
 Row = dict[str, Any]
 

@@ -11,10 +11,10 @@ from helpers import DTYPES, LAYOUTS, activation, assert_close, covering, with_la
 from torch import Tensor
 
 from ghost_ops import activations, backends
+from ghost_ops.conventions import compute_dtype
 from ghost_ops.ops import eager as eager_ops
 from ghost_ops.ops import ghost as ops
 from ghost_ops.ops import layers as model_ops
-from ghost_ops.ops.eager import compute_dtype
 
 CASES = covering(
     {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
+from ghost_ops.ops import conv, gate
 from ghost_ops.ops import ghost as ops
 from ghost_ops.ops import layers as model_ops
 from ghost_ops.reference import GhostBottleneck
@@ -30,16 +31,15 @@ def library() -> emulator.Library:
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
     """CPU tensors are dispatched like CUDA tensors, to the operators of the emulator."""
-    names = ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem")
+    layers = ("depthwise_conv", "depthwise_conv_sums", "squeeze_excite_gate", "conv_stem")
     on_emulator = torch.ops.ghost_emu
     with pytest.MonkeyPatch.context() as patch:
-        for name in ops.NAMES:
+        for name in (*ops.NAMES, *layers):
             patch.setattr(ops.native, name, getattr(on_emulator, name).default)
-        for name in names:
-            patch.setattr(model_ops, f"_{name}", getattr(on_emulator, name).default)
         for name in ("ghost_apply_gated", "ghost_apply_pooled"):
             patch.setattr(model_ops, name, getattr(on_emulator, name).default)
-        patch.setattr(model_ops, "on_gpu", lambda t: True)
+        for module in (model_ops, conv, gate):
+            patch.setattr(module, "on_gpu", lambda t: True)
         with ghost_ops.use_backend("native"), tf32(False), torch.no_grad():
             yield
 

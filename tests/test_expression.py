@@ -22,6 +22,7 @@ from ghost_ops.fusion import timing
 from ghost_ops.fusion.expression import FusedExpression, match_expression
 from ghost_ops.fusion.guards import Refusal
 from ghost_ops.fusion.read import read
+from ghost_ops.ops import conv
 from ghost_ops.ops import layers as model_ops
 
 PROGRAM = "ghost_ops::run_program"
@@ -37,8 +38,9 @@ def convs(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append("ghost_conv_apply")
         return operator(*arguments)
 
-    monkeypatch.setattr(model_ops, "has_conv_kernel", lambda: True)
-    monkeypatch.setattr(model_ops, "native_ghost_conv_apply", counted)
+    for module in (model_ops, conv):
+        monkeypatch.setattr(module, "has_conv_kernel", lambda: True)
+        monkeypatch.setattr(module, "native_ghost_conv_apply", counted)
     yield names
 
 
@@ -324,7 +326,8 @@ def test_convolutions_inside_of_fused_modules_stay(convs: list[str]) -> None:
 
 
 def test_without_a_kernel(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_ops, "has_conv_kernel", lambda: False)
+    for module in (model_ops, conv):
+        monkeypatch.setattr(module, "has_conv_kernel", lambda: False)
     plain = randomize(with_ghost(Conv(6, 8, 3, 1, 1, nn.ReLU()), Basic(8, 8))).double().eval()
     fused = copy.deepcopy(plain)
     ghost_ops.fuse(fused)

@@ -20,8 +20,11 @@ from torch import Tensor
 
 from ghost_ops import activations
 from ghost_ops.autograd import layers
+from ghost_ops.conventions import compute_dtype
+from ghost_ops.ops import depthwise, ghost
+from ghost_ops.ops import gate as gate_ops
 from ghost_ops.ops import layers as model_ops
-from ghost_ops.ops.eager import compute_dtype
+from ghost_ops.ops.define import SCHEMAS
 
 DEPTHWISE = covering(
     {
@@ -230,6 +233,7 @@ def test_special_values(backend: str) -> None:
 
 
 CONTIGUOUS = ("plane_affine", "plane_dot")
+LAYER_OPERATORS = [n for n in SCHEMAS if n not in ghost.NAMES and not n.startswith("sync_")]
 
 
 def packed(channels: int, intrinsic: int, ghosts: int | None = None) -> Tensor:
@@ -272,7 +276,7 @@ def test_ghost_apply_gated(backend: str, layout: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", model_ops.NAMES)
+@pytest.mark.parametrize("name", LAYER_OPERATORS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(name: str, layout: str) -> None:
     if layout == "nhwc" and name in CONTIGUOUS:
@@ -366,7 +370,7 @@ class Trained:
 
 def trained_functions(backend: str) -> tuple:
     if backend == "eager":
-        return model_ops._eager_depthwise_norm, model_ops._eager_depthwise_norm_backward
+        return depthwise.eager_depthwise_norm, depthwise.eager_depthwise_norm_backward
     return model_ops.depthwise_norm, model_ops.depthwise_norm_backward
 
 
@@ -436,7 +440,7 @@ def test_planes(every_isa: str, dtype: torch.dtype) -> None:
     wide = compute_dtype(dtype)
     scale, shift = (torch.randn(2, 5, generator=gen).to(wide) for _ in range(2))
     if every_isa == "eager":
-        affine, dot = model_ops._eager_plane_affine, model_ops._eager_plane_dot
+        affine, dot = gate_ops.eager_plane_affine, gate_ops.eager_plane_dot
     else:
         affine, dot = torch.ops.ghost_ops.plane_affine, torch.ops.ghost_ops.plane_dot
     want = x.double() * scale.double()[..., None, None] + shift.double()[..., None, None]

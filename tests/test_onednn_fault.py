@@ -1,4 +1,4 @@
-"""The fault of oneDNN that ``eager_ops.conv_backward`` keeps off, and that it does keep off.
+"""The fault of oneDNN that ``conv_backward`` avoids, and that it does avoid it.
 
 If the first test fails, PyTorch is mended: once the oldest torch that is supported is, drop
 ``onednn_corrupts``, ``helpers.peer_conv2d`` and these files.
@@ -16,7 +16,7 @@ import torch
 from conftest import running
 from helpers import Case, make_input, make_module
 
-from ghost_ops.ops import eager as eager_ops
+from ghost_ops.ops.conv_gradient import conv_backward, onednn_corrupts
 
 SCRIPT = pathlib.Path(__file__).with_name("onednn_fault.py")
 AVX2 = {**os.environ, "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -64,10 +64,8 @@ def test_its_way_round_gives_the_same_gradient(
     x = torch.randn(2, 3, 9, 10, requires_grad=True)
     weight = torch.randn(4, 3, 1, 1, requires_grad=True)
     grad = torch.randn(2, 4, -(-9 // stride[0]), -(-10 // stride[1]))
-    assert eager_ops.onednn_corrupts(x, weight, stride)
-    got = eager_ops.conv_backward(
-        grad, x.detach(), weight.detach(), stride, (0, 0), (1, 1), 1, *needs
-    )
+    assert onednn_corrupts(x, weight, stride)
+    got = conv_backward(grad, x.detach(), weight.detach(), stride, (0, 0), (1, 1), 1, *needs)
     out = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride)
     wanted = torch.autograd.grad(out, [x, weight], grad.double())
     for have, want, needed in zip(got, wanted, needs, strict=True):

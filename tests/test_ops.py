@@ -25,7 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
 from ghost_ops.activations import PRELU
-from ghost_ops.ops.ghost import NEEDS, packs_pairs
+from ghost_ops.conventions import NEEDS
+from ghost_ops.ops.ghost import packs_pairs
 from ghost_ops.reference import GhostModule
 
 OPS = torch.ops.ghost_ops

@@ -17,7 +17,7 @@ from twins import observe, same
 import ghost_ops
 from ghost_ops import activations
 from ghost_ops.autograd import tail
-from ghost_ops.autograd.ghost import RunningUpdate
+from ghost_ops.autograd.forward import RunningUpdate
 from ghost_ops.autograd.tail import Norm, TailSettings, ghost_tail, tail_formula
 
 CASES = covering(
@@ -45,7 +45,7 @@ EIGHTY_IMAGES = {  # several items of the loops over images
 def calls(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The fused operator's calls."""
     seen: list[str] = []
-    for name in ("_forward", "_backward"):
+    for name in ("ghost_tail_forward", "ghost_tail_backward"):
         run = getattr(tail, name)
         spy = lambda *a, name=name, run=run: (seen.append(name), run(*a))[1]  # noqa: E731
         monkeypatch.setattr(tail, name, spy)
@@ -101,7 +101,7 @@ def test_agrees_with_float64(calls: list[str], row: dict[str, Any]) -> None:
     ]
     exact = results(plain, [None if t is None else t.double() for t in values], settings)
     eager, got = results(plain, values, settings), results(fused, values, settings)
-    assert calls == ["_forward", "_backward"]
+    assert calls == ["ghost_tail_forward", "ghost_tail_backward"]
     low = dtype in (torch.bfloat16, torch.float16)
     for name, want in exact.items():
         # A ReLU whose input rounds to the other side of 0 moves single numbers of a gradient. The
@@ -128,7 +128,7 @@ def test_gradcheck(calls: list[str], layout: str, batch_stats: bool) -> None:
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
-    assert "_backward" in calls
+    assert "ghost_tail_backward" in calls
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -257,7 +257,7 @@ def test_modules_agree(calls: list[str], name: str, layout: str) -> None:
     for _ in range(2):
         calls.clear()
         same(observe(other, x), observe(model, x))
-        assert calls == ["_forward"] * count + ["_backward"] * count
+        assert calls == ["ghost_tail_forward"] * count + ["ghost_tail_backward"] * count
     for m in (model, other):  # frozen statistics, with gradients
         m.eval()
     same(observe(other, x), observe(model, x))
@@ -309,7 +309,7 @@ def test_changes_afterwards(calls: list[str], name: str, change: str) -> None:
         CHANGES[change](model)
     calls.clear()
     same(*(observe(model, images()) for model in models))
-    assert ("_backward" in calls) == (change in ("frozen", "no grad", "weight norm"))
+    assert ("ghost_tail_backward" in calls) == (change in ("frozen", "no grad", "weight norm"))
 
 
 @pytest.mark.parametrize("size", [(1, 6, 1, 1), (0, 6, 8, 8), (2, 5, 8, 8)], ids=str)
@@ -332,7 +332,7 @@ def test_autocast(calls: list[str], name: str) -> None:
         return out, torch.cat([g.flatten().double() for g in found])
 
     wanted, eager, got = grads(exact, False), grads(model, True), grads(other, True)
-    assert "_backward" in calls
+    assert "ghost_tail_backward" in calls
     for a, b, c in zip(got, wanted, eager, strict=True):
         assert_close(a, b, c, rms=True, slack=4.0, dtype=torch.bfloat16)
 

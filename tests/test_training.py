@@ -32,7 +32,7 @@ from helpers import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ghost_ops.ops.ghost import NEEDS
+from ghost_ops.conventions import NEEDS
 
 LOW = (torch.bfloat16, torch.float16)
 

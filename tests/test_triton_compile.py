@@ -15,10 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 SCRIPT = pathlib.Path(__file__).with_name("triton_compile.py")
 # What a program may use: half of a multiprocessor's shared memory, so that two are resident.
 SHARED = {"sm_80": 82 * 1024, "sm_90": 114 * 1024, "gfx942": 64 * 1024}
-EVERY_KERNEL = {
-    "pack_kernel", "update_running_kernel", "primary_kernel", "cheap_kernel", "cheap_sums_kernel",
-    "cheap_gradient_kernel", "intrinsic_gradient_kernel", "primary_gradient_kernel",
-}  # fmt: skip
+KINDS = "pack update_running primary cheap cheap_sums cheap_gradient intrinsic_gradient".split()
+EVERY_KERNEL = {f"{kind}_kernel" for kind in (*KINDS, "primary_gradient")}
 ONE_PASS = {"fused_kernel", "fused_sums_kernel", "fused_gradient_kernel"}
 
 
@@ -34,11 +32,9 @@ ONE_PASS = {"fused_kernel", "fused_sums_kernel", "fused_gradient_kernel"}
 def test_compiles_without_spills(
     target: str, dtype: str, layout: str, d: int, tmp_path: pathlib.Path
 ) -> None:
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), target, dtype, layout, str(d)],
-        capture_output=True, text=True, timeout=540, check=False,
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-    )  # fmt: skip
+    command = [sys.executable, str(SCRIPT), target, dtype, layout, str(d)]
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=540, env=env)
     assert result.returncode == 0, result.stderr[-4000:]
     kernels = json.loads(result.stdout.splitlines()[-1])
     names = {kernel["kernel"] for kernel in kernels}

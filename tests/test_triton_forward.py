@@ -113,10 +113,16 @@ def test_rounds_at_the_end(
 
 
 def apply_with(
-    device: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None, slope: float = 0.01,
-    *, gate: torch.Tensor | None = None, prelu1: torch.Tensor | None = None,
+    device: str,
+    case: Case,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    slope: float = 0.01,
+    *,
+    gate: torch.Tensor | None = None,
+    prelu1: torch.Tensor | None = None,
     prelu2: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """The module through the raw operators; with slopes, a PReLU is its activation."""
     p = Params.of(make_module(case))
     b1, b2 = p.bn1, p.bn2
@@ -124,17 +130,14 @@ def apply_with(
     def moved(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
         return [None if t is None else t.detach().to(device) for t in tensors]
 
-    packed = ops.triton.ghost_pack(
-        *moved(p.w1, b1.gamma, b1.beta, b1.mean, b1.var), b1.eps,
-        *moved(p.w2, b2.gamma, b2.beta, b2.mean, b2.var), b2.eps, *moved(prelu1, prelu2),
-    )  # fmt: skip
+    first = *moved(p.w1, b1.gamma, b1.beta, b1.mean, b1.var), b1.eps
+    second = *moved(p.w2, b2.gamma, b2.beta, b2.mean, b2.var), b2.eps
+    packed = ops.triton.ghost_pack(*first, *second, *moved(prelu1, prelu2))
     act1 = ACT_CODE[case.act1] if prelu1 is None else PRELU
     act2 = ACT_CODE[case.act2] if prelu2 is None else PRELU
     x, residual, gate = moved(x, residual, gate)
-    return ops.triton.ghost_apply(
-        x, packed, residual, gate, case.m, case.oup, case.ratio, case.d, case.stride, act1, slope,
-        act2, slope, True,
-    ).cpu()  # fmt: skip
+    numbers = case.m, case.oup, case.ratio, case.d, case.stride, act1, slope, act2, slope, True
+    return ops.triton.ghost_apply(x, packed, residual, gate, *numbers).cpu()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""How many kernels an operator launches, and that a kernel's last program folds what all made."""
+"""The kernels that an operator launches, and the folding of partial results by the last program."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ FORWARD = {
 BACKWARD = {
     "one pass": ["fused_sums_kernel", "fused_gradient_kernel", "primary_gradient_kernel"],
     "two launches": [
-        "primary_kernel", "cheap_sums_kernel", "cheap_gradient_kernel", "intrinsic_gradient_kernel",
+        "primary_kernel",
+        "cheap_sums_kernel",
+        "cheap_gradient_kernel",
+        "intrinsic_gradient_kernel",
         "primary_gradient_kernel",
     ],
     "ratio 1": ["primary_kernel", "intrinsic_gradient_kernel", "primary_gradient_kernel"],
-}  # fmt: skip
+}
 APPLY = {
     "one pass": ["fused_kernel"],
     "two launches": ["primary_kernel", "cheap_kernel"],
@@ -101,11 +104,10 @@ def test_statistics_of_many_groups(triton_device: str, layout: str, one_pass: bo
     want = oracle(Params.of(module).to(torch.float64), x.double(), case, True)
     p, moved = Params.of(module.to(triton_device)), x.to(triton_device)
     with planned(one_pass=one_pass, tile=SMALL_TILE):
-        found = ops.triton.ghost_train_forward(
-            moved, p.w1, p.bn1.gamma, p.bn1.beta, None, None, p.bn1.eps, None,
-            p.w2, p.bn2.gamma, p.bn2.beta, None, None, p.bn2.eps, None,
-            case.oup, 1, 4, 0.0, 6, 0.0, False,
-        )  # fmt: skip
+        first = p.w1, p.bn1.gamma, p.bn1.beta, None, None, p.bn1.eps, None
+        second = p.w2, p.bn2.gamma, p.bn2.beta, None, None, p.bn2.eps, None
+        numbers = case.oup, 1, 4, 0.0, 6, 0.0, False
+        found = ops.triton.ghost_train_forward(moved, *first, *second, *numbers)
     for name, got in zip(("out", "mean1", "var1", "mean2", "var2"), found, strict=False):
         torch.testing.assert_close(
             got.cpu().double(), getattr(want, name), rtol=1e-5, atol=1e-5, msg=name

@@ -110,10 +110,8 @@ def test_update_running(triton_device: str, dtype: torch.dtype, count: int) -> N
 
 @pytest.mark.parametrize("missing", ["statistics1", "statistics2", "batches1", "batches2"])
 def test_update_running_of_some(triton_device: str, missing: str) -> None:
-    check_update_running(
-        OPS.ghost_update_running_, torch.float32, torch.float32, 84,
-        missing=missing, device=triton_device,
-    )  # fmt: skip
+    update, dtype = OPS.ghost_update_running_, torch.float32
+    check_update_running(update, dtype, dtype, 84, missing=missing, device=triton_device)
 
 
 def test_with_momentum_one_the_old_value_does_not_count(triton_device: str) -> None:

@@ -12,7 +12,7 @@ from test_backends import RUN, python
 
 import ghost_ops
 from ghost_ops import backends
-from ghost_ops.autograd.ghost import ops_named
+from ghost_ops.autograd.checks import ops_named
 from ghost_ops.backends import native, triton
 from ghost_ops.ops import ghost as ops
 
@@ -35,7 +35,7 @@ def on_gpu(ok: bool, reason: str):  # type: ignore[no-untyped-def]
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing chosen or announced yet."""
     monkeypatch.setattr(backends, "_cache", {})
-    monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr("ghost_ops.announce._said", set())
     with ghost_ops.use_backend("auto"):
         yield monkeypatch
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from triton_cases import SMALL_TILE, launches, planned
 
 from ghost_ops.backends.triton import plan
-from ghost_ops.ops.ghost import NEEDS
+from ghost_ops.conventions import NEEDS
 
 # Every pair of these occurs; a second activation goes with each first one.
 COVERING = [
@@ -129,18 +129,22 @@ WANTED = {  # what is launched for a part of the gradients, in one pass and in t
     "norm 2": (NEEDS.NORM2, ["fused_sums"], ["primary", "cheap_sums"]),
     "slopes 2": (NEEDS.PRELU2, ["fused_sums"], ["primary", "cheap_sums"]),
     "dw2": (
-        NEEDS.DW2, ["fused_sums", "cheap_gradient"], ["primary", "cheap_sums", "cheap_gradient"]
+        NEEDS.DW2,
+        ["fused_sums", "cheap_gradient"],
+        ["primary", "cheap_sums", "cheap_gradient"],
     ),
     "norm 1": (
-        NEEDS.NORM1, ["fused_sums", "fused_gradient"],
+        NEEDS.NORM1,
+        ["fused_sums", "fused_gradient"],
         ["primary", "cheap_sums", "cheap_gradient", "intrinsic_gradient"],
     ),
     "dx": (
-        NEEDS.DX, ["fused_sums", "fused_gradient", "primary_gradient"],
+        NEEDS.DX,
+        ["fused_sums", "fused_gradient", "primary_gradient"],
         ["primary", "cheap_sums", "cheap_gradient", "intrinsic_gradient", "primary_gradient"],
     ),
     "none": (0, [], []),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two launches"])
@@ -167,8 +171,8 @@ def test_launches_that_constants_replace(triton_device: str, one_pass: bool) -> 
     """Statistics that are given are not computed, nor are sums whose means are given."""
     o = operands(Case(oup=16))
     world = World(torch.ops.ghost_ops_triton, triton_device)
-    counts = {(True, True): (3, 4), (True, False): (2, 3), (False, True): (2, 3),
-              (False, False): (1, 2)}  # fmt: skip
+    counts = {(True, True): (3, 4), (True, False): (2, 3), (False, True): (2, 3)}
+    counts[False, False] = (1, 2)
     with planned(one_pass=one_pass):
         for batch, count in counts.items():
             with launches() as launched:
@@ -188,10 +192,8 @@ WIDE_X = Case(2, 64, 6, 7, 8, act1="silu", act2="silu")
 @pytest.mark.parametrize("c", [5, 10, 64], ids=["recomputed", "stashed", "kept"])
 def test_u_recomputed_stashed_and_kept(triton_device: str, c: int, layout: str) -> None:
     case = WIDE_X.replace(c=c, layout=layout)
-    p = plan.Problem(
-        case.n, c, case.h, case.w, case.m, 2, case.oup, 3, 1, 0, 0.0, 0, 0.0, layout == "nhwc",
-        case.dtype, True,
-    )  # fmt: skip
+    sizes = case.n, c, case.h, case.w, case.m, 2, case.oup, 3, 1
+    p = plan.Problem(*sizes, 0, 0.0, 0, 0.0, layout == "nhwc", case.dtype, True)
     assert plan.stashes_u(p) == (c > 8)
     check(case, training=layout == "nchw" or c == 64, device=triton_device)
 

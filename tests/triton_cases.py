@@ -46,7 +46,7 @@ def quickened(interpreting: bool) -> Iterator[None]:
     """Halve the interpreter's time.
 
     It checks each integer sum for overflow, by three more operations; and it patches
-    triton.language at each call of a helper function, though the kernel that calls has had it done.
+    triton.language again at each call of a helper function.
     """
     if not interpreting:
         yield

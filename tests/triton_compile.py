@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a GPU that is not there, and print what they need, as JSON.
+"""Compile the Triton kernels for a GPU without having it, and print their resources as JSON.
 
 ``python triton_compile.py TARGET DTYPE LAYOUT DW_SIZE`` runs every operator on meta tensors, with
 launches that compile and stop there: the kernels, tiles and specialisations are those of a real run
@@ -33,7 +33,7 @@ TARGETS = {
 
 
 class NoDriver:
-    """What the compiler asks a driver for."""
+    """The part of a driver that the compiler uses."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -54,9 +54,8 @@ def usage(name: str, kernel: Any) -> dict[str, Any]:
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         counts = {key: int(n) for key, n in re.findall(r"\.(vgpr\w+):\s+(\d+)", text)}
-        return {
-            **found, "registers": counts["vgpr_count"], "spilled": counts["vgpr_spill_count"]
-        }  # fmt: skip
+        registers, spilled = counts["vgpr_count"], counts["vgpr_spill_count"]
+        return {**found, "registers": registers, "spilled": spilled}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -105,19 +104,13 @@ def run_all(n: int, size: int, dtype: torch.dtype, nhwc: bool, d: int) -> None:
     )
     batches = empty(dtype=torch.int64)
     forward.ghost_update_running_(v, v, batches, v, v, 0.1, v, v, batches, v, v, None, 10)
-    backward.ghost_backward(
-        out, x, None, w1, v, v, *given, None, None, w2, v, v, *given, None, None, 1, *acts, True,
-        True, 127,
-    )  # fmt: skip
-    slopes = (8, 0.0, 8, 0.0)
-    backward.ghost_backward(
-        out, x, None, w1, v, v, *given, v, None, w2, v, v, *given, v, None, 1, *slopes, True,
-        True, 127,
-    )  # fmt: skip
+    for slopes, numbers in ((None, acts), (v, (8, 0.0, 8, 0.0))):
+        norm = v, v, *given, slopes, None
+        backward.ghost_backward(out, x, None, w1, *norm, w2, *norm, 1, *numbers, True, True, 127)
 
 
 def main(name: str, dtype: str, layout: str, d: str) -> None:
-    """Compile, and print a list of what each kernel uses."""
+    """Compile, and print the resources of each kernel."""
     driver.set_active(NoDriver(TARGETS[name]))
     compiled: list[dict[str, Any]] = []
     seen = set()

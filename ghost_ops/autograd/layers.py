@@ -1,10 +1,10 @@
 """Depthwise convolutions with batch norm, and squeeze-and-excitation, in training.
 
-Over ``model_ops``, where there are native kernels; everything else goes through PyTorch's layers.
-What is kept for backward:
+For the native kernels of ``ops.depthwise`` and ``ops.gate``; PyTorch's layers compute the rest.
+Saved for backward:
 
-- depthwise convolution, batch norm and activation: x and the statistics per channel. The
-  convolution's result, which the norm normalises, is computed again.
+- depthwise convolution, batch norm and activation: x and the statistics per channel. Backward
+  recomputes the result of the convolution.
 - squeeze-and-excitation: x, the means and the hidden values, a few numbers an image. For contiguous
   (NCHW) float32 and float64 only.
 """
@@ -19,26 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, backends
-from ..ops import layers as model_ops
-from ..ops.eager import compute_dtype
-from ..ops.ghost import native
-from ..reference import Norms, hard_sigmoid
-from .ghost import (
-    RunningUpdate,
-    autocast_dtype,
-    dense,
-    differentiate,
-    gradient,
-    in_transform,
-    update_running,
-)
+from ..activations import hard_sigmoid
+from ..conventions import compute_dtype, dense
+from ..modes import autocast_dtype, differentiate, in_transform
+from ..ops.define import native
+from ..ops.depthwise import depthwise_norm, depthwise_norm_backward
+from ..ops.gate import HARD_SIGMOID, plane_affine, plane_dot
+from ..reference import Norms
+from .forward import RunningUpdate, update_running
+from .ghost import gradient
 from .tail import Norm
 
 _aten = torch.ops.aten
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether training's native kernels compute on x, as far as its device and the modes go."""
+    """Whether the device and dtype of x and the modes of PyTorch allow the kernels of training."""
     return (
         x.device.type == "cpu"
         and x.dim() == 4
@@ -63,7 +59,7 @@ def can_train(x: Tensor, *weights: Tensor) -> bool:
 
 
 class DepthwiseSettings(NamedTuple):
-    """What is not a tensor. Without ``batch_stats`` there is a norm if it has a mean."""
+    """Numbers of the layer. Without ``batch_stats``, a mean means that there is a norm."""
 
     stride: int
     eps: float
@@ -109,10 +105,10 @@ class DepthwiseFunction(torch.autograd.Function):
             formula = functools.partial(_depthwise_formula, s)
             return *differentiate(formula, tensors, needs, grad), None
         x, weight, gamma, beta, mean, var = tensors
-        dx, dw, dgamma, dbeta = model_ops.depthwise_norm_backward(
-            grad, dense(x), weight, gamma, beta, mean, var, s.eps, s.batch_stats, s.stride, s.act,
-            s.slope, needs[0], needs[1],
-        )  # fmt: skip
+        numbers = s.eps, s.batch_stats, s.stride, s.act, s.slope
+        dx, dw, dgamma, dbeta = depthwise_norm_backward(
+            grad, dense(x), weight, gamma, beta, mean, var, *numbers, needs[0], needs[1]
+        )
         return (
             dx if needs[0] else None,
             gradient(dw, weight, needs[1]),
@@ -128,9 +124,7 @@ def _run(
     x: Tensor, weight: Tensor, norm: Norm, settings: DepthwiseSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = settings
-    return model_ops.depthwise_norm(
-        dense(x), weight, *norm, s.eps, s.batch_stats, s.stride, s.act, s.slope
-    )
+    return depthwise_norm(dense(x), weight, *norm, s.eps, s.batch_stats, s.stride, s.act, s.slope)
 
 
 def _depthwise_formula(
@@ -156,18 +150,18 @@ def depthwise(
 ) -> Tensor | None:
     """A depthwise convolution with k // 2 zeros on every side, its batch norm and activation.
 
-    Where ``has_kernels``.
+    Requires ``has_kernels(x)``.
 
     Args:
         x: [N, C, H, W].
         weight: [C, 1, k, k].
-        norm: with the batch's statistics its own are the running ones to update, or None; all of
-            it is None without a norm.
+        norm: [C] each. With the batch's statistics, mean and var are the running ones to update, or
+            None. Without a norm all four are None.
         update: of the running statistics.
 
     Returns:
-        [N, C, Ho, Wo], differentiable; None for what the kernels do not compute, before anything
-        is changed.
+        [N, C, Ho, Wo], differentiable. None if the kernels do not compute it; nothing is changed
+        then.
     """
     s, wide, channels = settings, compute_dtype(x.dtype), (weight.size(0),)
     to = autocast_dtype("cpu")
@@ -203,7 +197,7 @@ def _gate_formula(
 ) -> Tensor:
     hidden = F.conv2d(x.mean((2, 3), keepdim=True), w1, b1)
     s = F.conv2d(activations.apply(hidden, act, slope), w2, b2)
-    return x * (hard_sigmoid(s) if code == model_ops.HARD_SIGMOID else torch.sigmoid(s))
+    return x * (hard_sigmoid(s) if code == HARD_SIGMOID else torch.sigmoid(s))
 
 
 class SqueezeExciteFunction(torch.autograd.Function):
@@ -217,17 +211,24 @@ class SqueezeExciteFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-        act: int, slope: float, code: int,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+        act: int,
+        slope: float,
+        code: int,
+    ) -> Tensor:
         mean = x.mean((2, 3))
         hidden = torch.addmm(b1, mean, w1.flatten(1).t())
         activated = activations.apply(hidden, act, slope)
         e = torch.addmm(b2, activated, w2.flatten(1).t())
-        gate = hard_sigmoid(e) if code == model_ops.HARD_SIGMOID else torch.sigmoid(e)
+        gate = hard_sigmoid(e) if code == HARD_SIGMOID else torch.sigmoid(e)
         ctx.save_for_backward(x, w1, b1, w2, b2, mean, hidden, activated, e, gate)
         ctx.settings = act, slope, code
-        return model_ops._plane_affine(x, gate, torch.zeros_like(gate))
+        return plane_affine(x, gate, torch.zeros_like(gate))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,9 +239,9 @@ class SqueezeExciteFunction(torch.autograd.Function):
             inputs = (x, w1, b1, w2, b2)
             return *differentiate(formula, inputs, ctx.needs_input_grad, grad), None, None, None
         grad = grad.contiguous()
-        dgate = model_ops._plane_dot(grad, x)
-        if code == model_ops.HARD_SIGMOID:
-            # Not ATen's own, which has a sixth in float32 only, even for float64.
+        dgate = plane_dot(grad, x)
+        if code == HARD_SIGMOID:
+            # ATen's hard sigmoid multiplies by a sixth in float32, even for float64.
             de = _aten.hardtanh_backward.default(dgate, e, -3.0, 3.0) / 6.0
         else:
             de = _aten.sigmoid_backward.default(dgate, gate)
@@ -248,7 +249,7 @@ class SqueezeExciteFunction(torch.autograd.Function):
         dmean = (dhidden @ w1.flatten(1)) / (x.size(2) * x.size(3))
         needs = ctx.needs_input_grad
         return (
-            model_ops._plane_affine(grad, gate, dmean) if needs[0] else None,
+            plane_affine(grad, gate, dmean) if needs[0] else None,
             (dhidden.t() @ mean).view_as(w1) if needs[1] else None,
             dhidden.sum(0) if needs[2] else None,
             (de.t() @ activated).view_as(w2) if needs[3] else None,

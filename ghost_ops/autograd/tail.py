@@ -3,11 +3,11 @@
 From the primary convolution's output y on::
 
     v   = depthwise(y, w2)
-    out = act(bn(concat(y, v)[:, :out_channels]) + residual)        perhaps without residual
+    out = act(bn(concat(y, v)[:, :out_channels]) + residual)        the residual is optional
 
-The form of Ghost-ResNet. Native kernels on a CPU, forward and backward; y comes from PyTorch's
-convolution. Saved for backward are y, residual, the parameters and the statistics per channel:
-neither the concatenation nor what the norm gives.
+Ghost-ResNet has this form. The CPU has native kernels, forward and backward; y comes from PyTorch's
+convolution. Saved for backward are y, residual, the parameters and the statistics per channel, but
+neither the concatenation nor the output of the norm.
 """
 
 from __future__ import annotations
@@ -20,36 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import activations, backends
-from ..ops.eager import compute_dtype
-from ..ops.ghost import native
+from ..conventions import compute_dtype, dense
+from ..modes import autocast_dtype, differentiate, in_transform
+from ..ops.define import native
+from ..ops.tail import ghost_tail_backward, ghost_tail_forward
 from ..reference import Norms
-from .ghost import (
-    LARGEST_DW_SIZE,
-    RunningUpdate,
-    autocast_dtype,
-    dense,
-    differentiate,
-    gradient,
-    in_transform,
-    share,
-    update_running,
-)
-
-_library = torch.library.Library("ghost_ops", "FRAGMENT")
-# Only the CPU has them, and nothing that is traced calls them.
-_library.define(
-    "ghost_tail_forward(Tensor y, Tensor w2, Tensor? gamma, Tensor? beta, Tensor? mean, "
-    "Tensor? var, float eps, Tensor? residual, int out_channels, int act, float slope) "
-    "-> (Tensor out, Tensor mean, Tensor var)"
-)
-_library.define(
-    "ghost_tail_backward(Tensor grad_out, Tensor y, Tensor w2, Tensor? gamma, Tensor? beta, "
-    "Tensor mean, Tensor var, float eps, Tensor? residual, int act, float slope, "
-    "bool batch_stats, bool need_dy, bool need_dresidual) "
-    "-> (Tensor dy, Tensor dw2, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
-)
-_forward = torch.ops.ghost_ops.ghost_tail_forward.default
-_backward = torch.ops.ghost_ops.ghost_tail_backward.default
+from .checks import LARGEST_DW_SIZE
+from .forward import RunningUpdate, share, update_running
+from .ghost import gradient
 
 
 class Norm(NamedTuple):
@@ -62,7 +40,7 @@ class Norm(NamedTuple):
 
 
 class TailSettings(NamedTuple):
-    """What is not a tensor."""
+    """Numbers of the layer."""
 
     out_channels: int
     eps: float
@@ -96,7 +74,7 @@ def tail_formula(
         y: [N, m, H, W].
         w2: [g, 1, d, d].
         residual: [N, out_channels, H, W], or None.
-        momentum: share of the batch's statistics in the running ones, which are changed.
+        momentum: share of the batch's statistics in the running ones, which are updated.
     """
     n, s = norm, settings
     v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
@@ -142,10 +120,11 @@ class GhostTailFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *differentiate(functools.partial(_formula, s), tensors, needs, grad_out), None
         y, w2, gamma, beta, mean, var, residual = tensors
-        dy, dw2, dgamma, dbeta, dresidual = _backward(
-            grad_out, dense(y), w2, gamma, beta, mean, var, s.eps, residual, s.act, s.slope,
-            s.batch_stats, needs[0], needs[6],
-        )  # fmt: skip
+        norm = gamma, beta, mean, var, s.eps
+        numbers = s.act, s.slope, s.batch_stats, needs[0], needs[6]
+        dy, dw2, dgamma, dbeta, dresidual = ghost_tail_backward(
+            grad_out, dense(y), w2, *norm, residual, *numbers
+        )
         return (
             dy if needs[0] else None,
             dw2 if needs[1] else None,
@@ -162,7 +141,7 @@ def _run(
     y: Tensor, w2: Tensor, norm: Norm, residual: Tensor | None, settings: TailSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     s = settings
-    return _forward(dense(y), w2, *norm, s.eps, residual, s.out_channels, s.act, s.slope)
+    return ghost_tail_forward(dense(y), w2, *norm, s.eps, residual, s.out_channels, s.act, s.slope)
 
 
 def _formula(
@@ -187,10 +166,10 @@ def ghost_tail(
     settings: TailSettings,
     update: RunningUpdate,
 ) -> Tensor:
-    """``tail_formula`` where ``has_kernel``, by the path that grad mode and autocast ask for.
+    """``tail_formula`` by the path that grad mode and autocast require, if ``has_kernel``.
 
-    With the batch's statistics those of norm are the running ones to update, or None. What the
-    kernels do not compute, such as an empty batch, is left to PyTorch.
+    With the batch's statistics, mean and var of norm are the running ones to update, or None.
+    PyTorch computes the cases without a kernel, such as an empty batch.
     """
     if autocast_dtype("cpu") is not None:
         with torch.autocast("cpu", enabled=False):
@@ -218,7 +197,7 @@ def ghost_tail(
 def _fits(
     y: Tensor, w2: Tensor, norm: Norm, residual: Tensor | None, settings: TailSettings
 ) -> bool:
-    """Whether the kernels compute it; PyTorch's layers do the rest, or raise."""
+    """Whether the kernels compute this call; otherwise PyTorch's layers do, or raise."""
     dtypes, size = (y.dtype, compute_dtype(y.dtype)), (settings.out_channels,)
     n, _, h, w = y.shape
     return (

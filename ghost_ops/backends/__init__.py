@@ -6,22 +6,22 @@ A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok
 ``triton``  fused kernels for GPUs that Triton compiles at run time
 ``eager``   plain PyTorch operators
 
-The request is ``"auto"`` (the first of them that can run; on a CPU not Triton, which only has an
-interpreter there) or one of the names; it comes from the environment variable GHOST_OPS_BACKEND and
-is changed with :func:`use_backend`. An explicit request that cannot be met raises; ``"auto"`` falls
-back to eager and says so once.
+The request is one of the names or ``"auto"``: the first backend that can run, without Triton on a
+CPU, where Triton only has an interpreter. It comes from the environment variable GHOST_OPS_BACKEND;
+:func:`use_backend` changes it. An explicit request that cannot be met raises an error; ``"auto"``
+falls back to eager and warns once.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
 import torch
 
 from .. import environment
+from ..announce import warn_once
 from . import cuda, eager, native, triton
 from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
@@ -37,7 +37,6 @@ for _variable in (
     _variable.get()  # a wrong value is an error at import, not at the first call
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
-_announced: set[str] = set()
 
 
 def requested() -> str:
@@ -61,8 +60,8 @@ def _select(request: str, device_type: str, dtype: torch.dtype) -> str:
     return found if found is not None else _choose(request, device_type, dtype)
 
 
-# torch.compile takes the choice as a constant of the graph and checks only `_requested` again. This
-# is what torch.compiler.assume_constant_result does, without its import of the whole compiler.
+# torch.compile makes the choice a constant of the graph and guards on `_requested` alone. This line
+# does the same as torch.compiler.assume_constant_result, without importing the compiler.
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -85,7 +84,7 @@ def _choose(request: str, device_type: str, dtype: torch.dtype) -> str:
 
 
 def _automatic(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that is taken without a request; the reason says why no better one, if eager."""
+    """The backend for ``"auto"`` and a reason: for eager, why no fused backend can run."""
     fused = (native, triton) if device_type == "cuda" else (native,)
     why_not = []
     for backend in fused:
@@ -97,16 +96,12 @@ def _automatic(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
 
 
 def _announce(device_type: str, reason: str) -> None:
-    # Meta tensors compute nothing, so nothing is slow there.
-    if device_type == "meta" or (message := f"{device_type}: {reason}") in _announced:
+    if device_type == "meta":  # computes nothing
         return
-    _announced.add(message)
-    warnings.warn(
+    warn_once(
         f"ghost_ops runs plain PyTorch operators on device type {device_type!r}, slower and with "
         f"more memory than its fused kernels: {reason}. `python -m ghost_ops` shows more; "
-        "ghost_ops.use_backend('eager') chooses this on purpose and without a warning.",
-        UserWarning,
-        stacklevel=2,
+        "ghost_ops.use_backend('eager') chooses this on purpose and without a warning."
     )
 
 
@@ -116,8 +111,7 @@ class use_backend:
     Args:
         name: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``.
 
-    The request holds for the whole process, so that it also reaches the threads in which autograd
-    runs backward passes.
+    The request holds for the whole process: autograd runs backward passes in other threads.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -153,7 +147,7 @@ class use_backend:
 
 
 class Row(NamedTuple):
-    """One line of :func:`status`: what runs on a device in a dtype, and why."""
+    """One line of :func:`status`: the backend for a device and dtype, and the reason."""
 
     device: str
     dtype: str

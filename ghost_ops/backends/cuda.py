@@ -1,4 +1,4 @@
-"""Loader of the native CUDA library ``ghost_ops/_cuda.so``; the native backend asks it."""
+"""Loader of the native CUDA library ``ghost_ops/_cuda.so``, for the native backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _state: tuple[bool, str] | None = None
 
 
 def load() -> bool:
-    """Load the library, which registers its kernels. Idempotent; ``reason()`` tells why not."""
+    """Load the library, which registers its kernels; whether that worked. See ``reason``."""
     global _state
     if _state is None:
         _state = _try_load()
@@ -56,7 +56,7 @@ def _gpu_without_kernels() -> str | None:
 
 
 def _runs_on(capability: tuple[int, int], major: int, minor: int, is_ptx: bool) -> bool:
-    """Machine code runs on its own generation from its version on, PTX on all that follow."""
+    """Machine code runs on its generation from its version on; PTX on all later generations."""
     if is_ptx:
         return (major, minor) <= capability
     return major == capability[0] and minor <= capability[1]
@@ -67,11 +67,10 @@ PTX, MACHINE_CODE = 1, 2
 
 
 def _built_for(path: Path) -> Iterator[tuple[int, int, bool]]:
-    """(major, minor, whether it is PTX) of all GPU code in a library; nothing if there is none that
-    this function can read.
+    """(major, minor, is PTX) of all GPU code in a library; empty if this function finds none.
 
-    nvcc leaves a "fat binary" for each source: a header (magic, version, its size, size of what
-    follows) and entries (kind, version, size of the entry's header, size of its code, ..., and at
+    nvcc writes a "fat binary" for each source: a header (magic, version, its size, size of the
+    entries) and entries (kind, version, size of the entry's header, size of its code, ..., and at
     byte 28 the architecture).
     """
     if path.stat().st_size == 0:
@@ -86,14 +85,14 @@ def _built_for(path: Path) -> Iterator[tuple[int, int, bool]]:
                 kind, entry, code = struct.unpack_from("<H2xIQ", data, at)
                 (arch,) = struct.unpack_from("<I", data, at + 28)
                 if kind not in (PTX, MACHINE_CODE) or entry < 32:
-                    break  # not a fat binary, or one of another kind
+                    break  # not a fat binary, or an unknown format
                 yield arch // 10, arch % 10, kind == PTX
                 at += entry + code
             start = data.find(magic, start + 4)
 
 
 def _try_load() -> tuple[bool, str]:
-    # Without a CUDA torch the library finds neither libtorch_cuda nor libcudart: say so instead.
+    # Without a CUDA torch the loader would only report missing libraries.
     if torch.version.cuda is None:
         return False, (
             f"torch {torch.__version__} is a build without CUDA; install a CUDA build of PyTorch"

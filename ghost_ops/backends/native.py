@@ -8,13 +8,14 @@ from types import ModuleType
 import torch
 
 from .. import environment
+from ..conventions import DTYPES
 from . import cuda
 
 name = "native"
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Dispatch keys by device type. A device belongs to this backend once every operator has a kernel.
+# Dispatch keys by device type.
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# The operators of the Ghost module. The backend runs on a device that has a kernel for each.
 OPS = (
     "ghost_pack",
     "ghost_apply",
@@ -36,7 +37,7 @@ _reason: str | None = None  # why the library is not loaded; None before the fir
 def load() -> bool:
     """Import ``ghost_ops._C``, which registers the CPU kernels; apply the variables of the CPU.
 
-    Idempotent. A failure is remembered with its reason, see :func:`reason`.
+    Idempotent. A failure is final; :func:`reason` gives the reason.
 
     Raises:
         ValueError: GHOST_OPS_CPU_ISA or GHOST_OPS_CPU_MACHINE holds a value that is not allowed.
@@ -96,7 +97,7 @@ def can_run(device_type: str, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def missing_kernels(dispatch_key: str) -> list[str]:
-    """Operators that have no kernel of their own under ``dispatch_key``."""
+    """Operators without a kernel under ``dispatch_key``."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return [op for op in OPS if not has_kernel(f"ghost_ops::{op}", dispatch_key)]
 

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..activations import hard_sigmoid
 from ..autograd import layers
 from ..autograd.tail import Norm
+from ..conventions import memory_format
 from ..ops import layers as model_ops
-from ..ops.eager import memory_format
-from ..reference import hard_sigmoid
 from ..sync import NORMS, group_of
 from .branch import (
     Branch,

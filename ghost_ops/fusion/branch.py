@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
-from ..autograd.ghost import LOW_PRECISION, RunningUpdate
-from ..ops.eager import compute_dtype
+from ..autograd.forward import RunningUpdate
+from ..conventions import LOW_PRECISION, compute_dtype
 from ..sync import NORMS, group_of, run_norm
 from .guards import Path, Refusal, at
 from .read import Reading

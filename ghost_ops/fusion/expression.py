@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
-from ..autograd.ghost import autocast_dtype
+from ..modes import autocast_dtype
 from .bottleneck import Gate, PackedDepthwise, PackedGate, bind_depthwise, find_gate
 from .branch import (
     NO_ACT,

@@ -28,7 +28,9 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..announce import announce
-from ..autograd.ghost import LOW_PRECISION, autocast_dtype, backend_for, dense, in_transform
+from ..autograd.checks import backend_for
+from ..conventions import LOW_PRECISION, dense
+from ..modes import autocast_dtype, in_transform
 from . import cached_call, graph
 from .guards import Record, Refusal, watchable
 from .read import Failed, Reading, read

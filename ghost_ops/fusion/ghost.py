@@ -22,22 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import activations
-from ..autograd.ghost import (
-    RunningUpdate,
-    apply_arguments,
-    dense,
-    direct,
-    is_fused_geometry,
-    is_fused_primary,
-    library_conv,
-    ops_named,
-    pack,
-    run,
-)
+from ..autograd.checks import direct, is_fused_geometry, is_fused_primary, ops_named
+from ..autograd.forward import RunningUpdate, apply_arguments, library_conv, pack
+from ..autograd.ghost import run
 from ..autograd.tail import Norm, TailSettings, ghost_tail, has_kernel
+from ..conventions import compute_dtype, dense
 from ..functional import check
 from ..ops import layers as model_ops
-from ..ops.eager import compute_dtype
 from ..reference import FROZEN, Norms, Settings, Slopes, Statistics
 from ..sync import group_of, refuses, run_norm
 from .branch import (

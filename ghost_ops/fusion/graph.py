@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..autograd.ghost import autocast_dtype, dense
-from ..ops.eager import memory_format
+from ..conventions import dense, memory_format
+from ..modes import autocast_dtype
 from ..sync import NORMS
 from . import watch
 from .guards import GLOBAL_HOOKS, Refusal, hooks_of

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .. import backends
 from ..announce import announce
-from ..autograd.ghost import dense, in_transform
+from ..conventions import dense
+from ..modes import in_transform
 from ..ops.ghost import allow_tf32
 from ..sync import NORMS
 from . import watch

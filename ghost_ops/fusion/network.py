@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from .. import activations
 from ..autograd import layers
-from ..autograd.ghost import dense
+from ..conventions import dense, memory_format
 from ..ops import layers as model_ops
-from ..ops.eager import memory_format
 from .bottleneck import FusedBottleneck, run_conv
 from .branch import (
     Branch,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd.ghost import direct
+from ..autograd.checks import direct
 from ..ops.layers import native_run_program
 
 _GHOST, _DEPTHWISE, _EXCITE, _SUM, _CONCAT, _MEAN, _NHWC, _ROWS = range(8)

@@ -1,1 +1,1 @@
-"""The operators ``torch.ops.ghost_ops.*``: schemas, fake and eager implementations."""
+"""The operators: schema, fake and eager implementation, one definition each; see ``define``."""

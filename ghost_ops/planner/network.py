@@ -40,7 +40,7 @@ import torch
 from torch import nn
 
 from .. import activations, backends
-from ..autograd.ghost import is_fused_primary
+from ..autograd.checks import is_fused_primary
 from ..fusion.bottleneck import Bottleneck
 from ..fusion.branch import Branch
 from ..fusion.ghost import Ghost

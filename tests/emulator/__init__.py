@@ -293,13 +293,13 @@ def define_schemas() -> None:
     """torch.ops.ghost_emu: the operators of ghost_ops under another name."""
     import torch
 
-    from ghost_ops.ops import ghost as ops
-    from ghost_ops.ops import layers as model_ops
+    import ghost_ops  # noqa: F401  (defines the operators)
+    from ghost_ops.ops.define import SCHEMAS
 
     global _schemas
     if _schemas is None:
         _schemas = torch.library.Library("ghost_emu", "DEF")
-        for schema in (*ops.SCHEMAS, *model_ops.SCHEMAS):
+        for schema in SCHEMAS.values():
             _schemas.define(schema)
 
 

@@ -1,13 +1,13 @@
 """The Triton backend: the fused module on any GPU that Triton compiles for, without nvcc.
 
-``plan``               what is launched with which tiles, from the shape; no Triton in it
-``tuning``             the choice of tiles on the device, kept on disk
+``plan``               launches and tiles for a shape, without Triton
+``tuning``             the choice of tiles on the device, cached on disk
 ``layout``             packed parameters
 ``kernels``            the kernels, one concern a file
 ``forward, backward``  the operators' implementations: checks, allocation, launches
 
-Triton itself is imported when this backend is first asked for. Where TRITON_INTERPRET=1 was set
-before that, the kernels run in Triton's interpreter on CPU tensors: slowly, for tests.
+The first use of this backend imports Triton. If TRITON_INTERPRET=1 is set before, the kernels run
+in Triton's interpreter on CPU tensors: slowly, for tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _state: tuple[bool, str] | None = None
 
 
 def load() -> bool:
-    """Import Triton and the kernels. Idempotent; ``reason()`` tells why not."""
+    """Import Triton and the kernels; whether that worked. Idempotent, see ``reason``."""
     global _state
     if _state is None:
         _state = _try_load()
@@ -36,7 +36,7 @@ def load() -> bool:
 
 
 def reason() -> str:
-    """Why the kernels are there or are not."""
+    """Why the kernels are loaded or are not."""
     load()
     assert _state is not None
     return _state[1]
@@ -100,7 +100,7 @@ def _try_load() -> tuple[bool, str]:
             oldest = ".".join(map(str, OLDEST))
             return False, f"Triton {version} is too old, {oldest} is needed"
         _kernels()
-    except Exception as error:  # a broken installation fails in many ways, all of them final
+    except Exception as error:  # a broken installation raises errors of many types
         where = " under TRITON_INTERPRET=1" if os.environ.get("TRITON_INTERPRET") == "1" else ""
         return False, f"Triton does not load{where}: {type(error).__name__}: {error}"
     return True, f"Triton {version}"

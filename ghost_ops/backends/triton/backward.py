@@ -1,11 +1,11 @@
 """The backward operator in Triton.
 
-u is computed anew (unless it was saved) and y from it, both into scratch memory that dies with the
-call, and so do dv and da, the gradients at the two batch norms. Launches, with ghost maps:
+u (unless it was saved) and y are recomputed into scratch memory that is freed with the call; so are
+dv and da, the gradients at the two batch norms. Launches, with ghost maps:
 
 1. u and y;  2. the sums of batch norm 2;  3. dv and dw2;  4. da and the sums of batch norm 1;
-5. dx and dw1. Where a program can own an image (``plan.passes``), 1 and 2 are one launch, and so
-are 3 and 4: three in all. What only gradients that are not needed would read is left out.
+5. dx and dw1. If a program can own an image (``plan.passes``), 1 and 2 are one launch, and so are
+3 and 4: three in all. A launch whose results no needed gradient reads is omitted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...activations import PRELU
-from ...ops.eager import NEEDS, memory_format
+from ...conventions import NEEDS, memory_format
 from . import tuning
 from .checks import (
     check_cheap,
@@ -28,7 +28,7 @@ from .checks import (
     check_slopes,
     check_vectors,
 )
-from .forward import problem_of
+from .forward import either, problem_of
 from .forward_launches import launch_primary
 from .kernels.cheap_backward import (
     cheap_gradient_kernel,
@@ -38,15 +38,18 @@ from .kernels.cheap_backward import (
 from .kernels.fused_backward import fused_gradient_kernel, fused_sums_kernel
 from .kernels.primary_backward import primary_gradient_kernel
 from .launch import (
-    NO_PARTIAL,
+    NO_ROWS,
+    Blocks,
     Cut,
     Norm,
-    Partial,
+    Rows,
+    Shape,
+    Size,
+    cheap_constants,
     device_of,
     maps,
     on_device,
     options,
-    precision,
     vectors,
 )
 from .plan import Device, Problem, Tile, passes, power_of_two, rounded_up, weight_tile
@@ -60,7 +63,7 @@ class Sums(NamedTuple):
     Attributes:
         beta, gamma: sums of the gradient at the norm's output, and of its product with the
             normalised input: dbeta and dgamma. [channels]
-        per_value: what makes a mean of a sum, 1 for means.
+        per_value: the factor from a sum to a mean; 1 if beta and gamma are means.
         slope: sums of a PReLU's slope gradient, or None. [channels]
     """
 
@@ -71,31 +74,29 @@ class Sums(NamedTuple):
 
     @classmethod
     def room(cls, x: Tensor, channels: int, p: Problem, prelu: bool) -> Sums:
-        """Of this batch, to be written by a launch."""
+        """Memory for the sums of this batch, which a launch writes."""
         beta, gamma, *slope = vectors(x, channels, 2 + prelu)
         return cls(beta, gamma, 1.0 / max(p.n * p.out_pixels, 1), slope[0] if prelu else None)
 
     @classmethod
     def of_means(cls, means: Tensor) -> Sums:
-        """Given means [2, channels]."""
+        """The given means [2, channels]."""
         return cls(means[0], means[1])
 
     @property
     def kinds(self) -> int:
-        """Vectors that a launch sums up."""
+        """Number of vectors that a launch sums."""
         return 2 if self.slope is None else 3
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What every launch of a backward reads; ``slopes``: one number, or a PReLU's [channels]."""
+    """The problem and the tensors that every launch of a backward reads."""
 
     p: Problem
     device: Device
     norm1: Norm
     norm2: Norm
-    slopes1: float | Tensor
-    slopes2: float | Tensor
     w2: Tensor
     grad: Tensor  # [N, out_channels, Ho, Wo] in the layout of x
     batch1: bool
@@ -141,10 +142,8 @@ def ghost_backward(
     check_slopes(x, act2, g, prelu2=prelu2)
     check_means(x, m, batch_stats1, means1=means1)
     check_means(x, g, batch_stats2, means2=means2)
-    p = problem_of(
-        x, m, g // m + 1, grad_out.size(1), d, stride, act1, slope1, act2, slope2, w1 is not None,
-        prelu=True,
-    )  # fmt: skip
+    sizes, acts = (m, g // m + 1, grad_out.size(1), d, stride), (act1, slope1, act2, slope2)
+    p = problem_of(x, *sizes, *acts, w1 is not None, prelu=True)
     _check_gradient(grad_out, x, p)
 
     def needed(what: int) -> bool:
@@ -179,17 +178,15 @@ def ghost_backward(
     own1 = needed(NEEDS.NORM1) or want1 or (product and batch_stats1 and means1 is None)
     if not (own2 or of_v or of_y):
         return gradients()
-    read1 = sums1 if means1 is None else Sums.of_means(means1)
-    read2 = sums2 if means2 is None else Sums.of_means(means2)
+    read1 = sums1._replace(slope=None) if means1 is None else Sums.of_means(means1)
+    read2 = sums2._replace(slope=None) if means2 is None else Sums.of_means(means2)
     device = device_of(x)
     with on_device(x):
-        # Expanded, sliced and transposed gradients exist; a copy is dearer than a read.
+        # Copies only an expanded, sliced or transposed gradient.
         grad = grad_out.contiguous(memory_format=memory_format(x))
-        layers = Layers(
-            p, device, Norm(gamma1, beta1, mean1, var1, eps1),
-            Norm(gamma2, beta2, mean2, var2, eps2), slope1 if prelu1 is None else prelu1,
-            slope2 if prelu2 is None else prelu2, w2, grad, batch_stats1, batch_stats2,
-        )  # fmt: skip
+        norm1 = Norm(gamma1, beta1, mean1, var1, eps1, either(slope1, prelu1))
+        norm2 = Norm(gamma2, beta2, mean2, var2, eps2, either(slope2, prelu2))
+        layers = Layers(p, device, norm1, norm2, w2, grad, batch_stats1, batch_stats2)
         source, weight, q = _source(x, u, w1, p)
         u = maps(x, p, m) if u is None and w1 is not None and of_y else source
         kept = u if u is not source else None
@@ -199,28 +196,25 @@ def ghost_backward(
             y = _fused_sums(source, weight, q, layers, kept, sums2)
         elif own2 or of_v:
             y = maps(x, p, m)
-            launch_primary(source, weight, q, device, norm=layers.norm1, u=kept, y=y, prelu=prelu1)
+            launch_primary(source, weight, q, device, norm=norm1, u=kept, y=y)
             if own2:
                 _cheap_sums(y, layers, sums2)
         elif kept is not None:
             launch_primary(source, weight, q, device, u=kept)
         da = None
+        written1 = sums1 if own1 else None
+        needed_dw2 = dw2 if needed(NEEDS.DW2) else None
         if y is not None and of_y and one_pass:
-            da = _fused_gradient(
-                y, u, layers, read2, product, sums1 if own1 else None,
-                dw2 if needed(NEEDS.DW2) else None,
-            )  # fmt: skip
+            da = _fused_gradient(y, u, layers, read2, product, written1, needed_dw2)
         else:
             dv = None
             if y is not None and of_v:
-                dv = _cheap_gradient(y, layers, read2, of_y, dw2 if needed(NEEDS.DW2) else None)
+                dv = _cheap_gradient(y, layers, read2, of_y, needed_dw2)
             if of_y:
-                da = _intrinsic_gradient(dv, u, layers, product, sums1 if own1 else None)
+                da = _intrinsic_gradient(dv, u, layers, product, written1)
         if da is not None:
-            _primary_gradient(
-                da, u, x, w1, layers, read1, dx if needed(NEEDS.DX) else None,
-                dw1 if dw1.numel() else None,
-            )  # fmt: skip
+            results = dx if needed(NEEDS.DX) else None, dw1 if dw1.numel() else None
+            _primary_gradient(da, u, x, w1, layers, read1, *results)
     return gradients()
 
 
@@ -236,7 +230,7 @@ def _check_gradient(grad_out: Tensor, x: Tensor, p: Problem) -> None:
 def _source(
     x: Tensor, u: Tensor | None, w1: Tensor | None, p: Problem
 ) -> tuple[Tensor, Tensor | None, Problem]:
-    """What u is made from: x and w1, or u itself where it was saved or is x."""
+    """(x, w1, p) from which u is recomputed, or (u, None, p of u) if u was saved."""
     if u is not None:
         check_image("u", u)
         return u.contiguous(memory_format=memory_format(x)), None, p.given_u()
@@ -246,73 +240,75 @@ def _source(
 def _fused_sums(
     x: Tensor, w1: Tensor | None, p: Problem, layers: Layers, u: Tensor | None, sums: Sums
 ) -> Tensor:
-    """y of p, which is the problem with u given or without; u and the sums are written."""
-    y, device = maps(x, p, p.m), layers.device
+    """Returns y of p, which is the problem with u given or without; writes u and the sums."""
+    y, device, n1, n2 = maps(x, p, p.m), layers.device, layers.norm1, layers.norm2
+    w2, grad, acts = layers.w2, layers.grad, {"ACT1": p.act1, "ACT2": p.act2}
+    shape = Shape.primary(p, x, device, Y_CH=p.m, **cheap_constants(p), **acts)
 
     def launch(tile: Tile) -> None:
-        blocks = math.ceil(p.m / tile.channels)
-        (part,) = Partial.room(x, p.n, (blocks, sums.kinds * p.g))
+        blocks, tiles = math.ceil(p.m / tile.channels), math.ceil(p.out_pixels / tile.pixels)
+        (part,) = Rows.room(x, p.n, (blocks, sums.kinds * p.g))
+        size, constants = Size.of(p, p.out_pixels), Blocks.of(tile, rounded_up(tiles), part)
         fused_sums_kernel[(p.n * blocks,)](
-            x, w1, *layers.norm1, layers.slopes1, layers.w2, *layers.norm2, layers.slopes2,
-            layers.grad, u, y, part.data, part.counters, sums.beta, sums.gamma, sums.slope,
-            part.parts, p.h * p.w, p.w, p.out_pixels, p.ho, p.wo,
-            C=p.c, M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size, S=p.stride, ACT1=p.act1,
-            ACT2=p.act2, NHWC=p.nhwc, WIDE=p.wide, PREC=precision(x.dtype, device),
-            BP=tile.pixels, BM=tile.channels, BK=tile.depth,
-            TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)), FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            x, w1, n1, w2, n2, grad, u, y, part, sums, size, shape, constants, **options(tile)
+        )
 
     tuning.run("fused", p, device, launch, "sums")
     return y
 
 
+def _gradient_shape(layers: Layers, dw2: Tensor | None, **more: int) -> Shape:
+    """Constants of the kernels that compute dv and dw2."""
+    p = layers.p
+    taps, flags = power_of_two(p.dw_size**2), {"BATCH": layers.batch2, "WEIGHTS": dw2 is not None}
+    return Shape.cheap(p, Y_CH=p.m, ACT2=p.act2, TAPS=taps, **flags, **more)
+
+
 def _fused_gradient(
-    y: Tensor, u: Tensor, layers: Layers, read: Sums, stores: bool, sums: Sums | None,
+    y: Tensor,
+    u: Tensor,
+    layers: Layers,
+    read: Sums,
+    stores: bool,
+    sums: Sums | None,
     dw2: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """da, if it is to be stored; the sums of batch norm 1 and dw2 are written."""
-    p, w2, grad = layers.p, layers.w2, layers.grad
+) -> Tensor | None:
+    """Returns da if ``stores``; writes the sums of batch norm 1 and dw2."""
+    p, w2, grad, n1, n2 = layers.p, layers.w2, layers.grad, layers.norm1, layers.norm2
     dv, da = maps(grad, p, p.g), maps(grad, p, p.m) if stores else None
-    found = sums or Sums()
+    found, shape = sums or Sums(), _gradient_shape(layers, dw2, ACT1=p.act1)
 
     def launch(tile: Tile) -> None:
-        blocks = math.ceil(p.m / tile.channels)
+        blocks, tiles = math.ceil(p.m / tile.channels), math.ceil(p.out_pixels / tile.pixels)
         needs = [] if sums is None else [(blocks, sums.kinds * p.m)]
-        needs += [] if dw2 is None else [(blocks * p.r, w2.numel())]
-        rooms = Partial.room(grad, p.n, *needs) if needs else ()
-        part = NO_PARTIAL if sums is None else rooms[0]
-        taps = NO_PARTIAL if dw2 is None else rooms[-1]
+        needs += [] if dw2 is None else [(blocks * p.ghosts_per_map, w2.numel())]
+        rooms = Rows.room(grad, p.n, *needs) if needs else ()
+        part = NO_ROWS if sums is None else rooms[0]
+        taps = NO_ROWS if dw2 is None else rooms[-1]
+        size = Size.of(p, p.out_pixels, False)
+        constants = Blocks.of(tile, rounded_up(tiles), rooms[0] if rooms else NO_ROWS)
+        results = dv, da, part, found, taps, dw2
         fused_gradient_kernel[(p.n * blocks,)](
-            y, u, w2, grad, *layers.norm1, layers.slopes1, *layers.norm2, layers.slopes2,
-            read.beta, read.gamma, read.per_value, dv, da, part.data, part.counters,
-            found.beta, found.gamma, found.slope, taps.data, taps.counters, dw2,
-            p.n, p.out_pixels, p.ho, p.wo,
-            M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size,
-            TAPS=power_of_two(p.dw_size * p.dw_size), ACT1=p.act1, ACT2=p.act2,
-            BATCH=layers.batch2, NHWC=p.nhwc, WIDE=p.wide, BP=tile.pixels, BM=tile.channels,
-            TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)),
-            FAN=(rooms[0] if rooms else NO_PARTIAL).fan, **options(tile),
-        )  # fmt: skip
+            y, u, w2, grad, n1, n2, read, *results, size, shape, constants, **options(tile)
+        )
 
     tuning.run("fused_gradient", p, layers.device, launch, _variant(weights=dw2, sums=sums, da=da))
     return da
 
 
 def _cheap_sums(y: Tensor, layers: Layers, sums: Sums) -> None:
-    p, grad = layers.p, layers.grad
+    """Writes the sums of batch norm 2."""
+    p, w2, grad, norm = layers.p, layers.w2, layers.grad, layers.norm2
+    shape = Shape.cheap(p, Y_CH=p.m, ACT2=p.act2)
 
     def launch(tile: Tile) -> None:
         cut = Cut.of("cheap_sums", p, tile, layers.device)
         blocks = math.ceil(p.g / tile.channels)
-        (part,) = Partial.room(grad, cut.groups, (blocks, sums.kinds * p.g))
+        (part,) = Rows.room(grad, cut.groups, (blocks, sums.kinds * p.g))
+        size, constants = Size.of(p, cut.pixels, False), Blocks.of(tile, cut.tiles, part)
         cheap_sums_kernel[(cut.groups * blocks,)](
-            y, layers.w2, grad, *layers.norm2, layers.slopes2, part.data, part.counters,
-            sums.beta, sums.gamma, sums.slope, part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
-            M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size, ACT=p.act2, NHWC=p.nhwc,
-            WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles, FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            y, w2, grad, norm, part, sums, size, shape, constants, **options(tile)
+        )
 
     tuning.run("cheap_sums", p, layers.device, launch)
 
@@ -320,24 +316,21 @@ def _cheap_sums(y: Tensor, layers: Layers, sums: Sums) -> None:
 def _cheap_gradient(
     y: Tensor, layers: Layers, read: Sums, stores: bool, dw2: Tensor | None
 ) -> Tensor | None:
-    """dv, if it is to be stored; dw2 is written."""
-    p, w2, grad = layers.p, layers.w2, layers.grad
+    """Returns dv if ``stores``; writes dw2."""
+    p, w2, grad, norm = layers.p, layers.w2, layers.grad, layers.norm2
     dv = maps(grad, p, p.g) if stores else None
+    shape = _gradient_shape(layers, dw2)
 
     def launch(tile: Tile) -> None:
         cut = Cut.of("cheap_gradient", p, tile, layers.device)
         blocks = math.ceil(p.g / tile.channels)
-        part = NO_PARTIAL
+        part = NO_ROWS
         if dw2 is not None:
-            (part,) = Partial.room(grad, cut.groups, (blocks, w2.numel()))
+            (part,) = Rows.room(grad, cut.groups, (blocks, w2.numel()))
+        size, constants = Size.of(p, cut.pixels, False), Blocks.of(tile, cut.tiles, part)
         cheap_gradient_kernel[(cut.groups * blocks,)](
-            y, w2, grad, *layers.norm2, layers.slopes2, read.beta, read.gamma, dv, part.data,
-            part.counters, dw2, read.per_value, part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
-            M=p.m, G=p.g, OUP=p.out_channels, R=p.r, D=p.dw_size,
-            TAPS=power_of_two(p.dw_size * p.dw_size), ACT=p.act2, BATCH=layers.batch2,
-            NHWC=p.nhwc, WIDE=p.wide, BP=tile.pixels, BG=tile.channels, TILES=cut.tiles,
-            FAN=part.fan, **options(tile),
-        )  # fmt: skip
+            y, w2, grad, norm, read, dv, part, dw2, size, shape, constants, **options(tile)
+        )
 
     tuning.run("cheap_gradient", p, layers.device, launch, _variant(weights=dw2, dv=dv))
     return dv
@@ -346,62 +339,62 @@ def _cheap_gradient(
 def _intrinsic_gradient(
     dv: Tensor | None, u: Tensor, layers: Layers, stores: bool, sums: Sums | None
 ) -> Tensor | None:
-    """da, if it is to be stored; the sums of batch norm 1 are written."""
-    p, grad = layers.p, layers.grad
+    """Returns da if ``stores``; writes the sums of batch norm 1."""
+    p, w2, grad, norm = layers.p, layers.w2, layers.grad, layers.norm1
     da = maps(grad, p, p.m) if stores else None
-    found = sums or Sums()
+    found, shape = sums or Sums(), Shape.cheap(p, ACT1=p.act1)
 
     def launch(tile: Tile) -> None:
         cut = Cut.of("intrinsic_gradient", p, tile, layers.device)
         blocks = math.ceil(p.m / tile.channels)
-        part = NO_PARTIAL
+        part = NO_ROWS
         if sums is not None:
-            (part,) = Partial.room(grad, cut.groups, (blocks, sums.kinds * p.m))
+            (part,) = Rows.room(grad, cut.groups, (blocks, sums.kinds * p.m))
+        size, constants = Size.of(p, cut.pixels, False), Blocks.of(tile, cut.tiles, part)
         intrinsic_gradient_kernel[(cut.groups * blocks,)](
-            dv, layers.w2, grad, u, *layers.norm1, layers.slopes1, da, part.data, part.counters,
-            found.beta, found.gamma, found.slope, part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
-            M=p.m, OUP=p.out_channels, R=p.r, D=p.dw_size, ACT=p.act1, NHWC=p.nhwc, WIDE=p.wide,
-            BP=tile.pixels, BM=tile.channels, TILES=cut.tiles, FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            dv, w2, grad, u, norm, da, part, found, size, shape, constants, **options(tile)
+        )
 
     tuning.run("intrinsic_gradient", p, layers.device, launch, _variant(sums=sums, da=da))
     return da
 
 
 def _primary_gradient(
-    da: Tensor, u: Tensor, x: Tensor, w1: Tensor | None, layers: Layers, read: Sums,
-    dx: Tensor | None, dw1: Tensor | None,
-) -> None:  # fmt: skip
-    """Write dx and dw1, or one of them."""
-    p, device, norm1 = layers.p, layers.device, layers.norm1
+    da: Tensor,
+    u: Tensor,
+    x: Tensor,
+    w1: Tensor | None,
+    layers: Layers,
+    read: Sums,
+    dx: Tensor | None,
+    dw1: Tensor | None,
+) -> None:
+    """Writes dx and dw1, or one of them."""
+    p, device = layers.p, layers.device
+    norm = layers.norm1._replace(beta=None, slope=0.0)
     kind = "input_gradient" if dx is not None else "weight_gradient"
+    shape = Shape.primary(p, x, device, BATCH=layers.batch1)
 
     def launch(tile: Tile) -> None:
         of_weight = weight_tile(p, tile, device) if dx is not None else tile
         cut = Cut.of("input_gradient", p, tile, device, map_pixels=p.h * p.w)
         weight_cut = Cut.of("weight_gradient", p, of_weight, device)
         blocks = math.ceil(p.m / of_weight.channels) * math.ceil(p.c / of_weight.depth)
-        weight_programs, part = 0, NO_PARTIAL
+        weight_programs, part = 0, NO_ROWS
         if dw1 is not None:
             weight_programs = weight_cut.groups * blocks
-            (part,) = Partial.room(x, weight_cut.groups, (blocks, dw1.numel()))
+            (part,) = Rows.room(x, weight_cut.groups, (blocks, dw1.numel()))
         programs = 0 if dx is None else cut.groups * math.ceil(p.c / tile.channels)
+        sizes = Size.of(p, cut.pixels), Size.of(p, weight_cut.pixels)
+        constants = Blocks.of(tile, cut.tiles), Blocks.of(of_weight, weight_cut.tiles, part)
+        tensors = da, u, x, w1, norm, read, dx, part, dw1
         primary_gradient_kernel[(weight_programs + programs,)](
-            da, u, x, w1, norm1.gamma, norm1.mean, norm1.var, norm1.eps, read.beta, read.gamma,
-            read.per_value, dx, part.data, part.counters, dw1, weight_programs, part.parts,
-            cut.pixels, weight_cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
-            C=p.c, M=p.m, S=p.stride, BATCH=layers.batch1, NHWC=p.nhwc, WIDE=p.wide,
-            PREC=precision(x.dtype, device),
-            BP=tile.pixels, BC=tile.channels, BK=tile.depth, TILES=cut.tiles,
-            W_BP=of_weight.pixels, W_BM=of_weight.channels, W_BC=of_weight.depth,
-            W_TILES=weight_cut.tiles, FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            *tensors, weight_programs, sizes, shape, *constants, **options(tile)
+        )
 
     tuning.run(kind, p, device, launch, "both" if dx is not None and dw1 is not None else "")
 
 
-def _variant(**wanted: object) -> str:
-    """The name of a kernel that leaves out what is None."""
-    return " ".join(f"no {name}" for name, value in wanted.items() if value is None)
+def _variant(**results: object) -> str:
+    """The name of a kernel without the results that are None."""
+    return " ".join(f"no {name}" for name, value in results.items() if value is None)

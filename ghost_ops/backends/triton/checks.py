@@ -1,7 +1,7 @@
-"""What the kernels take for granted of the operators' arguments; a wrong one raises RuntimeError.
+"""Checks of the operators' arguments, on which the kernels rely; they raise RuntimeError.
 
-The functions above the operators check with better messages; this keeps a direct call of an
-operator from reading memory that is not its own.
+``functional`` checks with better messages. These checks keep a direct call of an operator from
+accessing memory outside of its tensors.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...activations import NAMES, PRELU
+from . import DTYPES
+from .plan import Problem
 
 DW_SIZES = (1, 3, 5, 7)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -21,34 +22,30 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_image(name: str, x: Tensor) -> None:
-    """4-D, of a dtype that the kernels have, dense in NCHW or channels_last."""
+    """4-D, in a dtype of the kernels, dense in NCHW or channels_last."""
     _require(x.dim() == 4, f"{name} must be 4-D [N, C, H, W], got {x.dim()}-D")
-    _require(x.dtype in _DTYPES, f"{name} must be one of {_DTYPES}, got {x.dtype}")
+    _require(x.dtype in DTYPES, f"{name} must be one of {DTYPES}, got {x.dtype}")
     _require(
         x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last),
         f"{name} must be dense, contiguous or channels_last; its strides are {x.stride()}",
     )
 
 
-def check_numbers(
-    x: Tensor, m: int, ratio: int, out_channels: int, d: int, stride: int, act1: int, act2: int,
-    has_primary: bool, prelu: bool = False,
-) -> None:  # fmt: skip
-    """The numbers of a problem on x; ``prelu``: whether slopes per channel are known."""
-    check_image("x", x)
-    _require(d in DW_SIZES, f"dw_size must be 1, 3, 5 or 7, got {d}")
-    _require(stride >= 1, f"stride must be positive, got {stride}")
-    _require(ratio >= 1, f"ratio must be positive, got {ratio}")
+def check_problem(x: Tensor, p: Problem, prelu: bool) -> None:
+    """The numbers of a problem on x; ``prelu``: whether PReLUs are allowed."""
+    _require(p.dw_size in DW_SIZES, f"dw_size must be 1, 3, 5 or 7, got {p.dw_size}")
+    _require(p.stride >= 1, f"stride must be positive, got {p.stride}")
+    _require(p.ratio >= 1, f"ratio must be positive, got {p.ratio}")
     _require(
-        m <= out_channels <= m * ratio,
-        f"out_channels must lie in [{m}, {m * ratio}], got {out_channels}",
+        p.m <= p.out_channels <= p.m * p.ratio,
+        f"out_channels must lie in [{p.m}, {p.m * p.ratio}], got {p.out_channels}",
     )
     _require(
-        has_primary or (x.size(1) == m and stride == 1),
-        f"without a primary convolution x must have {m} channels and stride be 1",
+        p.has_primary or (p.c == p.m and p.stride == 1),
+        f"without a primary convolution x must have {p.m} channels and stride be 1",
     )
     last = PRELU if prelu else len(NAMES) - 1
-    for name, code in (("act1", act1), ("act2", act2)):
+    for name, code in (("act1", p.act1), ("act2", p.act2)):
         _require(0 <= code <= last, f"{name} must be a code from 0 to {last}, got {code}")
 
 
@@ -81,13 +78,13 @@ def check_vectors(x: Tensor, size: int, **vectors: Tensor | None) -> None:
 
 
 def check_pairs(**vectors: Tensor | None) -> None:
-    """Both are given, or none of them."""
+    """All are given, or none."""
     given = [t is not None for t in vectors.values()]
     _require(all(given) or not any(given), f"{' and '.join(vectors)} must be given together")
 
 
 def check_slopes(x: Tensor, act: int, size: int, **slopes: Tensor | None) -> None:
-    """Slopes [size], which a PReLU has and nothing else."""
+    """Slopes [size], which are given exactly for a PReLU."""
     check_vectors(x, size, **slopes)
     for name, t in slopes.items():
         expected = (act == PRELU) == (t is not None)
@@ -95,7 +92,7 @@ def check_slopes(x: Tensor, act: int, size: int, **slopes: Tensor | None) -> Non
 
 
 def check_means(x: Tensor, size: int, batch_stats: bool, **means: Tensor | None) -> None:
-    """Means [2, size] in float32, which only a norm with statistics of the batch may have."""
+    """Means [2, size] in float32, only for a norm with the batch's statistics."""
     for name, t in means.items():
         if t is not None:
             _require(batch_stats, f"{name} are of a norm with statistics of the batch")
@@ -105,12 +102,12 @@ def check_means(x: Tensor, size: int, batch_stats: bool, **means: Tensor | None)
 
 def check_gate(gate: Tensor, out: Tensor) -> None:
     """[N, out_channels, Hg, Wg] in the dtype of out."""
+    fits = gate.dim() == 4 and gate.shape[:2] == out.shape[:2] and min(gate.shape[2:]) >= 1
     _require(
-        gate.dim() == 4 and gate.shape[:2] == out.shape[:2] and min(gate.shape[2:]) >= 1
-        and gate.dtype is out.dtype,
+        fits and gate.dtype is out.dtype,
         f"gate must be {out.dtype} of shape [{out.size(0)}, {out.size(1)}, height, width], got "
         f"{gate.dtype} of shape {list(gate.shape)}",
-    )  # fmt: skip
+    )
     _require(gate.device == out.device, f"gate is on {gate.device}, but x is on {out.device}")
 
 

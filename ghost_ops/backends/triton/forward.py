@@ -1,29 +1,28 @@
-"""The operators of the forward in Triton: ``eager_ops``, function for function.
+"""The forward operators in Triton, with the signatures of ``ops.eager``.
 
-Launches: pack 1; apply 1 or 2; a training forward 3 or 4 (a pass that ends in statistics folds them
-itself, see ``kernels.partial``).
-
-What no kernel computes is decided here: who allocates what, and how many programs run. Nothing per
-channel is computed in PyTorch.
+Launches: pack 1; apply 1 or 2; a training forward 3 or 4 (a pass that computes statistics also
+folds them, see ``kernels.partial``). These functions check, allocate and launch; all arithmetic is
+in the kernels.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...activations import PRELU
-from ...ops.eager import intrinsic_count, memory_format
+from ...conventions import intrinsic_count, memory_format
 from . import layout
 from .checks import (
     check_cheap,
     check_gate,
-    check_numbers,
+    check_image,
     check_pairs,
     check_primary,
+    check_problem,
     check_same_shape,
     check_slopes,
     check_vectors,
@@ -41,7 +40,40 @@ from .launch import (
 )
 from .plan import Device, Problem, passes, stashes_u
 
-_BLOCK = 256  # elements a program of the elementwise kernels takes
+_BLOCK = 256  # elements of a program of the elementwise kernels
+
+
+class Packing(NamedTuple):
+    """One convolution as pack_kernel reads and writes it.
+
+    Attributes:
+        weight, weight_out: [size], or None; written in the dtype of the second.
+        norm: [channels].
+        scale, shift: [channels], written.
+        prelu, prelu_out: [channels], or None.
+    """
+
+    weight: Tensor | None
+    weight_out: Tensor | None
+    norm: Norm
+    scale: Tensor
+    shift: Tensor
+    prelu: Tensor | None
+    prelu_out: Tensor | None
+    size: int
+    channels: int
+
+
+class Running(NamedTuple):
+    """One batch norm as update_running_kernel updates it: vectors [channels], or None."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+    mean: Tensor
+    var: Tensor
+    momentum: float | None
+    channels: int
 
 
 def ghost_pack(
@@ -60,7 +92,7 @@ def ghost_pack(
     prelu1: Tensor | None = None,
     prelu2: Tensor | None = None,
 ) -> Tensor:
-    """Both batch norms as scale and shift, and the weights: 1-D, as ``layout`` says."""
+    """Both batch norms as scale and shift, and the weights: 1-D, in the layout of ``layout``."""
     m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     check_primary(w1, w2, m, channels)
@@ -73,13 +105,13 @@ def ghost_pack(
     packed = w2.new_empty(numel, dtype=torch.float32)
     to = layout.split(packed, channels, m, g, d, w2.dtype, w1 is not None, has_prelu)
     size1, size2 = m * channels, g * d * d
+    norm1 = Norm(gamma1, beta1, mean1, var1, eps1)
+    norm2 = Norm(gamma2, beta2, mean2, var2, eps2)
+    first = Packing(w1, to.w1, norm1, to.scale1, to.shift1, prelu1, to.prelu1, size1, m)
+    second = Packing(w2, to.w2, norm2, to.scale2, to.shift2, prelu2, to.prelu2, size2, g)
+    programs = math.ceil(max(size1, size2, m, g) / _BLOCK)
     with on_device(w2):
-        pack_kernel[(math.ceil(max(size1, size2, m, g) / _BLOCK),)](
-            w1, to.w1, gamma1, beta1, mean1, var1, eps1, to.scale1, to.shift1, prelu1, to.prelu1,
-            size1, m,
-            w2, to.w2, gamma2, beta2, mean2, var2, eps2, to.scale2, to.shift2, prelu2, to.prelu2,
-            size2, g, B=_BLOCK, enable_fp_fusion=True,
-        )  # fmt: skip
+        pack_kernel[(programs,)](first, second, B=_BLOCK, enable_fp_fusion=True)
     return packed
 
 
@@ -100,14 +132,12 @@ def ghost_apply(
     has_primary: bool,
 ) -> Tensor:
     """The whole module with batch norms as scale and shift, times gate, plus residual, if given."""
-    p = problem_of(
-        x, intrinsic, ratio, out_channels, dw_size, stride, act1, slope1, act2, slope2, has_primary,
-        prelu=True,
-    )  # fmt: skip
+    sizes, acts = (intrinsic, ratio, out_channels, dw_size, stride), (act1, slope1, act2, slope2)
+    p = problem_of(x, *sizes, *acts, has_primary, prelu=True)
     has_prelu = act1 == PRELU, act2 == PRELU
     parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary, has_prelu)
-    norm1 = Norm(parts.scale1, parts.shift1)
-    norm2 = Norm(parts.scale2, parts.shift2)
+    norm1 = Norm(parts.scale1, parts.shift1, slope=either(slope1, parts.prelu1))
+    norm2 = Norm(parts.scale2, parts.shift2, slope=either(slope2, parts.prelu2))
     out = maps(x, p, p.out_channels)
     if residual is not None:
         check_same_shape("residual", residual, out)
@@ -120,35 +150,38 @@ def ghost_apply(
         epilogue = Epilogue.of(gate, residual, out)
         plain = gate is None and residual is None
         if plain:
-            _whole(x, parts.w1, parts.w2, p, device, norm1, norm2, parts.prelu1, parts.prelu2, out)
+            _whole(x, parts.w1, parts.w2, p, device, norm1, norm2, out)
             return out
-        # The ghosts are made from y, before gate and residual: y is no part of out.
+        # The ghosts are made from y before gate and residual, so y needs its own memory.
         y = maps(x, p, p.m) if p.g else None
-        launch_primary(
-            x, parts.w1, p, device, norm=norm1, y=y, out=out, prelu=parts.prelu1,
-            epilogue=epilogue,
-        )  # fmt: skip
+        launch_primary(x, parts.w1, p, device, norm=norm1, y=y, out=out, epilogue=epilogue)
         if y is not None:
-            launch_cheap(
-                y, parts.w2, p, device, norm=norm2, out=out, prelu=parts.prelu2, epilogue=epilogue
-            )
+            launch_cheap(y, parts.w2, p, device, norm=norm2, out=out, epilogue=epilogue)
     return out
 
 
+def either(slope: float, prelu: Tensor | None) -> float | Tensor:
+    """The slopes of a PReLU if there are some, else the one slope."""
+    return slope if prelu is None else prelu
+
+
 def _whole(
-    x: Tensor, w1: Tensor | None, w2: Tensor, p: Problem, device: Device, norm1: Norm, norm2: Norm,
-    prelu1: Tensor | None, prelu2: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    p: Problem,
+    device: Device,
+    norm1: Norm,
+    norm2: Norm,
+    out: Tensor,
+) -> None:
     """Write out with both norms known, in one launch or two."""
     if passes(p, device, stores_z=True).one_pass:
-        launch_fused(
-            x, w1, w2, p, device, norm1=norm1, norm2=norm2, y=out, out=out, prelu1=prelu1,
-            prelu2=prelu2,
-        )  # fmt: skip
+        launch_fused(x, w1, w2, p, device, norm1=norm1, norm2=norm2, y=out, out=out)
         return
-    launch_primary(x, w1, p, device, norm=norm1, y=out, prelu=prelu1)
+    launch_primary(x, w1, p, device, norm=norm1, y=out)
     if p.g:
-        launch_cheap(out, w2, p, device, norm=norm2, out=out, prelu=prelu2)
+        launch_cheap(out, w2, p, device, norm=norm2, out=out)
 
 
 def ghost_primary_stats(x: Tensor, w1: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
@@ -177,19 +210,16 @@ def ghost_cheap_stats(
     slope1: float,
     has_primary: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [g] of v; y lives in scratch memory that dies with the call."""
-    p = problem_of(
-        x, intrinsic, ratio, intrinsic * ratio, dw_size, stride, act1, slope1, 0, 0.0, has_primary,
-        prelu=True,
-    )  # fmt: skip
+    """Mean and biased variance [g] of v; y is in scratch memory that is freed with the call."""
+    sizes = intrinsic, ratio, intrinsic * ratio, dw_size, stride
+    p = problem_of(x, *sizes, act1, slope1, 0, 0.0, has_primary, prelu=True)
     has_prelu = act1 == PRELU, False
     parts = layout.split(packed, p.c, p.m, p.g, p.dw_size, x.dtype, has_primary, has_prelu)
     if x.numel() == 0 or p.g == 0:
         return zeros(x, p.g)
-    norm1 = Norm(parts.scale1, parts.shift1)
+    norm1 = Norm(parts.scale1, parts.shift1, slope=either(slope1, parts.prelu1))
     with on_device(x):
-        y = maps(x, p, p.m)
-        return _second_pass(x, parts.w1, parts.w2, p, device_of(x), norm1, parts.prelu1, y)
+        return _second_pass(x, parts.w1, parts.w2, p, device_of(x), norm1, maps(x, p, p.m))
 
 
 def _second_pass(
@@ -199,14 +229,13 @@ def _second_pass(
     p: Problem,
     device: Device,
     norm1: Norm,
-    prelu1: Tensor | None,
     y: Tensor,
 ) -> Moments:
     """Write y, and return the statistics of v."""
     if passes(p, device, stores_z=False).one_pass:
-        moments = launch_fused(x, w1, w2, p, device, norm1=norm1, y=y, prelu1=prelu1, moments=True)
+        moments = launch_fused(x, w1, w2, p, device, norm1=norm1, y=y, moments=True)
     else:
-        launch_primary(x, w1, p, device, norm=norm1, y=y, prelu=prelu1)
+        launch_primary(x, w1, p, device, norm=norm1, y=y)
         moments = launch_cheap(y, w2, p, device, moments=True)
     assert moments is not None
     return moments
@@ -239,8 +268,8 @@ def ghost_train_forward(
     """(out, mean1, var1, mean2, var2, u or empty), normalised with the batch's statistics.
 
     Pass 1 computes u and its statistics, pass 2 y (into out) and the statistics of v, pass 3 z. A
-    norm with mean and var given has constant statistics: its pass is left out (unless it keeps u),
-    and its results are empty.
+    norm with given mean and var needs no pass for statistics, and its two results are empty; pass 1
+    then runs only to keep u.
     """
     m = x.size(1) if w1 is None else w1.size(0)
     check_primary(w1, x, m, x.size(1))
@@ -251,10 +280,8 @@ def ghost_train_forward(
     check_pairs(mean2=mean2, var2=var2)
     check_slopes(x, act1, m, prelu1=prelu1)
     check_slopes(x, act2, g, prelu2=prelu2)
-    p = problem_of(
-        x, m, g // m + 1, out_channels, d, stride, act1, slope1, act2, slope2, w1 is not None,
-        prelu=True,
-    )  # fmt: skip
+    sizes, acts = (m, g // m + 1, out_channels, d, stride), (act1, slope1, act2, slope2)
+    p = problem_of(x, *sizes, *acts, w1 is not None, prelu=True)
     out = maps(x, p, p.out_channels)
     batch1, batch2 = mean1 is None, mean2 is None
     if x.numel() == 0:
@@ -270,17 +297,16 @@ def ghost_train_forward(
             found1 = mean1, var1 = moments
         elif stash is not None:
             launch_primary(x, w1, p, device, u=stash)
-        norm1 = Norm(gamma1, beta1, mean1, var1, eps1)
+        norm1 = Norm(gamma1, beta1, mean1, var1, eps1, either(slope1, prelu1))
+        norm2 = Norm(gamma2, beta2, mean2, var2, eps2, either(slope2, prelu2))
         source, weight, q = (x, w1, p) if stash is None else (stash, None, p.given_u())
         if g and batch2:
-            found2 = _second_pass(source, weight, w2, q, device, norm1, prelu1, out)
-            norm2 = Norm(gamma2, beta2, *found2, eps2)
-            launch_cheap(out, w2, q, device, norm=norm2, out=out, prelu=prelu2)
+            found2 = mean2, var2 = _second_pass(source, weight, w2, q, device, norm1, out)
+            launch_cheap(out, w2, q, device, norm=norm2._replace(mean=mean2, var=var2), out=out)
         elif g:
-            norm2 = Norm(gamma2, beta2, mean2, var2, eps2)
-            _whole(source, weight, w2, q, device, norm1, norm2, prelu1, prelu2, out)
+            _whole(source, weight, w2, q, device, norm1, norm2, out)
         else:
-            launch_primary(source, weight, q, device, norm=norm1, y=out, prelu=prelu1)
+            launch_primary(source, weight, q, device, norm=norm1, y=out)
     kept = stash if keep_u and stash is not None else x.new_empty(0)
     return out, *found1, *found2, kept
 
@@ -301,7 +327,7 @@ def ghost_update_running_(
     count: int,
 ) -> None:
     """Running statistics and batch counters of both batch norms, in one launch."""
-    arguments: list[Any] = []
+    norms: list[Running] = []
     for running_mean, running_var, batches, mean, var, momentum in (
         (running_mean1, running_var1, batches1, mean1, var1, momentum1),
         (running_mean2, running_var2, batches2, mean2, var2, momentum2),
@@ -315,21 +341,31 @@ def ghost_update_running_(
             check_vectors(running_mean, size, mean=mean, var=var)
             if momentum is None and batches is None:
                 raise RuntimeError("a momentum of None needs the counter of batches")
-        arguments += [running_mean, running_var, batches, mean, var, momentum, size]
+        norms.append(Running(running_mean, running_var, batches, mean, var, momentum, size))
     unbiased = count / (count - 1) if count > 1 else 1.0
     with on_device(mean1):
-        update_running_kernel[(2,)](*arguments, unbiased, B=_BLOCK, enable_fp_fusion=True)
+        update_running_kernel[(2,)](*norms, unbiased, B=_BLOCK, enable_fp_fusion=True)
 
 
 def problem_of(
-    x: Tensor, m: int, ratio: int, out_channels: int, d: int, stride: int, act1: int,
-    slope1: float, act2: int, slope2: float, has_primary: bool, *, prelu: bool = False,
-) -> Problem:  # fmt: skip
-    """The problem that x and the numbers are, checked."""
-    check_numbers(x, m, ratio, out_channels, d, stride, act1, act2, has_primary, prelu)
-    n, c, h, w = x.shape
+    x: Tensor,
+    m: int,
+    ratio: int,
+    out_channels: int,
+    d: int,
+    stride: int,
+    act1: int,
+    slope1: float,
+    act2: int,
+    slope2: float,
+    has_primary: bool,
+    *,
+    prelu: bool = False,
+) -> Problem:
+    """The problem of x and these numbers, checked. prelu: PReLUs are allowed."""
+    check_image("x", x)
     nhwc = memory_format(x) is torch.channels_last
-    return Problem(
-        n, c, h, w, m, ratio, out_channels, d, stride, act1, slope1, act2, slope2, nhwc, x.dtype,
-        has_primary,
-    )  # fmt: skip
+    sizes, acts = (*x.shape, m, ratio, out_channels, d, stride), (act1, slope1, act2, slope2)
+    p = Problem(*sizes, *acts, nhwc, x.dtype, has_primary)
+    check_problem(x, p, prelu)
+    return p

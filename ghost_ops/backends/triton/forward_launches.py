@@ -14,13 +14,16 @@ from .kernels.primary import primary_kernel
 from .launch import (
     NO_EPILOGUE,
     NO_NORM,
-    NO_PARTIAL,
+    NO_ROWS,
+    Blocks,
     Cut,
     Epilogue,
     Norm,
-    Partial,
+    Rows,
+    Shape,
+    Size,
+    cheap_constants,
     options,
-    precision,
     vectors,
 )
 from .plan import Device, Problem, Tile, rounded_up
@@ -29,94 +32,111 @@ Moments = tuple[Tensor, Tensor]  # mean and biased variance
 
 
 def launch_primary(
-    x: Tensor, w1: Tensor | None, p: Problem, device: Device, *, norm: Norm = NO_NORM,
-    u: Tensor | None = None, y: Tensor | None = None, out: Tensor | None = None,
-    prelu: Tensor | None = None, epilogue: Epilogue = NO_EPILOGUE, moments: bool = False,
-) -> Moments | None:  # fmt: skip
-    """Launch primary_kernel; the moments of u, if asked for."""
+    x: Tensor,
+    w1: Tensor | None,
+    p: Problem,
+    device: Device,
+    *,
+    norm: Norm = NO_NORM,
+    u: Tensor | None = None,
+    y: Tensor | None = None,
+    out: Tensor | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
+    moments: bool = False,
+) -> Moments | None:
+    """Launch primary_kernel; returns the moments of u if they are requested."""
+    shape = Shape.primary(
+        p,
+        x,
+        device,
+        WIDE=p.wide or epilogue.wide,
+        Y_CH=p.m if y is None else y.size(1),
+        OUT_CH=p.out_channels,
+        ACT1=_act(p.act1, y, out),
+    )
 
     def launch(tile: Tile) -> Moments | None:
         cut = Cut.of("primary", p, tile, device)
         blocks = math.ceil(p.m / tile.channels)
         part, found = _room_for_moments(x, cut.groups, blocks, p.m, blocks, moments)
+        size, constants = Size.of(p, cut.pixels), Blocks.of(tile, cut.tiles, part)
         primary_kernel[(cut.groups * blocks,)](
-            x, w1, *norm, p.slope1 if prelu is None else prelu, u, y, out, *epilogue,
-            part.data, part.counters, *found,
-            part.parts, cut.pixels, p.h * p.w, p.w, p.out_pixels, p.wo,
-            C=p.c, M=p.m, Y_CH=p.m if y is None else y.size(1), OUP=p.out_channels, S=p.stride,
-            ACT=_act(p.act1, y, out), NHWC=p.nhwc, WIDE=p.wide or epilogue.wide,
-            PREC=precision(x.dtype, device),
-            BP=tile.pixels, BM=tile.channels, BK=tile.depth, TILES=cut.tiles, FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            x, w1, norm, u, y, out, epilogue, part, found, size, shape, constants, **options(tile)
+        )
         return found if moments else None
 
     return tuning.run("primary", p, device, launch, "moments" if moments else "")
 
 
 def launch_cheap(
-    y: Tensor, w2: Tensor, p: Problem, device: Device, *, norm: Norm = NO_NORM,
-    out: Tensor | None = None, prelu: Tensor | None = None, epilogue: Epilogue = NO_EPILOGUE,
+    y: Tensor,
+    w2: Tensor,
+    p: Problem,
+    device: Device,
+    *,
+    norm: Norm = NO_NORM,
+    out: Tensor | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
     moments: bool = False,
-) -> Moments | None:  # fmt: skip
-    """Launch cheap_kernel; the moments of v, if asked for."""
+) -> Moments | None:
+    """Launch cheap_kernel; returns the moments of v if they are requested."""
+    wide, act2 = p.wide or epilogue.wide, _act(p.act2, out)
+    shape = Shape.cheap(p, WIDE=wide, Y_CH=y.size(1), ACT2=act2)
 
     def launch(tile: Tile) -> Moments | None:
         cut = Cut.of("cheap", p, tile, device)
         blocks = math.ceil(p.g / tile.channels)
         part, found = _room_for_moments(y, cut.groups, blocks, p.g, blocks, moments)
+        size, constants = Size.of(p, cut.pixels, False), Blocks.of(tile, cut.tiles, part)
         cheap_kernel[(cut.groups * blocks,)](
-            y, w2, *norm, p.slope2 if prelu is None else prelu, out, *epilogue,
-            part.data, part.counters, *found, part.parts, cut.pixels, p.out_pixels, p.ho, p.wo,
-            M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size,
-            ACT=_act(p.act2, out), NHWC=p.nhwc, WIDE=p.wide or epilogue.wide,
-            BP=tile.pixels, BG=tile.channels, TILES=cut.tiles, FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            y, w2, norm, out, epilogue, part, found, size, shape, constants, **options(tile)
+        )
         return found if moments else None
 
     return tuning.run("cheap", p, device, launch, "moments" if moments else "")
 
 
 def launch_fused(
-    x: Tensor, w1: Tensor | None, w2: Tensor, p: Problem, device: Device, *,
-    norm1: Norm, norm2: Norm = NO_NORM, y: Tensor,
-    out: Tensor | None = None, prelu1: Tensor | None = None, prelu2: Tensor | None = None,
+    x: Tensor,
+    w1: Tensor | None,
+    w2: Tensor,
+    p: Problem,
+    device: Device,
+    *,
+    norm1: Norm,
+    norm2: Norm = NO_NORM,
+    y: Tensor,
+    out: Tensor | None = None,
     moments: bool = False,
-) -> Moments | None:  # fmt: skip
-    """Launch fused_kernel; the moments of v, if asked for."""
+) -> Moments | None:
+    """Launch fused_kernel; returns the moments of v if they are requested."""
+    acts = {"ACT1": p.act1, "ACT2": _act(p.act2, out)}
+    shape = Shape.primary(p, x, device, Y_CH=y.size(1), **cheap_constants(p), **acts)
 
     def launch(tile: Tile) -> Moments | None:
-        blocks = math.ceil(p.m / tile.channels)
-        part, found = _room_for_moments(x, p.n, blocks, p.g, blocks * p.r, moments)
+        blocks, tiles = math.ceil(p.m / tile.channels), math.ceil(p.out_pixels / tile.pixels)
+        columns = blocks * p.ghosts_per_map
+        part, found = _room_for_moments(x, p.n, blocks, p.g, columns, moments)
+        size, constants = Size.of(p, p.out_pixels), Blocks.of(tile, rounded_up(tiles), part)
         fused_kernel[(p.n * blocks,)](
-            x, w1, *norm1, p.slope1 if prelu1 is None else prelu1,
-            w2, *norm2, p.slope2 if prelu2 is None else prelu2,
-            y, out, part.data, part.counters, *found,
-            part.parts, p.h * p.w, p.w, p.out_pixels, p.ho, p.wo,
-            C=p.c, M=p.m, G=p.g, Y_CH=y.size(1), OUP=p.out_channels, R=p.r, D=p.dw_size,
-            S=p.stride, ACT1=p.act1, ACT2=_act(p.act2, out), NHWC=p.nhwc, WIDE=p.wide,
-            PREC=precision(x.dtype, device),
-            BP=tile.pixels, BM=tile.channels, BK=tile.depth,
-            TILES=rounded_up(math.ceil(p.out_pixels / tile.pixels)), FAN=part.fan,
-            **options(tile),
-        )  # fmt: skip
+            x, w1, norm1, w2, norm2, y, out, part, found, size, shape, constants, **options(tile)
+        )
         return found if moments else None
 
     return tuning.run("fused", p, device, launch, "moments" if moments else "")
 
 
 def _act(act: int, *results: Tensor | None) -> int:
-    """The activation of a launch, none where it has no results: moments come before it."""
+    """The activation of a launch; none if it has no results, because moments precede it."""
     return act if any(t is not None for t in results) else NONE
 
 
 def _room_for_moments(
-    like: Tensor, groups: int, blocks: int, channels: int, columns: int, wanted: bool
-) -> tuple[Partial, Moments | tuple[None, None]]:
-    """Room for partial moments with their counts, and for mean and variance [channels]."""
-    if not wanted:
-        return NO_PARTIAL, (None, None)
+    like: Tensor, groups: int, blocks: int, channels: int, columns: int, requested: bool
+) -> tuple[Rows, Moments | tuple[None, None]]:
+    """Memory for partial moments with their counts, and for mean and variance [channels]."""
+    if not requested:
+        return NO_ROWS, (None, None)
     mean, var = vectors(like, channels)
-    (part,) = Partial.room(like, groups, (blocks, 2 * channels + columns))
+    (part,) = Rows.room(like, groups, (blocks, 2 * channels + columns))
     return part, (mean, var)

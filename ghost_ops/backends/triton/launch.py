@@ -1,4 +1,8 @@
-"""What every launch shares: the device, the share of the pixels a program takes, scratch memory."""
+"""Parts of every launch: argument bundles of the kernels, the pixels of a program, scratch memory.
+
+Triton specialises a kernel for each field of a bundle as it would for a plain argument. A field
+that a kernel does not use keeps its default, so that it adds no variant of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops.eager import memory_format
+from ...conventions import memory_format
 from .kernels.common import INTERPRET
 from .plan import (
     INTERPRETER,
@@ -26,20 +30,24 @@ from .plan import (
 
 
 class Norm(NamedTuple):
-    """A batch norm as the kernels take it; gamma and beta alone are a scale and a shift."""
+    """A batch norm and its activation's slope; gamma and beta alone are a scale and a shift.
+
+    slope: a number, or the slopes [channels] of a PReLU.
+    """
 
     gamma: Tensor | None = None
     beta: Tensor | None = None
     mean: Tensor | None = None
     var: Tensor | None = None
     eps: float = 0.0
+    slope: float | Tensor = 0.0
 
 
 NO_NORM = Norm()
 
 
 class Epilogue(NamedTuple):
-    """What a pass does with its values before it stores them in out: times gate, plus residual."""
+    """Operands of values before they are stored in out: times gate, plus residual."""
 
     gate: Tensor | None = None
     height: int = 1
@@ -69,41 +77,130 @@ class Epilogue(NamedTuple):
 NO_EPILOGUE = Epilogue()
 
 
-class Partial(NamedTuple):
-    """Room for partial results, a row a group, and what ``kernels.partial`` folds them with.
+class Rows(NamedTuple):
+    """Memory for partial results, one row a group, which ``kernels.partial`` folds.
 
     Attributes:
         data, counters: float32 rows, and int32 zeros that the kernel leaves zero.
         parts: groups, each with a row.
-        fan: rows that are folded into one more row.
     """
 
     data: Tensor | None = None
     counters: Tensor | None = None
     parts: int = 0
-    fan: int = 1
 
     @classmethod
-    def room(cls, like: Tensor, parts: int, *needs: tuple[int, int]) -> tuple[Partial, ...]:
-        """One for each (blocks that fold for themselves, values of a row in all) of a kernel."""
-        fan = min(max(power_of_two(math.isqrt(parts)), 8), 64)
-        clusters = math.ceil(parts / fan)
+    def room(cls, like: Tensor, parts: int, *needs: tuple[int, int]) -> tuple[Rows, ...]:
+        """Rows for each (blocks that fold for themselves, values of a row) of a kernel."""
+        clusters = math.ceil(parts / fan_of(parts))
         sizes = [blocks * (clusters + 1) for blocks, _ in needs]
         counters = _counters(like, sum(sizes))[: sum(sizes)].split(sizes)
         rows = [like.new_empty((parts + clusters) * row, dtype=torch.float32) for _, row in needs]
-        return tuple(cls(*room, parts, fan) for room in zip(rows, counters, strict=True))
+        return tuple(cls(*room, parts) for room in zip(rows, counters, strict=True))
 
 
-NO_PARTIAL = Partial()
+NO_ROWS = Rows()
+
+
+def fan_of(parts: int) -> int:
+    """Rows of partial results that are folded into one more row; 1 without rows."""
+    return min(max(power_of_two(math.isqrt(parts)), 8), 64) if parts else 1
+
+
+class Size(NamedTuple):
+    """Sizes of maps. ``pixels`` is the number that follow each other in memory, see ``Cut``."""
+
+    pixels: int
+    out_pixels: int
+    height: int
+    width: int
+    in_pixels: int = 0
+    in_width: int = 0
+
+    @classmethod
+    def of(cls, p: Problem, pixels: int, reads_input: bool = True) -> Size:
+        inputs = (p.h * p.w, p.w) if reads_input else ()
+        return cls(pixels, p.out_pixels, p.ho, p.wo, *inputs)
+
+
+class Shape(NamedTuple):
+    """Constants of a problem that a kernel is compiled for.
+
+    Attributes:
+        C, M, G: channels of x, intrinsic maps, ghost maps.
+        Y_CH, OUT_CH: channels in memory of the tensor with y, and of out.
+        D, S: depthwise kernel size, stride of the primary convolution.
+        ACT1, ACT2: codes of the activations.
+        NHWC, WIDE: channels_last; some offset needs 64 bits.
+        PREC: ``tl.dot``'s input precision.
+        TAPS: D * D rounded up to a power of two.
+        BATCH: the norm whose gradient is computed has the batch's statistics.
+        WEIGHTS: dw2 is computed.
+    """
+
+    NHWC: bool
+    WIDE: bool
+    C: int = 0
+    M: int = 0
+    G: int = 0
+    GHOSTS_PER_MAP: int = 0
+    Y_CH: int = 0
+    OUT_CH: int = 0
+    D: int = 0
+    S: int = 0
+    ACT1: int = 0
+    ACT2: int = 0
+    PREC: str = ""
+    TAPS: int = 0
+    BATCH: bool = False
+    WEIGHTS: bool = False
+
+    @classmethod
+    def primary(cls, p: Problem, x: Tensor, device: Device, **more: int | bool) -> Shape:
+        """Of a launch with the primary convolution or its gradients."""
+        constants: dict = {"NHWC": p.nhwc, "WIDE": p.wide, "C": p.c, "M": p.m, "S": p.stride}
+        return cls(**{**constants, "PREC": precision(x.dtype, device), **more})
+
+    @classmethod
+    def cheap(cls, p: Problem, **more: int | bool) -> Shape:
+        """Of a launch with the cheap operation or its gradients."""
+        constants: dict = {"NHWC": p.nhwc, "WIDE": p.wide, **cheap_constants(p)}
+        return cls(**{**constants, **more})
+
+
+def cheap_constants(p: Problem) -> dict[str, int]:
+    """The fields of ``Shape`` that the cheap operation uses."""
+    ghosts = {"M": p.m, "G": p.g, "GHOSTS_PER_MAP": p.ghosts_per_map, "D": p.dw_size}
+    return {**ghosts, "OUT_CH": p.out_channels}
+
+
+class Blocks(NamedTuple):
+    """Constants of a program's work; see ``plan.Tile`` for the first three.
+
+    Attributes:
+        TILES: tiles of a program.
+        FAN: see ``fan_of``.
+    """
+
+    PIXELS: int
+    CHANNELS: int
+    DEPTH: int
+    TILES: int
+    FAN: int
+
+    @classmethod
+    def of(cls, tile: Tile, tiles: int, part: Rows = NO_ROWS) -> Blocks:
+        return cls(tile.pixels, tile.channels, tile.depth, tiles, fan_of(part.parts))
+
 
 _zeros: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _counters(like: Tensor, size: int) -> Tensor:
-    """At least ``size`` zeros that no kernel at work counts with.
+    """At least ``size`` zeros that no running kernel uses.
 
     Kernels of one stream run one after the other and leave zeros, so that a stream needs one vector
-    and no launch clears it. A CUDA graph may be replayed on any stream: it has its own.
+    and no launch clears it. A CUDA graph may be replayed on any stream: it gets a new vector.
     """
     if not like.is_cuda or torch.cuda.is_current_stream_capturing():
         return like.new_zeros(size, dtype=torch.int32)
@@ -124,35 +221,35 @@ def _gpu(index: int) -> Device:
 
 
 def device_of(x: Tensor) -> Device:
-    """What the plan needs to know of the device of x."""
+    """The device of x as the plan describes it."""
     return INTERPRETER if INTERPRET.value else _gpu(x.device.index)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make it that of x."""
+    """Makes the device of x current, on which Triton launches."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
 
 
 def precision(dtype: torch.dtype, device: Device) -> str:
-    """How tl.dot multiplies: float32 as torch's convolutions are told to, in TF32 or exactly."""
+    """tl.dot's input precision: TF32 for float32 if torch's convolutions may use it, else exact."""
     if dtype is not torch.float32 or device.interpreter or device.hip:
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def options(tile: Tile) -> dict[str, int | bool]:
-    """Compiler options of a launch; fused multiply-adds are asked for, as defaults differ."""
+    """Compiler options of a launch; with fused multiply-adds, whose default differs by version."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How the pixels of a pass are shared out: ``groups`` groups of ``tiles`` tiles.
+    """Division of the pixels of a pass: ``groups`` groups of ``tiles`` tiles.
 
     ``pixels`` is the number of pixels that follow each other in memory: those of one map, or in
-    channels_last those of all images, so that small maps share a tile.
+    channels_last those of all images, so that several small maps fit into one tile.
     """
 
     pixels: int
@@ -172,7 +269,7 @@ class Cut:
 
 
 def maps(x: Tensor, p: Problem, channels: int) -> Tensor:
-    """An uninitialised [N, channels, Ho, Wo] in the dtype and layout of x."""
+    """An uninitialised [N, channels, Ho, Wo] of p, in the dtype of x and the layout of p."""
     fmt = torch.channels_last if p.nhwc else torch.contiguous_format
     shape = (p.n, channels, p.ho, p.wo)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
@@ -184,5 +281,5 @@ def vectors(x: Tensor, size: int, count: int = 2) -> tuple[Tensor, ...]:
 
 
 def zeros(x: Tensor, size: int, count: int = 2) -> tuple[Tensor, ...]:
-    """The same, of zeros."""
+    """float32 vectors of zeros on the device of x."""
     return tuple(x.new_zeros(size, dtype=torch.float32) for _ in range(count))

@@ -1,9 +1,9 @@
-"""How the Triton backend packs parameters: one float32 tensor, as the operators' schema asks.
+"""The packed parameters of the Triton backend: one float32 tensor, as the schema requires.
 
 Parts, each a multiple of 16 bytes: scale1 [m], shift1 [m], scale2 [g], shift2 [g], w2 [g, d, d] in
-float32, and w1 [m, C] as the bits of its own dtype, as tensor cores take it. Batch norm is not
-folded into w1: rounded to half precision again, it would lose digits. The slopes of PReLUs, [m] and
-[g], come last and are not padded.
+float32, and w1 [m, C] as the bits of its own dtype, for tensor cores. Batch norm is not folded into
+w1, because rounding to half precision again would lose digits. The slopes of PReLUs, [m] and [g],
+come last and are not padded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Parts(NamedTuple):
 def offsets(
     channels: int, m: int, g: int, d: int, itemsize: int, has_primary: bool
 ) -> tuple[int, ...]:
-    """Where the six parts begin and where the last one ends, in float32 elements."""
+    """Beginnings of the six parts, and the end of the last, in float32 elements."""
     w1 = -(-m * channels * itemsize // 4) if has_primary else 0
     found = [0]
     for size in (m, m, g, g, g * d * d, w1):
@@ -46,9 +46,15 @@ def packed_numel(
 
 
 def split(
-    packed: Tensor, channels: int, m: int, g: int, d: int, dtype: torch.dtype, has_primary: bool,
+    packed: Tensor,
+    channels: int,
+    m: int,
+    g: int,
+    d: int,
+    dtype: torch.dtype,
+    has_primary: bool,
     has_prelu: tuple[bool, bool] = (False, False),
-) -> Parts:  # fmt: skip
+) -> Parts:
     """The parts of ``packed``.
 
     Raises:

@@ -1,11 +1,11 @@
-"""What the Triton kernels do with a shape: tiles, launches, and the bytes that decide. No Triton.
+"""The plan of the Triton kernels for a shape: tiles, launches, bytes moved. Does not import Triton.
 
-Three decisions, each printable (``explain`` gives the first, ``print`` shows the numbers):
+Three decisions, which ``explain`` prints:
 
 - *One pass or two launches.* In one pass a program owns a whole image and some channels, stores y,
-  and reads it back through the caches. That saves reading y from memory, and it needs enough images
-  to fill the device. Two launches spread every image over the device, and pay with one more read of
-  y, unless y still lies in the L2 cache.
+  and reads it back through the caches. This saves a read of y from memory, and needs enough images
+  to fill the device. Two launches spread every image over the device, at the cost of one more read
+  of y, unless y is still in the L2 cache.
 - *Recompute or stash u* in a training forward, between the statistics of u and their use.
 - *Tiles*, from the channels and the layout. GHOST_OPS_TRITON_AUTOTUNE=1 times the alternatives.
 """
@@ -16,6 +16,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+
+from ...conventions import ghosts_per_map, out_size
 
 KINDS = (
     "primary",
@@ -31,20 +33,20 @@ KINDS = (
 _WITH_PRODUCT = ("primary", "fused", "input_gradient", "weight_gradient")
 # A launch, in bytes that memory moves in the same time. Assumed: 4 us at 2 TB/s.
 LAUNCH_BYTES = 8 * 2**20
-# Programs of one pass that share a multiprocessor, so that one loads while another computes.
+# Programs of one pass on each multiprocessor, so that one loads while another computes.
 RESIDENT = 2
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the plan needs to know of a GPU.
+    """The properties of a GPU that the plan uses.
 
     Attributes:
-        name: as torch gives it.
+        name: torch's name of the GPU.
         multiprocessors: streaming multiprocessors or compute units.
         l2_bytes: size of the L2 cache.
         hip: an AMD GPU.
-        interpreter: Triton's interpreter on the CPU; what costs there is the number of tiles.
+        interpreter: Triton's interpreter on the CPU, where the number of tiles costs time.
     """
 
     name: str
@@ -79,22 +81,22 @@ class Problem:
     has_primary: bool
 
     @property
-    def r(self) -> int:
-        """Ghost maps for each intrinsic one."""
-        return self.ratio - 1
+    def ghosts_per_map(self) -> int:
+        """Ghost maps that are made from one intrinsic map."""
+        return ghosts_per_map(self.ratio)
 
     @property
     def g(self) -> int:
         """Ghost maps."""
-        return self.m * self.r
+        return self.m * self.ghosts_per_map
 
     @property
     def ho(self) -> int:
-        return (self.h - 1) // self.stride + 1
+        return out_size(self.h, self.stride)
 
     @property
     def wo(self) -> int:
-        return (self.w - 1) // self.stride + 1
+        return out_size(self.w, self.stride)
 
     @property
     def out_pixels(self) -> int:
@@ -117,13 +119,13 @@ class Problem:
         return self.n * self.h * self.w * self.c * self.dtype.itemsize
 
     def given_u(self) -> Problem:
-        """The same, with u in the place of x."""
+        """The problem that has u as its x, and no primary convolution."""
         return replace(self, c=self.m, h=self.ho, w=self.wo, stride=1, has_primary=False)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is cut and launched.
+    """Tile sizes and launch options of one kernel.
 
     Attributes:
         pixels: pixels of a tile.
@@ -146,8 +148,8 @@ class Passes:
     Attributes:
         one_pass: the choice.
         programs: programs of the one pass.
-        bytes_one, bytes_two: what each moves through memory.
-        cost_one, cost_two: the same, over the share of the device that is busy, plus launches.
+        bytes_one, bytes_two: bytes that each moves through memory.
+        cost_one, cost_two: these bytes over the share of the device that is busy, plus launches.
         reason: the choice in words.
     """
 
@@ -181,7 +183,7 @@ def power_of_two(n: int) -> int:
 
 
 def rounded_up(n: int) -> int:
-    """n rounded up to three significant bits: a loop's length, of which few variants exist."""
+    """n rounded up to three significant bits: loop lengths are constants, so few should exist."""
     step = 1 << max(n.bit_length() - 3, 0)
     return -(-n // step) * step
 
@@ -189,8 +191,8 @@ def rounded_up(n: int) -> int:
 def passes(p: Problem, device: Device, *, stores_z: bool, epilogue: bool = False) -> Passes:
     """One pass or two launches, for evaluation (stores_z) or the second pass of a training forward.
 
-    See the module's docstring for what is weighed. A block barrier orders the stores and loads of
-    its threads in CUDA; what Triton emits for AMD is an s_barrier that no s_waitcnt vmcnt precedes.
+    See this file's docstring for the two costs. A block barrier orders the stores and loads of its
+    threads in CUDA; Triton's barrier for AMD is an s_barrier without the s_waitcnt vmcnt before it.
     The backward joins its launches by the same choice.
     """
     tile = default_tile("fused", p, device)
@@ -219,8 +221,8 @@ def passes(p: Problem, device: Device, *, stores_z: bool, epilogue: bool = False
 def stashes_u(p: Problem) -> bool:
     """Whether a training forward stores u after the first pass, for the second to read.
 
-    Recomputing reads x twice, stashing reads it once, writes u and reads u. With u given there is
-    nothing to decide. (The third pass reads y, which the second has written into out.)
+    Recomputing reads x twice; stashing reads x once, writes u and reads u. With u given there is no
+    choice. (The third pass reads y, which the second has written into out.)
     """
     return p.has_primary and p.x_bytes > 2 * p.map_bytes(p.m)
 
@@ -237,14 +239,14 @@ def explain(p: Problem, device: Device) -> str:
 
 
 def channel_axis(kind: str, p: Problem) -> int:
-    """The number of channels that the programs of a kernel share out."""
+    """The number of channels that the programs of a kernel divide among themselves."""
     if kind in ("cheap", "cheap_sums", "cheap_gradient"):
         return p.g
     return p.c if kind == "input_gradient" else p.m
 
 
 def default_tile(kind: str, p: Problem, device: Device) -> Tile:
-    """The tile that runs unless autotuning finds a better one."""
+    """The tile that runs without autotuning."""
     channels = channel_axis(kind, p)
     depth = {"input_gradient": p.m, "weight_gradient": p.c}.get(kind, p.c)
     if device.interpreter:
@@ -329,14 +331,14 @@ def tiles_per_program(
 ) -> int:
     """Consecutive tiles that one program takes of ``images`` times ``pixels`` pixels.
 
-    So few programs that partial results stay small and tiles share the rows between them, and
-    enough for eight on every multiprocessor.
+    The number of programs is small enough for small partial results and for tiles that share rows
+    in the caches, and large enough for eight programs on every multiprocessor.
     """
     tiles = math.ceil(pixels / tile.pixels)
     blocks = math.ceil(channel_axis(kind, p) / tile.channels)
     if kind == "weight_gradient":
         blocks *= math.ceil(p.c / tile.depth)
-    wanted = math.ceil(8 * device.multiprocessors / max(blocks * images, 1))
+    programs = math.ceil(8 * device.multiprocessors / max(blocks * images, 1))
     if kind == "weight_gradient":
-        wanted = max(1, wanted // 4)
-    return rounded_up(max(1, math.ceil(tiles / wanted)))
+        programs = max(1, programs // 4)
+    return rounded_up(max(1, math.ceil(tiles / programs)))

@@ -1,9 +1,9 @@
-"""Which tile a kernel runs with: the plan's, or the fastest of several, remembered on disk.
+"""The choice of a kernel's tile: the plan's, or the fastest of several, cached on disk.
 
 With GHOST_OPS_TRITON_AUTOTUNE=1 the first call of a kernel on a new problem times the plan's
 candidates and writes the winner to a JSON file in GHOST_OPS_CACHE_DIR (by default ghost_ops in
 $XDG_CACHE_HOME or ~/.cache), one file for each device and version of Triton and of ghost_ops.
-Without it, a file that is already there is left alone and the plan's default runs.
+Without the variable the file is not read, and the plan's default runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ import torch
 
 from ... import environment
 from ..._version import __version__
+from ...announce import warn_once
 from .plan import Device, Problem, Tile, candidates
 
 Result = TypeVar("Result")
@@ -32,11 +32,10 @@ autotune: bool = environment.TRITON_AUTOTUNE.get() == "1"
 _lock = threading.RLock()
 _chosen: dict[tuple[Device, str], Tile] = {}
 _loaded: dict[Device, dict[str, Any]] = {}
-_announced: set[str] = set()
 
 
 def cache_file(device: Device) -> Path:
-    """Where the winners for a device are kept."""
+    """The file with the fastest tiles for a device."""
     import triton
 
     root = environment.CACHE_DIR.get()
@@ -47,13 +46,13 @@ def cache_file(device: Device) -> Path:
 
 
 def key(kind: str, p: Problem, variant: str = "") -> str:
-    """A problem as the cache names it; the slopes of leaky ReLU change no timing."""
+    """The name of a problem in the cache, without the slopes, which change no timing."""
     fields = {k: v for k, v in vars(p).items() if not k.startswith("slope")}
     return " ".join((f"{kind} {variant}".strip(), *(f"{k}={v}" for k, v in fields.items())))
 
 
 def forget() -> None:
-    """Forget what was chosen and loaded in this process; the files stay."""
+    """Clear the tiles chosen and loaded in this process; the files stay."""
     with _lock:
         _chosen.clear()
         _loaded.clear()
@@ -62,11 +61,10 @@ def forget() -> None:
 def run(
     kind: str, p: Problem, device: Device, launch: Callable[[Tile], Result], variant: str = ""
 ) -> Result:
-    """``launch`` with the tile that is chosen for a (variant of a) kernel on a problem.
+    """The result of ``launch`` with the tile chosen for a kernel, or a variant of it, on a problem.
 
-    A launch may happen many times, so it must not read what it writes. A tile that needs more
-    shared memory or registers than the device has is passed over; if all do, the first one's error
-    is raised.
+    A launch may be repeated, so it must not read what it writes. A tile that needs more shared
+    memory or registers than the device has is skipped; if all tiles do, the first error is raised.
     """
     name = key(kind, p, variant)
     tile = _chosen.get((device, name))
@@ -125,7 +123,7 @@ def _fastest(
 
 
 def measure(call: Callable[[], Any]) -> float:
-    """Milliseconds that a call takes on the device, the median of some."""
+    """Median of the milliseconds that a call takes on the device."""
     from triton.testing import do_bench
 
     return do_bench(call, warmup=5, rep=25, return_mode="median")
@@ -154,14 +152,15 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _announce(f"the autotuning cache {path} cannot be read and is begun anew ({error})")
+        text = f"ghost_ops: the autotuning cache {path} cannot be read and is begun anew ({error})"
+        warn_once(text, stacklevel=3)
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _remember(device: Device, name: str, tile: Tile, milliseconds: float) -> None:
     path = cache_file(device)
-    # Read again: another process may have added to it. The last of two that write wins a key.
+    # Another process may have added entries. If two write at once, the later file wins.
     entries = _read(path)
     entries[name] = {"tile": dataclasses.asdict(tile), "milliseconds": milliseconds}
     _loaded[device] = entries
@@ -171,12 +170,7 @@ def _remember(device: Device, name: str, tile: Tile, milliseconds: float) -> Non
             "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
         ) as file:
             json.dump(entries, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)  # a reader sees the old file or the new one, nothing between
+        os.replace(file.name, path)  # atomic: a reader sees the old file or the new one
     except OSError as error:
-        _announce(f"the autotuning cache {path} cannot be written ({error})")
-
-
-def _announce(message: str) -> None:
-    if message not in _announced:
-        _announced.add(message)
-        warnings.warn(f"ghost_ops: {message}", UserWarning, stacklevel=4)
+        text = f"ghost_ops: the autotuning cache {path} cannot be written ({error})"
+        warn_once(text, stacklevel=3)

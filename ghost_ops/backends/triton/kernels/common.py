@@ -1,9 +1,15 @@
-"""What every kernel is made of: addresses, batch norms, activations, the matrix product, moments.
+"""Parts of every kernel: addresses, batch norms, activations, the matrix product, moments.
 
-Tensors in memory are dense, [N, CH, pixels] (NHWC false) or [N, pixels, CH] (true), a pixel being a
-row-major position of the map. Everything on chip is a tile [pixels, channels] in float32. Channel
+Tensors in memory are dense, [N, CH, pixels] (NHWC false) or [N, pixels, CH] (NHWC true); a pixel is
+a row-major position of the map. Everything on chip is a tile [pixels, channels] in float32. Channel
 counts are compile-time constants, so that the compiler knows how wide a load may be; sizes of maps
-are not, so that another resolution needs no other kernel.
+are arguments, so that another resolution needs no other kernel.
+
+Arguments of the kernels come in the bundles of ``launch``: ``norm`` (``Norm``: vectors [channels]
+or None, eps, and the slope of the activation: one number, or the vector of a PReLU), ``size``
+(``Size``: sizes of maps), ``part`` (``Rows``: partial results), ``epilogue`` (``Epilogue``),
+``sums`` (``Sums`` of ``backward``), and the constants ``shape`` (``Shape``) and ``tile``
+(``Blocks``). ``channels`` is a pair: channel numbers [C], and the mask of those that exist.
 """
 
 from __future__ import annotations
@@ -18,19 +24,17 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def locate(
-    pid, pixels, BLOCKS: tl.constexpr, BP: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr
-):
+def locate(pid, size, BLOCKS: tl.constexpr, tile: tl.constexpr, WIDE: tl.constexpr):
     """(channel block, group, image, first tile) of a program.
 
     A group is TILES consecutive pixel tiles of one image. Neighbouring programs have the same group
-    and differ in the channel block: what they share stays in the L2 cache.
+    and differ in the channel block: the pixels that both read stay in the L2 cache.
     """
     block = pid % BLOCKS
     group = pid // BLOCKS
-    per_image = tl.cdiv(tl.cdiv(pixels, BP), TILES)
+    per_image = tl.cdiv(tl.cdiv(size.pixels, tile.PIXELS), tile.TILES)
     image = group // per_image
-    first = (group % per_image) * TILES
+    first = (group % per_image) * tile.TILES
     if WIDE:
         image = image.to(tl.int64)
         first = first.to(tl.int64)
@@ -57,7 +61,7 @@ def address(image, p, c, pixels, CH: tl.constexpr, NHWC: tl.constexpr):
 
 
 @triton.jit
-def sampled(p, in_pixels, in_width, out_pixels, out_width, S: tl.constexpr):
+def sampled(p, size, S: tl.constexpr):
     """The input pixel that a primary convolution of stride S reads for output pixel p.
 
     p may run over the pixels of several images that follow each other.
@@ -65,10 +69,10 @@ def sampled(p, in_pixels, in_width, out_pixels, out_width, S: tl.constexpr):
     if S == 1:
         q = p
     else:
-        inner = p % out_pixels
-        row = inner // out_width
-        column = inner % out_width
-        q = (p // out_pixels) * in_pixels + (row * in_width + column) * S
+        inner = p % size.out_pixels
+        row = inner // size.width
+        column = inner % size.width
+        q = (p // size.out_pixels) * size.in_pixels + (row * size.in_width + column) * S
     return q
 
 
@@ -82,35 +86,36 @@ def per_channel(ptr, c, mask):
 
 
 @triton.jit
-def inverse_deviation(var_ptr, c, mask, eps):
+def inverse_deviation(norm, c, mask):
     """1 / sqrt(var + eps)."""
-    return tl.rsqrt(tl.load(var_ptr + c, mask=mask, other=1.0).to(tl.float32) + eps)
+    return tl.rsqrt(tl.load(norm.var + c, mask=mask, other=1.0).to(tl.float32) + norm.eps)
 
 
 @triton.jit
-def scale_shift(c, mask, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps):
-    """Batch norm as u * scale + shift. No mean and var: scale and shift are gamma and beta."""
+def scale_shift(norm, c, mask):
+    """Batch norm as u * scale + shift; without mean and var these are gamma and beta."""
     scale = tl.full(c.shape, 1.0, tl.float32)
     shift = tl.full(c.shape, 0.0, tl.float32)
-    if var_ptr is not None:
-        scale = inverse_deviation(var_ptr, c, mask, eps)
-    if gamma_ptr is not None:
-        scale *= per_channel(gamma_ptr, c, mask)
-    if mean_ptr is not None:
-        shift = -per_channel(mean_ptr, c, mask) * scale
-    if beta_ptr is not None:
-        shift += per_channel(beta_ptr, c, mask)
+    if norm.var is not None:
+        scale = inverse_deviation(norm, c, mask)
+    if norm.gamma is not None:
+        scale *= per_channel(norm.gamma, c, mask)
+    if norm.mean is not None:
+        shift = -per_channel(norm.mean, c, mask) * scale
+    if norm.beta is not None:
+        shift += per_channel(norm.beta, c, mask)
     return scale, shift
 
 
 @triton.jit
-def norm_gradient(grad, hat, scale, sum_grad, sum_grad_hat, per_value, BATCH: tl.constexpr):
-    """Gradient of batch norm's input from that of its output.
+def norm_gradient(grad, hat, scale, of_batch, BATCH: tl.constexpr):
+    """Gradient of batch norm's input from that of its output; hat is the normalised input.
 
-    hat is the normalised input; the sums are those of grad and of grad * hat over all values of the
-    channel, and per_value is one over their number. BATCH false: the statistics are constants.
+    of_batch: the sums of grad and of grad * hat over all values of the channel, and one over the
+    number of values. BATCH false: the statistics are constants.
     """
     if BATCH:
+        sum_grad, sum_grad_hat, per_value = of_batch
         grad -= (sum_grad + hat * sum_grad_hat) * per_value
     return grad * scale
 
@@ -125,7 +130,7 @@ def _tanh(x):
 
 @triton.jit
 def slopes(slope, c, mask, ACT: tl.constexpr):
-    """What ``activate`` takes for channels c: slope, or those that it points to of a PReLU."""
+    """The slopes that ``activate`` takes for channels c: the number, or those of a PReLU [1, C]."""
     found = slope
     if ACT == 8:
         found = per_channel(slope, c, mask)[None, :]
@@ -134,7 +139,7 @@ def slopes(slope, c, mask, ACT: tl.constexpr):
 
 @triton.jit
 def activate(x, slope, ACT: tl.constexpr):
-    """act(x), by the codes of ghost_ops.activations. Comparisons are such that NaN goes through."""
+    """act(x), by the codes of ghost_ops.activations. The comparisons propagate NaN."""
     if ACT == 1:
         x = tl.where(x < 0.0, 0.0, x)
     elif ACT == 2:
@@ -155,7 +160,7 @@ def activate(x, slope, ACT: tl.constexpr):
 
 @triton.jit
 def activate_gradient(x, grad, slope, ACT: tl.constexpr):
-    """grad * act'(x); at a kink the slope that PyTorch takes. slope: see slopes."""
+    """grad * act'(x); at a kink with PyTorch's slope. slope: see slopes."""
     if ACT == 1:
         grad = tl.where(x <= 0.0, 0.0, grad)
     elif ACT == 2:
@@ -191,7 +196,7 @@ def slope_gradient(x, grad):
 def rounded(x, dtype: tl.constexpr):
     """x to the nearest value of dtype."""
     if INTERPRET and dtype == tl.bfloat16:
-        # The interpreter would cut the digits off.
+        # The interpreter truncates.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -215,55 +220,50 @@ def dot(a, b, acc, PREC: tl.constexpr):
 
 
 @triton.jit
-def primary_tile(
-    x_ptr, w1_ptr, image, p, pm, c, cm, in_pixels, in_width, out_pixels, out_width,
-    C: tl.constexpr, S: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr, PREC: tl.constexpr,
-    BP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+def primary_tile(x_ptr, w1_ptr, image, p, pm, c, cm, size, shape: tl.constexpr, tile: tl.constexpr):
     """u [P, M] at output pixels p and intrinsic channels c: x @ w1^T, or x itself without w1."""
-    q = sampled(p, in_pixels, in_width, out_pixels, out_width, S)
+    C: tl.constexpr = shape.C
+    q = sampled(p, size, shape.S)
     if w1_ptr is not None:
-        u = tl.zeros((BP, BM), tl.float32)
-        for k0 in range(0, C, BK):
-            k = k0 + tl.arange(0, BK)
+        u = tl.zeros((tile.PIXELS, tile.CHANNELS), tl.float32)
+        for k0 in range(0, C, tile.DEPTH):
+            k = k0 + tl.arange(0, tile.DEPTH)
             km = k < C
-            if WIDE:
+            if shape.WIDE:
                 k = k.to(tl.int64)
-            x = tl.load(
-                x_ptr + address(image, q, k, in_pixels, C, NHWC),
-                mask=pm[:, None] & km[None, :], other=0.0,
-            )  # fmt: skip
-            w = tl.load(
-                w1_ptr + c[None, :] * C + k[:, None], mask=km[:, None] & cm[None, :], other=0.0
-            )
-            u = dot(x, w, u, PREC)
+            at = address(image, q, k, size.in_pixels, C, shape.NHWC)
+            x = tl.load(x_ptr + at, mask=pm[:, None] & km[None, :], other=0.0)
+            at = c[None, :] * C + k[:, None]
+            w = tl.load(w1_ptr + at, mask=km[:, None] & cm[None, :], other=0.0)
+            u = dot(x, w, u, shape.PREC)
     else:
-        at = address(image, q, c, in_pixels, C, NHWC)
+        at = address(image, q, c, size.in_pixels, C, shape.NHWC)
         u = tl.load(x_ptr + at, mask=pm[:, None] & cm[None, :], other=0.0).to(tl.float32)
     return u
 
 
 @triton.jit
 def depthwise_tile(
-    y_ptr, w2_ptr, image, p, pm, ghost, gm, out_pixels, height, width,
-    Y_CH: tl.constexpr, R: tl.constexpr, D: tl.constexpr, NHWC: tl.constexpr,
-    BP: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    y_ptr, w2_ptr, image, p, pm, ghost, gm, size, shape: tl.constexpr, tile: tl.constexpr
+):
     """v [P, G] at pixels p and ghost channels: y in a D x D window, and zeros outside the map.
 
     y has Y_CH channels in memory, of which the first are the intrinsic maps; ghost channel i reads
-    map i // R. Neighbouring taps read the same bytes again, from the L1 cache. Only a row of taps
-    is unrolled: with all of them the compiler hoists D * D loads, and spills registers.
+    map i // GHOSTS_PER_MAP. Neighbouring taps read the same bytes again, from the L1 cache. Only a
+    row of taps is unrolled: with all taps the compiler hoists D * D loads and spills registers.
     """
-    STEP: tl.constexpr = Y_CH if NHWC else 1
-    inner = p % out_pixels
+    D: tl.constexpr = shape.D
+    STEP: tl.constexpr = shape.Y_CH if shape.NHWC else 1
+    width = size.width
+    inner = p % size.out_pixels
     row = inner // width
     column = inner % width
-    centre = y_ptr + address(image, p, ghost // R, out_pixels, Y_CH, NHWC)
-    v = tl.zeros((BP, BG), tl.float32)
+    source = ghost // shape.GHOSTS_PER_MAP
+    centre = y_ptr + address(image, p, source, size.out_pixels, shape.Y_CH, shape.NHWC)
+    v = tl.zeros((tile.PIXELS, tile.CHANNELS), tl.float32)
     for i in range(D):
         down = i - D // 2
-        in_rows = (row + down >= 0) & (row + down < height) & pm
+        in_rows = (row + down >= 0) & (row + down < size.height) & pm
         for j in tl.static_range(D):
             right = j - D // 2
             inside = in_rows & (column + right >= 0) & (column + right < width)
@@ -275,27 +275,24 @@ def depthwise_tile(
 
 
 @triton.jit
-def finish(
-    x, gate_ptr, gate_height, gate_width, row_scale, column_scale, residual_ptr,
-    image, p, c, at, mask, out_pixels, width, OUP: tl.constexpr, NHWC: tl.constexpr,
-):  # fmt: skip
-    """x * gate + residual, of whichever pointers are given, at offsets ``at`` of the output.
+def finish(x, epilogue, image, p, c, at, mask, size, shape: tl.constexpr):
+    """x * gate + residual, with the pointers that are given, at offsets ``at`` of the output.
 
-    The gate [N, OUP, gate_height, gate_width] is read at the nearest pixel, by PyTorch's rule:
-    floor(row * row_scale), in float32, where row_scale is gate_height / height.
+    The gate [N, OUT_CH, height, width] is read at the nearest pixel, by PyTorch's rule:
+    floor(row * row_scale) in float32, where row_scale is the gate's height / the output's height.
     """
-    if gate_ptr is not None:
-        inner = p % out_pixels
-        row = ((inner // width).to(tl.float32) * row_scale).to(tl.int32)
-        row = tl.minimum(row, gate_height - 1)
-        column = ((inner % width).to(tl.float32) * column_scale).to(tl.int32)
-        column = tl.minimum(column, gate_width - 1)
-        pixels = gate_height * gate_width
-        q = (p // out_pixels) * pixels + row * gate_width + column
-        gate_at = address(image, q, c, pixels, OUP, NHWC)
-        x *= tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if epilogue.gate is not None:
+        inner = p % size.out_pixels
+        row = ((inner // size.width).to(tl.float32) * epilogue.row_scale).to(tl.int32)
+        row = tl.minimum(row, epilogue.height - 1)
+        column = ((inner % size.width).to(tl.float32) * epilogue.column_scale).to(tl.int32)
+        column = tl.minimum(column, epilogue.width - 1)
+        pixels = epilogue.height * epilogue.width
+        q = (p // size.out_pixels) * pixels + row * epilogue.width + column
+        gate_at = address(image, q, c, pixels, shape.OUT_CH, shape.NHWC)
+        x *= tl.load(epilogue.gate + gate_at, mask=mask, other=0.0).to(tl.float32)
+    if epilogue.residual is not None:
+        x += tl.load(epilogue.residual + at, mask=mask, other=0.0).to(tl.float32)
     return x
 
 
@@ -306,7 +303,7 @@ def finish(
 def add_moments(count, mean, m2, u, pm):
     """(count, mean, M2) of the values so far and those of a tile u [P, C], by Chan's formula.
 
-    E[u^2] - E[u]^2 would lose the digits of a variance that is small beside the mean.
+    E[u^2] - E[u]^2 would lose the digits of a variance that is small compared to the mean.
     """
     added = tl.sum(pm.to(tl.float32), 0)
     tile_mean = tl.sum(tl.where(pm[:, None], u, 0.0), 0) / tl.where(added > 0.0, added, 1.0)

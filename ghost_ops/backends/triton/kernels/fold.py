@@ -12,55 +12,44 @@ from .common import scale_shift
 
 
 @triton.jit
-def _update_running(
-    running_mean_ptr, running_var_ptr, batches_ptr, mean_ptr, var_ptr, momentum, unbiased, size,
-    B: tl.constexpr,
-):  # fmt: skip
+def _update_running(norm, unbiased, B: tl.constexpr):
     """One batch norm, by one program: all of its threads read the counter that one raises."""
-    if batches_ptr is not None:
-        raised = tl.load(batches_ptr) + 1
+    if norm.batches is not None:
+        raised = tl.load(norm.batches) + 1
         tl.debug_barrier()
-        tl.store(batches_ptr, raised)
-        share = 1.0 / raised.to(tl.float32) if momentum is None else momentum
+        tl.store(norm.batches, raised)
+        share = 1.0 / raised.to(tl.float32) if norm.momentum is None else norm.momentum
     else:
-        share = momentum
-    if running_mean_ptr is not None:
+        share = norm.momentum
+    if norm.running_mean is not None:
         start = 0
-        while start < size:
+        while start < norm.channels:
             i = start + tl.arange(0, B)
-            im = i < size
-            old_mean = tl.load(running_mean_ptr + i, mask=im, other=0.0).to(tl.float32)
-            old_var = tl.load(running_var_ptr + i, mask=im, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + i, mask=im, other=0.0).to(tl.float32)
-            var = tl.load(var_ptr + i, mask=im, other=0.0).to(tl.float32) * unbiased
-            # With momentum 1 the old value must not count, whatever it is.
+            im = i < norm.channels
+            old_mean = tl.load(norm.running_mean + i, mask=im, other=0.0).to(tl.float32)
+            old_var = tl.load(norm.running_var + i, mask=im, other=0.0).to(tl.float32)
+            mean = tl.load(norm.mean + i, mask=im, other=0.0).to(tl.float32)
+            var = tl.load(norm.var + i, mask=im, other=0.0).to(tl.float32) * unbiased
+            # With momentum 1 the old value has no effect, even if it is NaN or infinite.
             mean = tl.where(share == 1.0, mean, old_mean + share * (mean - old_mean))
             var = tl.where(share == 1.0, var, old_var + share * (var - old_var))
-            tl.store(running_mean_ptr + i, mean.to(running_mean_ptr.dtype.element_ty), mask=im)
-            tl.store(running_var_ptr + i, var.to(running_var_ptr.dtype.element_ty), mask=im)
+            mean = mean.to(norm.running_mean.dtype.element_ty)
+            tl.store(norm.running_mean + i, mean, mask=im)
+            var = var.to(norm.running_var.dtype.element_ty)
+            tl.store(norm.running_var + i, var, mask=im)
             start += B
 
 
 @triton.jit
-def update_running_kernel(
-    running_mean1_ptr, running_var1_ptr, batches1_ptr, mean1_ptr, var1_ptr, momentum1, size1,
-    running_mean2_ptr, running_var2_ptr, batches2_ptr, mean2_ptr, var2_ptr, momentum2, size2,
-    unbiased, B: tl.constexpr,
-):  # fmt: skip
+def update_running_kernel(norm1, norm2, unbiased, B: tl.constexpr):
     """running += momentum * (statistic - running), the variance times ``unbiased`` first.
 
-    Grid: one program a batch norm. Bound by launch latency.
+    norm1, norm2: ``forward.Running``. Grid: one program a batch norm. Bound by launch latency.
     """
     if tl.program_id(0) == 0:
-        _update_running(
-            running_mean1_ptr, running_var1_ptr, batches1_ptr, mean1_ptr, var1_ptr, momentum1,
-            unbiased, size1, B,
-        )  # fmt: skip
+        _update_running(norm1, unbiased, B)
     else:
-        _update_running(
-            running_mean2_ptr, running_var2_ptr, batches2_ptr, mean2_ptr, var2_ptr, momentum2,
-            unbiased, size2, B,
-        )  # fmt: skip
+        _update_running(norm2, unbiased, B)
 
 
 @triton.jit
@@ -71,30 +60,23 @@ def _copy(from_ptr, to_ptr, i, size):
 
 
 @triton.jit
-def pack_kernel(
-    w1_ptr, w1_out_ptr,  # [size1], or None; written in the dtype of the second
-    gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1,  # [channels1] each, or None
-    scale1_ptr, shift1_ptr,  # [channels1], written
-    prelu1_ptr, prelu1_out_ptr,  # [channels1], or None
-    size1, channels1,
-    w2_ptr, w2_out_ptr, gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2, scale2_ptr, shift2_ptr,
-    prelu2_ptr, prelu2_out_ptr, size2, channels2,  # the same of the cheap operation
-    B: tl.constexpr,
-):  # fmt: skip
+def _pack(layer, i):
+    """Elements i of one convolution with its batch norm and slopes."""
+    _copy(layer.weight, layer.weight_out, i, layer.size)
+    _copy(layer.prelu, layer.prelu_out, i, layer.channels)
+    cm = i < layer.channels
+    scale, shift = scale_shift(layer.norm, i, cm)
+    tl.store(layer.scale + i, scale, mask=cm)
+    tl.store(layer.shift + i, shift, mask=cm)
+
+
+@triton.jit
+def pack_kernel(layer1, layer2, B: tl.constexpr):
     """Both batch norms as scale and shift, the weights next to them, and slopes.
 
-    Grid: as many programs as the longest of the vectors has blocks of B.
+    layer1, layer2: ``forward.Packing``. Grid: as many programs as the longest vector has blocks
+    of B.
     """
     i = tl.program_id(0) * B + tl.arange(0, B)
-    _copy(w1_ptr, w1_out_ptr, i, size1)
-    _copy(w2_ptr, w2_out_ptr, i, size2)
-    _copy(prelu1_ptr, prelu1_out_ptr, i, channels1)
-    _copy(prelu2_ptr, prelu2_out_ptr, i, channels2)
-    cm = i < channels1
-    scale, shift = scale_shift(i, cm, gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1)
-    tl.store(scale1_ptr + i, scale, mask=cm)
-    tl.store(shift1_ptr + i, shift, mask=cm)
-    cm = i < channels2
-    scale, shift = scale_shift(i, cm, gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2)
-    tl.store(scale2_ptr + i, scale, mask=cm)
-    tl.store(shift2_ptr + i, shift, mask=cm)
+    _pack(layer1, i)
+    _pack(layer2, i)

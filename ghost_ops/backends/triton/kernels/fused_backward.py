@@ -1,6 +1,6 @@
-"""Two launches of the backward in one: what the second reads stays with the program that made it.
+"""Two launches of the backward in one: a program reads again what it has stored itself.
 
-As in ``fused``: a program owns one whole image and BM intrinsic channels with all their ghosts,
+As in ``fused``, a program owns one whole image and BM intrinsic channels with all their ghosts,
 stores a map, waits at a block barrier, and reads it back with its neighbours from the caches.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cheap_backward import walk_ghosts, walk_intrinsic_gradient, walk_sums
+from .cheap_backward import fold_taps, walk_ghosts, walk_intrinsic_gradient, walk_sums
 from .common import block_channels
 from .fused import walk_intrinsic
-from .partial import fold_matrix, fold_sums, store_matrix, store_sums
+from .partial import fold_sums, store_sums
 
 
 @triton.jit
@@ -32,107 +32,77 @@ def _own(BLOCKS: tl.constexpr, WIDE: tl.constexpr):
 def fused_sums_kernel(
     x_ptr,  # [N, C, H, W]
     w1_ptr,  # [m, C], or None: x is u
-    gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1, slope1,  # [m] each; two may be None
+    norm1,  # [m]
     w2_ptr,  # [g, D, D]
-    gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2, slope2,  # [g] each; two may be None
-    grad_ptr,  # [N, OUP, Ho, Wo]
+    norm2,  # [g]
+    grad_ptr,  # [N, OUT_CH, Ho, Wo]
     u_ptr,  # [N, m, Ho, Wo], written, or None
     y_ptr,  # [N, m, Ho, Wo], written
-    part_ptr, counter_ptr,  # partial sums of dz, of dz * vhat and of a PReLU's slope gradient
-    dbeta_ptr, dgamma_ptr, dslope_ptr,  # [g], written; the last may be None
-    parts, in_pixels, in_width, out_pixels, height, width,
-    C: tl.constexpr, M: tl.constexpr, G: tl.constexpr, OUP: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, S: tl.constexpr, ACT1: tl.constexpr, ACT2: tl.constexpr,
-    NHWC: tl.constexpr, WIDE: tl.constexpr, PREC: tl.constexpr,
-    BP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr,
-):  # fmt: skip
-    """u and y anew, then dbeta2, dgamma2 and a PReLU's dslope2.
+    part,  # partial sums of dz, of dz * vhat and of a PReLU's slope gradient
+    sums,  # [g], written; slope may be None
+    size,
+    shape: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """u and y recomputed, then dbeta2, dgamma2 and a PReLU's dslope2.
 
     Binding resource: memory bandwidth (x and grad_out in, u and y out).
     """
-    block, group, image, first = _own(tl.cdiv(M, BM), WIDE)
-    walk_intrinsic(
-        x_ptr, w1_ptr, gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1, slope1, u_ptr, y_ptr,
-        image, block, in_pixels, in_width, out_pixels, width,
-        C, M, M, S, ACT1, NHWC, WIDE, PREC, BP, BM, BK, TILES,
-    )  # fmt: skip
+    G: tl.constexpr = shape.G
+    PER_MAP: tl.constexpr = shape.GHOSTS_PER_MAP
+    block, group, image, first = _own(tl.cdiv(shape.M, tile.CHANNELS), shape.WIDE)
+    walk_intrinsic(x_ptr, w1_ptr, norm1, u_ptr, y_ptr, image, block, size, shape, tile)
     tl.debug_barrier()
-    for j in tl.static_range(R):
-        c = block_channels(block * R + j, BM, WIDE)
+    for j in tl.static_range(PER_MAP):
+        c = block_channels(block * PER_MAP + j, tile.CHANNELS, shape.WIDE)
         cm = c < G
-        sum_dz, sum_dz_hat, sum_slope = walk_sums(
-            y_ptr, w2_ptr, grad_ptr, gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2, slope2,
-            image, first, out_pixels, c, cm, out_pixels, height, width,
-            M, OUP, R, D, ACT2, NHWC, BP, BM, TILES,
-        )  # fmt: skip
-        store_sums(
-            part_ptr, parts, group, sum_dz, sum_dz_hat, sum_slope, c, cm, G, FAN,
-            dslope_ptr is not None,
-        )  # fmt: skip
-    fold_sums(
-        part_ptr, counter_ptr, dbeta_ptr, dgamma_ptr, dslope_ptr, parts, group, block,
-        G, BM, R, FAN, WIDE,
-    )  # fmt: skip
+        values = walk_sums(y_ptr, w2_ptr, grad_ptr, norm2, image, first, (c, cm), size, shape, tile)
+        store_sums(part, group, values, c, cm, G, tile.FAN, sums.slope is not None)
+    fold_sums(part, sums, group, block, G, PER_MAP, tile, shape.WIDE)
 
 
 @triton.jit
 def fused_gradient_kernel(
-    y_ptr, u_ptr,  # [N, m, Ho, Wo]
+    y_ptr,  # [N, m, Ho, Wo]
+    u_ptr,  # [N, m, Ho, Wo]
     w2_ptr,  # [g, D, D]
-    grad_ptr,  # [N, OUP, Ho, Wo]
-    gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1, slope1,  # [m] each; two may be None
-    gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2, slope2,  # [g] each; two may be None
-    dbeta2_ptr, dgamma2_ptr, per_value,  # [g], of the sums kernel; None without BATCH
+    grad_ptr,  # [N, OUT_CH, Ho, Wo]
+    norm1,  # [m]
+    norm2,  # [g]
+    sums2,  # [g], of the sums kernel; None without BATCH
     dv_ptr,  # [N, g, Ho, Wo], written
     da_ptr,  # [N, m, Ho, Wo], written, or None
-    sums_ptr, sums_counter_ptr,  # partial sums of da, of da * uhat and of a PReLU's slope gradient
-    dbeta1_ptr, dgamma1_ptr, dslope1_ptr,  # [m], written; None: not wanted, the last alone or all
-    taps_ptr, taps_counter_ptr,  # partial sums of dw2, or None
+    part1,  # partial sums of da, of da * uhat and of a PReLU's slope gradient, or None
+    sums1,  # [m], written; slope, or all, may be None
+    taps,  # partial sums of dw2, or None
     dw2_ptr,  # [g, D, D], written, or None
-    parts, out_pixels, height, width,
-    M: tl.constexpr, G: tl.constexpr, OUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    TAPS: tl.constexpr, ACT1: tl.constexpr, ACT2: tl.constexpr, BATCH: tl.constexpr,
-    NHWC: tl.constexpr, WIDE: tl.constexpr,
-    BP: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, FAN: tl.constexpr,
-):  # fmt: skip
+    size,
+    shape: tl.constexpr,
+    tile: tl.constexpr,
+):
     """dv and dw2, then da, dbeta1, dgamma1 and a PReLU's dslope1.
 
     Binding resource: memory bandwidth (y, u and grad_out in, dv and da out); for D >= 5 loads from
     the L1 cache.
     """
-    block, group, image, first = _own(tl.cdiv(M, BM), WIDE)
-    tap = tl.arange(0, TAPS)
-    for j in tl.static_range(R):
-        c = block_channels(block * R + j, BM, WIDE)
-        cm = c < G
+    M: tl.constexpr = shape.M
+    PER_MAP: tl.constexpr = shape.GHOSTS_PER_MAP
+    block, group, image, first = _own(tl.cdiv(M, tile.CHANNELS), shape.WIDE)
+    for j in tl.static_range(PER_MAP):
+        column = block * PER_MAP + j
+        c = block_channels(column, tile.CHANNELS, shape.WIDE)
+        ghosts = c, c < shape.G
         dw2 = walk_ghosts(
-            y_ptr, w2_ptr, grad_ptr, gamma2_ptr, beta2_ptr, mean2_ptr, var2_ptr, eps2, slope2,
-            dbeta2_ptr, dgamma2_ptr, dv_ptr, per_value,
-            image, first, out_pixels, c, cm, tap, out_pixels, height, width,
-            M, G, OUP, R, D, TAPS, ACT2, BATCH, dw2_ptr is not None, NHWC, BP, BM, TILES,
-        )  # fmt: skip
-        if dw2_ptr is not None:
-            at = c[None, :] * (D * D) + tap[:, None]
-            mask = (tap < D * D)[:, None] & cm[None, :]
-            store_matrix(taps_ptr, group, dw2, at, mask, G * D * D)
-            fold_matrix(
-                taps_ptr, taps_counter_ptr, dw2_ptr, parts, group, block * R + j, at, mask,
-                G * D * D, FAN,
-            )  # fmt: skip
+            y_ptr, w2_ptr, grad_ptr, norm2, sums2, dv_ptr, image, first, ghosts, size, shape, tile
+        )
+        if shape.WEIGHTS:
+            fold_taps(taps, dw2_ptr, dw2, group, column, ghosts, shape, tile.FAN)
     tl.debug_barrier()
-    c = block_channels(block, BM, WIDE)
+    c = block_channels(block, tile.CHANNELS, shape.WIDE)
     cm = c < M
-    sum_da, sum_da_hat, sum_slope = walk_intrinsic_gradient(
-        dv_ptr, w2_ptr, grad_ptr, u_ptr, gamma1_ptr, beta1_ptr, mean1_ptr, var1_ptr, eps1, slope1,
-        da_ptr, image, first, out_pixels, c, cm, out_pixels, height, width,
-        M, OUP, R, D, ACT1, NHWC, BP, BM, TILES,
-    )  # fmt: skip
-    if sums_ptr is not None:
-        store_sums(
-            sums_ptr, parts, group, sum_da, sum_da_hat, sum_slope, c, cm, M, FAN,
-            dslope1_ptr is not None,
-        )  # fmt: skip
-        fold_sums(
-            sums_ptr, sums_counter_ptr, dbeta1_ptr, dgamma1_ptr, dslope1_ptr, parts, group, block,
-            M, BM, 1, FAN, WIDE,
-        )  # fmt: skip
+    values = walk_intrinsic_gradient(
+        dv_ptr, w2_ptr, grad_ptr, u_ptr, norm1, da_ptr, image, first, (c, cm), size, shape, tile
+    )
+    if part1.data is not None:
+        store_sums(part1, group, values, c, cm, M, tile.FAN, sums1.slope is not None)
+        fold_sums(part1, sums1, group, block, M, 1, tile, shape.WIDE)
