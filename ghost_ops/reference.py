@@ -164,7 +164,7 @@ def _positive_int(name: str, value: Any) -> int:
     return number
 
 
-def _checked_arguments(
+def checked_arguments(
     inp: Any, oup: Any, kernel_size: Any, ratio: Any, dw_size: Any, stride: Any
 ) -> tuple[int, int, int, int, int, int]:
     """The constructor's numbers as ints. TypeError if one is no int, ValueError if out of range."""
@@ -179,7 +179,7 @@ def _checked_arguments(
     return inp, oup, kernel_size, ratio, dw_size, stride
 
 
-def _build_children(
+def build_children(
     module: nn.Module,
     inp: int,
     oup: int,
@@ -243,10 +243,10 @@ class GhostModule(nn.Module):
         relu: bool = True,
     ) -> None:
         super().__init__()
-        numbers = _checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
+        numbers = checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
         name = "relu" if relu else "none"
         act1, act2 = activations.make_module(name), activations.make_module(name)
-        _build_children(self, *numbers, act1, act2)
+        build_children(self, *numbers, act1, act2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
@@ -263,7 +263,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
     return F.relu6(x + 3.0) / 6.0
 
 
-def _make_divisible(v: float, divisor: int, min_value: int | None = None) -> int:
+def make_divisible(v: float, divisor: int, min_value: int | None = None) -> int:
     """v rounded to a multiple of divisor, at least min_value, and not below nine tenths of v."""
     if min_value is None:
         min_value = divisor
@@ -301,7 +301,7 @@ class SqueezeExcite(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_fn = gate_fn
-        reduced_chs = _make_divisible((reduced_base_chs or in_chs) * se_ratio, divisor)
+        reduced_chs = make_divisible((reduced_base_chs or in_chs) * se_ratio, divisor)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.conv_reduce = nn.Conv2d(in_chs, reduced_chs, 1, bias=True)
         self.act1 = act_layer(inplace=True)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ghost_ops
 from ghost_ops.backends import native
 from ghost_ops.fusion import cached_call, watch
-from ghost_ops.fusion.fused import Cached, State
+from ghost_ops.fusion.state import Packed, State
 
 KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
     not native.load(), reason=f"no compiled library: {native.reason()}"))]  # fmt: skip
@@ -28,7 +28,7 @@ KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
 def kind(request: pytest.FixtureRequest) -> Any:
     """The class of a cached call and of the watch that belongs to it."""
     if request.param == "python":
-        return cached_call.PythonCachedCall, watch.PythonWatch
+        return cached_call.CachedCall, watch.Watch
     return native.library().CachedCall, native.library().Watch
 
 
@@ -61,11 +61,11 @@ X = torch.ones(2, 3, 4, 5)
 
 
 def test_make_prefers_the_compiled_one() -> None:
-    expected = native.library().CachedCall if native.load() else cached_call.PythonCachedCall
+    expected = native.library().CachedCall if native.load() else cached_call.CachedCall
     given = {"guards": (), "tensor_type": Tensor, "dtype": X.dtype, "device": X.device,
              "channels_last": torch.channels_last, "channels": 3,
              "operator": no, "arguments": ()}  # fmt: skip
-    assert type(cached_call.make(watch=watch.make(), **given)) is expected
+    assert type(cached_call.make_cached_call(watch=watch.make_watch(), **given)) is expected
 
 
 @pytest.mark.parametrize("x", [X, X.to(memory_format=torch.channels_last)], ids=["nchw", "nhwc"])
@@ -292,15 +292,15 @@ def module() -> Iterator[ghost_ops.FusedGhostModule]:
     yield module
 
 
-def cached_of(module: ghost_ops.FusedGhostModule) -> Cached:
+def packed_of(module: ghost_ops.FusedGhostModule) -> Packed:
     state = module.__dict__["_ghost_ops"]
     assert isinstance(state, State)
-    assert state.cached is not None
-    return state.cached
+    assert state.packed is not None
+    return state.packed
 
 
 def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
-    kept, own = cached_of(module), module.__dict__
+    kept, own = packed_of(module), module.__dict__
     with torch.no_grad():
         assert kept.run(X, own) is not None
         with torch.autocast("cpu", torch.bfloat16):
@@ -320,7 +320,7 @@ def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
 def test_own_attribute_of_a_module_is_watched(
     module: ghost_ops.FusedGhostModule, channels: Any
 ) -> None:
-    kept, own = cached_of(module), module.__dict__
+    kept, own = packed_of(module), module.__dict__
     with torch.no_grad():
         assert kept.run(X, own) is not None
         module.oup = channels
@@ -332,7 +332,7 @@ def test_own_attribute_of_a_module_is_watched(
 def test_dictionary_of_another_module_takes_the_long_way(
     module: ghost_ops.FusedGhostModule,
 ) -> None:
-    kept = cached_of(module)
+    kept = packed_of(module)
     other = ghost_ops.FusedGhostModule(3, 8).eval()
     other.load_state_dict(module.state_dict())
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_module_is_freed_without_the_collector() -> None:
     module = ghost_ops.FusedGhostModule(3, 8).eval()
     with torch.no_grad():
         module(X)
-        assert cached_of(module).run(X, module.__dict__) is not None
+        assert packed_of(module).run(X, module.__dict__) is not None
     gone = weakref.ref(module), weakref.ref(module.primary_conv[0].weight)
     gc.collect()
     gc.disable()
@@ -363,18 +363,18 @@ def test_every_device_and_primary_is_called_again(
     kind: Any, device: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second call is the one that the cached call answers, or leaves to the long way."""
-    monkeypatch.setattr(cached_call, "make", kind[0])
+    monkeypatch.setattr(cached_call, "make_cached_call", kind[0])
     rest = ((), (), (), (), (), None)
-    monkeypatch.setattr(watch, "make", lambda *given: kind[1](*given, *rest[len(given) :]))
+    monkeypatch.setattr(watch, "make_watch", lambda *given: kind[1](*given, *rest[len(given) :]))
     torch.manual_seed(0)
     module = ghost_ops.FusedGhostModule(3, 8, kernel_size, device=device).eval()
     with torch.no_grad():
         first, again = (module(X.to(device)) for _ in range(2))
-        cached = cached_of(module)
+        cached = packed_of(module)
         assert type(cached.run.__self__) is kind[0]  # type: ignore[attr-defined]
         assert type(cached.watch) is kind[1]
         answer = cached.run(X.to(device), module.__dict__)
-        assert cached_of(module) is cached
+        assert packed_of(module) is cached
         assert answer is not None
     assert first.shape == again.shape == answer.shape == (2, 8, 4, 5)
     if device == "cpu":

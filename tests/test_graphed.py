@@ -390,7 +390,7 @@ def test_dropped_packed_weights_outlive_their_graph(native: str) -> None:
     model = make("bottleneck")
     fast = ghost_ops.graphed(model, image())
     (graph,) = fast._graphs.values()
-    packed = model._ghost_ops.cached.arguments[0]
+    packed = model._ghost_ops.packed.arguments[0]
     # Two Ghost modules, a depthwise convolution, a gate; the shortcut's two convolutions.
     assert len(packed) == 2 + 3 + 4 + (3 + 1)
     for tensor in packed:

@@ -228,9 +228,9 @@ def test_another_class() -> None:
 def test_no_guard_of_what_has_changed_since_it_was_read() -> None:
     module = Sliced(6, 8)
     record = read(module).record
-    assert record.guard(module) is not None
+    assert record.watch(module) is not None
     module.out_chs = 7
-    assert record.guard(module) is None
+    assert record.watch(module) is None
 
 
 @pytest.mark.filterwarnings("default:.*unfused:UserWarning")

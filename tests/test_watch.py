@@ -23,7 +23,7 @@ KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
-    return watch.PythonWatch if request.param == "python" else native.library().Watch
+    return watch.Watch if request.param == "python" else native.library().Watch
 
 
 @pytest.fixture
@@ -75,10 +75,10 @@ def no_exception_is_left() -> bool:
 
 
 def test_make_prefers_the_compiled_one() -> None:
-    expected = native.library().Watch if native.load() else watch.PythonWatch
-    assert type(watch.make()) is expected
-    assert watch.make().unchanged()
-    assert watch.make().unchanged({"any": 1})
+    expected = native.library().Watch if native.load() else watch.Watch
+    assert type(watch.make_watch()) is expected
+    assert watch.make_watch().unchanged()
+    assert watch.make_watch().unchanged({"any": 1})
 
 
 def test_make_passes_every_argument_on() -> None:
@@ -92,7 +92,7 @@ def test_make_passes_every_argument_on() -> None:
         ({"attributes": ((thing, "e"),)}, lambda: thing.__dict__.update(e=1)),
     )
     for given, change in changes:
-        watched = watch.make(**given)
+        watched = watch.make_watch(**given)
         assert watched.unchanged(own)
         change()
         assert not watched.unchanged(own), given
