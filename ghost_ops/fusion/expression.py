@@ -323,7 +323,7 @@ def _bind(step: Step, module: nn.Module) -> Any:
     if isinstance(form, GhostForm):
         ghost = form.bind(module)
         known = ghost.is_conv() or ghost.has_plain_primary()
-        if not known or ghost.gate is not None or (ghost.tail and ghost.after is None):
+        if not known or ghost.gate is not None or (ghost.tail and ghost.foldable_tail is None):
             raise Refusal(f"there is no kernel for {'.'.join(form.primary.conv)}")
         return ghost
     return layer_at(module, form, nn.Linear) if op == "ghost" else form
