@@ -153,11 +153,22 @@ def through_data(module: nn.Module) -> None:
 
 
 CHANGES = [
-    train_a_step, load, new_gate, no_gate, new_eps, new_shortcut, through_data,
-    edit("ghost1.primary_conv.0", "weight"), edit("ghost2.cheap_operation.1", "running_var"),
-    edit("conv_dw", "weight"), edit("bn_dw", "running_mean"), edit("se.conv_reduce", "bias"),
-    edit("se.conv_expand", "weight"), edit("shortcut.0", "weight"), edit("shortcut.3", "bias"),
-]  # fmt: skip
+    train_a_step,
+    load,
+    new_gate,
+    no_gate,
+    new_eps,
+    new_shortcut,
+    through_data,
+    edit("ghost1.primary_conv.0", "weight"),
+    edit("ghost2.cheap_operation.1", "running_var"),
+    edit("conv_dw", "weight"),
+    edit("bn_dw", "running_mean"),
+    edit("se.conv_reduce", "bias"),
+    edit("se.conv_expand", "weight"),
+    edit("shortcut.0", "weight"),
+    edit("shortcut.3", "bias"),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)

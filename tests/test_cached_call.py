@@ -14,37 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from watch_cases import KINDS, made, watch_class
 
 import ghost_ops
 from ghost_ops.backends import native
 from ghost_ops.fusion import cached_call, watch
 from ghost_ops.fusion.state import Packed, State
 
-KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
-    not native.load(), reason=f"no compiled library: {native.reason()}"))]  # fmt: skip
-
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
     """The class of a cached call and of the watch that belongs to it."""
-    if request.param == "python":
-        return cached_call.CachedCall, watch.Watch
-    return native.library().CachedCall, native.library().Watch
+    python = request.param == "python"
+    calls = cached_call.CachedCall if python else native.library().CachedCall
+    return calls, watch_class(request.param)
 
 
 def no() -> bool:
     return False
 
 
-def watch_of(kind: Any, **given: Any) -> Any:
-    empty = {"dicts": (), "items": (), "absent": (), "tensors": (), "attributes": (), "own": None}
-    return kind[1](**{**empty, **given})
-
-
 def call_of(kind: Any, settings: dict | None = None, **changes: Any) -> Any:
     settings = {} if settings is None else settings
     arguments: dict[str, Any] = {
-        "watch": watch_of(kind, dicts=(settings,)),
+        "watch": made(kind[1], dicts=(settings,)),
         "guards": ((no, ()),),
         "tensor_type": Tensor,
         "dtype": torch.float32,
@@ -62,9 +55,16 @@ X = torch.ones(2, 3, 4, 5)
 
 def test_make_prefers_the_compiled_one() -> None:
     expected = native.library().CachedCall if native.load() else cached_call.CachedCall
-    given = {"guards": (), "tensor_type": Tensor, "dtype": X.dtype, "device": X.device,
-             "channels_last": torch.channels_last, "channels": 3,
-             "operator": no, "arguments": ()}  # fmt: skip
+    given = {
+        "guards": (),
+        "tensor_type": Tensor,
+        "dtype": X.dtype,
+        "device": X.device,
+        "channels_last": torch.channels_last,
+        "channels": 3,
+        "operator": no,
+        "arguments": (),
+    }
     assert type(cached_call.make_cached_call(watch=watch.make_watch(), **given)) is expected
 
 
@@ -82,14 +82,36 @@ class Subclass(Tensor):
 @pytest.mark.parametrize(
     "x",
     [
-        X.double(), X[0], X[..., None], X[:, :2], X[:0], X[:, :, :0], X[..., ::2],
-        X.transpose(2, 3), X.to("meta"), X.as_subclass(Subclass), nn.Parameter(X), None, 3,
+        X.double(),
+        X[0],
+        X[..., None],
+        X[:, :2],
+        X[:0],
+        X[:, :, :0],
+        X[..., ::2],
+        X.transpose(2, 3),
+        X.to("meta"),
+        X.as_subclass(Subclass),
+        nn.Parameter(X),
+        None,
+        3,
     ],
     ids=[
-        "dtype", "3-D", "5-D", "channels", "no images", "no rows", "strided", "transposed",
-        "device", "subclass", "parameter", "None", "number",
+        "dtype",
+        "3-D",
+        "5-D",
+        "channels",
+        "no images",
+        "no rows",
+        "strided",
+        "transposed",
+        "device",
+        "subclass",
+        "parameter",
+        "None",
+        "number",
     ],
-)  # fmt: skip
+)
 def test_another_input_takes_the_long_way(kind: Any, x: Any) -> None:
     assert call_of(kind).run(x, {}) is None
 
@@ -99,7 +121,7 @@ OTHER_CHANNELS = [7, 8.0, None, 2**70, True]
 
 def call_of_own(kind: Any, own: dict, **changes: Any) -> Any:
     """A call that watches an item of ``own``, and that there is no ``forward`` in it."""
-    watched = watch_of(kind, items=((None, "channels"),), absent=((None, "forward"),), own=own)
+    watched = made(kind[1], items=((None, "channels"),), absent=((None, "forward"),), own=own)
     return call_of(kind, watch=watched, **changes)
 
 
@@ -177,7 +199,7 @@ def test_a_changed_attribute_takes_the_long_way(kind: Any) -> None:
         def method(self) -> None: ...
 
     layer = Layer()
-    call = call_of(kind, watch=watch_of(kind, attributes=((layer, "method"), (layer, "no"))))
+    call = call_of(kind, watch=made(kind[1], attributes=((layer, "method"), (layer, "no"))))
     assert call.run(X, {}) is not None
     layer.no = None  # type: ignore[attr-defined]
     assert call.run(X, {}) is None
@@ -201,7 +223,7 @@ def test_an_attribute_that_raises_takes_the_long_way() -> None:
             return 1
 
     layer, compiled = Layer(), (native.library().CachedCall, native.library().Watch)
-    call = call_of(compiled, watch=watch_of(compiled, attributes=((layer, "stride"),)))
+    call = call_of(compiled, watch=made(compiled[1], attributes=((layer, "stride"),)))
     assert call.run(X, {}) is not None
     layer.fails = True
     assert call.run(X, {}) is None

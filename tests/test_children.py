@@ -60,10 +60,15 @@ def train_through_the_function(module: nn.Module) -> None:
     """Which updates the statistics but not the count of batches."""
     p = Params.of(module)
     ghost_ops.ghost_module(
-        make_input(CASE, 11) * 3, p.w1, p.w2, training=True,
-        primary_running_mean=p.bn1.mean, primary_running_var=p.bn1.var,
-        cheap_running_mean=p.bn2.mean, cheap_running_var=p.bn2.var,
-    )  # fmt: skip
+        make_input(CASE, 11) * 3,
+        p.w1,
+        p.w2,
+        training=True,
+        primary_running_mean=p.bn1.mean,
+        primary_running_var=p.bn1.var,
+        cheap_running_mean=p.bn2.mean,
+        cheap_running_var=p.bn2.var,
+    )
 
 
 def train_the_norms_alone(module: nn.Module) -> None:
@@ -127,24 +132,46 @@ def reset_statistics(module: nn.Module) -> None:
 
 
 CHANGES = [
-    sgd_step, foreach_adam_step, load_other_state, assign_other_state, train_one_step,
-    train_a_twin, train_through_the_function, train_the_norms_alone, forget_the_running_statistics,
-    train_one_step_unfused, edit_through_data, new_parameter, new_eps, new_activation,
-    new_batch_norm, other_convolution, replaced_branch, reset_statistics,
-    edit("primary_conv.0", "weight"), edit("primary_conv.1", "weight"),
-    edit("primary_conv.1", "bias"), edit("primary_conv.1", "running_mean"),
-    edit("primary_conv.1", "running_var"), edit("cheap_operation.0", "weight"),
-    edit("cheap_operation.1", "weight"), edit("cheap_operation.1", "bias"),
-    edit("cheap_operation.1", "running_mean"), edit("cheap_operation.1", "running_var"),
-]  # fmt: skip
+    sgd_step,
+    foreach_adam_step,
+    load_other_state,
+    assign_other_state,
+    train_one_step,
+    train_a_twin,
+    train_through_the_function,
+    train_the_norms_alone,
+    forget_the_running_statistics,
+    train_one_step_unfused,
+    edit_through_data,
+    new_parameter,
+    new_eps,
+    new_activation,
+    new_batch_norm,
+    other_convolution,
+    replaced_branch,
+    reset_statistics,
+    edit("primary_conv.0", "weight"),
+    edit("primary_conv.1", "weight"),
+    edit("primary_conv.1", "bias"),
+    edit("primary_conv.1", "running_mean"),
+    edit("primary_conv.1", "running_var"),
+    edit("cheap_operation.0", "weight"),
+    edit("cheap_operation.1", "weight"),
+    edit("cheap_operation.1", "bias"),
+    edit("cheap_operation.1", "running_mean"),
+    edit("cheap_operation.1", "running_var"),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "grad"])
 def test_changes_are_noticed(backend: str, mode: str, change: Callable[[nn.Module], None]) -> None:
     module, x = make_module(CASE).eval(), make_input(CASE)
-    guard = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
-             "grad": torch.enable_grad}[mode]  # fmt: skip
+    guard = {
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "grad": torch.enable_grad,
+    }[mode]
     with guard():
         before = module(x)
         module(x)
@@ -244,8 +271,11 @@ def test_hooks_of_children_fire(backend: str, kind: str, child: str, training: b
     def hook(*args: object) -> None:
         calls.append(args)
 
-    register = {"forward": sub.register_forward_hook, "pre": sub.register_forward_pre_hook,
-                "full backward": sub.register_full_backward_hook}[kind]  # fmt: skip
+    register = {
+        "forward": sub.register_forward_hook,
+        "pre": sub.register_forward_pre_hook,
+        "full backward": sub.register_full_backward_hook,
+    }[kind]
     handle = register(hook)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -383,12 +413,23 @@ def frozen_batch_norm(module: nn.Module) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "change",
-    [unknown_activation, standardized_convolution, subclassed_convolution, instance_norm,
-     convolution_with_bias,
-     cheap_convolution_with_bias, reflecting_padding, dilated, other_padding,
-     full_cheap_convolution, four_children, rectangular, frozen_batch_norm],
+    [
+        unknown_activation,
+        standardized_convolution,
+        subclassed_convolution,
+        instance_norm,
+        convolution_with_bias,
+        cheap_convolution_with_bias,
+        reflecting_padding,
+        dilated,
+        other_padding,
+        full_cheap_convolution,
+        four_children,
+        rectangular,
+        frozen_batch_norm,
+    ],
     ids=lambda f: f.__name__,
-)  # fmt: skip
+)
 def test_unusual_children_compute_what_they_say(
     backend: str, change: Callable[[nn.Module], None], training: bool
 ) -> None:

@@ -109,9 +109,15 @@ class FrozenNorm(nn.Module):
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
-                0.1, self.eps,
-            )  # fmt: skip
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                0.1,
+                self.eps,
+            )
             return self.act(x)
 
     def __init__(self) -> None:
@@ -133,17 +139,21 @@ def with_ghost(*modules: nn.Module) -> nn.Module:
 SILU = nn.SiLU()
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "residual": (lambda: with_ghost(Basic(6, 6)), "one operator: 2 ghost, 1 sum"),
-    "residual, odd": (lambda: with_ghost(Basic(6, 9, 2, "conv")),
-                      "one operator: 2 ghost, 1 conv, 1 sum"),
-    "residual, ghost": (lambda: with_ghost(Basic(6, 8, 2, "ghost")),
-                        "one operator: 3 ghost, 1 sum"),
+    "residual, odd": (
+        lambda: with_ghost(Basic(6, 9, 2, "conv")),
+        "one operator: 2 ghost, 1 conv, 1 sum",
+    ),
+    "residual, ghost": (
+        lambda: with_ghost(Basic(6, 8, 2, "ghost")),
+        "one operator: 3 ghost, 1 sum",
+    ),
     "residual, norms inside": (lambda: with_ghost(Inside()), "one operator: 2 ghost, 1 sum"),
     "conv": (lambda: with_ghost(Conv(6, 8, 3, 2, 1, SILU)), "conv 6 -> 8, 3x3 stride 2"),
     "conv, 1x1": (lambda: with_ghost(Conv(6, 7, 1, 1, 1, nn.ReLU())), "conv 6 -> 7, 1x1"),
     "conv, 5x5": (lambda: with_ghost(Conv(6, 7, 5, 1, 1, nn.Identity())), "conv 6 -> 7, 5x5"),
     "depthwise": (lambda: with_ghost(Conv(6, 6, 5, 2, 6, SILU)), "depthwise 6, 5x5 stride 2"),
     "timm's norm": (lambda: with_ghost(FrozenNorm()), "conv 6 -> 8, 3x3 stride 2"),
-}  # fmt: skip
+}
 
 
 class Inside(nn.Module):
@@ -250,9 +260,14 @@ def replace_activation(module: nn.Module) -> None:
 
 
 CHANGES = (
-    scale, change_eps, change_norms, change_running, change_stride, change_weight,
+    scale,
+    change_eps,
+    change_norms,
+    change_running,
+    change_stride,
+    change_weight,
     replace_activation,
-)  # fmt: skip
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs its own forward")
@@ -501,7 +516,7 @@ FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "flattened": (shared_vector, "1 mean"),
     "means": (lambda m, x: m.down(m.ghost(x)).mean((2, 3)), "1 ghost, 1 conv, 1 mean"),
     "down": (lambda m, x: F.relu(m.down(x) + m.down(m.ghost(x))), "1 sum"),
-}  # fmt: skip
+}
 
 
 def forwards(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:

@@ -42,17 +42,27 @@ MACHINES = [
 XEON = CpuMachine(16, 32, 48 << 10, 2 << 20)
 PROBLEMS = [
     {**problem, "machine": MACHINES[i % len(MACHINES)]}
-    for i, problem in enumerate(product(
-        shape=((1, 16, 112, 112), (16, 40, 28, 28), (3, 7, 7, 7), (33, 960, 7, 7), (1, 3, 1, 1),
-               (2, 5, 300, 17), (1, 64, 1, 2000), (4, 1, 640, 640)),
-        out_channels=(1, 16, 51, 960),
-        ratio=(1, 2, 5),
-        dw_size=(1, 3, 7),
-        stride=(1, 2),
-        dtype=(torch.float32, torch.bfloat16),
-        channels_last=(False, True),
-    ))
-]  # fmt: skip
+    for i, problem in enumerate(
+        product(
+            shape=(
+                (1, 16, 112, 112),
+                (16, 40, 28, 28),
+                (3, 7, 7, 7),
+                (33, 960, 7, 7),
+                (1, 3, 1, 1),
+                (2, 5, 300, 17),
+                (1, 64, 1, 2000),
+                (4, 1, 640, 640),
+            ),
+            out_channels=(1, 16, 51, 960),
+            ratio=(1, 2, 5),
+            dw_size=(1, 3, 7),
+            stride=(1, 2),
+            dtype=(torch.float32, torch.bfloat16),
+            channels_last=(False, True),
+        )
+    )
+]
 
 
 def sizes(problem: dict[str, Any]) -> tuple[int, int, int, int, int]:
@@ -132,8 +142,10 @@ def test_stores_past_the_caches() -> None:
 
 def test_traffic_of_ghostnet() -> None:
     """Over the GhostNet shapes eager moves about four and a half times what one pass moves."""
-    plans = [planner.explain((1, inp, size, size), oup, activation="relu" if relu else "none")
-             for size, inp, oup, relu in GHOSTNET]  # fmt: skip
+    plans = [
+        planner.explain((1, inp, size, size), oup, activation="relu" if relu else "none")
+        for size, inp, oup, relu in GHOSTNET
+    ]
     ratio = sum(p.bytes_eager for p in plans) / sum(p.bytes_fused for p in plans)
     assert 3.5 < ratio < 5.5
 
@@ -162,8 +174,11 @@ def test_readable() -> None:
 
 def test_channels_along_the_lanes() -> None:
     """In channels_last; in NCHW where pixels would leave lanes idle and the module narrows."""
-    for shape, oup, nchw in (((1, 960, 7, 7), 160, True), ((1, 160, 7, 7), 960, False),
-                             ((16, 480, 14, 14), 112, False)):  # fmt: skip
+    for shape, oup, nchw in (
+        ((1, 960, 7, 7), 160, True),
+        ((1, 160, 7, 7), 960, False),
+        ((16, 480, 14, 14), 112, False),
+    ):
         assert (planner.explain(shape, oup, machine=XEON).along_lanes == "channels") is nchw
         last = planner.explain(shape, oup, machine=XEON, channels_last=True)
         assert last.along_lanes == "channels"
@@ -181,9 +196,12 @@ def test_products_on_tiles() -> None:
     assert plan.amx
     assert not plan.pack
     assert "AMX" in str(plan)
-    for shape, change in (((1, 960, 7, 7), {"machine": XEON}), ((1, 35, 7, 7), {}),
-                          ((1, 960, 7, 7), {"dtype": torch.float32}),
-                          ((1, 960, 7, 7), {"dtype": torch.float16})):  # fmt: skip
+    for shape, change in (
+        ((1, 960, 7, 7), {"machine": XEON}),
+        ((1, 35, 7, 7), {}),
+        ((1, 960, 7, 7), {"dtype": torch.float32}),
+        ((1, 960, 7, 7), {"dtype": torch.float16}),
+    ):
         other = planner.explain(shape, 160, **({"machine": tiles} | given | change))
         assert not other.amx, (shape, change)
 
@@ -191,15 +209,30 @@ def test_products_on_tiles() -> None:
 def test_sums_do_not_depend_on_the_cores() -> None:
     """Threads share out channels, not the slices of a sum."""
     for problem in PROBLEMS:
-        plans = [planner.explain(**{**problem, "machine": replace(problem["machine"], cores=c)})
-                 for c in (1, 2, 64)]  # fmt: skip
+        plans = [
+            planner.explain(**{**problem, "machine": replace(problem["machine"], cores=c)})
+            for c in (1, 2, 64)
+        ]
         assert len({plan.depth for plan in plans}) == 1, problem
 
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_plans.csv")
-DECISIONS = ("along_lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits",
-             "channel_splits", "group", "vecs",
-             "fetch", "fetch_results", "stream", "items")  # fmt: skip
+DECISIONS = (
+    "along_lanes",
+    "depth",
+    "in_place",
+    "pack",
+    "images",
+    "band_rows",
+    "row_splits",
+    "channel_splits",
+    "group",
+    "vecs",
+    "fetch",
+    "fetch_results",
+    "stream",
+    "items",
+)
 
 
 def golden_rows() -> Iterator[dict[str, str]]:
@@ -216,9 +249,13 @@ def golden_rows() -> Iterator[dict[str, str]]:
     for isa, machine in machines:
         for size, inp, oup, _ in sorted(set(GHOSTNET)):
             for batch, layout in ((b, layout) for b in (1, 16) for layout in LAYOUTS):
-                plan = planner.explain((batch, inp, size, size), oup, machine=machine,
-                                       dtype=torch.bfloat16 if machine.amx else torch.float32,
-                                       channels_last=layout == "nhwc")  # fmt: skip
+                plan = planner.explain(
+                    (batch, inp, size, size),
+                    oup,
+                    machine=machine,
+                    dtype=torch.bfloat16 if machine.amx else torch.float32,
+                    channels_last=layout == "nhwc",
+                )
                 row = {
                     "isa": isa,
                     "l2_kib": machine.l2_bytes >> 10,

@@ -343,8 +343,9 @@ def attribute_bias(module: nn.Module, factor: float) -> None:
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], None], ...]] = {
     "circular padding": (
-        lambda m: setattr(m.cheap_operation[0], "_conv_forward",
-                          types.MethodType(circular, m.cheap_operation[0])),
+        lambda m: setattr(
+            m.cheap_operation[0], "_conv_forward", types.MethodType(circular, m.cheap_operation[0])
+        ),
     ),
     "own call": (lambda m: m.cheap_operation.__setitem__(2, Twice()),),
     "property": (lambda m: set_scale(m, 2.0), lambda m: set_scale(m, 3.0)),
@@ -357,10 +358,9 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], ...]] = {
         lambda m: m.primary_conv.__setitem__(2, type("Mine", (nn.PReLU,), {})().double()),
     ),
     "dictionaries": (
-        lambda m: setattr(m.primary_conv, "_modules",
-                          {**m.primary_conv._modules, "2": nn.SiLU()}),
+        lambda m: setattr(m.primary_conv, "_modules", {**m.primary_conv._modules, "2": nn.SiLU()}),
     ),
-}  # fmt: skip
+}
 
 
 @TRAINING
