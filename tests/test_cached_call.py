@@ -1,4 +1,4 @@
-"""Promise: a cached call runs its operator only where all is as it was, in C as in Python."""
+"""Promise: a cached call runs its operator only if every guard holds, in C as in Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ghost_ops.fusion.state import Packed, State
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
-    """The class of a cached call and of the watch that belongs to it."""
+    """The classes of a cached call and of its watch."""
     python = request.param == "python"
     calls = cached_call.CachedCall if python else native.library().CachedCall
     return calls, watch_class(request.param)
@@ -120,7 +120,7 @@ OTHER_CHANNELS = [7, 8.0, None, 2**70, True]
 
 
 def call_of_own(kind: Any, own: dict, **changes: Any) -> Any:
-    """A call that watches an item of ``own``, and that there is no ``forward`` in it."""
+    """A call with two guards on ``own``: one item, and the absence of ``forward``."""
     watched = made(kind[1], items=((None, "channels"),), absent=((None, "forward"),), own=own)
     return call_of(kind, watch=watched, **changes)
 
@@ -148,7 +148,7 @@ def test_own_is_the_dictionary_of_the_call(kind: Any) -> None:
         assert call.run(X, another)[0] is X
     for another in ({}, {"channels": 7}, {"channels": 8, "forward": no}):
         assert call.run(X, another) is None
-    assert call.run(X, own)[1:] == (1, "two")  # own is no argument of the operator
+    assert call.run(X, own)[1:] == (1, "two")  # own is not passed to the operator
 
 
 @pytest.mark.parametrize("own", [None, 3, "own", [("channels", 8)]], ids=repr)
@@ -156,7 +156,7 @@ def test_own_that_is_no_dictionary(kind: Any, own: Any) -> None:
     called = []
     call = call_of_own(kind, {"channels": 8}, operator=lambda *given: called.append(given))
     assert call.run(X, own) is None
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert torch.ones(1).item() == 1  # no exception is left pending
     assert not called
 
 
@@ -227,7 +227,7 @@ def test_an_attribute_that_raises_takes_the_long_way() -> None:
     assert call.run(X, {}) is not None
     layer.fails = True
     assert call.run(X, {}) is None
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert torch.ones(1).item() == 1  # no exception is left pending
 
 
 def test_every_question_is_asked_with_its_arguments(kind: Any) -> None:
@@ -254,7 +254,7 @@ def test_a_question_without_an_answer_takes_the_long_way() -> None:
         pytest.skip(native.reason())
     compiled = native.library().CachedCall, native.library().Watch
     assert call_of(compiled, guards=(({}.__getitem__, ("absent",)),)).run(X, {}) is None
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert torch.ones(1).item() == 1  # no exception is left pending
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_operator_that_drops_its_own_call(kind: Any) -> None:
     assert holder["call"].run(X, {}) is X
 
 
-# What a module in eval mode takes the short way for, and what it does not.
+# The cached call of a module in eval mode.
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
         with ghost_ops.use_backend("eager"):
             assert kept.run(X, own) is None
         assert kept.run(X, own) is not None
-    assert kept.run(X, own) is None  # gradients are recorded
+    assert kept.run(X, own) is None  # grad mode is on
 
 
 @pytest.mark.parametrize("channels", OTHER_CHANNELS)
@@ -351,7 +351,7 @@ def test_own_attribute_of_a_module_is_watched(
         assert kept.run(X, own) is not None
 
 
-def test_dictionary_of_another_module_takes_the_long_way(
+def test_dictionary_of_another_module_is_a_miss(
     module: ghost_ops.FusedGhostModule,
 ) -> None:
     kept = packed_of(module)
@@ -364,7 +364,7 @@ def test_dictionary_of_another_module_takes_the_long_way(
 
 
 def test_module_is_freed_without_the_collector() -> None:
-    """What it keeps does not tie it to itself: its memory is not to wait for the collector."""
+    """Its packed weights are part of no reference cycle with the module."""
     module = ghost_ops.FusedGhostModule(3, 8).eval()
     with torch.no_grad():
         module(X)
@@ -384,7 +384,7 @@ def test_module_is_freed_without_the_collector() -> None:
 def test_every_device_and_primary_is_called_again(
     kind: Any, device: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second call is the one that the cached call answers, or leaves to the long way."""
+    """The second call is a cache hit."""
     monkeypatch.setattr(cached_call, "make_cached_call", kind[0])
     rest = ((), (), (), (), (), None)
     monkeypatch.setattr(watch, "make_watch", lambda *given: kind[1](*given, *rest[len(given) :]))

@@ -1,5 +1,5 @@
-"""Modules of convolutions, Ghost modules, sums, concatenations and pooling as one operator: what
-``fuse`` makes of them up to whole networks, and that every change of them takes effect."""
+"""Promise: modules of convolutions, Ghost modules, sums, concatenations and pooling, up to whole
+networks, run as one operator with the same numbers, and every change of them takes effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRAM = "ghost_ops::run_program"
 
 @pytest.fixture
 def convs(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the operators that ran, the kernel being there, or what runs in its place."""
+    """Names of the operators that ran; without the kernel its formula runs in its place."""
     names: list[str] = []
     operator = model_ops.native_ghost_conv_apply
 
@@ -43,7 +43,7 @@ def convs(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 class Basic(nn.Module):
-    """As Ghost-ResNet's: norms and activations outside of Ghost modules of two convolutions."""
+    """A block of Ghost-ResNet: norm and activation outside of Ghost modules of two convolutions."""
 
     def __init__(
         self, inp: int, oup: int, stride: int = 1, shortcut: str = "x", norms: bool = True
@@ -69,7 +69,7 @@ class Basic(nn.Module):
 
 
 class Raw(nn.Module):
-    """A Ghost module of a 3x3 and a 3x3 depthwise convolution, and nothing else."""
+    """A Ghost module of a 3x3 and a 3x3 depthwise convolution, without norm and activation."""
 
     def __init__(self, inp: int, oup: int, stride: int = 1) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Tailed(nn.Module):
 
 
 class FrozenNorm(nn.Module):
-    """As timm's, whose batch norm has its activation in it and calls a function."""
+    """timm's batch norm with activation, which calls F.batch_norm."""
 
     class Norm(nn.BatchNorm2d):
         def __init__(self, size: int) -> None:
@@ -129,9 +129,9 @@ class FrozenNorm(nn.Module):
 
 
 def with_ghost(*modules: nn.Module) -> nn.Module:
-    """A model with a Ghost module: without any, convolutions are left alone.
+    """A model with a Ghost module; without one ``fuse`` leaves convolutions unfused.
 
-    For its last layer there is no kernel, so that the model as a whole stays as it is.
+    There is no kernel for its last layer, so the model as a whole is not fused.
     """
     return nn.Sequential(Sliced(6, 6), *modules, nn.Softsign())
 
@@ -157,7 +157,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 class Inside(nn.Module):
-    """Norms and activations inside of the Ghost modules; the second one is linear."""
+    """Norm and activation inside of the Ghost modules; the second module is linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def change_stride(module: nn.Module) -> None:
 
 
 def change_weight(module: nn.Module) -> None:
-    """Of another size than the module says: a convolution takes it as it is."""
+    """A weight of another size than the module's attributes say, which a convolution accepts."""
     conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
     o, i, _, _ = conv.weight.shape
     conv.weight = nn.Parameter(torch.ones(o, i, 4, 4, dtype=conv.weight.dtype))
@@ -365,7 +365,7 @@ def test_eager_backend_and_autocast_run_the_own_forward(convs: list[str]) -> Non
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name.startswith("residual")])
 def test_training_under_autocast(convs: list[str], name: str) -> None:
-    """A sum in place keeps the dtype of what it changes."""
+    """An in-place sum keeps the dtype of its first term."""
     fused, plain = (model.train()[1] for model in pair(name, torch.float32))
     x = torch.randn(2, 6, 9, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -446,7 +446,7 @@ def test_example_is_timed(convs: list[str]) -> None:
 
 
 class Forward(nn.Module):
-    """A Ghost module, two convolutions, a head, and a forward that is given."""
+    """A Ghost module, two convolutions and a head, with the given forward."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -595,7 +595,7 @@ def test_what_is_no_program_runs_itself(convs: list[str], forward: Callable) -> 
 
 
 def test_shapes_that_may_differ_are_not_joined(convs: list[str]) -> None:
-    """Sums broadcast in PyTorch where sizes are 1; a program of them would not."""
+    """PyTorch broadcasts sums over sizes of 1; a program does not."""
     forward = lambda m, x: m.unpadded(m.ghost(x)) + m.a(m.ghost(x))  # noqa: E731
     plain = randomize(Forward(forward)).double().eval()
     fused = copy.deepcopy(plain)
@@ -620,11 +620,11 @@ def test_a_module_inside_is_packed_anew_with_all_of_it(convs: list[str]) -> None
 
 
 class NormTwice(Tailed):
-    """What the norm gives goes to two places, for each of which it would be computed."""
+    """The norm's result has two uses; fused, the norm would run once for each of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cheap.bias = None  # which training's operator does not have
+        self.cheap.bias = None  # ``ghost_tail`` takes no bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.primary(x)

@@ -1,4 +1,4 @@
-"""What ``fuse`` leaves alone: look-alikes, each with the invariant that does not hold named."""
+"""Promise: ``fuse`` leaves look-alikes unchanged, and names the invariant that does not hold."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_hooks_inside() -> None:
 
 
 class Unmerged(Sliced):
-    """As GhostNetV3 before its reparameterisation: a branch is a sum of convolutions."""
+    """GhostNetV3 before its reparameterisation: a branch is a sum of convolutions."""
 
     def __init__(self) -> None:
         super().__init__(6, 8)
@@ -124,7 +124,7 @@ def test_branches_still_to_be_reparameterised() -> None:
 
 
 class Separable(nn.Module):
-    """A depthwise separable convolution: two such convolutions in a row, but no concatenation."""
+    """A depthwise separable convolution: the same two convolutions without the concatenation."""
 
     def __init__(self) -> None:
         super().__init__()

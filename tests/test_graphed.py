@@ -44,10 +44,10 @@ def test_same_numbers_without_the_model(name: str, layout: str) -> None:
     type(model).forward = lambda *args: calls.append(1) or forward(*args)
     try:
         results = [(fast(image(seed=i, layout=layout)), i) for i in range(3)]
-        assert calls == [1] * 3  # by the stand-in
+        assert calls == [1] * 3  # the stand-in runs the copies
     finally:
         type(model).forward = forward
-    for got, i in results:  # a later call has not overwritten them
+    for got, i in results:  # later calls do not overwrite outputs
         want = model(image(seed=i, layout=layout))
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         assert got.stride() == want.stride()
@@ -115,7 +115,7 @@ def test_least_recently_used_is_dropped() -> None:
     for n in (2, 1, 3, 1, 2):
         check(fast, image(n))
     assert [shape[0] for shape in captured()] == [1, 2, 3, 2]
-    assert CpuDevice.all[-1].waits == 2  # before memory is freed
+    assert CpuDevice.all[-1].waits == 2  # one before each time that memory is freed
 
 
 # --- changes ------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ GENERAL = [data_then_eval, load, new_parameter, in_place, running_mean, trained,
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        # A graph reads the parameters of PyTorch's layers where they are; the stand-in has copies.
+        # A real graph reads the parameters of PyTorch's layers; the stand-in has copies of them.
         (name, change)
         for name in MODELS
         for change in GENERAL
@@ -177,7 +177,7 @@ def test_changes(name: str, change: Callable[[nn.Module], None]) -> None:
     check(fast, image(seed=3))
     assert (fast(x) - before).abs().max() > 1e-6
     assert len(captured()) == 2
-    assert CpuDevice.all[-1].alive == [0, 0]  # the old graph is freed before the new one is made
+    assert CpuDevice.all[-1].alive == [0, 0]  # the old graph is freed before the new capture
 
 
 def set_scale(net: nn.Module) -> None:
@@ -249,7 +249,7 @@ def test_requested_backend() -> None:
 
 
 def test_dropped_packed_weights_outlive_their_graph(native: str) -> None:
-    """``eval()`` drops packed weights, which only the graph then reads."""
+    """After ``eval()`` drops the packed weights, only the graph refers to them."""
     model = make("bottleneck")
     fast = ghost_ops.graphed(model, image())
     (graph,) = fast._graphs.values()
@@ -261,7 +261,7 @@ def test_dropped_packed_weights_outlive_their_graph(native: str) -> None:
 
 
 def test_a_table_in_a_list_outlives_the_call() -> None:
-    """A list is not watched: each graph keeps the table that it was captured with."""
+    """Lists are not watched: each graph keeps the table of its capture."""
 
     class Grid(nn.Module):
         def __init__(self) -> None:
@@ -326,7 +326,7 @@ def test_a_forward_that_counts_runs_the_model() -> None:
 
 
 def test_training_between_calls_is_captured_again() -> None:
-    """An epoch, some calls, an epoch: that is no change from call to call."""
+    """Training epochs with several calls between them do not count as a change at every call."""
     fast = ghost_ops.graphed(make("bottleneck"), image())
     for _ in range(5):
         trained(fast.module)

@@ -1,4 +1,4 @@
-"""The plan of a whole network: its rows by formula, and that the model is only read."""
+"""Promise: the rows of a network's plan follow by formula, and the model does not change."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(native_module() is None, reason="the native libr
 
 IMAGES = (256, 3, 224, 224)
 HALF, SINGLE = 2, 4  # bytes of a float16, and of the compute dtype
-DRAM = 3350 * 0.92e9  # bytes a second that the model takes an sm_90 to reach
-TENSOR = 4096 * 132 * 1.76e9 / 2  # FLOPs a second: half of the peak of an sm_90 in float16
+DRAM = 3350 * 0.92e9  # bytes a second that the cost model assumes for sm_90
+TENSOR = 4096 * 132 * 1.76e9 / 2  # FLOPs a second: half of the float16 peak of sm_90
 LAUNCH = 2e-6
 # A batch norm reads four vectors of its parameters and returns two of float32.
 NORM = 4 * HALF + 2 * SINGLE
@@ -40,7 +40,7 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def plan(network: nn.Module) -> NetworkPlan:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # `steady` comes after the fixtures of the file
+    torch.set_num_threads(1)  # the fixture `steady` runs after module fixtures
     found = planner.explain(network, IMAGES, device="sm_90", dtype=torch.float16)
     torch.set_num_threads(threads)
     return found
@@ -56,12 +56,12 @@ def seconds(moved: float, flops: float = 0, launches: int = 1) -> float:
 
 
 def our_launches(plan: NetworkPlan) -> int:
-    """Kernel launches of the operators of ghost_ops, which an emulator or a profiler counts."""
+    """Kernel launches of the operators of ghost_ops; an emulator or a profiler can count them."""
     return sum(one.launches for one in plan.rows if one.kind in network_plan.OWN_KINDS)
 
 
 class Launches(TorchDispatchMode):
-    """Counts the ATen operators that write memory, on data."""
+    """Counts the ATen operators that write memory in a real run."""
 
     count = 0
 
@@ -86,7 +86,7 @@ def eager_launches(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def test_rows_and_totals(network: nn.Module, plan: NetworkPlan) -> None:
-    """32 Ghost modules, 4 strided convolutions, 5 shortcuts of two, 7 gates, and the ends."""
+    """32 Ghost modules, 4 strided convolutions, 5 shortcuts of two, 7 gates, stem and head."""
     kinds = Counter(one.kind for one in plan.rows)
     assert kinds == {
         network_plan.GHOST_APPLY: 32 - 7 + 5,
@@ -115,7 +115,7 @@ def test_rows_and_totals(network: nn.Module, plan: NetworkPlan) -> None:
 
 
 def test_two_small_images(network: nn.Module, plan: NetworkPlan) -> None:
-    """The input of ``test_cuda_network.test_ghostnet``: gates of few images take two launches."""
+    """The input of ``test_cuda_network.test_ghostnet``: a gate of few images is two launches."""
     small = planner.explain(network, (2, 3, 33, 40))
     ours = [one for one in small.rows if one.kind in network_plan.OWN_KINDS]
     assert len(ours) == 55
@@ -132,7 +132,7 @@ def test_two_small_images(network: nn.Module, plan: NetworkPlan) -> None:
 
 
 def test_our_kernels_cost_what_their_plans_say(plan: NetworkPlan) -> None:
-    """A gate reads the parts of sums that the depthwise convolution before it writes."""
+    """A gate reads the partial sums that the depthwise convolution before it writes."""
     library, n = native_module(), IMAGES[0]
     target = {"dtype": backends.native.DTYPES.index(torch.float16), "sm": 90}
     layout = {**target, "channels_last": True}
@@ -153,9 +153,9 @@ def test_our_kernels_cost_what_their_plans_say(plan: NetworkPlan) -> None:
 
 
 def test_ghost_rows_against_explain(plan: NetworkPlan) -> None:
-    """Both sides of a Ghost module are what ``explain`` says of its shape.
+    """Both sides of a Ghost module's row agree with ``explain`` for its shape.
 
-    The second module of a bottleneck adds the shortcut: two maps read, one written, in eager.
+    The second module of a bottleneck adds the shortcut: in eager two maps read, one written.
     """
     options = {"device": "sm_90", "dtype": torch.float16, "channels_last": True}
     for name, n, c, side, middle in (
@@ -174,7 +174,7 @@ def test_ghost_rows_against_explain(plan: NetworkPlan) -> None:
 
 
 def test_ghost_with_residual_by_hand(plan: NetworkPlan) -> None:
-    """x, residual and out once, w1 once; eager's passes over the maps and the sum."""
+    """Fused: x, residual, out and w1 once. Eager: its passes over the maps, and the sum."""
     n, c, m, p = 256, 72, 12, 56 * 56
     got = row(plan, "blocks.2.0.ghost2")
     assert got.dram_bytes == (n * (c + 2 * 2 * m) * p + m * c) * HALF
@@ -189,7 +189,7 @@ def test_ghost_with_residual_by_hand(plan: NetworkPlan) -> None:
 
 
 def test_depthwise_and_gates_by_hand(plan: NetworkPlan) -> None:
-    """Batch sizes, maps and float32 weights; in eager a gate's ten launches."""
+    """Maps and float32 weights; in eager PyTorch a gate is ten launches."""
     n, c, maps = 256, 48, 256 * 48 * (112 * 112 + 56 * 56)
     got = row(plan, "blocks.1.0.conv_dw")
     assert got.dram_bytes == maps * HALF + c * (9 + 1) * SINGLE
@@ -199,7 +199,7 @@ def test_depthwise_and_gates_by_hand(plan: NetworkPlan) -> None:
     gate, ghost2 = row(plan, "blocks.4.0.se"), row(plan, "blocks.4.0.ghost2")
     weights = 2 * c * reduced * HALF + (c + reduced) * SINGLE
     assert gate.dram_bytes == (n * c * p + n * c) * HALF + weights
-    # Mean, two convolutions with bias and ReLU of a pixel, three for the gate, the product.
+    # Mean, two convolutions of one pixel with bias and ReLU, three for the gate, the product.
     pixel = n * (c + reduced) + c * reduced
     bias = 2 * n * (c + reduced) + (c + reduced)
     eager = n * c * p + n * c + 2 * pixel + bias + 2 * n * reduced + 3 * 2 * n * c
@@ -283,7 +283,7 @@ def test_plain_and_fused_give_the_same() -> None:
 
 
 class Watcher:
-    """A hook that cannot be copied, and writes down what it sees."""
+    """A hook that cannot be copied, and records its calls."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -326,7 +326,7 @@ def test_the_model_is_untouched(fused: bool, training: bool) -> None:
 
 
 def test_weights_that_a_hook_computes() -> None:
-    """They are no leaves, which deepcopy refuses."""
+    """They are no leaves, so deepcopy raises for them."""
     with pytest.warns(FutureWarning):
         model = nn.utils.weight_norm(nn.Conv2d(3, 8, 1))
     (one,) = planner.explain(model, (1, 3, 8, 8)).rows
@@ -355,7 +355,7 @@ def test_lone_ghost_modules(name: str) -> None:
 
 
 def test_library_convolution_by_hand() -> None:
-    """The primary 3x3 of stride 2 and its bias-free result u, which ghost_apply reads."""
+    """The library computes u by the primary 3x3 of stride 2, and ghost_apply reads u."""
     n, c, m, p = 4, 6, 4, 10 * 10
     plan = planner.explain(GhostModule(c, 2 * m, 3, stride=2), (n, c, 20, 20))
     conv, ghost = plan.rows
@@ -378,7 +378,7 @@ def test_library_convolution_by_hand() -> None:
     ids=["stride 1", "5x5", "dilation", "strides", "groups", "channels"],
 )
 def test_stems(stem: nn.Conv2d, fused: bool) -> None:
-    """One launch where ``conv_stem`` computes it; else a convolution, its bias, the activation."""
+    """One launch if ``conv_stem`` has a kernel; else a convolution, its bias, the activation."""
     shape = (2, stem.in_channels, 16, 16)
     model = short_ghostnet(stem)
     plan = planner.explain(model, shape)
@@ -402,7 +402,7 @@ def test_stems(stem: nn.Conv2d, fused: bool) -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_gate_before_a_library_convolution(stride: int) -> None:
-    """It multiplies its map in place, because ghost_apply does not read that map."""
+    """The gate multiplies its map in place, because ghost_apply does not read that map."""
     model = GhostBottleneck(8, 20, 12, 3, stride, se_ratio=0.25)
     model.ghost2 = GhostModule(20, 12, 3, relu=False)
     shape, pixels = (2, 8, 8, 8), 64 // stride**2
@@ -426,7 +426,7 @@ def test_a_gate_before_a_library_convolution(stride: int) -> None:
 
 
 def test_attention_gate_by_hand() -> None:
-    """ghost_apply reads the gate at half the size; eager enlarges and multiplies it."""
+    """ghost_apply reads the half-size gate; eager PyTorch interpolates and multiplies it."""
     n, c, out, p = 2, 6, 8, 20 * 20
     plan = planner.explain(Gated(c, out), (n, c, 20, 20))
     gate, ghost = plan.rows
@@ -439,7 +439,7 @@ def test_attention_gate_by_hand() -> None:
 
 
 class Bottleneck(nn.Module):
-    """As Ultralytics' GhostBottleneck."""
+    """Ultralytics' GhostBottleneck."""
 
     def __init__(self, c1: int, c2: int, stride: int, act: nn.Module) -> None:
         super().__init__()
@@ -460,7 +460,7 @@ class Bottleneck(nn.Module):
 
 
 class C3(nn.Module):
-    """As Ultralytics' C3Ghost."""
+    """Ultralytics' C3Ghost."""
 
     def __init__(self, c: int, act: nn.Module) -> None:
         super().__init__()
@@ -473,7 +473,7 @@ class C3(nn.Module):
 
 
 def test_yolo_like_stack() -> None:
-    act = nn.SiLU()  # one module for all layers, as Ultralytics has it
+    act = nn.SiLU()  # one module for all layers, as in Ultralytics
     shape, model = (
         (2, 3, 64, 64),
         nn.Sequential(
@@ -533,7 +533,7 @@ class Steps(nn.Module):
 
 
 def test_ordinary_operators_by_hand() -> None:
-    """What fuse does not know is the same on both sides: a bias, a view, an addition in place."""
+    """Operators that are not fused are the same on both sides."""
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(512, 4)
     plan = planner.explain(nn.Sequential(*layers), (2, 3, 8, 8), dtype=torch.float32)
     assert [one.name for one in plan.rows] == ["0", "1", "3"]
@@ -572,7 +572,7 @@ def test_what_is_not_fused_is_said() -> None:
 
 
 def test_devices() -> None:
-    """The slower the memory, the longer; eager's bytes and launches are the same."""
+    """Slower memory takes longer; eager PyTorch's bytes and launches do not depend on it."""
     devices = ("sm_89", "sm_86", "sm_80", "sm_90", "sm_100")
     model = small_network()[3]
     plans = [planner.explain(model, (64, 8, 112, 112), device=device) for device in devices]

@@ -1,4 +1,4 @@
-"""The tile plan: what it promises for every problem, and the model of bytes and FLOPs under it."""
+"""Promise: the invariants of the CPU's tile plans, and their model of bytes and FLOPs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from ghost_ops.planner import CpuMachine
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
-# Every instruction set with every L2, and one to 64 cores: the machine that runs the tests is not
-# among what they depend on.
+# Every instruction set with every L2, and one to 64 cores. The plans do not depend on the machine
+# that runs the tests.
 MACHINES = [
     CpuMachine(*vectors, l1_bytes, l2_bytes, cores)
     for i, vectors in enumerate(VECTORS.values())
@@ -66,7 +66,7 @@ PROBLEMS = [
 
 
 def sizes(problem: dict[str, Any]) -> tuple[int, int, int, int, int]:
-    """n, pixels, rows, intrinsic and ghost maps of the output."""
+    """Images, pixels, rows, intrinsic and ghost maps of the output."""
     n, _, h, w = problem["shape"]
     ho, wo = -(-h // problem["stride"]), -(-w // problem["stride"])
     m = math.ceil(problem["out_channels"] / problem["ratio"])
@@ -89,12 +89,12 @@ def test_every_plan_covers_its_problem() -> None:
 
 
 def test_scratch_stays_small() -> None:
-    """A tile is meant for L2; no thread asks for more than a few megabytes, whatever the map."""
+    """A tile is meant to fit in L2; no thread has more than a few megabytes of scratch."""
     for problem in PROBLEMS:
         plan = planner.explain(**problem)
         channels, width = problem["shape"][1], problem["shape"][3]
         _, _, _, m, g = sizes(problem)
-        row = 8 * width * (channels + m + g)  # what a single row needs, which is the least there is
+        row = 8 * width * (channels + m + g)  # one row, the smallest tile
         assert plan.scratch_bytes <= (8 << 20) + 16 * (problem["dw_size"] + 3) * row, problem
 
 
@@ -128,8 +128,8 @@ def test_threads_have_work_where_there_is_some() -> None:
 
 
 def test_stores_past_the_caches() -> None:
-    """Only for large outputs that are written once, in whole vectors of their own type; with
-    channels along the lanes, only where more is written than read."""
+    """Only for large outputs that are written once, in whole vectors of their dtype; with
+    channels along the lanes, only if more is written than read."""
     large: dict[str, Any] = {"shape": (16, 16, 112, 112), "out_channels": 96, "machine": XEON}
     assert planner.explain(**large).stream
     assert not planner.explain((1, 16, 28, 28), 16, machine=XEON).stream
@@ -141,7 +141,7 @@ def test_stores_past_the_caches() -> None:
 
 
 def test_traffic_of_ghostnet() -> None:
-    """Over the GhostNet shapes eager moves about four and a half times what one pass moves."""
+    """Over the GhostNet shapes eager PyTorch moves about 4.5 times as many bytes as one pass."""
     plans = [
         planner.explain((1, inp, size, size), oup, activation="relu" if relu else "none")
         for size, inp, oup, relu in GHOSTNET
@@ -173,7 +173,7 @@ def test_readable() -> None:
 
 
 def test_channels_along_the_lanes() -> None:
-    """In channels_last; in NCHW where pixels would leave lanes idle and the module narrows."""
+    """In channels_last; in NCHW if pixels would leave lanes idle and the module narrows."""
     for shape, oup, nchw in (
         ((1, 960, 7, 7), 160, True),
         ((1, 160, 7, 7), 960, False),
@@ -189,7 +189,7 @@ def test_channels_along_the_lanes() -> None:
 
 
 def test_products_on_tiles() -> None:
-    """For an even number of bfloat16 channels along the lanes, on a machine that has them."""
+    """For an even number of bfloat16 channels along the lanes, on a machine with AMX."""
     tiles = replace(XEON, amx=True)
     given: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True}
     plan = planner.explain((1, 960, 7, 7), 160, machine=tiles, **given)
@@ -207,7 +207,7 @@ def test_products_on_tiles() -> None:
 
 
 def test_sums_do_not_depend_on_the_cores() -> None:
-    """Threads share out channels, not the slices of a sum."""
+    """Threads split the channels; no sum is split between threads."""
     for problem in PROBLEMS:
         plans = [
             planner.explain(**{**problem, "machine": replace(problem["machine"], cores=c)})
@@ -238,7 +238,7 @@ DECISIONS = (
 def golden_rows() -> Iterator[dict[str, str]]:
     """The decisions for GhostNet's shapes, on every described machine with two cores.
 
-    In float32, but for machines that multiply tiles of bfloat16: in that.
+    In float32; on machines with AMX in bfloat16.
     """
     machines = [
         (isa, CpuMachine(*vectors, 32 << 10, l2_bytes, cores=2))
@@ -268,7 +268,7 @@ def golden_rows() -> Iterator[dict[str, str]]:
 
 
 def test_golden_plans() -> None:
-    """A plan changes on purpose only: `python tests/test_planner.py` writes the file anew."""
+    """A changed plan fails here; `python tests/test_planner.py` writes a new file."""
     with GOLDEN.open(newline="") as file:
         assert list(csv.DictReader(file)) == list(golden_rows())
 
@@ -332,7 +332,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_training_keeps(native: str, layout: str) -> None:
-    """The sum of the rows is what autograd keeps; rows say what is computed again."""
+    """The rows add up to the bytes that autograd saves, and name the tensors computed again."""
     model, shape = ghost_ops.models.ghostnet(0.5, 10, dropout=0.0), (2, 3, 64, 64)
     plan = planner.explain_saved(model, shape, channels_last=layout == "nhwc")
     seen: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Promise: a watch tells every change of what it watches, in C as in Python."""
+"""Promise: a watch notices every change of the values that it watches, in C as in Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def compiled() -> Any:
 
 
 class Raises:
-    """``read`` raises what it is given."""
+    """``read`` raises ``error`` if it is set."""
 
     error: BaseException | None = None
 
@@ -128,7 +128,7 @@ PLACES = ["item", "own", "attribute"]
 
 
 def one_value(kind: Any, place: str, value: Any) -> tuple[Callable[[], bool], Callable[[Any], Any]]:
-    """Asks a watch over one value whether it is unchanged; sets the value."""
+    """A watch over one value: a function that checks it, and one that sets the value."""
     thing, own = Thing(), {"key": value}
     thing.key = value  # type: ignore[attr-defined]
     if place == "item":

@@ -22,7 +22,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """Only counted references free anything."""
+    """Turns the garbage collector off, so that only reference counts free objects."""
     gc.collect()
     gc.disable()
     yield
@@ -121,7 +121,7 @@ def test_references_are_given_back(kind: Any, no_collector: None) -> None:
     assert sys.getrefcount(value) == count
     del value, thing, mapping, tensors
     gc.collect()
-    assert all(one() is not None for one in gone)  # the watch keeps what it compares with
+    assert all(one() is not None for one in gone)  # the watch refers to the values that it compares
     del watched
     gc.collect()
     assert all(one() is None for one in gone)
