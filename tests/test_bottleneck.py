@@ -1,4 +1,4 @@
-"""Promise: a Ghost bottleneck is few operators in inference, else the composition of its children."""
+"""Promise: a Ghost bottleneck is few operators in inference, else its children one by one."""
 
 from __future__ import annotations
 

@@ -310,7 +310,7 @@ def is_made(kind: type) -> bool:
 
 
 def fused_class(mixin: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
-    """The class for modules of class ``base``, fused as ``mixin`` says.
+    """The class for modules of class ``base`` that are fused as kind ``mixin``.
 
     A class decorated with ``named`` if there is one for ``base``; else a class derived from both.
     """

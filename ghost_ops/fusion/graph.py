@@ -267,7 +267,7 @@ def _run_module(handle: Handle, module: Any, x: Tensor, tensors: list[Tensor]) -
 
 
 def _with_tensors(module: nn.Module, tensors: list[Tensor]) -> nn.Module:
-    """A copy of the module with these tensors in the place of its own, in eval mode."""
+    """A copy of the module with these tensors instead of its own, in eval mode."""
     own = tensors_of(modules_in(module))
     if len(own) != len(tensors):
         raise RuntimeError(

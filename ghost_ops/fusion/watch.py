@@ -16,7 +16,7 @@ from ..backends import native
 
 _version = operator.attrgetter("_version")
 _address = Tensor.data_ptr
-MISSING = object()  # stands for the value of an absent key or attribute
+MISSING = object()  # the value of an absent key or attribute
 
 
 class Watch:
