@@ -320,9 +320,9 @@ def _may_be(kind: type[Fused], module: nn.Module, is_model: bool) -> bool:
         bottlenecks = sum(isinstance(m, FusedBottleneck) for m in inside)
         return (ghosts == 2 or _is_marked(kind, module)) and ghosts <= 2 and not bottlenecks
     if kind is FusedExpression:
-        convs = any(isinstance(m, nn.Conv2d) for m in inside)
+        has_conv = any(isinstance(m, nn.Conv2d) for m in inside)
         library = type(module).__module__.startswith("torch.nn.")
-        return convs and _runs_convs(module) and (is_model or not library)
+        return has_conv and _runs_convs(module) and (is_model or not library)
     return _is_marked(kind, module) and not any(isinstance(m, FusedNetwork) for m in inside)
 
 

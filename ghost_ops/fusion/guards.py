@@ -305,9 +305,10 @@ class Record(NamedTuple):
             tensors += [t for values in places for t in values.values() if t is not None]
             if isinstance(layer, NORMS):
                 items.append((layer.__dict__, "training"))
-        places = tuple(dicts), tuple(items), tuple(absent), tuple(tensors)
+        pairs = tuple(items), tuple(absent)
+        things = tuple(tensors), tuple(attributes.values())
         try:
-            made = watch.make_watch(*places, tuple(attributes.values()), module.__dict__)
+            made = watch.make_watch(tuple(dicts), *pairs, *things, module.__dict__)
         except KeyError:  # an attribute is not in the module's dictionary, or changed meanwhile
             return None
         # The record may differ from the module: read in another mode, or changed meanwhile.

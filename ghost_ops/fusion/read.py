@@ -241,7 +241,8 @@ class _Reader:
         made = self._classes.get(kind)
         if made is None:
             made = self._classes[kind] = stand_in_class(kind)
-        stand_in = self._stand_ins[id(module)] = object.__new__(made)
+        stand_in: nn.Module = object.__new__(made)
+        self._stand_ins[id(module)] = stand_in
         self._paths[id(module)] = path
         values = stand_in.__dict__
         values.update(module.__dict__)
