@@ -1,10 +1,17 @@
 """ghost_ops: Ghost modules (GhostNet, CVPR 2020) as fused operators for PyTorch.
 
-``FusedGhostModule`` takes the place of the reference ``GhostModule``: same arguments, parameters,
-state_dict and numbers, in fewer passes over memory. ``functional.ghost_module`` does the same on
-tensors. ``fuse`` does it to a whole model that exists already; ``models`` has GhostNet and other
-networks made of such modules. ``graphed`` replays a model's inference as CUDA graphs. ``python -m
-ghost_ops`` tells which implementation runs where, and why.
+- ``FusedGhostModule`` is a drop-in for the reference ``GhostModule``: same arguments, parameters,
+  state_dict and numbers, in fewer passes over memory.
+- ``functional.ghost_module`` computes a Ghost module on tensors.
+- ``fuse`` fuses the Ghost modules of an existing model.
+- ``models`` has GhostNet and other networks of fused modules.
+- ``graphed`` replays a model's inference as CUDA graphs.
+- ``planner`` explains the kernels' plans and the bytes that they move.
+
+``python -m ghost_ops`` prints which backend runs on which device, and why.
+
+Imports go one way: activations, backends, ops < autograd < functional < fusion < nn < convert <
+models < planner < __main__.
 """
 
 from . import activations, backends, functional, models, planner, reference

@@ -16,7 +16,7 @@ from .backends import cuda, native, triton
 
 
 def collect() -> dict[str, Any]:
-    """Everything the report shows, as JSON-ready data."""
+    """The content of the report, as data for JSON."""
     cpu_loaded = native.load()
     library = native.library() if cpu_loaded else None
     return {
@@ -55,14 +55,14 @@ def collect() -> dict[str, Any]:
 
 
 def table(rows: list[list[str]]) -> list[str]:
-    """Rows of text as aligned, indented lines."""
+    """Rows of text as indented lines with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return ["  " + "  ".join(row).rstrip() for row in padded]
 
 
 def backend_rows(rows: list[dict[str, str]]) -> list[list[str]]:
-    """The dtypes of a device that share backend and reason, on one line."""
+    """Table rows: one for all dtypes of a device with the same backend and reason."""
     merged: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         merged.setdefault((row["device"], row["backend"], row["reason"]), []).append(row["dtype"])
@@ -70,7 +70,7 @@ def backend_rows(rows: list[dict[str, str]]) -> list[list[str]]:
 
 
 def report(info: dict[str, Any]) -> str:
-    """The readable form of :func:`collect`."""
+    """The text for the result of :func:`collect`."""
     isas = info["instruction_sets"]
     pairs = [[key, value] for key, value in info["versions"].items()]
     pairs += [[f"build: {key}", value] for key, value in info["build"].items()]

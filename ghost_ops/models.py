@@ -8,7 +8,7 @@ network               parameters                       multiply-adds of convolut
 ``ghost_resnet()``    0.43 M                           63 M at 32 x 32
 ====================  ===============================  ================================
 
-``count_macs`` counts the last column.
+``count_macs`` computes the last column.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fusion.fused import fused_forward
+from .convert import unfuse
+from .fusion.fused import fused_forward, named
 from .fusion.network import FusedNetwork
 from .nn import FusedGhostBottleneck, FusedGhostModule
 from .reference import make_divisible
@@ -81,9 +82,15 @@ class _ConvBnAct(nn.Module):
 class GhostNet(nn.Module):
     """GhostNet: stem, sixteen Ghost bottlenecks, head. ``ghostnet`` makes a ``FusedGhostNet``.
 
-    [N, in_chans, H, W] -> [N, num_classes]. Children and state_dict keys are those of the authors'
-    and timm's checkpoints (``conv_stem``, ``bn1``, ``blocks.S.B.ghost1.primary_conv.0`` ...,
-    ``conv_head``, ``classifier``).
+    [N, in_chans, H, W] -> logits [N, num_classes]. Children and state_dict keys are those of the
+    authors' and timm's checkpoints (``conv_stem``, ``bn1``, ``blocks.S.B.ghost1.primary_conv.0``
+    ..., ``conv_head``, ``classifier``).
+
+    Args:
+        width, num_classes, dropout, in_chans: as in ``ghostnet``.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     Source: GhostNet, CVPR 2020, table 1.
     """
@@ -139,8 +146,9 @@ class GhostNet(nn.Module):
         return self.classifier(F.dropout(x, self.dropout, self.training))
 
 
+@named
 class FusedGhostNet(FusedNetwork, GhostNet):
-    """``GhostNet`` that also folds its stem and head, in eval mode without gradients."""
+    """``GhostNet`` whose stem and head are fused too (``fusion.network``)."""
 
     _ghost_ops_base = GhostNet
     forward = fused_forward(GhostNet.forward)
@@ -152,11 +160,14 @@ def ghostnet(
     """GhostNet of fused modules, with PyTorch's initial weights.
 
     Args:
-        width: multiplies every number of channels (then rounded to multiples of 4); the paper has
+        width: factor on every number of channels (then rounded to a multiple of 4); the paper has
             0.5, 1.0 and 1.3.
         num_classes: size of the output.
-        dropout: before the classifier, in training.
+        dropout: share of the values that are dropped before the classifier in training, in [0, 1).
         in_chans: channels of the input.
+
+    Returns:
+        The network in training mode: [N, in_chans, H, W] -> logits [N, num_classes].
 
     Raises:
         ValueError: an argument is out of range.
@@ -179,13 +190,13 @@ class _BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         if self.stride > 1 or self.pad:
-            # Without parameters: every other pixel, and zeros for the new channels.
+            # A shortcut without parameters: every other pixel, and zeros for the new channels.
             shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.pad))
         return F.relu(self.conv2(self.conv1(x)) + shortcut)
 
 
 class GhostResNet(nn.Module):
-    """A CIFAR ResNet whose convolutions are Ghost modules. Made by ``ghost_resnet``."""
+    """A CIFAR ResNet whose 3x3 convolutions are Ghost modules; made by ``ghost_resnet``."""
 
     def __init__(
         self, depth: int, ratio: int, dw_size: int, num_classes: int, in_chans: int
@@ -275,17 +286,17 @@ def ghost_vgg16(
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Multiply-adds of all convolutions and linear layers for one input of ``shape``.
 
-    Biases, norms, activations and pooling do not count, as in the paper. The model is run once on
-    the meta device, as a copy: nothing of it is changed.
+    Biases, norms, activations and pooling do not count, as in the paper. A copy of the model runs
+    once on the meta device; the model itself does not change.
 
     Args:
-        model: any module.
+        model: any module that takes one tensor.
         shape: of its input, such as (1, 3, 224, 224).
+
+    Raises:
+        Any error of the model on the meta device.
     """
-
     twin = copy.deepcopy(model).to("meta").float().eval()
-    from .convert import unfuse
-
     unfuse(twin)
     total = 0
 
@@ -307,13 +318,13 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 @dataclass
 class LoadReport:
-    """What became of a checkpoint's entries. Its repr says it in words.
+    """The keys of a checkpoint and a model, compared. Its repr lists them.
 
     Attributes:
         loaded: keys that were copied into the model.
-        missing: keys of the model that the checkpoint does not have.
-        unexpected: keys of the checkpoint that the model does not have.
-        mismatched: keys of both, with the shapes in the checkpoint and in the model.
+        missing: keys of the model that are not in the checkpoint.
+        unexpected: keys of the checkpoint that are not in the model.
+        mismatched: keys of both with different shapes: (in the checkpoint, in the model).
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -323,7 +334,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every key of both sides found its other half."""
+        """Whether both have the same keys with the same shapes."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __repr__(self) -> str:
@@ -352,25 +363,25 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 def load_checkpoint(
     model: nn.Module, checkpoint: Mapping[str, Any], *, strict: bool = True
 ) -> LoadReport:
-    """Load a published GhostNet checkpoint, and say what fitted.
+    """Load a published GhostNet checkpoint, and report which entries fit.
 
-    Takes the authors' and timm's key layout, bare or wrapped: under ``state_dict`` or ``model``,
-    and with the prefixes that DataParallel, DDP and torch.compile leave. A missing
-    ``num_batches_tracked`` is no fault (old checkpoints have none).
+    Takes the key layout of the authors and timm. The entries may be under ``state_dict`` or
+    ``model``, and have the prefixes that DataParallel, DDP and torch.compile add. A missing
+    ``num_batches_tracked`` is no error (old checkpoints have none).
 
     Args:
         model: the network, such as ``ghostnet()``.
-        checkpoint: what ``torch.load(..., weights_only=True)`` gave.
-        strict: change nothing and raise unless everything fits. Otherwise what fits is loaded, and
-            the report has the rest.
+        checkpoint: the result of ``torch.load(..., weights_only=True)``.
+        strict: if an entry does not fit, raise and load nothing. False: load the entries that fit;
+            the report lists the others.
 
     Returns:
         The report.
 
     Raises:
         TypeError: the checkpoint is not a mapping of names to tensors.
-        RuntimeError: strict, and something does not fit; the message lists it. The model is as
-            before.
+        RuntimeError: strict, and an entry does not fit; the message lists all such entries. The
+            model is unchanged.
     """
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"checkpoint must be a mapping, got {type(checkpoint).__name__}")

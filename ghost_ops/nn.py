@@ -1,4 +1,4 @@
-"""Modules that are fused from the start: a Ghost module and a Ghost bottleneck."""
+"""``FusedGhostModule`` and ``FusedGhostBottleneck``: modules that are fused from the start."""
 
 from __future__ import annotations
 
@@ -12,42 +12,46 @@ from torch import nn
 from . import activations, backends
 from .activations import ActivationSpec
 from .fusion.bottleneck import FusedBottleneck
-from .fusion.fused import attach, fused_forward
+from .fusion.fused import attach, forget, fused_forward, named, state_of
 from .fusion.ghost import FusedGhost
 from .reference import GhostBottleneck, GhostModule, build_children, checked_arguments
 
 
+@named
 class FusedGhostModule(FusedGhost, GhostModule):
     """Drop-in for the reference ``GhostModule``: same numbers, in fewer passes over memory.
 
-    Formula and shapes: ``ghost_ops.reference``. Constructor, children (``primary_conv`` and
-    ``cheap_operation``, each convolution, batch norm, activation), state_dict keys, initial
-    values from a given seed and batch norm behaviour are the reference's. It is a reference module
-    that ``fuse`` was called with: its children can be changed as those of the reference can, and
-    what the fused ops cannot compute (hooks, another layer type) runs as the reference's forward,
-    with a warning that says why once. Hooks of weight norm, spectral norm and pruning are known and
-    stay fused.
+    With m = ceil(oup / ratio) intrinsic channels and g = m * (ratio - 1) ghost channels::
 
-    A PReLU (one slope, or one a channel) is fused, in training too. So are frozen batch norms (one
-    or both in eval mode), batch norms without parameters or without running statistics, and frozen
-    parameters, whose gradients are not computed.
+        y   = act(bn1(conv(x)))                  [N, m, Ho, Wo]
+        z   = cheap_act(bn2(depthwise(y)))       [N, g, Ho, Wo]
+        out = concat(y, z)[:, :oup]              [N, oup, Ho, Wo]
 
-    In eval mode without gradients the weights with batch norm folded in are kept from call to
-    call, and made anew when a parameter, buffer or setting has changed. Writing into
-    ``parameter.data`` in place is the one change that PyTorch does not record: call ``eval()``,
-    ``train()`` or ``reset_cache()`` after it. In a compiled graph the module is then one operator,
-    with the same weights and the same checks.
+    Constructor, children (``primary_conv`` and ``cheap_operation``, each convolution, batch norm,
+    activation), state_dict keys, initial values for a given seed and batch norm behaviour are those
+    of the reference. Children can be changed as in the reference. If the fused ops cannot compute
+    the changed module (hooks, another layer type), the reference's forward runs, and a warning says
+    why once. Modules with the hooks of weight norm, spectral norm and pruning stay fused.
+
+    PReLUs (one slope, or one per channel) are fused, in training too. So are frozen batch norms
+    (one or both in eval mode), batch norms without parameters or without running statistics, and
+    frozen parameters, whose gradients are not computed.
+
+    In eval mode without gradients, weights with batch norms folded in are packed once, and packed
+    again after a change of a parameter, buffer or setting. PyTorch does not record an in-place
+    write to ``parameter.data``: call ``eval()``, ``train()`` or ``reset_cache()`` after it. In a
+    compiled graph the module is one operator with the same packed weights and guards.
 
     Args:
-        inp, oup, kernel_size, ratio, dw_size, stride, relu: as ``reference.GhostModule``.
-        activation: a name of ``ghost_ops.activations`` or a module (copied), in place of relu;
-            ``"prelu"`` has a slope for every channel, as ``nn.PReLU(channels)``.
-        cheap_activation: that of the cheap branch; as the primary one if None.
+        inp, oup, kernel_size, ratio, dw_size, stride, relu: as in ``reference.GhostModule``.
+        activation: a name in ``ghost_ops.activations`` or a module (copied), in place of relu;
+            ``"prelu"`` has a slope per channel, as ``nn.PReLU(channels)``.
+        cheap_activation: of the cheap branch; None: the same as the primary one.
         device, dtype: of the parameters and buffers.
 
-    Input [N, inp, H, W] in the dtype of the weights (under autocast, any floating-point dtype);
-    float32, float64, bfloat16 or float16; NCHW or channels_last, and the output has the layout
-    of the input.
+    The input is x [N, inp, H, W] in the dtype of the weights (float32, float64, bfloat16 or
+    float16; under autocast any floating-point dtype), NCHW or channels_last. The output has the
+    layout of the input.
 
     Raises:
         TypeError, ValueError: as the reference; ValueError for an unknown activation.
@@ -78,23 +82,24 @@ class FusedGhostModule(FusedGhost, GhostModule):
         numbers = checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
         first = ("relu" if relu else "none") if activation is None else activation
         second = first if cheap_activation is None else cheap_activation
-        m = math.ceil(numbers[1] / numbers[3])
-        g = m * (numbers[3] - 1)
-        act1 = activations.make_module(first, "activation", m, device, dtype)
-        act2 = activations.make_module(second, "cheap_activation", g, device, dtype)
+        _, oup, _, ratio, _, _ = numbers
+        intrinsic, ghosts_per_map = math.ceil(oup / ratio), ratio - 1
+        ghosts = intrinsic * ghosts_per_map
+        act1 = activations.make_module(first, "activation", intrinsic, device, dtype)
+        act2 = activations.make_module(second, "cheap_activation", ghosts, device, dtype)
         build_children(self, *numbers, act1, act2, device, dtype)
         attach(self)
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> FusedGhostModule:
-        """A fused module over the very children of ``module``: shared parameters, buffers, hooks.
+        """A fused module that shares the children, parameters, buffers and hooks of ``module``.
 
         Args:
-            module: a ``reference.GhostModule``, or any module with its attributes ``oup``,
-                ``primary_conv`` and ``cheap_operation`` and its forward.
+            module: a ``reference.GhostModule``, or any module with its forward and its attributes
+                ``oup``, ``primary_conv`` and ``cheap_operation``.
 
         Raises:
-            TypeError: ``module`` lacks one of these.
+            TypeError: ``module`` lacks one of these attributes.
         """
         for name in ("oup", "primary_conv", "cheap_operation"):
             if not isinstance(module, nn.Module) or not hasattr(module, name):
@@ -105,9 +110,9 @@ class FusedGhostModule(FusedGhost, GhostModule):
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
         fused.__dict__.update(module.__dict__)
-        # Shared until one of the two has a child replaced.
+        # A copy, so that a child replaced in one of the two modules stays in the other.
         fused._modules = module._modules.copy()
-        fused.__dict__.pop("_ghost_ops", None)
+        forget(fused)
         attach(fused)
         return fused
 
@@ -115,11 +120,11 @@ class FusedGhostModule(FusedGhost, GhostModule):
         return f"oup={self.oup}, backend={self._backend_name()}"
 
     def _backend_name(self) -> str:
-        """What will run, or why nothing fused will; without warning or raising."""
-        state = self._ghost_state()
+        """The backend of the next call, or why no fused one runs; neither warns nor raises."""
+        state = state_of(self)
         if state.parts is None:
             return f"none, unfused: {state.reason}"
-        weight = next(state.parts.first.parameters(), None)  # not .weight, which may be computed
+        weight = next(state.parts.first.parameters(), None)  # .weight itself may be computed
         if weight is None:
             return "unknown: its weight is no parameter"
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -127,17 +132,23 @@ class FusedGhostModule(FusedGhost, GhostModule):
         return next((row.backend for row in rows if row.dtype == dtype), "none")
 
 
+@named
 class FusedGhostBottleneck(FusedBottleneck, GhostBottleneck):
-    """Drop-in for ``reference.GhostBottleneck`` with fused Ghost modules.
+    """Drop-in for ``reference.GhostBottleneck``: same numbers, with fused Ghost modules.
 
-    Constructor, children, state_dict keys, initial values from a given seed and numbers are the
-    reference's. Called in eval mode without gradients it runs as few operators with packed weights
-    (``fusion.bottleneck``), made anew when a parameter, buffer, child or hook has changed; an
-    in-place write to ``parameter.data`` is noticed after ``eval()``, ``train()`` or
-    ``reset_cache()`` only. [N, in_chs, H, W] -> [N, out_chs, Ho, Wo], in the layout of the input.
+    With conv_dw only for stride > 1, and gate (squeeze-and-excitation) only with se_ratio::
+
+        out = ghost2(gate(conv_dw(ghost1(x)))) + shortcut(x)
+
+    [N, in_chs, H, W] -> [N, out_chs, Ho, Wo], in the dtype and layout of the input. Constructor,
+    children, state_dict keys, initial values for a given seed and numbers are those of the
+    reference. In eval mode without gradients it runs as few operators with packed weights
+    (``fusion.bottleneck``), packed again after a change of a parameter, buffer, child or hook. An
+    in-place write to ``parameter.data`` is noticed only after ``eval()``, ``train()`` or
+    ``reset_cache()``.
 
     Args:
-        in_chs, mid_chs, out_chs, dw_kernel_size, stride, act_layer, se_ratio: as
+        in_chs, mid_chs, out_chs, dw_kernel_size, stride, act_layer, se_ratio: as in
             ``reference.GhostBottleneck``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Ghost bottlenecks: few operators in inference, the composition of their children otherwise."""
+"""Promise: a Ghost bottleneck is few operators in inference, else its children one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ghost_ops import FusedGhostBottleneck, SqueezeExcite
 from ghost_ops.fusion.bottleneck import PackedBottleneck
 from ghost_ops.reference import GhostBottleneck, GhostModule
 
-# (in, mid, out, kernel, stride, squeeze-excite ratio): every path of GhostNet's.
+# (in, mid, out, kernel, stride, squeeze-excite ratio): every kind of bottleneck in GhostNet.
 BLOCKS = [
     (8, 12, 8, 3, 1, 0.0),
     (8, 20, 8, 5, 1, 0.25),
@@ -44,7 +44,7 @@ def image(dtype: torch.dtype = torch.float64, layout: str = "nchw", seed: int = 
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that run."""
+    """Names of the operators that ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_initial_values_are_the_reference(native: str) -> None:
 
 @pytest.mark.parametrize(("block", "ops"), list(zip(BLOCKS, (2, 3, 5, 5, 6), strict=True)))
 def test_few_operators(native: str, block: tuple, ops: int) -> None:
-    """After the first call, which packs, nothing runs but one operator, with few in it."""
+    """The first call packs; later calls run one operator, a program of few instructions."""
     fused, _ = (model.eval() for model in pair(block, torch.float32))
     x = image(torch.float32)
     with torch.no_grad():
@@ -153,11 +153,22 @@ def through_data(module: nn.Module) -> None:
 
 
 CHANGES = [
-    train_a_step, load, new_gate, no_gate, new_eps, new_shortcut, through_data,
-    edit("ghost1.primary_conv.0", "weight"), edit("ghost2.cheap_operation.1", "running_var"),
-    edit("conv_dw", "weight"), edit("bn_dw", "running_mean"), edit("se.conv_reduce", "bias"),
-    edit("se.conv_expand", "weight"), edit("shortcut.0", "weight"), edit("shortcut.3", "bias"),
-]  # fmt: skip
+    train_a_step,
+    load,
+    new_gate,
+    no_gate,
+    new_eps,
+    new_shortcut,
+    through_data,
+    edit("ghost1.primary_conv.0", "weight"),
+    edit("ghost2.cheap_operation.1", "running_var"),
+    edit("conv_dw", "weight"),
+    edit("bn_dw", "running_mean"),
+    edit("se.conv_reduce", "bias"),
+    edit("se.conv_expand", "weight"),
+    edit("shortcut.0", "weight"),
+    edit("shortcut.3", "bias"),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -226,7 +237,7 @@ def test_autocast(native: str) -> None:
 
 
 class YoloBottleneck(nn.Module):
-    """As Ultralytics': ghost, depthwise or nothing, linear ghost, in one Sequential."""
+    """Ultralytics' form: ghost, depthwise or identity, linear ghost, in one Sequential."""
 
     def __init__(self, c1: int, c2: int, k: int, s: int) -> None:
         super().__init__()
@@ -247,7 +258,7 @@ class YoloBottleneck(nn.Module):
 
 
 class OtherGate(nn.Module):
-    """As timm's squeeze-and-excitation, with the gate a module."""
+    """timm's squeeze-and-excitation, whose gate function is a module."""
 
     def __init__(self, channels: int, gate: nn.Module) -> None:
         super().__init__()
@@ -314,7 +325,7 @@ def test_a_mish_gate_is_left() -> None:
 
 
 class Doubled(GhostModule):
-    """The children of a Ghost module, and another forward."""
+    """The children of a Ghost module with another forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -340,9 +351,9 @@ def test_another_forward_inside_is_run(native: str, when: str) -> None:
         torch.testing.assert_close(fused(x), plain(x))
 
 
-@pytest.mark.parametrize("part", ["ghost2", "shortcut"])  # of others PyTorch makes numbers
+@pytest.mark.parametrize("part", ["ghost2", "shortcut"])  # for other parts PyTorch computes numbers
 def test_parts_on_two_devices(native: str, part: str) -> None:
-    """As in PyTorch an error, or no number; before and after a call that was right."""
+    """An error as in PyTorch, or no number; before and after a correct call."""
     fused, _ = (model.eval() for model in pair(BLOCKS[-1], torch.float32))
     x = image(torch.float32)
     with torch.no_grad():

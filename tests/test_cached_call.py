@@ -1,4 +1,4 @@
-"""Promise: a cached call runs its operator only where all is as it was, in C as in Python."""
+"""Promise: a cached call runs its operator only if every guard holds, in C as in Python."""
 
 from __future__ import annotations
 
@@ -14,37 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from watch_cases import KINDS, made, watch_class
 
 import ghost_ops
 from ghost_ops.backends import native
 from ghost_ops.fusion import cached_call, watch
-from ghost_ops.fusion.fused import Cached, State
-
-KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
-    not native.load(), reason=f"no compiled library: {native.reason()}"))]  # fmt: skip
+from ghost_ops.fusion.state import Packed, State
 
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
-    """The class of a cached call and of the watch that belongs to it."""
-    if request.param == "python":
-        return cached_call.PythonCachedCall, watch.PythonWatch
-    return native.library().CachedCall, native.library().Watch
+    """The classes of a cached call and of its watch."""
+    python = request.param == "python"
+    calls = cached_call.CachedCall if python else native.library().CachedCall
+    return calls, watch_class(request.param)
 
 
 def no() -> bool:
     return False
 
 
-def watch_of(kind: Any, **given: Any) -> Any:
-    empty = {"dicts": (), "items": (), "absent": (), "tensors": (), "attributes": (), "own": None}
-    return kind[1](**{**empty, **given})
-
-
 def call_of(kind: Any, settings: dict | None = None, **changes: Any) -> Any:
     settings = {} if settings is None else settings
     arguments: dict[str, Any] = {
-        "watch": watch_of(kind, dicts=(settings,)),
+        "watch": made(kind[1], dicts=(settings,)),
         "guards": ((no, ()),),
         "tensor_type": Tensor,
         "dtype": torch.float32,
@@ -61,11 +54,18 @@ X = torch.ones(2, 3, 4, 5)
 
 
 def test_make_prefers_the_compiled_one() -> None:
-    expected = native.library().CachedCall if native.load() else cached_call.PythonCachedCall
-    given = {"guards": (), "tensor_type": Tensor, "dtype": X.dtype, "device": X.device,
-             "channels_last": torch.channels_last, "channels": 3,
-             "operator": no, "arguments": ()}  # fmt: skip
-    assert type(cached_call.make(watch=watch.make(), **given)) is expected
+    expected = native.library().CachedCall if native.load() else cached_call.CachedCall
+    given = {
+        "guards": (),
+        "tensor_type": Tensor,
+        "dtype": X.dtype,
+        "device": X.device,
+        "channels_last": torch.channels_last,
+        "channels": 3,
+        "operator": no,
+        "arguments": (),
+    }
+    assert type(cached_call.make_cached_call(watch=watch.make_watch(), **given)) is expected
 
 
 @pytest.mark.parametrize("x", [X, X.to(memory_format=torch.channels_last)], ids=["nchw", "nhwc"])
@@ -82,14 +82,36 @@ class Subclass(Tensor):
 @pytest.mark.parametrize(
     "x",
     [
-        X.double(), X[0], X[..., None], X[:, :2], X[:0], X[:, :, :0], X[..., ::2],
-        X.transpose(2, 3), X.to("meta"), X.as_subclass(Subclass), nn.Parameter(X), None, 3,
+        X.double(),
+        X[0],
+        X[..., None],
+        X[:, :2],
+        X[:0],
+        X[:, :, :0],
+        X[..., ::2],
+        X.transpose(2, 3),
+        X.to("meta"),
+        X.as_subclass(Subclass),
+        nn.Parameter(X),
+        None,
+        3,
     ],
     ids=[
-        "dtype", "3-D", "5-D", "channels", "no images", "no rows", "strided", "transposed",
-        "device", "subclass", "parameter", "None", "number",
+        "dtype",
+        "3-D",
+        "5-D",
+        "channels",
+        "no images",
+        "no rows",
+        "strided",
+        "transposed",
+        "device",
+        "subclass",
+        "parameter",
+        "None",
+        "number",
     ],
-)  # fmt: skip
+)
 def test_another_input_takes_the_long_way(kind: Any, x: Any) -> None:
     assert call_of(kind).run(x, {}) is None
 
@@ -98,8 +120,8 @@ OTHER_CHANNELS = [7, 8.0, None, 2**70, True]
 
 
 def call_of_own(kind: Any, own: dict, **changes: Any) -> Any:
-    """A call that watches an item of ``own``, and that there is no ``forward`` in it."""
-    watched = watch_of(kind, items=((None, "channels"),), absent=((None, "forward"),), own=own)
+    """A call with two guards on ``own``: one item, and the absence of ``forward``."""
+    watched = made(kind[1], items=((None, "channels"),), absent=((None, "forward"),), own=own)
     return call_of(kind, watch=watched, **changes)
 
 
@@ -126,7 +148,7 @@ def test_own_is_the_dictionary_of_the_call(kind: Any) -> None:
         assert call.run(X, another)[0] is X
     for another in ({}, {"channels": 7}, {"channels": 8, "forward": no}):
         assert call.run(X, another) is None
-    assert call.run(X, own)[1:] == (1, "two")  # own is no argument of the operator
+    assert call.run(X, own)[1:] == (1, "two")  # own is not passed to the operator
 
 
 @pytest.mark.parametrize("own", [None, 3, "own", [("channels", 8)]], ids=repr)
@@ -134,7 +156,7 @@ def test_own_that_is_no_dictionary(kind: Any, own: Any) -> None:
     called = []
     call = call_of_own(kind, {"channels": 8}, operator=lambda *given: called.append(given))
     assert call.run(X, own) is None
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert torch.ones(1).item() == 1  # no exception is left pending
     assert not called
 
 
@@ -177,7 +199,7 @@ def test_a_changed_attribute_takes_the_long_way(kind: Any) -> None:
         def method(self) -> None: ...
 
     layer = Layer()
-    call = call_of(kind, watch=watch_of(kind, attributes=((layer, "method"), (layer, "no"))))
+    call = call_of(kind, watch=made(kind[1], attributes=((layer, "method"), (layer, "no"))))
     assert call.run(X, {}) is not None
     layer.no = None  # type: ignore[attr-defined]
     assert call.run(X, {}) is None
@@ -201,11 +223,11 @@ def test_an_attribute_that_raises_takes_the_long_way() -> None:
             return 1
 
     layer, compiled = Layer(), (native.library().CachedCall, native.library().Watch)
-    call = call_of(compiled, watch=watch_of(compiled, attributes=((layer, "stride"),)))
+    call = call_of(compiled, watch=made(compiled[1], attributes=((layer, "stride"),)))
     assert call.run(X, {}) is not None
     layer.fails = True
     assert call.run(X, {}) is None
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert torch.ones(1).item() == 1  # no exception is left pending
 
 
 def test_every_question_is_asked_with_its_arguments(kind: Any) -> None:
@@ -232,7 +254,7 @@ def test_a_question_without_an_answer_takes_the_long_way() -> None:
         pytest.skip(native.reason())
     compiled = native.library().CachedCall, native.library().Watch
     assert call_of(compiled, guards=(({}.__getitem__, ("absent",)),)).run(X, {}) is None
-    assert torch.ones(1).item() == 1  # and no exception is left behind
+    assert torch.ones(1).item() == 1  # no exception is left pending
 
 
 @pytest.mark.parametrize(
@@ -280,7 +302,7 @@ def test_operator_that_drops_its_own_call(kind: Any) -> None:
     assert holder["call"].run(X, {}) is X
 
 
-# What a module in eval mode takes the short way for, and what it does not.
+# The cached call of a module in eval mode.
 
 
 @pytest.fixture
@@ -292,15 +314,15 @@ def module() -> Iterator[ghost_ops.FusedGhostModule]:
     yield module
 
 
-def cached_of(module: ghost_ops.FusedGhostModule) -> Cached:
+def packed_of(module: ghost_ops.FusedGhostModule) -> Packed:
     state = module.__dict__["_ghost_ops"]
     assert isinstance(state, State)
-    assert state.cached is not None
-    return state.cached
+    assert state.packed is not None
+    return state.packed
 
 
 def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
-    kept, own = cached_of(module), module.__dict__
+    kept, own = packed_of(module), module.__dict__
     with torch.no_grad():
         assert kept.run(X, own) is not None
         with torch.autocast("cpu", torch.bfloat16):
@@ -313,14 +335,14 @@ def test_modes_of_torch_are_noticed(module: ghost_ops.FusedGhostModule) -> None:
         with ghost_ops.use_backend("eager"):
             assert kept.run(X, own) is None
         assert kept.run(X, own) is not None
-    assert kept.run(X, own) is None  # gradients are recorded
+    assert kept.run(X, own) is None  # grad mode is on
 
 
 @pytest.mark.parametrize("channels", OTHER_CHANNELS)
 def test_own_attribute_of_a_module_is_watched(
     module: ghost_ops.FusedGhostModule, channels: Any
 ) -> None:
-    kept, own = cached_of(module), module.__dict__
+    kept, own = packed_of(module), module.__dict__
     with torch.no_grad():
         assert kept.run(X, own) is not None
         module.oup = channels
@@ -329,10 +351,10 @@ def test_own_attribute_of_a_module_is_watched(
         assert kept.run(X, own) is not None
 
 
-def test_dictionary_of_another_module_takes_the_long_way(
+def test_dictionary_of_another_module_is_a_miss(
     module: ghost_ops.FusedGhostModule,
 ) -> None:
-    kept = cached_of(module)
+    kept = packed_of(module)
     other = ghost_ops.FusedGhostModule(3, 8).eval()
     other.load_state_dict(module.state_dict())
     with torch.no_grad():
@@ -342,11 +364,11 @@ def test_dictionary_of_another_module_takes_the_long_way(
 
 
 def test_module_is_freed_without_the_collector() -> None:
-    """What it keeps does not tie it to itself: its memory is not to wait for the collector."""
+    """Its packed weights are part of no reference cycle with the module."""
     module = ghost_ops.FusedGhostModule(3, 8).eval()
     with torch.no_grad():
         module(X)
-        assert cached_of(module).run(X, module.__dict__) is not None
+        assert packed_of(module).run(X, module.__dict__) is not None
     gone = weakref.ref(module), weakref.ref(module.primary_conv[0].weight)
     gc.collect()
     gc.disable()
@@ -362,19 +384,19 @@ def test_module_is_freed_without_the_collector() -> None:
 def test_every_device_and_primary_is_called_again(
     kind: Any, device: str, kernel_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second call is the one that the cached call answers, or leaves to the long way."""
-    monkeypatch.setattr(cached_call, "make", kind[0])
+    """The second call is a cache hit."""
+    monkeypatch.setattr(cached_call, "make_cached_call", kind[0])
     rest = ((), (), (), (), (), None)
-    monkeypatch.setattr(watch, "make", lambda *given: kind[1](*given, *rest[len(given) :]))
+    monkeypatch.setattr(watch, "make_watch", lambda *given: kind[1](*given, *rest[len(given) :]))
     torch.manual_seed(0)
     module = ghost_ops.FusedGhostModule(3, 8, kernel_size, device=device).eval()
     with torch.no_grad():
         first, again = (module(X.to(device)) for _ in range(2))
-        cached = cached_of(module)
+        cached = packed_of(module)
         assert type(cached.run.__self__) is kind[0]  # type: ignore[attr-defined]
         assert type(cached.watch) is kind[1]
         answer = cached.run(X.to(device), module.__dict__)
-        assert cached_of(module) is cached
+        assert packed_of(module) is cached
         assert answer is not None
     assert first.shape == again.shape == answer.shape == (2, 8, 4, 5)
     if device == "cpu":

@@ -1,5 +1,5 @@
-"""What a module is made of can change at any time: values, layers, weights computed from others,
-hooks.  The fused module computes what its children say, at every call."""
+"""Promise: a fused module follows every change of its children (values, layers, computed weights,
+hooks) at the next call."""
 
 from __future__ import annotations
 
@@ -50,24 +50,29 @@ def train_one_step(module: nn.Module) -> None:
 
 
 def train_a_twin(module: nn.Module) -> None:
-    """Another module over the same children, whose cache is another one."""
+    """Another module with the same children and its own packed weights."""
     twin = FusedGhostModule.from_reference(module).train()
     twin(make_input(CASE, 11) * 3)
     twin.eval()
 
 
 def train_through_the_function(module: nn.Module) -> None:
-    """Which updates the statistics but not the count of batches."""
+    """A batch norm that updates its statistics and not the count of batches."""
     p = Params.of(module)
     ghost_ops.ghost_module(
-        make_input(CASE, 11) * 3, p.w1, p.w2, training=True,
-        primary_running_mean=p.bn1.mean, primary_running_var=p.bn1.var,
-        cheap_running_mean=p.bn2.mean, cheap_running_var=p.bn2.var,
-    )  # fmt: skip
+        make_input(CASE, 11) * 3,
+        p.w1,
+        p.w2,
+        training=True,
+        primary_running_mean=p.bn1.mean,
+        primary_running_var=p.bn1.var,
+        cheap_running_mean=p.bn2.mean,
+        cheap_running_var=p.bn2.var,
+    )
 
 
 def train_the_norms_alone(module: nn.Module) -> None:
-    """Batch norms set to training one by one, as some recipes do: batch statistics from now on."""
+    """Some recipes set single batch norms to training: these use batch statistics from then on."""
     module.primary_conv[1].train()
     module.cheap_operation[1].train()
 
@@ -127,24 +132,46 @@ def reset_statistics(module: nn.Module) -> None:
 
 
 CHANGES = [
-    sgd_step, foreach_adam_step, load_other_state, assign_other_state, train_one_step,
-    train_a_twin, train_through_the_function, train_the_norms_alone, forget_the_running_statistics,
-    train_one_step_unfused, edit_through_data, new_parameter, new_eps, new_activation,
-    new_batch_norm, other_convolution, replaced_branch, reset_statistics,
-    edit("primary_conv.0", "weight"), edit("primary_conv.1", "weight"),
-    edit("primary_conv.1", "bias"), edit("primary_conv.1", "running_mean"),
-    edit("primary_conv.1", "running_var"), edit("cheap_operation.0", "weight"),
-    edit("cheap_operation.1", "weight"), edit("cheap_operation.1", "bias"),
-    edit("cheap_operation.1", "running_mean"), edit("cheap_operation.1", "running_var"),
-]  # fmt: skip
+    sgd_step,
+    foreach_adam_step,
+    load_other_state,
+    assign_other_state,
+    train_one_step,
+    train_a_twin,
+    train_through_the_function,
+    train_the_norms_alone,
+    forget_the_running_statistics,
+    train_one_step_unfused,
+    edit_through_data,
+    new_parameter,
+    new_eps,
+    new_activation,
+    new_batch_norm,
+    other_convolution,
+    replaced_branch,
+    reset_statistics,
+    edit("primary_conv.0", "weight"),
+    edit("primary_conv.1", "weight"),
+    edit("primary_conv.1", "bias"),
+    edit("primary_conv.1", "running_mean"),
+    edit("primary_conv.1", "running_var"),
+    edit("cheap_operation.0", "weight"),
+    edit("cheap_operation.1", "weight"),
+    edit("cheap_operation.1", "bias"),
+    edit("cheap_operation.1", "running_mean"),
+    edit("cheap_operation.1", "running_var"),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "grad"])
 def test_changes_are_noticed(backend: str, mode: str, change: Callable[[nn.Module], None]) -> None:
     module, x = make_module(CASE).eval(), make_input(CASE)
-    guard = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
-             "grad": torch.enable_grad}[mode]  # fmt: skip
+    guard = {
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "grad": torch.enable_grad,
+    }[mode]
     with guard():
         before = module(x)
         module(x)
@@ -170,7 +197,7 @@ def test_two_modules_share_weights_but_not_statistics(backend: str) -> None:
 
 
 def test_weight_norm(backend: str) -> None:
-    # In float64, because behind a batch norm the gradient of a weight's length cancels to nothing.
+    # In float64: behind a batch norm the gradient of a weight's length cancels to zero.
     case = CASE.replace(dtype=torch.float64)
     module, x = make_module(case), make_input(case)
     torch.nn.utils.parametrizations.weight_norm(module.primary_conv[0])
@@ -234,7 +261,7 @@ CHILDREN = [*BRANCHES, *(f"{branch}.{i}" for branch in BRANCHES for i in range(3
 @pytest.mark.parametrize("kind", ["forward", "pre", "full backward"])
 def test_hooks_of_children_fire(backend: str, kind: str, child: str, training: bool) -> None:
     module, x = make_module(CASE).train(training), make_input(CASE).requires_grad_()
-    module(x).sum().backward()  # as it is called before, whatever is remembered of it
+    module(x).sum().backward()  # a call that caches whatever it can
     with torch.no_grad():
         module(x)
     other = copy.deepcopy(module)
@@ -244,8 +271,11 @@ def test_hooks_of_children_fire(backend: str, kind: str, child: str, training: b
     def hook(*args: object) -> None:
         calls.append(args)
 
-    register = {"forward": sub.register_forward_hook, "pre": sub.register_forward_pre_hook,
-                "full backward": sub.register_full_backward_hook}[kind]  # fmt: skip
+    register = {
+        "forward": sub.register_forward_hook,
+        "pre": sub.register_forward_pre_hook,
+        "full backward": sub.register_full_backward_hook,
+    }[kind]
     handle = register(hook)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -286,7 +316,7 @@ def test_hooks_of_the_module_itself(backend: str) -> None:
     seen = []
     module.register_forward_hook(lambda _m, _i, out: seen.append(out))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no fallback for these
+        warnings.simplefilter("error")  # a fallback would warn
         out = module(x)
     assert len(seen) == 1
     assert seen[0] is out
@@ -317,7 +347,7 @@ class Doubled(nn.Conv2d):
 
 
 class Standardized(nn.Conv2d):
-    """Weight standardisation, in the method that such layers override."""
+    """Weight standardisation in an overridden ``_conv_forward``."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight = weight - weight.mean((1, 2, 3), keepdim=True)
@@ -376,19 +406,30 @@ def rectangular(module: nn.Module) -> None:
 
 
 def frozen_batch_norm(module: nn.Module) -> None:
-    """As torchvision's detection models do."""
+    """torchvision's detection models do this."""
     module.primary_conv[1] = nn.Sequential(module.primary_conv[1])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "change",
-    [unknown_activation, standardized_convolution, subclassed_convolution, instance_norm,
-     convolution_with_bias,
-     cheap_convolution_with_bias, reflecting_padding, dilated, other_padding,
-     full_cheap_convolution, four_children, rectangular, frozen_batch_norm],
+    [
+        unknown_activation,
+        standardized_convolution,
+        subclassed_convolution,
+        instance_norm,
+        convolution_with_bias,
+        cheap_convolution_with_bias,
+        reflecting_padding,
+        dilated,
+        other_padding,
+        full_cheap_convolution,
+        four_children,
+        rectangular,
+        frozen_batch_norm,
+    ],
     ids=lambda f: f.__name__,
-)  # fmt: skip
+)
 def test_unusual_children_compute_what_they_say(
     backend: str, change: Callable[[nn.Module], None], training: bool
 ) -> None:

@@ -25,7 +25,7 @@ from cuda_statistics_cases import check_empty
 from helpers import DTYPES, Case, check_update_running, same_bits
 from torch import Tensor
 
-from ghost_ops.ops.ghost import NEEDS
+from ghost_ops.conventions import NEEDS
 
 
 @pytest.fixture(scope="module")

@@ -462,7 +462,7 @@ def compare_evaluation(split: nn.Module, whole: nn.Module, x: Tensor) -> None:
             for net in (split, whole):
                 next(net.parameters()).mul_(1.5)
     state: Any = split._ghost_state()
-    assert state.cached is not None
+    assert state.packed is not None
 
 
 @pytest.mark.parametrize("form", FUSED)

@@ -1,5 +1,5 @@
-"""Modules of convolutions, Ghost modules, sums, concatenations and pooling as one operator: what
-``fuse`` makes of them up to whole networks, and that every change of them takes effect."""
+"""Promise: modules of convolutions, Ghost modules, sums, concatenations and pooling, up to whole
+networks, run as one operator with the same numbers, and every change of them takes effect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROGRAM = "ghost_ops::run_program"
 
 @pytest.fixture
 def convs(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the operators that ran, the kernel being there, or what runs in its place."""
+    """Names of the operators that ran; without the kernel its formula runs in its place."""
     names: list[str] = []
     operator = model_ops.native_ghost_conv_apply
 
@@ -45,7 +45,7 @@ def convs(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 class Basic(nn.Module):
-    """As Ghost-ResNet's: norms and activations outside of Ghost modules of two convolutions."""
+    """A block of Ghost-ResNet: norm and activation outside of Ghost modules of two convolutions."""
 
     def __init__(
         self, inp: int, oup: int, stride: int = 1, shortcut: str = "x", norms: bool = True
@@ -71,7 +71,7 @@ class Basic(nn.Module):
 
 
 class Raw(nn.Module):
-    """A Ghost module of a 3x3 and a 3x3 depthwise convolution, and nothing else."""
+    """A Ghost module of a 3x3 and a 3x3 depthwise convolution, without norm and activation."""
 
     def __init__(self, inp: int, oup: int, stride: int = 1) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Tailed(nn.Module):
 
 
 class FrozenNorm(nn.Module):
-    """As timm's, whose batch norm has its activation in it and calls a function."""
+    """timm's batch norm with activation, which calls F.batch_norm."""
 
     class Norm(nn.BatchNorm2d):
         def __init__(self, size: int) -> None:
@@ -111,9 +111,15 @@ class FrozenNorm(nn.Module):
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
-                0.1, self.eps,
-            )  # fmt: skip
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                0.1,
+                self.eps,
+            )
             return self.act(x)
 
     def __init__(self) -> None:
@@ -125,9 +131,9 @@ class FrozenNorm(nn.Module):
 
 
 def with_ghost(*modules: nn.Module) -> nn.Module:
-    """A model with a Ghost module: without any, convolutions are left alone.
+    """A model with a Ghost module; without one ``fuse`` leaves convolutions unfused.
 
-    For its last layer there is no kernel, so that the model as a whole stays as it is.
+    There is no kernel for its last layer, so the model as a whole is not fused.
     """
     return nn.Sequential(Sliced(6, 6), *modules, nn.Softsign())
 
@@ -135,21 +141,25 @@ def with_ghost(*modules: nn.Module) -> nn.Module:
 SILU = nn.SiLU()
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "residual": (lambda: with_ghost(Basic(6, 6)), "one operator: 2 ghost, 1 sum"),
-    "residual, odd": (lambda: with_ghost(Basic(6, 9, 2, "conv")),
-                      "one operator: 2 ghost, 1 conv, 1 sum"),
-    "residual, ghost": (lambda: with_ghost(Basic(6, 8, 2, "ghost")),
-                        "one operator: 3 ghost, 1 sum"),
+    "residual, odd": (
+        lambda: with_ghost(Basic(6, 9, 2, "conv")),
+        "one operator: 2 ghost, 1 conv, 1 sum",
+    ),
+    "residual, ghost": (
+        lambda: with_ghost(Basic(6, 8, 2, "ghost")),
+        "one operator: 3 ghost, 1 sum",
+    ),
     "residual, norms inside": (lambda: with_ghost(Inside()), "one operator: 2 ghost, 1 sum"),
     "conv": (lambda: with_ghost(Conv(6, 8, 3, 2, 1, SILU)), "conv 6 -> 8, 3x3 stride 2"),
     "conv, 1x1": (lambda: with_ghost(Conv(6, 7, 1, 1, 1, nn.ReLU())), "conv 6 -> 7, 1x1"),
     "conv, 5x5": (lambda: with_ghost(Conv(6, 7, 5, 1, 1, nn.Identity())), "conv 6 -> 7, 5x5"),
     "depthwise": (lambda: with_ghost(Conv(6, 6, 5, 2, 6, SILU)), "depthwise 6, 5x5 stride 2"),
     "timm's norm": (lambda: with_ghost(FrozenNorm()), "conv 6 -> 8, 3x3 stride 2"),
-}  # fmt: skip
+}
 
 
 class Inside(nn.Module):
-    """Norms and activations inside of the Ghost modules; the second one is linear."""
+    """Norm and activation inside of the Ghost modules; the second module is linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +248,7 @@ def change_stride(module: nn.Module) -> None:
 
 
 def change_weight(module: nn.Module) -> None:
-    """Of another size than the module says: a convolution takes it as it is."""
+    """A weight of another size than the module's attributes say, which a convolution accepts."""
     conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
     o, i, _, _ = conv.weight.shape
     conv.weight = nn.Parameter(torch.ones(o, i, 4, 4, dtype=conv.weight.dtype))
@@ -252,9 +262,14 @@ def replace_activation(module: nn.Module) -> None:
 
 
 CHANGES = (
-    scale, change_eps, change_norms, change_running, change_stride, change_weight,
+    scale,
+    change_eps,
+    change_norms,
+    change_running,
+    change_stride,
+    change_weight,
     replace_activation,
-)  # fmt: skip
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs its own forward")
@@ -353,7 +368,7 @@ def test_eager_backend_and_autocast_run_the_own_forward(convs: list[str]) -> Non
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name.startswith("residual")])
 def test_training_under_autocast(convs: list[str], name: str) -> None:
-    """A sum in place keeps the dtype of what it changes."""
+    """An in-place sum keeps the dtype of its first term."""
     fused, plain = (model.train()[1] for model in pair(name, torch.float32))
     x = torch.randn(2, 6, 9, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -434,7 +449,7 @@ def test_example_is_timed(convs: list[str]) -> None:
 
 
 class Forward(nn.Module):
-    """A Ghost module, two convolutions, a head, and a forward that is given."""
+    """A Ghost module, two convolutions and a head, with the given forward."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -504,7 +519,7 @@ FORWARDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "flattened": (shared_vector, "1 mean"),
     "means": (lambda m, x: m.down(m.ghost(x)).mean((2, 3)), "1 ghost, 1 conv, 1 mean"),
     "down": (lambda m, x: F.relu(m.down(x) + m.down(m.ghost(x))), "1 sum"),
-}  # fmt: skip
+}
 
 
 def forwards(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
@@ -583,7 +598,7 @@ def test_what_is_no_program_runs_itself(convs: list[str], forward: Callable) -> 
 
 
 def test_shapes_that_may_differ_are_not_joined(convs: list[str]) -> None:
-    """Sums broadcast in PyTorch where sizes are 1; a program of them would not."""
+    """PyTorch broadcasts sums over sizes of 1; a program does not."""
     forward = lambda m, x: m.unpadded(m.ghost(x)) + m.a(m.ghost(x))  # noqa: E731
     plain = randomize(Forward(forward)).double().eval()
     fused = copy.deepcopy(plain)
@@ -608,11 +623,11 @@ def test_a_module_inside_is_packed_anew_with_all_of_it(convs: list[str]) -> None
 
 
 class NormTwice(Tailed):
-    """What the norm gives goes to two places, for each of which it would be computed."""
+    """The norm's result has two uses; fused, the norm would run once for each of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cheap.bias = None  # which training's operator does not have
+        self.cheap.bias = None  # ``ghost_tail`` takes no bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.primary(x)

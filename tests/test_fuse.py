@@ -1,4 +1,4 @@
-"""``fuse`` makes modules that people already have fused: same outputs, gradients, state, hooks."""
+"""Promise: ``fuse`` keeps outputs, gradients, state and hooks of an existing model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ghost_ops import FusedGhostModule, reference
 
 
 def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """A model with one module of the form, fused, and the same model as it was."""
+    """A fused model with one module of the form, and the same model unfused."""
     plain = nn.Sequential(nn.Identity(), randomize(FORMS[name]()).to(dtype))
     fused = copy.deepcopy(plain)
     report = ghost_ops.fuse(fused)
@@ -39,7 +39,7 @@ def test_training(backend: str, name: str, layout: str) -> None:
     for model in pair(name):
         x = image(layout).requires_grad_()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # nothing runs unfused
+            warnings.simplefilter("error")  # a fallback would warn
             out = model(x)
         out.square().sum().backward()
         grads = [p.grad for p in model.parameters()]
@@ -64,9 +64,9 @@ def test_evaluation(backend: str, name: str, mode: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
         return
     with torch.no_grad() if mode == "no_grad" else torch.inference_mode():
-        for _ in range(2):  # packing, then from packed weights
+        for _ in range(2):  # the first call packs, the second is a cache hit
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-9, atol=1e-10)
-        # A change of any parameter, in place or not, is noticed.
+        # Every changed parameter is noticed, in place or not.
     for index in range(len(list(plain.parameters()))):
         for model in (fused, plain):
             p = list(model.parameters())[index]
@@ -192,7 +192,7 @@ def test_one_line_for_a_user() -> None:
 
 
 def test_ultralytics_own_fuse_afterwards(backend: str) -> None:
-    """Which deletes batch norms and replaces the forward of the branches."""
+    """Its own ``fuse()`` deletes batch norms and replaces the forward of the branches."""
     fused, plain = (model.eval() for model in pair("Ultralytics"))
     x = image()
     with torch.no_grad(), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What ``fuse`` leaves alone: look-alikes, each with the invariant that does not hold named."""
+"""Promise: ``fuse`` leaves look-alikes unchanged, and names the invariant that does not hold."""
 
 from __future__ import annotations
 
@@ -71,13 +71,14 @@ LOOK_ALIKES = {
     "GroupNorm": (lambda: branch(1, nn.GroupNorm(2, 4)), "GroupNorm"),
     "InstanceNorm": (lambda: branch(1, nn.InstanceNorm2d(4)), "InstanceNorm2d"),
     "second activation": (
-        lambda: branch(2, nn.Sequential(nn.ReLU(), nn.SiLU())), "it has an activation",
+        lambda: branch(2, nn.Sequential(nn.ReLU(), nn.SiLU())),
+        "it has an activation",
     ),
     "ghosts first": (lambda: other_forward(swapped), "its second branch does not come from"),
     "something added": (lambda: other_forward(added), "ends with add"),
     "something between": (lambda: other_forward(from_x), "does not come from its first"),
     "two inputs": (lambda: other_forward(two_inputs), "missing 1 required positional argument"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)
@@ -107,7 +108,7 @@ def test_hooks_inside() -> None:
 
 
 class Unmerged(Sliced):
-    """As GhostNetV3 before its reparameterisation: a branch is a sum of convolutions."""
+    """GhostNetV3 before its reparameterisation: a branch is a sum of convolutions."""
 
     def __init__(self) -> None:
         super().__init__(6, 8)
@@ -123,7 +124,7 @@ def test_branches_still_to_be_reparameterised() -> None:
 
 
 class Separable(nn.Module):
-    """A depthwise separable convolution: two such convolutions in a row, but no concatenation."""
+    """A depthwise separable convolution: the same two convolutions without the concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,10 +136,15 @@ class Separable(nn.Module):
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Sequential(), nn.Linear(2, 3), nn.Conv2d(3, 4, 1), Separable(),
-     nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8))],
+    [
+        nn.Sequential(),
+        nn.Linear(2, 3),
+        nn.Conv2d(3, 4, 1),
+        Separable(),
+        nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8)),
+    ],
     ids=["empty", "linear", "convolution", "separable", "sequential"],
-)  # fmt: skip
+)
 def test_no_ghost_modules(model: nn.Module) -> None:
     kinds = [type(m) for m in model.modules()]
     for report in (ghost_ops.fuse(model), ghost_ops.unfuse(model)):

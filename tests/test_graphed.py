@@ -1,177 +1,35 @@
-"""Promise: ``graphed`` gives the model's numbers, whatever happens to the model in between.
-
-Here a stand-in takes the place of ``torch.cuda``: its graphs replay a copy of the model as it was
-at capture, so that a change that goes unnoticed gives a wrong number. Real CUDA graphs are in
-``test_cuda_graphed``.
-"""
+"""Promise: ``graphed`` gives the model's numbers, also after any change of the model."""
 
 from __future__ import annotations
 
 import collections
 import copy
-import importlib
-import pickle
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from ghost_forms import Sliced, randomize
-from helpers import LAYOUTS, with_layout
+from ghost_forms import randomize
+from graphed_cases import (  # noqa: F401
+    MODELS,
+    MODULE,
+    CpuDevice,
+    Net,
+    Outputs,
+    captured,
+    check,
+    device,
+    image,
+    make,
+    no_grad,
+)
+from helpers import LAYOUTS
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import ghost_ops
-from ghost_ops import FusedGhostBottleneck
-from ghost_ops.reference import GhostBottleneck
-
-MODULE = importlib.import_module("ghost_ops.fusion.graphed")
-
-
-class FrozenGraph:
-    """Replays a copy of the model that shares nothing with it. Outputs are NaN until then."""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.out = tree_map(
-            lambda t: t * float("nan") if isinstance(t, Tensor) else t, model(x)
-        )  # kernels do not run in a capture
-        self.frozen, self.x = copy.deepcopy(model), x
-
-    def pool(self) -> int:
-        return id(self)
-
-    def replay(self) -> None:
-        for static, new in zip(
-            tree_leaves(self.out), tree_leaves(self.frozen(self.x)), strict=True
-        ):
-            if isinstance(static, Tensor):
-                with torch.inference_mode():
-                    static.copy_(new)
-
-
-class CpuDevice(MODULE._Device):
-    """Stands for a CUDA device, on the CPU."""
-
-    type = "cpu"
-    all: list[CpuDevice] = []  # noqa: RUF012
-
-    def __init__(self, device: torch.device) -> None:
-        self.captured: list[tuple[int, ...]] = []
-        self.pools: list[Any] = []
-        self.graphs: weakref.WeakSet[FrozenGraph] = weakref.WeakSet()
-        self.alive: list[int] = []  # graphs at each capture
-        self.busy, self.waits = 0, 0
-        self.all.append(self)
-
-    @staticmethod
-    def is_capturing() -> bool:
-        return False
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        yield
-
-    def capture(self, model: nn.Module, x: Tensor, pool_of: Any) -> tuple[Any, Any]:
-        self.captured.append(tuple(x.shape))
-        self.pools.append(pool_of)
-        self.alive.append(len(self.graphs))
-        graph = FrozenGraph(model, x)
-        self.graphs.add(graph)
-        return graph, graph.out
-
-    @contextmanager
-    def in_order(self) -> Iterator[None]:
-        self.busy += 1
-        assert self.busy == 1, "two replays at a time"
-        yield
-        self.busy -= 1
-
-    def finish(self) -> None:
-        self.waits += 1
-
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr("ghost_ops.announce._said", set())
-    CpuDevice.all.clear()
-    monkeypatch.setattr(MODULE, "_Device", CpuDevice)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* runs without a CUDA graph")
-        yield CpuDevice
-    CpuDevice.all.clear()
-
-
-def captured() -> list[tuple[int, ...]]:
-    return CpuDevice.all[-1].captured
-
-
-class Net(nn.Module):
-    """Layers of PyTorch, a setting and a table in plain attributes, any output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.drop, self.act = nn.Dropout(0.5), nn.LeakyReLU(0.1)
-        self.scale, self.table = 2.0, torch.ones(6, 1, 1)
-        self.register_buffer("offset", torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.bn(self.conv(x))))
-        return x * self.scale * self.table.to(x) + self.offset
-
-
-def bottleneck() -> nn.Module:
-    return FusedGhostBottleneck(8, 20, 12, 5, 2, se_ratio=0.25)
-
-
-def converted() -> nn.Module:
-    """Modules that ``fuse`` has changed the class of: a Ghost module and a bottleneck."""
-    block = type("Block", (GhostBottleneck,), {})(8, 20, 8)
-    block.ghost1 = Sliced(8, 20)
-    block.ghost2 = Sliced(20, 8, act1=nn.Identity(), act2=nn.Identity())
-    # A class of its own, whose forward a test replaces; a Sequential's is also inside the modules.
-    kind = type("Model", (nn.Sequential,), {})
-    model = kind(Sliced(8, 8), randomize(block), nn.Flatten(1))
-    report = ghost_ops.fuse(model, inference=True)
-    assert len(report.swapped) == 4, report
-    return model
-
-
-def ghost() -> nn.Module:
-    model = Sliced(8, 8)
-    ghost_ops.fuse(model)
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "net": Net, "bottleneck": bottleneck, "converted": converted, "ghost": ghost,
-}  # fmt: skip
-
-
-def make(name: str = "net") -> nn.Module:
-    return randomize(MODELS[name]()).double().eval()
-
-
-def image(n: int = 2, size: int = 9, seed: int = 1, layout: str = "nchw") -> Tensor:
-    gen = torch.Generator().manual_seed(seed)
-    return with_layout(
-        torch.randn(n, 8, size, size + 1, generator=gen, dtype=torch.float64), layout
-    )
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def check(fast: Any, x: Tensor) -> None:
-    torch.testing.assert_close(fast(x), fast.module(x), rtol=1e-12, atol=1e-12)
-
 
 # --- numbers ------------------------------------------------------------------------------------
 
@@ -186,10 +44,10 @@ def test_same_numbers_without_the_model(name: str, layout: str) -> None:
     type(model).forward = lambda *args: calls.append(1) or forward(*args)
     try:
         results = [(fast(image(seed=i, layout=layout)), i) for i in range(3)]
-        assert calls == [1] * 3  # by the stand-in
+        assert calls == [1] * 3  # the stand-in runs the copies
     finally:
         type(model).forward = forward
-    for got, i in results:  # a later call has not overwritten them
+    for got, i in results:  # later calls do not overwrite outputs
         want = model(image(seed=i, layout=layout))
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         assert got.stride() == want.stride()
@@ -230,15 +88,6 @@ def test_grad_modes(at_capture: Any, mode: Any) -> None:
     assert len(captured()) == 1
 
 
-class Outputs(nn.Module):
-    def __init__(self, make_output: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.make_output = make_output
-
-    def forward(self, x: Tensor) -> Any:
-        return self.make_output(x)
-
-
 Pair = collections.namedtuple("Pair", "first second")
 
 
@@ -266,7 +115,7 @@ def test_least_recently_used_is_dropped() -> None:
     for n in (2, 1, 3, 1, 2):
         check(fast, image(n))
     assert [shape[0] for shape in captured()] == [1, 2, 3, 2]
-    assert CpuDevice.all[-1].waits == 2  # before memory is freed
+    assert CpuDevice.all[-1].waits == 2  # one before each time that memory is freed
 
 
 # --- changes ------------------------------------------------------------------------------------
@@ -309,11 +158,16 @@ def half_and_back(model: nn.Module) -> None:
 GENERAL = [data_then_eval, load, new_parameter, in_place, running_mean, trained, half_and_back]
 
 
-@pytest.mark.parametrize(("name", "change"), [
-    # A graph reads the parameters of PyTorch's layers where they are; the stand-in has copies.
-    (name, change) for name in MODELS for change in GENERAL
-    if (name, change) != ("net", data_then_eval)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        # A real graph reads the parameters of PyTorch's layers; the stand-in has copies of them.
+        (name, change)
+        for name in MODELS
+        for change in GENERAL
+        if (name, change) != ("net", data_then_eval)
+    ],
+)
 def test_changes(name: str, change: Callable[[nn.Module], None]) -> None:
     fast, x = ghost_ops.graphed(make(name), image()), image(seed=2)
     check(fast, x)
@@ -323,7 +177,7 @@ def test_changes(name: str, change: Callable[[nn.Module], None]) -> None:
     check(fast, image(seed=3))
     assert (fast(x) - before).abs().max() > 1e-6
     assert len(captured()) == 2
-    assert CpuDevice.all[-1].alive == [0, 0]  # the old graph is freed before the new one is made
+    assert CpuDevice.all[-1].alive == [0, 0]  # the old graph is freed before the new capture
 
 
 def set_scale(net: nn.Module) -> None:
@@ -364,9 +218,18 @@ def add_child(net: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [set_scale, set_table, set_stride, set_slope, set_buffer, set_child, set_forward,
-     set_forward_inside, add_child],
-)  # fmt: skip
+    [
+        set_scale,
+        set_table,
+        set_stride,
+        set_slope,
+        set_buffer,
+        set_child,
+        set_forward,
+        set_forward_inside,
+        add_child,
+    ],
+)
 def test_changed_attributes(change: Callable[[nn.Module], None]) -> None:
     fast, x = ghost_ops.graphed(make(), image()), image(seed=2)
     before = fast(x)
@@ -386,11 +249,11 @@ def test_requested_backend() -> None:
 
 
 def test_dropped_packed_weights_outlive_their_graph(native: str) -> None:
-    """``eval()`` drops packed weights, which only the graph then reads."""
+    """After ``eval()`` drops the packed weights, only the graph refers to them."""
     model = make("bottleneck")
     fast = ghost_ops.graphed(model, image())
     (graph,) = fast._graphs.values()
-    packed = model._ghost_ops.cached.arguments[0]
+    packed = model._ghost_ops.packed.arguments[0]
     # Two Ghost modules, a depthwise convolution, a gate; the shortcut's two convolutions.
     assert len(packed) == 2 + 3 + 4 + (3 + 1)
     for tensor in packed:
@@ -398,7 +261,7 @@ def test_dropped_packed_weights_outlive_their_graph(native: str) -> None:
 
 
 def test_a_table_in_a_list_outlives_the_call() -> None:
-    """A list is not watched: each graph keeps the table that it was captured with."""
+    """Lists are not watched: each graph keeps the table of its capture."""
 
     class Grid(nn.Module):
         def __init__(self) -> None:
@@ -463,7 +326,7 @@ def test_a_forward_that_counts_runs_the_model() -> None:
 
 
 def test_training_between_calls_is_captured_again() -> None:
-    """An epoch, some calls, an epoch: that is no change from call to call."""
+    """Training epochs with several calls between them do not count as a change at every call."""
     fast = ghost_ops.graphed(make("bottleneck"), image())
     for _ in range(5):
         trained(fast.module)
@@ -472,146 +335,7 @@ def test_training_between_calls_is_captured_again() -> None:
     assert len(captured()) == 6
 
 
-# --- the model itself ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("name", ["net", "bottleneck"])
-def test_hooks_run(name: str, inside: bool) -> None:
-    fast, x, calls = ghost_ops.graphed(make(name), image()), image(), []
-    target = next(fast.module.children()) if inside else fast.module
-    handle = target.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.warns(UserWarning, match="has hooks"):
-        check(fast, x)
-    check(fast, x)
-    assert len(calls) == 4 and len(captured()) == 1
-    handle.remove()
-    check(fast, x)
-    check(fast, x)
-    assert len(captured()) == 2
-
-
-def test_global_hooks_run() -> None:
-    fast, calls = ghost_ops.graphed(make(), image()), []
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
-    try:
-        with pytest.warns(UserWarning, match="hooks on all modules"):
-            fast(image())
-    finally:
-        handle.remove()
-    assert calls
-
-
-def test_training_mode() -> None:
-    model = make()
-    model.drop.train()
-    with pytest.raises(ValueError, match=r"'drop' of model is in training mode.*eval\(\)"):
-        ghost_ops.graphed(model, image())
-    with pytest.raises(ValueError, match=r"^model is in training mode"):
-        ghost_ops.graphed(model.train(), image())
-    fast = ghost_ops.graphed(model.eval(), image())
-    model.drop.train()
-    with pytest.warns(UserWarning, match="a Dropout inside it is in training mode"):
-        first = fast(image())
-    assert not torch.equal(first, fast(image()))
-    model.eval()
-    check(fast, image())
-
-
-def test_capture_that_fails() -> None:
-    class Synchronising(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            if isinstance(torch.utils._python_dispatch._get_current_dispatch_mode(), MODULE._Reads):
-                raise RuntimeError("operation not permitted when stream is capturing\nmore")
-            return super().forward(x)
-
-    model = randomize(Synchronising()).double().eval()
-    with pytest.warns(UserWarning, match="Synchronising runs without .* capturing. .Said once"):
-        fast = ghost_ops.graphed(model, image())
-    for _ in range(3):
-        check(fast, image())
-        check(fast, image(1))
-    assert len(captured()) == 2
-
-
-@pytest.mark.parametrize(
-    ("output", "reason"),
-    [
-        (lambda x: (x + 1, object()), "its output has a object"),
-        (lambda x: x.to("meta"), "its output has a tensor on meta"),
-        (lambda x: x.add_(1), "its forward writes its input"),
-    ],
-)
-def test_outputs_that_no_graph_has(output: Callable[[Tensor], Any], reason: str) -> None:
-    with pytest.warns(UserWarning, match=reason):
-        fast = ghost_ops.graphed(Outputs(output).eval(), image())
-    x = image()
-    assert type(fast(x)) is type(output(image()))
-    assert reason != "its forward writes its input" or torch.equal(x, image() + 1)
-
-
-@pytest.mark.parametrize("change", [nn.Conv2d(8, 6, 1), "spectral", "subclass", "script"])
-def test_parameters_that_cannot_be_watched(change: Any) -> None:
-    model = make()
-    if change == "spectral":
-        torch.nn.utils.parametrizations.spectral_norm(model.conv).eval()
-    elif change == "subclass":
-        model.conv.weight = nn.Parameter(torch.Tensor._make_subclass(Odd, model.conv.weight.data))
-    elif change == "script":
-        model.act = torch.jit.script(model.act)
-    else:
-        with torch.inference_mode():
-            model.conv.weight = nn.Parameter(model.conv.weight * 1)
-    with pytest.warns(UserWarning, match="change unnoticed|TorchScript"):
-        fast = ghost_ops.graphed(model, image())
-    check(fast, image())
-    assert not captured()
-
-
-class Odd(Tensor):
-    pass
-
-
-def test_inputs_that_no_graph_takes() -> None:
-    fast = ghost_ops.graphed(make(), image())
-    assert fast(image(0)).shape == (0, 6, 9, 10)
-    assert type(fast(image().as_subclass(Odd))) is Odd
-    torch.testing.assert_close(
-        torch.func.vmap(fast)(image()[None]), fast.module(image())[None], rtol=1e-12, atol=1e-12
-    )
-    torch.func.jvp(fast, (image(),), (image(),))
-    torch.func.grad(lambda x: fast(x).sum())(image())
-    fast.module.requires_grad_(False)
-    traced = torch.jit.trace(lambda x: fast(x), image(), check_trace=False)
-    torch.testing.assert_close(traced(image(seed=2)), fast.module(image(seed=2)))
-    assert len(captured()) == 1
-    for x in (image().float(), image()[:, :5], image().to("meta"), None):
-        with pytest.raises(Exception) as own:
-            fast.module(x)
-        with pytest.raises(own.type) as raised:
-            fast(x)
-        assert str(raised.value) == str(own.value)
-    assert len(captured()) == 1
-    check(fast, image())
-
-
-def test_inside_compile() -> None:
-    fast = ghost_ops.graphed(make(), image())
-    compiled = torch.compile(lambda x: fast(x) + 1, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(image(1)), fast.module(image(1)) + 1)
-    assert len(captured()) == 1
-
-
-def test_autograd_is_refused() -> None:
-    fast = ghost_ops.graphed(make(), image())
-    with torch.enable_grad():
-        with pytest.raises(RuntimeError, match=r"torch.no_grad\(\) or torch.inference_mode\(\)"):
-            fast(image())
-        fast.module.requires_grad_(False)
-        check(fast, image())
-        with pytest.raises(RuntimeError, match="computes no gradients"):
-            fast(image().requires_grad_())
-        assert not fast(image()).requires_grad
+# --- settings and threads -----------------------------------------------------------------------
 
 
 def test_settings_choose_the_graph() -> None:
@@ -647,47 +371,6 @@ def test_autocast_cache_is_off_in_captures() -> None:
 
 
 # --- errors -------------------------------------------------------------------------------------
-
-
-def test_wrong_arguments() -> None:
-    model, x = make(), image()
-    with pytest.raises(TypeError, match=r"model must be an nn.Module, got function"):
-        ghost_ops.graphed(lambda x: x, x)
-    with pytest.raises(TypeError, match="example must be a Tensor, got list"):
-        ghost_ops.graphed(model, [x])
-    for number in (0, -1, 2.0, True, "8"):
-        with pytest.raises(ValueError, match="max_graphs must be an int of at least 1"):
-            ghost_ops.graphed(model, x, max_graphs=number)
-        with pytest.raises(ValueError, match="num_warmup_iters must be an int of at least 1"):
-            ghost_ops.graphed(model, x, num_warmup_iters=number)
-    with pytest.raises(ValueError, match="example is on meta, but model is on cpu"):
-        ghost_ops.graphed(model, x.to("meta"))
-    model.bn.to("meta")
-    with pytest.raises(ValueError, match="on cpu and meta"):
-        ghost_ops.graphed(model, x)
-
-
-def test_the_models_own_error_at_construction() -> None:
-    model, x = make(), image()[:, :5]
-    with pytest.raises(RuntimeError) as own:
-        model(x)
-    with pytest.raises(RuntimeError) as raised:
-        ghost_ops.graphed(model, x)
-    assert str(raised.value) == str(own.value)
-
-
-def test_copies_are_refused() -> None:
-    fast = ghost_ops.graphed(make(), image())
-    for function in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            function(fast)
-    check(fast, image())
-
-
-def test_on_the_cpu_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuDevice, "type", "cuda")
-    model = make()
-    assert ghost_ops.graphed(model, image()) is model
 
 
 def test_threads() -> None:

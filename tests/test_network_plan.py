@@ -1,4 +1,4 @@
-"""The plan of a whole network: its rows by formula, and that the model is only read."""
+"""Promise: the rows of a network's plan follow by formula, and the model does not change."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(native_module() is None, reason="the native libr
 
 IMAGES = (256, 3, 224, 224)
 HALF, SINGLE = 2, 4  # bytes of a float16, and of the compute dtype
-DRAM = 3350 * 0.92e9  # bytes a second that the model takes an sm_90 to reach
-TENSOR = 4096 * 132 * 1.76e9 / 2  # FLOPs a second: half of the peak of an sm_90 in float16
+DRAM = 3350 * 0.92e9  # bytes a second that the cost model assumes for sm_90
+TENSOR = 4096 * 132 * 1.76e9 / 2  # FLOPs a second: half of the float16 peak of sm_90
 LAUNCH = 2e-6
 # A batch norm reads four vectors of its parameters and returns two of float32.
 NORM = 4 * HALF + 2 * SINGLE
@@ -40,7 +40,7 @@ def network() -> nn.Module:
 @pytest.fixture(scope="module")
 def plan(network: nn.Module) -> NetworkPlan:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # `steady` comes after the fixtures of the file
+    torch.set_num_threads(1)  # the fixture `steady` runs after module fixtures
     found = planner.explain(network, IMAGES, device="sm_90", dtype=torch.float16)
     torch.set_num_threads(threads)
     return found
@@ -56,12 +56,12 @@ def seconds(moved: float, flops: float = 0, launches: int = 1) -> float:
 
 
 def our_launches(plan: NetworkPlan) -> int:
-    """Kernel launches of the operators of ghost_ops, which an emulator or a profiler counts."""
+    """Kernel launches of the operators of ghost_ops; an emulator or a profiler can count them."""
     return sum(one.launches for one in plan.rows if one.kind in network_plan.OWN_KINDS)
 
 
 class Launches(TorchDispatchMode):
-    """Counts the ATen operators that write memory, on data."""
+    """Counts the ATen operators that write memory in a real run."""
 
     count = 0
 
@@ -86,7 +86,7 @@ def eager_launches(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def test_rows_and_totals(network: nn.Module, plan: NetworkPlan) -> None:
-    """32 Ghost modules, 4 strided convolutions, 5 shortcuts of two, 7 gates, and the ends."""
+    """32 Ghost modules, 4 strided convolutions, 5 shortcuts of two, 7 gates, stem and head."""
     kinds = Counter(one.kind for one in plan.rows)
     assert kinds == {
         network_plan.GHOST_APPLY: 32 - 7 + 5,
@@ -115,7 +115,7 @@ def test_rows_and_totals(network: nn.Module, plan: NetworkPlan) -> None:
 
 
 def test_two_small_images(network: nn.Module, plan: NetworkPlan) -> None:
-    """The input of ``test_cuda_network.test_ghostnet``: gates of few images take two launches."""
+    """The input of ``test_cuda_network.test_ghostnet``: a gate of few images is two launches."""
     small = planner.explain(network, (2, 3, 33, 40))
     ours = [one for one in small.rows if one.kind in network_plan.OWN_KINDS]
     assert len(ours) == 55
@@ -132,7 +132,7 @@ def test_two_small_images(network: nn.Module, plan: NetworkPlan) -> None:
 
 
 def test_our_kernels_cost_what_their_plans_say(plan: NetworkPlan) -> None:
-    """A gate reads the parts of sums that the depthwise convolution before it writes."""
+    """A gate reads the partial sums that the depthwise convolution before it writes."""
     library, n = native_module(), IMAGES[0]
     target = {"dtype": backends.native.DTYPES.index(torch.float16), "sm": 90}
     layout = {**target, "channels_last": True}
@@ -153,15 +153,16 @@ def test_our_kernels_cost_what_their_plans_say(plan: NetworkPlan) -> None:
 
 
 def test_ghost_rows_against_explain(plan: NetworkPlan) -> None:
-    """Both sides of a Ghost module are what ``explain`` says of its shape.
+    """Both sides of a Ghost module's row agree with ``explain`` for its shape.
 
-    The second module of a bottleneck adds the shortcut: two maps read, one written, in eager.
+    The second module of a bottleneck adds the shortcut: in eager two maps read, one written.
     """
     options = {"device": "sm_90", "dtype": torch.float16, "channels_last": True}
     for name, n, c, side, middle in (
-        ("blocks.0.0", 256, 16, 112, 16), ("blocks.2.0", 256, 24, 56, 72),
+        ("blocks.0.0", 256, 16, 112, 16),
+        ("blocks.2.0", 256, 24, 56, 72),
         ("blocks.8.0", 256, 160, 7, 960),
-    ):  # fmt: skip
+    ):
         inside = (n, middle, side, side)
         first = planner.explain((n, c, side, side), middle, **options)
         second = planner.explain(inside, c, activation="none", residual=True, **options)
@@ -173,7 +174,7 @@ def test_ghost_rows_against_explain(plan: NetworkPlan) -> None:
 
 
 def test_ghost_with_residual_by_hand(plan: NetworkPlan) -> None:
-    """x, residual and out once, w1 once; eager's passes over the maps and the sum."""
+    """Fused: x, residual, out and w1 once. Eager: its passes over the maps, and the sum."""
     n, c, m, p = 256, 72, 12, 56 * 56
     got = row(plan, "blocks.2.0.ghost2")
     assert got.dram_bytes == (n * (c + 2 * 2 * m) * p + m * c) * HALF
@@ -188,7 +189,7 @@ def test_ghost_with_residual_by_hand(plan: NetworkPlan) -> None:
 
 
 def test_depthwise_and_gates_by_hand(plan: NetworkPlan) -> None:
-    """Batch sizes, maps and float32 weights; in eager a gate's ten launches."""
+    """Maps and float32 weights; in eager PyTorch a gate is ten launches."""
     n, c, maps = 256, 48, 256 * 48 * (112 * 112 + 56 * 56)
     got = row(plan, "blocks.1.0.conv_dw")
     assert got.dram_bytes == maps * HALF + c * (9 + 1) * SINGLE
@@ -198,7 +199,7 @@ def test_depthwise_and_gates_by_hand(plan: NetworkPlan) -> None:
     gate, ghost2 = row(plan, "blocks.4.0.se"), row(plan, "blocks.4.0.ghost2")
     weights = 2 * c * reduced * HALF + (c + reduced) * SINGLE
     assert gate.dram_bytes == (n * c * p + n * c) * HALF + weights
-    # Mean, two convolutions with bias and ReLU of a pixel, three for the gate, the product.
+    # Mean, two convolutions of one pixel with bias and ReLU, three for the gate, the product.
     pixel = n * (c + reduced) + c * reduced
     bias = 2 * n * (c + reduced) + (c + reduced)
     eager = n * c * p + n * c + 2 * pixel + bias + 2 * n * reduced + 3 * 2 * n * c
@@ -282,7 +283,7 @@ def test_plain_and_fused_give_the_same() -> None:
 
 
 class Watcher:
-    """A hook that cannot be copied, and writes down what it sees."""
+    """A hook that cannot be copied, and records its calls."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -325,7 +326,7 @@ def test_the_model_is_untouched(fused: bool, training: bool) -> None:
 
 
 def test_weights_that_a_hook_computes() -> None:
-    """They are no leaves, which deepcopy refuses."""
+    """They are no leaves, so deepcopy raises for them."""
     with pytest.warns(FutureWarning):
         model = nn.utils.weight_norm(nn.Conv2d(3, 8, 1))
     (one,) = planner.explain(model, (1, 3, 8, 8)).rows
@@ -354,7 +355,7 @@ def test_lone_ghost_modules(name: str) -> None:
 
 
 def test_library_convolution_by_hand() -> None:
-    """The primary 3x3 of stride 2 and its bias-free result u, which ghost_apply reads."""
+    """The library computes u by the primary 3x3 of stride 2, and ghost_apply reads u."""
     n, c, m, p = 4, 6, 4, 10 * 10
     plan = planner.explain(GhostModule(c, 2 * m, 3, stride=2), (n, c, 20, 20))
     conv, ghost = plan.rows
@@ -377,7 +378,7 @@ def test_library_convolution_by_hand() -> None:
     ids=["stride 1", "5x5", "dilation", "strides", "groups", "channels"],
 )
 def test_stems(stem: nn.Conv2d, fused: bool) -> None:
-    """One launch where ``conv_stem`` computes it; else a convolution, its bias, the activation."""
+    """One launch if ``conv_stem`` has a kernel; else a convolution, its bias, the activation."""
     shape = (2, stem.in_channels, 16, 16)
     model = short_ghostnet(stem)
     plan = planner.explain(model, shape)
@@ -401,7 +402,7 @@ def test_stems(stem: nn.Conv2d, fused: bool) -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_gate_before_a_library_convolution(stride: int) -> None:
-    """It multiplies its map in place, because ghost_apply does not read that map."""
+    """The gate multiplies its map in place, because ghost_apply does not read that map."""
     model = GhostBottleneck(8, 20, 12, 3, stride, se_ratio=0.25)
     model.ghost2 = GhostModule(20, 12, 3, relu=False)
     shape, pixels = (2, 8, 8, 8), 64 // stride**2
@@ -411,9 +412,13 @@ def test_a_gate_before_a_library_convolution(stride: int) -> None:
     kinds = [one.kind for one in plan.rows if "shortcut" not in one.name]
     sums = [network_plan.DEPTHWISE_CONV_SUMS] if stride == 2 else []
     assert kinds == [
-        network_plan.GHOST_APPLY, *sums, network_plan.SQUEEZE_EXCITE_GATE,
-        network_plan.GATE_PRODUCT, network_plan.LIBRARY_CONV, network_plan.GHOST_APPLY,
-    ]  # fmt: skip
+        network_plan.GHOST_APPLY,
+        *sums,
+        network_plan.SQUEEZE_EXCITE_GATE,
+        network_plan.GATE_PRODUCT,
+        network_plan.LIBRARY_CONV,
+        network_plan.GHOST_APPLY,
+    ]
     product = row(plan, "se", network_plan.GATE_PRODUCT)
     assert (product.launches, product.eager_launches) == (1, 1)
     assert product.dram_bytes == product.eager_bytes == 2 * 20 * (2 * pixels + 1) * HALF
@@ -421,7 +426,7 @@ def test_a_gate_before_a_library_convolution(stride: int) -> None:
 
 
 def test_attention_gate_by_hand() -> None:
-    """ghost_apply reads the gate at half the size; eager enlarges and multiplies it."""
+    """ghost_apply reads the half-size gate; eager PyTorch interpolates and multiplies it."""
     n, c, out, p = 2, 6, 8, 20 * 20
     plan = planner.explain(Gated(c, out), (n, c, 20, 20))
     gate, ghost = plan.rows
@@ -434,7 +439,7 @@ def test_attention_gate_by_hand() -> None:
 
 
 class Bottleneck(nn.Module):
-    """As Ultralytics' GhostBottleneck."""
+    """Ultralytics' GhostBottleneck."""
 
     def __init__(self, c1: int, c2: int, stride: int, act: nn.Module) -> None:
         super().__init__()
@@ -455,7 +460,7 @@ class Bottleneck(nn.Module):
 
 
 class C3(nn.Module):
-    """As Ultralytics' C3Ghost."""
+    """Ultralytics' C3Ghost."""
 
     def __init__(self, c: int, act: nn.Module) -> None:
         super().__init__()
@@ -468,18 +473,31 @@ class C3(nn.Module):
 
 
 def test_yolo_like_stack() -> None:
-    act = nn.SiLU()  # one module for all layers, as Ultralytics has it
-    shape, model = (2, 3, 64, 64), nn.Sequential(
-        Conv(3, 16, 3, 2, 1, act), GhostConv(16, 32, 3, 2, act=act), Bottleneck(32, 64, 2, act),
-        C3(64, act), nn.Upsample(scale_factor=2), GhostConv(64, 64, act=act),
-    )  # fmt: skip
+    act = nn.SiLU()  # one module for all layers, as in Ultralytics
+    shape, model = (
+        (2, 3, 64, 64),
+        nn.Sequential(
+            Conv(3, 16, 3, 2, 1, act),
+            GhostConv(16, 32, 3, 2, act=act),
+            Bottleneck(32, 64, 2, act),
+            C3(64, act),
+            nn.Upsample(scale_factor=2),
+            GhostConv(64, 64, act=act),
+        ),
+    )
     plan = planner.explain(model, shape)
     assert plan.eager_launches == eager_launches(model, shape)
     kinds = {one.name: one.kind for one in plan.rows}
     assert len(kinds) == len(plan.rows)
     assert {name for name, kind in kinds.items() if kind == network_plan.GHOST_APPLY} == {
-        "1", "2.conv.0", "2.conv.2", "2.shortcut.1.conv", "3.m.0.conv.0", "3.m.0.conv.2", "5",
-    }  # fmt: skip
+        "1",
+        "2.conv.0",
+        "2.conv.2",
+        "2.shortcut.1.conv",
+        "3.m.0.conv.0",
+        "3.m.0.conv.2",
+        "5",
+    }
     assert kinds["1.cv1.conv"] == network_plan.LIBRARY_CONV
     assert kinds["2.conv.1.conv"] == kinds["2.shortcut.0.conv"] == network_plan.DEPTHWISE_CONV
     plain = [one for one in plan.rows if one.kind == network_plan.PLAIN]
@@ -488,13 +506,19 @@ def test_yolo_like_stack() -> None:
     assert [one.name for one in plain] == names
     for one in plain:
         assert (one.launches, one.dram_bytes, one.seconds) == (
-            one.eager_launches, one.eager_bytes, one.eager_seconds,
-        )  # fmt: skip
+            one.eager_launches,
+            one.eager_bytes,
+            one.eager_seconds,
+        )
     # Two convolutions with norm and SiLU, and the concatenation; ghost2 is linear, and adds.
     for name, launches in {
-        "5": 7, "2.conv.0": 7, "2.conv.2": 6, "3.m.0.conv.2": 6, "2.shortcut.0.conv": 2,
+        "5": 7,
+        "2.conv.0": 7,
+        "2.conv.2": 6,
+        "3.m.0.conv.2": 6,
+        "2.shortcut.0.conv": 2,
         "2.shortcut.1.conv": 2,
-    }.items():  # fmt: skip
+    }.items():
         assert row(plan, name).eager_launches == launches
     assert len(plan.notes) == 1
 
@@ -509,7 +533,7 @@ class Steps(nn.Module):
 
 
 def test_ordinary_operators_by_hand() -> None:
-    """What fuse does not know is the same on both sides: a bias, a view, an addition in place."""
+    """Operators that are not fused are the same on both sides."""
     layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(512, 4)
     plan = planner.explain(nn.Sequential(*layers), (2, 3, 8, 8), dtype=torch.float32)
     assert [one.name for one in plan.rows] == ["0", "1", "3"]
@@ -538,8 +562,9 @@ def test_what_is_not_fused_is_said() -> None:
     for words in ("3.ghost1", "has hooks", "size 9", "no running statistics", "not fused: "):
         assert words in notes, notes
     assert {one.name for one in plan.rows if one.kind == network_plan.GHOST_APPLY} == {
-        "3.ghost2", "4.ghost2",
-    }  # fmt: skip
+        "3.ghost2",
+        "4.ghost2",
+    }
     assert notes in str(plan)
 
 
@@ -547,7 +572,7 @@ def test_what_is_not_fused_is_said() -> None:
 
 
 def test_devices() -> None:
-    """The slower the memory, the longer; eager's bytes and launches are the same."""
+    """Slower memory takes longer; eager PyTorch's bytes and launches do not depend on it."""
     devices = ("sm_89", "sm_86", "sm_80", "sm_90", "sm_100")
     model = small_network()[3]
     plans = [planner.explain(model, (64, 8, 112, 112), device=device) for device in devices]
@@ -584,88 +609,3 @@ def test_tf32_follows_torch() -> None:
     flops = 2 * 64 * 28 * 28 * 512 * 512 * 9
     assert times[True] == pytest.approx(flops / (TENSOR / 2) + LAUNCH)
     assert times[False] == pytest.approx(flops / (2 * 64 * 132 * 1.76e9) + LAUNCH)
-
-
-# --- bad input ----------------------------------------------------------------------------------
-
-POINT = (1, 3, 8, 8)
-NOT_SIZES, NOT_INTS = "input_shape must be four positive sizes", "input_shape must be four ints"
-
-
-@pytest.mark.parametrize(
-    ("shape", "options", "error", "words"),
-    [
-        *((s, {}, ValueError, NOT_SIZES) for s in ((3, 8, 8), (1, 3, 8, 8, 8), (1, 3, 0, 8), ())),
-        *((s, {}, TypeError, NOT_INTS) for s in (224, (1, 3, 8.5, 8), None)),
-        *((POINT, {"device": d}, ValueError, r"one of 'cuda', 'sm_80'.* on the CPU")
-          for d in ("cpu", "sm_70", "")),
-        (POINT, {"device": 8}, TypeError, "device must be a str"),
-        pytest.param(POINT, {"device": "cuda"}, RuntimeError, "torch sees none",
-                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
-        (POINT, {"dtype": torch.int8}, ValueError, r"dtype must be one of .*got torch\.int8"),
-        (POINT, {"training": True}, ValueError, "evaluation mode only"),
-        *((POINT, {name: 1}, TypeError, name)
-          for name in ("ratio", "out_channels", "residual", "threads")),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_bad_arguments(shape: Any, options: dict[str, Any], error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        planner.explain(nn.Conv2d(3, 4, 1), shape, **options)
-
-
-def test_both_forms_by_keyword() -> None:
-    module, shape = GhostModule(6, 8), (1, 6, 8, 8)
-    assert isinstance(planner.explain(model=module, input_shape=shape), NetworkPlan)
-    assert isinstance(planner.explain(shape=shape, out_channels=8), planner.Plan)
-    with pytest.raises(TypeError, match="input_shape"):
-        planner.explain(shape, 8, input_shape=shape)
-
-
-class Odd(nn.Module):
-    """A forward that needs a value of its input, or raises."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.anchors = [torch.ones(3)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "branch":
-            return x if x.sum() > 0 else -x
-        if self.kind == "nonzero":
-            return x.nonzero()
-        if self.kind == "numpy":
-            return x.numpy()
-        if self.kind == "raises":
-            raise KeyError("own")
-        return x + self.anchors[0]
-
-
-@pytest.mark.parametrize("kind", ["branch", "nonzero", "numpy", "another device"])
-def test_a_forward_that_needs_values(kind: str) -> None:
-    with pytest.raises(ValueError, match="without the values of tensors: ") as caught:
-        planner.explain(nn.Sequential(nn.Identity(), Odd(kind)), (1, 3, 2, 3))
-    assert caught.value.__cause__ is not None
-
-
-def test_errors_of_the_model_pass() -> None:
-    for model, error, words in (
-        (Odd("raises"), KeyError, "own"), (nn.Conv2d(4, 4, 1), RuntimeError, "channel"),
-    ):  # fmt: skip
-        with pytest.raises(error, match=words):
-            planner.explain(model, POINT)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_models_that_cannot_be_read() -> None:
-    with pytest.raises(TypeError, match=r"must be an nn\.Module, got str"):
-        network_plan.explain_network("ghostnet", POINT)
-    with pytest.raises(ValueError, match="lazy layer"):
-        planner.explain(nn.LazyConv2d(4, 1), POINT)
-    with pytest.raises(ValueError, match="scripted"):
-        planner.explain(torch.jit.trace(nn.ReLU(), torch.zeros(1)), POINT)
-    module = nn.Conv2d(3, 4, 1)
-    module.lock = threading.Lock()
-    with pytest.raises(ValueError, match="cannot be copied: TypeError"):
-        planner.explain(module, POINT)

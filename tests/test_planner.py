@@ -1,4 +1,4 @@
-"""The tile plan: what it promises for every problem, and the model of bytes and FLOPs under it."""
+"""Promise: the invariants of the CPU's tile plans, and their model of bytes and FLOPs."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from ghost_ops.planner import CpuMachine
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
 SIZE = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
-# Every instruction set with every L2, and one to 64 cores: the machine that runs the tests is not
-# among what they depend on.
+# Every instruction set with every L2, and one to 64 cores. The plans do not depend on the machine
+# that runs the tests.
 MACHINES = [
     CpuMachine(*vectors, l1_bytes, l2_bytes, cores)
     for i, vectors in enumerate(VECTORS.values())
@@ -42,21 +42,31 @@ MACHINES = [
 XEON = CpuMachine(16, 32, 48 << 10, 2 << 20)
 PROBLEMS = [
     {**problem, "machine": MACHINES[i % len(MACHINES)]}
-    for i, problem in enumerate(product(
-        shape=((1, 16, 112, 112), (16, 40, 28, 28), (3, 7, 7, 7), (33, 960, 7, 7), (1, 3, 1, 1),
-               (2, 5, 300, 17), (1, 64, 1, 2000), (4, 1, 640, 640)),
-        out_channels=(1, 16, 51, 960),
-        ratio=(1, 2, 5),
-        dw_size=(1, 3, 7),
-        stride=(1, 2),
-        dtype=(torch.float32, torch.bfloat16),
-        channels_last=(False, True),
-    ))
-]  # fmt: skip
+    for i, problem in enumerate(
+        product(
+            shape=(
+                (1, 16, 112, 112),
+                (16, 40, 28, 28),
+                (3, 7, 7, 7),
+                (33, 960, 7, 7),
+                (1, 3, 1, 1),
+                (2, 5, 300, 17),
+                (1, 64, 1, 2000),
+                (4, 1, 640, 640),
+            ),
+            out_channels=(1, 16, 51, 960),
+            ratio=(1, 2, 5),
+            dw_size=(1, 3, 7),
+            stride=(1, 2),
+            dtype=(torch.float32, torch.bfloat16),
+            channels_last=(False, True),
+        )
+    )
+]
 
 
 def sizes(problem: dict[str, Any]) -> tuple[int, int, int, int, int]:
-    """n, pixels, rows, intrinsic and ghost maps of the output."""
+    """Images, pixels, rows, intrinsic and ghost maps of the output."""
     n, _, h, w = problem["shape"]
     ho, wo = -(-h // problem["stride"]), -(-w // problem["stride"])
     m = math.ceil(problem["out_channels"] / problem["ratio"])
@@ -79,12 +89,12 @@ def test_every_plan_covers_its_problem() -> None:
 
 
 def test_scratch_stays_small() -> None:
-    """A tile is meant for L2; no thread asks for more than a few megabytes, whatever the map."""
+    """A tile is meant to fit in L2; no thread has more than a few megabytes of scratch."""
     for problem in PROBLEMS:
         plan = planner.explain(**problem)
         channels, width = problem["shape"][1], problem["shape"][3]
         _, _, _, m, g = sizes(problem)
-        row = 8 * width * (channels + m + g)  # what a single row needs, which is the least there is
+        row = 8 * width * (channels + m + g)  # one row, the smallest tile
         assert plan.scratch_bytes <= (8 << 20) + 16 * (problem["dw_size"] + 3) * row, problem
 
 
@@ -118,8 +128,8 @@ def test_threads_have_work_where_there_is_some() -> None:
 
 
 def test_stores_past_the_caches() -> None:
-    """Only for large outputs that are written once, in whole vectors of their own type; with
-    channels along the lanes, only where more is written than read."""
+    """Only for large outputs that are written once, in whole vectors of their dtype; with
+    channels along the lanes, only if more is written than read."""
     large: dict[str, Any] = {"shape": (16, 16, 112, 112), "out_channels": 96, "machine": XEON}
     assert planner.explain(**large).stream
     assert not planner.explain((1, 16, 28, 28), 16, machine=XEON).stream
@@ -131,9 +141,11 @@ def test_stores_past_the_caches() -> None:
 
 
 def test_traffic_of_ghostnet() -> None:
-    """Over the GhostNet shapes eager moves about four and a half times what one pass moves."""
-    plans = [planner.explain((1, inp, size, size), oup, activation="relu" if relu else "none")
-             for size, inp, oup, relu in GHOSTNET]  # fmt: skip
+    """Over the GhostNet shapes eager PyTorch moves about 4.5 times as many bytes as one pass."""
+    plans = [
+        planner.explain((1, inp, size, size), oup, activation="relu" if relu else "none")
+        for size, inp, oup, relu in GHOSTNET
+    ]
     ratio = sum(p.bytes_eager for p in plans) / sum(p.bytes_fused for p in plans)
     assert 3.5 < ratio < 5.5
 
@@ -161,9 +173,12 @@ def test_readable() -> None:
 
 
 def test_channels_along_the_lanes() -> None:
-    """In channels_last; in NCHW where pixels would leave lanes idle and the module narrows."""
-    for shape, oup, nchw in (((1, 960, 7, 7), 160, True), ((1, 160, 7, 7), 960, False),
-                             ((16, 480, 14, 14), 112, False)):  # fmt: skip
+    """In channels_last; in NCHW if pixels would leave lanes idle and the module narrows."""
+    for shape, oup, nchw in (
+        ((1, 960, 7, 7), 160, True),
+        ((1, 160, 7, 7), 960, False),
+        ((16, 480, 14, 14), 112, False),
+    ):
         assert (planner.explain(shape, oup, machine=XEON).along_lanes == "channels") is nchw
         last = planner.explain(shape, oup, machine=XEON, channels_last=True)
         assert last.along_lanes == "channels"
@@ -174,38 +189,56 @@ def test_channels_along_the_lanes() -> None:
 
 
 def test_products_on_tiles() -> None:
-    """For an even number of bfloat16 channels along the lanes, on a machine that has them."""
+    """For an even number of bfloat16 channels along the lanes, on a machine with AMX."""
     tiles = replace(XEON, amx=True)
     given: dict[str, Any] = {"dtype": torch.bfloat16, "channels_last": True}
     plan = planner.explain((1, 960, 7, 7), 160, machine=tiles, **given)
     assert plan.amx
     assert not plan.pack
     assert "AMX" in str(plan)
-    for shape, change in (((1, 960, 7, 7), {"machine": XEON}), ((1, 35, 7, 7), {}),
-                          ((1, 960, 7, 7), {"dtype": torch.float32}),
-                          ((1, 960, 7, 7), {"dtype": torch.float16})):  # fmt: skip
+    for shape, change in (
+        ((1, 960, 7, 7), {"machine": XEON}),
+        ((1, 35, 7, 7), {}),
+        ((1, 960, 7, 7), {"dtype": torch.float32}),
+        ((1, 960, 7, 7), {"dtype": torch.float16}),
+    ):
         other = planner.explain(shape, 160, **({"machine": tiles} | given | change))
         assert not other.amx, (shape, change)
 
 
 def test_sums_do_not_depend_on_the_cores() -> None:
-    """Threads share out channels, not the slices of a sum."""
+    """Threads split the channels; no sum is split between threads."""
     for problem in PROBLEMS:
-        plans = [planner.explain(**{**problem, "machine": replace(problem["machine"], cores=c)})
-                 for c in (1, 2, 64)]  # fmt: skip
+        plans = [
+            planner.explain(**{**problem, "machine": replace(problem["machine"], cores=c)})
+            for c in (1, 2, 64)
+        ]
         assert len({plan.depth for plan in plans}) == 1, problem
 
 
 GOLDEN = pathlib.Path(__file__).with_name("golden_plans.csv")
-DECISIONS = ("along_lanes", "depth", "in_place", "pack", "images", "band_rows", "row_splits",
-             "channel_splits", "group", "vecs",
-             "fetch", "fetch_results", "stream", "items")  # fmt: skip
+DECISIONS = (
+    "along_lanes",
+    "depth",
+    "in_place",
+    "pack",
+    "images",
+    "band_rows",
+    "row_splits",
+    "channel_splits",
+    "group",
+    "vecs",
+    "fetch",
+    "fetch_results",
+    "stream",
+    "items",
+)
 
 
 def golden_rows() -> Iterator[dict[str, str]]:
     """The decisions for GhostNet's shapes, on every described machine with two cores.
 
-    In float32, but for machines that multiply tiles of bfloat16: in that.
+    In float32; on machines with AMX in bfloat16.
     """
     machines = [
         (isa, CpuMachine(*vectors, 32 << 10, l2_bytes, cores=2))
@@ -216,9 +249,13 @@ def golden_rows() -> Iterator[dict[str, str]]:
     for isa, machine in machines:
         for size, inp, oup, _ in sorted(set(GHOSTNET)):
             for batch, layout in ((b, layout) for b in (1, 16) for layout in LAYOUTS):
-                plan = planner.explain((batch, inp, size, size), oup, machine=machine,
-                                       dtype=torch.bfloat16 if machine.amx else torch.float32,
-                                       channels_last=layout == "nhwc")  # fmt: skip
+                plan = planner.explain(
+                    (batch, inp, size, size),
+                    oup,
+                    machine=machine,
+                    dtype=torch.bfloat16 if machine.amx else torch.float32,
+                    channels_last=layout == "nhwc",
+                )
                 row = {
                     "isa": isa,
                     "l2_kib": machine.l2_bytes >> 10,
@@ -231,7 +268,7 @@ def golden_rows() -> Iterator[dict[str, str]]:
 
 
 def test_golden_plans() -> None:
-    """A plan changes on purpose only: `python tests/test_planner.py` writes the file anew."""
+    """A changed plan fails here; `python tests/test_planner.py` writes a new file."""
     with GOLDEN.open(newline="") as file:
         assert list(csv.DictReader(file)) == list(golden_rows())
 
@@ -295,7 +332,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_training_keeps(native: str, layout: str) -> None:
-    """The sum of the rows is what autograd keeps; rows say what is computed again."""
+    """The rows add up to the bytes that autograd saves, and name the tensors computed again."""
     model, shape = ghost_ops.models.ghostnet(0.5, 10, dropout=0.0), (2, 3, 64, 64)
     plan = planner.explain_saved(model, shape, channels_last=layout == "nhwc")
     seen: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""What ``fuse`` reads of a forward, and what it refuses: forwards that would mislead it.
+"""Promise: a forward that reads variable state is never computed wrongly, fused or not.
 
-Each is compared with its unfused twin, before and after a change of what the forward reads; whether
-it was fused or left does not matter, but for those that say so.
+Each module is compared with its unfused copy, before and after a change of the values that its
+forward reads. Whether it was fused matters only in the tests that check it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Switches:
 
 
 def helper() -> None:
-    """Has an attribute that a forward reads."""
+    """The forward reads an attribute of this function."""
 
 
 class Listed(nn.Module):
-    """Its layers in lists, which are walked through and never called."""
+    """Its layers are in lists, which are iterated over and never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ def test_what_forward_reads(name: str, training: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(helper, "relu", False, raising=False)
     plain = randomize(MISLEADING[name]()).double().train(training)
     fused = copy.deepcopy(plain)
-    if name == "nonlocal":  # the two would count in one cell
+    if name == "nonlocal":  # both copies would count in the same cell
         assert "STORE_DEREF" in ghost_ops.fuse(fused).left[0].detail
         return
     report = ghost_ops.fuse(fused)
@@ -212,7 +212,7 @@ def test_what_forward_reads(name: str, training: bool, monkeypatch: pytest.Monke
 
 
 def test_another_class() -> None:
-    """Of the module itself, with another method that its forward calls."""
+    """The module gets a class with another method that its forward calls."""
     plain = randomize(of(lambda self, x: self.post(branches(self, x)))).double().eval()  # type: ignore[misc]
     type(plain).post = lambda self, x: F.relu(x)
     fused = copy.deepcopy(plain)
@@ -220,7 +220,7 @@ def test_another_class() -> None:
     agree(fused, plain)
     for module in (fused, plain):
         module.__class__ = type("Other", (type(module),), {"post": lambda self, x: F.silu(x)})
-    with torch.no_grad():  # where the packed weights of the former class are
+    with torch.no_grad():  # the packed weights are those of the former class
         torch.testing.assert_close(fused(image()), plain(image()), rtol=1e-8, atol=1e-9)
     agree(fused, plain)
 
@@ -228,9 +228,9 @@ def test_another_class() -> None:
 def test_no_guard_of_what_has_changed_since_it_was_read() -> None:
     module = Sliced(6, 8)
     record = read(module).record
-    assert record.guard(module) is not None
+    assert record.watch(module) is not None
     module.out_chs = 7
-    assert record.guard(module) is None
+    assert record.watch(module) is None
 
 
 @pytest.mark.filterwarnings("default:.*unfused:UserWarning")
@@ -244,7 +244,7 @@ def test_the_warning_names_what_cannot_be_followed() -> None:
 
 
 def test_one_comparison_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sets the process's number of threads, and has to give back what it was."""
+    """Each sets the number of threads, a setting of the process, and has to restore it."""
     running = most = 0
 
     def compare(*_: Any) -> None:
@@ -272,7 +272,7 @@ def test_part_changed_in_place_through_another_name() -> None:
 
 
 def test_zero_at_the_ends_of_a_clamp() -> None:
-    """Where a clamp passes the gradient that ReLU6 stops."""
+    """At 0 and 6, where a clamp passes the gradient and ReLU6 does not."""
     plain = of(clamps).double()
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -343,8 +343,9 @@ def attribute_bias(module: nn.Module, factor: float) -> None:
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], None], ...]] = {
     "circular padding": (
-        lambda m: setattr(m.cheap_operation[0], "_conv_forward",
-                          types.MethodType(circular, m.cheap_operation[0])),
+        lambda m: setattr(
+            m.cheap_operation[0], "_conv_forward", types.MethodType(circular, m.cheap_operation[0])
+        ),
     ),
     "own call": (lambda m: m.cheap_operation.__setitem__(2, Twice()),),
     "property": (lambda m: set_scale(m, 2.0), lambda m: set_scale(m, 3.0)),
@@ -357,10 +358,9 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], None], ...]] = {
         lambda m: m.primary_conv.__setitem__(2, type("Mine", (nn.PReLU,), {})().double()),
     ),
     "dictionaries": (
-        lambda m: setattr(m.primary_conv, "_modules",
-                          {**m.primary_conv._modules, "2": nn.SiLU()}),
+        lambda m: setattr(m.primary_conv, "_modules", {**m.primary_conv._modules, "2": nn.SiLU()}),
     ),
-}  # fmt: skip
+}
 
 
 @TRAINING
@@ -381,7 +381,7 @@ def test_changes_of_layers(name: str, training: bool) -> None:
 @pytest.mark.parametrize("old", [True, False], ids=["hooks", "parametrizations"])
 @pytest.mark.parametrize("how", ["prelu", "one norm in eval", "conv_dw", "printed"])
 def test_spectral_norm_iterates_once(how: str, old: bool) -> None:
-    """Its vectors move at every access of the weight in training: a second one shows."""
+    """Every access to the weight in training updates its vectors: a second access is noticed."""
     torch.manual_seed(0)
     bottleneck = how == "conv_dw"
     plain = GhostBottleneck(6, 12, 8, stride=2) if bottleneck else Sliced(6, 8)
@@ -422,7 +422,7 @@ def then_counts(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_a_module_that_cannot_be_followed_is_called() -> None:
-    """What stands behind the concatenation runs as it is."""
+    """The layers behind the concatenation run unfused."""
     plain = randomize(of(then_counts, counter=Counter())).double().eval()
     fused = copy.deepcopy(plain)
     assert ghost_ops.fuse(fused).swapped
@@ -432,7 +432,7 @@ def test_a_module_that_cannot_be_followed_is_called() -> None:
 
 
 class Sum(GhostBottleneck):
-    """Out of place, so that its dtype is that of both."""
+    """The sum is out of place, so its dtype depends on both terms."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ghost2(self.ghost1(x)) + x

@@ -1,29 +1,25 @@
-"""Promise: a watch tells every change of what it watches, in C as in Python."""
+"""Promise: a watch notices every change of the values that it watches, in C as in Python."""
 
 from __future__ import annotations
 
-import gc
-import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from watch_cases import KINDS, Thing, made, watch_class
 
 from ghost_ops.backends import native
 from ghost_ops.fusion import watch
 
-KINDS = ["python", pytest.param("native", marks=pytest.mark.skipif(
-    not native.load(), reason=f"no compiled library: {native.reason()}"))]  # fmt: skip
-
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Any:
-    return watch.PythonWatch if request.param == "python" else native.library().Watch
+    return watch_class(request.param)
 
 
 @pytest.fixture
@@ -33,33 +29,8 @@ def compiled() -> Any:
     return native.library().Watch
 
 
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    """Only counted references free anything."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def made(
-    kind: Any,
-    dicts: tuple = (),
-    items: tuple = (),
-    absent: tuple = (),
-    tensors: tuple = (),
-    attributes: tuple = (),
-    own: Any = None,
-) -> Any:
-    return kind(dicts, items, absent, tensors, attributes, own)
-
-
-class Thing:
-    """Has a __dict__ and can be referred to weakly."""
-
-
 class Raises:
-    """``read`` raises what it is given."""
+    """``read`` raises ``error`` if it is set."""
 
     error: BaseException | None = None
 
@@ -75,10 +46,10 @@ def no_exception_is_left() -> bool:
 
 
 def test_make_prefers_the_compiled_one() -> None:
-    expected = native.library().Watch if native.load() else watch.PythonWatch
-    assert type(watch.make()) is expected
-    assert watch.make().unchanged()
-    assert watch.make().unchanged({"any": 1})
+    expected = native.library().Watch if native.load() else watch.Watch
+    assert type(watch.make_watch()) is expected
+    assert watch.make_watch().unchanged()
+    assert watch.make_watch().unchanged({"any": 1})
 
 
 def test_make_passes_every_argument_on() -> None:
@@ -92,7 +63,7 @@ def test_make_passes_every_argument_on() -> None:
         ({"attributes": ((thing, "e"),)}, lambda: thing.__dict__.update(e=1)),
     )
     for given, change in changes:
-        watched = watch.make(**given)
+        watched = watch.make_watch(**given)
         assert watched.unchanged(own)
         change()
         assert not watched.unchanged(own), given
@@ -144,14 +115,20 @@ class Text(str):
 
 
 OTHER_TYPES = [
-    (8, 8.0), (1, True), (False, 0), (0, None), (2**70, float(2**70)), ("relu", Text("relu")),
-    ((1, 1), [1, 1]), ({"a": 1}, OrderedDict(a=1)),
-]  # fmt: skip
+    (8, 8.0),
+    (1, True),
+    (False, 0),
+    (0, None),
+    (2**70, float(2**70)),
+    ("relu", Text("relu")),
+    ((1, 1), [1, 1]),
+    ({"a": 1}, OrderedDict(a=1)),
+]
 PLACES = ["item", "own", "attribute"]
 
 
 def one_value(kind: Any, place: str, value: Any) -> tuple[Callable[[], bool], Callable[[Any], Any]]:
-    """Asks a watch over one value whether it is unchanged; sets the value."""
+    """A watch over one value: a function that checks it, and one that sets the value."""
     thing, own = Thing(), {"key": value}
     thing.key = value  # type: ignore[attr-defined]
     if place == "item":
@@ -296,27 +273,6 @@ def test_own_is_not_the_dictionary_of_other_items(kind: Any) -> None:
     assert watched.unchanged(own)
     empty["a"] = 2
     assert not watched.unchanged({})
-
-
-def test_own_is_not_kept(kind: Any, no_collector: None) -> None:
-    owner, payload = Thing(), Thing()
-    owner.__dict__.update(stride=1, payload=payload)
-    own = owner.__dict__
-    gone_owner, gone_payload = weakref.ref(owner), weakref.ref(payload)
-    count = sys.getrefcount(own)
-    watched = made(
-        kind, items=((None, "stride"),), absent=((None, "forward"),),
-        attributes=((Thing, "forward"),), own=own,
-    )  # fmt: skip
-    assert sys.getrefcount(own) == count
-    for _ in range(100):
-        assert watched.unchanged(own)
-        assert not watched.unchanged({})
-    assert sys.getrefcount(own) == count
-    owner.__dict__["watched"] = watched
-    del owner, own, payload, watched
-    assert gone_owner() is None
-    assert gone_payload() is None
 
 
 @pytest.mark.parametrize("arguments", [(3,), ("own",), ([],), ({}, {})])
@@ -474,10 +430,11 @@ def test_attributes_of_functions_and_cells(kind: Any) -> None:
     watched = made(
         kind,
         attributes=(
-            (function, "__code__"), (function, "__defaults__"),
+            (function, "__code__"),
+            (function, "__defaults__"),
             (function.__closure__[0], "cell_contents"),
         ),
-    )  # fmt: skip
+    )
     assert watched.unchanged()
     scale = int("1000")
     assert watched.unchanged()
@@ -626,101 +583,3 @@ def test_compiled_one_takes_nothing_but_what_it_says(compiled: Any, arguments: t
     with pytest.raises(TypeError):
         compiled(*arguments)
     assert compiled((), (), (), (), (), None).unchanged()
-
-
-def _through_dicts(kind: Any, owner: Any) -> Any:
-    return made(kind, (owner.__dict__,))
-
-
-def _through_items(kind: Any, owner: Any) -> Any:
-    own = {"owner": owner}
-    return made(kind, items=((None, "owner"),), own=own)
-
-
-def _through_the_object_of_an_attribute(kind: Any, owner: Any) -> Any:
-    return made(kind, attributes=((owner, "missing"),))
-
-
-def _through_the_value_of_an_attribute(kind: Any, owner: Any) -> Any:
-    place = types.SimpleNamespace(owner=owner)
-    watched = made(kind, attributes=((place, "owner"),))
-    del place.owner
-    return watched
-
-
-def _through_a_bound_method(kind: Any, owner: Any) -> Any:
-    return made(kind, attributes=((owner, "__repr__"),))
-
-
-@pytest.mark.parametrize(
-    ("through", "unchanged"),
-    [
-        (_through_dicts, False),
-        (_through_items, False),
-        (_through_the_object_of_an_attribute, True),
-        (_through_the_value_of_an_attribute, False),
-        (_through_a_bound_method, True),
-    ],
-    ids=lambda given: given.__name__[1:] if callable(given) else "",
-)
-def test_cycles_are_collected(kind: Any, through: Any, unchanged: bool) -> None:
-    owner = Thing()
-    watched = through(kind, owner)
-    owner.watched = watched  # type: ignore[attr-defined]
-    assert watched.unchanged() is unchanged
-    gone = weakref.ref(owner)
-    del owner, watched
-    gc.collect()
-    assert gone() is None
-
-
-def test_references_are_given_back(kind: Any, no_collector: None) -> None:
-    value, thing = nn.Linear(2, 2), Thing()
-    thing.module = value  # type: ignore[attr-defined]
-    mapping, tensors = {"module": value}, (torch.zeros(2),)
-    gone = weakref.ref(value), weakref.ref(thing), weakref.ref(tensors[0])
-    watched = made(
-        kind, (mapping,), ((mapping, "module"), (None, "module")),
-        ((mapping, "no"), (None, "no")), tensors,
-        ((thing, "module"), (thing, "no"), (thing, "__repr__")), mapping,
-    )  # fmt: skip
-    count = sys.getrefcount(value)
-    for _ in range(100):
-        assert watched.unchanged(mapping)
-        assert not watched.unchanged({})
-        assert not watched.unchanged({"module": object()})
-    assert sys.getrefcount(value) == count
-    del value, thing, mapping, tensors
-    gc.collect()
-    assert all(one() is not None for one in gone)  # the watch keeps what it compares with
-    del watched
-    gc.collect()
-    assert all(one() is None for one in gone)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"absent": ((None, "module"),)},
-        {"items": ((None, "no"),)},
-        {"tensors": (1,)},
-        {"attributes": ((1, 1),)},
-        {"attributes": ((int, "no"), 1)},
-    ],
-    ids=repr,
-)
-def test_references_are_given_back_after_an_error(
-    kind: Any, wrong: dict[str, tuple], no_collector: None
-) -> None:
-    value = Thing()
-    own = {"module": value}
-    count, count_own = sys.getrefcount(value), sys.getrefcount(own)
-    given: dict[str, tuple] = {
-        "dicts": (own,), "items": ((None, "module"), (own, "module")), "absent": ((None, "no"),),
-        "tensors": (torch.zeros(2),), "attributes": ((value, "no"),),
-    }  # fmt: skip
-    given = {name: given[name] + wrong.get(name, ()) for name in given}
-    with pytest.raises((KeyError, TypeError, AttributeError)):
-        made(kind, **given, own=own)
-    del given
-    assert (sys.getrefcount(value), sys.getrefcount(own)) == (count, count_own)

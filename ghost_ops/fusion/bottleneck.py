@@ -1,128 +1,66 @@
 """Ghost bottlenecks: ghost, optional strided depthwise convolution and gate, ghost, shortcut.
 
 In eval mode without gradients a bottleneck runs as few operators: batch norms are folded, weights
-packed once, the shortcut added in the epilogue of the second Ghost module::
+are packed once, and the epilogue of the second Ghost module adds the shortcut::
 
     y   = ghost1(x)                                  one op
     y   = bn_dw(conv_dw(y))      if stride > 1       one op, ``ghost_ops::depthwise_conv``
     y   = y * gate(y)            if squeeze-excite   one op, ``ghost_ops::squeeze_excite_``
     out = ghost2(y) + shortcut                       one op
 
-A shortcut that is no identity is one more depthwise op and one 1x1 convolution (a Ghost module of
-ratio 1); the sum is then ghost2's as well. To add in the 1x1 convolution instead would move the
-same bytes: three maps of the output either way.
+A shortcut other than the identity is one more depthwise op and one 1x1 convolution (a Ghost module
+of ratio 1). ghost2 adds it too; adding in the 1x1 convolution would move as many bytes: three maps
+of the output's size either way.
 
-On a GPU the gate is an op of its own, ``ghost_ops::squeeze_excite_gate``, from sums that the
-depthwise op before it made, if there is one; ghost2 multiplies y by it as it reads y, and the gated
-map is never written.
+On a CPU all of this is one ``Program``. On a GPU the gate is an op of its own,
+``ghost_ops::squeeze_excite_gate``. It starts from the sums that the depthwise op makes, if there is
+one; ghost2 multiplies y by the gate as it reads y, and the gated map is never written.
 
-In training a bottleneck is the composition of its children; on a CPU the depthwise convolutions
-with their norms and the gate are functions of ours too (``layers``), and the shortcut's 1x1
+In training a bottleneck is the composition of its children. On a CPU the depthwise convolutions
+with their norms and the gate are fused functions too (``autograd.layers``), and the shortcut's 1x1
 convolution with its norm is a Ghost module of ratio 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .. import activations
-from ..activations import hard_sigmoid
-from ..autograd import layers
-from ..autograd.tail import Norm
-from ..conventions import memory_format
 from ..ops import layers as model_ops
-from ..sync import NORMS, group_of
 from .branch import (
     Branch,
     BranchForm,
-    called,
+    is_plain,
     layer_at,
     match_branch,
     padding_of,
     why_not_together,
 )
+from .depthwise import PackedDepthwise, bind_depthwise, run_depthwise
 from .fused import Fused
-from .ghost import (
-    Ghost,
-    GhostForm,
-    PackedGhost,
-    match_ghost,
-    packed_conv,
-    small_gate,
-)
+from .gate import Gate, GateForm, PackedGate, find_gate
+from .ghost import GhostForm, match_ghost
+from .ghost_parts import Ghost, PackedGhost, half_size_gate, packed_conv, run_conv
 from .graph import OutputShape, numbers_of
-from .guards import Path, Refusal, at
+from .guards import Path, Refusal
 from .program import Program
 from .read import Reading
 from .symbols import Node
 
 
-class Gate(NamedTuple):
-    """A squeeze-and-excitation: x * gate(expand(act(reduce(mean of x))))."""
-
-    reduce: nn.Conv2d
-    expand: nn.Conv2d
-    act: int
-    slope: float
-    code: int  # of the gate function, one of model_ops
-    modules: tuple[nn.Module, ...]  # all that are called in it
-
-    def run(self, x: Tensor) -> Tensor:
-        """x times its gate; differentiable."""
-        w1, b1, w2, b2 = self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
-        if layers.can_train(x, w1, b1, w2, b2):  # type: ignore[arg-type]
-            return layers.SqueezeExciteFunction.apply(
-                x, w1, b1, w2, b2, self.act, self.slope, self.code
-            )
-        s = activations.apply(self.reduce(x.mean((2, 3), keepdim=True)), self.act, self.slope)
-        s = self.expand(s)
-        return x * (hard_sigmoid(s) if self.code == model_ops.HARD_SIGMOID else torch.sigmoid(s))
-
-
-def run_depthwise(branch: Branch, x: Tensor) -> Tensor:
-    """The output of a depthwise branch; differentiable."""
-    conv, bn = branch.conv, branch.bn
-    plain = bn is None or (
-        any(type(bn).forward is norm.forward for norm in NORMS)
-        and group_of(bn) is None
-        and (bn.running_mean is None) == (bn.running_var is None)
-    )
-    if not plain or conv.bias is not None or not layers.has_kernels(x):
-        return branch.then(conv(x))
-    weight = conv.weight  # may be computed at every access
-    norm = Norm(None, None, None, None) if bn is None else Norm(*branch.norm(weight))
-    settings = layers.DepthwiseSettings(
-        conv.stride[0], 0.0 if bn is None else bn.eps, branch.uses_batch_stats(), branch.act,
-        branch.slope,
-    )  # fmt: skip
-    out = layers.depthwise(x, weight, norm, settings, branch.running_update())
-    return branch.then(conv._conv_forward(x, weight, None)) if out is None else out
-
-
-def run_conv(branch: Branch, x: Tensor) -> Tensor:
-    """The output of a branch whose convolution is not depthwise; differentiable.
-
-    Where there are kernels it is a Ghost module without ghosts: backward computes the convolution
-    again, and nothing but x is kept.
-    """
-    if layers.has_kernels(x):
-        out = Ghost(branch, None, branch.conv.out_channels).run(x)
-        if isinstance(out, Tensor):
-            return out
-    return branch.then(branch.conv(x))
-
-
 class Bottleneck:
-    """The parts of a bottleneck, bound to its modules.
+    """The parts of a bottleneck.
 
     Attributes:
-        ghosts: the two Ghost modules, called as they are in training.
-        ghost1, ghost2: their parts.
-        inplace: the shortcut is added in place, which keeps the dtype.
+        ghosts: the two Ghost modules, which are called in training.
+        ghost1, ghost2: the parts of these.
+        dw: the depthwise convolution between them, or None.
+        gate: the squeeze-and-excitation between them, or None.
+        shortcut: a depthwise and a 1x1 convolution; None for the identity.
+        inplace: the shortcut is added in place, so the sum has the dtype of ghost2's output.
+        layers, first, dw_size, alone: as in ``state.Parts``.
     """
 
     alone = False
@@ -150,9 +88,11 @@ class Bottleneck:
         self.layers = tuple(found)
 
     def check(self, x: Tensor) -> None:
+        """As ``Ghost.check``."""
         self.ghost1.check(x)
 
     def why_not_packed(self) -> str:
+        """Why the bottleneck cannot be packed in its present modes; empty if it can."""
         return (
             why_not_together(self.layers)
             or self.ghost1.why_not_packed()
@@ -160,6 +100,7 @@ class Bottleneck:
         )
 
     def run(self, x: Tensor) -> Tensor:
+        """The output, differentiable."""
         y = self.ghosts[0](x)
         if self.dw is not None:
             y = run_depthwise(self.dw, y)
@@ -170,16 +111,17 @@ class Bottleneck:
             dw, conv = self.shortcut
             x = run_conv(conv, run_depthwise(dw, x))
         if self.inplace or (y.dtype is x.dtype and y.shape == x.shape):
-            y += x  # legal: no Ghost module keeps its output for backward
+            y += x  # allowed: no Ghost module saves its output for backward
             return y
         return y + x
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        """An operator or a function, and its arguments after a dense x that fits."""
         packed = PackedBottleneck(self, backend)
         return packed.program().packed() if packed.is_program(backend) else (packed, ())
 
     def description(self) -> str:
-        """In words, for the report."""
+        """The bottleneck in words, for the report."""
         words = ["ghost"]
         if self.dw is not None:
             words.append(f"depthwise {self.dw.conv.kernel_size[0]}x{self.dw.conv.kernel_size[0]}")
@@ -190,53 +132,8 @@ class Bottleneck:
         return "bottleneck: " + " + ".join(words)
 
 
-class PackedDepthwise:
-    """A depthwise convolution with its batch norm folded in."""
-
-    def __init__(self, branch: Branch) -> None:
-        conv, bn = branch.conv, branch.bn
-        norm = (None, None, None, None, 0.0)
-        if bn is not None:
-            norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-        self.weight, self.shift = model_ops.fold(conv.weight, conv.bias, *norm)
-        # The same numbers in the order in which channels_last reads them.
-        self.taps_first = self.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-        self.arguments = (conv.stride[0], branch.act, branch.slope)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        nchw = memory_format(x) == torch.contiguous_format
-        weight = self.weight if nchw else self.taps_first
-        return model_ops.depthwise_conv(x, weight, self.shift, *self.arguments)
-
-    def add_to(self, program: Program, x: int) -> int:
-        """The number of the output in a program, for the value x of it."""
-        return program.depthwise(x, self.weight, self.taps_first, self.shift, self.arguments)
-
-    def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and its sums over pixels."""
-        return model_ops.depthwise_conv_sums(x, self.weight, self.shift, *self.arguments)
-
-
-class PackedGate:
-    """The packed tensors of a squeeze-and-excitation."""
-
-    def __init__(self, gate: Gate) -> None:
-        self.tensors = model_ops.pack_gate(
-            gate.reduce.weight, gate.reduce.bias, gate.expand.weight, gate.expand.bias
-        )
-        self.arguments = (gate.act, gate.slope, gate.code)
-
-    def __call__(self, x: Tensor) -> None:
-        """x *= gate(x), in place."""
-        model_ops.squeeze_excite_(x, *self.tensors, *self.arguments)
-
-    def values(self, x: Tensor, sums: Tensor | None) -> Tensor:
-        """gate(x) [N, C]; from the sums of x over its pixels, if they are there."""
-        return model_ops.squeeze_excite_gate(x, sums, *self.tensors, *self.arguments)
-
-
 class PackedBottleneck:
-    """A bottleneck in inference: folded and packed."""
+    """A bottleneck in inference: batch norms folded, weights packed for one backend."""
 
     def __init__(self, parts: Bottleneck, backend: str) -> None:
         self.short_conv = parts.ghost1.gate
@@ -244,7 +141,7 @@ class PackedBottleneck:
         self.ghost2 = PackedGhost(parts.ghost2, backend)
         self.dw = PackedDepthwise(parts.dw) if parts.dw is not None else None
         self.gate = PackedGate(parts.gate) if parts.gate is not None else None
-        # Whether the gate is made apart from the map that it multiplies.
+        # Whether the gate is an op of its own, without the product.
         self.makes_gate = self.gate is not None and model_ops.on_gpu(parts.first.weight)
         self.shortcut: tuple[PackedDepthwise, PackedGhost] | None = None
         if parts.shortcut is not None:
@@ -252,7 +149,7 @@ class PackedBottleneck:
             self.shortcut = PackedDepthwise(dw), packed_conv(conv, backend)
 
     def is_program(self, backend: str) -> bool:
-        """Whether it can be one of the CPU's operators."""
+        """Whether the whole bottleneck can be one program of the CPU."""
         ghosts = [self.ghost1, self.ghost2, *([self.shortcut[1]] if self.shortcut else [])]
         return (
             backend == "native"
@@ -261,7 +158,7 @@ class PackedBottleneck:
         )
 
     def program(self) -> Program:
-        """All of it."""
+        """The whole bottleneck."""
         program = Program()
         x, y = 0, self.ghost1.add_to(program, 0)
         if self.dw is not None:
@@ -277,7 +174,7 @@ class PackedBottleneck:
     def __call__(self, x: Tensor) -> Tensor:
         """The bottleneck's output for a dense x that fits."""
         gate = self.short_conv
-        y = self.ghost1(x, None, None if gate is None else small_gate(x, gate))
+        y = self.ghost1(x, None, None if gate is None else half_size_gate(x, gate))
         sums = in_gate = None
         if self.dw is not None:
             if self.makes_gate:
@@ -297,30 +194,8 @@ class PackedBottleneck:
         return self.ghost2(y, x, in_gate=in_gate)
 
 
-class GateForm(NamedTuple):
-    """Where the parts of a squeeze-and-excitation are."""
-
-    reduce: Path
-    expand: Path
-    act: int
-    slope: float
-    code: int
-    modules: tuple[Path, ...]
-
-    def bind(self, module: nn.Module) -> Gate:
-        """The gate in a module. Raises ``Refusal`` if its convolutions are not 1x1 with bias."""
-        convs = [layer_at(module, path, nn.Conv2d) for path in (self.reduce, self.expand)]
-        for conv in convs:
-            if not _is_plain(conv) or conv.bias is None:
-                raise Refusal("its gate has a convolution other than 1x1 with bias")
-        if convs[1].out_channels != convs[0].in_channels:
-            raise Refusal("its gate has another number of channels than its input")
-        modules: list[Any] = [at(module, path) for path in self.modules]
-        return Gate(*convs, self.act, self.slope, self.code, tuple(modules))
-
-
 class BottleneckForm(NamedTuple):
-    """Where the parts of a bottleneck are."""
+    """The paths of a bottleneck's modules; attributes as in ``Bottleneck``."""
 
     ghosts: tuple[Path, Path]
     ghost1: GhostForm
@@ -331,11 +206,12 @@ class BottleneckForm(NamedTuple):
     inplace: bool
 
     def bind(self, module: nn.Module) -> Bottleneck:
+        """The parts in a module, as ``state.Form.bind``."""
         shortcut = None
         if self.shortcut is not None:
             first, second = self.shortcut
             conv = second.bind(module)
-            if not _is_plain(conv.conv) or conv.prelu is not None:
+            if not is_plain(conv.conv) or conv.prelu is not None:
                 raise Refusal("the shortcut's second convolution is not a plain 1x1")
             shortcut = bind_depthwise(first, module), conv
         ghosts = [layer_at(module, path, nn.Module) for path in self.ghosts]
@@ -352,6 +228,7 @@ class BottleneckForm(NamedTuple):
         return parts
 
     def shape(self, module: nn.Module) -> OutputShape | None:
+        """The data that decide the output's shape, as ``state.Form.shape``."""
         shape1, shape2 = self.ghost1.shape(module), self.ghost2.shape(module)
         if shape1 is None or shape2 is None:
             return None
@@ -363,19 +240,19 @@ class BottleneckForm(NamedTuple):
 
 
 def _check_sum(parts: Bottleneck) -> None:
-    """Raise ``Refusal`` if the shortcut may have another shape, or a weight is made by a hook."""
+    """Raise ``Refusal`` if the shortcut's shape may differ, or a hook computes a weight."""
     main = [parts.ghost1.primary, parts.ghost2.primary, *([parts.dw] if parts.dw else [])]
     side = list(parts.shortcut or ())
     channels = side[-1].conv.out_channels if side else parts.first.in_channels
-    check_shapes(main, side, (parts.ghost2.settings.out_channels, channels))
+    _check_shapes(main, side, (parts.ghost2.settings.out_channels, channels))
     direct = [b.conv for b in (*main[2:], *side)]
     direct += [] if parts.gate is None else [parts.gate.reduce, parts.gate.expand]
     if any(len(conv._forward_pre_hooks) for conv in direct):
         raise Refusal("a weight outside of its Ghost modules is made by a hook")
 
 
-def check_shapes(main: list[Branch], side: list[Branch], channels: tuple[int, int]) -> None:
-    """Raise ``Refusal`` if what two paths give, with these channels, may differ in shape."""
+def _check_shapes(main: list[Branch], side: list[Branch], channels: tuple[int, int]) -> None:
+    """Raise ``Refusal`` if the outputs of two paths, with these channels, may differ in shape."""
     for branch in (*main, *side):
         conv = branch.conv
         for pad, d, k in zip(branch.padding, conv.dilation, conv.kernel_size, strict=True):
@@ -392,35 +269,11 @@ def check_shapes(main: list[Branch], side: list[Branch], channels: tuple[int, in
         raise Refusal("its shortcut has another shape than what it is added to")
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is a 1x1 with nothing else to it."""
-    return (
-        conv.kernel_size == conv.stride == (1, 1)
-        and conv.padding in ((0, 0), "valid", "same")
-        and conv.groups == 1
-    )
-
-
-def bind_depthwise(form: BranchForm, module: nn.Module) -> Branch:
-    branch, name = form.bind(module), ".".join(form.conv)
-    conv = branch.conv
-    if branch.prelu is not None:
-        raise Refusal(f"{name} has a PReLU, which only Ghost modules compute")
-    k, s = conv.kernel_size[0], conv.stride[0]
-    if not conv.groups == conv.in_channels == conv.out_channels:
-        raise Refusal(f"{name} is not depthwise, one filter a channel")
-    if not model_ops.has_depthwise(k, s) or conv.kernel_size != (k, k) or conv.stride != (s, s):
-        raise Refusal(f"{name} has kernel {conv.kernel_size} and stride {conv.stride}")
-    if branch.padding != (k // 2, k // 2) or conv.dilation != (1, 1):
-        raise Refusal(f"{name} does not pad with {k // 2} zeros, half its kernel")
-    return branch
-
-
 def match_bottleneck(reading: Reading) -> BottleneckForm:
-    """The bottleneck whose result a reading is.
+    """The bottleneck that a reading's forward computes.
 
     Raises:
-        Refusal: it is none.
+        Refusal: it does not compute one.
     """
     out = reading.out
     if out.op != "add" or len(out.inputs) != 2:
@@ -439,6 +292,7 @@ def match_bottleneck(reading: Reading) -> BottleneckForm:
 def _match_first_half(
     reading: Reading, ghost2: GhostForm, path2: Path, node: Node, short: Node
 ) -> BottleneckForm:
+    """Match what comes before ``ghost2``, whose input is ``node``, and the shortcut ``short``."""
     gate = dw = None
     found = find_gate(reading, node)
     if found is not None:
@@ -462,7 +316,7 @@ def _match_first_half(
 
 
 def _match_module(reading: Reading, node: Node) -> tuple[GhostForm, Path, Node]:
-    """A Ghost module that is a child of its own: its form, its path, and its input."""
+    """The Ghost module that computes a node and has a module of its own: form, path, input."""
     form, x = match_ghost(reading, node)
     if form.cheap is None:
         raise Refusal("a Ghost module inside it has a ratio of 1")
@@ -473,6 +327,7 @@ def _match_module(reading: Reading, node: Node) -> tuple[GhostForm, Path, Node]:
 
 
 def _match_shortcut(reading: Reading, node: Node) -> tuple[BranchForm, BranchForm] | None:
+    """The two convolutions of a shortcut; None for the identity."""
     if node.op == "input":
         return None
     second, node = match_branch(reading, node, "the shortcut")
@@ -482,40 +337,8 @@ def _match_shortcut(reading: Reading, node: Node) -> tuple[BranchForm, BranchFor
     return first, second
 
 
-def find_gate(reading: Reading, node: Node) -> tuple[GateForm, Node] | None:
-    """The squeeze-and-excitation whose result a node is, and the node of its input."""
-    pairs = (node.inputs, node.inputs[::-1]) if node.op == "mul" and len(node.inputs) == 2 else ()
-    for x, gate in pairs:
-        code, s = _gate_function(gate)
-        if s is None or s.op != "conv":
-            continue
-        expand, (s,) = s.args[0], s.inputs
-        act = (activations.NONE, activations.DEFAULT_SLOPE)
-        if s.op == "act":
-            act, (s,) = s.args, s.inputs  # type: ignore[assignment]
-        if s.op == "conv" and s.inputs[0].op == "mean" and s.inputs[0].inputs[0] is x:
-            modules = (*called(reading, node), s.args[0], expand)
-            return GateForm(s.args[0], expand, *act, code, modules), x
-    return None
-
-
-def _gate_function(gate: Node) -> tuple[int, Node | None]:
-    """The function at the end of a gate, and its input; None if it is none of ours."""
-    if gate.op == "sigmoid":
-        return model_ops.SIGMOID, gate.inputs[0]
-    if gate.op == "hardsigmoid":
-        return model_ops.HARD_SIGMOID, gate.inputs[0]
-    if gate.op == "div" and gate.args == (6,):  # relu6(x + 3) / 6
-        (act,) = gate.inputs
-        if act.op == "clamp6" or (act.op == "act" and act.args[0] == activations.RELU6):
-            (add,) = act.inputs
-            if add.op == "add" and add.args == (3,):
-                return model_ops.HARD_SIGMOID, add.inputs[0]
-    return -1, None
-
-
 class FusedBottleneck(Fused):
-    """A bottleneck made fused by ``fuse``."""
+    """A fused Ghost bottleneck."""
 
     _ghost_kind = "bottleneck"
 

@@ -1,4 +1,4 @@
-"""A branch of a module: a convolution, and the batch norm and the activation that follow it."""
+"""``Branch``: a convolution, with the batch norm and the activation that follow it."""
 
 from __future__ import annotations
 
@@ -20,40 +20,47 @@ _WORDS = {"conv": "a convolution", "bn": "a batch norm", "act": "an activation"}
 
 
 class Branch(NamedTuple):
-    """A convolution and what follows it."""
+    """act(bn(conv(x))), bound to its layers.
+
+    Attributes:
+        conv, bn, prelu: the layers; None if there is none.
+        act, slope: code and slope of the activation, as in ``activations``.
+        padding: of the convolution, as two numbers.
+        modules: all modules that the branch calls.
+    """
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d | None
     act: int
     slope: float
     prelu: nn.PReLU | None
-    padding: tuple[int, int]  # of the convolution
-    modules: tuple[nn.Module, ...]  # all that are called in it
+    padding: tuple[int, int]
+    modules: tuple[nn.Module, ...]
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
-        """Its modules with parameters."""
+        """The modules with parameters."""
         return tuple(m for m in (self.conv, self.bn, self.prelu) if m is not None)
 
     def uses_batch_stats(self) -> bool:
-        """Whether its norm takes the statistics of the batch."""
+        """Whether the norm uses the batch's statistics."""
         bn = self.bn
         return bn is not None and (
             bn.training or (bn.running_mean is None and bn.running_var is None)
         )
 
     def group(self) -> Any:
-        """The processes over which its norm takes its statistics; None: this one."""
+        """The process group whose batches share one statistic; None: this process alone."""
         return None if self.bn is None else group_of(self.bn)
 
     def norm(self, weight: Tensor) -> tuple[Tensor | None, ...]:
-        """gamma, beta, mean and var; without a norm those of one that does nothing.
+        """gamma, beta, mean and var of the norm; without a norm, those of the identity.
 
-        The convolution's bias is part of beta. Statistics of the batch take it out again (but for
-        NaN and infinity), and its gradient is zero.
+        The convolution's bias is part of beta. The batch's statistics cancel a bias, so beta then
+        gets bias * 0: it passes NaN and infinity on, and its gradient is zero.
 
         Args:
-            weight: the convolution's, which may be computed at every access.
+            weight: of the convolution; an argument because it may be computed at every access.
         """
         bn, bias = self.bn, self.conv.bias
         if bn is None:
@@ -73,7 +80,7 @@ class Branch(NamedTuple):
         return gamma, beta, mean, var
 
     def running_update(self) -> RunningUpdate:
-        """How a training step changes its running statistics."""
+        """How a training step updates the running statistics."""
         bn = self.bn
         if bn is None:
             return RunningUpdate()
@@ -84,7 +91,7 @@ class Branch(NamedTuple):
         return RunningUpdate(bn.momentum, batches)
 
     def add_bias_to_running_mean(self) -> None:
-        """After a training step without the bias, which the batch's mean has in it."""
+        """Complete the running mean after a training step that was computed without the bias."""
         bn, bias = self.bn, self.conv.bias
         if bn is None or bias is None or bn.running_mean is None:
             return
@@ -99,20 +106,20 @@ class Branch(NamedTuple):
             bn.running_mean.add_(bias.to(bn.running_mean.dtype), alpha=share)
 
     def slopes(self) -> Tensor | None:
-        """The slopes per channel of its PReLU."""
+        """The slopes [out_channels] of the PReLU; None without one."""
         if self.prelu is None:
             return None
         return activations.slopes_of(self.prelu, self.conv.out_channels)
 
     def then(self, x: Tensor) -> Tensor:
-        """What follows the convolution, as layers."""
+        """Norm and activation of the convolution's result x, by PyTorch's layers."""
         if self.bn is not None:
             x = run_norm(self.bn, x)
         return activations.apply(x, self.act, self.slope)
 
 
 class BranchForm(NamedTuple):
-    """Where the layers of a branch are."""
+    """The paths of a branch's layers, and its activation."""
 
     conv: Path
     bn: Path | None
@@ -122,7 +129,7 @@ class BranchForm(NamedTuple):
     modules: tuple[Path, ...]
 
     def bind(self, module: nn.Module) -> Branch:
-        """The branch in a module. Raises ``Refusal`` if a layer is none that the ops compute."""
+        """The branch in a module. Raises ``Refusal`` if the ops cannot compute a layer of it."""
         conv = layer_at(module, self.conv, nn.Conv2d)
         bn = None if self.bn is None else layer_at(module, self.bn, NORMS)
         prelu = None if self.prelu is None else layer_at(module, self.prelu, nn.PReLU)
@@ -142,7 +149,7 @@ class BranchForm(NamedTuple):
 def layer_at(
     module: nn.Module, path: Path, kind: type[nn.Module] | tuple[type[nn.Module], ...]
 ) -> Any:
-    """The layer at a path. Raises ``Refusal`` if it is of another kind, or of none of several."""
+    """The layer at a path. Raises ``Refusal`` if it is no instance of ``kind``."""
     layer = at(module, path)
     if not isinstance(layer, kind):
         kind = kind[0] if isinstance(kind, tuple) else kind
@@ -151,7 +158,7 @@ def layer_at(
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
-    """Its padding as numbers. Raises ``Refusal`` if that is not the same on both sides."""
+    """A convolution's padding as numbers. Raises ``Refusal`` if the two sides differ."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding != "same":
@@ -162,11 +169,20 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
     return reach[0] // 2, reach[1] // 2
 
 
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is a 1x1 of stride 1, without padding and groups."""
+    return (
+        conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid", "same")
+        and conv.groups == 1
+    )
+
+
 def why_not_together(layers: tuple[nn.Module, ...]) -> str:
     """Why layers cannot be packed for one operator; empty if they can.
 
-    They are of one device and dtype, but batch norms may be float32 behind convolutions of low
-    precision; and the norms use their running statistics.
+    All must have one device and dtype, except that batch norms may be float32 behind convolutions
+    of low precision. All norms must use their running statistics.
     """
     first = next(layers[0].parameters(False), None)
     if first is None:
@@ -186,15 +202,18 @@ def why_not_together(layers: tuple[nn.Module, ...]) -> str:
 
 
 def called(reading: Reading, *nodes: Node) -> tuple[Path, ...]:
-    """The modules that computed these results, without those that only passed them on."""
+    """The modules whose calls gave these results, without those that returned their input."""
     return tuple(c.path for node in nodes for c in reading.calls.get(node, ()) if c.x is not node)
 
 
 def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:
-    """The branch whose result a node is, and the node of its input.
+    """The branch that computes a node, and the node of the branch's input.
+
+    Args:
+        name: of the branch, for the message.
 
     Raises:
-        Refusal: it is none.
+        Refusal: no branch computes the node.
     """
     act, prelu, bn, nodes = NO_ACT, None, None, [node]
     if node.op == "act":
@@ -212,7 +231,7 @@ def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, N
 
 
 def match_any_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, Node]:
-    """As ``match_branch``; timm's batch norm, which has its activation in it, calls a function."""
+    """As ``match_branch``; also timm's batch norm with activation, which calls F.batch_norm."""
     act, inner = NO_ACT, node
     if node.op == "act":
         act, (inner,) = node.args, node.inputs  # type: ignore[assignment]
@@ -224,6 +243,7 @@ def match_any_branch(reading: Reading, node: Node, name: str) -> tuple[BranchFor
 
 
 def what_it_is(node: Node) -> str:
+    """A node's operation in words, for messages."""
     if node.op == "module":
         path, reason = node.args
         return reason or ".".join(path)

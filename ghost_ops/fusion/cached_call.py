@@ -1,13 +1,14 @@
-"""One call of an operator with kept arguments, if everything still is as when they were made.
+"""``CachedCall``: an operator and its packed arguments, run only if every guard holds.
 
-In Python, the checks before a module in eval mode may run its operator take as long as a small
-module's arithmetic. The compiled library has the same class in C; ``make`` takes it where it is.
+Written in Python, the guards of a module in eval mode take as long as a small module's arithmetic.
+The compiled library has the same class in C; ``make_cached_call`` returns that one if the library
+is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,35 +16,26 @@ from torch import Tensor
 from ..backends import native
 from .watch import Watch
 
+# A function and its arguments; the guard holds if the function returns False.
 Guard = tuple[Callable[..., bool], tuple]
 
 
-class CachedCall(Protocol):
-    """What ``make`` returns."""
-
-    def run(self, x: Tensor, own: dict) -> Tensor | None:
-        """The operator's result; None where a check failed, and the general path is to be taken.
-
-        own: the ``__dict__`` of the module that is called, for the watch.
-        """
-        ...
-
-
-class PythonCachedCall:
-    """``operator(x, *arguments)`` where nothing speaks against it.
+class CachedCall:
+    """``operator(x, *arguments)``, if x fits and every guard holds.
 
     Args:
-        watch: over what the arguments were made from; of the compiled library for its class.
-        guards: pairs (function, arguments); each has to answer False, such as
-            ``(torch.is_grad_enabled, ())``.
-        tensor_type: the type of x, no subclass.
+        watch: over the objects that the arguments were packed from. The compiled class takes the
+            compiled ``Watch`` only.
+        guards: modes of PyTorch that must be off, such as ``(torch.is_grad_enabled, ())``.
+        tensor_type: the exact type of x; subclasses do not fit.
         dtype, device: of x.
-        channels_last: ``torch.channels_last``: x is dense in this memory format or contiguous.
-        channels: x is [N, channels, H, W], and not empty.
-        operator: called with x and the arguments, at most 31.
+        channels_last: ``torch.channels_last``; x must be dense in this memory format or contiguous.
+        channels: C; x is [N, C, H, W] and not empty.
+        operator: called with x and the arguments.
+        arguments: at most 31.
 
     Raises:
-        TypeError, ValueError: the compiled class, for arguments of another kind.
+        TypeError, ValueError: by the compiled class, for arguments of another type.
     """
 
     __slots__ = (
@@ -56,7 +48,7 @@ class PythonCachedCall:
         "_operator",
         "_tensor_type",
         "_unchanged",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -79,6 +71,12 @@ class PythonCachedCall:
         self._operator, self._arguments = operator, arguments
 
     def run(self, x: Tensor, own: dict) -> Tensor | None:
+        """The operator's result; None (a cache miss) if x does not fit or a guard fails.
+
+        Args:
+            x: [N, C, H, W].
+            own: the ``__dict__`` of the called module, for the watch.
+        """
         if (
             type(x) is not self._tensor_type
             or not isinstance(own, dict)
@@ -95,7 +93,7 @@ class PythonCachedCall:
         return self._operator(x, *self._arguments)
 
 
-def make(**arguments: Any) -> CachedCall:
-    """A ``PythonCachedCall``, or the compiled library's equal of it."""
-    kind: Any = native.library().CachedCall if native.load() else PythonCachedCall
+def make_cached_call(**arguments: Any) -> CachedCall:
+    """A ``CachedCall``: the compiled library's if that is loaded."""
+    kind: type[CachedCall] = native.library().CachedCall if native.load() else CachedCall
     return kind(**arguments)

@@ -1,9 +1,9 @@
-"""Compares what the fused ops compute with a module's own forward, on a copy of it in float64.
+"""Compares the fused ops with a module's own forward, by numbers, on a copy of it in float64.
 
-Reading is the proof that a module computes the formula. This is a second opinion, by numbers, that
-``fuse`` asks for once: with random parameters and statistics, in eval mode at three sizes, and in
-training mode. The model itself is neither run nor changed, and no random number
-is drawn from PyTorch's generator.
+``read`` and the match prove that a module computes the formula; this is a second, independent
+check. ``fuse`` runs it once for each module: with random parameters and statistics, in eval mode at
+three sizes, and in training mode. The model itself is neither run nor changed, and PyTorch's random
+generator is not used.
 """
 
 from __future__ import annotations
@@ -20,33 +20,41 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..sync import NORMS
-from .fused import Fused, Parts
+from .fused import Fused, backends_of
 from .guards import Record, Refusal, plain_kind, watchable
+from .state import Form, Parts
 
 _TOLERANCE = 1e-9
 _SIZES = ((2, 9, 7), (2, 1, 1), (1, 14, 20))  # images, height, width
 
-_one_at_a_time = threading.Lock()  # the number of threads is the process's
-_LARGE = (1, 66, 70)  # for networks that halve their maps until no pixel of the others is left
+_LARGE = (1, 66, 70)  # for networks that halve their maps too often for the sizes above
+
+_one_at_a_time = threading.Lock()  # the number of threads is a setting of the process
 
 
-def compare(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:
-    """Raise ``Refusal`` if what was read of a module does not compute what the module does."""
+def compare(kind: type[Fused], module: nn.Module, form: Form, record: Record) -> None:
+    """Raise ``Refusal`` if a module's form does not compute what its forward does.
+
+    Args:
+        kind: the fused class for the module.
+        form, record: of reading the module.
+    """
     with _one_at_a_time:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the maps are small: threads would wait for each other
         try:
-            with torch.device("cpu"):  # whatever the default is
+            with torch.device("cpu"):  # the user may have set another default device
                 _compare_modes(kind, module, form, record)
         finally:
             torch.set_num_threads(threads)
 
 
-def _compare_modes(kind: type[Fused], module: nn.Module, form: Any, record: Record) -> None:
+def _compare_modes(kind: type[Fused], module: nn.Module, form: Form, record: Record) -> None:
     gen = torch.Generator().manual_seed(0)
     copy = _clone(module, gen, {})
-    parts: Parts = form.bind(copy)
-    one_mode = any(name == "training" for entry in record.entries for name, _ in entry.own)
+    parts = form.bind(copy)
+    # A forward that reads its mode was read in eval mode only.
+    one_mode = any(name == "training" for one in record.modules for name, _ in one.own)
     errors: list[Exception] = []
     ran = 0
     for training in (False,) if one_mode else (False, True):
@@ -59,11 +67,11 @@ def _compare_modes(kind: type[Fused], module: nn.Module, form: Any, record: Reco
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 try:
                     want = copy(x.clone())
-                except Exception as error:  # too small for its kernel, say
+                except Exception as error:  # x may be too small for the module's kernels
                     errors.append(error)
                     continue
                 with backends.use_backend("auto"), _refused():
-                    got = _run(parts, x, () if training else kind._ghost_backends)
+                    got = _run(parts, x, () if training else backends_of(kind))
             ran += 1
             if not isinstance(got, str):
                 _compare(got, want, "training" if training else "eval")
@@ -81,6 +89,7 @@ def _refused() -> Iterator[None]:
 
 
 def _run(parts: Parts, x: Tensor, allowed: tuple[str, ...]) -> Tensor | str:
+    """The output by the packed operator of an allowed backend, else by ``parts.run``."""
     backend = "native" if parts.dw_size <= 7 and backends.native.load() else "eager"
     if backend not in allowed:
         return parts.run(x.clone())
@@ -111,7 +120,7 @@ def _clone(module: nn.Module, gen: torch.Generator, memo: dict[int, Any]) -> Any
         return memo[id(module)]
     kind = plain_kind(module)
     if kind in NORMS:  # not a subclass, which may compute something else
-        kind = nn.BatchNorm2d  # of this process alone: the others may not be comparing
+        kind = nn.BatchNorm2d  # SyncBatchNorm would wait for processes that do not compare
     copy = memo[id(module)] = object.__new__(kind)
     copy.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():

@@ -1,4 +1,4 @@
-"""What a function's code says: whose it is, which globals it names, what it stores outside."""
+"""Static facts about a function's bytecode: its origin, the globals it reads, what it stores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 
 @functools.cache
 def is_users(code: types.CodeType) -> bool:
-    """Whether code is neither PyTorch's, nor Python's, nor of this package."""
+    """Whether code belongs to neither PyTorch, nor Python's standard library, nor this package."""
     name = code.co_filename
     if name.startswith((HERE, TORCH)):
         return False
@@ -38,7 +38,7 @@ def is_users(code: types.CodeType) -> bool:
 
 
 def is_pure(function: Any) -> bool:
-    """Whether a C function gives the same for the same arguments, and does nothing else."""
+    """Whether a C function has no effect, and a result that depends on its arguments alone."""
     if getattr(function, "__module__", None) == "builtins":
         return function.__name__ in _PURE_BUILTINS
     if getattr(function, "__module__", None) == "math":
@@ -47,7 +47,7 @@ def is_pure(function: Any) -> bool:
 
 
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The code of a function and of those inside it."""
+    """A function's code and the code of all functions nested in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -59,7 +59,7 @@ _FORBIDDEN = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "IM
 
 
 def _is_method(instruction: dis.Instruction) -> bool:
-    """Whether an attribute is loaded to be called at once."""
+    """Whether an attribute is loaded for an immediate call."""
     if sys.version_info < (3, 12):
         return instruction.opname == "LOAD_METHOD"
     return bool(instruction.arg and instruction.arg & 1)
@@ -67,10 +67,12 @@ def _is_method(instruction: dis.Instruction) -> bool:
 
 @functools.cache
 def global_names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
-    """The globals and cells that a function names, each with the attributes that are taken of it.
+    """Chains (name, attribute, attribute, ...) that a function reads, from a global or a cell on.
+
+    ``torch.nn.functional.relu(x)`` reads the chain ("torch", "nn", "functional", "relu").
 
     Raises:
-        Refusal: it stores something outside of itself, or imports.
+        Refusal: the function imports, or stores something outside of its local variables.
     """
     chains: dict[tuple[str, ...], None] = {}
     for inner in codes_of(code):

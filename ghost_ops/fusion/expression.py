@@ -1,22 +1,22 @@
 """Modules of convolutions, Ghost modules, sums and concatenations as one operator of the CPU.
 
-Everything from one convolution with its batch norm and activation up to a whole network: residual
-blocks such as Ghost-ResNet's, cross-stage blocks such as Ultralytics' C3Ghost, a GhostNet with its
-stem and its head. What a forward computes (``read``) is an expression; here it becomes steps, each
-of which is an instruction of a ``Program``::
+Such a module is anything from one convolution with batch norm and activation to a whole network:
+a residual block of Ghost-ResNet, Ultralytics' C3Ghost, a GhostNet with stem and head. The
+expression of its forward (``read``) becomes a list of steps, and each step one instruction of a
+``Program``::
 
-    ghost       a Ghost module, or a convolution (ratio 1), with the norm and activation behind it;
-                a sum that only it goes to is its residual
-    depthwise   a depthwise convolution
+    ghost       a Ghost module, or a convolution (ratio 1), with norm and activation; if its only
+                use is a sum, the other term is its residual. A linear layer, on vectors
+    depthwise   a depthwise convolution with norm and activation
     excite      x times its squeeze-and-excitation
-    sum         of two maps, and the activation behind it; or the activation alone
+    sum         act(a + b), or act(a)
     concat      along channels
-    mean        over pixels; what follows it has one vector an image
-    linear      a linear layer, on vectors
+    mean        over pixels; later values have one vector an image
+    flatten     the same values as [N, C]
 
-In eval mode without gradients, on a CPU with native kernels. With gradients there, a residual block
-whose batch norms stand behind its concatenations runs the tails of its Ghost modules as operators
-(``tail``). Everything else is the module's own forward.
+This needs eval mode without gradients, on a CPU with native kernels. With gradients on such a CPU,
+a residual block whose batch norms follow its concatenations runs its Ghost modules with the
+operator ``ghost_tail``. In every other case the module's own forward runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from .. import activations
 from ..modes import autocast_dtype
-from .bottleneck import Gate, PackedDepthwise, PackedGate, bind_depthwise, find_gate
 from .branch import (
     NO_ACT,
     Branch,
@@ -39,8 +38,11 @@ from .branch import (
     what_it_is,
     why_not_together,
 )
+from .depthwise import PackedDepthwise, bind_depthwise
 from .fused import FusedInference
-from .ghost import Ghost, GhostForm, PackedGhost, match_ghost, packed_conv
+from .gate import Gate, PackedGate, find_gate
+from .ghost import GhostForm, match_ghost
+from .ghost_parts import Ghost, PackedGhost, packed_conv
 from .guards import Refusal
 from .program import Program
 from .read import PARAMETER_HOOKS, Reading
@@ -52,8 +54,8 @@ class Step(NamedTuple):
 
     Attributes:
         op: as in the table above.
-        values: what it takes: 0 is the input, k the result of step k - 1.
-        form: where its layers are; of a sum its activation.
+        values: the numbers of its inputs: 0 is the module's input, k the result of step k - 1.
+        form: the paths of its layers; for a sum, (code, slope) of its activation.
     """
 
     op: str
@@ -62,12 +64,13 @@ class Step(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is known of the shape of a value.
+    """The shape of a value as far as it is known without the input's size.
 
     Attributes:
-        channels: of it.
-        pixels: equal where height and width are, whatever those of the input. None: a vector.
-        flat: a vector that was flattened, [N, C].
+        channels: C.
+        pixels: (base, stride, stride): two values with equal ``pixels`` have equal height and
+            width for every input. None: a vector.
+        flat: the vector is [N, C], not [N, C, 1, 1].
     """
 
     channels: int
@@ -75,7 +78,7 @@ class Shape(NamedTuple):
     flat: bool = False
 
     def behind(self, conv: nn.Conv2d, padding: tuple[int, int], out_channels: int) -> Shape:
-        """Of what a convolution makes of it. Raises ``Refusal`` if that cannot be computed."""
+        """The shape of a convolution's result. Raises ``Refusal`` if there is no kernel for it."""
         if conv.in_channels != self.channels:
             raise Refusal(f"a convolution of {conv.in_channels} channels gets {self.channels}")
         if self.pixels is None:
@@ -87,7 +90,7 @@ class Shape(NamedTuple):
         for i, (pad, k, d) in enumerate(zip(padding, conv.kernel_size, conv.dilation, strict=True)):
             strides[i] *= conv.stride[i]
             if 2 * pad != d * (k - 1):
-                base = object()  # of no known relation to the sizes of other maps
+                base = object()  # the size has no known relation to that of other maps
         return Shape(out_channels, (base, *strides))
 
 
@@ -95,10 +98,11 @@ class Expression:
     """The steps of a forward, bound to its modules.
 
     Attributes:
-        steps: its instructions.
-        parts: of each step: a ``Ghost``, a ``Branch``, a ``Gate``, a linear layer, or the code and
-            slope of an activation.
+        steps: the instructions.
+        parts: one for each step: a ``Ghost``, a ``Branch``, a ``Gate``, a linear layer, or (code,
+            slope) of an activation.
         result: the shape of the last value.
+        layers, first, dw_size, alone: as in ``state.Parts``.
     """
 
     alone = False
@@ -111,9 +115,10 @@ class Expression:
         self.dw_size = max((ghost.dw_size for ghost in ghosts), default=1)
 
     def check(self, x: Tensor) -> None:
-        """Nothing: what does not fit goes to the module's own forward."""
+        """Does nothing: an x that does not fit goes to the module's own forward."""
 
     def why_not_packed(self) -> str:
+        """Why the steps cannot be packed in their present modes; empty if they can."""
         hooks = (hook for layer in self.layers for hook in layer._forward_pre_hooks.values())
         if any(isinstance(hook, PARAMETER_HOOKS) for hook in hooks):
             return "its weights are computed at every call"
@@ -124,35 +129,40 @@ class Expression:
         return why_not_together(self.layers) or next(filter(None, (*reasons, *shapes)), "")
 
     def run(self, x: Tensor) -> str:
-        return ""  # its own forward, without a warning
+        """Always the module's own forward, without a warning."""
+        return ""
 
-    def learns(self, x: Tensor) -> bool:
-        """Whether ``learn`` computes it on x: Ghost modules with tails, convolutions, and sums."""
+    def can_run_tail_ops(self, x: Tensor) -> bool:
+        """Whether ``run_tail_ops`` computes the module on x.
+
+        It computes Ghost modules whose norm follows the concatenation, convolutions and sums.
+        """
         if autocast_dtype(x.device.type) not in (None, x.dtype):
-            return False  # the dtype of a sum depends on whether it is in place
+            return False  # under autocast the dtype of a sum depends on whether it is in place
         ghosts = [part for part in self.parts if isinstance(part, Ghost)]
-        others = [step for step, part in zip(self.steps, self.parts, strict=True)
-                  if step.op != "sum" and not isinstance(part, Ghost)]  # fmt: skip
-        tails = [ghost.learns(x) for ghost in ghosts if ghost.cheap is not None]
-        if others or not tails or not all(tails) or any(map(_why_not_shape, self.layers)):
+        sums = sum(step.op == "sum" for step in self.steps)
+        tails = [ghost.can_run_tail_op(x) for ghost in ghosts if ghost.cheap is not None]
+        if len(ghosts) + sums < len(self.steps) or not tails or not all(tails):
             return False
-        # A layer of two steps, or of one that is made twice, would move its statistics twice.
+        if any(map(_why_not_shape, self.layers)):
+            return False
+        # A layer in two steps, or in a step that runs twice, would update its statistics twice.
         return len({id(layer) for layer in self.layers}) == len(self.layers)
 
-    def learn(self, x: Tensor) -> Tensor | str:
-        """The output, differentiable; or why it has to be the module's own forward."""
+    def run_tail_ops(self, x: Tensor) -> Tensor | str:
+        """The output, differentiable; or a reason, as in ``state.Parts.run``."""
         values, uses = [x], Counter(value for step in self.steps for value in step.values)
-        done = False  # the step before has this one's activation in it
+        done = False  # the previous step has computed this step's activation
         for number, (step, part) in enumerate(zip(self.steps, self.parts, strict=True), 1):
             given = [values[value] for value in step.values]
             other = given[1] if len(given) > 1 else None
             out: Tensor | str
             if isinstance(part, Ghost) and part.cheap is not None:
-                # An activation alone behind a sum.
+                # Whether the next step is only the activation of this sum.
                 then = self.steps[number] if number < len(self.steps) else None
                 ends = then is not None and (then.op, then.values) == ("sum", (number,))
                 done = ends and other is not None and uses[number] == 1
-                out = part.learn(given[0], other, self.parts[number] if done else NO_ACT)
+                out = part.run_tail_op(given[0], other, self.parts[number] if done else NO_ACT)
                 if isinstance(out, str):
                     return out
             elif isinstance(part, Ghost):
@@ -166,17 +176,19 @@ class Expression:
         return values[-1]
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        """An operator, and its arguments after a dense x that fits."""
         parts = [_pack(part, backend) for part in self.parts]
         if len(parts) == 1 and isinstance(parts[0], PackedGhost):
             return parts[0].operator, (parts[0].packed, None, *parts[0].arguments)
         return self._program(parts).packed()
 
     def _program(self, parts: list[Any]) -> Program:
+        """The program of packed parts."""
         program = Program()
-        # Whole networks are faster in channels_last; what gives a map gives it in the layout of x.
+        # Networks are faster in channels_last. A module with a map as its result keeps x's layout.
         vector = self.result.pixels is None
         numbers = [program.channels_last(0) if vector else 0]
-        uses: Counter[int] = Counter()  # of the memory of a value, which flattening shares
+        uses: Counter[int] = Counter()  # of a value's memory, which a flattened value shares
         owners = list(range(len(self.steps) + 1))
         for number, (op, values, _) in enumerate(self.steps, 1):
             if op == "flatten":
@@ -193,7 +205,7 @@ class Expression:
             elif op == "excite":
                 made = program.excite(x, part.tensors, part.arguments)
             elif op == "sum":
-                # Never the input, which a convolution takes as well.
+                # Never the input: a convolution takes it too.
                 in_place = uses[owners[values[0]]] == 1
                 made = program.sum(x, other, part, in_place=in_place)
             elif op == "concat":
@@ -208,7 +220,7 @@ class Expression:
         return program
 
     def description(self) -> str:
-        """In words, for the report."""
+        """The module in words, for the report."""
         if len(self.steps) > 1:
             words = Counter(map(_word, self.steps, self.parts))
             return "one operator: " + ", ".join(f"{n} {word}" for word, n in words.items() if word)
@@ -230,7 +242,7 @@ def _layers(part: Any) -> tuple[nn.Module, ...]:
 
 
 def _why_not_shape(layer: nn.Module) -> str:
-    """Why a layer's weight is not what the layer says of itself; empty if it is."""
+    """Why a layer's weight has a shape other than its attributes say; empty if it has not."""
     if isinstance(layer, nn.Conv2d):
         want = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     elif isinstance(layer, nn.Linear):
@@ -250,7 +262,7 @@ def _conv_of(part: Any) -> nn.Conv2d | None:
 
 
 def _first_conv(steps: tuple[Step, ...], parts: tuple[Any, ...]) -> nn.Conv2d:
-    """A convolution that the input goes to. Raises ``Refusal`` if there is none."""
+    """A convolution that takes the module's input. Raises ``Refusal`` if there is none."""
     for step, part in zip(steps, parts, strict=True):
         conv = _conv_of(part)
         if conv is not None and step.values[0] == 0:
@@ -259,6 +271,7 @@ def _first_conv(steps: tuple[Step, ...], parts: tuple[Any, ...]) -> nn.Conv2d:
 
 
 def _pack(part: Any, backend: str) -> Any:
+    """The packed form of a part; activations are returned unchanged."""
     if isinstance(part, Ghost):
         return PackedGhost(part, backend)
     if isinstance(part, Branch):
@@ -282,11 +295,12 @@ def _word(step: Step, part: Any) -> str:
 
 
 class ExpressionForm(NamedTuple):
-    """The steps of a forward, and where the parts of them are."""
+    """The steps of a forward, with the paths of their layers."""
 
     steps: tuple[Step, ...]
 
     def bind(self, module: nn.Module) -> Expression:
+        """The parts in a module, as ``state.Form.bind``."""
         parts = tuple(_bind(step, module) for step in self.steps)
         first = _first_conv(self.steps, parts)
         shapes = [Shape(first.in_channels, (None, 1, 1))]
@@ -295,11 +309,12 @@ class ExpressionForm(NamedTuple):
         return Expression(self.steps, parts, shapes[-1])
 
     def shape(self, module: nn.Module) -> None:
-        return None  # it is no operator of a graph
+        """None: an expression is no operator of compiled graphs."""
+        return None
 
 
 def _bind(step: Step, module: nn.Module) -> Any:
-    """The part of a step. Raises ``Refusal`` if there is no kernel for it."""
+    """The part of a step in a module. Raises ``Refusal`` if there is no kernel for it."""
     op, _, form = step
     if op == "depthwise":
         return bind_depthwise(form, module)
@@ -308,14 +323,14 @@ def _bind(step: Step, module: nn.Module) -> Any:
     if isinstance(form, GhostForm):
         ghost = form.bind(module)
         known = ghost.is_conv() or ghost.has_plain_primary()
-        if not known or ghost.gate is not None or (ghost.tail and ghost.after is None):
+        if not known or ghost.gate is not None or (ghost.tail and ghost.foldable_tail is None):
             raise Refusal(f"there is no kernel for {'.'.join(form.primary.conv)}")
         return ghost
     return layer_at(module, form, nn.Linear) if op == "ghost" else form
 
 
 def _shape(step: Step, part: Any, given: list[Shape]) -> Shape:
-    """The shape of a step's result. Raises ``Refusal`` if it cannot be computed for these."""
+    """The shape of a step's result. Raises ``Refusal`` if the step has no kernel for ``given``."""
     x, *others = given
     if x.pixels is None and (isinstance(part, Gate) or getattr(part, "dw_size", 1) > 1):
         raise Refusal("a gate or a Ghost module follows a pooling")
@@ -341,25 +356,28 @@ def _shape(step: Step, part: Any, given: list[Shape]) -> Shape:
 
 
 def _same(shape: Shape, others: list[Shape]) -> Shape:
+    """``shape``. Raises ``Refusal`` if one of the others may differ from it."""
     if any(other != shape for other in others):
         raise Refusal("it joins tensors whose shapes may differ")
     return shape
 
 
 def match_expression(reading: Reading) -> ExpressionForm:
-    """The steps of the result of a reading.
+    """The steps of a reading's forward.
 
     Raises:
-        Refusal: one of its operations is none of ours.
+        Refusal: there is no kernel for one of its operations.
     """
     return ExpressionForm(_Matcher(reading).steps())
 
 
 class _Matcher:
+    """Makes steps of the nodes of a reading."""
+
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-        self.layers = {entry.path: dict(entry.own) for entry in reading.record.entries}
-        self.uses: Counter[Node] = Counter()  # by how many operations a node is used
+        self.layers = {one.path: dict(one.own) for one in reading.record.modules}
+        self.uses: Counter[Node] = Counter()  # the number of operations that take a node
         seen, todo = {reading.out}, [reading.out]
         while todo:
             for node in todo.pop().inputs:
@@ -369,7 +387,7 @@ class _Matcher:
                     todo.append(node)
 
     def steps(self) -> tuple[Step, ...]:
-        """In an order in which each comes after what it takes."""
+        """All steps, each after the steps whose results it takes."""
         steps: list[Step] = []
         numbers: dict[Node, int] = {}
         found: dict[Node, tuple[str, tuple[Node, ...], Any]] = {}
@@ -395,7 +413,7 @@ class _Matcher:
         return tuple(steps)
 
     def match(self, node: Node) -> tuple[str, tuple[Node, ...], Any]:
-        """The step whose result a node is: its op, the nodes that it takes, and its form."""
+        """The step that computes a node: its op, the nodes of its inputs, and its form."""
         found = self.find_layers(node)
         if found is not None:
             return found
@@ -419,7 +437,7 @@ class _Matcher:
         raise Refusal(f"its forward has {what_it_is(node)}, for which there is no kernel")
 
     def find_layers(self, node: Node) -> tuple[str, tuple[Node, ...], Any] | None:
-        """The step of a convolution or a Ghost module; None if it is none."""
+        """The step of a convolution or a Ghost module; None if neither computes the node."""
         try:
             branch, x = match_any_branch(self.reading, node, "it")
         except Refusal:
@@ -429,14 +447,14 @@ class _Matcher:
                 return None
             acts = ghost.primary.act, NO_ACT[0] if ghost.cheap is None else ghost.cheap.act
             if ghost.tail and acts != (NO_ACT[0],) * 2:
-                return None  # the epilogue has one activation
+                return None  # the operator's epilogue has one activation
             return "ghost", (x,), ghost
         if self.layers[branch.conv]["groups"] > 1:
             return "depthwise", (x,), branch
         return "ghost", (x,), GhostForm(branch, None, None, None, ())
 
     def match_sum(self, node: Node) -> tuple[str, tuple[Node, ...], Any] | None:
-        """A sum as a Ghost module or convolution with a residual; None if it is none."""
+        """A sum as a Ghost module or convolution with a residual; None if no term is one."""
         for main, short in (node.inputs, node.inputs[::-1]):
             if self.uses[main] == 1 and main is not short:
                 op, inputs, form = self.find_layers(main) or ("", (), None)
@@ -446,7 +464,7 @@ class _Matcher:
 
 
 class FusedExpression(FusedInference):
-    """A module of several operations, or a convolution, made fused by ``fuse``."""
+    """A fused module of several operations, or a fused convolution."""
 
     _ghost_kind = "expression"
     _ghost_device = "cpu"
@@ -458,5 +476,7 @@ class FusedExpression(FusedInference):
     def _ghost_eager(self, x: Tensor) -> Tensor | str:
         if self.training or torch.is_grad_enabled():
             parts = self._ghost_state().parts
-            return parts.learn(x) if isinstance(parts, Expression) and parts.learns(x) else ""
+            if isinstance(parts, Expression) and parts.can_run_tail_ops(x):
+                return parts.run_tail_ops(x)
+            return ""
         return super()._ghost_eager(x)

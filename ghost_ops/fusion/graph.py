@@ -1,17 +1,17 @@
-"""Fused modules in compiled graphs: one operator each, in inference.
+"""Fused modules in compiled graphs: each is one operator in inference.
 
 While ``torch.compile`` traces a fused module in eval mode without gradients, the module puts one
 call of ``ghost_ops::fused_inference`` into the graph. When the graph runs, the operator runs the
-module's own eager path, with its packed weights and all its guards, so every change that eager code
-notices is noticed here too. The rest of the graph is the compiler's.
+module's eager path with its packed weights and guards, so it notices every change that eager code
+notices.
 
-What the operator reads is in the graph: the parameters and buffers are its inputs, so it is a
-function of its inputs for the compiler, in whatever order the compiler runs it. If the graph gives
-other tensors than the module has (``functional_call``, or a parameter that the same graph changes),
-a copy of the module runs with these, unpacked.
+The parameters and buffers are inputs of the operator. For the compiler it is therefore a function
+of its inputs, which it may run in any order. If the graph passes tensors other than the module's
+(``functional_call``, or a parameter that the same graph changes), a copy of the module runs with
+these, unpacked.
 
-The key of the module is an input as well, a tensor. So one graph serves all modules of one
-structure, and neither a copy of a module nor a change of its state is a reason to compile again.
+The module itself is found by a key, which is an input too, a tensor. One graph so serves all
+modules of one structure, and neither a copied module nor a new state makes the compiler run again.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ..conventions import dense, memory_format
 from ..modes import autocast_dtype
 from ..sync import NORMS
 from . import watch
-from .guards import GLOBAL_HOOKS, Refusal, hooks_of
+from .guards import GLOBAL_HOOKS, HANDLE, Refusal, hooks_of
 
-_NUMBERS = 8  # of a convolution: kernel size, stride, padding and dilation, two each
-# From a random number on, so that no key of another process leads to a module of this one.
+_NUMBERS = 8  # per convolution: kernel size, stride, padding and dilation, two each
+# Keys start at a random number, so that another process's key leads to no module of this one.
 _keys = itertools.count(secrets.randbits(62))
 _handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
 _DEAD = (
@@ -44,11 +44,11 @@ _DEAD = (
 
 
 class OutputShape(NamedTuple):
-    """What the output's shape follows from.
+    """The data that decide the output's shape.
 
     Attributes:
         out_channels: of the output.
-        convs: ``_NUMBERS`` for each convolution that x passes through, in order.
+        convs: ``numbers_of`` each convolution that x passes through, in order.
     """
 
     out_channels: int
@@ -70,23 +70,23 @@ def numbers_of(conv: nn.Conv2d, padding: tuple[int, int]) -> tuple[int, ...]:
 
 
 class Handle:
-    """Leads from the operator to a module.
+    """Finds a module for the operator, by the key.
 
     Attributes:
-        key: [1], int64 on the CPU. The operator gets it as an input.
+        key: [1], int64 on the CPU; an input of the operator.
     """
 
     def __init__(self, module: nn.Module) -> None:
         number = next(_keys)
         with torch.inference_mode(False):
-            # Not 0-dimensional: the compiler would read such a number, and may make it a constant.
+            # Not 0-dimensional: the compiler may read such a tensor and make it a constant.
             self.key = torch.tensor([number], device="cpu")
         self._module = weakref.ref(module)
         self._known: _Known | None = None
         _handles[number] = self
 
     def __reduce__(self) -> Any:
-        # The copy of a module gets a handle of its own, see ``Fused.__setstate__``.
+        # ``Fused.__setstate__`` gives the copy of a module a new handle.
         return type(None), ()
 
     def module(self) -> nn.Module:
@@ -97,11 +97,11 @@ class Handle:
         return module
 
     def forget(self) -> None:
-        """Let go of the module's tensors."""
+        """Drop the references to the module's tensors."""
         self._known = None
 
     def has(self, module: nn.Module, tensors: list[Tensor]) -> bool:
-        """Whether the module is in eval mode, inside too, and its tensors are these."""
+        """Whether the module and all inside it are in eval mode, and its tensors are these."""
         known = self._known
         if known is None or not known.unchanged():
             self._known = known = _Known(module)
@@ -112,20 +112,27 @@ class Handle:
 
 
 class _Known:
-    """The tensors of a module and the modes of what is inside it, and whether these still hold."""
+    """The tensors of a module and the modes of the modules inside it.
+
+    Attributes:
+        tensors: as ``tensors_of``.
+        evaluates: all modules inside are in eval mode.
+        unchanged: a function: whether both are still valid.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         modules = modules_in(module)
         dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
-        # The module's own mode is left out: a watch over its attributes would tie it to itself.
+        # Not the module's own mode: a watch that holds the module's dictionary would be part of a
+        # reference cycle with the module.
         modes = [(m.__dict__, "training") for m in modules[1:]]
-        self.unchanged = watch.make(tuple(dicts), tuple(modes)).unchanged
+        self.unchanged = watch.make_watch(tuple(dicts), tuple(modes)).unchanged
         self.evaluates = not any(m.training for m in modules[1:])
         self.tensors = tensors_of(modules)
 
 
 def _is_alias(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory in the same form."""
+    """Whether two tensors have the same memory, shape, strides, dtype and device."""
     return (
         a.data_ptr() == b.data_ptr()
         and a.shape == b.shape
@@ -136,9 +143,9 @@ def _is_alias(a: Tensor, b: Tensor) -> bool:
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
-    """The module and all inside it, shared ones more than once.
+    """The module and all inside it; a shared module once for each place.
 
-    ``module.modules()`` would give the compiler twice as many guards.
+    Dynamo makes half as many guards for this as for ``module.modules()``.
     """
     found = [module]
     for child in module._modules.values():
@@ -148,7 +155,7 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
 
 
 def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers, but for the counts of batches, which inference does not read."""
+    """Parameters and buffers, except the counts of batches, which inference does not read."""
     return [
         t
         for m in modules
@@ -159,11 +166,11 @@ def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
 
 
 def call(module: Any, x: Tensor, form: Any) -> Tensor | None:
-    """The module's output by the operator, while a graph is traced; None where it cannot be used.
+    """The module's output by the operator while a graph is traced; None if that cannot be used.
 
-    All that is read here is guarded by the compiler: the graph is compiled again if it changes.
+    The compiler guards everything that is read here, and compiles again after a change.
     """
-    handle = module.__dict__.get("_ghost_handle")
+    handle = module.__dict__.get(HANDLE)
     if (
         handle is None
         or torch.is_grad_enabled()
@@ -196,13 +203,12 @@ def _in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-# Called while a graph is traced, where the transforms of torch.func are in force; the compiler
-# guards them itself.
+# Evaluated while a graph is traced. The compiler guards torch.func's transforms itself.
 _in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _holds(modules: list[nn.Module], x: Tensor) -> bool:
-    """Whether x and the parameters are such that packed weights can be kept."""
+    """Whether the operator may run with packed weights for x and these modules."""
     for hooks in GLOBAL_HOOKS:
         if len(hooks):
             return False
@@ -210,10 +216,10 @@ def _holds(modules: list[nn.Module], x: Tensor) -> bool:
         if m.training:
             return False
         for hooks in hooks_of(m):
-            if len(hooks):  # the compiler does not see what a hook changes inside the operator
+            if len(hooks):  # the compiler cannot see what a hook does inside the operator
                 return False
         if isinstance(m, nn.Conv2d):
-            # A weight that is computed, by a parametrisation or a hook, is not in there.
+            # A weight computed by a parametrisation or a hook is not in ``_parameters``.
             if "weight" not in m._parameters or m.weight.dtype is not x.dtype:
                 return False
         elif isinstance(m, NORMS) and m._buffers.get("running_mean") is None:
@@ -244,6 +250,7 @@ def _run(x: Tensor, tensors: list[Tensor], key: Tensor, out_channels: int, convs
 
 
 def _run_module(handle: Handle, module: Any, x: Tensor, tensors: list[Tensor]) -> Tensor:
+    """The output of a ``Fused`` module with these tensors."""
     if handle.has(module, tensors):
         state = module._ghost_state()
         if state.parts is not None and state.form.shape(module) is not None:
@@ -255,12 +262,12 @@ def _run_module(handle: Handle, module: Any, x: Tensor, tensors: list[Tensor]) -
     out = module._ghost_eager(x)
     if isinstance(out, str):
         out = module._ghost_plain(x)
-    # Unfused it may be a view, of another layout, or what a hook returned and someone holds.
+    # An unfused output may be a view, have another layout, or be referred to by a hook.
     return out.clone(memory_format=memory_format(x))
 
 
 def _with_tensors(module: nn.Module, tensors: list[Tensor]) -> nn.Module:
-    """A copy of the module with these tensors in the place of its own, in eval mode."""
+    """A copy of the module with these tensors instead of its own, in eval mode."""
     own = tensors_of(modules_in(module))
     if len(own) != len(tensors):
         raise RuntimeError(
@@ -272,7 +279,7 @@ def _with_tensors(module: nn.Module, tensors: list[Tensor]) -> nn.Module:
 
 
 _library = torch.library.Library("ghost_ops", "FRAGMENT")
-# A captured CUDA graph would hold the packed weights of one moment.
+# cudagraph_unsafe: a captured CUDA graph would keep the packed weights of its capture.
 _tags = [torch.Tag.pt2_compliant_tag, *filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)])]
 _library.define(
     "fused_inference(Tensor x, Tensor[] tensors, Tensor key, int out_channels, int[] convs) "

@@ -2,8 +2,8 @@
 
 A fused network is many short kernels, and the host takes longer to launch each than the device to
 run it. A CUDA graph replays them all with one launch. It holds the addresses and numbers of the
-call that was captured, so it is replayed only while a ``_Guard`` finds the model as it was then,
-and all memory that its kernels read is kept alive (``_Reads``).
+captured call. So it is replayed only while the model is unchanged since the capture
+(``_ModelWatch``), and all memory that its kernels read is kept alive (``_Reads``).
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .. import backends
 from ..announce import announce
 from ..conventions import dense
 from ..modes import in_transform
 from ..ops.ghost import allow_tf32
 from ..sync import NORMS
 from . import watch
-from .guards import GLOBAL_HOOKS, hooks_of
+from .guards import GLOBAL_HOOKS, REQUESTED_BACKEND, STATE, hooks_of
 
-# Graphs invalid before their second call, in a row, after which a model is captured no more.
+# After so many graphs in a row that became invalid before their second call, no more are captured.
 _MOST_UNUSED = 3
 _WEIGHTED = (nn.Conv2d, *NORMS, nn.PReLU)
 _CONSTANTS = (type(None), bool, int, float, complex, str)
 
 
-class _Refusal(Exception):
-    """Why there is no graph."""
+class _NoGraph(Exception):
+    """The model cannot be captured; the message says why."""
 
 
 def _announce(module: nn.Module, reason: str) -> None:
@@ -43,9 +42,9 @@ def _announce(module: nn.Module, reason: str) -> None:
 
 
 class _Device:
-    """Every use of torch.cuda: captures on a side stream, and the order of the replays.
+    """All uses of torch.cuda: captures on a side stream, and the order of replays.
 
-    The graphs of a model share one memory pool. That is safe because replays are never concurrent
+    The graphs of a model share one memory pool. This is safe because replays are never concurrent
     and the outputs of each are copied before the next one starts (``in_order``).
     """
 
@@ -58,12 +57,12 @@ class _Device:
 
     @staticmethod
     def is_capturing() -> bool:
-        """Whether the caller captures a graph of its own."""
+        """Whether the caller is capturing another graph."""
         return torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Runs on the side stream, between what the current stream did and what it does next."""
+        """Runs on the side stream, after earlier and before later work of the current stream."""
         current = torch.cuda.current_stream(self.device)
         self.side.wait_stream(current)
         try:
@@ -73,11 +72,15 @@ class _Device:
             current.wait_stream(self.side)
 
     def capture(self, model: nn.Module, x: Tensor, pool_of: Any) -> tuple[Any, Any]:
-        """A graph of model(x), in the memory pool of another graph if there is one; its output."""
+        """A graph of model(x), and the output in its memory.
+
+        Args:
+            pool_of: a graph whose memory pool is used, or None for a new pool.
+        """
         graph = torch.cuda.CUDAGraph()
         pool = None if pool_of is None else pool_of.pool()
-        # torch.cuda.graph leaves its stream current where a capture fails; the outer context does
-        # not. thread_local: other threads may allocate device memory meanwhile.
+        # If a capture fails, torch.cuda.graph leaves its stream current; the outer context restores
+        # it. thread_local: other threads may allocate device memory meanwhile.
         inner = torch.cuda.graph(graph, pool, self.side, capture_error_mode="thread_local")
         with self._capturing, torch.cuda.stream(self.side), inner:
             out = model(x)
@@ -94,40 +97,40 @@ class _Device:
             self.done.record(stream)
 
     def finish(self) -> None:
-        """Wait for the last replay, before its memory is freed."""
+        """Wait for the last replay, so that its memory can be freed."""
         self.done.synchronize()
 
 
-class _Guard:
-    """Whether a model still is as it was captured: tensors, children, hooks, modes, attributes."""
+class _ModelWatch:
+    """Watches everything that a captured call depends on: tensors, children, hooks, attributes."""
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         tensors = tuple(t for m in modules for t in (*m.parameters(False), *m.buffers(False)))
-        # Keeps the memory, so that nothing else comes to a watched address.
+        # Keeps the memory alive, so that no other tensor can come to a watched address.
         self._alive = [t.detach() for t in tensors]
         dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers, *hooks_of(m))]
-        state = (backends.__dict__, "_requested")
-        self._watch = watch.make((*dicts, *GLOBAL_HOOKS), (state,), (), tensors)
-        self._modules, self._attributes = modules, watch.make()
+        self._watch = watch.make_watch((*dicts, *GLOBAL_HOOKS), (REQUESTED_BACKEND,), (), tensors)
+        self._modules, self._attributes = modules, watch.make_watch()
 
-    def settle(self) -> None:
-        """Watch attributes too, packed weights among them, which the first call has made.
+    def add_attributes(self) -> None:
+        """Watch attributes and states too; called after the first call, which packs weights.
 
-        ``eval()`` and ``reset_cache()`` drop packed weights; that is how a change of
-        ``parameter.data`` shows.
+        ``eval()`` and ``reset_cache()`` drop packed weights, and so invalidate the graph after a
+        write to ``parameter.data``.
         """
-        states = (vars(module).get("_ghost_ops") for module in self._modules)
+        states = (vars(module).get(STATE) for module in self._modules)
         kept = (vars(state) for state in states if state is not None)
-        self._attributes = watch.make((*map(vars, self._modules), *kept))
+        self._attributes = watch.make_watch((*map(vars, self._modules), *kept))
 
-    def same(self) -> bool:
+    def unchanged(self) -> bool:
+        """Whether the model is as it was captured."""
         return self._attributes.unchanged() and self._watch.unchanged()
 
 
 class _Reads(TorchDispatchMode):
-    """Keeps the memory alive that operators read and that no operator before them made.
+    """Keeps memory alive that captured operators read and that none of them made.
 
-    Packed weights, say, or a table that a forward makes for each shape and drops for the next.
+    Examples are packed weights, and a table that a forward makes for each shape and then drops.
     """
 
     def __init__(self) -> None:
@@ -137,7 +140,7 @@ class _Reads(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Code of torch.compile runs as compiled, not as the operators that it came from."""
+        """True: compiled code runs as it is, not as the operators that it was compiled from."""
         return True
 
     def __torch_dispatch__(
@@ -158,44 +161,51 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 
 
 class _Graph:
-    """The captured call of a model on one form of input, or the reason why there is none."""
+    """The captured call of a model for one form of input.
+
+    Attributes:
+        watch: over the model.
+        uses: the number of replays.
+        failed: why there is no graph; empty if there is one.
+        graph: the CUDA graph.
+    """
 
     def __init__(
         self, model: nn.Module, x: Tensor, device: _Device, warm_ups: int, pool_of: Any
     ) -> None:
-        self.guard = _Guard(tuple(model.modules()))
+        self.watch = _ModelWatch(tuple(model.modules()))
         self.uses, self.failed, self.graph = 0, "", None
         self._device, kind = device, x.device.type
-        # Not an inference tensor, which could not be written outside of inference mode.
+        # Outside of inference mode: an inference tensor could not be written by ``replay``.
         with torch.inference_mode(False), torch.no_grad(), device.aside():
             self._x = (dense(x) if x.dim() == 4 else x).clone()
         version = self._x._version
-        # Without autocast's cache: a weight cast during a capture has no values outside of it.
+        # Without autocast's cache: a weight cast during a capture has no values until a replay.
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
             with device.aside():
                 for i in range(warm_ups):
                     model(self._x)
                     if i == 0:
-                        self.guard.settle()
+                        self.watch.add_attributes()
             try:
                 with _Reads() as self._reads:
                     self.graph, out = device.capture(model, self._x, pool_of)
                 self._leaves, self._spec = tree_flatten(out)
                 if self._x._version != version:
-                    raise _Refusal("its forward writes its input")
+                    raise _NoGraph("its forward writes its input")
                 for t in self._leaves:
                     if isinstance(t, Tensor) and t.device != x.device:
-                        raise _Refusal(f"its output has a tensor on {t.device}")
+                        raise _NoGraph(f"its output has a tensor on {t.device}")
                     if not isinstance(t, (Tensor, *_CONSTANTS)):
-                        raise _Refusal(f"its output has a {type(t).__name__}")
+                        raise _NoGraph(f"its output has a {type(t).__name__}")
             except Exception as error:
                 reason = str(error).partition("\n")[0]
-                self.failed = reason if isinstance(error, _Refusal) else f"capture failed: {reason}"
+                self.failed = reason if isinstance(error, _NoGraph) else f"capture failed: {reason}"
                 self.graph = self._leaves = self._reads = self._x = None
 
     def replay(self, x: Tensor) -> Any:
-        """A copy of the output for x, which has the form that was captured."""
+        """A copy of the output for x, which has the captured form."""
         with torch.no_grad(), self._device.in_order():
             self._x.copy_(x)
             self.graph.replay()
@@ -204,14 +214,14 @@ class _Graph:
 
 
 def _check(modules: tuple[nn.Module, ...]) -> None:
-    """Raise ``_Refusal`` if no graph can stand for these modules now."""
+    """Raise ``_NoGraph`` if these modules cannot be replaced by a graph now."""
     for module in modules:
         if module.training:
-            raise _Refusal(f"a {type(module).__name__} inside it is in training mode")
+            raise _NoGraph(f"a {type(module).__name__} inside it is in training mode")
         if isinstance(module, torch.jit.ScriptModule):
-            raise _Refusal("it has TorchScript inside, whose changes cannot be watched")
+            raise _NoGraph("it has TorchScript inside, whose changes cannot be watched")
         if any(hooks_of(module)):
-            raise _Refusal(
+            raise _NoGraph(
                 f"a {type(module).__name__} inside it has hooks, which run only if it does"
             )
         computed = isinstance(module, _WEIGHTED) and "weight" not in module._parameters
@@ -219,15 +229,15 @@ def _check(modules: tuple[nn.Module, ...]) -> None:
         if computed or any(
             type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors
         ):
-            raise _Refusal(
+            raise _NoGraph(
                 "its parameters can change unnoticed: inference tensors or computed ones"
             )
     if any(GLOBAL_HOOKS):
-        raise _Refusal("there are hooks on all modules, which would not run for those inside")
+        raise _NoGraph("there are hooks on all modules, which would not run for those inside")
 
 
 def _key(x: Tensor) -> tuple:
-    """What chooses a graph: the form of the input, and settings that choose kernels."""
+    """The key of a graph: the form of the input, and the settings that choose kernels."""
     kind, matmul = x.device.type, torch.backends.cuda.matmul
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     tf32 = allow_tf32(), matmul.fp32_precision, torch.backends.fp32_precision
@@ -242,10 +252,10 @@ def _key(x: Tensor) -> tuple:
 
 
 class GraphedModel:
-    """A model's inference by CUDA graphs; made by ``graphed``.
+    """A model's inference by CUDA graphs, as ``graphed`` returns it.
 
     Attributes:
-        module: the model, held strongly.
+        module: the model.
     """
 
     def __init__(self, module: nn.Module, example: Tensor, max_graphs: int, warm_ups: int) -> None:
@@ -258,7 +268,7 @@ class GraphedModel:
             self._graph_for(example)
 
     def __call__(self, x: Tensor) -> Any:
-        """``module(x)``, by a graph where possible; the outputs are copies."""
+        """``module(x)``, by a graph if possible; outputs of a graph are copies."""
         if torch.compiler.is_compiling() or not self._can_replay(x):
             return self.module(x)
         if torch.is_grad_enabled() and (
@@ -286,13 +296,13 @@ class GraphedModel:
         )
 
     def _graph_for(self, x: Tensor) -> _Graph | None:
-        """The graph for x, kept or new; None where the model itself has to run."""
+        """A valid graph for x; None if the model itself has to run."""
         key = _key(x)
         graph = self._graphs.get(key)
-        if graph is None or not graph.guard.same():
+        if graph is None or not graph.watch.unchanged():
             if graph is not None:
                 self._unused += graph.uses == 0
-                del graph  # its memory is free for the new one
+                del graph  # frees its memory for the new one
                 self._drop_changed()
             return self._capture(key, x)
         graph.uses, self._unused = graph.uses + 1, 0
@@ -300,24 +310,24 @@ class GraphedModel:
         return None if graph.failed else graph
 
     def _drop_changed(self) -> None:
-        """Free the graphs of the model as it no longer is."""
+        """Free the graphs that a change of the model has invalidated."""
         self._device.finish()
         for key, graph in list(self._graphs.items()):
-            if self._unused >= _MOST_UNUSED or not graph.guard.same():
+            if self._unused >= _MOST_UNUSED or not graph.watch.unchanged():
                 del self._graphs[key]
 
     def _capture(self, key: tuple, x: Tensor) -> _Graph | None:
         try:
             if self._unused >= _MOST_UNUSED:
-                raise _Refusal("it changes from call to call, before a graph is used again")
+                raise _NoGraph("it changes from call to call, before a graph is used again")
             _check(tuple(self.module.modules()))
-        except _Refusal as refusal:
-            _announce(self.module, str(refusal))
+        except _NoGraph as reason:
+            _announce(self.module, str(reason))
             return None
         while len(self._graphs) >= self._max_graphs:
             self._device.finish()
             self._graphs.popitem(last=False)
-        # An empty pool cannot be captured into again, so its name comes from a graph in it.
+        # The pool is named by a graph in it: a pool without graphs cannot be captured into again.
         pool_of = next((g.graph for g in self._graphs.values() if g.graph is not None), None)
         graph = _Graph(self.module, x, self._device, self._warm_ups, pool_of)
         self._graphs[key] = graph
@@ -326,7 +336,7 @@ class GraphedModel:
         return None if graph.failed else graph
 
     def __del__(self) -> None:
-        with suppress(Exception):  # also at the interpreter's exit, without CUDA
+        with suppress(Exception):  # CUDA may be gone at the interpreter's exit
             self._device.finish()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -339,47 +349,52 @@ class GraphedModel:
 def graphed(
     model: nn.Module, example: Tensor, *, max_graphs: int = 8, num_warmup_iters: int = 3
 ) -> nn.Module | GraphedModel:
-    """Make a model's inference one launch a call: a CUDA graph, captured once and replayed.
+    """Make a model's inference one launch per call: a CUDA graph, captured once and replayed.
 
-    The result is called as ``model(x)`` is, and gives the same numbers. One graph is captured here,
-    for ``example``; other shapes, strides and dtypes of x, and other settings of autocast, TF32 and
-    deterministic algorithms, are captured at their first call. Outputs are copies: a later call
-    does not overwrite them, and they never share memory with x.
+    The result is called like the model, ``fast(x)``, and gives the same numbers. One graph is
+    captured here, for ``example``. Every other combination of shape, strides and dtype of x and of
+    the settings of autocast, TF32 and deterministic algorithms is captured at its first call.
+    Outputs are copies: a later call does not overwrite them, and they never share memory with x.
 
-    A change of the model is noticed at the next call, and captured anew: parameters and buffers
-    (also in place), children, modes, attributes of modules, the requested backend. Not noticed: an
-    in-place write to ``parameter.data`` until ``eval()`` or ``train()`` is called, a change inside
-    a list or another object that is an attribute, and global settings other than those above.
+    A change of the model invalidates its graphs, and the next call captures again: parameters and
+    buffers (also in place), children, modes, attributes of modules, the requested backend. These
+    changes are not noticed: an in-place write to ``parameter.data`` until ``eval()`` or ``train()``
+    is called, a change inside a list or another object that is an attribute, and global settings
+    other than those above.
 
     The model itself runs, without a graph, for an empty x, a tensor subclass, an x on another
-    device, and inside torch.compile, torch.jit.trace, torch.func transforms and other captures. It
-    also runs, and a warning says why once, where it cannot be captured (it synchronises, computes
-    on the CPU, writes its input, or returns other things than tensors and constants), where a
-    module has hooks or is in training mode, and for good after it changed three times in a row
-    before a graph was used again. Its forward runs as Python code in captures only: what it counts,
-    prints or stores happens then.
+    device, and inside torch.compile, torch.jit.trace, torch.func transforms and other captures.
+    The model itself also runs, and a warning says why once, if
+
+    - it cannot be captured: it synchronises, computes on the CPU, writes its input, or returns
+      anything other than tensors and constants;
+    - a module has hooks or is in training mode;
+    - it changed three times in a row before a graph was used again; then no more are captured.
+
+    The forward runs as Python code in captures only; it counts, prints and stores only then.
 
     Calls from several threads and streams are safe; replays run one after the other.
 
-    Device memory: for each graph its input and its outputs. The activations of all graphs are in
+    Device memory: for each graph its input and its outputs. The activations of all graphs share
     one pool, about as large as the largest graph needs.
 
     Args:
         model: in eval mode, with all parameters on one device.
-        example: an input of the model, such as [N, 3, H, W]; its values do not matter.
-        max_graphs: graphs kept at most; the least recently used one is dropped.
+        example: an input of the model, such as [N, 3, H, W], in the dtype and layout of later
+            calls; its values do not matter.
+        max_graphs: the largest number of graphs; the least recently used one is dropped.
         num_warmup_iters: calls on a side stream before each capture.
 
     Returns:
-        The model itself where it is not on a CUDA device. Otherwise a ``GraphedModel``; the model,
-        for everything but calls, is its attribute ``module``.
+        The model itself if it is not on a CUDA device; else a ``GraphedModel``, whose attribute
+        ``module`` is the model.
 
     Raises:
         TypeError: model is not a module, or example not a tensor.
         ValueError: a module of model is in training mode, parameters and example are on several
             devices, or a number is not an int of at least 1.
-        Anything that ``model(example)`` raises. In calls: what ``model(x)`` raises, and
-        RuntimeError where autograd would record.
+        Any error of ``model(example)``. In calls: any error of ``model(x)``, and RuntimeError if
+        autograd would record.
 
     Example::
 

@@ -1,8 +1,10 @@
-"""What a module's forward was seen to read, and guards that tell whether it would read the same.
+"""``Record``: everything that a module's forward was seen to read, and the guards that follow.
 
-A ``Record`` is plain data: paths below a module, types, names and values. It says nothing of one
-module's tensors, so it can be checked against another one of the same structure (``holds``), such
-as a copy or a replica. ``Record.guard`` watches one module, in C.
+A guard is one condition that must hold for a cached result to stay valid: an attribute, a global
+variable, a child, a hook or a tensor is what it was. A ``Record`` states the guards as plain data:
+paths below a module, types, names and values. It refers to no module, so it can be checked against
+any module of the same structure, such as a copy or a replica (``Record.holds``). ``Record.watch``
+binds the guards to one module and checks them in C.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
+from .. import backends
 from ..sync import NORMS
 from . import watch
-from .watch import MISSING, same_value
+from .watch import MISSING, Watch, same_value
 
 Path = tuple[str, ...]
 
@@ -27,37 +30,40 @@ GLOBAL_HOOKS = (
     module_globals._global_backward_hooks,
 )
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# An item to watch: the name that ``use_backend`` sets.
+REQUESTED_BACKEND = (backends.__dict__, "_requested")
+# Attributes of a fused module that hold its state and its handle; no forward reads them.
+STATE, HANDLE = "_ghost_ops", "_ghost_handle"
 _CONSTANTS = (type(None), bool, int, float, str)
 
 
 class _Count(threading.local):
-    """How many refusals a thread has made."""
-
     refusals = 0
 
 
-made = _Count()
+refusal_count = _Count()  # refusals created so far, by thread
 
 
 class Refusal(BaseException):
-    """Not what the fused ops can compute; the message says why.
+    """The fused ops cannot compute a module; the message says why.
 
-    It is no ``Exception``, and counted, because a forward that is followed must not catch it.
+    A forward that is being read must not swallow a refusal. Therefore it is no ``Exception``, and
+    refusals are counted: the reader compares the count with the refusals that it has seen.
     """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        made.refusals += 1
+        refusal_count.refusals += 1
 
 
 class Method(NamedTuple):
-    """A function stored on a module as a method bound to this module."""
+    """A function stored on a module as a method bound to the same module."""
 
     function: types.FunctionType
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The dictionaries of the hooks that run when the module does; in the order of ``HOOKS``."""
+    """The dictionaries of hooks that run at a call of the module, in the order of ``HOOKS``."""
     return (
         module._forward_pre_hooks,
         module._forward_hooks,
@@ -66,23 +72,29 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     )
 
 
+def mark_fused(forward: Any) -> None:
+    """Mark the ``forward`` of a fused class, for ``plain_kind``."""
+    forward._ghost_ops_fused = True
+
+
 def plain_kind(module: nn.Module) -> type[nn.Module]:
-    """The module's class; of a fused one the class that it was fused from."""
+    """The module's class; for a fused module the class that it was fused from."""
     kind = type(module)
     fused = getattr(kind.forward, "_ghost_ops_fused", False)
     return kind._ghost_ops_base if fused else kind  # type: ignore[attr-defined]
 
 
 def owner_kind(module: nn.Module) -> type[nn.Module]:
-    """The class whose forward a fused module computes, for one that is read itself.
+    """The class whose forward is read when the module itself is the one that is read.
 
-    Not ``plain_kind``: the forward of a fused module may be called by that of a subclass.
+    It differs from ``plain_kind`` for a subclass of a fused class: the subclass has its own
+    forward, which may call the fused one, and the fused one computes that of its base.
     """
     return getattr(type(module), "_ghost_ops_base", type(module))
 
 
 def at(module: nn.Module, path: Path) -> nn.Module | None:
-    """The module at a path below ``module``; None if there is none."""
+    """The module at a path below ``module``; None if the path leads to none."""
     found: nn.Module | None = module
     for name in path:
         if found is None or name not in found._modules:
@@ -91,18 +103,19 @@ def at(module: nn.Module, path: Path) -> nn.Module | None:
     return found
 
 
-class Entry(NamedTuple):
-    """What was read of one module.
+class ModuleRecord(NamedTuple):
+    """What a forward read of one module inside its owner, or of the owner.
 
     Attributes:
-        path: from the owner to the module.
-        kind: its class, of a fused module the one that it was fused from.
-        children: names in the order of ``_modules``, and the path that each child is known by.
+        path: from the owner to the module; empty for the owner.
+        kind: the module's class; for a fused module the class that it was fused from.
+        children: names in the order of ``_modules``, each with the path under which the child is
+            recorded.
         own: attributes found on the object, with their values.
         inherited: attributes found on the class, or on neither (``MISSING``), with their values.
-        called: it was called; its forward and its hooks are read as well.
-        hooked: it has hooks.
-        is_layer: it was read as one operation, by its attributes.
+        called: the forward called the module, so its own forward and its hooks were read too.
+        hooked: the module has hooks.
+        is_layer: the module was read as one operation that its attributes define.
     """
 
     path: Path
@@ -115,7 +128,7 @@ class Entry(NamedTuple):
     is_layer: bool
 
     def holds(self, owner: nn.Module) -> bool:
-        """Whether the module at this path would be read as it was."""
+        """Whether reading the module at this path below ``owner`` would give the same."""
         module = at(owner, self.path)
         if module is None or not self.has_same_structure(owner, module):
             return False
@@ -136,7 +149,7 @@ class Entry(NamedTuple):
         return True
 
     def has_same_structure(self, owner: nn.Module, module: nn.Module) -> bool:
-        """Whether class, children and hooks are as they were. Dynamo can trace this."""
+        """Whether class, children and hooks are the recorded ones. Dynamo can trace this."""
         kind = plain_kind(module) if self.path else owner_kind(module)
         if kind is not self.kind:
             return False
@@ -147,7 +160,7 @@ class Entry(NamedTuple):
             if child is not (None if path is None else at(owner, path)):
                 return False
         for name, value in self.inherited:
-            # Dynamo guards what is used: to look into the dictionary alone is not enough.
+            # Dynamo guards a value only if it is used; a look into the dictionary is no use.
             method = isinstance(value, types.FunctionType)
             if method and (not callable(getattr(module, name)) or name in module.__dict__):
                 return False
@@ -161,7 +174,7 @@ class Entry(NamedTuple):
         )
 
     def has_same_constants(self, module: nn.Module) -> bool:
-        """Whether the numbers, strings and the like among its attributes are as they were.
+        """Whether attributes that are numbers, strings or None are as recorded.
 
         Dynamo can trace this.
         """
@@ -172,27 +185,27 @@ class Entry(NamedTuple):
 
 
 class Record(NamedTuple):
-    """All that a forward was seen to read.
+    """Everything that a forward read.
 
     Attributes:
-        entries: of the modules; the owner's first.
-        items: (dictionary, key, value) of global variables; value ``MISSING``: a key not there.
+        modules: what it read of each module; the owner first.
+        items: (dictionary, key, value) of global variables; value ``MISSING`` for an absent key.
         attributes: (object, name, value) of functions, cells and classes.
     """
 
-    entries: tuple[Entry, ...]
+    modules: tuple[ModuleRecord, ...]
     items: tuple[tuple[dict, str, Any], ...]
     attributes: tuple[tuple[Any, str, Any], ...]
 
-    def with_that_of(self, other: Record) -> Record:
-        """All that was read for either of two."""
+    def joined(self, other: Record) -> Record:
+        """Everything in either of two records."""
         return Record(*(mine + others for mine, others in zip(self, other, strict=True)))
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether reading ``module`` would give the same."""
+        """Whether every guard holds in ``module``, so that reading it would give the same."""
         return (
             not any(GLOBAL_HOOKS)
-            and all(entry.holds(module) for entry in self.entries)
+            and all(one.holds(module) for one in self.modules)
             and all(same_value(d.get(key, MISSING), value) for d, key, value in self.items)
             and all(
                 same_value(getattr(thing, name, MISSING), value)
@@ -201,18 +214,18 @@ class Record(NamedTuple):
         )
 
     def holds_in_graph(self, module: nn.Module) -> bool:
-        """As ``holds``, in terms that Dynamo can trace and guard.
+        """``holds`` in terms that Dynamo can trace and guard.
 
-        The attributes of layers are left out: they are read anew in the graph.
+        The attributes of layers are left out, because the graph reads them again.
         """
         for hooks in GLOBAL_HOOKS:
             if len(hooks):
                 return False
-        for entry in self.entries:
-            inner = at(module, entry.path)
-            if inner is None or not entry.has_same_structure(module, inner):
+        for one in self.modules:
+            inner = at(module, one.path)
+            if inner is None or not one.has_same_structure(module, inner):
                 return False
-            if not entry.is_layer and not entry.has_same_constants(inner):
+            if not one.is_layer and not one.has_same_constants(inner):
                 return False
         for values, key, value in self.items:
             if isinstance(value, _CONSTANTS) and not same_value(values.get(key), value):
@@ -223,58 +236,60 @@ class Record(NamedTuple):
             function = isinstance(thing, type) and isinstance(value, types.FunctionType)
             if function and getattr(thing, name, None) is not value:
                 return False
-        for entry in self.entries:
-            for name, value in entry.own:
+        for one in self.modules:
+            for name, value in one.own:
                 if isinstance(value, Method):
-                    inner = at(module, entry.path)
+                    inner = at(module, one.path)
                     bound = None if inner is None else inner.__dict__.get(name)
                     if getattr(bound, "__func__", None) is not value.function:
                         return False
         return True
 
     def gives_same_shape(self, module: nn.Module) -> bool:
-        """Whether the attributes that may choose the output's shape hold. Dynamo can trace this.
+        """Whether the attributes that may decide the output's shape hold. Dynamo can trace this.
 
-        Those of modules other than PyTorch's own; the geometry of layers is read anew.
+        These are the attributes of modules other than PyTorch's; the graph reads the geometry of
+        layers again.
         """
-        for entry in self.entries:
-            if not entry.is_layer and not entry.kind.__module__.startswith("torch.nn"):
-                inner = at(module, entry.path)
-                if inner is None or not entry.has_same_constants(inner):
+        for one in self.modules:
+            if not one.is_layer and not one.kind.__module__.startswith("torch.nn"):
+                inner = at(module, one.path)
+                if inner is None or not one.has_same_constants(inner):
                     return False
         return True
 
-    def guard(
+    def watch(
         self, module: nn.Module, layers: tuple[nn.Module, ...] = (), state: tuple = ()
-    ) -> watch.Watch | None:
-        """A watch over all of it in ``module``; None if something cannot be watched.
+    ) -> Watch | None:
+        """A watch over every guard in ``module``; None if one of them cannot be watched.
 
-        Its ``unchanged`` takes ``module.__dict__``: held by the watch, the module would be tied to
-        itself.
+        Its ``unchanged`` takes ``module.__dict__``; a watch that held the dictionary would be part
+        of a reference cycle with the module.
 
         Args:
-            layers: modules whose parameters, buffers and modes (of batch norms) are watched too.
+            layers: modules whose parameters and buffers are watched too, and the mode of batch
+                norms.
             state: further pairs (dictionary, key) whose value must stay.
         """
         dicts: list[dict] = [*GLOBAL_HOOKS]
         items: list[tuple[dict | None, str]] = [(None, "_modules"), *state]
         absent: list[tuple[dict | None, str]] = []
         attributes: dict[tuple[int, str], tuple[Any, str]] = {}
-        for entry in self.entries:
-            inner = at(module, entry.path)
+        for one in self.modules:
+            inner = at(module, one.path)
             assert inner is not None
-            place = inner.__dict__ if entry.path else None
+            place = inner.__dict__ if one.path else None
             dicts.append(inner._modules)
-            if entry.path:
+            if one.path:
                 items.append((place, "_modules"))
                 attributes[id(inner), "__class__"] = inner, "__class__"
-                if entry.called:
+                if one.called:
                     dicts += hooks_of(inner)
                     items += [(place, name) for name in HOOKS]
-                    if "forward" not in dict(entry.own):
+                    if "forward" not in dict(one.own):
                         absent.append((place, "forward"))
-            items += [(place, name) for name, _ in entry.own]
-            for name, value in entry.inherited:
+            items += [(place, name) for name, _ in one.own]
+            for name, value in one.inherited:
                 absent.append((place, name))
                 attributes[id(type(inner)), name] = type(inner), name
                 if value is MISSING:
@@ -290,22 +305,21 @@ class Record(NamedTuple):
             tensors += [t for values in places for t in values.values() if t is not None]
             if isinstance(layer, NORMS):
                 items.append((layer.__dict__, "training"))
+        pairs = tuple(items), tuple(absent)
+        things = tuple(tensors), tuple(attributes.values())
         try:
-            made = watch.make(
-                tuple(dicts), tuple(items), tuple(absent), tuple(tensors),
-                tuple(attributes.values()), module.__dict__,
-            )  # fmt: skip
-        except KeyError:  # an attribute that is kept elsewhere, or changed meanwhile
+            made = watch.make_watch(tuple(dicts), *pairs, *things, module.__dict__)
+        except KeyError:  # an attribute is not in the module's dictionary, or changed meanwhile
             return None
-        # What was read may differ from what is there: read in another mode, or changed meanwhile.
+        # The record may differ from the module: read in another mode, or changed meanwhile.
         return made if self.holds(module) else None
 
 
 def watchable(layers: tuple[nn.Module, ...]) -> bool:
-    """Whether no change of the layers' parameters can go unnoticed.
+    """Whether a watch notices every change of the layers' parameters and buffers.
 
-    Computed parameters are in no dictionary, inference tensors have no version, and tensor
-    subclasses may have no address.
+    A computed parameter is in no dictionary, an inference tensor has no version counter, and a
+    tensor subclass may have no address.
     """
     for layer in layers:
         norm = isinstance(layer, NORMS)
@@ -313,7 +327,7 @@ def watchable(layers: tuple[nn.Module, ...]) -> bool:
             (layer._parameters, ("weight",) if isinstance(layer, nn.PReLU) else ("weight", "bias")),
             (layer._buffers, ("running_mean", "running_var") if norm else ()),
         ):
-            # One that the class computes is in no group, or hides the one that is.
+            # A tensor that the class computes is in no group, or hides the group's tensor.
             if any(name not in group or hasattr(type(layer), name) for name in names):
                 return False
         tensors = (*layer._parameters.values(), *layer._buffers.values())

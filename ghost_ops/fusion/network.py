@@ -1,15 +1,14 @@
-"""Whole GhostNets in inference: what comes before the bottlenecks and after them, folded as well.
+"""Whole GhostNets: the stem and the head around the bottlenecks are fused too.
 
 A GhostNet is a stem (convolution, batch norm, activation), bottlenecks, a last 1x1 convolution with
-batch norm and activation, average pooling, one more 1x1 convolution, an activation and a linear
-layer. In eval mode without gradients the norms are folded, the last convolution runs as a Ghost
-module of ratio 1 and the one behind the pooling as the matrix product that it is. The bottlenecks
-run as the modules that they are. On a CPU, where the whole forward is an ``expression`` that has
-kernels, all of it is one operator.
+batch norm and activation, average pooling, a second 1x1 convolution (the head), an activation and a
+linear layer. In eval mode without gradients the norms are folded; the last convolution runs as a
+Ghost module of ratio 1, the head as a matrix product, and the bottlenecks as modules. On a CPU, if
+there are kernels for the whole forward as an ``expression``, the network is one operator.
 
 In training on a CPU the stem and the last convolution are Ghost modules of ratio 1: backward
-computes the convolution and the mask of the activation again, and of each only the input is kept.
-What is between them runs in NCHW, in which training is faster there.
+computes the convolution and the activation's mask again, and only their inputs are saved. The
+layers between them run in NCHW, which is faster in training on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .. import activations
 from ..autograd import layers
 from ..conventions import dense, memory_format
 from ..ops import layers as model_ops
-from .bottleneck import FusedBottleneck, run_conv
+from .bottleneck import FusedBottleneck
 from .branch import (
     Branch,
     BranchForm,
@@ -37,21 +36,25 @@ from .branch import (
 )
 from .expression import Expression, ExpressionForm, match_expression
 from .fused import FusedInference
-from .ghost import FusedGhost, Ghost, PackedGhost, packed_conv
+from .ghost import FusedGhost
+from .ghost_parts import Ghost, PackedGhost, packed_conv, run_conv
 from .guards import Path, Refusal, at
 from .read import Failed, Reading, read
 from .symbols import Node
 
 
 class Network:
-    """The parts of a GhostNet, bound to its modules.
+    """The parts of a GhostNet.
 
     Attributes:
-        blocks: the modules between the stem and the last convolution, in the order of their calls.
-        pools: modules that are called for the pooling; head_modules: for the head and its
-            activation.
+        stem, last: the first convolution and the one after the bottlenecks.
+        blocks: the modules between stem and last, in the order of their calls.
+        head, head_act: the convolution after the pooling, and (code, slope) of its activation.
         dropout: share of the values that are dropped before the linear layer.
-        expression: all of it, where the CPU has kernels for all of it.
+        classifier: the linear layer.
+        pools, head_modules: modules that are called for the pooling; for the head with activation.
+        expression: the whole network, if the CPU has kernels for it; else None.
+        layers, first, dw_size, alone: as in ``state.Parts``.
     """
 
     alone = False
@@ -81,14 +84,16 @@ class Network:
             self.layers = expression.layers
 
     def check(self, x: Tensor) -> None:
-        """Nothing: what does not fit goes to the network's own forward."""
+        """Does nothing: an x that does not fit goes to the network's own forward."""
 
     def why_not_packed(self) -> str:
+        """Why the network cannot be packed in its present modes; empty if it can."""
         return "it drops values at random" if self.dropout else why_not_together(self.layers)
 
     def run(self, x: Tensor) -> Tensor | str:
+        """The logits, differentiable; or an empty reason, as in ``state.Parts.run``."""
         if not layers.has_kernels(x):
-            return ""  # its own forward, without a warning
+            return ""
         head = self.head
         x = run_conv(self.stem, x)
         if x.dtype in (torch.float32, torch.float64):
@@ -96,7 +101,7 @@ class Network:
         for block in self.blocks:
             x = block(x)
         x = run_conv(self.last, x).mean((2, 3))
-        if head._forward_pre_hooks:  # which compute its weight
+        if head._forward_pre_hooks:  # they compute its weight
             x = head(x[:, :, None, None]).flatten(1)
         else:
             x = F.linear(x, head.weight.flatten(1), head.bias)
@@ -104,6 +109,7 @@ class Network:
         return self.classifier(F.dropout(x, self.dropout) if self.dropout else x)
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
+        """An operator or a function, and its arguments after a dense x that fits."""
         expression = self.expression
         on_cpu = backend == "native" and not model_ops.on_gpu(self.first.weight)
         if on_cpu and expression is not None and not expression.why_not_packed():
@@ -111,16 +117,15 @@ class Network:
         return PackedNetwork(self, backend), ()
 
     def description(self) -> str:
-        """In words, for the report."""
+        """The network in words, for the report."""
         return "network: stem, last convolution and head folded"
 
 
 class _PackedStem:
-    """A convolution with its batch norm folded in, and its activation.
+    """The first convolution with its batch norm folded in, and its activation.
 
-    One operator where there is one: ``ghost_ops::conv_stem`` on a GPU, ``ghost_conv_apply`` on a
-    CPU, there in channels_last, in which the whole network is faster; else the library's
-    convolution.
+    On a GPU ``ghost_ops::conv_stem``; on a CPU ``ghost_conv_apply`` in channels_last, in which the
+    whole network is faster. If the operator has no kernel, the library's convolution.
     """
 
     def __init__(self, branch: Branch, backend: str) -> None:
@@ -135,7 +140,7 @@ class _PackedStem:
         self.arguments = (conv.stride, branch.padding, conv.dilation, conv.groups)
         self.act = branch.act, branch.slope
         self.direct = model_ops.on_gpu(conv.weight) and model_ops.has_stem(conv)
-        # As PyTorch's convolution: channels_last if x or the weight is.
+        # As in PyTorch's convolution, the output is channels_last if x or the weight is.
         self.format = memory_format(conv.weight)
         if not self.direct:
             self.weight = self.weight.to(conv.weight.dtype).contiguous(memory_format=self.format)
@@ -156,7 +161,7 @@ class _PackedStem:
 
 
 class PackedNetwork:
-    """The ends of a GhostNet in inference, and its bottlenecks between them."""
+    """A GhostNet in inference: packed stem and head, and the bottlenecks as modules."""
 
     def __init__(self, parts: Network, backend: str) -> None:
         self.stem, self.blocks = _PackedStem(parts.stem, backend), parts.blocks
@@ -176,7 +181,7 @@ class PackedNetwork:
             x = block(x)
         x = self.last.pooled(dense(x))
         if self.packed_head is not None:
-            # The images are the pixels of one channels_last map.
+            # x [N, C] as one channels_last map [1, C, N, 1], whose pixels are the images.
             x = self.packed_head(x[None, :, None].permute(0, 3, 1, 2))[0, :, :, 0].t()
         else:
             x = F.linear(x, self.head, self.head_bias)
@@ -185,7 +190,7 @@ class PackedNetwork:
 
 
 class NetworkForm(NamedTuple):
-    """Where the parts of a network are."""
+    """The paths of a network's modules; attributes as in ``Network``."""
 
     stem: BranchForm
     blocks: tuple[Path, ...]
@@ -199,6 +204,7 @@ class NetworkForm(NamedTuple):
     expression: ExpressionForm | None
 
     def bind(self, module: nn.Module) -> Network:
+        """The parts in a module, as ``state.Form.bind``."""
         stem, last = self.stem.bind(module), self.last.bind(module)
         head: Any = at(module, self.head)
         if stem.bn is None or stem.prelu is not None:
@@ -216,19 +222,28 @@ class NetworkForm(NamedTuple):
         with suppress(Refusal):
             expression = None if self.expression is None else self.expression.bind(module)
         return Network(
-            stem, blocks, last, head, self.head_act, self.dropout, classifier, pools, modules,
-            expression,
-        )  # type: ignore[arg-type]  # fmt: skip
+            stem=stem,
+            blocks=blocks,
+            last=last,
+            head=head,
+            head_act=self.head_act,
+            dropout=self.dropout,
+            classifier=classifier,
+            pools=pools,
+            head_modules=modules,
+            expression=expression,
+        )
 
     def shape(self, module: nn.Module) -> None:
-        return None  # it is no operator of a graph
+        """None: a network is no operator of compiled graphs."""
+        return None
 
 
 def match_network(reading: Reading) -> NetworkForm:
-    """The network whose result a reading is.
+    """The network that a reading's forward computes.
 
     Raises:
-        Refusal: it is none.
+        Refusal: it does not compute one.
     """
     classifier = _expect(reading.out, "linear", "a linear layer")
     calls = reading.calls.get(classifier, ())
@@ -258,19 +273,28 @@ def match_network(reading: Reading) -> NetworkForm:
     with suppress(Refusal):
         expression = match_expression(reading)
     return NetworkForm(
-        stem, tuple(blocks), last, head.args[0], act.args, dropout, path,  # type: ignore[arg-type]
-        called(reading, pool), called(reading, act, head), expression,
-    )  # fmt: skip
+        stem=stem,
+        blocks=tuple(blocks),
+        last=last,
+        head=head.args[0],
+        head_act=act.args,  # type: ignore[arg-type]
+        dropout=dropout,
+        classifier=path,
+        pools=called(reading, pool),
+        head_modules=called(reading, act, head),
+        expression=expression,
+    )
 
 
 def _expect(node: Node, op: str, what: str) -> Node:
+    """The node. Raises ``Refusal`` if its operation is another."""
     if node.op != op:
         raise Refusal(f"its forward has {node.op} in the place of {what}")
     return node
 
 
 class FusedNetwork(FusedInference):
-    """A GhostNet made fused by ``fuse``."""
+    """A fused GhostNet."""
 
     _ghost_kind = "network"
 
@@ -279,7 +303,8 @@ class FusedNetwork(FusedInference):
         whole = (FusedGhost, FusedBottleneck)
         if module.training if training is None else training:
             return read(module, training, whole)
-        # Where something inside of a bottleneck cannot be followed, its ends still can be.
+        # If a bottleneck cannot be followed or has no kernels, the stem and the head are still
+        # fused. The record of the first reading then guards the decision for the second one.
         try:
             reading = read(module, training)
             match_expression(reading)
@@ -289,7 +314,7 @@ class FusedNetwork(FusedInference):
         except Refusal:
             seen = reading.record
         reading = read(module, training, whole)
-        return reading._replace(record=reading.record.with_that_of(seen))
+        return reading._replace(record=reading.record.joined(seen))
 
     @classmethod
     def _ghost_match(cls, reading: Reading) -> NetworkForm:
@@ -298,6 +323,6 @@ class FusedNetwork(FusedInference):
     def _ghost_eager(self, x: Tensor) -> Tensor | str:
         if not (self.training or torch.is_grad_enabled()):
             return super()._ghost_eager(x)
-        # Its own forward is right as well: no warning where it cannot be followed.
+        # A fallback in training is as intended, so there is no warning about it.
         parts = self._ghost_state().parts if layers.has_kernels(x) else None
         return "" if parts is None else parts.run(x)

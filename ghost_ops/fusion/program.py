@@ -1,8 +1,8 @@
-"""Several operators in a row as one operator of the CPU, ``ghost_ops::run_program``.
+"""``Program``: a sequence of operators as one operator of the CPU, ``ghost_ops::run_program``.
 
-At batch 1 the interpreter, the dispatcher and the guards between two layers take a good part of the
-time, because each layer evicts their code from the caches. ``csrc/torch/cpu_eval.cpp`` describes
-the instructions.
+At batch 1 the interpreter, the dispatcher and the guards between two layers take a large part of
+the time, because each layer evicts their code from the caches. ``csrc/torch/cpu_eval.cpp``
+describes the instructions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..autograd.checks import direct
-from ..ops.layers import native_run_program
+from ..ops.conv import native_run_program
 
 _GHOST, _DEPTHWISE, _EXCITE, _SUM, _CONCAT, _MEAN, _NHWC, _ROWS = range(8)
 _NONE = -1
@@ -28,9 +28,10 @@ class _Instruction(NamedTuple):
 
 
 class Program:
-    """Instructions in the order in which they run; values are numbered, 0 is the input.
+    """Instructions in the order in which they run.
 
-    A value is released after the last instruction that takes it.
+    Values are numbered: 0 is the input, k the result of instruction k. A value is released after
+    the last instruction that takes it. The methods for instructions return the result's number.
     """
 
     def __init__(self) -> None:
@@ -51,39 +52,37 @@ class Program:
     def ghost(
         self, x: int, packed: Tensor, arguments: tuple, residual: int | None, *, is_conv: bool
     ) -> int:
-        """``ghost_apply``, or ``ghost_conv_apply``, with the arguments after x and a residual."""
+        """``ghost_apply`` or ``ghost_conv_apply``; ``arguments`` are those after the residual."""
         conv = (0, 0, False)
         if is_conv:
             conv, arguments = arguments[:3], (*arguments[3:], True)
         *sizes, act1, slope1, act2, slope2, has_primary = arguments
-        return self._add(
-            _GHOST, (x, _NONE if residual is None else residual), self._tensor(packed),
-            _bits(slope1), _bits(slope2), *map(int, conv), *sizes, act1, act2, int(has_primary),
-        )  # fmt: skip
+        values = (x, _NONE if residual is None else residual)
+        slopes = _bits(slope1), _bits(slope2)
+        numbers = (*slopes, *map(int, conv), *sizes, act1, act2, int(has_primary))
+        return self._add(_GHOST, values, self._tensor(packed), *numbers)
 
     def depthwise(
         self, x: int, weight: Tensor, taps_first: Tensor, shift: Tensor, arguments: tuple
     ) -> int:
-        """``depthwise_conv`` with stride, act and slope."""
+        """``depthwise_conv``; ``arguments`` are stride, act and slope."""
         stride, act, slope = arguments
         tensors = map(self._tensor, (weight, taps_first, shift))
-        return self._add(
-            _DEPTHWISE, (x,), *tensors, weight.size(-1), stride, act, _bits(slope)
-        )  # fmt: skip
+        return self._add(_DEPTHWISE, (x,), *tensors, weight.size(-1), stride, act, _bits(slope))
 
     def excite(self, x: int, tensors: tuple[Tensor, ...], arguments: tuple) -> int:
-        """``squeeze_excite_`` with act, slope and gate: x itself, changed."""
+        """``squeeze_excite_``, which changes x; ``arguments`` are act, slope and gate code."""
         act, slope, gate = arguments
         first, *_ = [self._tensor(t) for t in tensors]
         return self._add(_EXCITE, (x,), first, act, _bits(slope), gate)
 
     def sum(self, x: int, other: int | None, act: tuple[int, float], *, in_place: bool) -> int:
-        """act(x + other), or act(x); of one shape, and in place x itself."""
+        """act(x + other), or act(x); x and other have one shape."""
         values = (x, _NONE if other is None else other)
         return self._add(_SUM, values, act[0], _bits(act[1]), int(in_place))
 
     def concat(self, values: tuple[int, ...]) -> int:
-        """The values next to each other along channels; of one shape otherwise."""
+        """The concatenation along channels; all other sizes are equal."""
         return self._add(_CONCAT, values)
 
     def mean(self, x: int) -> int:
@@ -91,11 +90,11 @@ class Program:
         return self._add(_MEAN, (x,))
 
     def channels_last(self, x: int) -> int:
-        """x in channels_last: itself, or a copy."""
+        """x in channels_last; a copy if x has another layout."""
         return self._add(_NHWC, (x,))
 
     def rows(self, x: int, dims: int) -> int:
-        """[N, C], or [N, C, 1, 1], for x as ``mean`` gives it."""
+        """The result x of ``mean`` as [N, C] or [N, C, 1, 1]; ``dims`` is 2 or 4."""
         return self._add(_ROWS, (x,), dims)
 
     def packed(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:

@@ -1,7 +1,8 @@
-"""Tensors that stand for no data: an operation on one gives a ``Node`` of an expression.
+"""``Symbol``: a tensor without data. An operation on a symbol returns the symbol of a ``Node``.
 
-A ``Symbol`` is what a forward is called with while it is read. It knows the operations that Ghost
-networks are made of; any other one, and every question about its values or sizes, is a ``Refusal``.
+A forward is read by calling it with a symbol. The supported operations are those that Ghost
+networks consist of. Any other operation raises ``Refusal``, and so does every use of a symbol's
+values or sizes that would decide what the forward does.
 """
 
 from __future__ import annotations
@@ -22,27 +23,28 @@ from .guards import Refusal
 
 @dataclass(eq=False, frozen=True)
 class Node:
-    """One operation.
+    """One operation of an expression, with the nodes of its inputs.
 
     ====================  =======================================================================
     op                    args
     ====================  =======================================================================
-    input                 none: the input of the forward that is read
-    tensor                path of the module, name: a parameter, buffer or other tensor attribute
+    input                 none; the input of the forward
+    tensor                path of a module, name of its parameter, buffer or tensor attribute
     conv, bn, prelu,      path of the layer
     linear
-    frozen_bn             path of the batch norm, eps; its running statistics, by a function
+    frozen_bn             path of the batch norm, eps; F.batch_norm with its running statistics
     act                   code and slope, as in ``activations``
     sigmoid, hardsigmoid  none
-    add, mul, div         a number if there is one input; of two "in place" or none
-    clamp6                none; to [0, 6], with another gradient at the ends than ReLU6
+    add, mul, div         one input: the number; two inputs: "in place", or none
+    clamp6                none; clamp to [0, 6]: at the ends its gradient differs from ReLU6's
     cat                   none; along channels
-    slice                 the number of channels that are kept, from the first on
+    slice                 n: the first n channels
     mean                  none; over height and width, which become 1
-    halve                 none; average pooling with kernel and stride 2
+    halve                 none; average pooling with kernel 2 and stride 2
     grow                  none; nearest interpolation of the first input to the size of the second
-    flatten               none; all but the first dimension
-    module                path of a module that is called as it is, and what is to be said of it
+    flatten               none; all dimensions but the first
+    dropout               the share of values that are dropped
+    module                path of a module that is called as a whole, and the reason for the report
     ====================  =======================================================================
     """
 
@@ -52,11 +54,12 @@ class Node:
 
 
 def refuse(what: str) -> NoReturn:
+    """Raise the ``Refusal`` for a forward that does what ``what`` says."""
     raise Refusal(f"its forward {what}, which cannot be followed")
 
 
 class _Unknown:
-    """A value that is not known: to ask for it is a ``Refusal``."""
+    """A value that is unknown while a forward is read; every operator on it raises ``Refusal``."""
 
     _what = "looks at values of its input"
 
@@ -74,7 +77,7 @@ for _name in (
 
 
 class Size(_Unknown):
-    """The size of a symbol along a dimension."""
+    """The unknown size of a symbol along a dimension."""
 
     _what = "computes with sizes of its input"
 
@@ -86,19 +89,19 @@ class Symbol(_Unknown):
     """Stands for a tensor [N, C, H, W] in a forward that is being read.
 
     Attributes:
-        node: what it is now; an operation in place changes it.
+        node: the operation that computes the present value; an in-place operation replaces it.
     """
 
     def __init__(self, node: Node, outside: bool = False, same: Symbol | None = None) -> None:
         self.node = node
-        self._outside = outside  # its memory is also that of a tensor outside of the forward
-        self._lost = ""  # why it cannot be used any more
-        self._memory = [] if same is None else same._memory  # the symbols of the same memory
+        self._outside = outside  # a tensor outside of the forward has the same memory
+        self._lost = ""  # why the value is no longer known
+        self._memory = [] if same is None else same._memory  # all symbols of the same memory
         self._memory.append(self)
 
     __hash__, __repr__ = object.__hash__, object.__repr__
 
-    # What isinstance sees.
+    # For isinstance(symbol, Tensor).
     __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
 
     @classmethod
@@ -128,22 +131,22 @@ class Symbol(_Unknown):
         return 4
 
     def value(self) -> Node:
-        """Its node, to be an operand."""
+        """The node, for use as an operand. Raises ``Refusal`` if the value is no longer known."""
         if self._lost:
             raise Refusal(self._lost)
         return self.node
 
     def lose(self, reason: str) -> None:
-        """Do not let its memory be used any more."""
+        """Make every later use of this memory raise ``Refusal``."""
         for other in self._memory:
             other._lost = reason
 
     def alias(self, node: Node) -> Symbol:
-        """A symbol of the same memory."""
+        """A symbol that shares this symbol's memory."""
         return Symbol(node, same=self)
 
     def become(self, node: Node, inplace: bool) -> Symbol:
-        """The result of an operation on it: itself if that is in place."""
+        """The result ``node`` of an operation on this symbol: the symbol itself if in place."""
         if not inplace:
             return Symbol(node)
         for other in self._memory:
@@ -242,9 +245,14 @@ def _adaptive_avg_pool2d(x: Symbol, output_size: Any) -> Symbol:
 
 
 def _avg_pool2d(
-    x: Symbol, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
-    count_include_pad: bool = True, divisor_override: Any = None,
-) -> Symbol:  # fmt: skip
+    x: Symbol,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> Symbol:
     two = (2, (2, 2), [2, 2])
     stride = kernel_size if stride is None else stride
     if kernel_size not in two or stride not in two or padding not in (0, (0, 0)):
@@ -255,9 +263,14 @@ def _avg_pool2d(
 
 
 def _interpolate(
-    x: Symbol, size: Any = None, scale_factor: Any = None, mode: str = "nearest",
-    align_corners: Any = None, recompute_scale_factor: Any = None, antialias: bool = False,
-) -> Symbol:  # fmt: skip
+    x: Symbol,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: Any = None,
+    recompute_scale_factor: Any = None,
+    antialias: bool = False,
+) -> Symbol:
     sizes = size if isinstance(size, (tuple, list)) else ()
     like = [s.node for s in sizes if type(s) is Size]
     dims = [s.dim for s in sizes if type(s) is Size]
@@ -297,9 +310,15 @@ def _dropout(x: Symbol, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 def _batch_norm(
-    x: Symbol, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: Any = 0.1, eps: float = 1e-5,
-) -> Symbol:  # fmt: skip
+    x: Symbol,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: Any = 0.1,
+    eps: float = 1e-5,
+) -> Symbol:
     tensors = (running_mean, running_var, weight, bias)
     nodes = [t.value() for t in tensors if _is_symbol(t)]
     paths = {n.args[0] for n in nodes if n.op == "tensor"}
@@ -363,15 +382,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
 }
 _PLACES = (torch, F, torch._C._nn, Tensor)
-_METHODS = {
-    "relu", "relu_", "clamp", "clamp_", "sigmoid", "sigmoid_", "add", "add_", "mul", "mul_", "div",
-    "div_", "mean", "flatten", "view", "reshape",
-}  # fmt: skip
+_METHODS = frozenset(
+    "relu relu_ clamp clamp_ sigmoid sigmoid_ add add_ mul mul_ div div_ mean flatten view "
+    "reshape".split()
+)
 
 
 def _bind(name: str, args: tuple, kwargs: dict) -> Any:
-    # PyTorch's names of the first argument.
-    for first in ("input", "tensors"):
+    for first in ("input", "tensors"):  # PyTorch's names for the first argument
         if first in kwargs:
             kwargs = dict(kwargs)
             args = (kwargs.pop(first), *args)

@@ -1,4 +1,4 @@
-"""Times fused modules against their plain forms, on the inputs that they get in a model."""
+"""Times fused modules against their plain forms, on the inputs that they have in a model."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import Fused, attach, detach
+from .fused import Fused, attach, detach, plain_forward
 
 _ROUNDS = 7
-_SHORTEST = 3e-4  # seconds that a round takes at least
-_SLACK = 1.05  # how much slower a fused module may be
+_SHORTEST = 3e-4  # least seconds of a round
+_SLACK = 1.05  # a fused module may take this many times as long as its plain form
 
 
 def slower(
     model: nn.Module, modules: Mapping[str, Fused], made: Sequence[Fused], example: Tensor
 ) -> dict[str, tuple[float, float]]:
-    """Restore the modules that lose to their plain form.
+    """Give modules that are slower than their plain form that form back.
 
-    The model runs once, unfused, in eval mode without gradients. Then each module is timed, those
-    inside of others first, so that an outer one is compared with what is left of its children.
+    The model runs once, unfused, in eval mode without gradients. Then each module is timed, inner
+    modules before outer ones, so that an outer module is timed with the final form of its children.
 
     Args:
         modules: fused modules by name, outer ones before those inside of them.
-        made: all modules of the model whose class ``fuse`` made.
+        made: all modules of the model whose class ``fused_class`` made.
         example: the model's input, on its device.
 
     Returns:
-        By name, the seconds of a fused and a plain call, of those that were restored.
+        For each restored module, by name, the seconds of a fused and of a plain call.
     """
     restored = {}
     with _in_eval_mode(model), torch.no_grad():
@@ -40,7 +40,7 @@ def slower(
         for name, module in reversed(list(modules.items())):
             x = inputs.get(name)
             if x is None:
-                continue  # the forward does not call it
+                continue  # the model's forward does not call the module
             fused, plain = _compare(module, x)
             if fused > plain * _SLACK:
                 detach(module)
@@ -63,7 +63,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _inputs(
     model: nn.Module, modules: Mapping[str, Fused], made: Sequence[Fused], example: Tensor
 ) -> dict[str, Tensor]:
-    """What each module is called with, if that is one tensor, in a run of the unfused model."""
+    """The argument of each module's first call with one tensor, in a run of the unfused model."""
     seen: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[..., None]:
@@ -89,8 +89,8 @@ def _inputs(
 
 
 def _compare(module: Fused, x: Tensor) -> tuple[float, float]:
-    """Median seconds of a fused and a plain call, which are made in turn, after two of each."""
-    calls: tuple[Callable[..., Any], ...] = (module.forward, module._ghost_plain)
+    """Median seconds of a fused and of a plain call, measured in turn after two calls of each."""
+    calls: tuple[Callable[..., Any], ...] = (module.forward, plain_forward(module))
     warm = [_seconds(call, x, 1) for call in (*calls, *calls)]
     count = max(1, round(_SHORTEST / max(*warm[2:], 1e-6)))
     rounds = [[_seconds(call, x, count) for call in calls] for _ in range(_ROUNDS)]

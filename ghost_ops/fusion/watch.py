@@ -1,13 +1,14 @@
-"""Tells whether what a module's packed weights were made from has changed since.
+"""``Watch``: whether Python objects and tensors are still as they were when the watch was made.
 
-Everything about a module can be changed between two calls, so all of it is compared before every
-call. The compiled library has the same class in C, ten times faster; ``make`` takes it where it is.
+Any part of a module can be changed between two calls, so everything that its packed weights were
+made from is compared before every call. The compiled library has the same class in C, about ten
+times faster; ``make_watch`` returns that one if the library is loaded.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,42 +16,42 @@ from ..backends import native
 
 _version = operator.attrgetter("_version")
 _address = Tensor.data_ptr
-MISSING = object()  # the value of what is not there
+MISSING = object()  # the value of an absent key or attribute
 
 
-class Watch(Protocol):
-    """What ``make`` returns."""
+class Watch:
+    """Remembers dictionaries, dictionary items, attributes and tensors, and compares them later.
 
-    def unchanged(self, own: dict | None = None, /) -> bool:
-        """Whether everything watched is as it was at construction.
-
-        own: the dictionary for the items without one.
-        """
-        ...
-
-
-class PythonWatch:
-    """The contents of dictionaries, some of their items, and the state of tensors.
+    An item may leave its dictionary open (``None``): it is then looked up in ``own``, which is
+    given to the constructor and again to each ``unchanged``. A watch on a module's ``__dict__``
+    made this way holds no reference to the module.
 
     Args:
-        dicts: dictionaries whose keys must stay equal and whose values the same objects, in the
-            same order.
-        items: pairs (dictionary, key) whose value must stay the same object, or an equal one of the
-            same type. None in the place of the dictionary: that which ``unchanged`` is given.
-        absent: pairs (dictionary, key) of keys that must stay absent; None as of items.
-        tensors: tensors that must keep their version, which PyTorch raises at in-place changes, and
-            their address. Their memory must be kept alive elsewhere, so that nothing else comes to
-            that address.
-        attributes: pairs (object, name) whose value must stay so as well, or stay missing.
-        own: the dictionary of the items without one, as it is now; not kept.
+        dicts: dictionaries that must keep the same keys in the same order, and the same objects as
+            values.
+        items: pairs (dictionary or None, key); the value must stay the same object, or become an
+            equal object of the same type.
+        absent: pairs (dictionary or None, key); the key must stay absent.
+        tensors: tensors that must keep their version counter, which PyTorch raises at in-place
+            changes, and their address. The caller keeps their memory alive, so that no other tensor
+            can come to the same address.
+        attributes: pairs (object, name); the value is compared as that of an item, and a missing
+            attribute must stay missing.
+        own: the present dictionary for items without one; the watch does not keep it.
 
     Raises:
-        KeyError: an item is absent, or a key of ``absent`` is there.
+        KeyError: an item is absent, or a key of ``absent`` is present.
     """
 
     __slots__ = (
-        "_absent", "_addresses", "_attributes", "_dicts", "_items", "_tensors", "_versions",
-    )  # fmt: skip
+        "_absent",
+        "_addresses",
+        "_attributes",
+        "_dicts",
+        "_items",
+        "_tensors",
+        "_versions",
+    )
 
     def __init__(
         self,
@@ -73,9 +74,14 @@ class PythonWatch:
         self._attributes = tuple((o, name, _attribute(o, name)) for o, name in attributes)
 
     def unchanged(self, own: dict | None = None, /) -> bool:
+        """Whether everything is as it was at construction.
+
+        Args:
+            own: the dictionary for items without one.
+        """
         try:
             return self._all_hold(own)
-        except Exception:  # what cannot be read or compared any more has changed
+        except Exception:  # a value that cannot be read or compared counts as changed
             return False
 
     def _all_hold(self, own: dict | None) -> bool:
@@ -114,7 +120,7 @@ def _or_own(values: dict | None, own: dict | None) -> dict:
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two values are the same object, or equal ones of one type, in tuples too."""
+    """Whether two values are the same object, or equal and of one type; tuples item by item."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -124,7 +130,7 @@ def same_value(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def make(
+def make_watch(
     dicts: tuple[dict, ...] = (),
     items: tuple[tuple[dict | None, str], ...] = (),
     absent: tuple[tuple[dict | None, str], ...] = (),
@@ -132,6 +138,6 @@ def make(
     attributes: tuple[tuple[Any, str], ...] = (),
     own: dict | None = None,
 ) -> Watch:
-    """A ``PythonWatch``, or the compiled library's equal of it."""
-    kind: Any = native.library().Watch if native.load() else PythonWatch
+    """A ``Watch``: the compiled library's if that is loaded."""
+    kind: type[Watch] = native.library().Watch if native.load() else Watch
     return kind(dicts, items, absent, tensors, attributes, own)

@@ -1,9 +1,8 @@
-"""What a training step of a model keeps between forward and backward, and what it computes again.
+"""The tensors that a training step saves between forward and backward, and the work done again.
 
-Called as ``planner.explain_saved(model, input_shape)``. The choice is by bytes: of all that allows
-backward to compute a part again the smallest is kept, which is its input, since its neighbour keeps
-that as well; the price is in FLOPs. u of a Ghost module (the primary convolution's result) is kept
-too where it is a quarter of its input or less.
+A fused part saves only its input, which is the smallest choice because the part before it saves the
+same tensor; backward computes the rest again, at the price of FLOPs. A Ghost module also saves u
+(the primary convolution's result) if u has at most a quarter of its input's bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ class SavedRow:
     """All parts of one kind.
 
     Attributes:
-        part: what they are.
-        times: how many.
-        keeps: what is kept of each.
-        bytes_kept: of the maps [N, C, H, W] that are kept, each counted once, in the first row
-            that has it.
-        again: what backward computes again.
-        bytes_dropped: of the maps that PyTorch's layers keep in these parts, and these do not.
+        part: the kind.
+        times: the number of parts.
+        keeps: the tensors that each part saves.
+        bytes_kept: bytes of the saved maps [N, C, H, W]; a map that several parts save counts in
+            the first row only.
+        again: the tensors that backward computes again.
+        bytes_dropped: bytes of maps that PyTorch's layers would save, and these parts do not.
         flops: multiplications and additions that backward does again.
     """
 
@@ -44,7 +43,7 @@ class SavedRow:
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """The rows, and their sums. Its str is a table."""
+    """The rows and their sums. Its str is a table."""
 
     rows: tuple[SavedRow, ...]
 
@@ -61,14 +60,13 @@ class SavedPlan:
         return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
-        rows = [*self.rows, SavedRow("all", sum(r.times for r in self.rows), "", self.bytes_kept,
-                                     "", self.bytes_dropped, self.flops)]  # fmt: skip
+        times = sum(row.times for row in self.rows)
+        total = SavedRow("all", times, "", self.bytes_kept, "", self.bytes_dropped, self.flops)
         cells = [("part", "times", "keeps", "MiB", "computes again", "MiB less", "GFLOP more")]
-        cells += [
-            (r.part, str(r.times), r.keeps, f"{r.bytes_kept / 2**20:.1f}", r.again,
-             f"{r.bytes_dropped / 2**20:.1f}", f"{r.flops / 1e9:.2f}")
-            for r in rows
-        ]  # fmt: skip
+        for row in (*self.rows, total):
+            kept, dropped = row.bytes_kept / 2**20, row.bytes_dropped / 2**20
+            counts = f"{dropped:.1f}", f"{row.flops / 1e9:.2f}"
+            cells.append((row.part, str(row.times), row.keeps, f"{kept:.1f}", row.again, *counts))
         widths = [max(len(row[i]) for row in cells) for i in range(7)]
         right = (1, 3, 5, 6)
         return "\n".join(
@@ -87,19 +85,21 @@ def explain_saved(
     *,
     channels_last: bool = False,
 ) -> SavedPlan:
-    """What one training step keeps for backward, by running the forward of a copy of the model.
+    """The tensors that one training step saves; a copy of the model runs its forward on zeros.
+
+    Called as ``planner.explain_saved(model, input_shape)``.
 
     Args:
-        model: fused or not, on the CPU.
-        input_shape: [N, C, H, W].
-        dtype: of the input; that of the model's first parameter by default.
+        model: a model on the CPU, fused or not.
+        input_shape: N, C, H, W of its input.
+        dtype: of the input; None: that of the model's first parameter.
         channels_last: memory format of the input.
 
     Returns:
-        A row for each kind of part. Single values, vectors and parameters do not count.
+        A row for each kind of part. Scalars, vectors and parameters do not count.
 
     Raises:
-        Whatever the model raises.
+        Any error of the model.
     """
     twin = copy.deepcopy(model).train()
     first = next(twin.parameters(), None)
@@ -132,7 +132,7 @@ def explain_saved(
 
 
 def _nodes(root: Any) -> Iterator[Any]:
-    """The nodes of an autograd graph, from the first that ran on."""
+    """The nodes of an autograd graph, in the order of the forward."""
     order: list[Any] = []
     todo, seen = [root], {root}
     while todo:
@@ -148,7 +148,7 @@ def _nodes(root: Any) -> Iterator[Any]:
 
 
 def _saved(node: Any) -> list[Tensor]:
-    """The maps and weights that a node keeps: all 4-D tensors."""
+    """The maps and weights that a node saves: all 4-D tensors."""
     if hasattr(node, "saved_tensors"):
         tensors = list(node.saved_tensors)
     else:
@@ -158,10 +158,14 @@ def _saved(node: Any) -> list[Tensor]:
 
 
 def _together(rows: list[SavedRow]) -> SavedRow:
-    return SavedRow(
-        rows[0].part, len(rows), rows[0].keeps, sum(r.bytes_kept for r in rows), rows[0].again,
-        sum(r.bytes_dropped for r in rows), sum(r.flops for r in rows),
-    )  # fmt: skip
+    """One row for parts of one kind."""
+    return replace(
+        rows[0],
+        times=len(rows),
+        bytes_kept=sum(row.bytes_kept for row in rows),
+        bytes_dropped=sum(row.bytes_dropped for row in rows),
+        flops=sum(row.flops for row in rows),
+    )
 
 
 def _pixels(x: Tensor, kernel: Sequence[int], settings: Any) -> int:
@@ -174,6 +178,7 @@ def _pixels(x: Tensor, kernel: Sequence[int], settings: Any) -> int:
 
 
 def _ghost(node: Any, maps: list[Tensor], weights: list[Tensor], kept: int) -> SavedRow:
+    """The row of a Ghost module with m intrinsic and g ghost channels; g = 0 for a convolution."""
     x, s = maps[0], node.settings
     w1 = weights[0] if len(weights) > 1 or weights[0].size(1) > 1 else None
     w2 = weights[-1] if len(weights) > 1 or w1 is None else None
@@ -183,13 +188,13 @@ def _ghost(node: Any, maps: list[Tensor], weights: list[Tensor], kept: int) -> S
     keeps_u = len(maps) > 1
     again = 0 if w1 is None or keeps_u else 2 * pixels * w1.numel()
     again += 0 if w2 is None else 2 * pixels * w2.numel()
-    # Layers keep u and y, v, and z where an activation needs it.
+    # PyTorch's layers save u, y and v; also z for some activations, which is not counted.
     dropped = pixels * x.element_size() * ((0 if keeps_u else m) + (m if g else 0) + g)
+    if g and keeps_u:
+        part = "Ghost module that keeps u"
+        return SavedRow(part, 1, "x, u", kept, "v, y, z", dropped, again)
     if g:
-        ending = ", u" if keeps_u else ""
-        what = "v, y, z" if keeps_u else "u, v, y, z"
-        return SavedRow(f"Ghost module{' that keeps u' if keeps_u else ''}", 1, f"x{ending}", kept,
-                        what, dropped, again)  # fmt: skip
+        return SavedRow("Ghost module", 1, "x", kept, "u, v, y, z", dropped, again)
     return SavedRow("convolution, norm, activation", 1, "x", kept, "u", dropped, again)
 
 

@@ -1,13 +1,14 @@
-"""What ``fuse`` makes of a model, and one run of it on shapes alone.
+"""``trace``: the modules that ``fuse`` can fuse in a model, and the operators of one plain run.
 
 ``trace`` copies a model to the meta device, where tensors have shapes and no data. ``fuse`` on the
-copy decides which modules run as operators of ours: the units. Then the plain forward of the copy
-runs once, and the operators that PyTorch dispatches are recorded in the tree of the module calls.
+copy decides which modules run as operators of ghost_ops; these are the units. Then the copy is
+unfused and its forward runs once. The operators that PyTorch dispatches are recorded in a tree of
+module calls.
 
-Bytes are what an operator reads from and writes to device memory. An ATen operator reads its input
-tensors and writes its results. A view moves nothing, an expanded dimension counts once, and an
-in-place operator reads and writes. A convolution with a bias is two launches in eager PyTorch: the
-second adds the bias in place.
+Bytes are those that an operator reads from and writes to device memory. An ATen operator reads its
+input tensors and writes its results. A view moves nothing, an expanded dimension counts as one
+element, and an in-place operator reads and writes. A convolution with a bias is two launches in
+eager PyTorch: the second adds the bias in place.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .. import convert
 from ..fusion.bottleneck import Bottleneck
 from ..fusion.branch import Branch
-from ..fusion.fused import Fused
-from ..fusion.ghost import Ghost
+from ..fusion.fused import Fused, state_of
+from ..fusion.ghost_parts import Ghost
 from ..fusion.guards import watchable
 from ..fusion.network import Network
 from ..sync import NORMS
@@ -41,11 +41,13 @@ Unit = Ghost | Bottleneck | Network  # the parts of a fused module
 Owner = TypeVar("Owner")
 _ROOT = "(model)"  # the name of the model itself
 
-_DW_SIZES = (1, 3, 5, 7)  # cheap kernels that ghost_apply has
+_DW_SIZES = (1, 3, 5, 7)  # sizes of cheap convolutions that ghost_apply has kernels for
 _HOOK_DICTS = tuple(k for k, v in vars(nn.Module()).items() if "hook" in k and isinstance(v, dict))
-_NO_MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-              "_unsafe_view"}  # fmt: skip
-_OVERWRITE = {"copy_", "fill_", "zero_"}  # their first argument is written, not read
+# Operators that move no data.
+_ALLOCATE = frozenset(
+    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view".split()
+)
+_OVERWRITE = {"copy_", "fill_", "zero_"}  # operators that write their first argument only
 
 
 # --- the run as a tree, and the units -----------------------------------------------------------
@@ -62,11 +64,12 @@ class Op(NamedTuple):
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module, with the operators and calls inside it in their order.
+    """One call of a module.
 
     Attributes:
-        path: the module's name in the model; in several places, the place that it is called in.
-        in_shape: of the first tensor among the arguments; () without one.
+        path: the module's name in the model; if it has several, the name at the place of the call.
+        in_shape: shape of the first tensor among the arguments; () without one.
+        items: the operators and calls inside, in their order.
     """
 
     module: nn.Module
@@ -76,7 +79,7 @@ class Call:
 
     @cached_property
     def names(self) -> dict[nn.Module, str]:
-        """The path of every module inside, and of this one."""
+        """The path of this module and of every module inside it."""
         prefix = "" if self.path == _ROOT else f"{self.path}."
         named = self.module.named_modules()
         return {m: prefix + name if name else self.path for name, m in named}
@@ -86,12 +89,12 @@ class Call:
     ) -> Iterator[tuple[Owner, Op]]:
         """Every operator, with the owner of the innermost module around it that has one.
 
-        A module in several places inside, such as the one activation of all of Ultralytics' layers,
-        has no owner of its own.
+        Owners of a module in several places are ignored; Ultralytics' layers, for example, share
+        one activation module.
 
         Args:
-            owners: of a module, or of one operator in it by the key (module, operator's name); at
-                least of this call's module.
+            owners: the owner of a module, or of one operator in it under the key (module, name of
+                the operator); this call's module must have one.
             outside: modules whose calls are left out.
         """
         places = Counter(m for _, m in self.module.named_modules(remove_duplicate=False))
@@ -103,7 +106,7 @@ class Call:
     def _chains(
         self, outside: Container[nn.Module], above: tuple[nn.Module, ...]
     ) -> Iterator[tuple[tuple[nn.Module, ...], Op]]:
-        """Every operator, with the modules that it is in, innermost first."""
+        """Every operator, with the modules around it, innermost first."""
         chain = (self.module, *above)
         for item in self.items:
             if isinstance(item, Op):
@@ -112,7 +115,7 @@ class Call:
                 yield from item._chains(outside, chain)
 
     def calls(self, wanted: Container[nn.Module]) -> Iterator[Call]:
-        """The calls of these modules inside, in their order."""
+        """The outermost calls of ``wanted`` modules inside this call, in their order."""
         for item in self.items:
             if isinstance(item, Call):
                 if item.module in wanted:
@@ -122,10 +125,12 @@ class Call:
 
 
 class Trace(NamedTuple):
-    """A model as it is fused, and as it runs in eager PyTorch.
+    """A model's fused modules, and its plain run.
 
     Attributes:
-        left: what ``fuse`` leaves as it is, with the reason; for people.
+        root: the call of the model.
+        units: the parts of each fused module.
+        left: notes on the modules that are not fused, with the reasons.
     """
 
     root: Call
@@ -136,11 +141,11 @@ class Trace(NamedTuple):
 def trace(
     model: nn.Module, shape: Shape, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> Trace:
-    """The units of a model, and its run on x of ``shape``. The model itself is only read.
+    """The units of a model, and its run on x of ``shape``. The model itself does not change.
 
     Raises:
-        ValueError: the model cannot be copied, has a lazy layer or needs the values of a tensor.
-            Other errors of the model pass.
+        ValueError: the model cannot be copied, has a lazy layer, or needs the values of a tensor.
+        Any other error of the model's forward.
     """
     twin = _copy(model, dtype)
     units, left = _read_units(twin)
@@ -152,10 +157,10 @@ def trace(
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the model on the meta device in eval mode, its parameters in ``dtype``.
+    """A copy of the model on the meta device in eval mode, with parameters in ``dtype``.
 
-    The parameters are replaced while they are copied, so that no memory is taken on any device.
-    Hooks are shared: a bound method would bring its object into the copy.
+    Parameters are replaced while the model is copied, so the copy takes no memory on any device.
+    Hooks are shared with the model: a copied bound method would copy its object too.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model: a scripted model has no Python forward to follow")
@@ -187,10 +192,7 @@ def _hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
-    """The modules of a copy that run as operators of ours, and notes on the others.
-
-    Leaves the copy unfused.
-    """
+    """The units of a copy, and notes on the other modules. Leaves the copy unfused."""
     convert.unfuse(twin)
     reasons: dict[str, list[str]] = {}
     for entry in convert.fuse(twin, inference=True).left:
@@ -198,7 +200,7 @@ def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
     units: dict[nn.Module, Unit] = {}
     for name, module in twin.named_modules():
         if isinstance(module, Fused):
-            state = module._ghost_state()
+            state = state_of(module)
             parts: Any = state.parts
             reason = state.reason if parts is None else _why_not_fused(parts)
             if reason:
@@ -213,13 +215,13 @@ def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
 
 
 def _why_not_fused(parts: Unit) -> str:
-    """Why a module in eval mode does not run as operators of ours; empty if it does."""
+    """Why a module in eval mode does not run as operators of ghost_ops; empty if it does."""
     if parts.dw_size not in _DW_SIZES:
         return f"there is no fused kernel for a cheap convolution of size {parts.dw_size}"
     norms = [m for m in parts.layers if isinstance(m, NORMS)]
     if any(bn.training or bn.running_mean is None for bn in norms):
         return "a batch norm has no running statistics, so that it runs as in training"
-    if isinstance(parts, Ghost):  # runs as ghost_apply even if its weights are not packed once
+    if isinstance(parts, Ghost):  # it runs as ghost_apply even if its weights cannot be kept packed
         return parts.why_not_fused() or parts.why_not_shapes(*parts.weights())
     computed = "" if watchable(parts.layers) else "its weights are computed at every call"
     return parts.why_not_packed() or computed
@@ -252,7 +254,8 @@ def _record(model: nn.Module, x: Tensor) -> Call:
         with torch.no_grad(), torch.device("meta"), recorder:
             model(x)
     except Exception as error:
-        # An error for want of a tensor's values, or for a second device, names the meta device.
+        # A forward that needs the values of a tensor, or uses a second device, raises an error that
+        # names the meta device.
         if not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
             raise
         raise ValueError(
@@ -263,23 +266,27 @@ def _record(model: nn.Module, x: Tensor) -> Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes down the operators that run, in the tree of the calls of modules."""
+    """Records the operators that run, in the tree of module calls."""
 
     def __init__(self, root: Call) -> None:
+        from torch.utils.flop_counter import flop_registry  # late, because it imports Triton
+
         super().__init__()
         self.root, self.stack = root, [root]
+        self.flop_counts: dict[Any, Any] = flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        op = _op_of(func, args, kwargs or {}, out)
+        count = self.flop_counts.get(func._overloadpacket)
+        op = _op_of(func, args, kwargs or {}, out, count)
         if op is not None:
             self.stack[-1].items.append(op)
         return out
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook."""
+        """The forward pre-hook of every module."""
         parent = self.stack[-1]
         path = parent.names.get(module) or self.root.names[module]
         shape = next((tuple(t.shape) for t in _tensors((args, kwargs))), ())
@@ -288,15 +295,22 @@ class _Recorder(TorchDispatchMode):
         self.stack.append(call)
 
     def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
-        """A forward hook."""
+        """The forward hook of every module."""
         while self.stack.pop().module is not module:
-            pass  # a forward inside raised, and the model caught it
+            pass  # the model has caught an error of a forward inside
 
 
-def _op_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Op | None:
-    """What an operator moves; None for a view, or one that only allocates."""
+def _op_of(
+    func: Any, args: tuple, kwargs: dict[str, Any], out: Any, count: Any | None
+) -> Op | None:
+    """One run of an operator; None if it is a view or only allocates.
+
+    Args:
+        func: the operator; args, kwargs, out: its arguments and result.
+        count: the function that counts its FLOPs, or None.
+    """
     name = func._schema.name.removeprefix("aten::")
-    if func.is_view or name in _NO_MEMORY:
+    if func.is_view or name in _ALLOCATE:
         return None
     given = {id(t): t for t in _tensors((args, kwargs))}
     results = {id(t): t for t in _tensors(out)}
@@ -311,7 +325,6 @@ def _op_of(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> Op | Non
     moved, launches = sum(map(_bytes, given.values())) + written, 1
     if name == "convolution" and args[2] is not None:
         moved, launches = moved + 2 * written, 2  # the bias is added in place
-    count = flop_registry.get(func._overloadpacket)
     return Op(name, launches, moved, 0 if count is None else count(*args, **kwargs, out_val=out))
 
 
@@ -320,6 +333,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _bytes(t: Tensor) -> int:
-    """Bytes of memory behind a tensor; an expanded dimension has one."""
+    """Bytes of memory behind a tensor; an expanded dimension has one element."""
     sizes = zip(t.shape, t.stride(), strict=True)
     return math.prod(size if stride else min(size, 1) for size, stride in sizes) * t.element_size()

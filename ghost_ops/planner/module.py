@@ -1,0 +1,159 @@
+"""The plan of one Ghost module: the library's planner, with checked arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import activations, backends, environment
+from ..ops.ghost import allow_tf32
+from ..reference import GhostModule
+from .machine import CpuMachine, compute_capability, cpu_machine
+from .plans import CudaBackward, CudaPass, CudaPlan, Plan
+
+
+def explain_shape(
+    shape: Sequence[int],
+    out_channels: int,
+    *,
+    ratio: int = 2,
+    dw_size: int = 3,
+    stride: int = 1,
+    activation: activations.ActivationSpec = "relu",
+    cheap_activation: activations.ActivationSpec | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    residual: bool = False,
+    threads: int | None = None,
+    machine: CpuMachine | None = None,
+    device: str = "cpu",
+    training: bool = False,
+    alternatives: int = 0,
+) -> Plan | CudaPlan:
+    """The plan for an input of ``shape`` [N, C, H, W] and a 1x1 primary convolution.
+
+    Args:
+        shape: N, C, H, W of x.
+        out_channels: channels of the output.
+        ratio, dw_size, stride: as in :class:`ghost_ops.FusedGhostModule`.
+        activation, cheap_activation: of the two branches; None for the second: as the first.
+        dtype: float32, float64, bfloat16 or float16.
+        channels_last: memory format of x.
+        residual: a residual is added to the output.
+        threads: size of the CPU's thread pool; None: ``torch.get_num_threads()``.
+        machine: the CPU to plan for; None: this machine, see :func:`cpu_machine`.
+        device: ``"cpu"``; one of ``CUDA_DEVICES``; ``"cuda"``, the architecture of the current GPU.
+            On a GPU float32 follows torch's TF32 switch.
+        training: plan a training forward and its backward instead of an evaluation pass (CUDA).
+        alternatives: the number of best plans that each launch of a forward lists (CUDA). Plans
+            whose times differ by less than a thousandth stay in the order in which they are found.
+
+    Returns:
+        A :class:`Plan` for the CPU, a :class:`CudaPlan` for a GPU.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: the native library is not loaded; the message says why.
+    """
+    dims = tuple(int(v) for v in shape)
+    if len(dims) != 4 or min(dims) < 0:
+        raise ValueError(f"shape must be four sizes [N, C, H, W], none negative, got {dims}")
+    for name, value in (("out_channels", out_channels), ("ratio", ratio), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if dw_size not in (1, 3, 5, 7):
+        raise ValueError(f"dw_size must be 1, 3, 5 or 7, got {dw_size}")
+    dtypes = backends.native.DTYPES
+    if dtype not in dtypes:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, dtypes))}, got {dtype}")
+    sm = compute_capability(device)
+    if alternatives < 0:
+        raise ValueError(f"alternatives must not be negative, got {alternatives}")
+    if alternatives and sm is None:
+        raise ValueError("alternatives: only plans for a GPU have any, device is 'cpu'")
+    if training and sm is None:
+        raise ValueError("training: only the passes on a GPU are planned, device is 'cpu'")
+    if sm is not None and (min(dims) < 1):
+        raise ValueError(f"shape must have no empty size for a GPU plan, got {dims}")
+    if machine is not None and (threads is not None or sm is not None):
+        raise ValueError("machine goes with device 'cpu' and without threads: it has its own cores")
+    library = backends.native.library()
+    machine = cpu_machine(threads) if machine is None else machine
+    act1, _ = activations.resolve(activation)
+    cheap = activation if cheap_activation is None else cheap_activation
+    act2, _ = activations.resolve(cheap, "cheap_activation")
+    problem: dict[str, Any] = {
+        "intrinsic": math.ceil(out_channels / ratio),
+        "out_channels": out_channels,
+        "ratio": ratio,
+        "dw_size": dw_size,
+        "stride": stride,
+        "act1": act1,
+        "act2": act2,
+        "dtype": dtypes.index(dtype),
+        "channels_last": channels_last,
+        "has_residual": residual,
+    }
+    fields = library.plan(*dims, **problem, **asdict(machine))
+    if sm is None:
+        return Plan(**fields, machine=machine)
+    environment.CUDA_PLAN.get()  # raises for a bad value; the library reads the variable itself
+    found = library.cuda_plan(
+        *dims,
+        **problem,
+        sm=sm,
+        allow_tf32=allow_tf32(),
+        training=training,
+        alternatives=alternatives,
+    )
+    return CudaPlan(
+        f"sm_{sm}",
+        tuple(_pass(one) for one in found["passes"]),
+        found["writes_u"],
+        *(fields[name] for name in ("bytes_fused", "bytes_eager", "flops")),
+        backward=_backward(found["backward"]),
+    )
+
+
+def _pass(found: dict[str, Any]) -> CudaPass:
+    ranked = tuple(CudaPass(**one) for one in found.pop("alternatives"))
+    return CudaPass(**found, alternatives=ranked)
+
+
+def _backward(found: dict[str, Any] | None) -> CudaBackward | None:
+    if found is None:
+        return None
+    sums = found.pop("sums")
+    return CudaBackward(sums=None if sums is None else CudaPass(**sums), **found)
+
+
+def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> Plan | CudaPlan:
+    """The plan for a Ghost module on an input of ``shape``.
+
+    Args:
+        module: a fused or reference Ghost module.
+        shape: N, C, H, W of x.
+        kwargs: arguments of :func:`explain_shape` that the module does not determine.
+
+    Raises:
+        ValueError: the primary convolution is not a plain 1x1; or as :func:`explain_shape`.
+        RuntimeError: as :func:`explain_shape`.
+    """
+    conv, cheap = module.primary_conv[0], module.cheap_operation[0]
+    if conv.kernel_size != (1, 1) or conv.groups != 1:
+        raise ValueError(f"module: only a plain 1x1 primary convolution is planned, got {conv}")
+    kwargs.setdefault("dtype", conv.weight.dtype)
+    return explain_shape(
+        shape,
+        module.oup,
+        ratio=cheap.out_channels // conv.out_channels + 1,
+        dw_size=cheap.kernel_size[0],
+        stride=conv.stride[0],
+        activation=module.primary_conv[2],
+        cheap_activation=module.cheap_operation[2],
+        **kwargs,
+    )
