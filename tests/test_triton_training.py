@@ -23,18 +23,16 @@ from helpers import (
     Params,
     assert_close,
     covering,
+    expanded,
     make_input,
     make_module,
     oracle,
+    other_format,
     plain,
     same_bits,
-)
-from test_training import (
-    check,
-    expanded,
-    other_format,
     sliced_channels,
 )
+from module_checks import check_training
 from torch import Tensor
 from triton_cases import SMALL_TILE, launches, planned
 
@@ -83,14 +81,14 @@ def test_covering(
     how: dict,
 ) -> None:
     with planned(**how):
-        check(case, training, device=triton_device)
+        check_training(case, training, device=triton_device)
 
 
 @pytest.mark.parametrize("d", [3, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_64_bit_offsets(triton_device: str, layout: str, d: int) -> None:
     with planned(wide=True, one_pass=layout == "nhwc", tile=SMALL_TILE):
-        check(Case(ratio=3, d=d, stride=2, h=7, w=9, layout=layout), device=triton_device)
+        check_training(Case(ratio=3, d=d, stride=2, h=7, w=9, layout=layout), device=triton_device)
 
 
 MIXED = covering(
@@ -193,7 +191,7 @@ def test_u_recomputed_stashed_and_kept(triton_device: str, c: int, layout: str) 
         case.dtype, True,
     )  # fmt: skip
     assert plan.stashes_u(p) == (c > 8)
-    check(case, training=layout == "nchw" or c == 64, device=triton_device)
+    check_training(case, training=layout == "nchw" or c == 64, device=triton_device)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
@@ -204,7 +202,7 @@ def test_float32_batch_norms_around_half_precision(
     training: bool,
 ) -> None:
     case = Case(dtype=torch.bfloat16, bn_dtype=torch.float32, layout=layout, h=9, w=11)
-    check(case, training, device=triton_device)
+    check_training(case, training, device=triton_device)
 
 
 def run(module: torch.nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor | None]:
