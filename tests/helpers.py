@@ -531,6 +531,13 @@ def recorded() -> Iterator[list[str]]:
         yield recorder.names
 
 
+def our_launches(plan: Any) -> int:
+    """The kernel launches that a ``NetworkPlan`` predicts for the operators of ghost_ops."""
+    from ghost_ops.planner.network import OWN_KINDS
+
+    return sum(row.launches for row in plan.rows if row.kind in OWN_KINDS)
+
+
 def autograd_nodes(out: Tensor) -> Counter[str]:
     """How often each kind of autograd node is in the graph of a tensor."""
     found, waiting = set(), [out.grad_fn]

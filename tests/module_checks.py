@@ -29,8 +29,8 @@ from torch import Tensor, nn
 STRUCTURE = [
     Case(
         **axes,
-        act1=ACTIVATIONS[i % 8],
-        act2=ACTIVATIONS[(i // 8 + 3 * i) % 8],
+        act1=ACTIVATIONS[i % len(ACTIVATIONS)],
+        act2=ACTIVATIONS[(i // len(ACTIVATIONS) + 3 * i) % len(ACTIVATIONS)],
         oup=11 if axes["ratio"] < 7 else 5,
     )
     for i, axes in enumerate(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import running
 from helpers import (
+    ACTIVATIONS,
     DTYPES,
     LAYOUTS,
     Case,
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
+from ghost_ops import activations
 from ghost_ops.ops.eager import compute_dtype
 from ghost_ops.ops.ghost import NAMES, NEEDS, packs_pairs
 from ghost_ops.reference import GhostModule
@@ -375,10 +377,15 @@ def test_backends_agree(case: Case, has_primary: bool) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
+def test_every_activation_is_tested() -> None:
+    """The oracle and the grids of the tests have the activations of the library."""
+    assert ACTIVATIONS == activations.NAMES
+
+
 def test_out_of_range_codes_are_refused(native: str) -> None:
     ops = ops_of(native)
     x, packed, residual, gate, *rest = samples(SAMPLES[0], True, ops)["ghost_apply"]
-    rest[5] = 9
+    rest[5] = activations.PRELU + 1
     with pytest.raises(RuntimeError, match="act1"):
         ops.ghost_apply(x, packed, residual, gate, *rest)
 
