@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ghost_forms import FORMS, Sliced, randomize
+from helpers import ACTIVATIONS
 from processes import python
 from torch import Tensor, nn
 from twins import (
@@ -463,6 +464,26 @@ def test_fused_however_it_is_written(family: str, training: bool) -> None:
     assert isinstance(fused, type(plain))
     agree(fused, plain)
     agree(fused.train(not training), plain.train(not training))
+
+
+class CallsFunction(Functional):
+    """Calls an activation function that is an attribute."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.primary(x))
+        return torch.cat([y, self.function(self.cheap(y))], 1)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if hasattr(F, name)])
+def test_functional_activations_are_fused(name: str) -> None:
+    plain = randomize(CallsFunction(getattr(F, name))).double()
+    fused = copy.deepcopy(plain)
+    assert ghost_ops.fuse(fused).swapped
+    agree(fused, plain)
 
 
 @TRAINING

@@ -42,7 +42,7 @@ COVERING = [
                 k=axes["primary"][0],
                 stride=axes["primary"][1],
                 act1=ACTIVATIONS[axes["act"]],
-                act2=ACTIVATIONS[3 * axes["act"] % 8],
+                act2=ACTIVATIONS[3 * axes["act"] % len(ACTIVATIONS)],
                 **{name: axes[name] for name in ("n", "c", "oup", "ratio", "d", "layout", "dtype")},
             )
         ),
@@ -57,7 +57,7 @@ COVERING = [
             "ratio": (1, 2, 3, 4, 5),
             "d": (1, 3, 5, 7),
             "primary": ((1, 1), (1, 2), (3, 1)),
-            "act": range(8),
+            "act": range(len(ACTIVATIONS)),
             "layout": LAYOUTS,
             "dtype": DTYPES,
             "tile": (None, SMALL_TILE),
