@@ -18,8 +18,7 @@ import torch
 from helpers import check_update_running
 
 import ghost_ops
-from ghost_ops import backends
-from ghost_ops import environment
+from ghost_ops import backends, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(ghost_ops.__file__).parent

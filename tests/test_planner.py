@@ -24,8 +24,7 @@ from helpers import (
 )
 
 import ghost_ops
-from ghost_ops import environment
-from ghost_ops import planner
+from ghost_ops import environment, planner
 from ghost_ops.planner import CpuMachine
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
