@@ -100,8 +100,9 @@ test: environment  ## run the tests, without the slow ones
 
 # What computes numbers. Under each instruction set that the processor has, PyTorch's kernels and
 # oneDNN's are held to it too: then a wide processor shows what a narrow one computes.
-NUMERICAL ?= $(addprefix tests/test_,forward.py training.py properties.py special_values.py ops.py \
-	gate.py prelu.py network_ops.py bottleneck.py children.py models.py determinism.py)
+NUMERICAL ?= $(addprefix tests/test_,forward.py training.py backward.py norm_options.py \
+	properties.py special_values.py ops.py gate.py prelu.py network_ops.py bottleneck.py \
+	children.py models.py determinism.py)
 ISA ?= $$($(PY) -c "import ghost_ops._C as c; print(*c.available_isas(), 'no-mkldnn')")
 
 test-isa: $(STAMPS)/library $(call extra,test)  ## run the numerical tests under each instruction set (ISA="avx2 ...")

@@ -1,6 +1,6 @@
-"""Ghost modules in the forms that projects write them in, each in a few lines of our own.
+"""Ghost modules as other projects write them, each reduced to a few lines.
 
-``FORMS`` maps a name to a function that makes one in training mode, with C = 6 inputs, and
+``FORMS`` maps a name to a function that makes a module in training mode with 6 input channels.
 ``randomize`` gives any module non-trivial parameters and statistics.
 """
 
@@ -21,12 +21,19 @@ def conv_bn_act(inp: int, oup: int, k: int, s: int, groups: int, act: nn.Module)
 
 
 class Sliced(nn.Module):
-    """As the authors and timm: two Sequentials, the concatenation cut to ``out_chs``."""
+    """As in the authors' code and timm: two Sequentials, the output cut to ``out_chs``."""
 
     def __init__(
-        self, inp: int, oup: int, k: int = 1, ratio: int = 2, d: int = 3, s: int = 1,
-        act1: nn.Module | None = None, act2: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        inp: int,
+        oup: int,
+        k: int = 1,
+        ratio: int = 2,
+        d: int = 3,
+        s: int = 1,
+        act1: nn.Module | None = None,
+        act2: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.out_chs = oup
         m = math.ceil(oup / ratio)
@@ -41,7 +48,7 @@ class Sliced(nn.Module):
 
 
 class Unsliced(Sliced):
-    """As NanoDet: everything that was computed is returned."""
+    """As in NanoDet: the concatenation is not cut."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.primary_conv(x)
@@ -49,7 +56,7 @@ class Unsliced(Sliced):
 
 
 class Conv(nn.Module):
-    """As Ultralytics' Conv, which can take its own batch norm out."""
+    """As Ultralytics' Conv; ``fold`` folds the batch norm into the convolution."""
 
     def __init__(self, inp: int, oup: int, k: int, s: int, g: int, act: nn.Module) -> None:
         super().__init__()
@@ -70,7 +77,7 @@ class Conv(nn.Module):
 
 
 class GhostConv(nn.Module):
-    """As Ultralytics' GhostConv: half of the channels, rounded down, and a 5x5 cheap one."""
+    """As Ultralytics' GhostConv: m = c2 // 2, and a 5x5 cheap operation."""
 
     def __init__(
         self, c1: int, c2: int, k: int = 1, s: int = 1, g: int = 1, act: nn.Module | None = None
@@ -86,7 +93,7 @@ class GhostConv(nn.Module):
 
 
 class RawConvs(nn.Module):
-    """Two convolutions and nothing else."""
+    """A Ghost module without batch norms and activations."""
 
     def __init__(self, inp: int, m: int, bias: bool) -> None:
         super().__init__()
@@ -99,18 +106,19 @@ class RawConvs(nn.Module):
 
 
 class Gated(Sliced):
-    """As GhostModuleV2: times a gate from horizontal and vertical depthwise convolutions."""
+    """As GhostModuleV2: the output times a gate made by depthwise convolutions at half the size."""
 
     def __init__(self, inp: int, oup: int) -> None:
         super().__init__(inp, oup)
         self.gate_fn = nn.Sigmoid()
         self.short_conv = nn.Sequential(
-            nn.Conv2d(inp, oup, 1, bias=False), nn.BatchNorm2d(oup),
+            nn.Conv2d(inp, oup, 1, bias=False),
+            nn.BatchNorm2d(oup),
             nn.Conv2d(oup, oup, (1, 5), padding=(0, 2), groups=oup, bias=False),
             nn.BatchNorm2d(oup),
             nn.Conv2d(oup, oup, (5, 1), padding=(2, 0), groups=oup, bias=False),
             nn.BatchNorm2d(oup),
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate_fn(self.short_conv(F.avg_pool2d(x, kernel_size=2, stride=2)))
@@ -119,7 +127,7 @@ class Gated(Sliced):
 
 
 class Reparameterised(nn.Module):
-    """As GhostNetV3 after its reparameterisation: biases, and no batch norms."""
+    """As GhostNetV3's module after reparameterisation: biases, and no batch norms."""
 
     def __init__(self, inp: int, oup: int) -> None:
         super().__init__()
@@ -163,7 +171,7 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
 
 
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Parameters and statistics that leave no part of a formula without effect."""
+    """Fill parameters and running statistics so that every term of the formula has an effect."""
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for child in module.modules():
@@ -179,3 +187,24 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
                 if child.bias is not None:
                     child.bias.copy_(torch.randn(child.bias.shape, generator=gen) * 0.3)
     return module
+
+
+class YoloBottleneck(nn.Module):
+    """As Ultralytics' GhostBottleneck; with stride 2 a depthwise convolution in the middle."""
+
+    def __init__(self, c1: int, c2: int, k: int, s: int) -> None:
+        super().__init__()
+        half, none = c2 // 2, nn.Identity
+        self.conv = nn.Sequential(
+            GhostConv(c1, half),
+            conv_bn_act(half, half, k, s, half, none()) if s == 2 else none(),
+            GhostConv(half, c2, act=none()),
+        )
+        self.shortcut = none()
+        if s == 2:
+            self.shortcut = nn.Sequential(
+                conv_bn_act(c1, c1, k, s, c1, none()), conv_bn_act(c1, c2, 1, 1, 1, none())
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.shortcut(x)

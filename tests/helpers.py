@@ -1,9 +1,9 @@
 """The oracle, the cases and the tolerance rule that every numeric test shares.
 
-``oracle`` writes the Ghost module down once more, in a few lines of plain tensor arithmetic and
-without anything from ``ghost_ops``, so that a mistake in the library's own reference cannot hide
-itself.  It runs in float64.  ``plain`` is what a PyTorch user would write; in the dtype of the
-case it tells how large PyTorch's own rounding error is.
+``oracle`` is the formula of a Ghost module in plain tensor arithmetic, without anything from
+``ghost_ops``, so that it cannot share a mistake with the library's reference. It runs in float64.
+``plain`` is what a PyTorch user would write; in the dtype of the case its error against the oracle
+is PyTorch's own rounding error, which the tolerance rule allows twice.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
 ACT_CODE = {name: code for code, name in enumerate(ACTIVATIONS)}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW = (torch.bfloat16, torch.float16)
 LAYOUTS = ("nchw", "nhwc")
 
 # (spatial size, inp, oup, relu): the 22 distinct Ghost modules of GhostNet 1.0x at 224 x 224.
@@ -77,7 +81,7 @@ class Case:
 
 
 def activation(name: str, x: Tensor) -> Tensor:
-    """The activation, for the oracle: formulas where PyTorch's function is a formula."""
+    """The activation for the oracle: by its formula, or by PyTorch's function if that is long."""
     match name:
         case "none":
             return x
@@ -99,13 +103,13 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 def activation_module(name: str) -> nn.Module:
-    return {
-        "none": nn.Sequential, "relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU,
-        "silu": nn.SiLU, "hardswish": nn.Hardswish, "gelu": nn.GELU,
-        "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    }[name]()  # fmt: skip
+    modules = (nn.Sequential, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.GELU)
+    if name == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    return dict(zip(ACTIVATIONS, modules, strict=False))[name]()
 
 
+# Arguments at which the derivative of an activation jumps.
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0), "hardswish": (-3.0, 3.0)}
 
 
@@ -131,7 +135,7 @@ class Params:
 
     @classmethod
     def of(cls, module: nn.Module) -> Params:
-        """Those of a module, shared."""
+        """The tensors of a module, not copies."""
 
         def norm(bn: nn.BatchNorm2d) -> Norm:
             return Norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
@@ -140,15 +144,13 @@ class Params:
         return cls(primary[0].weight, norm(primary[1]), cheap[0].weight, norm(cheap[1]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is learnt."""
-        named = {
-            "w1": self.w1, "gamma1": self.bn1.gamma, "beta1": self.bn1.beta,
-            "w2": self.w2, "gamma2": self.bn2.gamma, "beta2": self.bn2.beta,
-        }  # fmt: skip
-        return {name: t for name, t in named.items() if t is not None}
+        """The learnt tensors by name."""
+        first = {"w1": self.w1, "gamma1": self.bn1.gamma, "beta1": self.bn1.beta}
+        second = {"w2": self.w2, "gamma2": self.bn2.gamma, "beta2": self.bn2.beta}
+        return {name: t for name, t in (first | second).items() if t is not None}
 
     def to(self, dtype: torch.dtype | None = None) -> Params:
-        """Detached copies that require gradients; ``None`` keeps each dtype."""
+        """Detached copies; those of ``tensors()`` require gradients. ``None`` keeps each dtype."""
 
         def leaf(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.detach().to(dtype or t.dtype, copy=True)
@@ -164,7 +166,7 @@ class Params:
 
 @dataclasses.dataclass
 class Result:
-    """What a forward computes; statistics are the biased ones of the batch."""
+    """The results of a forward; the variances are the batch's biased ones."""
 
     out: Tensor
     mean1: Tensor
@@ -176,7 +178,7 @@ class Result:
 
 
 def oracle(p: Params, x: Tensor, case: Case, training: bool) -> Result:
-    """The formula, by hand, in the dtype of its arguments (float64 in every test)."""
+    """The formula of the module in the dtype of its arguments, which is float64 in every test."""
 
     def batch_norm(t: Tensor, bn: Norm) -> tuple[Tensor, Tensor, Tensor]:
         mean = t.mean((0, 2, 3))
@@ -194,9 +196,9 @@ def oracle(p: Params, x: Tensor, case: Case, training: bool) -> Result:
     if case.ratio == 1:
         none = y.new_empty(0)
         return Result(y, mean1, var1, none, none, a, none)
-    # The depthwise, as shifted adds of the zero-padded map: y is padded, not bn1(u).
-    r, radius = case.ratio - 1, case.d // 2
-    padded = F.pad(y, (radius,) * 4).repeat_interleave(r, dim=1)
+    # The depthwise convolution as a sum of shifted maps. y is padded with zeros, not bn1(u).
+    radius = case.d // 2
+    padded = F.pad(y, (radius,) * 4).repeat_interleave(case.ratio - 1, dim=1)
     height, width = y.shape[2:]
     v = sum(
         padded[:, :, i : i + height, j : j + width] * p.w2[:, 0, i, j][:, None, None]
@@ -209,9 +211,9 @@ def oracle(p: Params, x: Tensor, case: Case, training: bool) -> Result:
 
 
 def peer_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: int) -> Tensor:
-    """PyTorch's convolution, kept off oneDNN's faulty weight gradient (onednn_fault.py).
+    """PyTorch's convolution without oneDNN's faulty weight gradient (onednn_fault.py).
 
-    A 1x1 convolution of stride s is one of stride 1 over every s-th row and column.
+    A 1x1 convolution of stride s is replaced by one of stride 1 over every s-th row and column.
     """
     if weight.shape[2:] == (1, 1) and padding == 0:
         x, stride = x[:, :, ::stride, ::stride], 1
@@ -219,7 +221,7 @@ def peer_conv2d(x: Tensor, weight: Tensor, stride: int, padding: int, groups: in
 
 
 def plain(p: Params, x: Tensor, case: Case, training: bool) -> Tensor:
-    """What PyTorch computes; running statistics are left alone."""
+    """The output by PyTorch's operators; running statistics do not change."""
 
     def bn(t: Tensor, n: Norm) -> Tensor:
         mean, var = (None, None) if training else (n.mean, n.var)
@@ -254,7 +256,7 @@ def make_module(case: Case, cls: type[nn.Module] | None = None) -> nn.Module:
             conv, bn = branch[0], branch[1]
             fan_in = conv.weight[0].numel() if conv.weight.numel() else 1
             conv.weight.normal_(0, fan_in**-0.5)
-            if fan_in < 4:  # a batch norm divides by the size of such a weight: keep it off zero
+            if fan_in < 4:  # a batch norm may divide by the size of the weight: keep it off zero
                 conv.weight.add_(0.5 * conv.weight.sign())
             sign = torch.where(torch.rand_like(bn.weight) < 0.2, -1.0, 1.0)  # some scales negative
             bn.weight.uniform_(0.5, 1.5).mul_(sign)
@@ -282,7 +284,7 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
 
 
 def kink_distance(case: Case, module: nn.Module, x: Tensor, training: bool) -> float:
-    """How near any pre-activation comes to a jump of its activation's derivative."""
+    """The smallest distance of a pre-activation from a kink of its activation."""
     with torch.no_grad():
         result = oracle(Params.of(module).to(torch.float64), x.double(), case, training)
     distance = math.inf
@@ -294,11 +296,11 @@ def kink_distance(case: Case, module: nn.Module, x: Tensor, training: bool) -> f
 
 
 def make_smooth(case: Case, training: bool, margin: float = 2e-5) -> tuple[Case, nn.Module, Tensor]:
-    """Module and input whose gradients do not hang on the last bit of a pre-activation.
+    """Module and input whose gradients do not depend on the last bit of a pre-activation.
 
-    At a kink the derivative jumps, so one rounding more or less there is an error of order one
-    that says nothing about the code.  Such draws are thrown away before anything is tested.  In
-    low precision no draw is safe, and the best of a few is taken.
+    At a kink the derivative jumps: a rounding error there changes a gradient by an amount of order
+    one. Draws with a pre-activation near a kink are rejected. In low precision every draw has one,
+    and the best of eight is taken.
     """
     if {case.act1, case.act2}.isdisjoint(KINKS):
         return case, make_module(case), make_input(case)
@@ -317,10 +319,10 @@ def make_smooth(case: Case, training: bool, margin: float = 2e-5) -> tuple[Case,
 
 
 def sound(case: Case) -> Case:
-    """The case, or one like it where PyTorch's own convolution is broken.
+    """The case; in float32 if PyTorch's own convolution has a fault for it.
 
-    In bfloat16 a k > 1 convolution of stride 2 over a map of width 1 returns uninitialised memory
-    (oneDNN, seen in torch 2.13); it is the oracle's peer here and runs inside the module as well.
+    A bfloat16 convolution with k > 1 and stride 2 on a map of width 1 returns uninitialised memory
+    (oneDNN, seen in torch 2.13). Both ``plain`` and the module would run that convolution.
     """
     if case.k > 1 and case.stride > 1 and case.w == 1 and case.dtype == torch.bfloat16:
         return case.replace(dtype=torch.float32)
@@ -329,10 +331,10 @@ def sound(case: Case) -> Case:
 
 # --- the tolerance rule -----------------------------------------------------------------------
 
-# The floor, as a multiple of the dtype's epsilon and of the largest value compared.  Needed where
-# PyTorch's own error happens to be nearly zero (a single channel, a single pixel, float64, whose
-# own error against a float64 oracle is a few ulp or none).  Measured over the grids of
-# test_forward.py and test_training.py on AVX-512, AVX2 and generic kernels.
+# The floor, as a multiple of the dtype's epsilon and of the largest value compared. It is needed if
+# PyTorch's own error is nearly zero: for one channel, one pixel, or float64, the dtype of the
+# oracle. Measured over the grids of test_forward.py and test_training.py with AVX-512,
+# AVX2 and generic kernels.
 FLOOR_ULPS = {
     torch.float64: 64.0,
     torch.float32: 8.0,
@@ -354,9 +356,13 @@ def assert_close(
 ) -> None:
     """``|got - want| <= 2 |eager - want| + floor``, in the maximum or the rms norm.
 
-    ``want`` is the float64 oracle's, ``eager`` PyTorch's own in the dtype of ``got``.  ``rms`` is
-    for tensors so large that some pre-activation always sits on a kink.  ``scale`` gives the size
-    of what ``want`` is a difference of, where its terms cancel.
+    Args:
+        want: the float64 result of the oracle.
+        eager: PyTorch's result in the dtype of ``got``.
+        rms: compare root mean squares; for tensors so large that a pre-activation sits on a kink.
+        slack: factor of the floor.
+        scale: a tensor as large as the terms of ``want``, if these cancel.
+        dtype: the dtype that sets the floor; that of ``got`` if None.
     """
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)} not {tuple(want.shape)}"
     if not want.numel():
@@ -381,7 +387,7 @@ def assert_close(
 # --- machines ---------------------------------------------------------------------------------
 
 L2_BYTES = (256 << 10, 512 << 10, 1 << 20, 2 << 20)
-# (lanes, registers) of instruction sets; the last is nobody's, with 12 registers.
+# (lanes, registers) of instruction sets; "narrow" is invented, to test a plan for 12 registers.
 VECTORS = {"avx512": (16, 32), "avx2": (8, 16), "neon": (4, 32), "narrow": (4, 12)}
 
 
@@ -430,8 +436,11 @@ def combos(
         yield tuple((name, row[name]) for name in group)
 
 
+# --- backends and comparisons -----------------------------------------------------------------
+
+
 def ops_of(backend: str) -> Any:
-    """The primitives of a backend, as one namespace."""
+    """The namespace that holds the operators of a backend, eager or native."""
     if backend.startswith("native"):
         return torch.ops.ghost_ops
     from ghost_ops.ops import eager as eager_ops
@@ -440,7 +449,7 @@ def ops_of(backend: str) -> Any:
 
 
 def reference_like(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The children of a module, one after the other, with its present parameters."""
+    """A function that runs the children of a module one by one, with their present parameters."""
 
     def forward(x: Tensor) -> Tensor:
         y = module.primary_conv(x)
@@ -470,7 +479,13 @@ def check_update_running(
     missing: str = "",
     device: str = "cpu",
 ) -> None:
-    """``ghost_update_running_`` on two batch norms: momentum 0.25, and the average of 4 batches."""
+    """``ghost_update_running_`` on two batch norms: momentum 0.25, and the average of 4 batches.
+
+    Args:
+        dtype, stat: dtypes of the running statistics and of the batch's statistics.
+        count: number of values per channel in the batch.
+        missing: "statistics1", "batches2" and so on: the tensors that a norm does not have.
+    """
     eps = torch.finfo(dtype).eps
     arguments: list[Any] = []
     wanted: list[tuple[Tensor, Tensor]] = []
@@ -492,3 +507,82 @@ def check_update_running(
     update(*arguments, count)
     for got, want in wanted:
         torch.testing.assert_close(got.to(want.dtype), want, rtol=2 * eps, atol=2 * eps)
+
+
+# --- observation ------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Appends the names of the operators that run, such as "aten::add"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """The names of the operators that run inside the block."""
+    with Recorder() as recorder:
+        yield recorder.names
+
+
+def our_launches(plan: Any) -> int:
+    """The kernel launches that a ``NetworkPlan`` predicts for the operators of ghost_ops."""
+    from ghost_ops.planner.network import OWN_KINDS
+
+    return sum(row.launches for row in plan.rows if row.kind in OWN_KINDS)
+
+
+def autograd_nodes(out: Tensor) -> Counter[str]:
+    """How often each kind of autograd node is in the graph of a tensor."""
+    found, waiting = set(), [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return Counter(type(node).__name__ for node in found)
+
+
+# --- tensors that lie oddly in memory: the same values, or a part of them expanded ------------
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x[:1, :1, :1, :1].expand_as(x)
+
+
+def expanded_rows(x: Tensor) -> Tensor:
+    return x[:, :, :1].expand_as(x)
+
+
+def other_format(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sliced_channels(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    wide = torch.full((n, c + 3, h, w), float("nan"), dtype=x.dtype)
+    wide[:, 1 : c + 1] = x
+    return wide[:, 1 : c + 1]
+
+
+def sliced_columns(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    wide = torch.full((n, c, h, 2 * w), float("nan"), dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    flat = torch.full((x.numel() + 1,), float("nan"), dtype=x.dtype)
+    flat[1:] = x.reshape(-1)
+    return flat[1:].view_as(x)

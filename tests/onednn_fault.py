@@ -2,8 +2,8 @@
 
     DNNL_MAX_CPU_ISA=AVX2 python tests/onednn_fault.py
 
-aborts in glibc's allocator ("corrupted double-linked list" and the like) where the fault is, and
-prints "no fault" where it is not. On processors with AVX-512 it needs the variable to show.
+aborts in glibc's allocator ("corrupted double-linked list" or similar) if PyTorch has the fault,
+else it prints "no fault". A processor with AVX-512 shows the fault only with the variable set.
 """
 
 import torch

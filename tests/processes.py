@@ -1,15 +1,19 @@
-"""Two worker processes with a gloo group between them, for tests of distributed training.
+"""Other processes: a fresh interpreter, and a pair of workers with a gloo group between them.
 
-They are started once for a file, and run one function after the other. A worker that fails or does
-not answer ends both: the other may wait for it in a collective. The next test starts new ones.
+The workers are started once per test file and run one function after the other. If one worker fails
+or does not reply in time, both are killed, because the other may wait for it in a collective; the
+next test starts a new pair.
 """
 
 from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -21,17 +25,40 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import ghost_ops
+
 WORLD = 2
 LIMIT = 60.0  # seconds for one function
-START = 120.0  # and with the start of the processes
+START = 120.0  # seconds for the first function, with the start of the processes
+
+
+ROOT = pathlib.Path(ghost_ops.__file__).parents[1]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, without the GHOST_OPS_ variables of this one."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GHOST_OPS_")}
+    path = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, "-W", "always", "-c", code]
+    env = {**clean, "PYTHONPATH": path, **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=env
+    )
+
+
+# Three calls of a module, and the backend that ran them.
+RUN = (
+    "import torch, ghost_ops; m = ghost_ops.FusedGhostModule(4, 6).eval();"
+    "[m(torch.randn(1, 4, 5, 5)) for _ in range(3)];"
+    "print(ghost_ops.backends.select('cpu', torch.float32))"
+)
 
 
 def join_group(rank: int, store: pathlib.Path) -> None:
-    """Open the default group; a file of its own for each time."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD,
-        timeout=datetime.timedelta(seconds=LIMIT / 2),
-    )  # fmt: skip
+    """Open the default group; ``store`` is a file that no other group uses."""
+    timeout = datetime.timedelta(seconds=LIMIT / 2)
+    where = f"file://{store}"
+    dist.init_process_group("gloo", where, timeout, WORLD, rank)
 
 
 def _serve(rank: int, connection: Connection, store: pathlib.Path) -> None:
@@ -67,10 +94,10 @@ class Pair:
         self.limit = START
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """``function(rank, *arguments)`` in both; what they return.
+        """Call ``function(rank, *arguments)`` in both; return the two results.
 
         Raises:
-            AssertionError: one of them raised, died, or did not answer in time.
+            AssertionError: a process raised an error, died, or did not reply in time.
         """
         until, self.limit = time.monotonic() + self.limit, LIMIT
         answers: list[Any] = [None] * WORLD
@@ -83,7 +110,7 @@ class Pair:
             )
             if not ready:
                 self.close()
-                raise AssertionError(f"no answer of processes {sorted(waiting)}: they hang")
+                raise AssertionError(f"processes {sorted(waiting)} do not reply: they hang")
             for rank in list(waiting):
                 if self.ends[rank] in ready:
                     self._receive(rank, answers)
@@ -94,7 +121,7 @@ class Pair:
         try:
             error, answers[rank] = self.ends[rank].recv()
         except EOFError:
-            error = "it died"
+            error = "the process died"
         if error is not None:
             self.close()
             raise AssertionError(f"process {rank}: {error}")
@@ -110,5 +137,5 @@ class Pair:
 
     @property
     def is_open(self) -> bool:
-        """Whether they run."""
+        """Whether the processes run."""
         return bool(self.processes)

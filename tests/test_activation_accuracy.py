@@ -1,4 +1,4 @@
-"""The smooth activations of the CPU kernels in float32, over the whole range, against float64."""
+"""Promise: the smooth activations of the CPU kernels are accurate over all float32 values."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from ghost_ops import activations
 from ghost_ops.ops import layers as model_ops
 
-# The largest error allowed, in ulps of the input: for |x| > 1 the terms of the formulas are of that
-# size, for |x| < 1 the result is below the input.
+# The largest error allowed, in ulps of the input. For |x| > 1 the terms of the formulas are as
+# large as x; for |x| < 1 the result is smaller.
 ULPS = {"silu": 1.7, "hardswish": 1.7, "gelu": 1.8, "gelu_tanh": 1.8}
-STRIDE = 8191  # every so many of all 2^32 floats: half a million points
+STRIDE = 8191  # one of so many of all 2^32 floats is tested: half a million
 
 SMOOTH = pytest.mark.parametrize("act", ULPS)
 
@@ -41,7 +41,7 @@ def ulp(x: Tensor) -> Tensor:
 
 
 def kernel(x: Tensor, act: str) -> Tensor:
-    """act(x) by the native kernels: a depthwise convolution that changes nothing."""
+    """act(x) by the native kernels: a depthwise convolution with the weight 1."""
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1)
     return model_ops.depthwise_conv(x.view(1, 1, 1, -1), one, zero, 1, ACT_CODE[act]).view(-1)
 
@@ -52,7 +52,7 @@ def pytorch(x: Tensor, act: str) -> Tensor:
 
 @functools.cache
 def wanted(act: str) -> tuple[Tensor, float]:
-    """In float64, and the largest error of PyTorch's float32 function, in ulps of the input."""
+    """act(x) in float64, and PyTorch's largest error in float32, in ulps of the input."""
     x = floats()
     want = pytorch(x.double(), act)
     return want, worst(pytorch(x, act), want)
@@ -74,14 +74,14 @@ def test_every_float(native_isa: str, act: str) -> None:
 
 
 def test_silu_keeps_its_digits(native_isa: str) -> None:
-    """In ulps of the result, down to where PyTorch's, too, falls to zero."""
+    """Errors in ulps of the result, down to where PyTorch's result is zero, too."""
     x = torch.linspace(-88.7, 20, 200_001)
     got, want = kernel(x, "silu").double(), pytorch(x.double(), "silu")
     assert ((got - want).abs() / ulp(want.float())).max() <= 4
 
 
 def test_sigmoid(native_isa: str) -> None:
-    """As a gate whose logits are its biases."""
+    """The sigmoid of a gate whose logits are its biases."""
     x = torch.cat((torch.linspace(-87, 87, 60_001), torch.tensor([-3e38, -90.0, 90.0, 3e38])))
     n, none = len(x), torch.zeros(1, len(x))
     got = torch.ones(1, n, 1, 1)

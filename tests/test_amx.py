@@ -1,4 +1,4 @@
-"""Products of bfloat16 on AMX tiles: by the processor, and by the same instructions in software."""
+"""bfloat16 products on AMX tiles, by the processor and by an emulation of its instructions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from conftest import native_module, running
 from ghost_forms import randomize
 from helpers import LAYOUTS, assert_close, covering, same_bits, with_layout
-from test_convs import Given, ids
-from test_lanes import small_caches  # noqa: F401
+from operator_cases import ConvCase, row_id
 from torch import Tensor
 
 import ghost_ops
@@ -46,7 +45,7 @@ CASES = covering(
         "layout": list(LAYOUTS),
         "dtype": [torch.bfloat16],
     }
-)  # fmt: skip
+)
 
 
 @pytest.fixture(params=[EMULATED, pytest.param(HARDWARE, marks=NEEDS_AMX)])
@@ -55,9 +54,9 @@ def tiles(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield LIBRARY
 
 
-@pytest.mark.parametrize("row", CASES, ids=ids)
-def test_operator(tiles: Any, small_caches: None, row: dict) -> None:  # noqa: F811
-    given = Given(row)
+@pytest.mark.parametrize("row", CASES, ids=row_id)
+def test_operator(tiles: Any, small_caches: None, row: dict) -> None:
+    given = ConvCase(row)
     packed = given.packed(ops.native)
     arguments = given.x, packed, given.residual, *given.numbers
     got = model_ops.native_ghost_conv_apply(*arguments)
@@ -68,7 +67,7 @@ def test_operator(tiles: Any, small_caches: None, row: dict) -> None:  # noqa: F
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """The 1x1 convolution of x with w alone."""
+    """The 1x1 convolution of x with w, by the Ghost operator with ratio 1."""
     none, m = (None,) * 4, w.size(0)
     packed = ops.native.ghost_pack(w, *none, 1e-5, w.new_empty(0, 1, 1, 1), *none, 1e-5)
     act, slope = activations.NONE, 0.0
@@ -85,7 +84,7 @@ def random(*size: int, seed: int = 0) -> Tensor:
 @NEEDS_AMX
 @pytest.mark.parametrize("channels", [2, 30, 32, 34, 100])
 def test_software_is_the_instruction(channels: int) -> None:
-    """Bit for bit, also where sums cancel, overflow, are subnormal or not finite."""
+    """Bit for bit, also if sums cancel, overflow, are subnormal or not finite."""
     x, w = random(2, channels, 5, 7), random(37, channels, 1, 1, seed=1)
     x[0, :, 0] *= 1e-38
     x[0, :, 1] = x[0, :, 1] * 1e30
@@ -111,7 +110,7 @@ def test_subnormal_numbers_are_zero(tiles: Any) -> None:
 
 
 def test_no_value_reaches_another_pixel_or_channel(tiles: Any) -> None:
-    """Tiles end inside of x and of the weights; what lies beyond is not multiplied by zero."""
+    """Tiles reach beyond x and the weights; values there are not multiplied by zero."""
     x, w = random(1, 70, 3, 7), random(21, 70, 1, 1, seed=1)
     want = product(x, w)
     x[0, 69, 1, 2] = float("nan")
@@ -124,7 +123,7 @@ def test_no_value_reaches_another_pixel_or_channel(tiles: Any) -> None:
 
 
 def test_weights_are_exact(tiles: Any) -> None:
-    """A batch norm is no reason to round them again: it applies to the sums."""
+    """Packed weights are those of the convolution: the batch norm scales the sums."""
     x, w = random(1, 64, 7, 7).abs(), random(16, 64, 1, 1, seed=1)
     gamma = torch.full((16,), 1.0 + 2.0**-9)
     norm = gamma, torch.zeros(16), torch.zeros(16), torch.ones(16)
@@ -140,9 +139,9 @@ def test_weights_are_exact(tiles: Any) -> None:
 
 @pytest.mark.parametrize("packed_by", [EMULATED, "generic"])
 def test_other_kernels_read_what_was_packed(packed_by: str) -> None:
-    """What the product is made of depends on the kernels that run, never on garbage."""
+    """Kernels of one instruction set read the weights that those of another have packed."""
     row = {**CASES[0], "layout": "nhwc"}
-    given = Given(row)
+    given = ConvCase(row)
     with running(f"native-{packed_by}"):
         packed = given.packed(ops.native)
     arguments = given.x, packed, given.residual, *given.numbers
@@ -160,7 +159,7 @@ def test_other_kernels_read_what_was_packed(packed_by: str) -> None:
 
 
 def test_modules(tiles: Any) -> None:
-    """With and without tiles in their kernels, beside the same layers one after the other."""
+    """Whole modules, some of whose kernels use tiles, against their layers one by one."""
     for module in (
         ghost_ops.FusedGhostBottleneck(16, 40, 24, stride=2, se_ratio=0.25),
         ghost_ops.FusedGhostModule(16, 20, activation="prelu"),
@@ -183,9 +182,7 @@ def test_the_library_has_the_instructions() -> None:
     objdump = shutil.which("objdump")
     if objdump is None:
         pytest.skip("objdump is not installed")
-    listing = subprocess.run(
-        [objdump, "-d", "--no-show-raw-insn", str(pathlib.Path(LIBRARY.__file__))],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    command = [objdump, "-d", "--no-show-raw-insn", str(pathlib.Path(LIBRARY.__file__))]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in ("tdpbf16ps", "tileloadd", "tilestored", "vcvtneps2bf16"):
         assert name in listing, name

@@ -1,11 +1,12 @@
-"""The choice of a backend: by call, by block, by environment; refused aloud, announced once."""
+"""Promise: a backend can be chosen by call, block or environment; a wrong choice raises.
+
+Also the report ``python -m ghost_ops``, and instruction sets and machines set by the environment.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import pathlib
 import subprocess
 import sys
 import threading
@@ -15,32 +16,14 @@ import warnings
 import pytest
 import torch
 from conftest import native_isas, native_module
-from helpers import Case, make_input, make_module
+from helpers import Case, make_input, make_module, recorded
+from processes import ROOT, RUN, python
 
 import ghost_ops
-from ghost_ops import backends
+from ghost_ops import backends, environment
 
-ROOT = pathlib.Path(ghost_ops.__file__).parents[1]
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GHOST_OPS_")}
-    path = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        capture_output=True, text=True, timeout=120, check=False,
-        env={**clean, "PYTHONPATH": path, **environment},
-    )  # fmt: skip
-
-
-RUN = (
-    "import torch, ghost_ops; m = ghost_ops.FusedGhostModule(4, 6).eval();"
-    "[m(torch.randn(1, 4, 5, 5)) for _ in range(3)];"
-    "print(ghost_ops.backends.select('cpu', torch.float32))"
-)
 RUN_DOUBLE = RUN + "; m.double()(torch.randn(1, 4, 5, 5).double())"
-# An interpreter in which the native library does not exist.
+# Code that hides the native library from an interpreter.
 HIDE = "import sys; sys.modules['ghost_ops._C'] = None;"
 NEEDS_NATIVE = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
@@ -90,19 +73,12 @@ def test_unknown_name(name: object) -> None:
 
 
 def test_the_backend_that_is_asked_for_runs(backend: str) -> None:
-    """``eager`` and ``native`` are told apart by what the dispatcher sees."""
-    seen = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    """The dispatcher sees our operators with ``native`` and convolutions with ``eager``."""
     module, x = make_module(Case()).eval(), make_input(Case())
-    with torch.no_grad(), Watch():
+    with torch.no_grad(), recorded() as names:
         module(x)
-    fused = [name for name in seen if name.startswith("ghost_ops")]
-    convolutions = [name for name in seen if "conv" in name]
+    fused = [name for name in names if name.startswith("ghost_ops")]
+    convolutions = [name for name in names if "conv" in name]
     if backend == "native":
         assert fused
         assert not convolutions
@@ -140,11 +116,11 @@ def test_fallback_is_announced_once() -> None:
 
 
 def test_explicit_request_that_cannot_run() -> None:
-    for code, environment in (
+    for code, variables in (
         (HIDE + RUN, {"GHOST_OPS_BACKEND": "native"}),
         (HIDE + "import ghost_ops; ghost_ops.use_backend('native')", {}),
     ):
-        result = python(code, **environment)
+        result = python(code, **variables)
         assert result.returncode != 0
         assert "RuntimeError" in result.stderr
         assert "native" in result.stderr
@@ -234,11 +210,9 @@ def test_machine_by_environment() -> None:
     "value", ["l2=0", "cores=0", "l1=1K", "l2=1G", "l3=4M", "l2=512K,l2=1M", "512K", "cores=-1"]
 )
 def test_a_machine_that_makes_no_sense(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ghost_ops import environment as _env
-
     monkeypatch.setenv("GHOST_OPS_CPU_MACHINE", value)
     with pytest.raises(ValueError, match=r"GHOST_OPS_CPU_MACHINE=.* expected l1=4K \.\.\. 1M, l2="):
-        _env.cpu_machine()
+        environment.cpu_machine()
 
 
 @NEEDS_NATIVE
@@ -252,10 +226,10 @@ def test_build_info() -> None:
 
 
 def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ghost_ops", *arguments]
     return subprocess.run(
-        [sys.executable, "-m", "ghost_ops", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_report() -> None:

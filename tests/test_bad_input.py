@@ -1,5 +1,4 @@
-"""What is refused: the exception PyTorch's own layers raise, a message that names the argument,
-and nothing updated."""
+"""Promise: bad input raises PyTorch's exceptions, names the argument, and changes no state."""
 
 from __future__ import annotations
 
@@ -56,10 +55,16 @@ def test_constructor(
 @pytest.mark.parametrize("name", ["activation", "cheap_activation"])
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [("swish", ValueError), ("RELU", ValueError), ("", ValueError), (3, TypeError),
-     (nn.Tanh(), ValueError), (torch.relu, TypeError), (nn.ReLU, TypeError)],
-    ids=["swish", "RELU", "empty", "number", "tanh", "function", "class"],
-)  # fmt: skip
+    [
+        pytest.param("swish", ValueError, id="swish"),
+        pytest.param("RELU", ValueError, id="RELU"),
+        pytest.param("", ValueError, id="empty"),
+        pytest.param(3, TypeError, id="number"),
+        pytest.param(nn.Tanh(), ValueError, id="tanh"),
+        pytest.param(torch.relu, TypeError, id="function"),
+        pytest.param(nn.ReLU, TypeError, id="class"),
+    ],
+)
 def test_activation(name: str, value: object, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=rf"^{name}.*"):
         FusedGhostModule(5, 8, **{name: value})
@@ -180,17 +185,16 @@ def stride_zero(m: nn.Module) -> None:
     m.primary_conv[0].stride = (0, 0)
 
 
+WRONG_TYPE = (cheap_in_float64, norm_in_float64, norm_on_meta)
+WRONG_SIZE = (other_number_of_maps, other_norm, other_cheap_norm, stride_zero)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
-    "change",
-    [cheap_in_float64, norm_in_float64, norm_on_meta, other_number_of_maps, other_norm,
-     other_cheap_norm, stride_zero],
-    ids=lambda f: f.__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("change", [*WRONG_TYPE, *WRONG_SIZE], ids=lambda f: f.__name__)
 def test_children_that_do_not_fit(
     backend: str, change: Callable[[nn.Module], None], training: bool
 ) -> None:
-    """As when the children run one by one: the same kind of exception, and it has a message."""
+    """The exception has the type that the children raise one by one, and it has a message."""
     module = damage(change).train(training)
     x = make_input(CASE)
     other = copy.deepcopy(module)
@@ -201,7 +205,8 @@ def test_children_that_do_not_fit(
         module(x)
     assert len(str(got.value)) > 10
     if "meta" not in change.__name__:
-        now, there = state(module), state(other)  # its norms have moved as there, or not at all
+        # The running statistics are unchanged, or changed as by the children.
+        now, there = state(module), state(other)
         same = [all(torch.equal(t, s[name]) for name, t in now.items()) for s in (before, there)]
         assert any(same)
 
@@ -218,16 +223,15 @@ def test_weights_on_two_devices(backend: str, training: bool) -> None:
 # --- the function -----------------------------------------------------------------------------
 
 
-NAMES = ("primary_weight", "cheap_weight", "primary_bn_weight", "primary_bn_bias",
-         "primary_running_mean", "primary_running_var", "cheap_bn_weight", "cheap_bn_bias",
-         "cheap_running_mean", "cheap_running_var")  # fmt: skip
+OF_A_BRANCH = ("weight", "bn_weight", "bn_bias", "running_mean", "running_var")
+NAMES = [f"{branch}_{name}" for branch in ("primary", "cheap") for name in OF_A_BRANCH]
 
 
 def arguments() -> dict[str, Any]:
     p = Params.of(make_module(CASE)).to()
-    tensors = (p.w1, p.w2, p.bn1.gamma, p.bn1.beta, p.bn1.mean, p.bn1.var,
-               p.bn2.gamma, p.bn2.beta, p.bn2.mean, p.bn2.var)  # fmt: skip
-    return {"x": make_input(CASE), **dict(zip(NAMES, tensors, strict=True))}
+    first = (p.w1, p.bn1.gamma, p.bn1.beta, p.bn1.mean, p.bn1.var)
+    second = (p.w2, p.bn2.gamma, p.bn2.beta, p.bn2.mean, p.bn2.var)
+    return {"x": make_input(CASE), **dict(zip(NAMES, (*first, *second), strict=True))}
 
 
 FUNCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -313,15 +317,22 @@ def test_unknown_argument() -> None:
         ghost_module(**arguments(), relu=True)
 
 
-# --- the operators: they are called with checked arguments, and still must not read out of bounds
+# --- the operators, which must not read out of bounds even if called directly -----------------
 
 
 @pytest.mark.parametrize(
     ("position", "value"),
-    [(0, torch.randn(2, 5, 6)), (0, torch.randn(2, 4, 6, 7)), (1, torch.randn(3)), (4, 5), (5, 40),
-     (7, 5), (2, torch.randn(2, 8, 6, 6)), (0, torch.randn(2, 5, 6, 7).double())],
-    ids=["rank", "channels", "packed", "intrinsic", "out_channels", "dw_size", "residual", "dtype"],
-)  # fmt: skip
+    [
+        pytest.param(0, torch.randn(2, 5, 6), id="rank"),
+        pytest.param(0, torch.randn(2, 4, 6, 7), id="channels"),
+        pytest.param(1, torch.randn(3), id="packed"),
+        pytest.param(4, 5, id="intrinsic"),
+        pytest.param(5, 40, id="out_channels"),
+        pytest.param(7, 5, id="dw_size"),
+        pytest.param(2, torch.randn(2, 8, 6, 6), id="residual"),
+        pytest.param(0, torch.randn(2, 5, 6, 7).double(), id="dtype"),
+    ],
+)
 def test_operator(native: str, position: int, value: Any) -> None:
     ops = ops_of(native)
     p = Params.of(make_module(CASE)).to()
@@ -330,9 +341,8 @@ def test_operator(native: str, position: int, value: Any) -> None:
         packed = ops.ghost_pack(
             p.w1, a.gamma, a.beta, a.mean, a.var, 1e-5, p.w2, b.gamma, b.beta, b.mean, b.var, 1e-5
         )
-        good: list[Any] = [
-            make_input(CASE), packed, None, None, 4, 8, 2, 3, 1, 1, 0.01, 1, 0.01, True
-        ]  # fmt: skip
+        numbers = (4, 8, 2, 3, 1, 1, 0.01, 1, 0.01, True)
+        good: list[Any] = [make_input(CASE), packed, None, None, *numbers]
         ops.ghost_apply(*good)
         good[position] = value
         with pytest.raises(RuntimeError):

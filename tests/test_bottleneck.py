@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
-from ghost_forms import GhostConv, Sliced, conv_bn_act, randomize
-from helpers import DTYPES, LAYOUTS, assert_close, with_layout
+from ghost_forms import Sliced, YoloBottleneck, randomize
+from helpers import DTYPES, LAYOUTS, assert_close, recorded, with_layout
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
 from ghost_ops import FusedGhostBottleneck, SqueezeExcite
@@ -41,24 +39,6 @@ def image(dtype: torch.dtype = torch.float64, layout: str = "nchw", seed: int = 
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 8, 9, 10, generator=gen, dtype=torch.float64)
     return with_layout(x, layout).to(dtype)
-
-
-class Recorder(TorchDispatchMode):
-    """Names of the operators that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def recorded() -> Iterator[list[str]]:
-    with Recorder() as recorder:
-        yield recorder.names
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -234,27 +214,6 @@ def test_autocast(native: str) -> None:
 
 
 # --- fuse(): other people's bottlenecks -------------------------------------------------------
-
-
-class YoloBottleneck(nn.Module):
-    """Ultralytics' form: ghost, depthwise or identity, linear ghost, in one Sequential."""
-
-    def __init__(self, c1: int, c2: int, k: int, s: int) -> None:
-        super().__init__()
-        half, none = c2 // 2, nn.Identity
-        self.conv = nn.Sequential(
-            GhostConv(c1, half),
-            conv_bn_act(half, half, k, s, half, none()) if s == 2 else none(),
-            GhostConv(half, c2, act=none()),
-        )
-        self.shortcut = none()
-        if s == 2:
-            self.shortcut = nn.Sequential(
-                conv_bn_act(c1, c1, k, s, c1, none()), conv_bn_act(c1, c2, 1, 1, 1, none())
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + self.shortcut(x)
 
 
 class OtherGate(nn.Module):

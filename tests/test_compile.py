@@ -1,24 +1,27 @@
-"""torch.compile of fused models in inference: one operator each, and no change goes unnoticed."""
+"""Promise: a compiled inference graph has one operator per fused module and sees every change.
+
+Training, exporters and other tracers are in ``test_tracing``.
+"""
 
 from __future__ import annotations
 
 import copy
 import gc
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from ghost_forms import Gated, GhostConv, Sliced, randomize
+from ghost_forms import Gated, GhostConv, Sliced, YoloBottleneck, randomize
 from helpers import LAYOUTS, with_layout
-from test_bottleneck import YoloBottleneck
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.func import functional_call, vmap
 from torch.nn.utils import parametrize
+from twins import unfused_copy
 
 import ghost_ops
 from ghost_ops import FusedGhostBottleneck, FusedGhostModule
@@ -26,29 +29,26 @@ from ghost_ops.fusion import graph
 
 OPERATOR = "ghost_ops.fused_inference.default"
 
-pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("native", "fresh_compiler")
 
 
 def modules() -> nn.Module:
-    """Ghost modules on their own: ours, and others' in the forms that change the output's size."""
+    """Ghost modules, ours and other projects', in forms that change the size of the output."""
     return nn.Sequential(
-        FusedGhostModule(8, 8, kernel_size=3, stride=2, activation="prelu"), GhostConv(8, 8, 3, 2),
-        Sliced(8, 7), Gated(7, 8), FusedGhostModule(8, 6, ratio=3, relu=False),
-    )  # fmt: skip
+        FusedGhostModule(8, 8, kernel_size=3, stride=2, activation="prelu"),
+        GhostConv(8, 8, 3, 2),
+        Sliced(8, 7),
+        Gated(7, 8),
+        FusedGhostModule(8, 6, ratio=3, relu=False),
+    )
 
 
 def bottlenecks() -> nn.Module:
     return nn.Sequential(
-        FusedGhostBottleneck(8, 20, 12, 5, 2, se_ratio=0.25), FusedGhostBottleneck(12, 16, 12),
+        FusedGhostBottleneck(8, 20, 12, 5, 2, se_ratio=0.25),
+        FusedGhostBottleneck(12, 16, 12),
         YoloBottleneck(12, 16, 3, 2),
-    )  # fmt: skip
+    )
 
 
 def small() -> nn.Module:
@@ -61,12 +61,6 @@ def fused(make: Callable[[], nn.Module]) -> nn.Module:
     net = randomize(make()).eval()
     ghost_ops.fuse(net)
     return net
-
-
-def plain(net: nn.Module) -> nn.Module:
-    other = copy.deepcopy(net)
-    ghost_ops.unfuse(other)
-    return other
 
 
 def image(n: int = 3, h: int = 17, w: int = 14) -> Tensor:
@@ -82,7 +76,7 @@ def no_copy(*_: Any) -> None:
 
 
 class Recorder:
-    """A backend that runs the operators of the graphs and has their names."""
+    """A compiler backend that runs the graphs as they are and lists their operators."""
 
     def __init__(self) -> None:
         self.graphs: list[list[str]] = []
@@ -111,7 +105,7 @@ def test_one_operator_each(make: Callable, layout: str, monkeypatch: pytest.Monk
             got, want = f(x), net(x)
             assert torch.equal(got, want)
             assert got.stride() == want.stride()
-        close(got, plain(net)(x))
+        close(got, unfused_copy(net)(x))
     assert recorder.graphs == [[OPERATOR] * len(net)]
 
 
@@ -126,7 +120,7 @@ def test_one_graph_for_all_sizes(make: Callable) -> None:
 
 
 def test_inductor() -> None:
-    """The rest of the graph is the compiler's."""
+    """The operator runs between code that the compiler generates."""
     net = fused(small)
 
     def f(x: Tensor) -> Tensor:
@@ -136,7 +130,7 @@ def test_inductor() -> None:
     with torch.no_grad():
         close(compiled_f(image()), f(image()))
         net[0].conv_dw.weight.mul_(1.5)
-        close(compiled_f(image()), plain(net)(image().abs()).relu() * 2)
+        close(compiled_f(image()), unfused_copy(net)(image().abs()).relu() * 2)
 
 
 def test_inference_mode_and_strided_input() -> None:
@@ -158,14 +152,14 @@ def test_opcheck() -> None:
     assert torch.Tag.cudagraph_unsafe in torch.ops.ghost_ops.fused_inference.default.tags
 
 
-# --- where it is not used ---------------------------------------------------------------------
+# --- where the graph has the ordinary operators -----------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 def test_gradients(training: bool) -> None:
     net, recorder = fused(lambda: nn.Sequential(GhostConv(8, 8))).double(), Recorder()
     net.train(training)
-    other, f, x = plain(net), recorder.compile(net), image().double()
+    other, f, x = unfused_copy(net), recorder.compile(net), image().double()
     for _ in range(2):
         results = []
         for model, forward in ((net, f), (other, other)):
@@ -216,7 +210,7 @@ def test_parametrised_weights_are_the_graphs() -> None:
     parametrize.register_parametrization(net[1].cv2.conv, "weight", Double())
     net.eval()
     with torch.no_grad():
-        close(recorder.compile(net)(image()), plain(net)(image()))
+        close(recorder.compile(net)(image()), unfused_copy(net)(image()))
     assert recorder.graphs[0].count(OPERATOR) == 1
 
 
@@ -284,7 +278,7 @@ def other_layer(net: nn.Module) -> None:
 
 
 def width(net: nn.Module) -> None:
-    """The output of the second module has more channels, which those of the third take."""
+    """Give the second module more output channels, and the third one as many input channels."""
     net[1].cv1 = randomize(copy.deepcopy(net[1].cv1), 5)
     net[1].cv1.conv = randomize(nn.Sequential(nn.Conv2d(8, 6, 1, bias=False)), 6)[0]
     net[1].cv1.bn, net[1].cv2.bn = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
@@ -308,14 +302,19 @@ SEEN_BY_THE_COMPILER = [child, no_gate, activation, stride, batch_statistics]
 
 @pytest.mark.filterwarnings("ignore:.*unfused:UserWarning")
 @pytest.mark.parametrize(
-    "changes", [SEEN_BY_THE_OPERATOR, SEEN_BY_THE_COMPILER, [other_layer], [width]],
-    ids=["operator", "compiler", "other_layer", "width"],
-)  # fmt: skip
+    "changes",
+    [
+        pytest.param(SEEN_BY_THE_OPERATOR, id="operator"),
+        pytest.param(SEEN_BY_THE_COMPILER, id="compiler"),
+        pytest.param([other_layer], id="other_layer"),
+        pytest.param([width], id="width"),
+    ],
+)
 def test_changes_are_noticed(changes: list[Callable], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "_with_tensors", no_copy)
     net, x, counter = fused(small), image(), CompileCounter()
-    other = plain(net)
-    # Each for itself: what is not changed is not compiled again.
+    other = unfused_copy(net)
+    # Compiled one by one, so that a module that does not change is not compiled again.
     f = nn.Sequential(*(torch.compile(m, fullgraph=True, backend=counter) for m in net))
     with torch.no_grad():
         f(x)
@@ -378,7 +377,7 @@ def test_tensors_of_the_graph() -> None:
         net[1].cv1.bn.running_mean = net[1].cv1.bn.running_mean * 0.8
         return first, second, net(x)
 
-    other, recorder = plain(net), Recorder()
+    other, recorder = unfused_copy(net), Recorder()
     f = recorder.compile(given)
     with torch.no_grad():
         for _ in range(2):
@@ -389,9 +388,9 @@ def test_tensors_of_the_graph() -> None:
 
 
 def test_modes_of_the_graph() -> None:
-    """The graph switches to eval mode a model that is in training mode until the graph has run."""
+    """The graph itself switches the model from training to evaluation mode."""
     net, x = fused(small)[:2].train(), image()
-    other, recorder = plain(net).eval(), Recorder()
+    other, recorder = unfused_copy(net).eval(), Recorder()
 
     def evaluate(x: Tensor) -> Tensor:
         net.eval()
@@ -413,7 +412,7 @@ def test_transforms() -> None:
         close(f(x), net(x))
 
 
-# --- how often it is compiled -----------------------------------------------------------------
+# --- number of compilations -------------------------------------------------------------------
 
 
 def test_cycles_of_training_and_evaluation() -> None:
@@ -434,7 +433,7 @@ def test_cycles_of_training_and_evaluation() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies(how: str) -> None:
-    """Each is a module of its own; the graph of one serves all."""
+    """A copy has its own weights and uses the compiled graph of the original."""
     net, x, counter = fused(small), image(), CompileCounter()
     with torch.no_grad():
         want = torch.compile(net, fullgraph=True, backend=counter)(x)
@@ -443,11 +442,11 @@ def test_copies(how: str) -> None:
         assert torch.equal(f(x), want)
         assert counter.frame_count == 1
         for model in (other, net):
-            want = plain(net if model is other else other)(x)
+            want = unfused_copy(net if model is other else other)(x)
             for layer in (model[0].conv_dw, model[1].cv1.conv, model[2].primary_conv[0]):
                 layer.weight.mul_(1.5)
-            close(f(x), plain(other)(x))
-            close(net(x), plain(net)(x))
+            close(f(x), unfused_copy(other)(x))
+            close(net(x), unfused_copy(net)(x))
             close(net(x) if model is other else f(x), want)
 
 
@@ -467,7 +466,7 @@ def test_from_reference_shares_the_children_alone() -> None:
         f = torch.compile(second, fullgraph=True, backend="eager")
         f(image())
         second.cheap_operation = randomize(copy.deepcopy(first.cheap_operation), 3)
-        close(f(image()), plain(second)(image()))
+        close(f(image()), unfused_copy(second)(image()))
         assert (f(image()) - first(image())).abs().max() > 1e-3
 
 
@@ -485,13 +484,13 @@ def test_unfuse() -> None:
         assert torch.equal(f(x), net(x))
 
 
-# --- what the operator holds ------------------------------------------------------------------
+# --- output and lifetime ----------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*unfused:UserWarning")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_output_of_unfused_modules(layout: str) -> None:
-    """A tensor of its own, of the layout that the graph has, where eager's is a view."""
+    """The operator copies an output that is a view in eager mode, in the layout of the graph."""
     net, x = fused(lambda: nn.Sequential(Sliced(8, 7))), with_layout(image(), layout)
     f = torch.compile(net, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -111,14 +111,14 @@ def usages() -> list[Usage]:
 
 def test_architectures() -> None:
     """Machine code for each architecture asked for, and PTX where that is asked for."""
-    from ghost_ops import environment as _env
+    from ghost_ops import environment
 
-    default = _env.CUDA_ARCHS.default
+    default = environment.CUDA_ARCHS.default
     assert all(f"{major}.0" in default for major in (8, 9)), default
     assert "+PTX" in default, "later architectures need PTX"
     elf = set(re.findall(r"sm_\w+", cuobjdump("-lelf")))
     ptx = set(re.findall(r"sm_\w+", cuobjdump("-lptx")))
-    for entry in _env.CUDA_ARCHS.get().replace(";", " ").replace(",", " ").split():
+    for entry in environment.CUDA_ARCHS.get().replace(";", " ").replace(",", " ").split():
         name = "sm_" + entry.removesuffix("+PTX").replace(".", "")
         assert name in elf, f"{entry}: only {sorted(elf)}"
         # Intermediate code serves its own architecture and all later ones.

@@ -11,8 +11,7 @@ import pytest
 import torch
 from cuda_cases import tf32
 from ghost_forms import randomize
-from helpers import assert_close
-from test_network_plan import our_launches
+from helpers import assert_close, our_launches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,4 +1,4 @@
-"""Same input, same bits: over repeats, and over thread counts."""
+"""Promise: the same input gives the same bits, in every run and with any number of threads."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_bits_of_other_types(native: str, dtype: torch.dtype) -> None:
 
 
 def test_bits_of_the_library_convolution(native: str) -> None:
-    """What follows a 3x3 primary convolution is ours, and as steady."""
+    """After a 3x3 primary convolution by the library, our operators give the same bits."""
     case = Case(3, 6, 33, 31, 20, k=3)
     u_module = make_module(case)
     first = everything(case, True)

@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ghost_forms import Conv, GhostConv, RawConvs, Sliced, randomize
-from helpers import DTYPES, LAYOUTS, assert_close, with_layout
-from test_bottleneck import recorded
+from helpers import DTYPES, LAYOUTS, assert_close, recorded, with_layout
 from torch import Tensor, nn
 from twins import HOOKS, add_hook, agree, observe, same
 

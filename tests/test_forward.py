@@ -1,4 +1,4 @@
-"""Evaluation mode gives the reference's numbers, whatever the configuration."""
+"""Promise: evaluation mode gives the oracle's numbers, in every configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import machine, native_isas, running
 from helpers import (
-    ACT_CODE,
     ACTIVATIONS,
     DTYPES,
     GHOSTNET,
@@ -21,47 +20,15 @@ from helpers import (
     covering,
     make_input,
     make_module,
-    ops_of,
     oracle,
     plain,
-    product,
     sound,
 )
+from module_checks import STRUCTURE, check_forward
+from operator_cases import apply_packed
 
 
-def check(case: Case, rms: bool = False, device: str = "cpu") -> None:
-    module, x = make_module(case).eval(), make_input(case)
-    p = Params.of(module)
-    with torch.no_grad():
-        want = oracle(p.to(torch.float64), x.double(), case, training=False).out
-        eager_p = p.to() if case.bn_dtype is None else p.to(case.dtype)
-        eager = plain(eager_p, x, case, training=False)
-        got = module.to(device)(x.to(device)).cpu()
-    assert got.dtype == x.dtype
-    if got.numel():
-        nhwc = case.layout == "nhwc" and not x.is_contiguous()
-        fmt = torch.channels_last if nhwc else torch.contiguous_format
-        assert got.is_contiguous(memory_format=fmt)
-    assert_close(got, want, eager, rms=rms)
-
-
-# The full grid of what changes the structure of a kernel; activations take turns.
-STRUCTURE = [
-    Case(
-        **axes,
-        act1=ACTIVATIONS[i % 8],
-        act2=ACTIVATIONS[(i // 8 + 3 * i) % 8],
-        oup=11 if axes["ratio"] < 7 else 5,  # the last: more ghost maps per intrinsic than outputs
-    )
-    for i, axes in enumerate(
-        product(
-            ratio=(1, 2, 3, 4, 5, 7), d=(1, 3, 5, 7), stride=(1, 2), layout=LAYOUTS, dtype=DTYPES
-        )
-    )
-]
-
-
-# Plain PyTorch, the fallback, has no code of its own for most of these: every third will do.
+# The eager backend runs PyTorch's operators for most of these: every third is enough.
 @pytest.mark.parametrize(
     ("backend", "case"),
     [("native", case) for case in STRUCTURE] + [("eager", case) for case in STRUCTURE[::3]],
@@ -69,17 +36,17 @@ STRUCTURE = [
     indirect=["backend"],
 )
 def test_structure(backend: str, case: Case) -> None:
-    check(case)
+    check_forward(case)
 
 
 @pytest.mark.parametrize("act1", ACTIVATIONS)
 @pytest.mark.parametrize("act2", ACTIVATIONS)
 def test_every_pair_of_activations(every_isa: str, act1: str, act2: str) -> None:
-    check(Case(act1=act1, act2=act2, c=9, oup=7, h=5, w=19))
+    check_forward(Case(act1=act1, act2=act2, c=9, oup=7, h=5, w=19))
 
 
-# Every pair of these occurs: sizes sit on both sides of 8- and 16-lane vectors, of 7-vector
-# blocks (112) and of the row tiles; ``oup`` odd, ``c`` odd and one.
+# Every pair of these occurs. Sizes lie on both sides of vectors of 8 and 16 lanes, of blocks of 7
+# vectors (112) and of the row tiles; ``oup`` is odd or even.
 COVERING = [
     sound(Case(h=hw[0], w=hw[1], k=primary[0], stride=primary[1], **axes))
     for axes in covering(
@@ -87,8 +54,9 @@ COVERING = [
             "n": (1, 2, 3),
             "c": (2, 6, 16, 34),
             "hw": (
-                (1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (7, 7), (8, 8), (5, 16), (5, 17), (13, 31),
-                (6, 33), (4, 63), (4, 65), (3, 111), (3, 112), (2, 113), (14, 14), (28, 28),
+                *((1, 1), (1, 9), (9, 1), (2, 2), (3, 5), (7, 7), (8, 8), (5, 16), (5, 17)),
+                *((13, 31), (6, 33), (4, 63), (4, 65), (3, 111), (3, 112), (2, 113)),
+                *((14, 14), (28, 28)),
             ),
             "oup": (1, 2, 7, 16, 23, 26, 33),
             "ratio": (1, 2, 3, 5),
@@ -101,12 +69,12 @@ COVERING = [
         }
     )
     for hw, primary in [(axes.pop("hw"), axes.pop("primary"))]
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
 def test_covering(every_isa: str, case: Case) -> None:
-    check(case)
+    check_forward(case)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +94,7 @@ def test_covering(every_isa: str, case: Case) -> None:
     ids=str,
 )
 def test_other_primary_convolutions(backend: str, case: Case) -> None:
-    check(case)
+    check_forward(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -135,7 +103,7 @@ def test_ghostnet_shapes(
     backend: str, size: int, inp: int, oup: int, relu: bool, layout: str
 ) -> None:
     act = "relu" if relu else "none"
-    check(Case(1, inp, size, size, oup, act1=act, act2=act, layout=layout))
+    check_forward(Case(1, inp, size, size, oup, act1=act, act2=act, layout=layout))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -144,7 +112,7 @@ def test_ghostnet_shapes_in_half_precision(
     backend: str, size: int, inp: int, oup: int, relu: bool, dtype: torch.dtype
 ) -> None:
     act = "relu" if relu else "none"
-    check(Case(1, inp, min(size, 29), size, oup, act1=act, act2=act, dtype=dtype))
+    check_forward(Case(1, inp, min(size, 29), size, oup, act1=act, act2=act, dtype=dtype))
 
 
 # Maps that are cut into bands of rows, and small maps that are joined into one GEMM.
@@ -176,23 +144,23 @@ TILING = [
 
 
 def on_machines(cases: list[Case]) -> list[tuple[Case, int]]:
-    """Each case with the L2 of one of four machines: its tiles do not depend on this one's."""
+    """Each case with the L2 size of one of four machines, instead of the one that runs the test."""
     return [(case, L2_BYTES[i % 4]) for i, case in enumerate(cases)]
 
 
 @pytest.mark.parametrize(("case", "l2_bytes"), on_machines(TILING), ids=str)
 def test_bands_and_joined_images(every_isa: str, case: Case, l2_bytes: int) -> None:
     if every_isa == "eager":
-        return check(case)
+        return check_forward(case)
     with machine(l2_bytes):
-        check(case)
+        check_forward(case)
 
 
 @pytest.mark.parametrize(("case", "l2_bytes"), on_machines(TILING)[::3], ids=str)
 def test_bands_and_joined_images_on_two_threads(native: str, case: Case, l2_bytes: int) -> None:
     torch.set_num_threads(2)
     with machine(l2_bytes):
-        check(case)
+        check_forward(case)
 
 
 # Maps of more rows than one band, outputs beyond any cache (non-temporal stores), aligned or not.
@@ -229,28 +197,28 @@ LARGE = [
 def test_large_outputs(native: str, case: Case, l2_bytes: int, threads: int) -> None:
     torch.set_num_threads(threads)
     with machine(l2_bytes):
-        check(case)
+        check_forward(case)
 
 
 @pytest.mark.parametrize("isa", native_isas() or ["none"])
 @pytest.mark.parametrize(("case", "l2_bytes"), on_machines(LARGE)[::2], ids=str)
 def test_large_outputs_of_every_instruction_set(case: Case, l2_bytes: int, isa: str) -> None:
     with running(f"native-{isa}"), machine(l2_bytes):
-        check(case)
+        check_forward(case)
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "neon"])
 def test_the_cases_take_every_path(native: str, isa: str) -> None:
-    """What the planner can decide is decided both ways by some case of this file."""
+    """Every decision of the planner is taken both ways by the cases of this file."""
     from ghost_ops import planner
 
     seen: dict[str, set[bool]] = {}
     for case, l2_bytes in on_machines(TILING) + on_machines(LARGE):
-        plan = planner.explain(
-            (case.n, case.c, case.h, case.w), case.oup, ratio=case.ratio, dw_size=case.d,
-            stride=case.stride, dtype=case.dtype, channels_last=case.layout == "nhwc",
-            machine=planner.CpuMachine(*VECTORS[isa], 32 << 10, l2_bytes, cores=2),
-        )  # fmt: skip
+        machine = planner.CpuMachine(*VECTORS[isa], 32 << 10, l2_bytes, cores=2)
+        settings = {"ratio": case.ratio, "dw_size": case.d, "stride": case.stride}
+        settings |= {"dtype": case.dtype, "channels_last": case.layout == "nhwc"}
+        shape = (case.n, case.c, case.h, case.w)
+        plan = planner.explain(shape, case.oup, **settings, machine=machine)
         rows = -(-case.h // case.stride)
         for name, value in (
             ("packed", plan.pack),
@@ -286,7 +254,7 @@ def test_batch_of_none(backend: str, layout: str, dtype: torch.dtype) -> None:
 def test_float32_batch_norms_around_half_precision(
     backend: str, dtype: torch.dtype, ratio: int, layout: str
 ) -> None:
-    check(Case(dtype=dtype, bn_dtype=torch.float32, ratio=ratio, layout=layout, h=9, w=18))
+    check_forward(Case(dtype=dtype, bn_dtype=torch.float32, ratio=ratio, layout=layout, h=9, w=18))
 
 
 @pytest.mark.parametrize("isa", native_isas() or ["none"])
@@ -297,31 +265,14 @@ def test_float32_batch_norms_around_half_precision(
 def test_half_precision_rounds_once(
     isa: str, case: Case, dtype: torch.dtype, layout: str, training: bool
 ) -> None:
-    """All arithmetic is float32's; the result is rounded to nearest even at the very end."""
+    """All arithmetic is in float32; only the result is rounded, to nearest even."""
     case = case.replace(dtype=dtype, layout=layout)
     module, x = make_module(case).train(training), make_input(case)
     exact = copy.deepcopy(module).float()
     with running(f"native-{isa}"), torch.no_grad():
         got, want = module(x), exact(x.float()).to(dtype)
-    # Sums in another order may fall on the other side of a tie, now and then.
+    # Sums in another order may round to the other side of a tie, in a few places.
     assert (got != want).double().mean() < 0.002
-
-
-def packed_op(
-    backend: str, case: Case, x: torch.Tensor, residual: torch.Tensor | None
-) -> torch.Tensor:
-    """The module through the raw ops."""
-    p = Params.of(make_module(case))
-    ops = ops_of(backend)
-    b1, b2 = p.bn1, p.bn2
-    packed = ops.ghost_pack(
-        p.w1, b1.gamma, b1.beta, b1.mean, b1.var, b1.eps,
-        p.w2, b2.gamma, b2.beta, b2.mean, b2.var, b2.eps,
-    )  # fmt: skip
-    return ops.ghost_apply(
-        x, packed, residual, None, case.m, case.oup, case.ratio, case.d, case.stride,
-        ACT_CODE[case.act1], 0.01, ACT_CODE[case.act2], 0.01, True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -339,8 +290,8 @@ def test_residual_is_added_last(
     residual = make_input(case.replace(c=oup, layout=residual_layout), extra_seed=2)
     before = residual.clone()
     with torch.no_grad():
-        got = packed_op(backend, case, x, residual)
         p = Params.of(make_module(case))
+        got = apply_packed(backend, case, p, x, residual=residual)
         want = oracle(p.to(torch.float64), x.double(), case, False).out + residual.double()
         assert_close(got, want, plain(p, x, case, False) + residual)
     assert torch.equal(residual, before)
@@ -358,7 +309,7 @@ def test_leaky_relu_slope(backend: str, slope: float, training: bool) -> None:
         got = module(x)
         linear = case.replace(act1="none", act2="none")
         y = torch.nn.functional.leaky_relu(oracle(p, x.double(), linear, training).a, slope)
-        # From y on: the same module with an identity in front.
+        # The module on y, with the identity as its primary convolution.
         p.w1 = torch.eye(case.m, dtype=torch.float64)[:, :, None, None]
         p.bn1.gamma = p.bn1.beta = None
         p.bn1.mean, p.bn1.var, p.bn1.eps = torch.zeros(case.m), torch.ones(case.m), 0.0

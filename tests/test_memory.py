@@ -1,5 +1,7 @@
-"""What autograd keeps for backward: x, the parameters, per-channel statistics, at most one map
-of a quarter of x; never the output."""
+"""Promise: autograd saves x, parameters and per-channel statistics, and never the output.
+
+Beyond that it saves at most u, and only if u has a quarter of the size of x or less.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ SHAPES = pytest.mark.parametrize(("size", "inp", "oup", "relu"), GHOSTNET)
 
 
 def saved(module: torch.nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Output, and what autograd saved, one tensor per storage, parameters left out."""
+    """The output and the tensors that autograd saved: one per storage, without parameters."""
     ours = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -32,7 +34,7 @@ def nbytes(t: Tensor) -> int:
 
 
 def per_channel_bytes(case: Case) -> int:
-    """Mean, variance of both batch norms and as much again, in float64 at most."""
+    """The mean and variance of both batch norms, twice, in float64."""
     return 8 * 4 * (case.m + case.g) + 256
 
 
@@ -47,7 +49,7 @@ def test_saved_bytes(
     _, kept = saved(module, x)
     total = sum(nbytes(t) for t in kept)
     budget = per_channel_bytes(case)
-    assert total >= nbytes(x), "x is not among the saved tensors: this test measures nothing"
+    assert total >= nbytes(x), "x is not among the saved tensors: the hooks do not see them"
     if oup >= inp:
         assert total <= nbytes(x) + budget
     else:
@@ -88,7 +90,7 @@ def test_nothing_of_the_size_of_the_output_is_saved(backend: str) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
 @pytest.mark.parametrize("k", [1, 3])
 def test_nothing_is_kept_aside(backend: str, k: int, training: bool) -> None:
-    """No tensor hangs on the graph's node as an attribute, where hooks would not see it."""
+    """No tensor is an attribute of the autograd node, where saved-tensor hooks do not see it."""
     case = Case(c=64, k=k)
     module, x = make_module(case).train(training), make_input(case).requires_grad_()
     node = module(x).grad_fn
@@ -106,7 +108,7 @@ def flat(value: object) -> list[object]:
 
 
 def test_eager_pytorch_saves_more(backend: str) -> None:
-    """The measure itself: run one by one, the children keep several times x."""
+    """The children one by one save more than three times as much."""
     case = Case(2, 16, 16, 16, 64)
     module, x = make_module(case), make_input(case).requires_grad_()
     _, fused = saved(module, x)
@@ -118,7 +120,7 @@ def test_eager_pytorch_saves_more(backend: str) -> None:
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("inp", [4, 64], ids=["widens", "narrows"])
 def test_output_may_be_overwritten(backend: str, inp: int, k: int, training: bool) -> None:
-    """``out += shortcut`` is legal, and the gradients are those of ``out + shortcut``."""
+    """``out += shortcut`` is legal and gives the gradients of ``out + shortcut``."""
     case = Case(c=inp, k=k, dtype=torch.float64)
     grads = []
     for inplace in (True, False):

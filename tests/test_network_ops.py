@@ -1,4 +1,7 @@
-"""The operators between the Ghost modules of a bottleneck: depthwise convolution and gate."""
+"""Promise: the operators between Ghost modules give the numbers of PyTorch's layers.
+
+Depthwise convolutions with and without batch norm, squeeze-and-excitation, stem, pooling.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +31,17 @@ from ghost_ops.ops.define import SCHEMAS
 
 DEPTHWISE = covering(
     {
-        "shape": [(2, 5, 9, 7), (1, 20, 14, 14), (3, 16, 7, 7), (1, 1, 6, 5), (2, 33, 12, 35),
-                  (1, 3, 1, 1), (1, 17, 2, 40)],
+        "shape": [
+            *((2, 5, 9, 7), (1, 20, 14, 14), (3, 16, 7, 7), (1, 1, 6, 5)),
+            *((2, 33, 12, 35), (1, 3, 1, 1), (1, 17, 2, 40)),
+        ],
         "k": [1, 3, 5, 7],
         "stride": [1, 2],
         "act": list(ACTIVATIONS),
         "layout": list(LAYOUTS),
         "dtype": list(DTYPES),
     }
-)  # fmt: skip
+)
 
 
 GATES = covering(
@@ -92,10 +97,10 @@ def test_depthwise_conv(every_isa: str, row: dict) -> None:
 @pytest.mark.parametrize("k", [3, 5, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_depthwise_conv_edges(every_isa: str, dtype: torch.dtype, k: int, layout: str) -> None:
-    """Widths and channels around the tiles of every kernel, bands of rows, an odd last plane."""
+    """Widths and channels just below, at and above the tiles of every kernel."""
     gen = torch.Generator().manual_seed(5)
     wide = compute_dtype(dtype)
-    shapes = [(1, 3, 5, w) for w in range(1, 20)]  # narrow rows, two planes in a vector
+    shapes = [(1, 3, 5, w) for w in range(1, 20)]  # narrow rows: two planes share a vector
     shapes += [(2, c, 3, 9) for c in (2, 4, 7, 8, 9, 15, 16, 17, 31, 33)]
     shapes += [(1, 2, 31, w) for w in (28, 33, 57, 63, 66, 130)] + [(1, 5, 29, 6), (1, 17, 4, 15)]
     for shape in shapes:
@@ -113,7 +118,7 @@ def test_depthwise_conv_edges(every_isa: str, dtype: torch.dtype, k: int, layout
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [3, 5])
 def test_depthwise_conv_padding_is_skipped(every_isa: str, k: int, stride: int) -> None:
-    """A plane of NaN beside one without, in one vector or the next: nothing passes over."""
+    """NaN in one plane does not reach its neighbours in the same or the next vector."""
     for width in (5, 6, 7, 13, 14, 28, 33):
         for c in (2, 3, 16, 20):
             x = torch.ones(1, c, 14, width)
@@ -129,7 +134,7 @@ def test_depthwise_conv_padding_is_skipped(every_isa: str, k: int, stride: int) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squeeze_excite_edges(every_isa: str, dtype: torch.dtype, layout: str) -> None:
-    """Channels, rows of the matrices, pixels and images around the tiles."""
+    """Channels, reduced channels, pixels and images just below, at and above the tiles."""
     gen = torch.Generator().manual_seed(6)
     wide = compute_dtype(dtype)
     cases = [((1, c, 2, 5), r) for c, r in ((1, 1), (3, 2), (8, 7), (15, 9), (17, 16), (67, 33))]
@@ -181,14 +186,14 @@ def test_squeeze_excite(
     eager = formula(x.to(compute_dtype(dtype)), *p).to(dtype)
     version = x._version
     model_ops.squeeze_excite_(x, *p, activations.SILU, 0.0, gate)
-    assert x._version > version  # autograd and caches are told
+    assert x._version > version  # so that autograd and caches see the change
     assert_close(x, want, eager)
 
 
 @pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("shape", [(1, 200, 14, 14), (1, 21, 33, 57), (3, 17, 9, 7)], ids=str)
 def test_threads_change_no_bit(every_isa: str, shape: tuple, k: int) -> None:
-    """Nor does the number of images: both cut the range of items elsewhere."""
+    """The same bits for any number of threads and images, which divide the work differently."""
     x = torch.randn(shape)
     p = gate_parameters(shape[1], 48, torch.float32)
     weight, shift = torch.randn(shape[1], 1, k, k), torch.randn(shape[1])
@@ -218,7 +223,7 @@ def test_threads_change_no_bit(every_isa: str, shape: tuple, k: int) -> None:
 
 
 def test_special_values(backend: str) -> None:
-    """NaN and infinities stay where they are, and padding is zero, not something times zero."""
+    """NaN and infinities reach the same pixels as in PyTorch; padding is not multiplied."""
     x = torch.zeros(1, 2, 8, 8)
     x[0, 0, 3, 3], x[0, 1, 0, 0] = torch.nan, torch.inf
     weight, shift = torch.ones(2, 1, 3, 3), torch.zeros(2)
@@ -247,7 +252,7 @@ def packed(channels: int, intrinsic: int, ghosts: int | None = None) -> Tensor:
 
 @pytest.mark.parametrize("row", GATES, ids=ids)
 def test_squeeze_excite_gate(row: dict) -> None:
-    """What runs where no CUDA kernel does."""
+    """The composition of PyTorch operators that runs without a CUDA kernel."""
     check_gate(World(torch.ops.ghost_ops, "cpu"), row)
 
 
@@ -282,41 +287,46 @@ def test_opcheck(name: str, layout: str) -> None:
     if layout == "nhwc" and name in CONTIGUOUS:
         pytest.skip("contiguous only")
     x, weight = with_layout(torch.randn(2, 6, 5, 7), layout), torch.randn(6, 1, 3, 3)
+    gamma, mean, var = torch.rand(6), torch.randn(6), torch.rand(6)
+    gate = (*gate_parameters(6, 4, torch.float32), 1, 0.0, 0)
+    x4 = x[:, :4].clone(memory_format=torch.preserve_format)
+    residual = with_layout(torch.randn(2, 7, 3, 4), layout)
     arguments = {
         "depthwise_conv": (x, weight, torch.randn(6), 3, 2, 1, 0.0),
-        "depthwise_norm": (x, weight, torch.rand(6), None, None, None, 1e-5, True, 2, 1, 0.0),
+        "depthwise_norm": (x, weight, gamma, None, None, None, 1e-5, True, 2, 1, 0.0),
         "depthwise_norm_backward": (
-            torch.randn(2, 6, 3, 4), x, weight, torch.rand(6), None, torch.randn(6), torch.rand(6),
-            1e-5, True, 2, 1, 0.0, True, True,
+            *(torch.randn(2, 6, 3, 4), x, weight, gamma, None, mean, var),
+            *(1e-5, True, 2, 1, 0.0, True, True),
         ),
         "plane_affine": (x, torch.randn(2, 6), torch.randn(2, 6)),
         "plane_dot": (x, torch.randn(2, 6, 5, 7)),
-        "squeeze_excite_": (x, *gate_parameters(6, 4, torch.float32), 1, 0.0, 0),
+        "squeeze_excite_": (x, *gate),
         "depthwise_conv_sums": (x, weight, torch.randn(6), 3, 2, 1, 0.0),
-        "squeeze_excite_gate": (
-            x, torch.randn(2, 3, 6), *gate_parameters(6, 4, torch.float32), 1, 0.0, 0,
-        ),
+        "squeeze_excite_gate": (x, torch.randn(2, 3, 6), *gate),
         "conv_stem": (
-            x[:, :4].clone(memory_format=torch.preserve_format), torch.randn(8, 4, 3, 3),
-            torch.randn(8), 2, 1, 0.0, layout == "nhwc",
+            *(x4, torch.randn(8, 4, 3, 3), torch.randn(8)),
+            *(2, 1, 0.0, layout == "nhwc"),
         ),
         "ghost_apply_pooled": (x, packed(6, 4, ghosts=0), 4, 1, 0.0),
         "ghost_apply_gated": (
-            x, torch.rand(2, 6), packed(6, 4), None, None, 4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True,
+            *(x, torch.rand(2, 6), packed(6, 4), None, None),
+            *(4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True),
         ),
         "ghost_conv_apply": (
-            x, packed(6 * 9, 4), with_layout(torch.randn(2, 7, 3, 4), layout), 3, 1, False, 4, 7, 2,
-            3, 2, 1, 0.0, 1, 0.0,
+            *(x, packed(6 * 9, 4), residual),
+            *(3, 1, False, 4, 7, 2, 3, 2, 1, 0.0, 1, 0.0),
         ),
-    }[name]  # fmt: skip
+    }[name]
     torch.library.opcheck(getattr(torch.ops.ghost_ops, name).default, arguments)
 
 
 NORMS = ("batch", "frozen", "none")
 TRAINED = covering(
     {
-        "shape": [(2, 5, 9, 7), (3, 20, 14, 14), (4, 16, 7, 7), (2, 1, 6, 5), (2, 33, 12, 35),
-                  (3, 3, 1, 1), (2, 17, 2, 40), (2, 2, 33, 66)],
+        "shape": [
+            *((2, 5, 9, 7), (3, 20, 14, 14), (4, 16, 7, 7), (2, 1, 6, 5)),
+            *((2, 33, 12, 35), (3, 3, 1, 1), (2, 17, 2, 40), (2, 2, 33, 66)),
+        ],
         "k": [1, 3, 5, 7],
         "stride": [1, 2],
         "norm": NORMS,
@@ -325,11 +335,11 @@ TRAINED = covering(
         "layout": list(LAYOUTS),
         "dtype": list(DTYPES),
     }
-)  # fmt: skip
+)
 
 
 class Trained:
-    """Arguments of ``depthwise_norm`` for a row of TRAINED, and what its formula gives."""
+    """Arguments of ``depthwise_norm`` for a row of TRAINED, and its formula."""
 
     def __init__(self, row: dict) -> None:
         dtype, k, (n, c, h, w) = row["dtype"], row["k"], row["shape"]
@@ -396,7 +406,7 @@ def test_depthwise_norm(every_isa: str, row: dict) -> None:
     got = backward(case.grad, *case.tensors, *stats, *case.numbers, True, True)
     assert got[0].dtype == dtype
     assert got[0].stride() == case.x.stride()
-    # Sums over the batch, whose terms cancel.
+    # dweight, dgamma and dbeta are sums over the batch whose terms cancel.
     scales = [None, *((g.double().abs() * 8).amax() * g.numel() ** 0.5 for g in [case.grad] * 3)]
     names = ("dx", "dweight", "dgamma", "dbeta")
     for name, a, b, c, scale in zip(names, got, grads, eager_grads, scales, strict=True):
@@ -405,7 +415,7 @@ def test_depthwise_norm(every_isa: str, row: dict) -> None:
             continue
         low = dtype if name == "dx" else a.dtype
         assert_close(a, b, c.to(low), name, scale=scale, slack=4.0)
-    # What is not needed is not made, and the rest is as before.
+    # A gradient that is not needed is empty; the others do not change.
     without = backward(case.grad, *case.tensors, *stats, *case.numbers, False, False)
     assert without[0].numel() == without[1].numel() == 0
     for a, b in zip(without[2:], got[2:], strict=True):
@@ -417,12 +427,12 @@ def test_depthwise_norm(every_isa: str, row: dict) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_depthwise_norm_is_deterministic(native: str, layout: str) -> None:
-    """The same bits for every number of threads."""
+    """The same bits for any number of threads."""
     x = with_layout(torch.randn(3, 35, 20, 18, generator=torch.Generator().manual_seed(2)), layout)
     weight, gamma = torch.randn(35, 1, 5, 5), torch.rand(35)
     numbers = (1e-5, True, 2, activations.RELU, 0.0)
     results = []
-    for count in (2, 3, 1):  # one last, as every test begins
+    for count in (2, 3, 1):  # one thread last, the setting of every test
         torch.set_num_threads(count)
         out, *stats = model_ops.depthwise_norm(x, weight, gamma, None, None, None, *numbers)
         grads = model_ops.depthwise_norm_backward(
@@ -447,10 +457,8 @@ def test_planes(every_isa: str, dtype: torch.dtype) -> None:
     eager = (x.to(wide) * scale[..., None, None] + shift[..., None, None]).to(dtype)
     assert_close(affine(x, scale, shift), want, eager)
     products = x.double() * other.double()
-    assert_close(
-        dot(x, other), products.sum((2, 3)), (x.to(wide) * other.to(wide)).sum((2, 3)),
-        scale=products.abs().sum((2, 3)).max(),
-    )  # fmt: skip
+    eager, largest = (x.to(wide) * other.to(wide)).sum((2, 3)), products.abs().sum((2, 3)).max()
+    assert_close(dot(x, other), products.sum((2, 3)), eager, scale=largest)
 
 
 @pytest.mark.parametrize("gate", [model_ops.HARD_SIGMOID, model_ops.SIGMOID])
@@ -489,10 +497,9 @@ def test_gradients_of_the_depthwise_function(
 
 
 def test_empty_batch(backend: str) -> None:
-    x = torch.empty(0, 3, 4, 4)
-    assert model_ops.depthwise_conv(x, torch.ones(3, 1, 3, 3), torch.ones(3), 2).shape == (
-        0, 3, 2, 2,
-    )  # fmt: skip
+    weight, shift = torch.ones(3, 1, 3, 3), torch.ones(3)
+    out = model_ops.depthwise_conv(torch.empty(0, 3, 4, 4), weight, shift, 2)
+    assert out.shape == (0, 3, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import native_module
 from ghost_forms import FORMS, Conv, Gated, GhostConv, conv_bn_act
+from helpers import our_launches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,11 +54,6 @@ def row(plan: NetworkPlan, name: str, kind: str | None = None) -> NetworkRow:
 
 def seconds(moved: float, flops: float = 0, launches: int = 1) -> float:
     return max(moved / DRAM, flops / TENSOR) + LAUNCH * launches
-
-
-def our_launches(plan: NetworkPlan) -> int:
-    """Kernel launches of the operators of ghost_ops; an emulator or a profiler can count them."""
-    return sum(one.launches for one in plan.rows if one.kind in network_plan.OWN_KINDS)
 
 
 class Launches(TorchDispatchMode):

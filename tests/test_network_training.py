@@ -1,4 +1,4 @@
-"""Promise: a whole fused GhostNet trains to the numbers of the plain one, whatever its norms are.
+"""Promise: a fused GhostNet trains to the numbers of the plain one, with norms of every kind.
 
 Outputs, all gradients, running statistics and counters, in float64, over two steps with dropout.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LAYOUTS, with_layout
+from helpers import LAYOUTS, autograd_nodes, with_layout
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -19,7 +19,7 @@ import ghost_ops
 from ghost_ops.autograd import layers
 from ghost_ops.models import GhostNet
 
-# What the operators of a training step are called, as nodes of the graph.
+# The number of autograd nodes of our operators in one training step.
 NODES = {"DepthwiseFunctionBackward": 9, "GhostModuleFunctionBackward": 32 + 7}
 
 
@@ -97,7 +97,7 @@ def biased(model: nn.Module) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
-    # and whether all of it stays fused
+    # the change, and whether the whole network stays fused after it
     "as it is": (lambda model: None, True),
     "no dropout": (no_dropout, True),
     "norms frozen": (every(freeze), True),
@@ -114,25 +114,11 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
 
 
 def step(model: nn.Module, x: Tensor, seed: int) -> Tensor:
-    torch.manual_seed(seed)  # of dropout
+    torch.manual_seed(seed)  # for dropout
     model.zero_grad(set_to_none=True)
     out = model(x)
     F.cross_entropy(out, torch.arange(len(x)) % 10).backward()
     return out
-
-
-def nodes(out: Tensor) -> dict[str, int]:
-    todo, seen, count = [out.grad_fn], {out.grad_fn}, dict.fromkeys(NODES, 0)
-    while todo:
-        node = todo.pop()
-        name = type(node).__name__
-        if name in count:
-            count[name] += 1
-        for other, _ in node.next_functions:
-            if other is not None and other not in seen:
-                seen.add(other)
-                todo.append(other)
-    return count
 
 
 def assert_same(fused: nn.Module, plain: nn.Module, out: Tensor, want: Tensor) -> None:
@@ -159,8 +145,9 @@ def test_network(native: str, name: str) -> None:
         out, want = step(fused, x, seed), step(plain, x, seed)
         assert_same(fused, plain, out, want)
         if stays:
-            assert nodes(out) == NODES
-    twin = copy.deepcopy(fused)  # as plain as the original, and as fused
+            found = autograd_nodes(out)
+            assert {name: found[name] for name in NODES} == NODES
+    twin = copy.deepcopy(fused)
     assert_same(twin, plain, step(twin, x, 3), step(plain, x, 3))
     assert fused.eval()(x).shape == (3, 10)
 
@@ -180,7 +167,7 @@ def test_layouts(native: str, layout: str) -> None:
 
 
 def test_without_gradients(native: str) -> None:
-    """Training mode under no_grad moves the running statistics, and records nothing."""
+    """Training mode under no_grad updates the running statistics and records no graph."""
     plain = plain_network()
     fused = copy.deepcopy(plain)
     ghost_ops.fuse(fused)
@@ -212,7 +199,7 @@ def test_differentiable_twice(native: str) -> None:
 
 
 def test_one_value_per_channel(native: str) -> None:
-    """PyTorch's exception, before anything has changed in the layer that raises it."""
+    """PyTorch's exception."""
     model = plain_network()
     ghost_ops.fuse(model)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -235,7 +222,7 @@ def test_a_norm_of_another_class(native: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_depthwise_inside_autocast(native: str, dtype: torch.dtype) -> None:
-    """float32 parameters, and a map that autocast's layer before gave."""
+    """float32 parameters, and a map in 16 bits from the layer before."""
     settings = layers.DepthwiseSettings(2, 1e-5, True, 1, 0.0)
     weight, gamma = (torch.rand(s).requires_grad_() for s in ((8, 1, 3, 3), (8,)))
     x = torch.randn(2, 8, 9, 9).to(dtype).requires_grad_()

@@ -1,7 +1,7 @@
-"""The fault of oneDNN that ``conv_backward`` avoids, and that it does avoid it.
+"""Promise: ``conv_backward`` of the eager operators avoids a fault of oneDNN, which is still there.
 
-If the first test fails, PyTorch is mended: once the oldest torch that is supported is, drop
-``onednn_corrupts``, ``helpers.peer_conv2d`` and these files.
+If the first test fails, PyTorch has repaired the fault. Once the oldest supported torch has, delete
+``onednn_corrupts``, ``helpers.peer_conv2d``, this file and ``onednn_fault.py``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ def test_plain_pytorch_corrupts_its_heap() -> None:
         pytest.skip("not this processor: the code at fault needs AVX2")
     if not torch.backends.mkldnn.is_available():
         pytest.skip("not this PyTorch: it was built without oneDNN")
-    assert run(str(SCRIPT)).returncode < 0, f"torch {torch.__version__} is mended, see above"
+    assert run(str(SCRIPT)).returncode < 0, f"torch {torch.__version__} is repaired, see above"
 
 
 def few_channels() -> None:
-    """Training steps of the eager backend, and of modules on a library convolution, in the shapes
-    of the fault."""
+    """Training steps of the eager backend in the shapes of the fault."""
     torch.set_num_threads(1)
-    kept: list[torch.Tensor] = []  # allocations among which the damage shows
+    kept: list[torch.Tensor] = []  # allocations that a corrupted heap breaks
     for channels in (2, 3, 5, 7):
         case = Case(2, channels, 16, 30, 6, stride=2, layout="nhwc")
         module, x = make_module(case).train(), make_input(case).requires_grad_()
@@ -49,16 +48,17 @@ def few_channels() -> None:
             kept = [*kept[-50:], torch.empty(1 + 37 * i % 2000)]
 
 
-def test_the_eager_backend_keeps_off_it() -> None:
-    done = run("-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
-               "import test_onednn_fault as t; t.few_channels(); print('whole')")  # fmt: skip
+def test_the_eager_backend_avoids_it() -> None:
+    path = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); "
+    code = "import test_onednn_fault as t; t.few_channels(); print('whole')"
+    done = run("-c", path + code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["whole"]
 
 
 @pytest.mark.parametrize("stride", [(2, 2), (1, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
-def test_its_way_round_gives_the_same_gradient(
+def test_the_replacement_gives_the_same_gradient(
     stride: tuple[int, int], needs: tuple[bool, bool]
 ) -> None:
     x = torch.randn(2, 3, 9, 10, requires_grad=True)

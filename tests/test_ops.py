@@ -1,4 +1,7 @@
-"""The operators as PyTorch sees them: schemas, fakes, dispatch, and their arithmetic one by one."""
+"""Promise: every operator has a correct schema and fake, and computes its formula.
+
+Operators of bottlenecks are in ``test_network_ops``, ``ghost_conv_apply`` in ``test_convs``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from conftest import running
 from helpers import (
-    ACT_CODE,
+    ACTIVATIONS,
     DTYPES,
     LAYOUTS,
     Case,
@@ -20,12 +23,14 @@ from helpers import (
     ops_of,
     oracle,
 )
+from operator_cases import extended, samples, strides
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
-from ghost_ops.activations import PRELU
-from ghost_ops.conventions import NEEDS
+from ghost_ops import activations
+from ghost_ops.activations import NAMES
+from ghost_ops.conventions import NEEDS, compute_dtype
 from ghost_ops.ops.ghost import packs_pairs
 from ghost_ops.reference import GhostModule
 
@@ -41,104 +46,28 @@ CASES = pytest.mark.parametrize("case", SAMPLES, ids=str)
 PRIMARY = pytest.mark.parametrize("has_primary", [True, False], ids=["x", "u given"])
 
 
-def compute(case: Case) -> torch.dtype:
-    return torch.float64 if case.dtype == torch.float64 else torch.float32
-
-
 def packed_numel(m: int, c: int, g: int, d: int, has_primary: bool, has_pairs: bool) -> int:
     padded = math.ceil(m / 16) * 16
     numel = (padded * c + padded if has_primary else 2 * m) + 2 * g * d * d + g
     return math.ceil(numel / 16) * 16 + padded * c // 2 + padded if has_pairs else numel
 
 
-def samples(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every op for one case."""
-    p = Params.of(make_module(case, GhostModule))
-    w2 = p.w2.detach()
-    b1 = [p.bn1.gamma.detach(), p.bn1.beta.detach(), p.bn1.mean, p.bn1.var]
-    b2 = [p.bn2.gamma.detach(), p.bn2.beta.detach(), p.bn2.mean, p.bn2.var]
-    acts = (ACT_CODE[case.act1], 0.01, ACT_CODE[case.act2], 0.01)
-    if has_primary:
-        x, w1, stride = make_input(case), p.w1.detach(), case.stride
-    else:
-        x, w1, stride = make_input(case.replace(c=case.m)), None, 1
-    pack = (w1, *b1, 1e-5, w2, *b2, 1e-5)
-    unscaled = (w1, *b1, 1e-5, w2, None, None, None, None, 1e-5)
-    n, h, w = case.n, (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
-    grad = make_input(case.replace(n=n, c=case.oup, h=h, w=w), 3)
-    mean1, var1 = torch.randn(case.m, dtype=compute(case)), torch.rand(case.m, dtype=compute(case))
-    mean2, var2 = torch.randn(case.g, dtype=compute(case)), torch.rand(case.g, dtype=compute(case))
-    shape = (case.m, case.oup, case.ratio, case.d, stride)
-    found = {
-        "ghost_pack": pack,
-        "ghost_apply": (x, ops.ghost_pack(*pack), None, None, *shape, *acts, has_primary),
-        "ghost_cheap_stats": (
-            x, ops.ghost_pack(*unscaled), case.m, case.ratio, case.d, stride, *acts[:2], has_primary
-        ),
-        "ghost_train_forward": (
-            x, w1, *b1[:2], None, None, 1e-5, None, w2, *b2[:2], None, None, 1e-5, None,
-            case.oup, stride, *acts, False
-        ),
-        "ghost_backward": (
-            grad, x, None, w1, *b1[:2], mean1, var1, 1e-5, None, None, w2, *b2[:2], mean2, var2,
-            1e-5, None, None, stride, *acts, True, True, NEEDS.ALL
-        ),
-        "ghost_update_running_": (
-            b1[2].clone(), b1[3].clone(), torch.tensor(3), mean1, var1, 0.1,
-            b2[2].clone(), b2[3].clone(), torch.tensor(3), mean2, var2, None, 84
-        ),
-    }  # fmt: skip
-    if has_primary:
-        found["ghost_primary_stats"] = (x, w1, stride)
-    return found
-
-
-def extended(case: Case, has_primary: bool, ops: Any = OPS) -> dict[str, tuple[Any, ...]]:
-    """Arguments of training's ops with PReLUs, given statistics and the means of other batches."""
-    plain = samples(case, has_primary, ops)
-    x, w1, g1, b1, *_, w2, g2, b2, _, _, _, _, oup, stride = plain["ghost_train_forward"][:-5]
-    gen = torch.Generator().manual_seed(4)
-
-    def made(*size: int) -> Tensor:
-        return torch.rand(*size, generator=gen, dtype=compute(case)) + 0.1
-
-    m, g = case.m, case.g
-    mean1, var1, mean2, var2, means1, means2 = (
-        made(m), made(m), made(g), made(g), made(2, m), made(2, g),
-    )  # fmt: skip
-    slopes1, slopes2 = made(m).to(case.dtype), made(g).to(case.dtype)
-    acts = (PRELU, 0.0, PRELU, 0.0)
-    grad = plain["ghost_backward"][0]
-    packed = ops.ghost_pack(
-        w1, g1, b1, mean1, var1, 1e-5, w2, None, None, None, None, 1e-5, slopes1
-    )
-    first, second = (g1, b1, mean1, var1, 1e-5, slopes1), (g2, b2, mean2, var2, 1e-5, slopes2)
-    return {
-        "ghost_cheap_stats": (
-            x, packed, m, case.ratio, case.d, stride, *acts[:2], has_primary
-        ),
-        "ghost_train_forward": (x, w1, *first, w2, *second, oup, stride, *acts, True),
-        "ghost_backward": (
-            grad, x, None, w1, *first, means1, w2, *second, means2, stride, *acts, True, True,
-            NEEDS.ALL,
-        ),
-    }  # fmt: skip
-
-
-def all_samples() -> list[Any]:
-    return [
+def each_sample(*ops: str) -> pytest.MarkDecorator:
+    rows = [
         pytest.param(op, case, primary, id=f"{op}-{case}-{'x' if primary else 'u'}")
         for case in SAMPLES
         for primary in (True, False)
-        for op in (
-            "ghost_pack", "ghost_apply", "ghost_primary_stats", "ghost_cheap_stats",
-            "ghost_train_forward", "ghost_backward", "ghost_update_running_",
-        )
+        for op in ops
         if primary or op != "ghost_primary_stats"
-    ]  # fmt: skip
+    ]
+    return pytest.mark.parametrize(("op", "case", "has_primary"), rows)
 
 
-@pytest.mark.parametrize(("op", "case", "has_primary"), all_samples())
+ALL_SAMPLES = each_sample(*NAMES)
+EXTENDED = each_sample("ghost_cheap_stats", "ghost_train_forward", "ghost_backward")
+
+
+@ALL_SAMPLES
 def test_opcheck(op: str, case: Case, has_primary: bool) -> None:
     torch.library.opcheck(getattr(OPS, op).default, samples(case, has_primary)[op])
 
@@ -154,27 +83,15 @@ def test_opcheck_of_options(residual: bool, keep_u: bool) -> None:
     forward = (*args["ghost_train_forward"][:-1], keep_u)
     torch.library.opcheck(OPS.ghost_train_forward.default, forward)
     u = OPS.ghost_train_forward(*forward)[5] if keep_u else None
-    for flags in (
-        (True, True, 126),
-        (False, True, NEEDS.DW1),
-        (True, False, 85),
-        (False, False, 0),
-    ):
+    flags_of = ((True, True, 126), (False, True, NEEDS.DW1), (True, False, 85), (False, False, 0))
+    for flags in flags_of:
         backward = args["ghost_backward"]
         torch.library.opcheck(
             OPS.ghost_backward.default, (*backward[:2], u, *backward[3:-3], *flags)
         )
 
 
-EXTENDED = [
-    pytest.param(op, case, primary, id=f"{op}-{case}-{'x' if primary else 'u'}")
-    for case in SAMPLES
-    for primary in (True, False)
-    for op in ("ghost_cheap_stats", "ghost_train_forward", "ghost_backward")
-]
-
-
-@pytest.mark.parametrize(("op", "case", "has_primary"), EXTENDED)
+@EXTENDED
 def test_opcheck_of_extended(op: str, case: Case, has_primary: bool) -> None:
     torch.library.opcheck(getattr(OPS, op).default, extended(case, has_primary)[op])
 
@@ -193,13 +110,13 @@ def test_fake_of_some_gradients(needs: int, has_primary: bool) -> None:
         )
 
 
-@pytest.mark.parametrize(("op", "case", "has_primary"), all_samples())
+@ALL_SAMPLES
 def test_fake_matches_real(op: str, case: Case, has_primary: bool) -> None:
     """Shapes, strides and dtypes of the fake implementation are those of the kernel."""
     assert_fake_matches(op, samples(case, has_primary)[op])
 
 
-@pytest.mark.parametrize(("op", "case", "has_primary"), EXTENDED)
+@EXTENDED
 def test_fake_of_extended_matches_real(op: str, case: Case, has_primary: bool) -> None:
     assert_fake_matches(op, extended(case, has_primary)[op])
 
@@ -217,10 +134,6 @@ def assert_fake_matches(op: str, args: tuple[Any, ...]) -> None:
                 assert strides(a) == strides(b)
 
 
-def strides(t: Tensor) -> list[int]:
-    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
-
-
 @CASES
 @PRIMARY
 def test_packed_size(case: Case, has_primary: bool) -> None:
@@ -228,13 +141,13 @@ def test_packed_size(case: Case, has_primary: bool) -> None:
     packed = OPS.ghost_pack(*args)
     pairs = packs_pairs(args[0], args[6])
     assert packed.shape == (packed_numel(case.m, case.c, case.g, case.d, has_primary, pairs),)
-    assert packed.dtype == compute(case)
+    assert packed.dtype == compute_dtype(case.dtype)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "1x1 pixels", "one channel"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_format(dtype: torch.dtype, layout: str) -> None:
-    """channels_last only for what is channels_last and not at the same time contiguous."""
+    """channels_last if x is channels_last and not contiguous as well."""
     case = Case(dtype=dtype, layout=layout if layout in LAYOUTS else "nhwc")
     if layout == "1x1 pixels":
         case = case.replace(h=1, w=1)
@@ -249,7 +162,7 @@ def test_output_format(dtype: torch.dtype, layout: str) -> None:
     out, *stats, u = OPS.ghost_train_forward(x, *args[1:-1], True)
     assert out.is_contiguous(memory_format=fmt)
     assert u.dtype == dtype
-    assert all(s.dtype == compute(case) for s in stats)
+    assert all(s.dtype == compute_dtype(case.dtype) for s in stats)
 
 
 # --- arithmetic -------------------------------------------------------------------------------
@@ -287,8 +200,8 @@ def test_statistics(every_isa: str, case: Case) -> None:
     mean2, var2 = ops.ghost_cheap_stats(*args["ghost_cheap_stats"])
     near(mean2, frozen.mean2.detach(), case)
     near(var2, frozen.var2.detach(), case)
-    assert mean1.dtype == var1.dtype == mean2.dtype == var2.dtype == compute(case)
-    # The training forward gives the same statistics, and u if asked.
+    assert mean1.dtype == var1.dtype == mean2.dtype == var2.dtype == compute_dtype(case.dtype)
+    # The training forward gives the same statistics, and u if ``keep_u`` is set.
     out, *stats, u = ops.ghost_train_forward(*args["ghost_train_forward"][:-1], True)
     for got, want in zip(stats, (r.mean1, r.var1, r.mean2, r.var2), strict=True):
         near(got, want.detach(), case)
@@ -297,10 +210,11 @@ def test_statistics(every_isa: str, case: Case) -> None:
     assert ops.ghost_train_forward(*args["ghost_train_forward"])[5].numel() == 0
 
 
-OF_RESULTS = (
-    NEEDS.DX, NEEDS.DW1, NEEDS.NORM1, NEEDS.NORM1, NEEDS.PRELU1,
-    NEEDS.DW2, NEEDS.NORM2, NEEDS.NORM2, NEEDS.PRELU2,
-)  # fmt: skip
+# The bit of ``needs`` for each result of ``ghost_backward``.
+NEEDED_BY = (
+    *(NEEDS.DX, NEEDS.DW1, NEEDS.NORM1, NEEDS.NORM1, NEEDS.PRELU1),
+    *(NEEDS.DW2, NEEDS.NORM2, NEEDS.NORM2, NEEDS.PRELU2),
+)
 
 
 @pytest.mark.parametrize("needs", [0, *(1 << i for i in range(7)), 96, 126, 84, 3, 41])
@@ -309,20 +223,20 @@ OF_RESULTS = (
 def test_only_the_gradients_that_are_needed(
     every_isa: str, case: Case, batch: str, needs: int
 ) -> None:
-    """The same bits as among all of them; what is not needed is empty."""
+    """A needed gradient has the bits that it has if all are needed; the others are empty."""
     ops = ops_of(every_isa)
     for kind in (samples, extended):
         arguments = kind(case, True, ops)["ghost_backward"][:-3]
         flags = batch in ("both", "first"), batch in ("both", "second")
         every = ops.ghost_backward(*arguments, *flags, NEEDS.ALL)
         some = ops.ghost_backward(*arguments, *flags, needs)
-        for bit, want, got in zip(OF_RESULTS, every, some, strict=True):
+        for bit, want, got in zip(NEEDED_BY, every, some, strict=True):
             assert torch.equal(got, want) if needs & bit else got.numel() == 0
 
 
 @pytest.mark.parametrize("case", NUMERIC, ids=str)
 def test_means_of_the_batch_itself_change_nothing(every_isa: str, case: Case) -> None:
-    """Given what the sums over this batch are, the input gradient is the one without."""
+    """Given this batch's own mean gradients, dx is the one without given means."""
     ops = ops_of(every_isa)
     args = list(extended(case, True, ops)["ghost_backward"])
     args[10] = args[18] = None
@@ -365,12 +279,12 @@ def test_one_of_two_given_statistics(backend: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", [1e2, 1e4])
 def test_statistics_far_from_zero(every_isa: str, offset: float, layout: str) -> None:
-    """Mean 1e4, deviation 1: E[u^2] - E[u]^2 in float32 would be off by several units."""
+    """Mean 1e4, deviation 1: E[u^2] - E[u]^2 in float32 would have an error of several units."""
     ops = ops_of(every_isa)
-    rtol = 1e-5 if every_isa == "eager" else 1e-6  # PyTorch adds up channels_last in one chain
+    rtol = 1e-5 if every_isa == "eager" else 1e-6  # PyTorch sums channels_last in one chain
     case = Case(4, 1, 61, 63, 4, act1="none", act2="none")
     x = (make_input(case) + offset).to(memory_format=torch.preserve_format)
-    if layout == "nhwc":  # one channel has no layout of its own: take two, the second all zeros
+    if layout == "nhwc":  # one channel is contiguous in both layouts: add a channel of zeros
         x = torch.cat([x, torch.zeros_like(x)], 1).contiguous(memory_format=torch.channels_last)
     w1 = torch.zeros(2, x.shape[1], 1, 1)
     w1[:, 0] = 1.0
@@ -418,14 +332,10 @@ def test_pack_without_some_parameters(every_isa: str, has_primary: bool, missing
 
 
 @pytest.mark.parametrize("count", [0, 1, 84, 10**9])
-@pytest.mark.parametrize(
-    ("dtype", "stat"),
-    [(torch.float32, torch.float32), (torch.float64, torch.float64),
-     (torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
-    ids=str,
-)  # fmt: skip
-def test_update_running(backend: str, dtype: torch.dtype, stat: torch.dtype, count: int) -> None:
-    check_update_running(ops_of(backend).ghost_update_running_, dtype, stat, count)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_running(backend: str, dtype: torch.dtype, count: int) -> None:
+    update = ops_of(backend).ghost_update_running_
+    check_update_running(update, dtype, compute_dtype(dtype), count)
 
 
 @pytest.mark.parametrize("missing", ["statistics1", "statistics2", "batches1", "batches2"])
@@ -446,7 +356,7 @@ def test_update_running_needs_a_counter_for_the_average(backend: str) -> None:
 @pytest.mark.parametrize("has_primary", [True, False])
 @pytest.mark.parametrize("case", NUMERIC, ids=str)
 def test_backends_agree(case: Case, has_primary: bool) -> None:
-    """The same op, once from plain PyTorch and once from the native kernels."""
+    """The eager and the native operators give the same results."""
     results = []
     for name in ("eager", "native"):
         with running(name):
@@ -468,10 +378,15 @@ def test_backends_agree(case: Case, has_primary: bool) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
+def test_every_activation_is_tested() -> None:
+    """The oracle and the grids of the tests have the activations of the library."""
+    assert ACTIVATIONS == activations.NAMES
+
+
 def test_out_of_range_codes_are_refused(native: str) -> None:
     ops = ops_of(native)
     x, packed, residual, gate, *rest = samples(SAMPLES[0], True, ops)["ghost_apply"]
-    rest[5] = 9
+    rest[5] = activations.PRELU + 1
     with pytest.raises(RuntimeError, match="act1"):
         ops.ghost_apply(x, packed, residual, gate, *rest)
 

@@ -18,8 +18,7 @@ import torch
 from helpers import check_update_running
 
 import ghost_ops
-from ghost_ops import backends
-from ghost_ops import environment as _env
+from ghost_ops import backends, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(ghost_ops.__file__).parent
@@ -348,7 +347,7 @@ def test_report_names_libraries_backends_and_variables(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in (ghost_ops.__version__, torch.__version__, "bfloat16", "Libraries of kernels"):
         assert text in done.stdout
-    for variable in _env.VARIABLES:
+    for variable in environment.VARIABLES:
         assert variable.name in done.stdout
 
 
@@ -380,7 +379,7 @@ def test_every_variable_is_declared_and_in_the_readme() -> None:
     used = {name for path in files for name in read.findall(path.read_text())}
     for path in (ROOT / "csrc").rglob("*.cpp"):
         used |= set(native.findall(path.read_text()))
-    declared = {variable.name for variable in _env.VARIABLES}
+    declared = {variable.name for variable in environment.VARIABLES}
     assert used <= declared
     readme = (ROOT / "README.md").read_text()
     assert {name for name in declared if name not in readme} == set()

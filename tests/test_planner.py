@@ -24,8 +24,7 @@ from helpers import (
 )
 
 import ghost_ops
-from ghost_ops import environment as _env
-from ghost_ops import planner
+from ghost_ops import environment, planner
 from ghost_ops.planner import CpuMachine
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
@@ -275,7 +274,7 @@ def test_golden_plans() -> None:
 
 def test_this_machine() -> None:
     machine = planner.cpu_machine(threads=3)
-    assert machine.cores == (_env.cpu_machine()["cores"] or 3)
+    assert machine.cores == (environment.cpu_machine()["cores"] or 3)
     assert planner.explain((16, 40, 28, 28), 240, threads=3).machine == machine
 
 

@@ -1,6 +1,6 @@
-"""PReLU behind a Ghost module's convolutions, in inference and in training.
+"""Promise: PReLU activations run fused, in inference and in training.
 
-One slope a channel, as cavaface's GhostNets have it, or one for all.
+A PReLU has one slope, or one per channel as in cavaface's GhostNets.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from ghost_forms import Sliced, randomize
 from helpers import (
-    ACT_CODE,
     DTYPES,
     LAYOUTS,
+    LOW,
     Case,
     Params,
     assert_close,
@@ -25,13 +25,16 @@ from helpers import (
     make_module,
     ops_of,
 )
+from module_checks import function_arguments
+from operator_cases import apply_packed
 from torch import Tensor, nn
+from twins import unfused_copy
 
 import ghost_ops
 from ghost_ops import FusedGhostModule
 from ghost_ops.activations import PRELU
 
-# The act of each branch, in cases whose tiles are cut in every way.
+# PReLU in either branch or both, in shapes that the kernels tile in different ways.
 CASES = [
     Case(2, 5, 6, 7, 8, act1="prelu", act2="prelu"),
     Case(3, 40, 7, 7, 30, act1="prelu", act2="none"),
@@ -43,7 +46,7 @@ CASES = [
 
 
 def slopes_for(case: Case) -> list[Tensor | None]:
-    """Of both branches; negative ones and ones above 1 among them."""
+    """The slopes of both branches, with negative ones and ones above 1."""
     gen = torch.Generator().manual_seed(5)
     return [
         torch.randn(size, generator=gen).to(case.dtype) if act == "prelu" else None
@@ -52,7 +55,7 @@ def slopes_for(case: Case) -> list[Tensor | None]:
 
 
 def formula(p: Params, x: Tensor, case: Case, slopes: list[Tensor | None]) -> Tensor:
-    """The module in the dtype of its arguments, with constant statistics."""
+    """The module in evaluation, in the dtype of its arguments."""
 
     def act(t: Tensor, name: str, slope: Tensor | None) -> Tensor:
         if slope is not None:
@@ -69,19 +72,6 @@ def formula(p: Params, x: Tensor, case: Case, slopes: list[Tensor | None]) -> Te
     return torch.cat([y, act(norm(v, p.bn2), case.act2, slopes[1])], 1)[:, : case.oup]
 
 
-def run_ops(backend: str, p: Params, x: Tensor, case: Case, slopes: list[Tensor | None]) -> Tensor:
-    ops, b1, b2 = ops_of(backend), p.bn1, p.bn2
-    packed = ops.ghost_pack(
-        p.w1, b1.gamma, b1.beta, b1.mean, b1.var, b1.eps,
-        p.w2, b2.gamma, b2.beta, b2.mean, b2.var, b2.eps, *slopes,
-    )  # fmt: skip
-    codes = {**ACT_CODE, "prelu": PRELU}
-    return ops.ghost_apply(
-        x, packed, None, None, case.m, case.oup, case.ratio, case.d, case.stride,
-        codes[case.act1], 0.01, codes[case.act2], 0.01, True,
-    )  # fmt: skip
-
-
 def params(case: Case) -> Params:
     return Params.of(make_module(case.replace(act1="none", act2="none")))
 
@@ -94,7 +84,7 @@ def test_operator(every_isa: str, case: Case, layout: str, dtype: torch.dtype) -
     p, x, slopes = params(case), make_input(case), slopes_for(case)
     wide = [None if t is None else t.double() for t in slopes]
     with torch.no_grad():
-        got = run_ops(every_isa, p, x, case, slopes)
+        got = apply_packed(every_isa, case, p, x, slopes=slopes)
         want = formula(p.to(torch.float64), x.double(), case, wide)
         assert_close(got, want, formula(p, x, case, slopes))
     fmt = torch.channels_last if layout == "nhwc" else torch.contiguous_format
@@ -108,13 +98,11 @@ def test_nan_and_signed_infinity(every_isa: str) -> None:
     p.bn1.gamma = p.bn1.beta = p.bn1.mean = p.bn1.var = None
     x = make_input(case)
     x[0, :, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    # Through an identity alone: the other products of a convolution would spread NaN.
+    # Without a primary convolution, whose products would spread the NaN to other channels.
     ops, b2 = ops_of(every_isa), p.bn2
-    one, zero = torch.ones(4), torch.zeros(4)
-    packed = ops.ghost_pack(
-        None, one, zero, None, None, 0.0,
-        p.w2.detach(), b2.gamma, b2.beta, b2.mean, b2.var, b2.eps, *slopes,
-    )  # fmt: skip
+    first = (None, torch.ones(4), torch.zeros(4), None, None, 0.0)
+    second = (p.w2.detach(), b2.gamma, b2.beta, b2.mean, b2.var, b2.eps)
+    packed = ops.ghost_pack(*first, *second, *slopes)
     got = ops.ghost_apply(x, packed, None, None, 4, 4, 1, 3, 1, PRELU, 0.0, 0, 0.0, False)
     torch.testing.assert_close(got, F.prelu(x, slopes[0]), rtol=0, atol=0, equal_nan=True)
 
@@ -125,25 +113,25 @@ def test_slopes_of_the_wrong_size(backend: str, which: int) -> None:
     slopes = slopes_for(case)
     slopes[which] = torch.ones(case.m + 1)
     with pytest.raises(RuntimeError, match=f"prelu{which + 1} must have {case.m} elements, got 5"):
-        run_ops(backend, params(case), make_input(case), case, slopes)
+        apply_packed(backend, case, params(case), make_input(case), slopes=slopes)
 
 
 def test_slopes_that_are_missing(backend: str) -> None:
     case = CASES[0]
     with pytest.raises(RuntimeError, match="packed"):
-        run_ops(backend, params(case), make_input(case), case, [slopes_for(case)[0], None])
+        apply_packed(
+            backend, case, params(case), make_input(case), slopes=[slopes_for(case)[0], None]
+        )
 
 
 def test_training_operators_need_slopes(backend: str) -> None:
     case = CASES[0]
     p, x, ops = params(case), make_input(case), ops_of(backend)
-    b1, b2 = p.bn1, p.bn2
+    first = (p.w1, p.bn1.gamma, p.bn1.beta, None, None, p.bn1.eps, None)
+    second = (p.w2, p.bn2.gamma, p.bn2.beta, None, None, p.bn2.eps, None)
+    numbers = (case.oup, 1, PRELU, 0.0, 0, 0.0, False)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"slopes|prelu1 must be given"):
-        ops.ghost_train_forward(
-            x, p.w1, b1.gamma, b1.beta, None, None, b1.eps, None,
-            p.w2, b2.gamma, b2.beta, None, None, b2.eps, None, case.oup, 1, PRELU, 0.0, 0, 0.0,
-            False,
-        )  # fmt: skip
+        ops.ghost_train_forward(x, *first, *second, *numbers)
 
 
 # --- modules ----------------------------------------------------------------------------------
@@ -159,17 +147,17 @@ def trained(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 
 def of_case(case: Case, one: bool) -> nn.Module:
-    """A module with PReLUs of one slope, or of one a channel.
+    """A module with PReLUs of one slope, or of one slope per channel.
 
-    In low precision some pre-activations round to the other side of 0: slopes near 1 keep that from
-    mattering.
+    In low precision some pre-activations round to the other side of 0. Slopes near 1 keep the error
+    small.
     """
     silu = case.replace(act1="silu", act2="silu")
     module = make_module(silu)
     for branch, channels in ((module.primary_conv, case.m), (module.cheap_operation, case.g)):
         branch[2] = nn.PReLU(1 if one else channels, dtype=case.dtype)
     spread(module)
-    if case.dtype in (torch.bfloat16, torch.float16):
+    if case.dtype in LOW:
         with torch.no_grad():
             for branch in (module.primary_conv, module.cheap_operation):
                 branch[2].weight.mul_(0.4).add_(1.0)
@@ -198,22 +186,22 @@ def test_training(
     module, x = of_case(case, one).train(), make_input(case)
     for name in ("primary_conv", "cheap_operation"):
         getattr(module, name)[1].train(frozen not in (name, "both"))
-    double, eager = plain_of(module).double(), plain_of(module)
+    double, eager = unfused_copy(module).double(), unfused_copy(module)
     h, w = ((size - 1) // case.stride + 1 for size in (case.h, case.w))
     grad = make_input(case.replace(c=case.oup, h=h, w=w), 3)
     want = trained(double, x.double(), grad)
-    # PyTorch's sums of channels_last lose digits: its NCHW is the measure.
+    # PyTorch's sums in channels_last lose digits: the error allowed is that of its NCHW.
     peer = trained(eager, x.contiguous(), grad.contiguous())
     got = trained(module, x, grad)
-    low = dtype in (torch.bfloat16, torch.float16)
+    low = dtype in LOW
     count = grad[:, 0].numel()
     for name, value in got.items():
         if not value.is_floating_point():
             assert torch.equal(value, want[name])
             continue
         assert value.dtype is peer[name].dtype
-        # The sums over all pixels cancel by chance, and a pre-activation near its kink may round to
-        # the other side of it.
+        # Terms of sums over all pixels cancel by chance, and a pre-activation near 0 may round to
+        # the other side.
         terms = count * case.m if value.numel() == 1 else count
         scale = torch.tensor(max(terms**0.5, terms / 32)) if value.dim() == 1 else None
         assert_close(
@@ -223,7 +211,7 @@ def test_training(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_values_in_training(every_isa: str, dtype: torch.dtype) -> None:
-    """NaN, infinity and zero as PyTorch's PReLU has them, in a step with constant statistics."""
+    """Gradients at NaN, infinity and zero are those of PyTorch's PReLU, with frozen statistics."""
     case = Case(1, 4, 3, 16, 8, dtype=dtype, d=1)
     module = of_case(case, False).eval()
     with torch.no_grad():
@@ -236,7 +224,7 @@ def test_special_values_in_training(every_isa: str, dtype: torch.dtype) -> None:
         x[0, :, 0, i] = value
     x[0, 2:, 0, 2:] = -1.0  # channels 2 and 3 stay finite
     grad = torch.ones(1, 8, 3, 16, dtype=dtype)
-    want, got = trained(plain_of(module), x, grad), trained(module, x, grad)
+    want, got = trained(unfused_copy(module), x, grad), trained(module, x, grad)
     for name, value in got.items():
         torch.testing.assert_close(
             value,
@@ -249,7 +237,7 @@ def test_special_values_in_training(every_isa: str, dtype: torch.dtype) -> None:
 
 
 def spread(module: nn.Module) -> nn.Module:
-    """Every PReLU's slopes made different."""
+    """Give every PReLU random slopes."""
     gen = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for child in module.modules():
@@ -284,13 +272,6 @@ MODULES = [own, one_slope, one_branch, library_primary, cavaface]
 EACH_MODULE = pytest.mark.parametrize("make", MODULES, ids=lambda f: f.__name__)
 
 
-def plain_of(module: nn.Module) -> nn.Module:
-    """The same module, as its children one after the other."""
-    plain = copy.deepcopy(module)
-    ghost_ops.unfuse(plain)
-    return plain
-
-
 def image(dtype: torch.dtype = torch.float32, layout: str = "nchw") -> Tensor:
     return make_input(Case(3, 6, 8, 7, dtype=dtype, layout=layout))
 
@@ -307,7 +288,7 @@ def nothing_unfused() -> object:
 @EACH_MODULE
 def test_inference(backend: str, make: Callable, layout: str) -> None:
     module = make().eval().double()
-    plain, x = plain_of(module), image(torch.float64, layout)
+    plain, x = unfused_copy(module), image(torch.float64, layout)
     with torch.no_grad():
         for _ in range(2):  # packing, then from packed weights
             torch.testing.assert_close(module(x), plain(x), rtol=1e-9, atol=1e-10)
@@ -328,10 +309,10 @@ def test_slopes_replaced(backend: str, make: Callable) -> None:
         act = next(m for m in module.modules() if isinstance(m, nn.PReLU))
         act.weight = nn.Parameter(act.weight + 1.0)
         after = module(x)
-        close(after, plain_of(module)(x))
+        close(after, unfused_copy(module)(x))
         assert not torch.equal(before, after)
         act.weight.data = act.weight.data * 2  # another memory
-        close(module(x), plain_of(module)(x))
+        close(module(x), unfused_copy(module)(x))
 
 
 @pytest.mark.usefixtures("nothing_unfused")
@@ -339,7 +320,7 @@ def test_slopes_replaced(backend: str, make: Callable) -> None:
 @EACH_MODULE
 def test_gradients(backend: str, make: Callable, mode: str) -> None:
     module = make().double().train(mode == "train")
-    plain, results = plain_of(module), []
+    plain, results = unfused_copy(module), []
     for model in (module, plain):
         x = image(torch.float64).requires_grad_()
         out = model(x)
@@ -354,7 +335,7 @@ def test_gradients(backend: str, make: Callable, mode: str) -> None:
 @EACH_MODULE
 def test_low_precision_and_autocast(backend: str, make: Callable, dtype: torch.dtype) -> None:
     module = make().eval()
-    want = plain_of(module).double()(image(torch.float64)).detach()
+    want = unfused_copy(module).double()(image(torch.float64)).detach()
     with torch.no_grad():
         with torch.autocast("cpu", dtype):
             got = module(image())
@@ -385,18 +366,13 @@ def test_constructor() -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
 def test_function_of_tensors(backend: str, training: bool) -> None:
-    """``ghost_module`` with slopes as ``F.prelu`` takes them, against the module's layers."""
-    plain, x = plain_of(own(8).double().train(training)), image(torch.float64)
+    """``ghost_module`` with slopes as arguments, against the module's layers."""
+    plain, x = unfused_copy(own(8).double().train(training)), image(torch.float64)
     p, grad = Params.of(plain), make_input(Case(3, 8, 8, 7, dtype=torch.float64), 3)
     slopes = [plain.primary_conv[2].weight, plain.cheap_operation[2].weight]
     wanted = [p.w1, p.w2, p.bn1.gamma, *slopes]
-    arguments = {
-        "primary_bn_weight": p.bn1.gamma, "primary_bn_bias": p.bn1.beta,
-        "primary_running_mean": p.bn1.mean.clone(), "primary_running_var": p.bn1.var.clone(),
-        "cheap_bn_weight": p.bn2.gamma, "cheap_bn_bias": p.bn2.beta,
-        "cheap_running_mean": p.bn2.mean.clone(), "cheap_running_var": p.bn2.var.clone(),
-        "training": training, "activation": "prelu",
-    }  # fmt: skip
+    arguments = function_arguments(p) | {"training": training, "activation": "prelu"}
+    arguments |= {name: t.clone() for name, t in arguments.items() if "running" in name}
     weights = {"activation_weight": slopes[0], "cheap_activation_weight": slopes[1]}
     got = ghost_ops.ghost_module(x, p.w1, p.w2, **arguments, **weights)
     want = plain(x)
@@ -409,9 +385,8 @@ def test_function_of_tensors(backend: str, training: bool) -> None:
     )
     assert torch.equal(shared, twice)
     before = arguments["primary_running_mean"].clone()
-    for wrong, error in (
-        (torch.ones(3, dtype=torch.float64), RuntimeError), (None, ValueError), (0.1, TypeError)
-    ):  # fmt: skip
+    three = torch.ones(3, dtype=torch.float64)
+    for wrong, error in ((three, RuntimeError), (None, ValueError), (0.1, TypeError)):
         with pytest.raises(error, match="activation_weight"):
             ghost_ops.ghost_module(x, p.w1, p.w2, **arguments, activation_weight=wrong)
     assert torch.equal(arguments["primary_running_mean"], before)
@@ -424,7 +399,7 @@ def test_function_of_tensors(backend: str, training: bool) -> None:
 def test_a_module_with_slopes_of_the_wrong_size(
     backend: str, which: str, training: bool, grad: bool, replaced: bool
 ) -> None:
-    """PyTorch's exception, with the running statistics as they were."""
+    """PyTorch's exception; the running statistics do not change."""
     module = own(8).train(training)
     branch = getattr(module, which)
     if replaced:
@@ -446,7 +421,7 @@ def test_report_says_what_is_fused() -> None:
 
 
 class Bottleneck(nn.Module):
-    """Two Ghost modules and a shortcut, with PReLUs where cavaface has its activations."""
+    """Two Ghost modules and a shortcut, with PReLUs as in cavaface."""
 
     def __init__(self, act_after_dw: bool) -> None:
         super().__init__()
@@ -460,9 +435,9 @@ class Bottleneck(nn.Module):
             Sliced(12, 8, act1=nn.Sequential(), act2=nn.Sequential()),
         )
         self.shortcut = nn.Sequential(
-            nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False), nn.BatchNorm2d(6),
-            nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8),
-        )  # fmt: skip
+            *(nn.Conv2d(6, 6, 3, 2, 1, groups=6, bias=False), nn.BatchNorm2d(6)),
+            *(nn.Conv2d(6, 8, 1, bias=False), nn.BatchNorm2d(8)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + self.shortcut(x)
@@ -471,7 +446,7 @@ class Bottleneck(nn.Module):
 @pytest.mark.usefixtures("nothing_unfused")
 @pytest.mark.parametrize("act_after_dw", [False, True])
 def test_bottlenecks(backend: str, act_after_dw: bool) -> None:
-    """Packed as a whole where only Ghost modules have one; else its Ghost modules alone."""
+    """Fused as a whole if only its Ghost modules have PReLUs, else its Ghost modules alone."""
     plain = spread(randomize(Bottleneck(act_after_dw))).eval()
     fused, x = copy.deepcopy(plain), image()
     report = ghost_ops.fuse(fused)
@@ -493,7 +468,7 @@ def test_compiled_inference(backend: str) -> None:
         module = make().eval()
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
-            close(compiled(image()), plain_of(module)(image()))
+            close(compiled(image()), unfused_copy(module)(image()))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "first norm frozen"])
@@ -502,7 +477,7 @@ def test_compiled_training(backend: str, frozen: bool) -> None:
     for make in (own, one_slope):
         module = make().train()
         module.primary_conv[1].train(not frozen)
-        plain = plain_of(module)
+        plain = unfused_copy(module)
         x, oup = image(), module.oup
         grad = make_input(Case(3, oup, 8, 7), 3)
         want = trained(plain, x, grad)
@@ -520,9 +495,9 @@ def test_compiled_training(backend: str, frozen: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_training_under_autocast(backend: str, dtype: torch.dtype) -> None:
-    """Slopes stay float32, and so do their gradients."""
+    """Slopes and their gradients stay float32."""
     module, grad = own(8).train(), make_input(Case(3, 8, 8, 7), 3)
-    want = trained(plain_of(module).double(), image(torch.float64), grad.double())
+    want = trained(unfused_copy(module).double(), image(torch.float64), grad.double())
     with torch.autocast("cpu", dtype):
         out = module(image())
     assert out.dtype is dtype

@@ -1,4 +1,4 @@
-"""Configurations nobody thought of, and laws that hold for all of them."""
+"""Promise: random configurations give the oracle's numbers and obey general laws."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from module_checks import check_training
 
 SETTINGS = settings(
     max_examples=60,
@@ -65,19 +66,17 @@ def test_forward(which: str, case: Case) -> None:
 @SETTINGS
 @given(case=cases(SMOOTH))
 def test_backward(which: str, training: bool, case: Case) -> None:
-    from test_training import check
-
     values = case.n * -(-case.h // case.stride) * -(-case.w // case.stride)
-    assume(not training or values > 3)  # two values only: the variance's own gradient is zero
+    assume(not training or values > 3)  # with two values the gradient is zero
     with running(which):
-        check(case, training)
+        check_training(case, training)
 
 
 @pytest.mark.parametrize("which", ["eager", "native"])
 @SETTINGS
 @given(case=cases())
 def test_images_do_not_see_each_other(which: str, case: Case) -> None:
-    """In evaluation, a batch is its images one by one."""
+    """In evaluation, a batch gives the outputs of its images one by one."""
     case = case.replace(dtype=torch.float32)
     with running(which), torch.no_grad():
         module, x = make_module(case).eval(), make_input(case)

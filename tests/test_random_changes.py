@@ -1,8 +1,7 @@
-"""One random change to a fused model: it still computes what its plain twin computes.
+"""Promise: after one random change a fused model computes what its plain twin computes.
 
-Families of models, twins and what is compared: ``twins``. Here both twins get the same
-change, of a kind in ``CHANGES``; where the plain one raises, the fused one raises the same.
-``check(seed)`` runs one case.
+``twins`` has the families of models and the comparison. Both twins get the same change, one of
+``CHANGES``; if the plain one raises, the fused one raises the same. ``check(seed)`` runs one case.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 from ghost_forms import FORMS, randomize
-from test_bottleneck import recorded
+from helpers import recorded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, prune
@@ -267,7 +266,7 @@ CHANGES: dict[str, tuple[Any, Callable[[Site], Any]]] = {
     "pickle": (ANY, lambda s: pickle.loads(pickle.dumps(s.root))),
 }  # fmt: skip
 COPIES = ("deepcopy", "pickle")  # they return another model
-# Not drawn after a compiled call: PyTorch's compiler has no guard for these changes.
+# Not drawn after a compiled call: PyTorch's compiler does not notice these changes.
 UNGUARDED = [*COPIES, "forward of the class", *(name for name in CHANGES if " hook" in name)]
 
 
@@ -302,7 +301,7 @@ DECK = [*FORMS, *REWRITTEN, *2 * [*OURS, *BOTTLENECKS], *3 * [*NETWORKS]]
 
 
 def dealt(items: list[str], index: int) -> str:
-    """Item of an endless deck: every item once a round, each round shuffled by its own seed."""
+    """The item at an index of an endless deck: each round has every item once, in its own order."""
     deck = list(items)
     random.Random(index // len(deck)).shuffle(deck)
     return deck[index % len(deck)]
@@ -386,8 +385,10 @@ def run(model: nn.Module, case: Case, compiler: Callable | None = None) -> list[
 
 def same_all(got: list[Seen], want: list[Seen], any_error: bool = False) -> None:
     if any_error:  # torch.compile replaces exception types
-        got, want = ([{**s, "raised": Exception} if "raised" in s else s for s in seen]
-                     for seen in (got, want))  # fmt: skip
+        got, want = (
+            [{**s, "raised": Exception} if "raised" in s else s for s in seen]
+            for seen in (got, want)
+        )
     for a, b in zip(got, want, strict=False):
         same(a, b, may_raise=True)
     assert len(got) == len(want)
@@ -419,8 +420,8 @@ def check(seed: int, backend: str | None = None) -> None:
         try:
             same_all(got, want, any_error=True)
         except AssertionError:
-            # torch.compile itself can differ from eager: global hooks run once more, for the
-            # module that it makes. The twin is then compiled too.
+            # torch.compile itself can differ from eager mode: global hooks also run for the module
+            # that it makes. Then the twin is compiled too.
             twin = run(spare, case, Compiler(backend))
             for s, t in zip(twin, want, strict=False):
                 assert "raised" not in s or "raised" in t, f"compiled, plain: {s['message']}"
@@ -456,7 +457,7 @@ def test_random_changes_compiled(chunk: int) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_run_fused(native: str, family: str, training: bool) -> None:
-    """The tests above would also pass if no model was ever fused."""
+    """Every family runs our operators; without that the tests above would prove nothing."""
     if training and any(word in family for word in ("k=3", "grouped")):
         pytest.skip("a primary convolution that is no plain 1x1 is fused in inference only")
     fused, _ = twins(family, not training)

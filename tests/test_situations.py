@@ -1,25 +1,24 @@
-"""What people do with a fused model: at each step it computes what its plain twin computes.
+"""Promise: whatever people do with a fused model, it computes what its plain twin computes.
 
-The same change is applied to both; ``twins`` makes and compares them.
+The same change is applied to both; ``twins`` makes and compares them. Random changes are in
+``test_random_changes``, compilers and tracers in ``test_tracing``.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import os
-import pathlib
 import pickle
-import subprocess
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ghost_forms import FORMS, Sliced, randomize
+from helpers import ACTIVATIONS
+from processes import python
 from torch import Tensor, nn
 from twins import (
     BOTTLENECKS,
@@ -36,6 +35,7 @@ from twins import (
     made,
     observe,
     same,
+    setting,
     twins,
 )
 
@@ -48,11 +48,11 @@ pytestmark = [
 ]
 
 
-# --- 1: replicas and other copies -------------------------------------------------------------
+# --- replicas and other copies ----------------------------------------------------------------
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """As ``nn.DataParallel``: every module copied, with tensors computed from the parameters."""
+    """A replica as ``nn.DataParallel`` makes it; its parameters are tensors with a graph."""
     copies = {m: m._replicate_for_data_parallel() for m in model.modules()}
     for m, other in copies.items():
         for name, child in m._modules.items():
@@ -73,7 +73,7 @@ def other_weights(module: nn.Module, other: nn.Module) -> None:
 
 
 def replica_of_convolutions(model: nn.Module) -> nn.Module:
-    """A replica in which only the convolutions have other weights."""
+    """A replica whose convolutions alone have other weights."""
     other = model._replicate_for_data_parallel()
     if isinstance(model, nn.Conv2d):
         other_weights(model, other)
@@ -119,7 +119,7 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize(
     "family", [*FEW, "bottleneck", "flat", "batch norm after", "PReLU", "Ultralytics, folded"]
 )
-def test_01_copies_compute_with_their_own_weights(family: str, training: bool, how: str) -> None:
+def test_copies_compute_with_their_own_weights(family: str, training: bool, how: str) -> None:
     for warm in (False, True):
         fused, plain = twins(family, training)
         if warm:
@@ -130,31 +130,41 @@ def test_01_copies_compute_with_their_own_weights(family: str, training: bool, h
         same(*(observe(model, image(), grad=False) for model in (fused, plain)))
 
 
-# --- 2: the arguments of forward --------------------------------------------------------------
+# --- the arguments of forward -----------------------------------------------------------------
 
 
 @TRAINING
-def test_02_arguments_of_forward(training: bool) -> None:
+def test_arguments_of_forward(training: bool) -> None:
     models = twins("optional argument", training)
-    calls: list[Callable[[nn.Module, Tensor], Tensor]] = [
-        lambda m, x: m(x), lambda m, x: m(feat=x), lambda m, x: m(x, scale=2.0),
-        lambda m, x: m(feat=x, scale=2.0), lambda m, x: m(x, 0.5), lambda m, x: m(x, 1.0),
-        lambda m, x: m(x, x[:, :1]), lambda m, x: m(), lambda m, x: m(x, 1.0, 2.0),
-        lambda m, x: m(x, other=1), lambda m, x: m(x=x), lambda m, x: m(x),
-    ]  # fmt: skip
+    good: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m(x),
+        lambda m, x: m(feat=x),
+        lambda m, x: m(x, scale=2.0),
+        lambda m, x: m(feat=x, scale=2.0),
+        lambda m, x: m(x, 0.5),
+        lambda m, x: m(x, 1.0),
+        lambda m, x: m(x, x[:, :1]),
+    ]
+    bad: list[Callable[[nn.Module, Tensor], Tensor]] = [
+        lambda m, x: m(),
+        lambda m, x: m(x, 1.0, 2.0),
+        lambda m, x: m(x, other=1),
+        lambda m, x: m(x=x),
+    ]
+    calls = [*good, *bad, good[0]]
     for call in calls:
         for grad in (True, False):
             seen = [observe(m, image(), functools.partial(call, m), grad=grad) for m in models]
             same(*seen, may_raise=True)
 
 
-# --- 3: hooks ---------------------------------------------------------------------------------
+# --- hooks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("family", [*FEW, "identity after", "dropout after"])
-def test_03_hooks_of_children_without_parameters(family: str, when: str, kind: str) -> None:
+def test_hooks_of_children_without_parameters(family: str, when: str, kind: str) -> None:
     model = made(family)
     modules = dict(model.named_children() if family == "network" else model.named_modules())
     for name in [name for name, m in modules.items() if name and not list(m.parameters())]:
@@ -168,8 +178,8 @@ def test_03_hooks_of_children_without_parameters(family: str, when: str, kind: s
         if when == "before":
             ghost_ops.fuse(fused)
         for training, grad in ((True, True), (False, False)):
-            seen = [observe(m.train(training), image(), grad=grad, calls=calls)
-                    for m in (fused, plain)]  # fmt: skip
+            models = (m.train(training) for m in (fused, plain))
+            seen = [observe(m, image(), grad=grad, calls=calls) for m in models]
             same(*seen, may_raise=True)
         for handle in handles:
             handle.remove()
@@ -179,7 +189,7 @@ def test_03_hooks_of_children_without_parameters(family: str, when: str, kind: s
 
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("family", ["Ultralytics", "FusedGhostModule", "bottleneck", "network"])
-def test_03_hooks_of_all_modules_come_and_go(family: str, kind: str) -> None:
+def test_hooks_of_all_modules_come_and_go(family: str, kind: str) -> None:
     models, seen = twins(family), []
     agree(*models)
     for model in models:
@@ -209,43 +219,35 @@ assert len(ours) == 1 and ours[0].category is UserWarning, [str(w.message) for w
 
 
 def test_a_warning_says_once_that_the_own_forward_runs() -> None:
-    """In a process of its own, in which no other test had the warning."""
-    root = str(pathlib.Path(ghost_ops.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
-    command = [sys.executable, "-c", WARNED_ONCE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    """In a fresh interpreter, in which no other test caused the warning."""
+    done = python(WARNED_ONCE)
     assert done.returncode == 0, done.stderr
 
 
-# --- 4, 5, 6: heads, rates, attributes --------------------------------------------------------
-
-
-def setting(path: str, make: Callable[[], Any]) -> Callable[[nn.Module], None]:
-    parent, _, name = path.rpartition(".")
-    return lambda model: setattr(model.get_submodule(parent), name, make())
+# --- changes of heads, rates and attributes ---------------------------------------------------
 
 
 CHANGES: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
-    "4 pooling": ("network", setting("global_pool", lambda: nn.AdaptiveMaxPool2d(1))),
-    "4 classifier": ("network", setting("classifier", lambda: nn.Linear(16, 3).double())),
-    "4 no classifier": ("network", setting("classifier", nn.Identity)),
-    "4 activation": ("network", setting("act2", nn.SiLU)),
-    "5 network": ("network", setting("dropout", lambda: 0.5)),
-    "5 module": ("dropout after", setting("out.0.p", lambda: 0.5)),
-    "6 width": ("authors", setting("out_chs", lambda: 5)),
-    "6 width, ratio 3": ("FusedGhostModule, odd, ratio 3, 5x5", setting("oup", lambda: 7)),
-    "6 wider": ("flat", setting("oup", lambda: 8)),
-    "6 width of a part": ("bottleneck", setting("ghost2.oup", lambda: 5)),
-    "6 slope": ("functional activation", setting("slope", lambda: 0.4)),
-    "6 no module": ("activation after", setting("act", lambda: None)),
-    "6 stride": ("bottleneck, stride 2", setting("stride", lambda: 1)),
+    "pooling": ("network", setting("global_pool", lambda: nn.AdaptiveMaxPool2d(1))),
+    "classifier": ("network", setting("classifier", lambda: nn.Linear(16, 3).double())),
+    "no classifier": ("network", setting("classifier", nn.Identity)),
+    "activation": ("network", setting("act2", nn.SiLU)),
+    "network": ("network", setting("dropout", lambda: 0.5)),
+    "module": ("dropout after", setting("out.0.p", lambda: 0.5)),
+    "width": ("authors", setting("out_chs", lambda: 5)),
+    "width, ratio 3": ("FusedGhostModule, odd, ratio 3, 5x5", setting("oup", lambda: 7)),
+    "wider": ("flat", setting("oup", lambda: 8)),
+    "width of a part": ("bottleneck", setting("ghost2.oup", lambda: 5)),
+    "slope": ("functional activation", setting("slope", lambda: 0.4)),
+    "no module": ("activation after", setting("act", lambda: None)),
+    "stride": ("bottleneck, stride 2", setting("stride", lambda: 1)),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @TRAINING
-def test_04_05_06_changes_after_fuse(name: str, training: bool, warm: bool) -> None:
+def test_changes_after_fuse(name: str, training: bool, warm: bool) -> None:
     family, change = CHANGES[name]
     fused, plain = twins(family, training)
     if warm:
@@ -253,7 +255,7 @@ def test_04_05_06_changes_after_fuse(name: str, training: bool, warm: bool) -> N
     for model in (fused, plain):
         torch.manual_seed(3)  # new layers start alike
         change(model)
-    agree(fused, plain, may_raise=name in ("6 width of a part", "6 stride"))
+    agree(fused, plain, may_raise=name in ("width of a part", "stride"))
 
 
 SLOPE, ACTIVATION = 0.1, F.relu
@@ -282,10 +284,10 @@ def reads_a_closure() -> tuple[nn.Module, Callable[[float], None]]:
 
 @TRAINING
 @pytest.mark.parametrize("what", ["number", "function", "closure", "class", "class's forward"])
-def test_06_what_forward_reads_elsewhere(
+def test_changes_of_what_forward_reads(
     what: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Globals, closures, and attributes and methods of classes."""
+    """Changes of globals, closures, and attributes and methods of classes."""
     plain, set_slope = reads_a_closure() if what == "closure" else (ReadsGlobals(), None)
     if what.startswith("class"):
         plain = Functional()
@@ -305,7 +307,7 @@ def test_06_what_forward_reads_elsewhere(
     agree(fused, plain)
 
 
-# --- 7, 12: what is left alone ----------------------------------------------------------------
+# --- modules that fuse does not change --------------------------------------------------------
 
 COUNTED: list[int] = []
 
@@ -401,7 +403,7 @@ LATER: dict[str, Callable[[Any], None]] = {
 
 @TRAINING
 @pytest.mark.parametrize("name", LEFT)
-def test_07_12_left_alone(name: str, training: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_left_alone(name: str, training: bool, capsys: pytest.CaptureFixture[str]) -> None:
     plain = randomize(LEFT[name]()).double().train(training)
     fused = copy.deepcopy(plain)
     report = ghost_ops.fuse(fused)
@@ -413,7 +415,7 @@ def test_07_12_left_alone(name: str, training: bool, capsys: pytest.CaptureFixtu
         inputs = [x.flatten(2) if name == "Conv1d" else x.unflatten(2, (3, -1)) for x in inputs]
     results, effects = [], []
     for model in (fused, plain):
-        assert getattr(model, "calls", 0) == 0  # fuse has no side effect on the module
+        assert getattr(model, "calls", 0) == 0  # fuse has called the module without effect on it
         COUNTED.clear()
         capsys.readouterr()
         results.append([observe(model, x, grad=grad) for x in inputs for grad in (True, False)])
@@ -425,115 +427,12 @@ def test_07_12_left_alone(name: str, training: bool, capsys: pytest.CaptureFixtu
     assert effects[0] == effects[1]
 
 
-# --- 8: compiled after a change, and changed after compiling ----------------------------------
-
-
-def double_a_hook(model: nn.Module) -> None:
-    model.primary_conv[0].register_forward_hook(lambda _m, _i, out: out * 2)
-
-
-BEFORE_OR_AFTER: dict[str, tuple[str, Callable[[nn.Module], None]]] = {
-    "hook": ("authors", double_a_hook),
-    "activation": ("authors", setting("primary_conv.2", nn.SiLU)),
-    "eps": ("authors", setting("primary_conv.1.eps", lambda: 0.5)),
-    "forward": ("Ultralytics", setting("cv1.act.forward", lambda: torch.tanh)),
-    "width": ("FusedGhostModule", setting("oup", lambda: 6)),
-    "slope": ("functional activation", setting("slope", lambda: 0.4)),
-    "rate": ("dropout after", setting("out.0.p", lambda: 0.5)),
-    "norm": ("bottleneck, stride 2, gated", setting("bn_dw.eps", lambda: 0.5)),
-    "no gate": ("bottleneck, stride 2, gated", setting("se", lambda: None)),
-    "pooling": ("network", setting("global_pool", lambda: nn.AdaptiveMaxPool2d(1))),
-}
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", BEFORE_OR_AFTER)
-@pytest.mark.parametrize("when", ["before", "after"])
-@TRAINING
-def test_08_compiled(name: str, when: str, training: bool) -> None:
-    family, change = BEFORE_OR_AFTER[name]
-    if name == "hook" and when == "after":
-        pytest.skip("PyTorch's compiler does not look for hooks after its first call")
-    backend = "aot_eager" if (when == "after") == training else "eager"
-    fused, plain = twins(family, training)
-    compiled = torch.compile(fused, backend=backend)
-
-    def look() -> None:
-        same(observe(fused, image(), compiled, grad=training),
-             observe(plain, image(), grad=training))  # fmt: skip
-
-    if when == "after":
-        look()
-    for model in (fused, plain):
-        change(model)
-    look()
-
-
-# --- 9: tools that read models ----------------------------------------------------------------
-
-SCRIPTABLE = ("authors", "NanoDet", "timm, linear", "Ultralytics", "convolutions with biases",
-              "flat", "Ultralytics, k=3 s=2")  # fmt: skip
-
-
-@TRAINING
-@pytest.mark.parametrize("family", [*FEW, *REWRITTEN, "bottleneck", "GhostModuleV2"])
-def test_09_symbolic_trace(family: str, training: bool) -> None:
-    fused, plain = twins(family, training)
-    for _ in range(2):  # cold and warm
-        traced = torch.fx.symbolic_trace(fused)
-        for grad in (True, False):
-            same(observe(fused, image(), traced, grad=grad), observe(plain, image(), grad=grad))
-        agree(fused, plain)
-
-
-@TRAINING
-@pytest.mark.parametrize("family", SCRIPTABLE)
-def test_09_script(family: str, training: bool) -> None:
-    fused, plain = twins(family, training)
-    for _ in range(2):
-        scripted = torch.jit.script(fused)
-        for grad in (True, False):
-            same(observe(fused, image(), scripted, grad=grad), observe(plain, image(), grad=grad))
-        agree(fused, plain)
-
-
-@pytest.mark.parametrize("family", [*FEW, *REWRITTEN, "GhostModuleV2"])
-def test_09_trace(family: str) -> None:
-    fused, plain = twins(family)
-    for _ in range(2):
-        with torch.no_grad():
-            traced = torch.jit.trace(fused, image())
-        for x in (image(), image(2, 9, 10)):
-            same(observe(fused, x, traced, grad=False), observe(plain, x, grad=False))
-        agree(fused, plain)
-
-
-@pytest.mark.parametrize("tool", ["script", "trace", "symbolic_trace"])
-@pytest.mark.parametrize("family", ["authors", "Ultralytics", "flat"])
-def test_09_what_tools_made_is_left(family: str, tool: str) -> None:
-    plain, other = made(family), copy.deepcopy(made(family)).eval()
-    made_by_tool = {"script": torch.jit.script, "symbolic_trace": torch.fx.symbolic_trace,
-                    "trace": lambda m: torch.jit.trace(m, image())}[tool](other)  # fmt: skip
-    model = nn.Sequential(made_by_tool)
-    report = ghost_ops.fuse(model)
-    assert not report.swapped
-    assert model[0] is made_by_tool
-    agree(model, nn.Sequential(copy.deepcopy(plain).eval()))
-
-
-# --- 10: weights written behind PyTorch's back ------------------------------------------------
+# --- weights written behind PyTorch's back ----------------------------------------------------
 
 
 @TRAINING
 @pytest.mark.parametrize("family", FAMILIES)
-def test_10_data_and_reset_cache(family: str, training: bool) -> None:
+def test_data_and_reset_cache(family: str, training: bool) -> None:
     fused, plain = twins(family, training)
     agree(fused, plain)
     outer = nn.Sequential(nn.ModuleList([fused]), nn.Identity())
@@ -543,21 +442,21 @@ def test_10_data_and_reset_cache(family: str, training: bool) -> None:
                 p.data.mul_(factor)
         reset()
         agree(fused, plain)
-    ghost_ops.reset_cache(plain)  # nothing to do, and no error
+    ghost_ops.reset_cache(plain)  # does nothing
 
 
 @pytest.mark.parametrize("model", [None, "model", {}, torch.zeros(1), nn.Module], ids=str)
-def test_10_reset_cache_of_no_module(model: object) -> None:
+def test_reset_cache_of_no_module(model: object) -> None:
     with pytest.raises(TypeError):
         ghost_ops.reset_cache(model)  # type: ignore[arg-type]
 
 
-# --- 11: the same formula, written otherwise; and the mode when fuse runs ---------------------
+# --- the same formula, written otherwise; and the mode when fuse runs -------------------------
 
 
 @TRAINING
 @pytest.mark.parametrize("family", [*REWRITTEN, *FORMS])
-def test_11_fused_however_it_is_written(family: str, training: bool) -> None:
+def test_fused_however_it_is_written(family: str, training: bool) -> None:
     plain = copy.deepcopy(made(family)).train(training)
     fused = copy.deepcopy(plain)
     report = ghost_ops.fuse(fused)
@@ -565,6 +464,26 @@ def test_11_fused_however_it_is_written(family: str, training: bool) -> None:
     assert isinstance(fused, type(plain))
     agree(fused, plain)
     agree(fused.train(not training), plain.train(not training))
+
+
+class CallsFunction(Functional):
+    """Calls an activation function that is an attribute."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.function(self.primary(x))
+        return torch.cat([y, self.function(self.cheap(y))], 1)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if hasattr(F, name)])
+def test_functional_activations_are_fused(name: str) -> None:
+    plain = randomize(CallsFunction(getattr(F, name))).double()
+    fused = copy.deepcopy(plain)
+    assert ghost_ops.fuse(fused).swapped
+    agree(fused, plain)
 
 
 @TRAINING
@@ -613,7 +532,7 @@ def test_meta_device(family: str) -> None:
 
 @pytest.mark.parametrize("family", FEW)
 def test_another_default_device(family: str) -> None:
-    """A mode of PyTorch's functions is neither in the way of the reading nor held against it."""
+    """``fuse`` and a copy under ``torch.device``, a mode that intercepts PyTorch's functions."""
     fused, plain = copy.deepcopy(made(family)).eval(), copy.deepcopy(made(family)).eval()
     with torch.device("meta"):
         report = ghost_ops.fuse(fused)
@@ -623,7 +542,7 @@ def test_another_default_device(family: str) -> None:
 
 
 class Activated(ghost_ops.FusedGhostModule):
-    """Calls the fused forward from its own."""
+    """A subclass whose forward calls the fused one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(super().forward(x))

@@ -1,4 +1,4 @@
-"""NaN, Inf, zero padding, and inputs that lie oddly in memory."""
+"""Promise: NaN, infinity, zero padding, extreme values and inputs of any strides are PyTorch's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import math
 
 import pytest
 import torch
-from helpers import ACTIVATIONS, LAYOUTS, Case, Params, make_input, make_module, oracle, plain
+from helpers import (
+    ACTIVATIONS,
+    LAYOUTS,
+    Case,
+    Params,
+    make_input,
+    make_module,
+    oracle,
+    plain,
+    sliced_channels,
+    sliced_columns,
+    transposed,
+    unaligned,
+)
 from torch import Tensor
 
 PLACES = pytest.mark.parametrize(
@@ -27,7 +40,7 @@ def assert_same_specials(got: Tensor, want: Tensor) -> None:
 def test_nan_in_one_pixel(
     every_isa: str, act: str, d: int, layout: str, place: tuple[int, ...]
 ) -> None:
-    """It reaches the pixels that depend on it: not one fewer, and none of another image."""
+    """NaN reaches exactly the pixels that depend on it, and no other image."""
     case = BIG.replace(act1=act, act2=act, d=d, layout=layout)
     module, x = make_module(case).eval(), make_input(case)
     x[place] = math.nan
@@ -80,8 +93,8 @@ def test_nan_in_other_types(every_isa: str, layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 def test_training_on_nan_and_infinity(every_isa: str, value: float, layout: str) -> None:
     """Outputs, running statistics and gradients go to NaN as PyTorch's do."""
-    # An even oup: for ghost maps that are computed and dropped PyTorch multiplies NaN by a zero
-    # gradient, and the kernels do not.
+    # An even oup: PyTorch multiplies NaN by the zero gradient of a ghost map that is cut off; the
+    # kernels do not.
     case = BIG.replace(layout=layout, oup=12)
     module, other = make_module(case), make_module(case)
     x = make_input(case)
@@ -103,7 +116,7 @@ def test_training_on_nan_and_infinity(every_isa: str, value: float, layout: str)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_gradient(backend: str, layout: str) -> None:
-    """A NaN in the gradient of a frozen module stays in its image and its neighbourhood."""
+    """A NaN in the gradient reaches only the pixels of dx that depend on it, with frozen norms."""
     case = BIG.replace(layout=layout, act1="silu", act2="silu")
     module, x = make_module(case).eval(), make_input(case).requires_grad_()
     grad = make_input(case.replace(c=11), extra_seed=3)
@@ -132,7 +145,7 @@ def test_running_variance_of_nan_or_below_zero(backend: str) -> None:
 def test_padding_is_zero_after_the_activation(
     every_isa: str, act: str, d: int, layout: str
 ) -> None:
-    """y is padded with zeros; act(shift) outside the image would be 1 or so here."""
+    """y is padded with zeros after the activation, not with act(shift)."""
     case = BIG.replace(act1=act, act2="none", d=d, layout=layout)
     module, x = make_module(case).eval(), make_input(case)
     with torch.no_grad():
@@ -143,7 +156,7 @@ def test_padding_is_zero_after_the_activation(
         p = Params.of(module)
         want = oracle(p.to(torch.float64), x.double(), case, False)
         torch.testing.assert_close(module(x).double(), want.out, rtol=1e-5, atol=1e-5)
-        # The corner sums fewer taps than the middle: otherwise this test would test nothing.
+        # A corner sums fewer taps than the middle: the padding has an effect.
         y = want.out[0, 0, 0, 0]
         assert y > 2
         assert abs((want.out[0, -1, 0, 0] - want.out[0, -1, 4, 8]).item()) > 1
@@ -165,7 +178,7 @@ def test_huge_and_tiny_values(every_isa: str, magnitude: float, layout: str) -> 
 
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "hardswish"])
 def test_smooth_activations_far_out(every_isa: str, act: str) -> None:
-    """Arguments up to +-2000, where a careless exp overflows."""
+    """Arguments up to +-2000, at which exp overflows."""
     case = Case(1, 1, 4, 500, 2, act1=act, act2=act, d=1)
     module = make_module(case).eval()
     x = torch.linspace(-2000, 2000, 2000).view(1, 1, 4, 500).requires_grad_()
@@ -180,25 +193,11 @@ def test_smooth_activations_far_out(every_isa: str, act: str) -> None:
 # --- inputs that lie oddly in memory ----------------------------------------------------------
 
 
-def sliced_channels(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    wide = torch.full((n, c + 3, h, w), math.nan, dtype=x.dtype)
-    wide[:, 1 : c + 1] = x
-    return wide[:, 1 : c + 1]
-
-
 def sliced_channels_last(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     wide = torch.full((n, h, w, c + 3), math.nan, dtype=x.dtype)
     wide[..., 1 : c + 1] = x.permute(0, 2, 3, 1)
     return wide[..., 1 : c + 1].permute(0, 3, 1, 2)
-
-
-def every_second_column(x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
-    wide = torch.full((n, c, h, 2 * w), math.nan, dtype=x.dtype)
-    wide[..., ::2] = x
-    return wide[..., ::2]
 
 
 def cropped(x: Tensor) -> Tensor:
@@ -212,18 +211,8 @@ def every_second_image(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, 0)[::2]
 
 
-def transposed(x: Tensor) -> Tensor:
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
 def flipped_batch_order(x: Tensor) -> Tensor:
     return x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
-
-
-def unaligned(x: Tensor) -> Tensor:
-    flat = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype)
-    flat[1:] = x.reshape(-1)
-    return flat[1:].view_as(x)
 
 
 def expanded_batch(x: Tensor) -> Tensor:
@@ -243,16 +232,14 @@ def overlapping_windows(x: Tensor) -> Tensor:
     return x.reshape(-1).as_strided((n, c, h, w), (c * h, h, 2, 1))
 
 
-FORMS = [
-    sliced_channels, sliced_channels_last, every_second_column, cropped, every_second_image,
-    transposed, flipped_batch_order, unaligned, expanded_batch, expanded_channels, expanded_pixels,
-    overlapping_windows,
-]  # fmt: skip
+SLICED = [sliced_channels, sliced_channels_last, sliced_columns, cropped, every_second_image]
+PERMUTED = [transposed, flipped_batch_order, unaligned]
+EXPANDED = [expanded_batch, expanded_channels, expanded_pixels, overlapping_windows]
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("form", [*SLICED, *PERMUTED, *EXPANDED], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_strided_input(
     backend: str, stride: int, form: object, dtype: torch.dtype, mode: str
@@ -282,7 +269,7 @@ def test_strided_input(
 
 
 def test_strided_weights(backend: str) -> None:
-    """Parameters need not be contiguous either."""
+    """Parameters that are not contiguous."""
     case = Case(c=6, dtype=torch.float64)
     module, x = make_module(case), make_input(case).requires_grad_()
     strange = make_module(case)
@@ -305,7 +292,7 @@ def test_strided_weights(backend: str) -> None:
 
 
 def test_negated_and_conjugated_views(backend: str) -> None:
-    """Lazy views are resolved before a kernel sees them."""
+    """Lazily negated and conjugated views are resolved before a kernel reads them."""
     case = Case()
     module, x = make_module(case).eval(), make_input(case)
     lazy = torch._neg_view(x)

@@ -1,4 +1,4 @@
-"""Training with the batch norm and the activation behind the concatenation as one operator."""
+"""Promise: in training, a batch norm and activation after the concatenation run as one operator."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ CASES = covering(
         "dtype": DTYPES,
     }
 )
-EIGHTY_IMAGES = {  # several items of the loops over images
-    "m": 16, "per": 1, "cut": 0, "d": 3, "size": (80, 8, 8), "act": "relu", "residual": True,
-    "batch_stats": True, "affine": True, "layout": "nhwc", "dtype": torch.float32,
-}  # fmt: skip
+# So many images that the loops over them have several items.
+EIGHTY_IMAGES = {"m": 16, "per": 1, "cut": 0, "d": 3, "size": (80, 8, 8), "act": "relu"}
+EIGHTY_IMAGES |= {"residual": True, "batch_stats": True, "affine": True, "layout": "nhwc"}
+EIGHTY_IMAGES["dtype"] = torch.float32
 
 
 @pytest.fixture
 def calls(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The fused operator's calls."""
+    """Lists the calls of the fused operator."""
     seen: list[str] = []
     for name in ("ghost_tail_forward", "ghost_tail_backward"):
         run = getattr(tail, name)
@@ -104,12 +104,12 @@ def test_agrees_with_float64(calls: list[str], row: dict[str, Any]) -> None:
     assert calls == ["ghost_tail_forward", "ghost_tail_backward"]
     low = dtype in (torch.bfloat16, torch.float16)
     for name, want in exact.items():
-        # A ReLU whose input rounds to the other side of 0 moves single numbers of a gradient. The
-        # gradient of a 1x1 w2 nearly cancels: the norm takes its scale out.
+        # A ReLU whose input rounds to the other side of 0 changes single elements of a gradient.
+        # The gradient of a 1x1 w2 is nearly zero, because the norm divides by the size of w2.
         one = torch.ones(1) if name == "w2" else None
         slack = 4.0 if low else 8.0
         assert_close(got[name], want, eager[name], name, rms=low, slack=slack, scale=one)
-    if row["m"] > 1:  # else y is dense both ways
+    if row["m"] > 1:  # with one channel y is contiguous in both layouts
         assert with_layout(got["out"], row["layout"]) is got["out"]
 
 
@@ -148,7 +148,7 @@ def test_bits_do_not_depend_on_threads(native: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", range(5))
-def test_only_the_gradients_asked_for(calls: list[str], wanted: int) -> None:
+def test_only_one_gradient_is_required(calls: list[str], wanted: int) -> None:
     values, settings = tensors(EIGHTY_IMAGES | {"size": (2, 5, 6)})
     y, w2, gamma, beta, mean, var, residual = values
     inputs = [y, w2, gamma, beta, residual]
@@ -177,7 +177,7 @@ class Unit(nn.Module):
 
 
 class Tailed(nn.Module):
-    """With its norm and activation behind the concatenation."""
+    """With its norm and activation after the concatenation."""
 
     def __init__(
         self, k: int = 3, act: nn.Module | None = None, bias: bool = False, **norm: Any
@@ -193,7 +193,7 @@ class Tailed(nn.Module):
 
 
 class Block(nn.Module):
-    """Of a ResNet; with a shortcut that is a Ghost module, a convolution, or nothing."""
+    """A ResNet's block; its shortcut is a Ghost module, a convolution, or the identity."""
 
     def __init__(self, shortcut: str, act: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
@@ -213,7 +213,8 @@ class Block(nn.Module):
         return self.act(out)
 
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and its fused operators
+# Models, and how many of their operators are fused ones.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "3x3": (Tailed, 1),
     "1x1": (lambda: Tailed(1), 1),
     "SiLU": (lambda: Tailed(act=nn.SiLU()), 1),

@@ -1,4 +1,4 @@
-"""timm and Ultralytics as they are installed: the same outputs and gradients before and after."""
+"""Promise: models of timm and Ultralytics keep their outputs and gradients when they are fused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def required(name: str, module: str = "") -> ModuleType:
-    """A package for these tests, or a skip that says what is missing."""
+    """The package, or a skip with the reason."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
     from examples import third_party
@@ -40,7 +40,7 @@ def compare(plain: nn.Module, fused: nn.Module, x: Tensor) -> None:
         grads = torch.autograd.grad(out.square().mean(), [leaf, *learnt])
         with torch.no_grad():
             results.append([out, *model.buffers(), model.eval()(x), model(x), *grads])
-    # Gradients of what a batch norm takes back are zero but for rounding in the others.
+    # A gradient that a batch norm cancels is rounding error: allow an error of the largest one.
     largest = max(g.abs().max().item() for g in results[1][-len(grads) :])
     for got, want in zip(*results, strict=True):
         error = (got - want).abs().max().item()
@@ -92,7 +92,7 @@ def test_timm_checkpoint_into_our_network(native: str) -> None:
 
 
 def test_timm_features(native: str) -> None:
-    """A feature extractor calls the bottlenecks through timm's own ways."""
+    """timm's feature extractor calls the bottlenecks without the network's forward."""
     model = required("timm").create_model("ghostnet_050", features_only=True)
     plain = randomize(model).eval()
     fused = copy.deepcopy(plain)
@@ -135,7 +135,7 @@ def test_ultralytics(native: str, name: str) -> None:
 
 @pytest.mark.parametrize("order", ["theirs first", "ours first"])
 def test_ultralytics_own_fuse(native: str, order: str) -> None:
-    """It folds batch norms into convolutions, deletes them and replaces forwards."""
+    """Ultralytics' fuse folds batch norms into convolutions, deletes them and replaces forwards."""
     conv = required("ultralytics", "nn.modules.conv")
     utils = required("ultralytics", "utils.torch_utils")
     plain = randomize(nn.Sequential(conv.GhostConv(16, 24), conv.GhostConv(24, 16, 3))).eval()

@@ -24,7 +24,7 @@ from helpers import (
     product,
     sound,
 )
-from test_forward import check
+from module_checks import check_forward
 from triton_cases import SMALL_TILE, planned
 
 from ghost_ops.activations import PRELU
@@ -42,7 +42,7 @@ COVERING = [
                 k=axes["primary"][0],
                 stride=axes["primary"][1],
                 act1=ACTIVATIONS[axes["act"]],
-                act2=ACTIVATIONS[3 * axes["act"] % 8],
+                act2=ACTIVATIONS[3 * axes["act"] % len(ACTIVATIONS)],
                 **{name: axes[name] for name in ("n", "c", "oup", "ratio", "d", "layout", "dtype")},
             )
         ),
@@ -57,7 +57,7 @@ COVERING = [
             "ratio": (1, 2, 3, 4, 5),
             "d": (1, 3, 5, 7),
             "primary": ((1, 1), (1, 2), (3, 1)),
-            "act": range(8),
+            "act": range(len(ACTIVATIONS)),
             "layout": LAYOUTS,
             "dtype": DTYPES,
             "tile": (None, SMALL_TILE),
@@ -70,14 +70,14 @@ COVERING = [
 @pytest.mark.parametrize(("case", "how"), COVERING, ids=str)
 def test_covering(triton_device: str, case: Case, how: dict) -> None:
     with planned(**how):
-        check(case, device=triton_device)
+        check_forward(case, device=triton_device)
 
 
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two launches"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_64_bit_offsets(triton_device: str, layout: str, one_pass: bool) -> None:
     with planned(wide=True, one_pass=one_pass, tile=SMALL_TILE):
-        check(Case(ratio=3, stride=2, h=9, w=12, layout=layout), device=triton_device)
+        check_forward(Case(ratio=3, stride=2, h=9, w=12, layout=layout), device=triton_device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,7 +88,7 @@ def test_float32_batch_norms_around_half_precision(
     layout: str,
 ) -> None:
     case = Case(dtype=torch.bfloat16, bn_dtype=torch.float32, ratio=ratio, layout=layout)
-    check(case, device=triton_device)
+    check_forward(case, device=triton_device)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,7 +15,7 @@ from helpers import (
     make_module,
     oracle,
 )
-from test_ops import samples, strides
+from operator_cases import samples, strides
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

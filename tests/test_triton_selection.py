@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_backends import RUN, python
+from processes import RUN, python
 
 import ghost_ops
 from ghost_ops import backends

@@ -23,18 +23,16 @@ from helpers import (
     Params,
     assert_close,
     covering,
+    expanded,
     make_input,
     make_module,
     oracle,
+    other_format,
     plain,
     same_bits,
-)
-from test_training import (
-    check,
-    expanded,
-    other_format,
     sliced_channels,
 )
+from module_checks import check_training
 from torch import Tensor
 from triton_cases import SMALL_TILE, launches, planned
 
@@ -50,7 +48,7 @@ COVERING = [
             k=axes["primary"][0],
             stride=axes["primary"][1],
             act1=ACTIVATIONS[axes["act"]],
-            act2=ACTIVATIONS[3 * axes["act"] % 8],
+            act2=ACTIVATIONS[3 * axes["act"] % len(ACTIVATIONS)],
             **{name: axes[name] for name in ("c", "oup", "ratio", "d", "layout", "dtype")},
         ),
         axes["training"],
@@ -64,7 +62,7 @@ COVERING = [
             "ratio": (1, 2, 3, 5),
             "d": (1, 3, 5),
             "primary": ((1, 1), (1, 2), (3, 1)),
-            "act": range(8),
+            "act": range(len(ACTIVATIONS)),
             "layout": LAYOUTS,
             "dtype": (torch.float32, torch.bfloat16, torch.float16),
             "training": (True, False),
@@ -83,14 +81,14 @@ def test_covering(
     how: dict,
 ) -> None:
     with planned(**how):
-        check(case, training, device=triton_device)
+        check_training(case, training, device=triton_device)
 
 
 @pytest.mark.parametrize("d", [3, 7])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_64_bit_offsets(triton_device: str, layout: str, d: int) -> None:
     with planned(wide=True, one_pass=layout == "nhwc", tile=SMALL_TILE):
-        check(Case(ratio=3, d=d, stride=2, h=7, w=9, layout=layout), device=triton_device)
+        check_training(Case(ratio=3, d=d, stride=2, h=7, w=9, layout=layout), device=triton_device)
 
 
 MIXED = covering(
@@ -195,7 +193,7 @@ def test_u_recomputed_stashed_and_kept(triton_device: str, c: int, layout: str) 
     sizes = case.n, c, case.h, case.w, case.m, 2, case.oup, 3, 1
     p = plan.Problem(*sizes, 0, 0.0, 0, 0.0, layout == "nhwc", case.dtype, True)
     assert plan.stashes_u(p) == (c > 8)
-    check(case, training=layout == "nchw" or c == 64, device=triton_device)
+    check_training(case, training=layout == "nchw" or c == 64, device=triton_device)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
@@ -206,7 +204,7 @@ def test_float32_batch_norms_around_half_precision(
     training: bool,
 ) -> None:
     case = Case(dtype=torch.bfloat16, bn_dtype=torch.float32, layout=layout, h=9, w=11)
-    check(case, training, device=triton_device)
+    check_training(case, training, device=triton_device)
 
 
 def run(module: torch.nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor | None]:

@@ -1,8 +1,8 @@
-"""Models, their fused twins, and what is compared between the two.
+"""Fused models and their plain twins, and the comparison of the two.
 
-The twin is a copy made before ``fuse``. Outputs, gradients, buffers and hook calls are compared in
-float64. ``FAMILIES`` are the models: Ghost modules in every form, our own modules, bottlenecks, and
-a small GhostNet. All take 6 channels.
+The plain twin is a copy made before ``fuse``. Outputs, gradients, buffers and hook calls are
+compared in float64. ``FAMILIES`` are the models: Ghost modules in every form, our own modules,
+bottlenecks and a small GhostNet. All take 6 channels.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ghost_forms import FORMS, Sliced, randomize
+from ghost_forms import FORMS, GhostConv, Sliced, randomize
 from torch import Tensor, nn
 
 import ghost_ops
-from ghost_ops import FusedGhostModule
+from ghost_ops import FusedGhostBottleneck, FusedGhostModule
 from ghost_ops.models import GhostNet
 from ghost_ops.reference import GhostBottleneck, GhostModule
 
 Seen = dict[str, Any]
 
 
-# --- forms that differ from FORMS only in how they are written --------------------------------
+# --- the formulas of FORMS, written in other ways ---------------------------------------------
 
 
 class Flat(nn.Module):
-    """No Sequentials: conv1, bn1, conv2, bn2 and a functional ReLU."""
+    """Layers without Sequentials, and a functional ReLU."""
 
     def __init__(self, padding: int | str = 1) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Functional(nn.Module):
 
 
 class Scaled(Sliced):
-    """The input is named feat, and there is an optional argument."""
+    """The input is named ``feat``, and forward has an optional argument."""
 
     def forward(self, feat: Tensor, scale: float = 1.0) -> Tensor:
         y = self.primary_conv(feat)
@@ -70,7 +70,7 @@ class Scaled(Sliced):
 
 
 class Tail(Sliced):
-    """Children after the concatenation; ``act`` is None or a module."""
+    """With layers after the concatenation; ``act`` is None or a module."""
 
     def __init__(self, *tail: nn.Module, act: nn.Module | None = None) -> None:
         super().__init__(6, 8)
@@ -125,12 +125,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {"network": network}
 FAMILIES = {**FORMS, **REWRITTEN, **OURS, **BOTTLENECKS, **NETWORKS}
 
 
-# --- twins, and what is seen of them ----------------------------------------------------------
+# --- twins, and the comparison of them --------------------------------------------------------
 
 
 @functools.cache
 def made(family: str) -> nn.Module:
-    """The plain model of a family, in float64. It is shared: tests copy it."""
+    """The plain model of a family in float64. It is cached: a test changes copies only."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return randomize(FAMILIES[family]()).double()
@@ -143,8 +143,15 @@ def fuse_copy(plain: nn.Module) -> nn.Module:
     return fused
 
 
+def unfused_copy(model: nn.Module) -> nn.Module:
+    """The plain model with the same state."""
+    other = copy.deepcopy(model)
+    ghost_ops.unfuse(other)
+    return other
+
+
 def twins(family: str, training: bool = False) -> tuple[nn.Module, nn.Module]:
-    """A model that is fused in the given mode, and its plain twin."""
+    """A fused model and its plain twin, both in training or in evaluation mode."""
     plain = copy.deepcopy(made(family)).train(training)
     if family in OURS:
         return FusedGhostModule.from_reference(copy.deepcopy(plain)), plain
@@ -157,16 +164,22 @@ def image(n: int = 3, h: int = 12, w: int = 11, seed: int = 1) -> Tensor:
 
 
 def observe(
-    model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None, *, grad: bool = True,
-    x_grad: bool = True, owner: nn.Module | None = None, calls: list | None = None,
-) -> Seen:  # fmt: skip
-    """Run one forward, and a backward if the output requires it; return every visible result.
+    model: nn.Module,
+    x: Tensor,
+    call: Callable[..., Tensor] | None = None,
+    *,
+    grad: bool = True,
+    x_grad: bool = True,
+    owner: nn.Module | None = None,
+    calls: list | None = None,
+) -> Seen:
+    """Run a forward, and a backward if the output requires a gradient; return all results.
 
     Args:
-        call: the callable to run, if it is not the model.
+        call: what runs instead of the model, such as its compiled form.
         x_grad: whether the input requires a gradient.
         owner: another model whose gradients and buffers are returned too.
-        calls: the list that hooks append to; it is emptied.
+        calls: the list that hooks append to; it is returned and emptied.
 
     Returns:
         Output, gradients, buffers, state_dict keys and hook calls by name; after an exception only
@@ -219,18 +232,28 @@ def same(got: Seen, want: Seen, *, may_raise: bool = False) -> None:
 
 
 def agree(fused: nn.Module, plain: nn.Module, **kwargs: Any) -> None:
-    """Compare with gradients, then twice without: the second call runs from packed weights."""
+    """Compare once with gradients, then twice without: the second time weights are cached."""
     for grad in (True, False, False):
         same(*(observe(model, image(), grad=grad) for model in (fused, plain)), **kwargs)
+
+
+def setting(path: str, make: Callable[[], Any]) -> Callable[[nn.Module], None]:
+    """A change that sets the attribute at a dotted path to what ``make`` returns."""
+    parent, _, name = path.rpartition(".")
+    return lambda model: setattr(model.get_submodule(parent), name, make())
 
 
 HOOKS = ("forward pre", "forward", "full backward pre", "full backward")
 
 
 def add_hook(
-    module: nn.Module | None, kind: str, calls: list, name: str = "", factor: float | None = None,
+    module: nn.Module | None,
+    kind: str,
+    calls: list,
+    name: str = "",
+    factor: float | None = None,
     names: dict[nn.Module, str] | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Register a hook that appends its tensors to ``calls``.
 
     Args:
@@ -243,7 +266,7 @@ def add_hook(
         last = passed[0] if kind == "full backward" else passed[-1]
         flat = (last,) if isinstance(last, Tensor) else last
         where = name if names is None else names.get(m, "another module")
-        # PyTorch's compiler calls its own modules with lists, and global hooks for them.
+        # PyTorch's compiler calls modules of its own with lists, and global hooks see them.
         tensors = [t.detach().clone() for t in flat if isinstance(t, Tensor)]
         calls.append((f"{kind} hook of {where}", tensors))
         if factor is None:
@@ -259,3 +282,39 @@ def add_hook(
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 FEW = ("authors", "Ultralytics", "FusedGhostModule", "bottleneck, stride 2, gated", "network")
+
+
+# --- a small classifier of our own modules ----------------------------------------------------
+
+
+def small_network() -> nn.Module:
+    """A classifier with both kinds of fused modules, in training mode; it takes ``images()``."""
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        FusedGhostBottleneck(8, 16, 8),
+        FusedGhostBottleneck(8, 20, 12, stride=2, se_ratio=0.25),
+        GhostConv(12, 16),
+        Sliced(16, 16),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    )
+    randomize(net)
+    ghost_ops.fuse(net)
+    assert isinstance(net[5], GhostConv)
+    assert type(net[5]) is not GhostConv
+    return net
+
+
+def images(n: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, 3, 18, 16, generator=torch.Generator().manual_seed(n)).to(dtype)
+
+
+def training_step(net: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module) -> list[Tensor]:
+    """Output, gradients and statistics of one step; ``net`` is ``model`` or its compiled form."""
+    out = net(x)
+    grads = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+    return [out.detach(), *grads, *(b.clone().to(out.dtype) for b in model.buffers())]
+
+
+def all_close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-7) -> None:
+    for got, want in zip(a, b, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
