@@ -132,8 +132,7 @@ bench-quick: bench  ## the same with less of everything, in three minutes
 gpu-kit: $(STAMPS)/library  ## prepare what benchmarks/gpu.py needs on a GPU machine, in build/gpu-kit
 	$(PY) benchmarks/gpu.py --kit $(ARGS)
 
-# VENV= installs nothing: then tools may be missing, which is an error, or with MISSING_TOOLS=skip is
-# only said.
+# VENV= installs nothing, so tools can be missing: an error, or a message with MISSING_TOOLS=skip.
 MISSING_TOOLS ?= fail
 
 lint: $(call extra,lint)  ## check style: ruff and clang-format
