@@ -79,7 +79,7 @@ $(STAMPS)/demo-library: $(SOURCES) | environment
 CXX_FILES := find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc'
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-isa test-all bench bench-quick gpu-kit lint format clean distclean
+.PHONY: help build demo test test-isa test-all bench bench-quick gpu-kit lint format docs clean distclean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -133,15 +133,34 @@ bench-quick: bench  ## the same with less of everything, in three minutes
 gpu-kit: $(STAMPS)/library  ## prepare what benchmarks/gpu.py needs on a GPU machine, in build/gpu-kit
 	$(PY) benchmarks/gpu.py --kit $(ARGS)
 
+# VENV= installs nothing, so tools can be missing: an error, or a message with MISSING_TOOLS=skip.
+MISSING_TOOLS ?= fail
+
 lint: $(call extra,lint)  ## check style: ruff and clang-format
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	$(CXX_FILES) | PATH="$(BIN):$$PATH" xargs clang-format --dry-run -Werror
+	@export PATH="$(BIN):$$PATH"; missing=; \
+	for tool in ruff; do $(PY) -c "import $$tool" 2>/dev/null || missing="$$missing $$tool"; done; \
+	command -v clang-format >/dev/null || missing="$$missing clang-format"; \
+	if [ -n "$$missing" ]; then \
+		echo "ghost_ops: make lint did not run, this Python lacks:$$missing (extra 'lint' of pyproject.toml)" >&2; \
+		[ "$(MISSING_TOOLS)" = skip ]; exit; \
+	fi; \
+	set -e; \
+	$(PY) -m ruff check .; \
+	$(PY) -m ruff format --check .; \
+	$(CXX_FILES) | xargs clang-format --dry-run -Werror
 
 format: $(call extra,lint)  ## apply the style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CXX_FILES) | PATH="$(BIN):$$PATH" xargs clang-format -i
+
+# The modules that ghost_ops.__all__ names, without operators and single backends.
+PUBLIC = ghost_ops '!ghost_ops\.(backends|ops|planner)\..*' '!ghost_ops\.ops'
+
+docs: $(call extra,docs)  ## write the API reference from the docstrings to build/docs
+	$(PY) -m pdoc --docformat google --no-show-source --template-directory docs/pdoc \
+		--output-directory build/docs $(PUBLIC)
+	@echo "ghost_ops: open build/docs/index.html"
 
 clean:  ## remove what a build makes
 	rm -rf build dist *.egg-info ghost_ops/*.so
@@ -149,4 +168,4 @@ clean:  ## remove what a build makes
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment too
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -44,13 +44,16 @@ def run(
     )
 
 
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff")
+
+
 def copy_tree(target: Path, *, with_csrc: bool = True) -> Path:
     """A clean checkout: the files that a distribution is made of, and nothing built."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "Makefile"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", *PAGES):
         target.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, target)
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.o")
-    folders = ["ghost_ops", "tests", "benchmarks", ".ci"] + ["csrc"] * with_csrc
+    folders = ["ghost_ops", "tests", "benchmarks", "examples", "docs", ".ci"] + ["csrc"] * with_csrc
     for name in folders:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=ignore)
@@ -178,8 +181,8 @@ def test_sdist_has_all_that_a_build_and_a_test_need(tmp_path: Path) -> None:
     sdist, _ = build("sdist", source, tmp_path / "sdist", {})
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {"LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py", ".ci/run"}
-    for folder in ("csrc", "ghost_ops", "tests", "benchmarks"):
+    wanted = {"LICENSE", "Makefile", "pyproject.toml", "setup.py", ".ci/run", *PAGES}
+    for folder in ("csrc", "ghost_ops", "tests", "benchmarks", "examples", "docs"):
         files = [path for path in (source / folder).rglob("*") if path.is_file()]
         wanted |= {path.relative_to(source).as_posix() for path in files}
     assert wanted - names == set()
@@ -391,7 +394,22 @@ def test_makefile_lists_its_targets() -> None:
         pytest.skip("make is not installed")
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = {line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()}
-    assert targets >= {"demo", "test", "bench", "lint", "clean"}
+    assert targets >= {"demo", "test", "bench", "lint", "docs", "clean"}
+
+
+@in_checkout
+def test_versions_written_in_several_files_agree() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f"\nversion: {ghost_ops.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    hooks = ROOT / ".pre-commit-config.yaml"
+    if hooks.exists():  # not in a distribution
+        pins = set(re.findall(r"[a-z-]+==[\d.]+", hooks.read_text()))
+        assert pins <= set(re.findall(r"[a-z-]+==[\d.]+", project))
+        assert {pin.partition("==")[0] for pin in pins} == {"ruff", "clang-format"}
+    workflow = ROOT / ".github" / "workflows" / "ci.yml"
+    if workflow.exists():
+        (matrix,) = re.findall(r"python-version: \[(.*)\]", workflow.read_text())
+        assert re.findall(r"3\.\d+", matrix) == re.findall(r"Python :: (3\.\d+)", project)
 
 
 # ---------------------------------------------------------------- the choice of a backend
