@@ -37,7 +37,7 @@ def usage() -> str:
 
 
 def ask(question: Question, arguments: Sequence[str]) -> int:
-    """Run a question in a process of its own: the allocator is set up when a process starts."""
+    """Run a question in a separate process: the allocator is configured at process start."""
     command = [sys.executable, "-m", "benchmarks", question.name, *arguments]
     process = subprocess.Popen(command, env={**os.environ, **question.malloc})
     while True:
@@ -60,12 +60,7 @@ def report_run(folder: Path, argv: Sequence[str], *, fresh: bool = False) -> Run
 
 
 def run_all(argv: Sequence[str]) -> int:
-    """Ask the questions one after the other, then write the page.
-
-    Returns:
-        0; 130 if interrupted; otherwise the status of the first question that failed. One that
-        fails does not keep the others from running.
-    """
+    """Ask the questions one after the other, then write the page; returns the first failure."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks all", description="Every question, one folder, one page."
     )

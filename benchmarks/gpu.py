@@ -59,19 +59,13 @@ NOT_PASSED_ON = (
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the run.
-
-    Args:
-        seconds: what it should take on an H100; its time limit is half as much again.
-        host: host time counts, so that the step wants ``ghost_ops._C`` and waits for its build.
-        environment: of its process.
-    """
+    """A step of the run."""
 
     name: str
     purpose: str
-    seconds: float
-    host: bool = True
-    environment: tuple[tuple[str, str], ...] = ()
+    seconds: float  # on an H100; its time limit is half as much again
+    host: bool = True  # host time counts: the step needs ghost_ops._C and waits for its build
+    environment: tuple[tuple[str, str], ...] = ()  # of its process
 
     def command(self, arguments: argparse.Namespace) -> list[str]:
         given = ["--child", self.name, "--out", arguments.out, "--run", arguments.run]
@@ -133,8 +127,7 @@ def start(
 class StepRunner(Runner):
     """Runs the steps within the budget; each leaves a row with its seconds, and why it failed.
 
-    Args:
-        module: the build of ``ghost_ops._C`` that goes on beside the first steps.
+    ``module`` is the build of ``ghost_ops._C`` that goes on beside the first steps.
     """
 
     def __init__(

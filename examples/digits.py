@@ -96,7 +96,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of digits told right, in eval mode; training mode is put back."""
+    """Share of digits classified correctly, in eval mode; training mode is restored."""
     model.eval()
     with torch.inference_mode():
         logits = torch.cat([model(part) for part in x.split(250)])

@@ -67,7 +67,7 @@ def test_committed_results_keep_the_schema() -> None:
 def make_session(out: pathlib.Path, **changes: object) -> runner.Session:
     arguments = argparse.Namespace(**{"rounds": 3, "fresh": False, "out": out, **changes})
     meta = machine.metadata(["test"], cores=[], allocation="as it comes")
-    return runner.Session("test", arguments, meta, LIMITS, out)
+    return runner.Session("test", arguments, meta, LIMITS)
 
 
 def tasks(run: runner.Session, ran: list[str], stop_at: str | None) -> list[runner.Task]:

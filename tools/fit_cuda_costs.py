@@ -2,7 +2,7 @@
 
 Rows of ``ghost_apply`` in float16, channels_last, batch 256: a CSV file with ``COLUMNS``, or the
 ``rows.jsonl`` of ``benchmarks/gpu.py --steps plans-1 plans-2 plans-3``. The constants stand in
-``csrc/core/cuda_costs.inc``; those counted or taken from data sheets stay as they are.
+``csrc/core/cuda_costs.inc``; constants counted or taken from data sheets are not fitted.
 
 A coordinate search lowers the mean over the shapes of
 
@@ -12,7 +12,7 @@ A coordinate search lowers the mean over the shapes of
     w_i = (best / measured_i)^2,  s_i = predicted_i^(-1 / SPREAD)
 
 over the plans i of a shape: the error, most of all that of good plans, and what a choice by
-predicted time costs. A price on every change keeps constants of which the rows say nothing.
+predicted time costs. A price on every change keeps constants that the rows do not determine.
 """
 
 from __future__ import annotations

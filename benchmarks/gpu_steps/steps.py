@@ -1,4 +1,4 @@
-"""What each step of ``benchmarks/gpu.py`` measures. A step runs in a process of its own.
+"""The steps of ``benchmarks/gpu.py``. Each step runs in a separate process.
 
 Every row is appended to the results file as it is measured. A candidate is checked against float64
 before its time counts; one that fails or is wrong gets a row with a ``note`` and no time.
@@ -56,11 +56,8 @@ STALLS = (
     "barrier branch_resolve lg_throttle long_scoreboard math_pipe_throttle mio_throttle "
     "no_instruction not_selected short_scoreboard wait"
 ).split()
-NCU_CASES = {  # shape -> whether it is trained
-    **dict.fromkeys(("16-48@112-relu", "40-240@28-relu", "112-672@14-relu"), False),
-    "960-160@7-linear": False,
-    "40-120@28-relu": True,
-}
+NCU_EVAL = ("16-48@112-relu", "40-240@28-relu", "112-672@14-relu", "960-160@7-linear")
+NCU_CASES = {**dict.fromkeys(NCU_EVAL, False), "40-120@28-relu": True}  # whether it is trained
 
 
 # ---------------------------------------------------------------- candidates
@@ -149,8 +146,7 @@ def measure(
     candidates: Sequence[Candidate],
     **fields: Any,
 ) -> None:
-    """Check and time one module: eval (forward) or train (forward and backward). Its rows have the
-    ``fields``, too."""
+    """Check and time one module: eval (forward) or train (forward and backward)."""
     where = {"case": shape.name, "batch": batch, "mode": mode, **fields}
     if not any(sheet.wants({**where, **c.fields(dtype)}) for c in candidates):
         return
@@ -583,7 +579,7 @@ STEPS: dict[str, Callable[[Sheet], None]] = {
 
 
 def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any]) -> int:
-    """Run one step. Returns 3 where there is no GPU, and says why."""
+    """Run one step. Without a GPU, prints why and returns 3."""
     if torch.version.cuda is None:
         print(f"torch {torch.__version__} is a build without CUDA: install a CUDA build of PyTorch")
         return 3

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.gpu_steps.sheet import KEY, Row
-from benchmarks.harness.rows import geometric_mean
+from benchmarks.harness.rows import geometric_mean, split
 
 SHAPES_SHOWN = {"eval": 10, "train": 3}  # of a group, slowest against eager first; else one
 
@@ -18,12 +19,8 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 def module_lines(rows: Sequence[Row], copy: float | None) -> list[str]:
     """A group of module rows: geometric means, then its shapes, slowest against eager first."""
-    cells: dict[str, list[Row]] = {}
-    for row in rows:
-        if "us" in row:
-            cells.setdefault(row["case"], []).append(row)
     lines, ratios, shares = [], [], []
-    for case, cell in cells.items():
+    for (case,), cell in split((row for row in rows if "us" in row), "case").items():
         eager = [row["us"] for row in cell if row["provider"].startswith("eager")]
         ours = [row for row in cell if row["provider"].startswith("ours")]
         if not eager or not ours:
@@ -102,12 +99,11 @@ def render(rows: Sequence[Row]) -> str:
     first = ["note" in row for row in rows if row.get("step") == "correct" and "case" in row]
     if first:
         lines.append(f"first checks: {first.count(False)} right, {first.count(True)} wrong")
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if "bytes" in row and row["step"] != "correct":
             # NCHW beside channels_last is a candidate of one group, alone it is a group.
             alone = row["step"] == "more" and row["layout"] == "nchw" and row["provider"] == "ours"
-            groups.setdefault((row["step"], row["mode"], row["dtype"], row["batch"], alone), [])
             groups[row["step"], row["mode"], row["dtype"], row["batch"], alone].append(row)
     for (*key, alone), group in groups.items():
         if alone:
@@ -115,11 +111,10 @@ def render(rows: Sequence[Row]) -> str:
         lines += module_lines(group, copy)
     lines += network_lines([row for row in rows if "images_per_s" in row])
     lines += filter(None, map(other_line, rows))
-    notes: dict[str, int] = {}
+    notes: Counter[str] = Counter()
     for row in rows:
         if "note" in row and "passed" not in row:
             where = " ".join(str(row[name]) for name in ("step", "provider") if name in row)
-            line = f"NOT MEASURED {where}: {row['note'][:150]}"
-            notes[line] = notes.get(line, 0) + 1
+            notes[f"NOT MEASURED {where}: {row['note'][:150]}"] += 1
     lines += [line + (f" ({count} rows)" if count > 1 else "") for line, count in notes.items()]
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """ONNX Runtime and OpenVINO as peers: optional, inference only, batch norms folded beforehand.
 
-Both come with the pip extra ``engines``. They compute in float32 (OpenVINO is told not to drop to
-bfloat16 by itself) on as many threads as PyTorch has, and are called the cheapest way that they
+Both come with the pip extra ``engines``. They compute in float32 (OpenVINO would choose bfloat16 on
+some processors) on as many threads as PyTorch has, and are called the cheapest way that they
 offer: input and output are bound once, in memory that both sides share, so that a call copies
 nothing and allocates nothing. Slices that keep everything, which tracing makes of ``[:, :oup]`` and
 ONNX Runtime would copy for, are taken out of the graph. Where libraries are held to an instruction
@@ -26,17 +26,14 @@ from benchmarks.harness.extras import MissingExtra, require
 from benchmarks.harness.providers import CHANNELS_LAST, Provider
 
 EXTRA = "engines"
-_PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 
 
 def missing(provider: Provider) -> MissingExtra | None:
-    """What an engine lacks here, as the error that says how to get it; None if it can run."""
-    for package in _PACKAGES[provider.family]:
+    """The package that an engine lacks here, as an error with the command that installs it."""
+    for package in ("onnx", provider.family):
         if importlib.util.find_spec(package) is None:
-            return MissingExtra(
-                f"{provider.family} needs the package {package!r}, which is not installed; "
-                f'install it with: pip install "ghost_ops[{EXTRA}]"'
-            )
+            needs = f"{provider.family} needs the package {package!r}, which is not installed"
+            return MissingExtra(f'{needs}; install it with: pip install "ghost_ops[{EXTRA}]"')
     return None
 
 
@@ -53,10 +50,7 @@ def print_missing() -> None:
 
 def choose(patterns: Sequence[str] | None, default: Sequence[str]) -> tuple[Provider, ...]:
     """The providers named, engines among them; ``default`` and all engines installed if none is.
-
-    Raises:
-        ValueError: a pattern matches nothing, or names an engine that is not installed.
-    """
+    ValueError for a pattern that matches nothing or an engine that is not installed."""
     if not patterns:
         return (*providers.select(default), *installed())
     chosen = providers.select(patterns, (*providers.PROVIDERS, *providers.ENGINES))
@@ -76,25 +70,16 @@ def unavailable(provider: Provider, dtype: torch.dtype) -> str | None:
         return f"{provider.family} is measured in float32 only, not in {dtype}"
     if provider.family == "onnxruntime" and (limits := machine.forced(machine.ISA_VARIABLES)):
         return f"onnxruntime cannot be held to an instruction set ({', '.join(limits)})"
-    lacking = missing(provider)
-    return None if lacking is None else str(lacking)
+    return str(lacking) if (lacking := missing(provider)) else None
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def build(provider: Provider, folded: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """``folded``, a module in eval mode without batch norms, compiled by the engine for ``x``.
+    """``folded``, a module in eval mode without batch norms, compiled by an engine for float32 x.
 
-    Args:
-        provider: one of ``providers.ENGINES``.
-        folded: see :func:`benchmarks.harness.providers.folded`.
-        x: float32 input in the provider's memory format; each call reads it anew.
-
-    Returns:
-        A call that gives the output, in memory that the next call writes again.
-
-    Raises:
-        MissingExtra: the engine is not installed.
+    Each call reads x, in the provider's memory format, anew, and gives the output in memory that
+    the next call writes again. Raises MissingExtra if the engine is not installed.
     """
     model = _onnx(folded, x)
     if provider.family == "onnxruntime":
@@ -168,7 +153,7 @@ def _onnxruntime(model: bytes, x: Tensor) -> Callable[[], Tensor]:
         ):
             bind(value.name, "cpu", 0, numpy.float32, tuple(tensor.shape), tensor.data_ptr())
 
-        # x is held too: the binding knows no more than its address.
+        # The default argument keeps x alive: the binding holds its address only.
         def run(session: Any = session, binding: Any = binding, held: Any = (out, x)) -> Tensor:
             session.run_with_iobinding(binding)
             return held[0]
@@ -209,7 +194,7 @@ def _openvino(serialized: bytes, x: Tensor, channels_last: bool) -> Callable[[],
     request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
     result = out.permute(0, 3, 1, 2) if channels_last and out.dim() == 4 else out
 
-    # Both tensors are held here: the request knows no more than their addresses.
+    # The default argument keeps both tensors alive: the request holds their addresses only.
     def run(held: Any = (given, result)) -> Tensor:
         # Without sharing, every call would copy the results.
         request.infer(share_inputs=True, share_outputs=True)

@@ -104,10 +104,7 @@ class Roofline:
 
 
 def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) -> float:
-    """Shortest time of one call: a limit is wanted here, so the minimum and not the median.
-
-    Wall time in any case: the minimum is what a moment without disturbance shows.
-    """
+    """Shortest wall time of one call: a limit is the minimum and not the median."""
     call()
     start = time.perf_counter()
     call()
@@ -121,18 +118,11 @@ def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) ->
     return best
 
 
-def measure_gemm_peak(
-    dtype: torch.dtype, *, sizes: Sequence[int] = GEMM_SIZES, samples: int = 5
-) -> tuple[float, int]:
-    """Best FLOP/s of square ``torch.mm`` over ``sizes``, and the size that reached it."""
-    peak, at = 0.0, 0
-    for n in sizes:
-        a, b = torch.rand(n, n).to(dtype), torch.rand(n, n).to(dtype)
-        out = torch.empty(n, n, dtype=dtype)
-        rate = 2.0 * n**3 / _best(functools.partial(torch.mm, a, b, out=out), samples)
-        if rate > peak:
-            peak, at = rate, n
-    return peak, at
+def gemm_rate(n: int, dtype: torch.dtype, samples: int) -> float:
+    """Best FLOP/s of ``torch.mm`` on [n, n]."""
+    left, right = torch.rand(2, n, n).to(dtype)
+    product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
+    return 2.0 * n**3 / _best(product, samples)
 
 
 @functools.cache
@@ -158,19 +148,11 @@ def native_copies() -> tuple[dict[str, Any], str]:
     return copies, f"compiled with {compiler}"
 
 
-def _all_at_once(pool: ThreadPoolExecutor, calls: Sequence[Callable[[], object]]) -> None:
-    for future in [pool.submit(call) for call in calls]:
-        future.result()
-
-
 def measure_bandwidth(
     threads: int, *, sizes: Sequence[int] = COPY_SIZES, samples: int = 5
 ) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """Best bytes/s (read plus written) of any copy per working-set size, and which copy it was.
-
-    Tried are ``torch.Tensor.copy_``, memcpy, and vector loops with ordinary and with non-temporal
-    stores, on resident buffers.
-    """
+    """Best bytes/s (read plus written) per working-set size, and which copy it was: torch's,
+    memcpy, or vector loops with ordinary or non-temporal stores, on resident buffers."""
     raw = {"memcpy": ctypes.memmove, **native_copies()[0]}
     rates, methods = [], []
     with ThreadPoolExecutor(threads) as pool:
@@ -184,12 +166,14 @@ def measure_bandwidth(
             skip = (source.data_ptr() + 2048 - room.data_ptr()) % 4096 // 4
             target = room[skip : skip + nbytes // 4]
             calls: dict[str, Any] = {"torch": functools.partial(target.copy_, source)}
+            to, of, starts = target.data_ptr(), source.data_ptr(), range(0, nbytes, part)
             for name, copy in raw.items():
-                pairs = [
-                    (target.data_ptr() + i, source.data_ptr() + i) for i in range(0, nbytes, part)
-                ]
-                parts = [functools.partial(copy, *pair, part) for pair in pairs]
-                together = functools.partial(_all_at_once, pool, parts)
+                parts = [functools.partial(copy, to + i, of + i, part) for i in starts]
+
+                def together(parts: Any = parts) -> None:
+                    for future in [pool.submit(part) for part in parts]:
+                        future.result()
+
                 calls[name] = parts[0] if threads == 1 else together
             times = {name: _best(call, samples) for name, call in calls.items()}
             best = min(times, key=times.__getitem__)
@@ -207,7 +191,7 @@ def measure_roofline(
 ) -> Roofline:
     """Measure GEMM peak and bandwidth curve with the current number of threads."""
     threads = torch.get_num_threads()
-    peak, size = measure_gemm_peak(dtype, sizes=gemm_sizes, samples=samples)
+    peak, size = max((gemm_rate(n, dtype, samples), n) for n in gemm_sizes)
     bandwidth, methods = measure_bandwidth(threads, sizes=copy_sizes, samples=samples)
     name = str(dtype).removeprefix("torch.")
     return Roofline(peak, size, tuple(copy_sizes), bandwidth, methods, threads, name)

@@ -95,7 +95,7 @@ def core_count() -> int:
 
 
 def processor_name() -> str:
-    """The CPU's model name, with family and model numbers where the name alone says little."""
+    """The CPU's model name, with family and model numbers where /proc/cpuinfo has them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -161,10 +161,10 @@ def library_info() -> dict[str, Any]:
 def metadata(
     words: Sequence[str], *, cores: Sequence[int], allocation: str, clock: str = "wall"
 ) -> dict[str, Any]:
-    """What a reader needs to judge the numbers: machine, versions, commit, threads, date, command.
+    """What a reader needs to judge the numbers.
 
-    ``words`` is the command line after ``python -m benchmarks``; the rest are ``cores`` that the
-    threads are pinned to, how the process allocates, and the clock.
+    ``words`` is the command line after ``python -m benchmarks``, ``cores`` those that the threads
+    are pinned to, ``allocation`` how the process allocates.
     """
     return {
         "schema": SCHEMA_VERSION,

@@ -8,7 +8,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,10 @@ from benchmarks.harness.subjects import Call, Subject
 _PROBE = ("floor", "matrix product")
 
 
+# A provider that passed its check: its row, the call to be timed, the check.
+Entry = tuple[dict[str, Any], Callable[[], object], timing.Check]
+
+
 @contextlib.contextmanager
 def no_compile_leftovers() -> Iterator[None]:
     """Forget compiled modules afterwards, so that no shape meets another's recompile limit."""
@@ -32,13 +35,17 @@ def no_compile_leftovers() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-@dataclass
-class Entry:
-    """A provider that passed its check, and what of it is to be timed."""
-
-    row: dict[str, Any]
-    call: Callable[[], object]
-    check: timing.Check
+def common(mode: str, subject: Subject, provider: Provider) -> dict[str, Any]:
+    """The fields of every row."""
+    return {
+        "mode": mode,
+        "dtype": str(subject.x.dtype).removeprefix("torch."),
+        "layout": provider.layout,
+        "batch": len(subject.x),
+        "threads": torch.get_num_threads(),
+        "provider": provider.name,
+        **subject.fields,
+    }
 
 
 class Measurer:
@@ -47,9 +54,7 @@ class Measurer:
     torch.compile takes part in the modes that ``--compile`` names, until compiling has taken
     ``--compile-minutes``; from there on its rows are notes.
 
-    Args:
-        session: gets the rows; its roofline gives the floor.
-        chosen: the providers to measure, eager NCHW among them; by default ``--providers``.
+    ``chosen`` are the providers to measure, eager NCHW among them; by default ``--providers``.
     """
 
     def __init__(self, session: Session, chosen: Sequence[Provider] | None = None) -> None:
@@ -71,33 +76,20 @@ class Measurer:
         left, right = torch.randn(2, n, n).to(self.dtype)
         self._product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
 
-    def providers_for(self, mode: str) -> list[Provider]:
-        """Those of the chosen providers that take part in ``mode``."""
-        return [
-            p
-            for p in self.chosen
-            if (mode != "train" or p.trains)
-            and (mode in self.compile_modes or not p.family.startswith("compile"))
-        ]
+    def takes_part(self, provider: Provider, mode: str) -> bool:
+        """Whether a provider is measured in a mode."""
+        if provider.family.startswith("compile") and mode not in self.compile_modes:
+            return False
+        return provider.trains or mode != "train"
 
     def row(self, mode: str, subject: Subject, provider: Provider, **fields: Any) -> dict[str, Any]:
         """A row of one subject, without time, added to the session."""
         training = mode in ("train", "saved")
         nbytes, flops = subject.training_work if training else subject.work
-        row = {
-            "mode": mode,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layout": provider.layout,
-            "batch": len(subject.x),
-            "threads": torch.get_num_threads(),
-            "provider": provider.name,
-            "bytes": nbytes,
-            "flops": flops,
-            "floor_s": self.roofline.floor(nbytes, flops),
-            "bound": self.roofline.bound(nbytes, flops),
-            "median_s": None,
-        }
-        return self.session.add({**row, **subject.fields, **fields})
+        row = common(mode, subject, provider) | {"bytes": nbytes, "flops": flops, "median_s": None}
+        row["floor_s"] = self.roofline.floor(nbytes, flops)
+        row["bound"] = self.roofline.bound(nbytes, flops)
+        return self.session.add({**row, **fields})
 
     def time(self, calls: Any, rounds: int) -> dict[Any, timing.Timing]:
         """Interleaved rounds on the session's clock."""
@@ -130,16 +122,14 @@ class Measurer:
         What is allowed: twice the error of eager NCHW plus a floor for ours; twice the larger error
         of the eager layouts for the others.
 
-        Args:
-            make: builds the provider's calls: the first is checked and the second timed.
-            exact: what the first must return, in float64.
-            fields: of the rows, besides those of the subject.
+        ``make`` builds a provider's calls: the first, which must return ``exact``, is checked, and
+        the second timed. ``fields`` are added to the rows.
         """
         floors = subject.allowed(len(exact))
         entries = []
         eager: list[float] = []
         peers: list[float] = []
-        for provider in self.providers_for(mode):
+        for provider in (p for p in self.chosen if self.takes_part(p, mode)):
             row = self.row(mode, subject, provider, **fields)
             compiles = provider.family.startswith("compile")
             reason = engines.unavailable(provider, self.dtype)
@@ -166,28 +156,26 @@ class Measurer:
             eager = eager or errors
             if provider.family == "eager":
                 peers = [max(pair) for pair in zip(errors, peers or errors, strict=True)]
-            check = timing.check_errors(errors, eager if provider.ours else peers, floors)
+            base = eager if provider.family == "fused" else peers
+            check = timing.check_errors(errors, base, floors)
             if not check.ok:
                 row["note"] = f"wrong result: error {check.error:.2e}, allowed {check.allowed:.2e}"
                 continue
-            entries.append(Entry(row, timed, check))
+            entries.append((row, timed, check))
         return entries
 
     def time_entries(self, entries: Sequence[Entry]) -> None:
         """Time what passed its check, in interleaved rounds, and fill in the rows."""
-        calls: dict[Any, Callable[[], object]] = {
-            (e.row["shape"], e.row["provider"]): e.call for e in entries
-        }
+        calls: dict[Any, Any] = {(row["shape"], row["provider"]): call for row, call, _ in entries}
         # The product that the peak was measured with takes part in the rounds: where other users of
         # the machine slow everything down, floor and module are slowed down alike.
         timings = self.time({**calls, _PROBE: self._product}, self.session.arguments.rounds)
         now = self.roofline.at_peak(2 * self.roofline.gemm_size**3 / timings[_PROBE].median)
-        for entry in entries:
-            row = entry.row
+        for row, _, check in entries:
             row["floor_s"] = now.floor(row["bytes"], row["flops"])
             row["bound"] = now.bound(row["bytes"], row["flops"])
             row["gemm_peak"] = now.gemm_peak
-            self.fill(row, timings[row["shape"], row["provider"]], entry.check)
+            self.fill(row, timings[row["shape"], row["provider"]], check)
 
     @contextlib.contextmanager
     def on_threads(self, threads: int) -> Iterator[None]:
@@ -251,7 +239,7 @@ class Measurer:
                 found = timing.saved_bytes(functools.partial(module, x), module)
                 row = self.row("saved", subject, provider, x_bytes=x.nbytes)
                 row |= {f"saved_{what}": size for what, size in found.items()}
-                if (most := subject.most_saved()) is not None:
+                if (most := subject.most_saved) is not None:
                     row |= {"allowed_maps": most, "contract_ok": found["maps"] <= most}
 
 

@@ -19,7 +19,7 @@ CIFAR = "cifar"  # group of networks for images of 32 x 32
 
 def small_modules() -> dict[str, nn.Module]:
     """Modules of 8 input channels that ``fuse`` takes, by form."""
-    # Not the reference class itself, which FusedGhostModule stands for: the authors' is another.
+    # A subclass: ``fuse`` then treats it as the authors' class, not as the reference module.
     authors = type("AuthorsGhostModule", (reference.GhostModule,), {})
     return {
         "authors' form": authors(8, 16),
@@ -28,15 +28,9 @@ def small_modules() -> dict[str, nn.Module]:
     }
 
 
-def _ghostnet(width: float) -> nn.Module:
-    network = models.ghostnet(width, CLASSES, dropout=0.0)
-    ghost_ops.unfuse(network)
-    return network
-
-
 @dataclass(frozen=True)
 class Network:
-    """A network by name: ``make`` gives the plain one; geometric means are taken in a ``group``."""
+    """A network by name; geometric means are taken over the networks of one ``group``."""
 
     key: str  # in command lines
     title: str  # in tables
@@ -55,6 +49,7 @@ class Network:
         """The network in training mode, with the batch-norm statistics of random images."""
         torch.manual_seed(0)
         network = self.make()
+        ghost_ops.unfuse(network)
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         with torch.no_grad():
@@ -70,7 +65,8 @@ class Network:
 
 def ghostnet(width: float) -> Network:
     """GhostNet of some width."""
-    return Network(f"ghostnet-{width}", f"GhostNet {width}x", functools.partial(_ghostnet, width))
+    make = functools.partial(models.ghostnet, width, CLASSES, dropout=0.0)
+    return Network(f"ghostnet-{width}", f"GhostNet {width}x", make)
 
 
 def _cifar(depth: int) -> Network:

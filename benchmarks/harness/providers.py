@@ -30,28 +30,16 @@ NCHW = "nchw"
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to run the module.
+    """A way to run the module."""
 
-    Args:
-        family: what runs: eager, folded, compile, compile_frozen, fused, or an engine outside
-            PyTorch (onnxruntime, openvino).
-        layout: memory format of x (and of grad_out): nchw or channels_last.
-        trains: whether it can run forward + backward.
-    """
-
-    family: str
-    layout: str
-    trains: bool = True
+    family: str  # eager, folded, compile, compile_frozen, fused, or one of ENGINE_FAMILIES
+    layout: str  # memory format of x (and of grad_out): nchw or channels_last
+    trains: bool = True  # whether it can run forward + backward
 
     @property
     def name(self) -> str:
         """``family_layout``, as the rows and tables show it."""
         return f"{self.family}_{'cl' if self.layout == CHANNELS_LAST else 'nchw'}"
-
-    @property
-    def ours(self) -> bool:
-        """Whether this is ghost_ops."""
-        return self.family == "fused"
 
     @property
     def engine(self) -> bool:
@@ -65,37 +53,25 @@ class Provider:
 
 _FORMATS = {NCHW: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
 
-PROVIDERS: tuple[Provider, ...] = tuple(
-    Provider(family, layout, trains)
-    for family, layout, trains in (
-        ("eager", NCHW, True),
-        ("eager", CHANNELS_LAST, True),
-        ("folded", NCHW, False),
-        ("folded", CHANNELS_LAST, False),
-        ("compile", CHANNELS_LAST, True),
-        ("compile_frozen", CHANNELS_LAST, False),
-        ("fused", NCHW, True),
-        ("fused", CHANNELS_LAST, True),
-    )
+LAYOUTS = tuple(_FORMATS)
+PROVIDERS: tuple[Provider, ...] = (
+    *(Provider("eager", layout) for layout in LAYOUTS),
+    *(Provider("folded", layout, trains=False) for layout in LAYOUTS),
+    Provider("compile", CHANNELS_LAST),
+    Provider("compile_frozen", CHANNELS_LAST, trains=False),
+    *(Provider("fused", layout) for layout in LAYOUTS),
 )
-ENGINES: tuple[Provider, ...] = tuple(
-    Provider(family, layout, trains=False)
-    for family, layout in (
-        ("onnxruntime", NCHW),
-        ("openvino", NCHW),
-        ("openvino", CHANNELS_LAST),
-    )
+ENGINES: tuple[Provider, ...] = (
+    Provider("onnxruntime", NCHW, trains=False),
+    *(Provider("openvino", layout, trains=False) for layout in LAYOUTS),
 )
 
 
 def select(
     patterns: Sequence[str], candidates: Sequence[Provider] = PROVIDERS
 ) -> tuple[Provider, ...]:
-    """Providers of ``candidates`` whose name or family matches; eager NCHW is always among them.
-
-    Patterns are names, families, globs, or ``all`` for PyTorch's and ours; ValueError for one that
-    matches nothing.
-    """
+    """Providers whose name or family matches a pattern, which may be a glob or ``all`` (PyTorch's
+    and ours), and eager NCHW in any case. ValueError for a pattern that matches nothing."""
     chosen = {BASELINE}
     for pattern in patterns:
         matches = [

@@ -24,7 +24,7 @@ QUANTILES = ("median_s", "p20_s", "p80_s")
 FUSED = ("fused_nchw", "fused_cl")
 AGREE = 0.10  # two runs whose means differ by less agree
 
-# What every row has, and what a row that was timed has besides.
+# Fields of every row, and further fields of a timed row.
 ROW_FIELDS: dict[str, type] = {
     **dict.fromkeys(("question", "mode", "shape", "dtype", "layout", "provider"), str),
     **dict.fromkeys(("batch", "threads"), int),
@@ -57,12 +57,9 @@ def check_row(row: Row) -> None:
 
 def check_document(document: Mapping[str, Any]) -> None:
     """Raise ValueError for a results file in which a part or a field is missing or wrong."""
-    for part in ("meta", "rows", "question", "complete", "done"):
-        if part not in document:
-            raise ValueError(f"results: no {part!r} in it")
-    missing = [name for name in META_FIELDS if name not in document["meta"]]
-    if missing:
-        raise ValueError(f"results: meta lacks {', '.join(missing)}")
+    parts = {"meta", "rows", "question", "complete", "done"}
+    if missing := (parts - document.keys()) or (set(META_FIELDS) - document["meta"].keys()):
+        raise ValueError(f"results: no {', '.join(sorted(missing))}")
     for row in document["rows"]:
         check_row(row)
 

@@ -1,4 +1,4 @@
-"""The one runner: named tasks in turn, and a file that says which are done.
+"""The one runner: executes named tasks in turn and keeps the finished ones in a file.
 
 After an interruption the same command on the same commit and machine goes on with the tasks that
 are missing. Three programs use it: a question, whose tasks add rows to its results file
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +26,10 @@ Task = tuple[str, Callable[[], Failure]]
 
 
 class Runner:
-    """Runs tasks and keeps what is done in a JSON file.
+    """Runs tasks and keeps what is done in a JSON file, if there is a path.
 
-    Args:
-        path: the file; None keeps nothing.
-        fingerprint: what two runs must have in common for one to go on where the other stopped.
-        fresh: forget an interrupted earlier run.
+    Two runs must have the fingerprint in common for one to go on where the other stopped; a
+    ``fresh`` one forgets an interrupted earlier run.
     """
 
     def __init__(
@@ -64,12 +61,6 @@ class Runner:
         if self.path is not None:
             machine.write_json(self.path, {**self.state(), "complete": complete})
 
-    def announce(self, name: str, number: int, count: int) -> None:
-        """Print that a task starts; on a terminal each line replaces the one before."""
-        line = f"  {number} of {count}, after {sum(self.seconds.values()):.0f} s: {name}"
-        terminal = sys.stdout.isatty()
-        print(f"\r{line:<79}" if terminal else line, end="" if terminal else "\n", flush=True)
-
     def finish(self, name: str, failure: Failure) -> None:
         """Keep what a task has done."""
         self.done.append(name)
@@ -85,14 +76,15 @@ class Runner:
         for number, (name, work) in enumerate(tasks, 1):
             if name in self.done:
                 continue
-            self.announce(name, number, len(tasks))
+            taken = sum(self.seconds.values())
+            print(f"  {number} of {len(tasks)}, after {taken:.0f} s: {name}", flush=True)
             started = time.monotonic()
             try:
                 failure = work()
             except KeyboardInterrupt:
                 failure = INTERRUPTED
-            taken = self.seconds.get(name, 0.0) + time.monotonic() - started
-            self.seconds[name] = round(taken, 1)
+            spent = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self.seconds[name] = round(spent, 1)
             if failure == INTERRUPTED:
                 self.save()
                 kept = f"{len(self.done)} of {len(tasks)} tasks are kept"
@@ -100,29 +92,14 @@ class Runner:
                 return INTERRUPTED
             self.finish(name, failure)
             status = status or (1 if isinstance(failure, str) else failure or 0)
-        if sys.stdout.isatty():
-            print()
         return status
 
 
 class Session(Runner):
-    """One run of one question: its machine, its limits, its rows.
-
-    Args:
-        question: its name; every row carries it.
-        arguments: the parsed command line.
-        meta: see :func:`benchmarks.harness.machine.metadata`.
-        roofline: limits measured in this run, or None for questions that time nothing.
-        out: results file.
-    """
+    """One run of one question: its machine (``metadata``), its limits if it times, its rows."""
 
     def __init__(
-        self,
-        question: str,
-        arguments: argparse.Namespace,
-        meta: dict[str, Any],
-        roofline: floor.Roofline | None,
-        out: Path,
+        self, question: str, arguments: Any, meta: dict[str, Any], roofline: floor.Roofline | None
     ) -> None:
         self.question, self.arguments = question, arguments
         self.meta, self.roofline = meta, roofline
@@ -131,6 +108,7 @@ class Session(Runner):
         given = {k: str(v) for k, v in sorted(vars(arguments).items()) if k not in ("out", "fresh")}
         same = {key: str(meta.get(key)) for key in ("cpu", "torch", "commit", "allocation")}
         fingerprint = {**same, "instructions": machine.instructions(meta), "arguments": given}
+        out = machine.prepare_output(arguments.out)
         super().__init__(out, fingerprint, fresh=arguments.fresh)
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -154,10 +132,6 @@ class Session(Runner):
         self.unsaved.append(row)
         return row
 
-    def run(self, tasks: Sequence[Task]) -> int:
-        self.unsaved.clear()
-        return super().run(tasks)
-
     def finish(self, name: str, failure: Failure) -> None:
         for row in self.unsaved:
             check_row(row)
@@ -171,22 +145,16 @@ def start(
     argv: Sequence[str],
     arguments: argparse.Namespace,
     *,
-    malloc: Mapping[str, str] = machine.TUNED_MALLOC,
-    measure_limits: bool = True,
+    malloc: Mapping[str, str],
+    measure_limits: bool,
 ) -> Session:
-    """Set up the machine and print what it is.
+    """Set up the machine for a question and print what it is.
 
-    Args:
-        question: its name.
-        argv: its command line, for the restart with another allocator.
-        arguments: the same, parsed.
-        malloc: the allocator's environment.
-        measure_limits: measure GEMM peak and bandwidth.
-
-    Raises:
-        OSError: the results file cannot be written. ValueError: too many threads.
+    ``malloc`` is the allocator's environment, ``measure_limits`` decides about GEMM peak and
+    bandwidth. Raises OSError if the results file cannot be written, ValueError for too many
+    threads.
     """
-    out = machine.prepare_output(arguments.out)
+    machine.prepare_output(arguments.out)
     words = [question, *argv]
     allocation = "default allocator, untouched (--malloc default)"
     if arguments.malloc == "tuned":
@@ -201,4 +169,4 @@ def start(
         less = floor.QUICK_LIMITS if arguments.quick else {}
         roofline = floor.measure_roofline(arguments.dtype, **less)
         print(f"{roofline}\nCopies: torch, memcpy and vector loops ({floor.native_copies()[1]})")
-    return Session(question, arguments, meta, roofline, out)
+    return Session(question, arguments, meta, roofline)

@@ -17,30 +17,19 @@ GRID = "grid"  # group of shapes that vary one thing at a time, of no network
 
 @dataclass(frozen=True)
 class Shape:
-    """One Ghost module on square maps of ``size`` x ``size`` pixels.
+    """One Ghost module on square maps of ``size`` x ``size`` pixels."""
 
-    Args:
-        inp: input channels C.
-        oup: output channels.
-        size: height and width of the input in pixels.
-        activation: name of the activation of both branches (``"none"`` for a linear module).
-        kernel_size, ratio, dw_size, stride: as in the reference Ghost module.
-        eps: epsilon of both batch norms.
-        count: how often the module occurs in its network.
-        group: the network family, or ``GRID``.
-    """
-
-    inp: int
-    oup: int
+    inp: int  # input channels C
+    oup: int  # output channels
     size: int
-    activation: str = "relu"
+    activation: str = "relu"  # of both branches; none for a linear module
     kernel_size: int = 1
     ratio: int = 2
     dw_size: int = 3
     stride: int = 1
-    eps: float = 1e-5
-    count: int = 1
-    group: str = "ghostnet"
+    eps: float = 1e-5  # of both batch norms
+    count: int = 1  # how often the module occurs in its network
+    group: str = "ghostnet"  # the network family, or GRID
 
     @property
     def name(self) -> str:
@@ -67,34 +56,23 @@ class Shape:
         return (padded - self.kernel_size) // self.stride + 1
 
 
-# Input size, channels in and out, activation, and how often it occurs.
-GHOSTNET: tuple[Shape, ...] = tuple(
-    Shape(inp, oup, size, activation, count=count)
-    for size, inp, oup, activation, count in (
-        (112, 16, 16, "relu", 1),
-        (112, 16, 16, "none", 1),
-        (112, 16, 48, "relu", 1),
-        (56, 48, 24, "none", 1),
-        (56, 24, 72, "relu", 2),
-        (56, 72, 24, "none", 1),
-        (28, 72, 40, "none", 1),
-        (28, 40, 120, "relu", 1),
-        (28, 120, 40, "none", 1),
-        (28, 40, 240, "relu", 1),
-        (14, 240, 80, "none", 1),
-        (14, 80, 200, "relu", 1),
-        (14, 200, 80, "none", 1),
-        (14, 80, 184, "relu", 2),
-        (14, 184, 80, "none", 2),
-        (14, 80, 480, "relu", 1),
-        (14, 480, 112, "none", 1),
-        (14, 112, 672, "relu", 2),
-        (14, 672, 112, "none", 1),
-        (7, 672, 160, "none", 1),
-        (7, 160, 960, "relu", 4),
-        (7, 960, 160, "none", 4),
-    )
-)
+def _ghostnet(word: str) -> Shape:
+    name, _, count = word.partition("*")
+    inp, oup, size, activation = name.replace("@", "-").split("-")
+    activation = activation.replace("linear", "none")
+    return Shape(int(inp), int(oup), int(size), activation, count=int(count or 1))
+
+
+# Channels in and out, input size, activation, and how often it occurs if not once.
+_GHOSTNET = """
+    16-16@112-relu 16-16@112-linear 16-48@112-relu
+    48-24@56-linear 24-72@56-relu*2 72-24@56-linear
+    72-40@28-linear 40-120@28-relu 120-40@28-linear 40-240@28-relu
+    240-80@14-linear 80-200@14-relu 200-80@14-linear 80-184@14-relu*2 184-80@14-linear*2
+    80-480@14-relu 480-112@14-linear 112-672@14-relu*2 672-112@14-linear
+    672-160@7-linear 160-960@7-relu*4 960-160@7-linear*4
+"""
+GHOSTNET: tuple[Shape, ...] = tuple(map(_ghostnet, _GHOSTNET.split()))
 YOLO: tuple[Shape, ...] = tuple(
     Shape(inp, oup, size, "silu", dw_size=5, eps=1e-3, group="yolo")
     for inp, oup, size in ((64, 128, 80), (128, 128, 40), (256, 256, 20))

@@ -34,31 +34,21 @@ def random(*size: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 
 class Bound(NamedTuple):
-    """A module in training, bound to its own input.
-
-    Attributes:
-        x: the input.
-        backward: forward and backward; gives the output or the loss, then all gradients.
-        compared: the same with what is compared with float64.
-        step: the call that is timed.
-    """
+    """A module in training, bound to its own input."""
 
     x: Tensor
-    backward: Call
-    compared: Call
-    step: Callable[[], object]
+    backward: Call  # forward and backward: the output or the loss, then all gradients
+    compared: Call  # the same, with what is compared with float64
+    step: Callable[[], object]  # what is timed
 
 
 class Subject:
-    """One Ghost module on x [batch, C, size, size].
+    """One Ghost module on x [batch, C, size, size], in NCHW.
 
-    Attributes:
-        plain: the module in PyTorch, in training mode.
-        x: its input in NCHW.
-        fields: shape, group and count of its rows.
-        images: those of a batch whose output is compared in eval mode.
-        work: bytes that a forward moves and FLOPs that it computes, at least.
-        training_work: the same of forward and backward.
+    ``plain`` is the module in PyTorch, in training mode; ``fields`` shape, group and count of its
+    rows; ``images`` those whose output is compared in eval mode; ``work`` the bytes that a forward
+    moves and the FLOPs that it computes, at least, ``training_work`` those of a training step;
+    ``most_saved`` the bytes of maps that a fused one may keep for backward, if that is promised.
     """
 
     def __init__(self, shape: Shape, batch: int, dtype: torch.dtype) -> None:
@@ -66,6 +56,7 @@ class Subject:
         self.plain: nn.Module = providers.reference_module(shape, dtype=dtype)
         self.x = random(batch, shape.inp, shape.size, shape.size, dtype=dtype)
         self.fields = {"shape": shape.name, "group": shape.group, "count": shape.count}
+        self.most_saved: int | None = self.x.nbytes * (4 if shape.oup > shape.inp else 5) // 4
         out = (batch, shape.oup, shape.out_size, shape.out_size)
         self.grad_out = random(*out, dtype=dtype, seed=2)
         sizes = (shape, batch, dtype.itemsize)
@@ -75,10 +66,6 @@ class Subject:
     def allowed(self, count: int) -> list[float]:
         """Relative error of ``count`` results that is allowed on top of eager's."""
         return error_floors(self.shape, self.x.dtype, count)
-
-    def most_saved(self) -> int | None:
-        """Bytes of maps that a fused one may keep for backward; None without a contract."""
-        return self.x.nbytes * (4 if self.shape.oup > self.shape.inp else 5) // 4
 
     def bind(self, module: Any, arrange: Callable[[Tensor], Tensor]) -> Bound:
         """Bind a module in training to its own copy of the tensors, as ``arrange`` gives them."""
@@ -96,7 +83,7 @@ class NetworkSubject(Subject):
     """A network on images [batch, 3, size, size], with cross entropy as its loss."""
 
     def __init__(self, network: Network, size: int, batch: int, dtype: torch.dtype) -> None:
-        self.images = slice(4)
+        self.images, self.most_saved = slice(4), None
         self.plain = network.plain(size).to(dtype)
         self.x = random(batch, 3, size, size, dtype=dtype)
         self.labels = torch.arange(batch) % network.classes
@@ -111,9 +98,6 @@ class NetworkSubject(Subject):
         # some fifty layers; eager in the other memory format differs by that much as well.
         eps = torch.finfo(self.x.dtype).eps
         return [64 * eps, (1024 * eps) ** 0.5][:count]
-
-    def most_saved(self) -> None:
-        return None
 
     def bind(self, module: Any, arrange: Callable[[Tensor], Tensor]) -> Bound:
         own, parameters = arrange(self.x), list(module.parameters())

@@ -43,15 +43,10 @@ def time_interleaved(
     clock: Clock = time.perf_counter,
     max_repeats: int = 10_000,
 ) -> dict[str, Timing]:
-    """Time every call in interleaved rounds.
+    """Time every call in interleaved rounds, one sample a round.
 
-    Args:
-        calls: name -> function without arguments.
-        rounds: samples per call.
-        min_sample: seconds that a sample lasts about, by repeating the call.
-        warmup: seconds each call runs before its number of repeats is fixed (two calls at least).
-        clock: monotonic clock in seconds.
-        max_repeats: most calls in a sample.
+    A call runs ``warmup`` seconds (twice at least) before its number of repeats is fixed, with
+    which a sample lasts about ``min_sample`` seconds.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
@@ -106,11 +101,8 @@ class Check:
 
 
 def relative_error(candidate: torch.Tensor, exact: torch.Tensor, *, norm: str) -> float:
-    """Error of ``candidate`` over the size of ``exact``, both in float64 and in one norm.
-
-    The norm is ``"max"`` (largest element) or ``"l2"``. NaN if either tensor holds a NaN, infinite
-    if the shapes differ.
-    """
+    """Error of ``candidate`` over the size of ``exact`` in float64, in the norm max or l2; NaN if
+    either tensor holds a NaN, infinite if the shapes differ."""
     if candidate.shape != exact.shape:
         return math.inf
     if not exact.numel():
@@ -134,11 +126,8 @@ def relative_errors(
 def check_errors(
     candidate: Sequence[float], eager: Sequence[float], floors: Sequence[float]
 ) -> Check:
-    """Check ``candidate <= 2 * eager + floor`` for the relative error of each tensor.
-
-    Returns:
-        The check of the tensor that comes closest to its limit or passes it furthest.
-    """
+    """Check ``candidate <= 2 * eager + floor`` for the relative error of each tensor; returned is
+    the check of the tensor that comes closest to its limit or passes it furthest."""
     checks = [
         Check(error, base, 2.0 * base + floor)
         for error, base, floor in zip(candidate, eager, floors, strict=True)
@@ -149,11 +138,8 @@ def check_errors(
 def saved_bytes(call: Callable[[], torch.Tensor], module: torch.nn.Module) -> dict[str, int]:
     """Bytes that autograd keeps for the backward of one forward, parameters and buffers aside.
 
-    Every distinct storage counts once, at its full size (a saved view keeps all of it alive).
-
-    Returns:
-        ``maps``: storages of feature maps; ``stats``: one-dimensional tensors (per-channel
-            statistics); ``total``: both.
+    Every distinct storage counts once, at its full size (a saved view keeps all of it alive):
+    ``maps``, ``stats`` (one-dimensional tensors, which are per-channel statistics), ``total``.
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     # By address; the tensor is held, so that its storage is not freed and its address reused.

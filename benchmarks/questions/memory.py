@@ -19,9 +19,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-
-from benchmarks.harness import machine, networks, providers, timing
+from benchmarks.harness import machine, measure, networks, providers, timing
 from benchmarks.harness.rows import BASELINE, Point, Row, cells, family
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject, Subject
@@ -60,25 +58,16 @@ def peak_growth(call: Callable[[], object]) -> int:
     return 1024 * max(0, _kilobytes("VmHWM") - before)
 
 
-def measure(run: Session, make: Callable[[], Subject]) -> None:
+def measure_peak(run: Session, make: Callable[[], Subject]) -> None:
     """One subject: what its forward keeps and the peak of forward + backward, by provider."""
     subject = make()
     for provider in run.arguments.providers:
         module = providers.build(provider, subject.plain, training=True)
         bound = subject.bind(module, provider.input)
         saved = timing.saved_bytes(functools.partial(module, bound.x), module)["total"]
-        row = {
-            "mode": "peak",
-            "dtype": str(run.arguments.dtype).removeprefix("torch."),
-            "layout": provider.layout,
-            "batch": len(subject.x),
-            "threads": torch.get_num_threads(),
-            "provider": provider.name,
-            "x_bytes": subject.x.nbytes,
-            "saved_total": saved,
-            "peak_bytes": peak_growth(bound.backward),
-        }
-        run.add({**row, **subject.fields})
+        peak = peak_growth(bound.backward)
+        row = measure.common("peak", subject, provider)
+        run.add({**row, "x_bytes": subject.x.nbytes, "saved_total": saved, "peak_bytes": peak})
 
 
 KEYS = {"peak_bytes": "peak", "saved_total": "saved"}
@@ -110,7 +99,7 @@ class Memory(Question):
     malloc = machine.LEAN_MALLOC
     measure_limits = False
 
-    def unavailable(self, arguments: argparse.Namespace) -> str | None:
+    def unavailable(self, _: argparse.Namespace) -> str | None:
         return unavailable()
 
     def options(self, parser: argparse.ArgumentParser) -> None:
@@ -132,14 +121,11 @@ class Memory(Question):
 
     def tasks(self, run: Session) -> list[Task]:
         given, network = run.arguments, networks.ghostnet(run.arguments.width)
-        make: dict[str, Callable[[], Subject]] = {
-            network.title: functools.partial(
-                NetworkSubject, network, given.size, given.batch, given.dtype
-            )
-        }
-        for shape in given.shapes:
-            make[shape.name] = functools.partial(Subject, shape, given.batch, given.dtype)
-        return [(name, functools.partial(measure, run, one)) for name, one in make.items()]
+        more = given.batch, given.dtype
+        whole = functools.partial(NetworkSubject, network, given.size, *more)
+        make = {shape.name: functools.partial(Subject, shape, *more) for shape in given.shapes}
+        parts = {network.title: whole, **make}.items()
+        return [(name, functools.partial(measure_peak, run, one)) for name, one in parts]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         body = [

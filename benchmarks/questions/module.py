@@ -200,14 +200,13 @@ class Module(Question):
             work.append(("overhead", functools.partial(overhead, measurer)))
 
         def train(subject: Subject) -> None:
-            measurer.saved(subject)
             measurer.train(subject)
+            measurer.saved(subject)
 
-        dtype = given.dtype
         if "eval" in modes:
-            work += each("eval ", given.shapes, given.batch, dtype, measurer.eval)
+            work += each("eval ", given, given.batch, measurer.eval)
         if "train" in modes:
-            work += each("train ", given.shapes, given.batch[-1:], dtype, train)
+            work += each("train ", given, given.batch[-1:], train)
         return work
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:

@@ -85,7 +85,7 @@ class Networks(Question):
     def check(self, arguments: argparse.Namespace) -> None:
         few = ["ghostnet-0.5", "yolo"] if arguments.quick else list(NETWORKS)
         arguments.networks = arguments.networks or few
-        one_thread = arguments.clock == "cpu"  # CPU time says nothing about more
+        one_thread = arguments.clock == "cpu"  # CPU time is that of one thread
         cores = 1 if one_thread else machine.core_count()
         arguments.train_threads = arguments.train_threads or cores
         if one_thread and arguments.train_threads != 1:

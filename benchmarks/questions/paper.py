@@ -114,8 +114,8 @@ class Paper(Question):
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         for p in summarize(rows):
-            for who, (value, low, high) in (("PyTorch", p.pytorch), ("ghost_ops", p.ours)):
-                triple = value / p.theory, low / p.theory, high / p.theory
+            for who, found in (("PyTorch", p.pytorch), ("ghost_ops", p.ours)):
+                triple = found[0] / p.theory, found[1] / p.theory, found[2] / p.theory
                 yield Point(f"paper, k={p.k}: {who}, measured over r_s", triple, str(p))
 
 

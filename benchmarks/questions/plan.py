@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import floor, providers, timing
+from benchmarks.harness import providers, timing
 from benchmarks.harness.extras import require
+from benchmarks.harness.floor import Roofline
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import QUANTILES, Point, Row, split, timed
 from benchmarks.harness.runner import Session, Task
@@ -38,56 +39,26 @@ MODELLED = ("eager_nchw", "fused_nchw", "fused_cl")
 
 
 def predict(
-    roofline: floor.Roofline, nbytes: float, flops: float, call: float, gemm_peak: float
+    roofline: Roofline, nbytes: float, flops: float, call: float, gemm_peak: float
 ) -> float:
     """Seconds of one call: its overhead, and whatever of memory and arithmetic takes longer."""
     return call + roofline.at_peak(gemm_peak).floor(nbytes, flops)
 
 
-class PlanBenchmark:
-    """Measures shapes and sets the prediction beside each time."""
+def set_prediction(row: dict[str, Any], subject: Subject, call: float, limits: Roofline) -> None:
+    """Give a timed row ``plan_bytes``, ``plan_flops``, ``scratch_bytes`` and ``predicted_s``."""
+    from ghost_ops import planner
 
-    def __init__(self, run: Session) -> None:
-        self.run, self.measurer = run, Measurer(run, providers.select(MODELLED))
-        self.overheads: dict[str, float] = {}
-
-    def overhead(self) -> None:
-        """Time of a call that computes next to nothing, for each provider."""
-        subject = Subject(Shape(8, 16, 4), 1, self.measurer.dtype)
-        build = functools.partial(providers.build, plain=subject.plain, training=False)
-        with torch.inference_mode():
-            calls = {
-                p.name: functools.partial(build(p), p.input(subject.x))
-                for p in self.measurer.chosen
-            }
-            timings = self.measurer.time(calls, self.run.arguments.rounds)
-        for provider in self.measurer.chosen:
-            row = self.measurer.row("overhead", subject, provider)
-            self.measurer.fill(row, timings[provider.name], timing.Check())
-            self.overheads[provider.name] = timings[provider.name].median
-
-    def measure(self, subject: Subject) -> None:
-        """Measure one shape; its rows get ``plan_bytes``, ``predicted_s`` and ``scratch_bytes``."""
-        from ghost_ops import planner
-
-        if not self.overheads:  # resumed: they are in the rows of the earlier run
-            found = [row for row in self.run.rows if row["mode"] == "overhead"]
-            self.overheads = {row["provider"]: row["median_s"] for row in found}
-        self.measurer.eval(subject)
-        shape, size = subject.shape, tuple(subject.x.shape)
-        options = {"ratio": shape.ratio, "dw_size": shape.dw_size, "stride": shape.stride}
-        options |= {"activation": shape.activation, "dtype": self.measurer.dtype}
-        for row in self.run.unsaved:
-            if row["median_s"] is None or row["provider"] not in MODELLED:
-                continue
-            channels_last = row["layout"] == providers.CHANNELS_LAST
-            plan = planner.explain(size, shape.oup, channels_last=channels_last, **options)
-            fused = row["provider"].startswith("fused")
-            nbytes = plan.bytes_fused if fused else plan.bytes_eager
-            row["plan_bytes"], row["plan_flops"] = nbytes, plan.flops
-            row["scratch_bytes"] = plan.scratch_bytes if fused else None
-            call, limits = self.overheads[row["provider"]], self.measurer.roofline
-            row["predicted_s"] = predict(limits, nbytes, plan.flops, call, row["gemm_peak"])
+    shape, channels_last = subject.shape, row["layout"] == providers.CHANNELS_LAST
+    options = {"ratio": shape.ratio, "dw_size": shape.dw_size, "stride": shape.stride}
+    options |= {"activation": shape.activation, "dtype": subject.x.dtype}
+    size = tuple(subject.x.shape)
+    plan = planner.explain(size, shape.oup, channels_last=channels_last, **options)
+    fused = row["provider"].startswith("fused")
+    nbytes = plan.bytes_fused if fused else plan.bytes_eager
+    row |= {"plan_bytes": nbytes, "plan_flops": plan.flops}
+    row["scratch_bytes"] = plan.scratch_bytes if fused else None
+    row["predicted_s"] = predict(limits, nbytes, plan.flops, call, row["gemm_peak"])
 
 
 def predictions(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -141,11 +112,26 @@ class Plan(Question):
         return None
 
     def tasks(self, run: Session) -> list[Task]:
-        benchmark, given = PlanBenchmark(run), run.arguments
-        return [
-            ("overhead", benchmark.overhead),
-            *each("", given.shapes, given.batch, given.dtype, benchmark.measure),
-        ]
+        measurer = Measurer(run, providers.select(MODELLED))
+
+        def overhead() -> None:
+            """Time of a call that computes next to nothing, for each provider."""
+            subject, chosen = Subject(Shape(8, 16, 4), 1, measurer.dtype), measurer.chosen
+            build = functools.partial(providers.build, plain=subject.plain, training=False)
+            with torch.inference_mode():
+                calls = {p.name: functools.partial(build(p), p.input(subject.x)) for p in chosen}
+                found = measurer.time(calls, run.arguments.rounds)
+            for provider in chosen:
+                row = measurer.row("overhead", subject, provider)
+                measurer.fill(row, found[provider.name], timing.Check())
+
+        def measure(subject: Subject) -> None:
+            calls = {r["provider"]: r["median_s"] for r in run.rows if r["mode"] == "overhead"}
+            measurer.eval(subject)
+            for row in timed(run.unsaved):
+                set_prediction(row, subject, calls[row["provider"]], measurer.roofline)
+
+        return [("overhead", overhead), *each("", run.arguments, run.arguments.batch, measure)]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """The errors, then predicted and measured time of every shape."""

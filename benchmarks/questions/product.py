@@ -55,13 +55,16 @@ class Product(Question):
         add_shapes(parser)
         add_providers(parser, "eager", "folded", "fused")
 
+    def check(self, arguments: argparse.Namespace) -> None:
+        arguments.shapes = products(arguments.shapes)
+
     def tasks(self, run: Session) -> list[Task]:
-        measurer, given = Measurer(run), run.arguments
+        measurer = Measurer(run)
 
         def work(subject: Subject) -> None:
             measurer.eval(subject, inner=subject.shape.inp)
 
-        return each("", products(given.shapes), given.batch, given.dtype, work)
+        return each("", run.arguments, run.arguments.batch, work)
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """Every product of ours in NCHW and in NHWC, and of the best peer."""

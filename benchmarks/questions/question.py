@@ -1,4 +1,4 @@
-"""What all questions share: the command line, and how one is asked from start to finish."""
+"""The class of all questions: command line, measurement, tables."""
 
 from __future__ import annotations
 
@@ -81,24 +81,15 @@ def add_compile(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 class Question:
-    """One question: how it is measured, and what its rows say.
+    """One question: how it is measured, and what its rows say."""
 
-    Attributes:
-        name: of its command and of its results file, <name>.json.
-        title: of its section in the report.
-        purpose: one line for the list.
-        full, quick: its arguments in ``python -m benchmarks all`` and with ``--quick``.
-        malloc: the allocator that it runs with.
-        measure_limits: whether it measures GEMM peak and bandwidth.
-    """
-
-    name: str
-    title: str
-    purpose: str
-    full: tuple[str, ...] = ("--rounds", "9")
-    quick: tuple[str, ...] = ("--quick",)
-    malloc: Mapping[str, str] = machine.TUNED_MALLOC
-    measure_limits = True
+    name: str  # of its command and of its results file, <name>.json
+    title: str  # of its section in the report
+    purpose: str  # one line for the list
+    full: tuple[str, ...] = ("--rounds", "9")  # its arguments in ``python -m benchmarks all``
+    quick: tuple[str, ...] = ("--quick",)  # and with --quick
+    malloc: Mapping[str, str] = machine.TUNED_MALLOC  # the allocator that it runs with
+    measure_limits = True  # GEMM peak and bandwidth
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         """Add its own options."""
@@ -197,19 +188,15 @@ class Question:
 
 
 def each(
-    name: str,
-    shapes: Iterable[Shape],
-    batches: Sequence[int],
-    dtype: torch.dtype,
-    work: Callable[[Subject], None],
+    name: str, given: argparse.Namespace, batches: Sequence[int], work: Callable[[Subject], None]
 ) -> list[Task]:
     """``work`` on every shape at every batch size, one task each."""
 
     def task(shape: Shape, batch: int) -> None:
-        work(Subject(shape, batch, dtype))
+        work(Subject(shape, batch, given.dtype))
 
     return [
         (f"{name}b{batch} {shape.name}", functools.partial(task, shape, batch))
         for batch in batches
-        for shape in shapes
+        for shape in given.shapes
     ]

@@ -40,9 +40,9 @@ def values(axis: str, quick: bool) -> tuple[int, ...]:
     every = AXES[axis]
     if not quick or len(every) <= 3:
         return every
-    chosen = (every[0], every[len(every) // 2], every[-1])
-    # The far ends of size and batch alone would take the minute.
-    return chosen[:2] if axis in ("size", "batch", "channels") else chosen
+    # The far ends of size, batch and channels alone would take the minute.
+    ends = () if axis in ("size", "batch", "channels") else every[-1:]
+    return (every[0], every[len(every) // 2], *ends)
 
 
 def point(axis: str, value: int) -> tuple[Shape, int]:
@@ -51,17 +51,15 @@ def point(axis: str, value: int) -> tuple[Shape, int]:
     Along ``channels`` the module is square (C -> C), on 14 x 14 maps; large maps are taken with
     smaller batches, so that memory stays below a gigabyte.
     """
-    if axis == "batch":
-        return CENTRE, value
-    if axis == "size":
-        return replace(CENTRE, size=value), max(1, min(BATCH, BATCH * 56 * 56 // value**2))
-    if axis == "channels":
-        return replace(CENTRE, inp=value, oup=value, size=14), BATCH
-    if axis == "ratio":
-        return replace(CENTRE, ratio=value), BATCH
-    if axis == "d":
-        return replace(CENTRE, dw_size=value), BATCH
-    return CENTRE, BATCH
+    points = {
+        "batch": (CENTRE, value),
+        "size": (replace(CENTRE, size=value), max(1, min(BATCH, BATCH * 56 * 56 // value**2))),
+        "channels": (replace(CENTRE, inp=value, oup=value, size=14), BATCH),
+        "ratio": (replace(CENTRE, ratio=value), BATCH),
+        "d": (replace(CENTRE, dw_size=value), BATCH),
+        "threads": (CENTRE, BATCH),
+    }
+    return points[axis]
 
 
 def points(rows: Sequence[Row]) -> list[tuple[str, int, Versus]]:
@@ -99,7 +97,7 @@ class Scaling(Question):
                 measurer.eval(subject, axis=axis, value=value)
 
         axes = [axis for axis in AXES if axis in arguments.axis]
-        if arguments.clock == "cpu":  # CPU time of one thread says nothing about several
+        if arguments.clock == "cpu":  # CPU time is that of one thread
             axes = [axis for axis in axes if axis != "threads"]
         return [
             (f"{axis} {value}", functools.partial(measure, axis, value))

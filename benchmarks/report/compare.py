@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import machine
 from benchmarks.harness.rows import AGREE, BASELINE, Mean, Row, family, load, split, timed
-from benchmarks.questions import QUESTIONS
+from benchmarks.questions import QUESTIONS, network
+from benchmarks.questions.question import number
 from benchmarks.report.page import RUN_FILE
 from benchmarks.report.table import Table
 
@@ -58,21 +59,13 @@ def setup(document: Document, *more: str) -> dict[str, Any]:
 
 
 class Change(NamedTuple):
-    """One measurement in both files.
+    """One measurement in both files."""
 
-    Attributes:
-        what: question, mode, shape and so on, and the provider.
-        unit: what was compared: ``time`` or one of ``SLACK``.
-        ratio: after / before; above 1 is worse.
-        noise: relative change that means nothing.
-        ours: whether it is a measurement of ghost_ops.
-    """
-
-    what: str
-    unit: str
-    ratio: float
-    noise: float
-    ours: bool
+    what: str  # question, mode, shape and so on, and the provider
+    unit: str  # time or one of SLACK
+    ratio: float  # after / before; above 1 is worse
+    noise: float  # relative change that means nothing
+    ours: bool  # whether it is a measurement of ghost_ops
 
     @property
     def worse(self) -> bool:
@@ -171,11 +164,10 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("before", type=Path, help="results file, or folder of them")
     add("after", type=Path)
-    add("--tolerance", type=float, default=0.05, help="relative change that never counts")
+    kind = number(0, kind=float)
+    add("--tolerance", type=kind, default=0.05, help="relative change that never counts")
     add("--means", action="store_true", help="print all geometric means, not only those apart")
     arguments = parser.parse_args(argv)
-    if not 0.0 <= arguments.tolerance < math.inf:
-        parser.error(f"tolerance: expected a number from 0 up, got {arguments.tolerance}")
     changes, before, after = [], {}, {}
     try:
         for one, two in _pairs(arguments.before, arguments.after):
@@ -219,9 +211,8 @@ def column(document: Document) -> dict[str, str]:
     found = {name: f"{m.value:.2f}" for name, m in means.items() if ": floors of " not in name}
     for row in timed(document["rows"]):
         if row.get("question") == "network":
-            what = f"{row['shape']}, {row['mode']}, batch {row['batch']}"
-            name = f"{what}, {row['threads']} thread(s): ms, {row['provider']}"
-            found[name] = f"{1e3 * row['median_s']:.2f}"
+            where = f"{network.name(row)}, {row['threads']} thread(s)"
+            found[f"{where}: ms, {row['provider']}"] = f"{1e3 * row['median_s']:.2f}"
     return found
 
 
@@ -230,7 +221,7 @@ def beside(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks beside", description=beside.__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON, in the order of the columns")
     paths = parser.parse_args(argv).results
-    # Files of one name are told apart by their folders.
+    # Files of the same name get their folder as title.
     stems = [path.stem for path in paths]
     titles = [str(path) if stems.count(path.stem) > 1 else path.stem for path in paths]
     try:

@@ -40,11 +40,11 @@ def _commands(documents: Mapping[str, Document], run: Mapping[str, Any] | None) 
         state = "" if run["complete"] else "; **unfinished**"
         lines = [f"    {run['fingerprint']['command']}", ""]
         lines += [f"{sum(taken.values()):.0f} s in all{state}.", ""]
-    body = []
-    for name, document in documents.items():
-        meta = document["meta"]
-        seconds = taken.get(name, meta.get("seconds", ""))
-        body.append((f"{name}: `{meta['command']}`", meta["date"], seconds))
+    metas = {name: document["meta"] for name, document in documents.items()}
+    body = [
+        (f"{name}: `{meta['command']}`", meta["date"], taken.get(name, meta.get("seconds", "")))
+        for name, meta in metas.items()
+    ]
     return lines + Table("", ("part", "started (UTC)", "seconds"), body).lines()
 
 
@@ -126,10 +126,8 @@ def render(
 
 
 def write(folder: Path, *, draw: bool = True) -> Path:
-    """Write REPORT.md, and the pictures, from the results files in a folder.
-
-    Raises ValueError if there is none or one is broken, OSError if the page cannot be written.
-    """
+    """Write REPORT.md, and the pictures, from the results files in a folder. ValueError if there
+    is none or one is broken, OSError if the page cannot be written."""
     files = {name: folder / f"{name}.json" for name in QUESTIONS}
     documents = {name: load(path) for name, path in files.items() if path.is_file()}
     if not documents:

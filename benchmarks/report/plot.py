@@ -21,6 +21,7 @@ from benchmarks.harness.rows import (
     ENGINE_FAMILIES,
     Cell,
     Row,
+    Triple,
     Versus,
     by_shape,
     fastest,
@@ -51,16 +52,6 @@ TICKS = [k * 10.0**e for e in range(-2, 7) for k in (1, 2, 5)]
 
 class Nothing(ValueError):
     """The rows do not allow a picture; the message says what they lack."""
-
-
-class Bars(NamedTuple):
-    """One bar on each line: values, texts behind them, the ends of their noise."""
-
-    label: str
-    colour: str
-    values: Sequence[float]
-    texts: Sequence[str] = ()
-    ends: Sequence[tuple[float, float]] = ()
 
 
 class Curve(NamedTuple):
@@ -141,33 +132,21 @@ def draw_curves(axes: Any, curves: Iterable[Curve]) -> None:
     axes.grid(**GRID)
 
 
-def draw_bars(axes: Any, names: Sequence[str], series: Sequence[Bars]) -> None:
-    """Horizontal bars, one group a name."""
-    height = 0.76 / len(series)
-    for index, (label, colour, values, texts, ends) in enumerate(series):
-        offset = (index - (len(series) - 1) / 2) * 0.4
-        colours = [LOSS if ends and value < 1.0 else colour for value in values]
-        options: dict[str, Any] = {"color": colours, "label": label}
-        if ends:
-            pairs = zip(values, ends, strict=True)
-            away = [(value - low, high - value) for value, (low, high) in pairs]
-            options["xerr"] = list(zip(*away, strict=True))
-            options["error_kw"] = {"elinewidth": 0.8, "ecolor": "#444444"}
-        bars = axes.barh([i + offset for i in range(len(names))], values, height, **options)
-        if texts:
-            paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-            axes.bar_label(bars, texts, padding=3, fontsize=7, bbox=paper)
-    # Noise beyond that would hide the bars.
-    largest = max(value for bars in series for value in bars.values)
-    axes.set_xlim(0.0, (1.6 if series[0].ends else 1.3) * max(1.0, largest))
+def draw_bars(axes: Any, names: Sequence[str], values: Sequence[Triple]) -> None:
+    """Horizontal bars with the ends of their noise, losses in another colour."""
+    middle = [value for value, _, _ in values]
+    noise = list(zip(*((value - low, high - value) for value, low, high in values), strict=True))
+    colours = [OURS if value >= 1.0 else LOSS for value in middle]
+    line = {"elinewidth": 0.8, "ecolor": "#444444"}
+    axes.barh(range(len(names)), middle, 0.7, color=colours, xerr=noise, error_kw=line)
+    axes.set_xlim(0.0, 1.6 * max(1.0, *middle))  # noise beyond that would hide the bars
     shape_axis(axes, names)
 
 
 def caption(figure: Any, meta: Mapping[str, Any]) -> None:
     """Machine, versions, commit and date, below everything."""
-    threads = f"{meta['threads']} thread" + ("s" if meta["threads"] != 1 else "")
-    text = f"{meta['cpu']}, {threads}; torch {meta['torch']}; commit {meta['commit']}; "
-    text += meta["date"][:10]
+    text = f"{meta['cpu']}, threads {meta['threads']}; torch {meta['torch']}; "
+    text += f"commit {meta['commit']}; {meta['date'][:10]}"
     if meta.get("forced"):
         text = f"{machine.instructions(meta)}; {text}"
     room = 0.2 / figure.get_figheight()  # inches, below everything that is laid out
@@ -219,27 +198,23 @@ def draw_floors(document: Document) -> Any:
 def draw_training(document: Document) -> Any:
     """Bars: speed-up of forward + backward over eager PyTorch in each layout, per shape."""
     rows = [r for r in timed(document["rows"]) if r["mode"] == "train"]
-    layouts = {"eager NCHW": ("eager_nchw", OURS), "eager channels_last": ("eager_cl", BEST)}
-    cells = {
-        shape: cell
-        for shape, cell in by_shape(rows).items()
-        if fastest(cell, "ours") and all(name in cell for name, _ in layouts.values())
-    }
+    cells = {s: cell for s, cell in by_shape(rows).items() if fastest(cell, "ours")}
     if not cells:
         raise Nothing("no training rows")
-    series = []
-    for label, (name, colour) in layouts.items():
-        pairs = [(cell[name], fastest(cell, "ours") or {}) for cell in cells.values()]
-        values = [ratio(eager, ours)[0] for eager, ours in pairs]
-        groups = (eager["group"] for eager, _ in pairs)
-        mean = ghostnet_mean(zip(groups, values, strict=True))
-        series.append(Bars(f"over {label}: {mean:.2f}x", colour, values))
     figure, (axes,) = panels(6.4, 1.3 + 0.27 * len(cells))
+    layouts = (("eager NCHW", "eager_nchw", OURS, -0.2), ("channels_last", "eager_cl", BEST, 0.2))
+    for label, name, colour, offset in layouts:
+        each = enumerate(cells.values())
+        pairs = [(y + offset, cell.get(name), fastest(cell, "ours")) for y, cell in each]
+        found = [(y, ratio(a, b)[0], b["group"]) for y, a, b in pairs if a and b]
+        mean = ghostnet_mean((group, value) for _, value, group in found)
+        ys, values = [y for y, _, _ in found], [value for _, value, _ in found]
+        axes.barh(ys, values, 0.38, color=colour, label=f"over {label}: {mean:.2f}x")
     title = f"Training step, batch {rows[0]['batch']}: geometric means, GhostNet 1.0x"
-    draw_bars(axes, list(cells), series)
     axes.set_title(title, **TITLE)
-    legend_above(axes, 2)
     axes.set_xlabel("times faster than eager PyTorch (right of 1 is better)")
+    shape_axis(axes, list(cells))
+    legend_above(axes, 2)
     return figure
 
 
@@ -251,12 +226,9 @@ def draw_ratios(document: Document) -> Any:
     for axes, (batch, cells) in zip(grid, found.items(), strict=True):
         each = [(shape, v) for shape, cell in cells.items() if (v := versus(cell))]
         each.sort(key=lambda pair: pair[1].over_best)
-        values = [v.over_best for _, v in each]
-        ends = [ratio(v.best, v.ours)[1:] for _, v in each]
+        draw_bars(axes, [shape for shape, _ in each], [ratio(v.best, v.ours) for _, v in each])
         mean = ghostnet_mean((v.ours["group"], v.over_best) for _, v in each)
-        title = f"Batch {batch}: geometric mean {mean:.2f}x"
-        draw_bars(axes, [shape for shape, _ in each], [Bars("", OURS, values, (), ends)])
-        axes.set_title(title, **TITLE)
+        axes.set_title(f"Batch {batch}: geometric mean {mean:.2f}x", **TITLE)
         axes.set_xlabel("best peer's time over ours (lines: p20 and p80)")
     return figure
 
@@ -308,10 +280,8 @@ def draw_means(document: Document) -> Any:
     found = QUESTIONS[rows[0]["question"]].means(rows)
     if not found:
         raise Nothing("no geometric means")
-    values = [mean.value for mean in found.values()]
-    ends = [(mean.low, mean.high) for mean in found.values()]
     figure, (axes,) = panels(9.0, 1.3 + 0.21 * len(found))
-    draw_bars(axes, list(found), [Bars("", OURS, values, [f"{v:.2f}" for v in values], ends)])
+    draw_bars(axes, list(found), [(mean.value, mean.low, mean.high) for mean in found.values()])
     axes.set_title("Geometric means (lines: spread)", **TITLE)
     return figure
 
