@@ -487,6 +487,7 @@ def print_shapes(console: Any, rows: Sequence[dict[str, Any]]) -> None:
 def draw(document: dict[str, Any], path: Path) -> None:
     """Loss curves, what they cost, and the speed-up of every shape."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     training, rows = document["training"], document["shapes"]
     figure = Figure(figsize=(10.5, max(5.4, 1.6 + 0.25 * len(rows))), layout="constrained")
@@ -498,8 +499,11 @@ def draw(document: dict[str, Any], path: Path) -> None:
         label = f"{training[name]['title']}: test accuracy {training[name]['accuracy']:.1%}"
         axes.plot(training[name]["losses"], dash, color=colour, linewidth=width, label=label)
     axes.set(yscale="log", xlabel="step", ylabel="training loss")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title("Same seed, same batches, same curve")
-    axes.legend()
+    axes.legend(fontsize=8, frameon=False)
 
     axes, base = mosaic["cost"], training["reference"]
     for place, (name, colour) in enumerate(COLOURS.items()):
@@ -589,11 +593,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def processor_name() -> str:
+    """The CPU's model name, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     cuda = arguments.device == "cuda"
     return {
-        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "machine": torch.cuda.get_device_name() if cuda else processor_name(),
         "threads": f"{arguments.threads} of {os.cpu_count()} cores",
         "torch": f"torch {torch.__version__}",
         "ghost_ops": f"ghost_ops {ghost_ops.__version__}",
