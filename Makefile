@@ -92,7 +92,7 @@ TOGETHER = @$(MAKE) -s --no-print-directory -j 2
 
 demo: environment  ## train on real digits with and without fusion, compare every shape
 	$(TOGETHER) $(STAMPS)/demo-library $(call extra,demo)
-	$(PY) -m benchmarks.demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
 
 test: environment  ## run the tests, without the slow ones
 	$(TOGETHER) $(STAMPS)/library $(call extra,test)
@@ -124,7 +124,7 @@ test-isa: $(STAMPS)/library $(call extra,test)  ## run the numerical tests under
 test-all: $(STAMPS)/library $(call extra,test)  ## run all tests
 	$(PY) -m pytest $(XDIST) $(ARGS)
 
-bench: $(STAMPS)/library $(call extra,bench) $(call extra,demo)  ## measure everything on this machine, write results/REPORT.md
+bench: $(STAMPS)/library $(call extra,bench)  ## measure everything on this machine, write results/REPORT.md
 	$(PY) -m benchmarks all $(BENCH_ARGS) $(ARGS)
 
 bench-quick: BENCH_ARGS = --quick

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.machinery
 import json
 import os
@@ -40,8 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, not as a module
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_table  # noqa: E402
-from benchmarks.gpu_sheet import read_rows, write_row  # noqa: E402
+from benchmarks.gpu_steps import table  # noqa: E402
+from benchmarks.gpu_steps.sheet import read_rows, write_row  # noqa: E402
+from benchmarks.harness import machine  # noqa: E402
+from benchmarks.harness.runner import Failure, Runner  # noqa: E402
 
 LIBRARY = ROOT / "ghost_ops" / "_cuda.so"
 KIT = ROOT / "build" / "gpu-kit"
@@ -56,19 +59,13 @@ NOT_PASSED_ON = (
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the run.
-
-    Args:
-        seconds: what it should take on an H100; its time limit is half as much again.
-        host: host time counts, so that the step wants ``ghost_ops._C`` and waits for its build.
-        environment: of its process.
-    """
+    """A step of the run."""
 
     name: str
     purpose: str
-    seconds: float
-    host: bool = True
-    environment: tuple[tuple[str, str], ...] = ()
+    seconds: float  # on an H100; its time limit is half as much again
+    host: bool = True  # host time counts: the step needs ghost_ops._C and waits for its build
+    environment: tuple[tuple[str, str], ...] = ()  # of its process
 
     def command(self, arguments: argparse.Namespace) -> list[str]:
         given = ["--child", self.name, "--out", arguments.out, "--run", arguments.run]
@@ -78,6 +75,7 @@ class Step:
 
 
 BLOCKING = (("CUDA_LAUNCH_BLOCKING", "1"),)
+PLANS = "every shape with the plan of rank {}, for --fit"
 STEPS = (
     Step("correct", "three shapes against float64", 25, False, BLOCKING),
     Step("eval", "copy ceiling; every shape, float16, batch 256", 25, False),
@@ -89,12 +87,7 @@ STEPS = (
     Step("more", "batch 1 and 32, Triton, YOLO shapes, NCHW, TF32, bfloat16", 75),
     Step("triton-tests", "gpu-marked tests of the Triton backend", 60),
     *(
-        Step(
-            f"plans-{rank}",
-            f"every shape with the plan of rank {rank}, for --fit",
-            15,
-            environment=(("GHOST_OPS_CUDA_PLAN", rank),),
-        )
+        Step(f"plans-{rank}", PLANS.format(rank), 15, True, (("GHOST_OPS_CUDA_PLAN", rank),))
         for rank in "123"
     ),
 )
@@ -110,73 +103,74 @@ def end_group(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
+def finished(process: subprocess.Popen[Any], seconds: float) -> int | None:
+    """The exit status of a process, which ends within these seconds; None if it had to be ended."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        end_group(process)
+
+
 def start(
     command: Sequence[str], log: Path, cwd: Path, environment: dict[str, str]
 ) -> subprocess.Popen[Any]:
     """Start a program, the leader of a process group, with its output in a file."""
     with log.open("w") as file:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         return subprocess.Popen(
-            command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command, cwd=cwd, env=environment, start_new_session=True, **streams
+        )
 
 
-def within_budget(steps: Sequence[Step], budget: float) -> tuple[list[Step], list[Step]]:
-    """The first steps whose expected times fit the budget, and the others."""
-    kept = list(steps)
-    while kept and sum(step.seconds for step in kept) > budget:
-        kept.pop()
-    return kept, list(steps[len(kept) :])
+class StepRunner(Runner):
+    """Runs the steps within the budget; each leaves a row with its seconds, and why it failed.
 
-
-def run_step(step: Step, arguments: argparse.Namespace, left: float) -> str | None:
-    """Run one step. Returns None, or in a line why it ended early."""
-    limit, log = min(1.5 * step.seconds, left), arguments.out / f"{step.name}.log"
-    environment = {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
-    environment |= {"PYTHONUNBUFFERED": "1", **dict(step.environment)}
-    process = start(step.command(arguments), log, ROOT, environment)
-    try:
-        code: int | None = process.wait(timeout=max(limit, 0.1))
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:
-        end_group(process)
-    last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1][:300]
-    if code == NO_GPU:
-        raise SystemExit(f"benchmarks/gpu.py: {last}")
-    if code is None:
-        return f"time limit of {limit:.0f} s"
-    return None if code == 0 else f"ended with {code}: {last}"
-
-
-def run_steps(
-    steps: Sequence[Step],
-    arguments: argparse.Namespace,
-    module: subprocess.Popen[Any] | None = None,
-) -> int:
-    """Run the steps in their order. Returns 1 if one of them ended early, else 0.
-
-    Args:
-        module: the build of ``ghost_ops._C`` that goes on beside the first steps.
+    ``module`` is the build of ``ghost_ops._C`` that goes on beside the first steps.
     """
-    started, status = time.monotonic(), 0
-    kept, dropped = within_budget(steps, arguments.budget)
-    for step in dropped:
-        print(f"{step.name}: left out, the budget is {arguments.budget:.0f} s", flush=True)
-    for step in kept:
-        if step.host and module is not None:
+
+    def __init__(
+        self, arguments: argparse.Namespace, module: subprocess.Popen[Any] | None = None
+    ) -> None:
+        super().__init__(None, {})
+        self.arguments, self.module, self.started = arguments, module, time.monotonic()
+
+    def step(self, step: Step) -> str | None:
+        """Run a step in what is left of the budget. Returns in a line why it ended early."""
+        if step.host and self.module is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                module.wait(timeout=120)
-        begun = time.monotonic()
-        left = arguments.budget - (begun - started)
-        reason = "no time left" if left < 0 else run_step(step, arguments, left)
-        row = {"step": step.name, "run": arguments.run}
-        row["seconds"] = took = round(time.monotonic() - begun, 1)
-        if reason:
-            status, row["note"] = 1, f"failed: {reason}"
-        write_row(arguments.out / "rows.jsonl", row)
-        print(f"{step.name}: {reason or 'done'}, {took:.0f} s", flush=True)
-    return status
+                self.module.wait(timeout=120)
+        left = self.arguments.budget - (time.monotonic() - self.started)
+        if left < 0:
+            return "no time left"
+        limit, log = min(1.5 * step.seconds, left), self.arguments.out / f"{step.name}.log"
+        environment = {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
+        environment |= {"PYTHONUNBUFFERED": "1", **dict(step.environment)}
+        process = start(step.command(self.arguments), log, ROOT, environment)
+        code = finished(process, max(limit, 0.1))
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1][:300]
+        if code == NO_GPU:
+            raise SystemExit(f"benchmarks/gpu.py: {last}")
+        if code is None:
+            return f"time limit of {limit:.0f} s"
+        return None if code == 0 else f"ended with {code}: {last}"
+
+    def finish(self, name: str, failure: Failure) -> None:
+        row = {"step": name, "run": self.arguments.run, "seconds": self.seconds[name]}
+        row |= {"note": f"failed: {failure}"} if failure else {}
+        write_row(self.arguments.out / "rows.jsonl", row)
+        print(f"{name}: {failure or 'done'}, {self.seconds[name]:.0f} s", flush=True)
+
+    def run_steps(self, steps: Sequence[Step]) -> int:
+        """Run the first steps that fit the budget. Returns 1 if one ended early, 130 if
+        interrupted."""
+        kept, budget = list(steps), self.arguments.budget
+        while kept and sum(step.seconds for step in kept) > budget:
+            kept.pop()
+        for step in steps[len(kept) :]:
+            print(f"{step.name}: left out, the budget is {budget:.0f} s", flush=True)
+        return self.run([(step.name, functools.partial(self.step, step)) for step in kept])
 
 
 # ---------------------------------------------------------------- the libraries
@@ -216,13 +210,7 @@ def prepare_library(arguments: argparse.Namespace) -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         raise SystemExit(f"benchmarks/gpu.py: no NVIDIA GPU is visible ({error})") from error
     log = arguments.out / "build.log"
-    process = build(log, cuda=capability.split()[0])
-    try:
-        code = process.wait(timeout=300)
-    except subprocess.TimeoutExpired:
-        code = -1
-    finally:
-        end_group(process)
+    code = finished(build(log, cuda=capability.split()[0]), 300)
     return None if code == 0 else f"the build ended with {code}: see {log}"
 
 
@@ -256,22 +244,18 @@ def predictions() -> dict[str, float]:
     (channels_last)."""
     import torch
 
-    from benchmarks import networks, shapes
+    from benchmarks.harness import networks, shapes
     from ghost_ops import planner
+    from tools import fit_cuda_costs as fit
 
-    found = {}
+    device, found = "sm_" + KIT_ARCHS.replace(".", ""), {}
     for shape in shapes.ALL:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for batch in (1, 32, 256):
-                plan = planner.explain(
-                    (batch, shape.inp, shape.size, shape.size), shape.oup, ratio=shape.ratio,
-                    dw_size=shape.dw_size, activation=shape.activation, dtype=dtype,
-                    channels_last=True, device="sm_" + KIT_ARCHS.replace(".", ""),
-                )  # fmt: skip
+                plan = fit.explain(shape, batch, dtype, device)
                 found[f"eval {dtype} {batch} {shape.name}"] = round(plan.seconds * 1e6, 2)
     network = networks.NETWORKS["ghostnet-1.0"].plain(224)
     for batch in (1, 256):
-        device = "sm_" + KIT_ARCHS.replace(".", "")
         whole = planner.explain(network, (batch, 3, 224, 224), device=device, dtype=torch.float16)
         found[f"eval {torch.float16} {batch} GhostNet 1.0x"] = round(whole.seconds * 1e6, 2)
     return found
@@ -287,19 +271,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/gpu)")
-    parser.add_argument("--steps", nargs="*", default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--list", action="store_true", help="print the steps and stop")
-    parser.add_argument("--budget", type=float, default=480, help="seconds for all steps")
-    parser.add_argument("--library", type=Path, help="a _cuda.so built elsewhere, copied here")
-    parser.add_argument("--plans", type=Path, default=KIT / "plans.json", help="predicted times")
-    parser.add_argument("--resume", action="store_true", help="keep rows that are still valid")
-    parser.add_argument("--commit", default="", help="recorded where there is no .git")
-    parser.add_argument("--fit", type=Path, metavar="FILE", help="fit the model to measured plans")
-    parser.add_argument("--write", action="store_true", help="and put the result into its table")
-    parser.add_argument("--kit", action="store_true", help="prepare what a GPU machine needs")
+    add = parser.add_argument
+    add("--out", type=Path, help="folder (default: benchmarks/results/gpu)")
+    add("--steps", nargs="*", default=names, metavar="NAME", help=", ".join(names))
+    add("--list", action="store_true", help="print the steps and stop")
+    add("--budget", type=float, default=480, help="seconds for all steps")
+    add("--library", type=Path, help="a _cuda.so built elsewhere, copied here")
+    add("--plans", type=Path, default=KIT / "plans.json", help="predicted times")
+    add("--resume", action="store_true", help="keep rows that are still valid")
+    add("--commit", default="", help="recorded where there is no .git")
+    add("--fit", type=Path, metavar="FILE", help="fit the model to measured plans")
+    add("--write", action="store_true", help="and put the result into its table")
+    add("--kit", action="store_true", help="prepare what a GPU machine needs")
     for hidden in ("--child", "--run"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+        add(hidden, default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.steps if name not in names]:
         parser.error(f"--steps: {', '.join(unknown)}: not one of {', '.join(names)}")
@@ -320,9 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{step.name:13} {step.seconds:4.0f} s  {step.purpose}")
         return 0
     if arguments.fit is not None:
-        from benchmarks import gpu_fit
+        from tools import fit_cuda_costs
 
-        return gpu_fit.main(arguments.fit, arguments.write)
+        return fit_cuda_costs.main(arguments.fit, arguments.write)
     rows = arguments.out / "rows.jsonl"
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -333,28 +318,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.kit:
         return make_kit(arguments.out)
     if arguments.child:
-        from benchmarks import gpu_steps
+        from benchmarks.gpu_steps import steps
 
         run = {"run": arguments.run, "commit": arguments.commit}
-        return gpu_steps.main(arguments.child, rows, arguments.plans, arguments.resume, run)
+        return steps.main(arguments.child, rows, arguments.plans, arguments.resume, run)
     status, module = 0, None
     if arguments.steps:
-        from benchmarks import harness
-
         now = datetime.datetime.now(datetime.timezone.utc)
         arguments.run = now.isoformat(timespec="seconds")
-        arguments.commit = arguments.commit or harness.git_commit()
+        arguments.commit = arguments.commit or machine.git_commit()
         if reason := prepare_library(arguments):
             print(f"ours cannot run: {reason}", flush=True)
-        steps = [step for step in STEPS if step.name in arguments.steps]
-        if any(step.host for step in steps) and not has_native_module():
+        chosen = [step for step in STEPS if step.name in arguments.steps]
+        if any(step.host for step in chosen) and not has_native_module():
             module = build(arguments.out / "build_C.log")
         try:
-            status = run_steps(steps, arguments, module)
+            status = StepRunner(arguments, module).run_steps(chosen)
         finally:
             if module is not None:
                 end_group(module)
-    print(gpu_table.render(read_rows(rows)))
+    print(table.render(read_rows(rows)))
     return status
 
 

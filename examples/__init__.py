@@ -1,1 +1,1 @@
-"""Examples of ghost_ops: ``python -m examples.digits``, ``python -m examples.photograph``."""
+"""Examples of ghost_ops, such as ``python -m examples.demo`` and ``python -m examples.digits``."""

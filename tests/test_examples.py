@@ -80,9 +80,8 @@ def test_distributed() -> None:
     """Two processes have the losses of one; fused, they keep and send less than unfused."""
     needs("sklearn")
     root = pathlib.Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", "examples/distributed.py",
-               "--steps", "4", "--batch", "16", "--dtype", "float64"]  # fmt: skip
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
+    command += "examples/distributed.py --steps 4 --batch 16 --dtype float64".split()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=120

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import native_module
 
-from benchmarks import gpu, gpu_fit, shapes
+from benchmarks import gpu
+from benchmarks.harness import machine, shapes
+from tools import fit_cuda_costs as gpu_fit
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
-ROWS = Path(gpu_fit.__file__).parent / "results" / "nvidia-h100-plans.csv"
+ROWS = machine.ROOT / "benchmarks" / "results" / "nvidia-h100-plans.csv"
 SHAPES = ("40-240@28-relu", "72-24@56-linear", "80-184@14-relu", "960-160@7-linear")
 TRUE = {"dram_share": 0.55, "launch_us": 6.0, "latency_x": 1500.0, "run_bytes": 30.0}
 
@@ -28,14 +30,14 @@ def write_rows(path: Path, costs: Mapping[str, float], *, names: tuple[str, ...]
         for shape in shapes.select(names):
             plans = gpu_fit.Plans(shape, 90, {})
             m, size = shape.intrinsic, shape.size
+            half = -(-size // 2)
+            parts = ((1, size, size), (2, size, size), (1, half, size), (1, size, 7))
             tiles = [
-                (instance, 8 * math.ceil(m / blocks / 8), 1, images, rows, cols)
+                (instance, 8 * math.ceil(m / blocks / 8), 1, *part)
                 for instance in (16, 32, 64)
                 for blocks in {math.ceil(m / instance), math.ceil(m / 16)}
-                for images, rows, cols in (
-                    (1, size, size), (2, size, size), (1, -(-size // 2), size), (1, size, 7)
-                )
-            ]  # fmt: skip
+                for part in parts
+            ]
             for tile, seen in zip(tiles, plans.seen(costs, tiles), strict=True):
                 if seen is not None:
                     us = 1e6 * seen[0]
@@ -127,7 +129,7 @@ GOOD = "40-240@28-relu,64,64,1,1,10,28,109696,256,16,95.6"
         (f"{HEADER},device\n{GOOD},A\n{GOOD},B\n", "rows of several devices: A, B"),
         ("\0\xff", ""),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_file(
     text: str, message: str, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_clock, gpu_fit, gpu_sheet, gpu_steps, gpu_table, networks, shapes
+from benchmarks import gpu
+from benchmarks.gpu_steps import clock, sheet, steps, table
+from benchmarks.harness import networks, shapes
+from tools import fit_cuda_costs as fit
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
@@ -36,26 +39,25 @@ WRITE = 'open(OUT + \'/rows.jsonl\', \'a\').write(\'{"step": "x", "case": "%s"}\
 def run_programs(tmp_path: Path, *programs: tuple[str, str, float], budget: float = 60) -> Rows:
     """The rows that steps (name, code, seconds) leave; the runner says that one of them failed."""
     arguments = SimpleNamespace(out=tmp_path, budget=budget, run="now")
-    steps = [Program(name, code, seconds, False) for name, code, seconds in programs]
-    assert gpu.run_steps(steps, arguments) == 1  # type: ignore[arg-type]
-    return gpu_sheet.read_rows(tmp_path / "rows.jsonl")
+    chosen = [Program(name, code, seconds, False) for name, code, seconds in programs]
+    assert gpu.StepRunner(arguments).run_steps(chosen) == 1  # type: ignore[arg-type]
+    return sheet.read_rows(tmp_path / "rows.jsonl")
 
 
 def test_a_crash_or_a_time_limit_loses_one_step(tmp_path: Path) -> None:
     crash = f"{WRITE % 'early'}\nimport os; os.kill(os.getpid(), 11)"
     hang = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     started = time.monotonic()
-    rows = run_programs(
-        tmp_path, ("a", crash, 10), ("b", hang, 0.4), ("c", "raise SystemExit('told so')", 10),
-        ("d", WRITE % "late", 10),
-    )  # fmt: skip
+    told = ("c", "raise SystemExit('told so')", 10)
+    programs = (("a", crash, 10), ("b", hang, 0.4), told, ("d", WRITE % "late", 10))
+    rows = run_programs(tmp_path, *programs)
     assert time.monotonic() - started < 30
     assert [row["case"] for row in rows if "case" in row] == ["early", "late"]
     notes = {row["step"]: row.get("note", "") for row in rows if "seconds" in row}
     assert notes["a"].startswith("failed: ended with -11") and "time limit" in notes["b"]
     assert notes["c"].endswith("told so") and notes["d"] == ""
-    table = gpu_table.render(rows)
-    assert "NOT MEASURED b: failed: time limit of 1 s" in table and "d" not in table.split()
+    text = table.render(rows)
+    assert "NOT MEASURED b: failed: time limit of 1 s" in text and "d" not in text.split()
 
 
 def test_the_budget_drops_the_last_steps(
@@ -70,7 +72,7 @@ def test_the_budget_drops_the_last_steps(
 
 def test_an_unfinished_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"step": "a"}\n{"step": ')
-    assert gpu_sheet.read_rows(tmp_path / "rows.jsonl") == [{"step": "a"}]
+    assert sheet.read_rows(tmp_path / "rows.jsonl") == [{"step": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_a_folder_that_cannot_be_written(
 
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    status = gpu_steps.main("eval", Path("rows.jsonl"), Path("plans.json"), False, {"run": "r"})
+    status = steps.main("eval", Path("rows.jsonl"), Path("plans.json"), False, {"run": "r"})
     assert status == gpu.NO_GPU and "is a build without CUDA" in capsys.readouterr().out
 
 
@@ -126,35 +128,42 @@ class Event:
 def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """torch.cuda over CPU tensors, with small problems; ours runs the native CPU kernels."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, replay=lambda: None)
-    properties = SimpleNamespace(
-        name="Fake GPU", L2_cache_size=1 << 12, multi_processor_count=132
-    )  # fmt: skip
+    properties = SimpleNamespace(name="Fake GPU", L2_cache_size=1 << 12)
+    properties.multi_processor_count = 132
     functions: dict[str, Any] = {
-        "is_available": lambda: True, "get_device_properties": lambda device: properties,
-        "synchronize": lambda: None, "_sleep": lambda cycles: None, "Event": Event,
-        "Stream": lambda: nothing, "current_stream": lambda: nothing, "CUDAGraph": lambda: nothing,
-        "stream": contextlib.nullcontext, "graph": contextlib.nullcontext,
-        "memory_allocated": lambda: 1 << 20, "max_memory_allocated": lambda: 3 << 20,
-        "reset_peak_memory_stats": lambda: None, "get_device_capability": lambda: (9, 0),
-    }  # fmt: skip
+        "is_available": lambda: True,
+        "get_device_properties": lambda device: properties,
+        "get_device_capability": lambda: (9, 0),
+        "synchronize": lambda: None,
+        "_sleep": lambda cycles: None,
+        "Event": Event,
+        "Stream": lambda: nothing,
+        "current_stream": lambda: nothing,
+        "CUDAGraph": lambda: nothing,
+        "stream": contextlib.nullcontext,
+        "graph": contextlib.nullcontext,
+        "memory_allocated": lambda: 1 << 20,
+        "max_memory_allocated": lambda: 3 << 20,
+        "reset_peak_memory_stats": lambda: None,
+    }
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for module in (gpu_clock, gpu_steps):
+    for module in (clock, steps):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     two = {"void ghost::ghost_apply_kernel<half>(A)": [2, 9.0], "ghost_apply_kernel<B>": [1, 1.0]}
-    monkeypatch.setattr(gpu_clock, "kernels", lambda call: two)
-    monkeypatch.setattr(gpu_clock, "SAMPLE_SECONDS", 1e-6)
-    monkeypatch.setattr(gpu_clock, "ROUNDS", 2)
-    monkeypatch.setattr(gpu_steps, "COPY_BYTES", 1 << 12)
-    monkeypatch.setattr(gpu_steps, "BATCH", 4)
+    monkeypatch.setattr(clock, "kernels", lambda call: two)
+    monkeypatch.setattr(clock, "SAMPLE_SECONDS", 1e-6)
+    monkeypatch.setattr(clock, "ROUNDS", 2)
+    monkeypatch.setattr(steps, "COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(steps, "BATCH", 4)
     small = (shapes.Shape(4, 6, 5), shapes.Shape(4, 10, 5, "none"))
     for name in ("GHOSTNET", "QUICK", "YOLO", "ALL"):
         monkeypatch.setattr(shapes, name, small)
     monkeypatch.setattr(shapes, "select", lambda names: small[:1])
     tiny = SimpleNamespace(plain=lambda size: networks.ghostnet(0.1).make())
     monkeypatch.setattr(networks, "NETWORKS", {"ghostnet-1.0": tiny})
-    monkeypatch.setattr(gpu_steps, "images", lambda b, t: gpu_steps.random(b, 3, 32, t, 3))
+    monkeypatch.setattr(steps, "images", lambda b, t: steps.random(b, 3, 32, t, 3))
     return monkeypatch
 
 
@@ -165,13 +174,12 @@ def run(
     path = tmp_path / "rows.jsonl"
     meta = {"step": "meta", "run": "r", "device": "Fake GPU", "torch": "2", "cuda": "13"}
     if not path.exists():
-        gpu_sheet.write_row(path, {**meta, "commit": "c"})
-    before = len(gpu_sheet.read_rows(path))
+        sheet.write_row(path, {**meta, "commit": "c"})
+    before = len(sheet.read_rows(path))
     plans = {"eval torch.float16 4 4-6@5-relu": 7.0}
     common = {"digest": digest, "run": "r"}
-    sheet = gpu_sheet.Sheet(path, step, common, plans, resume, (machine, "2"))
-    gpu_steps.STEPS[step](sheet)
-    return gpu_sheet.read_rows(path)[before:]
+    steps.STEPS[step](sheet.Sheet(path, step, common, plans, resume, (machine, "2")))
+    return sheet.read_rows(path)[before:]
 
 
 @pytest.mark.parametrize("step", ["correct", "eval", "network", "train"])
@@ -188,13 +196,13 @@ def test_steps(device: pytest.MonkeyPatch, tmp_path: Path, step: str) -> None:
             assert row["error"] <= row["allowed"]
     predicted = [row for row in rows if row.get("predicted_us")]
     assert [row["layout"] for row in predicted] == ["channels_last"] * (step == "eval")
-    assert 1 <= len(gpu_table.render(rows).splitlines()) <= 60
+    assert 1 <= len(table.render(rows).splitlines()) <= 60
 
 
 def test_measured_plans_can_be_read(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = run(tmp_path, "plans-1")
     assert [row["plan"]["device"] for row in rows] == ["Fake GPU"] * 2
-    file = gpu_fit.read(tmp_path / "rows.jsonl")
+    file = fit.read(tmp_path / "rows.jsonl")
     assert (file.device, file.rows, file.skipped) == ("Fake GPU", 2, [])
     for one, row in zip(file.plans, rows, strict=True):
         assert (one.shape.name, one.sm) == (row["case"], 90)
@@ -216,9 +224,9 @@ def test_resuming(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_candidate_that_fails_or_is_wrong(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    prepare = gpu_steps.Candidate.prepare
+    prepare = steps.Candidate.prepare
 
-    def faulty(self: gpu_steps.Candidate, *given: Any) -> Any:
+    def faulty(self: steps.Candidate, *given: Any) -> Any:
         call, result = prepare(self, *given)
         if self.family == "ours":
             if result[0].size(1) == 6:
@@ -226,37 +234,36 @@ def test_a_candidate_that_fails_or_is_wrong(device: pytest.MonkeyPatch, tmp_path
             result = (result[0] + 1, *result[1:])
         return call, result
 
-    device.setattr(gpu_steps.Candidate, "prepare", faulty)
+    device.setattr(steps.Candidate, "prepare", faulty)
     rows = run(tmp_path, "eval")
     notes = {row["case"]: row["note"] for row in rows if "note" in row}
     assert notes["4-6@5-relu"] == "failed: RuntimeError: no kernel image is available"
     assert notes["4-10@5-linear"] == "wrong result"
     assert all("us" in row for row in rows if row.get("provider") == "eager")
-    assert gpu_table.render(rows).count("NOT MEASURED") == 2
+    assert table.render(rows).count("NOT MEASURED") == 2
 
 
 def test_a_network_that_is_wrong(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def shifted(plain: torch.nn.Module) -> torch.nn.Module:
         return torch.nn.Sequential(plain, torch.nn.Hardtanh(-0.01, 0.01))
 
-    device.setattr(gpu_steps, "fused", shifted)
+    device.setattr(steps, "fused", shifted)
     rows = run(tmp_path, "network")
     assert [row["provider"] for row in rows if row.get("note") == "wrong result"] == ["ours"] * 2
 
 
 def test_counters_are_read() -> None:
-    metrics = [*gpu_steps.NCU_METRICS.values(), gpu_steps.STALL.format("barrier")]
+    metrics = [*steps.NCU_METRICS.values(), steps.STALL.format("barrier")]
     header = ["ID", "Kernel Name", *metrics]
     line = ["0", "void ghost::cuda::ghost_apply_kernel<A>(B)", "1,234.5"]
     line += ["50"] * (len(metrics) - 1)
     text = "==PROF== noise\n" + "\n".join(
         ",".join(f'"{word}"' for word in words) for words in (header, [""] * len(header), line)
     )
-    (row,) = gpu_steps.ncu_rows(text)
-    assert (row["kernel"], row["ncu_us"], row["stalls"]["barrier"]) == (
-        "ghost_apply_kernel", 1234.5, 50.0
-    )  # fmt: skip
-    assert "ncu ghost_apply_kernel" in gpu_table.render([{"step": "ncu", **row}])
+    (row,) = steps.ncu_rows(text)
+    assert (row["kernel"], row["ncu_us"]) == ("ghost_apply_kernel", 1234.5)
+    assert row["stalls"]["barrier"] == 50.0
+    assert "ncu ghost_apply_kernel" in table.render([{"step": "ncu", **row}])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")), ids=str)
@@ -265,4 +272,4 @@ def test_committed_results(path: Path) -> None:
     runs = {row["run"] for row in rows if row["step"] == "meta" and row["device"]}
     assert {row["run"] for row in rows} == runs
     assert all("us" in row for row in rows if "bytes" in row and "note" not in row)
-    assert len(gpu_table.render(rows).splitlines()) <= 60
+    assert len(table.render(rows).splitlines()) <= 60

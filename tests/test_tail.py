@@ -348,7 +348,7 @@ def test_out_may_change_in_place(native: str) -> None:
 
 
 def test_saves_less_and_learns_the_same(calls: list[str]) -> None:
-    from benchmarks.networks import ghost_resnet
+    from examples.networks import ghost_resnet
 
     torch.manual_seed(0)
     model = ghost_resnet(8).double().train()
