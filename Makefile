@@ -136,9 +136,9 @@ gpu-kit: $(STAMPS)/library  ## prepare what benchmarks/gpu.py needs on a GPU mac
 # VENV= installs nothing, so tools can be missing: an error, or a message with MISSING_TOOLS=skip.
 MISSING_TOOLS ?= fail
 
-lint: $(call extra,lint)  ## check style: ruff and clang-format
+lint: $(call extra,lint)  ## check style and types: ruff, clang-format and mypy
 	@export PATH="$(BIN):$$PATH"; missing=; \
-	for tool in ruff; do $(PY) -c "import $$tool" 2>/dev/null || missing="$$missing $$tool"; done; \
+	for tool in ruff mypy; do $(PY) -c "import $$tool" 2>/dev/null || missing="$$missing $$tool"; done; \
 	command -v clang-format >/dev/null || missing="$$missing clang-format"; \
 	if [ -n "$$missing" ]; then \
 		echo "ghost_ops: make lint did not run, this Python lacks:$$missing (extra 'lint' of pyproject.toml)" >&2; \
@@ -147,7 +147,8 @@ lint: $(call extra,lint)  ## check style: ruff and clang-format
 	set -e; \
 	$(PY) -m ruff check .; \
 	$(PY) -m ruff format --check .; \
-	$(CXX_FILES) | xargs clang-format --dry-run -Werror
+	$(CXX_FILES) | xargs clang-format --dry-run -Werror; \
+	$(PY) -m mypy
 
 format: $(call extra,lint)  ## apply the style
 	$(PY) -m ruff check --fix .

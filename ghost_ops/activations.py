@@ -92,14 +92,14 @@ def of_module(module: nn.Module) -> tuple[int, float] | None:
     kind = type(module)
     if kind is nn.ReLU:
         return RELU, DEFAULT_SLOPE
-    if kind is nn.Identity or (kind is nn.Sequential and len(module) == 0):
+    if kind is nn.Identity or (kind is nn.Sequential and len(module) == 0):  # type: ignore[arg-type]
         return NONE, DEFAULT_SLOPE
     if kind is nn.SiLU:
         return SILU, DEFAULT_SLOPE
     if kind is nn.ReLU6:
         return RELU6, DEFAULT_SLOPE
     if kind is nn.LeakyReLU:
-        return LEAKY_RELU, float(module.negative_slope)
+        return LEAKY_RELU, float(module.negative_slope)  # type: ignore[arg-type]
     if kind is nn.Hardswish:
         return HARDSWISH, DEFAULT_SLOPE
     if kind is nn.GELU:

@@ -300,7 +300,7 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     unfuse(twin)
     total = 0
 
-    def count(module: nn.Module, _: Any, out: Tensor) -> None:
+    def count(module: Any, _: Any, out: Tensor) -> None:
         nonlocal total
         weight = module.weight
         total += out.numel() // weight.size(0) * weight.numel()

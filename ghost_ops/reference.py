@@ -21,7 +21,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +182,7 @@ def checked_arguments(
 
 
 def build_children(
-    module: nn.Module,
+    module: GhostModule,
     inp: int,
     oup: int,
     kernel_size: int,
@@ -233,6 +233,11 @@ class GhostModule(nn.Module):
 
     Source: GhostNet, CVPR 2020, section 3.1.
     """
+
+    if TYPE_CHECKING:  # nn.Module declares every attribute as Tensor | Module
+        oup: int
+        primary_conv: nn.Sequential
+        cheap_operation: nn.Sequential
 
     def __init__(
         self,
@@ -352,7 +357,7 @@ class GhostBottleneck(nn.Module):
                 mid_chs, mid_chs, dw_kernel_size, stride, padding, groups=mid_chs, bias=False
             )
             self.bn_dw = nn.BatchNorm2d(mid_chs)
-        self.se = SqueezeExcite(mid_chs, se_ratio=se_ratio) if has_se else None
+        self.se = SqueezeExcite(mid_chs, se_ratio=se_ratio or 0.0) if has_se else None
         self.ghost2 = GhostModule(mid_chs, out_chs, relu=False)
 
         if in_chs == out_chs and self.stride == 1:

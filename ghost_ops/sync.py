@@ -108,8 +108,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.eps, ctx.group = eps, group
         ctx.save_for_backward(x, gamma, beta, mean, var, count)
-        wide = (None if t is None else t.to(mean.dtype) for t in (gamma, beta))
-        return F.batch_norm(x, mean, var, *wide, False, 0.0, eps)
+        weight, bias = (None if t is None else t.to(mean.dtype) for t in (gamma, beta))
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:

@@ -389,6 +389,18 @@ def test_every_variable_is_declared_and_in_the_readme() -> None:
 
 
 @in_checkout
+def test_pages_link_to_files_that_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tests").glob("*.md")]
+    links = {
+        page.parent / link
+        for page in pages
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    }
+    assert links
+    assert [str(path) for path in links if not path.exists()] == []
+
+
+@in_checkout
 def test_makefile_lists_its_targets() -> None:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

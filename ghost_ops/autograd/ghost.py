@@ -135,6 +135,7 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         numbers = s.stride[0] if fused else 1, s.act1, s.slope1, s.act2, s.slope2
         return backward(*images, *first, *second, *numbers, stats.batch1, stats.batch2, part)
 
+    grads: Sequence[Tensor | None]
     if stats.cross_processes():
         grads = _over_processes(call, mask, stats, *counts)
     else:
@@ -201,7 +202,8 @@ def _over_processes(
     Parameter gradients are those of this process. Only the mask decides whether a norm has a
     collective, never the batch of this process, so that all processes take part.
     """
-    n, results = NEEDS, [None] * 9
+    n = NEEDS
+    results: list[Tensor | None] = [None] * 9
     left, means1, means2 = mask, None, None
 
     def step(part: int) -> None:
@@ -276,8 +278,8 @@ def run(
         announce_eager(
             "torch.func transforms and forward-mode differentiation know nothing of fused operators"
         )
-        shares = [share(update) for update in (update1, update2)]
-        out = ghost_formula(x, w1, w2, norms, settings, stats, *shares, slopes)
+        share1, share2 = share(update1), share(update2)
+        out = ghost_formula(x, w1, w2, norms, settings, stats, share1, share2, slopes)
         for update, batch in ((update1, stats.batch1), (update2, stats.batch2)):
             if batch and update.batches is not None:
                 update.batches.add_(1)

@@ -53,7 +53,9 @@ class Branch(NamedTuple):
         """The process group whose batches share one statistic; None: this process alone."""
         return None if self.bn is None else group_of(self.bn)
 
-    def norm(self, weight: Tensor) -> tuple[Tensor | None, ...]:
+    def norm(
+        self, weight: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """gamma, beta, mean and var of the norm; without a norm, those of the identity.
 
         The convolution's bias is part of beta. The batch's statistics cancel a bias, so beta then
@@ -66,7 +68,8 @@ class Branch(NamedTuple):
         if bn is None:
             size = weight.size(0)
             return None, bias, weight.new_zeros(size), weight.new_ones(size)
-        gamma, beta, mean, var = bn.weight, bn.bias, bn.running_mean, bn.running_var
+        gamma, mean, var = bn.weight, bn.running_mean, bn.running_var
+        beta: Tensor | None = bn.bias
         if bn.training and not bn.track_running_stats:
             mean = var = None
         if bias is not None:
@@ -101,7 +104,7 @@ class Branch(NamedTuple):
         if share is None and bn.num_batches_tracked is None:
             return
         if share is None:
-            share = 1.0 / float(bn.num_batches_tracked)  # type: ignore[arg-type]
+            share = 1.0 / float(bn.num_batches_tracked)
         with torch.no_grad():
             bn.running_mean.add_(bias.to(bn.running_mean.dtype), alpha=share)
 
@@ -217,7 +220,7 @@ def match_branch(reading: Reading, node: Node, name: str) -> tuple[BranchForm, N
     """
     act, prelu, bn, nodes = NO_ACT, None, None, [node]
     if node.op == "act":
-        act, (node,) = node.args, node.inputs  # type: ignore[assignment]
+        act, (node,) = node.args, node.inputs
     elif node.op == "prelu":
         act, prelu, (node,) = (activations.PRELU, NO_ACT[1]), node.args[0], node.inputs
     nodes.append(node)
@@ -234,7 +237,7 @@ def match_any_branch(reading: Reading, node: Node, name: str) -> tuple[BranchFor
     """As ``match_branch``; also timm's batch norm with activation, which calls F.batch_norm."""
     act, inner = NO_ACT, node
     if node.op == "act":
-        act, (inner,) = node.args, node.inputs  # type: ignore[assignment]
+        act, (inner,) = node.args, node.inputs
     if inner.op != "frozen_bn" or inner.inputs[0].op != "conv":
         return match_branch(reading, node, name)
     conv = inner.inputs[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class PackedDepthwise:
 
     def __init__(self, branch: Branch) -> None:
         conv, bn = branch.conv, branch.bn
-        norm = (None, None, None, None, 0.0)
+        norm: tuple[Any, ...] = (None, None, None, None, 0.0)
         if bn is not None:
             norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
         self.weight, self.shift = model_ops.fold(conv.weight, conv.bias, *norm)

@@ -281,7 +281,8 @@ def _pack(part: Any, backend: str) -> Any:
     if isinstance(part, nn.Linear):
         conv = nn.Conv2d(part.in_features, part.out_features, 1, device="meta")
         bias = None if part.bias is None else part.bias.detach()
-        conv._parameters.update(weight=part.weight.detach()[:, :, None, None], bias=bias)
+        parameters: dict = conv._parameters
+        parameters.update(weight=part.weight.detach()[:, :, None, None], bias=bias)
         return packed_conv(Branch(conv, None, *NO_ACT, None, (0, 0), ()), backend)
     return part
 

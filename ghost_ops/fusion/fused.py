@@ -267,7 +267,7 @@ def fused_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
     made = types.FunctionType(
         forward.__code__.replace(), plain.__globals__, "forward", None, forward.__closure__
     )
-    made = functools.wraps(plain)(made)
+    functools.update_wrapper(made, plain)
     mark_fused(made)
     return made
 
@@ -346,7 +346,7 @@ def attach(module: Fused) -> None:
 
 def detach(module: Fused) -> None:
     """Give a fused module its plain class back."""
-    module.__class__ = module._ghost_ops_base
+    module.__class__ = module._ghost_ops_base  # type: ignore[assignment]
     forget(module)
 
 

@@ -42,7 +42,7 @@ class Gate(NamedTuple):
     def run(self, x: Tensor) -> Tensor:
         """x times its gate; differentiable."""
         w1, b1, w2, b2 = self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
-        if layers.can_train(x, w1, b1, w2, b2):  # type: ignore[arg-type]
+        if layers.can_train(x, w1, b1, w2, b2):
             return layers.SqueezeExciteFunction.apply(
                 x, w1, b1, w2, b2, self.act, self.slope, self.code
             )
@@ -81,14 +81,15 @@ class GateForm(NamedTuple):
 
     def bind(self, module: nn.Module) -> Gate:
         """The gate in a module. Raises ``Refusal`` if its convolutions are not 1x1 with bias."""
-        convs = [layer_at(module, path, nn.Conv2d) for path in (self.reduce, self.expand)]
-        for conv in convs:
+        reduce = layer_at(module, self.reduce, nn.Conv2d)
+        expand = layer_at(module, self.expand, nn.Conv2d)
+        for conv in (reduce, expand):
             if not is_plain(conv) or conv.bias is None:
                 raise Refusal("its gate has a convolution other than 1x1 with bias")
-        if convs[1].out_channels != convs[0].in_channels:
+        if expand.out_channels != reduce.in_channels:
             raise Refusal("its gate has another number of channels than its input")
         modules: list[Any] = [at(module, path) for path in self.modules]
-        return Gate(*convs, self.act, self.slope, self.code, tuple(modules))
+        return Gate(reduce, expand, self.act, self.slope, self.code, tuple(modules))
 
 
 def find_gate(reading: Reading, node: Node) -> tuple[GateForm, Node] | None:
@@ -101,7 +102,7 @@ def find_gate(reading: Reading, node: Node) -> tuple[GateForm, Node] | None:
         expand, (s,) = s.args[0], s.inputs
         act = NO_ACT
         if s.op == "act":
-            act, (s,) = s.args, s.inputs  # type: ignore[assignment]
+            act, (s,) = s.args, s.inputs
         if s.op == "conv" and s.inputs[0].op == "mean" and s.inputs[0].inputs[0] is x:
             modules = (*called(reading, node), s.args[0], expand)
             return GateForm(s.args[0], expand, *act, code, modules), x

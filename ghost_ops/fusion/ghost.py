@@ -51,7 +51,8 @@ class GhostForm(NamedTuple):
         if out < m:
             raise Refusal(f"its forward gives {out} channels, fewer than the {m} intrinsic maps")
         gate = None if self.gate is None else at(module, self.gate)
-        once = [layer for b in (primary, cheap) if b is not None for layer in (b.conv, b.bn)]
+        branches = [b for b in (primary, cheap) if b is not None]
+        once: list[nn.Module | None] = [layer for b in branches for layer in (b.conv, b.bn)]
         once += [] if gate is None else list(gate.modules())
         if len({id(layer) for layer in once if layer is not None}) < sum(
             m is not None for m in once

@@ -183,7 +183,7 @@ class Ghost:
         """Why the fused ops cannot take weights of these shapes; empty if they can."""
         for branch in (self.primary, self.cheap):
             bias = None if branch is None else branch.conv.bias
-            if bias is not None and bias.shape != (branch.conv.out_channels,):  # type: ignore[union-attr]
+            if bias is not None and bias.shape != (branch.conv.out_channels,):
                 return f"a convolution has a bias of shape {list(bias.shape)}"
         conv = self.primary.conv
         if w1.shape != (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size):
@@ -415,8 +415,8 @@ def _fold_tail(
     w2, shift2 = model_ops.fold(w2.to(torch.float64), None, *given2)
     w2 = w2 * scale[m:].view(-1, 1, 1, 1)
     shift2 = torch.addcmul(shift[m:], shift2, scale[m:])
-    first = (None if t is None else t.to(wide) for t in norms[:4])
-    norms = Norms(*first, None, shift2.to(wide), None, None)
+    first = [None if t is None else t.to(wide) for t in norms[:4]]
+    norms = Norms(*[*first, None, shift2.to(wide), None, None])
     return w1, w2.to(wide), norms, (scale[:m].to(wide), shift[:m].to(wide))
 
 

@@ -234,7 +234,7 @@ def _fake(x: Tensor, tensors: Any, key: Tensor, out_channels: int, convs: Any) -
 
 @torch.no_grad()
 def _run(x: Tensor, tensors: list[Tensor], key: Tensor, out_channels: int, convs: Any) -> Tensor:
-    handle = _handles.get(key.item())
+    handle = _handles.get(key.item())  # type: ignore[arg-type]
     if handle is None:
         raise RuntimeError(_DEAD)
     module = handle.module()

@@ -108,7 +108,9 @@ class _ModelWatch:
         tensors = tuple(t for m in modules for t in (*m.parameters(False), *m.buffers(False)))
         # Keeps the memory alive, so that no other tensor can come to a watched address.
         self._alive = [t.detach() for t in tensors]
-        dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers, *hooks_of(m))]
+        dicts: list[dict] = []
+        for m in modules:
+            dicts += [m._modules, m._parameters, m._buffers, *hooks_of(m)]
         self._watch = watch.make_watch((*dicts, *GLOBAL_HOOKS), (REQUESTED_BACKEND,), (), tensors)
         self._modules, self._attributes = modules, watch.make_watch()
 
@@ -240,7 +242,8 @@ def _key(x: Tensor) -> tuple:
     """The key of a graph: the form of the input, and the settings that choose kernels."""
     kind, matmul = x.device.type, torch.backends.cuda.matmul
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    tf32 = allow_tf32(), matmul.fp32_precision, torch.backends.fp32_precision
+    backends_of_torch: Any = torch.backends
+    tf32 = allow_tf32(), matmul.fp32_precision, backends_of_torch.fp32_precision
     return (
         x.shape,
         x.stride(),

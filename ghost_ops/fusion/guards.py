@@ -137,7 +137,7 @@ class ModuleRecord(NamedTuple):
                 bound = module.__dict__.get(name)
                 if getattr(bound, "__func__", None) is not value.function:
                     return False
-                if bound.__self__ is not module:  # type: ignore[union-attr]
+                if bound.__self__ is not module:
                     return False
             elif not same_value(module.__dict__.get(name, MISSING), value):
                 return False
@@ -199,7 +199,11 @@ class Record(NamedTuple):
 
     def joined(self, other: Record) -> Record:
         """Everything in either of two records."""
-        return Record(*(mine + others for mine, others in zip(self, other, strict=True)))
+        return Record(
+            self.modules + other.modules,
+            self.items + other.items,
+            self.attributes + other.attributes,
+        )
 
     def holds(self, module: nn.Module) -> bool:
         """Whether every guard holds in ``module``, so that reading it would give the same."""

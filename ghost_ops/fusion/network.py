@@ -252,7 +252,7 @@ def match_network(reading: Reading) -> NetworkForm:
         raise Refusal("its linear layer is not a module of its own")
     node, dropout = classifier.inputs[0], 0.0
     if node.op == "dropout":
-        (dropout,), (node,) = node.args, node.inputs  # type: ignore[assignment]
+        (dropout,), (node,) = node.args, node.inputs
     node = _expect(node, "flatten", "a flattening").inputs[0]
     act = _expect(node, "act", "an activation")
     head = _expect(act.inputs[0], "conv", "a convolution")
@@ -277,7 +277,7 @@ def match_network(reading: Reading) -> NetworkForm:
         blocks=tuple(blocks),
         last=last,
         head=head.args[0],
-        head_act=act.args,  # type: ignore[arg-type]
+        head_act=act.args,
         dropout=dropout,
         classifier=path,
         pools=called(reading, pool),

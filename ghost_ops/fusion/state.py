@@ -104,6 +104,8 @@ class State:
         old: its last state, whose record is used again if it holds.
     """
 
+    record: Record
+
     def __init__(self, module: Any, old: State | None = None) -> None:
         self.kind = type(module)
         self.form: Form | None = None

@@ -96,13 +96,14 @@ class Symbol(_Unknown):
         self.node = node
         self._outside = outside  # a tensor outside of the forward has the same memory
         self._lost = ""  # why the value is no longer known
-        self._memory = [] if same is None else same._memory  # all symbols of the same memory
+        # All symbols of the same memory.
+        self._memory: list[Symbol] = [] if same is None else same._memory
         self._memory.append(self)
 
     __hash__, __repr__ = object.__hash__, object.__repr__
 
     # For isinstance(symbol, Tensor).
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: Tensor)
 
     @classmethod
     def __torch_function__(

@@ -316,7 +316,7 @@ def ghost_train_forward(
     act2: int,
     slope2: float,
     keep_u: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """(out, mean1, var1, mean2, var2, u or empty).
 
     A norm without mean and var uses the batch's statistics, which are returned; with mean and var

@@ -90,8 +90,9 @@ def normalise(
     if mean is None or var is None:
         mean, var = statistics(u)
         return norm(u, mean, var, gamma, beta, eps), mean, var
-    nothing = (u.new_empty(0, dtype=compute_dtype(u.dtype)) for _ in range(2))
-    return norm(u, mean, var, gamma, beta, eps), *nothing
+    dtype = compute_dtype(u.dtype)
+    out = norm(u, mean, var, gamma, beta, eps)
+    return out, u.new_empty(0, dtype=dtype), u.new_empty(0, dtype=dtype)
 
 
 def norm_backward(

@@ -69,6 +69,11 @@ def _fake_combine(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(a.mean), torch.empty_like(a.mean), count
 
 
+def _group_named(name: str) -> Any:
+    distributed: Any = dist.distributed_c10d  # its stubs have a type of their own for names
+    return distributed._resolve_process_group(name)
+
+
 @operator(
     "sync_combine(Tensor mean, Tensor var, SymInt count, str group) -> (Tensor, Tensor, Tensor)",
     _fake_combine,
@@ -77,7 +82,7 @@ def eager_sync_combine(
     mean: Tensor, var: Tensor, count: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``combine`` for the name of a group: a graph has no objects."""
-    return _combine(mean, var, count, dist.distributed_c10d._resolve_process_group(group))
+    return _combine(mean, var, count, _group_named(group))
 
 
 def mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: Any) -> Tensor:
@@ -110,6 +115,4 @@ def _mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: Any) ->
 )
 def eager_sync_mean_gradients(dbeta: Tensor, dgamma: Tensor, count: Tensor, group: str) -> Tensor:
     """``mean_gradients`` for the name of a group."""
-    return _mean_gradients(
-        dbeta, dgamma, count, dist.distributed_c10d._resolve_process_group(group)
-    )
+    return _mean_gradients(dbeta, dgamma, count, _group_named(group))

@@ -114,7 +114,9 @@ def explain_shape(
         f"sm_{sm}",
         tuple(_pass(one) for one in found["passes"]),
         found["writes_u"],
-        *(fields[name] for name in ("bytes_fused", "bytes_eager", "flops")),
+        fields["bytes_fused"],
+        fields["bytes_eager"],
+        fields["flops"],
         backward=_backward(found["backward"]),
     )
 
@@ -143,7 +145,8 @@ def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> 
         ValueError: the primary convolution is not a plain 1x1; or as :func:`explain_shape`.
         RuntimeError: as :func:`explain_shape`.
     """
-    conv, cheap = module.primary_conv[0], module.cheap_operation[0]
+    conv: Any = module.primary_conv[0]
+    cheap: Any = module.cheap_operation[0]
     if conv.kernel_size != (1, 1) or conv.groups != 1:
         raise ValueError(f"module: only a plain 1x1 primary convolution is planned, got {conv}")
     kwargs.setdefault("dtype", conv.weight.dtype)

@@ -113,7 +113,8 @@ def explain_saved(
     seen: set[int] = set()
     found: dict[str, list[SavedRow]] = {}
     for node in _nodes(out.grad_fn):
-        maps, weights = [], []
+        maps: list[Tensor] = []
+        weights: list[Tensor] = []
         for t in _saved(node):
             (weights if t.untyped_storage().data_ptr() in parameters else maps).append(t)
         new = {t.untyped_storage().data_ptr(): t for t in maps}
