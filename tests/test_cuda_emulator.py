@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -216,23 +215,6 @@ def test_fibers_of_other_processors() -> None:
                 run(library, "misaligned copy")
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """Environment variables with which Python loads a library with the address sanitizer."""
-    libraries = []
-    for name in ("libasan.so", "libubsan.so"):
-        command = [emulator.compiler(), f"-print-file-name={name}"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if "/" not in found:
-            pytest.skip(f"the compiler has no {name}")
-        libraries.append(found)
-    return {
-        **os.environ,
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "PYTHONPATH": os.pathsep.join([str(emulator.HERE.parent), str(emulator.ROOT)]),
-    }
-
-
 SANITIZED = """
 import sys, torch, emulator
 library = emulator.Library({path!r})
@@ -249,7 +231,7 @@ for name in {names!r}:
 
 def test_the_address_sanitizer_works_with_the_fibers() -> None:
     path = faulty_kernels("prims-sanitized", emulator.SANITIZE)
-    environment = sanitizer_environment()
+    environment = emulator.sanitizer_environment()
 
     def sanitized(*names: str) -> subprocess.CompletedProcess[str]:
         return spawn("-c", SANITIZED.format(path=str(path), names=names), **environment)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import emulator
 from cuda_driver import spawn
-from test_cuda_emulator import sanitizer_environment
 
 # The other sources are linked without the sanitizers: the templates differ in the type alone.
 SANITIZED = ("cuda/forward.cu", "cuda/backward.cu", "cuda/instances/*_half*")
@@ -23,7 +22,7 @@ def test_kernels_under_the_sanitizers() -> None:
     )
     driver = emulator.HERE.parent / "cuda_driver.py"
     where = ["--library", str(library), "--device", "tiny sm_86", "--schedules", "greedy-eager"]
-    done = spawn(str(driver), *where, "--cases", *CASES, **sanitizer_environment())
+    done = spawn(str(driver), *where, "--cases", *CASES, **emulator.sanitizer_environment())
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
     assert f"{len(CASES)} right, 0 wrong" in done.stdout

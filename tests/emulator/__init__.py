@@ -247,6 +247,25 @@ class Library:
         return names
 
 
+def sanitizer_environment() -> dict[str, str]:
+    """Environment variables with which Python loads a library with the address sanitizer."""
+    import pytest
+
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [compiler(), f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if "/" not in found:
+            pytest.skip(f"the compiler has no {name}")
+        libraries.append(found)
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(ROOT)]),
+    }
+
+
 def or_skip(build: Callable[[], T]) -> T:
     """The result of ``build``; skips the test if the emulator cannot be built here."""
     import pytest
