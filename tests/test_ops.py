@@ -29,9 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
 from ghost_ops import activations
-from ghost_ops.activations import NAMES
 from ghost_ops.conventions import NEEDS, compute_dtype
-from ghost_ops.ops.ghost import packs_pairs
+from ghost_ops.ops.ghost import NAMES, packs_pairs
 from ghost_ops.reference import GhostModule
 
 OPS = torch.ops.ghost_ops
