@@ -231,25 +231,12 @@ inline void tile_product(const LaneSource<BFloat16>& in, const BFloat16* pairs, 
           x[i] = in.x + line / in.rows * in.image + line % in.rows * in.row + q * in.pixel;
           pixel[i] = line * in.pixels + q;
         }
-        const auto some = [&](auto n) {
+        with_constant<1, 2, 3, 4>(count, [&](auto n) {
           const char* ahead = nullptr;
           if (fetch && c == 0) ahead = reinterpret_cast<const char*>(x[0] + 4 * rows * in.pixel);
           tile_sums(tiles, std::make_index_sequence<decltype(n)::value>{}, in, x, pairs, run, ahead,
                     sums);
-        };
-        switch (int(count)) {
-          case 1:
-            some(std::integral_constant<size_t, 1>{});
-            break;
-          case 2:
-            some(std::integral_constant<size_t, 2>{});
-            break;
-          case 3:
-            some(std::integral_constant<size_t, 3>{});
-            break;
-          default:
-            some(std::integral_constant<size_t, 4>{});
-        }
+        });
         for (int64_t i = 0; i < count; ++i)
           finish_tile<decltype(code)::value>(sums[i], int(rows), scale + c, shift + c,
                                              float(act.slope), y + pixel[i] * ld + c, ld,

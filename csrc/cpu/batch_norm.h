@@ -108,23 +108,13 @@ GHOST_INLINE void for_vectors(int64_t n, int lanes, F&& f) {
   if (i < n) f(i, std::false_type{});
 }
 
-template <class A>
-GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::true_type) {
-  (void)n;
-  return load(p + i);
+template <class A, class Full>
+GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, Full) {
+  return Full::value ? load(p + i) : load_n(p + i, n - i);
 }
-template <class A>
-GHOST_INLINE Vec<A> load_part(const A* p, int64_t i, int64_t n, std::false_type) {
-  return load_n(p + i, n - i);
-}
-template <class A>
-GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::true_type) {
-  (void)n;
-  store(p + i, v);
-}
-template <class A>
-GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, std::false_type) {
-  store_n(p + i, v, n - i);
+template <class A, class Full>
+GHOST_INLINE void store_part(A* p, int64_t i, int64_t n, Vec<A> v, Full) {
+  Full::value ? store(p + i, v) : store_n(p + i, v, n - i);
 }
 
 // dst = act(scale * src + shift + add) with the scale and shift of f; src, dst, add [n]; add may be

@@ -105,8 +105,8 @@ class ChannelPass {
     const int64_t c0 = item * block, count = std::min(block, m - c0), ld = row_stride(),
                   rows = in_place ? 4 : 3 + count * (1 + ghosts_per_map);
     A* const y = row_scratch(rows * ld);
-    A* const grads = y + 3 * ld;  // of y's channels; then, where it is read into scratch, of z's
-    A* const grads_z = grads + count * ld;
+    A* const grads = y + 3 * ld;            // of y
+    A* const grads_z = grads + count * ld;  // of z, unless grad_out is read in place
     if (!in_place) {
       if (need_dy) read_grad(c0, count, grads, ld);
       if (need_dz) read_grad(m + c0 * ghosts_per_map, count * ghosts_per_map, grads_z, ld);

@@ -11,7 +11,6 @@
 // the taps for d >= 5.
 #pragma once
 
-#include "cpu/kernel_size.h"
 #include "cpu/simd.h"
 
 namespace ghost {
@@ -170,7 +169,7 @@ void slide_all(const Stencil<A>& s) {
 #else
   constexpr int kMost = D == 1 ? 4 : D == 3 ? 2 : 1;
 #endif
-  constexpr int kTwo = kMost >= 3 ? 2 : 1;  // channels at a time where there is one strip
+  constexpr int kTwo = kMost >= 3 ? 2 : 1;  // channels at a time if a map has one strip
   const int64_t n = (s.width + L - 1) / L;
   // Channels whose rows stay in L1 while all groups of strips of a wide map pass over them.
   const int64_t rows = s.row_end - s.row_begin + 2 * R;
@@ -199,9 +198,9 @@ void slide_all(const Stencil<A>& s) {
 
 template <class A>
 void stencil(int64_t d, const Stencil<A>& s) {
-  with_kernel_size(d, [&](auto size) {
+  with_constant<1, 3, 5, 7>(d, [&](auto size) {
     constexpr int D = decltype(size)::value;
-    return s.accumulate ? slide_all<A, D, true>(s) : slide_all<A, D, false>(s);
+    s.accumulate ? slide_all<A, D, true>(s) : slide_all<A, D, false>(s);
   });
 }
 // Instantiated in isa/kernels.cpp, once for each instruction set.
@@ -263,7 +262,7 @@ void stencil_weight_grad(int64_t d, const A* y, const A* dv, int64_t N, int64_t 
   const int64_t P = H * W, most = P < kTapSumPixels ? kTapSumPixels / (P > 0 ? P : 1) : 1;
   for (int64_t n = 0; n < N; n += most, y += most * P, dv += most * P) {
     const int64_t images = N - n < most ? N - n : most;
-    with_kernel_size(d, [&](auto size) {
+    with_constant<1, 3, 5, 7>(d, [&](auto size) {
       stencil_weight_grad<A, decltype(size)::value>(y, dv, images, H, W, dw);
     });
   }

@@ -354,8 +354,8 @@ template <class T>
 void depthwise_items(const DepthwiseArgs& a, int64_t begin, int64_t end) {
   if (a.layout == Layout::kNHWC) return channel_rows<T>(a, begin, end);
   if (a.stride == 1) return full_planes<T>(a, begin, end);
-  with_kernel_size(a.kernel,
-                   [&](auto size) { halved_planes<T, decltype(size)::value>(a, begin, end); });
+  with_constant<1, 3, 5, 7>(
+      a.kernel, [&](auto size) { halved_planes<T, decltype(size)::value>(a, begin, end); });
 }
 
 }  // namespace GHOST_ISA

@@ -239,7 +239,7 @@ void depthwise_norm_channels(const DepthwiseNormArgs& a, int64_t begin, int64_t 
 // Forward, or backward if a.grad is not null, of items [begin, end) of depthwise_norm_items.
 template <class T>
 void depthwise_norm(const DepthwiseNormArgs& a, int64_t begin, int64_t end) {
-  with_kernel_size(a.conv.kernel, [&](auto size) {
+  with_constant<1, 3, 5, 7>(a.conv.kernel, [&](auto size) {
     depthwise_norm_channels<T, decltype(size)::value>(a, begin, end);
   });
 }

@@ -15,7 +15,7 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// Where a finished block goes.
+// The destination of a finished block.
 template <class A>
 struct GemmOut {
   A* y;  // [M][ldy]
@@ -35,7 +35,7 @@ struct Run {
   int64_t count = 0;  // 0: nothing
 };
 
-// What a product prefetches from beyond L2: the next columns of x, or the memory that is read and
+// Prefetches of a product from beyond L2: the next columns of x, or the memory that is read and
 // written after the product.
 template <class A>
 struct Meanwhile {
@@ -278,20 +278,9 @@ int64_t gemm_rest(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int
   o.y += pixels - rest;
   if (o.copy) o.copy += pixels - rest;
   const A* const last = x + pixels - rest;
-  switch (int(rest)) {
-    case 1:
-      gemm_tail<A, 1>(last, ldx, panels, ldpanel, K, shift, M, o);
-      break;
-    case 2:
-      gemm_tail<A, 2>(last, ldx, panels, ldpanel, K, shift, M, o);
-      break;
-    case 3:
-      gemm_tail<A, 3>(last, ldx, panels, ldpanel, K, shift, M, o);
-      break;
-    case 4:
-      gemm_tail<A, 4>(last, ldx, panels, ldpanel, K, shift, M, o);
-      break;
-  }
+  with_constant<1, 2, 3, 4>(rest, [&](auto n) {
+    gemm_tail<A, decltype(n)::value>(last, ldx, panels, ldpanel, K, shift, M, o);
+  });
   return rest;
 }
 
@@ -351,7 +340,6 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
         // An even split: 13 vectors in blocks of 6 are 4 + 4 + 5, not 6 + 6 + 1.
         const int64_t v0 = total * b / blocks, v1 = total * (b + 1) / blocks;
         const int64_t col = v0 * L, tail = pixels - (v1 - 1) * L;
-        const bool partial = tail < L;
         const A* xk = x + col + k * ldx;
         // The hardware prefetcher is late at the start of every page: the next columns are
         // prefetched here.
@@ -360,24 +348,16 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
           next = b + 1 < b1    ? xk + (v1 - v0) * L
                  : k + len < K ? x + total * b0 / blocks * L + (k + len) * ldx
                                : x + v1 * L;
-#define GHOST_COLUMNS(n)                                                                          \
-  case n:                                                                                         \
-    if constexpr (n <= kWidest<A>) {                                                              \
-      if (partial)                                                                                \
-        gemm_columns<A, n, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, next, walks); \
-      else                                                                                        \
-        gemm_columns<A, n, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, next, walks);   \
-    }                                                                                             \
-    break;
-        switch (int(v1 - v0)) {
-          GHOST_COLUMNS(1)
-          GHOST_COLUMNS(2)
-          GHOST_COLUMNS(3)
-          GHOST_COLUMNS(4)
-          GHOST_COLUMNS(5)
-          GHOST_COLUMNS(6)
-        }
-#undef GHOST_COLUMNS
+        with_constant<1, 2, 3, 4, 5, 6>(v1 - v0, [&](auto n) {
+          if constexpr (constexpr int kVecs = decltype(n)::value; kVecs <= kWidest<A>) {
+            if (tail < L)
+              gemm_columns<A, kVecs, true>(xk, ldx, pk, ldpanel, len, shift, M, o, col, tail, next,
+                                           walks);
+            else
+              gemm_columns<A, kVecs, false>(xk, ldx, pk, ldpanel, len, shift, M, o, col, L, next,
+                                            walks);
+          }
+        });
       }
     }
   }

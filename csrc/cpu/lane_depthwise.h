@@ -10,7 +10,6 @@
 #include <algorithm>
 
 #include "cpu/activation.h"
-#include "cpu/kernel_size.h"
 #include "cpu/lanes.h"
 #include "cpu/storage.h"
 
@@ -120,7 +119,7 @@ __attribute__((noinline)) void lane_depthwise(const LaneDepthwise<T>& s) {
 }
 template <class T, int S = 1>
 void lane_depthwise(int64_t k, const LaneDepthwise<T>& s) {
-  with_kernel_size(k, [&](auto size) { lane_depthwise<T, decltype(size)::value, S>(s); });
+  with_constant<1, 3, 5, 7>(k, [&](auto size) { lane_depthwise<T, decltype(size)::value, S>(s); });
 }
 
 }  // namespace GHOST_ISA

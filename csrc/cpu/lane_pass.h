@@ -17,7 +17,6 @@
 #include <type_traits>
 
 #include "cpu/batch_norm.h"
-#include "cpu/kernel_size.h"
 #include "cpu/lane_stencil.h"
 #include "cpu/lanes.h"
 #include "cpu/scratch.h"
@@ -235,7 +234,7 @@ class LanePass {
   template <bool kTapRows>
   void convolve(const LaneRows<const A>& in, const A* w, const LaneRows<A>& out, int64_t images,
                 bool accumulate) const {
-    with_kernel_size(d, [&](auto size) {
+    with_constant<1, 3, 5, 7>(d, [&](auto size) {
       for (int64_t n = 0; n < images; ++n)
         lane_stencil<A, decltype(size)::value, kTapRows>(in.image(n, F), w, ld_taps,
                                                          out.image(n, F), F, q, accumulate);
@@ -244,7 +243,7 @@ class LanePass {
   // Adds to `sums`, over rows [r0, r1) of the images.
   void add_tap_sums(const LaneRows<const A>& in, const LaneRows<const A>& dv, int64_t r0,
                     int64_t r1, int64_t images) const {
-    with_kernel_size(d, [&](auto size) {
+    with_constant<1, 3, 5, 7>(d, [&](auto size) {
       lane_weight_grad<A, decltype(size)::value>(in, dv, r0, r1, images, F, q, sums, ld_sums);
     });
   }

@@ -156,9 +156,10 @@ class LaneTrain : LanePass<A> {
     const LaneRows<A> rows = rows_of(y, c, halo);
     const int64_t pixels = c.images * (rows.end - rows.begin) * W;
     const A* const u = static_cast<const A*>(args.u) + (c.n * H + rows.begin) * F;
+    const LaneNorm<A> norm = norm1;  // a local: for the compiler, a store may change *this
     with_activation(p.act1.act, [&](auto act) {
       for_numbers(pixels, [&](int64_t i, int64_t c, auto lanes) {
-        const Vec<A> pre = lanes.load(u + i) * load(norm1.scale + c) + load(norm1.shift + c);
+        const Vec<A> pre = lanes.load(u + i) * load(norm.scale + c) + load(norm.shift + c);
         lanes.store(y + i, activate<decltype(act)::value, A>(pre, A(p.act1.slope)));
       });
     });
@@ -197,6 +198,7 @@ class LaneTrain : LanePass<A> {
 
   void forward(int64_t item) const {
     for_chunks(item, [&](const Chunk& c) {
+      const LaneNorm<A> norm = norm2;
       const LaneRows<const A> rows_y = make_v(c);
       const int64_t rows = c.r1 - c.r0;
       with_activation(p.act2.act, [&](auto act) {
@@ -209,7 +211,7 @@ class LaneTrain : LanePass<A> {
                 m, [&](int64_t ch, auto lanes) { lanes.store(out + ch, lanes.load(from_y + ch)); });
             for_vectors_of(m, [&](int64_t ch, auto lanes) {
               const Vec<A> pre =
-                  lanes.load(from_v + ch) * load(norm2.scale + ch) + load(norm2.shift + ch);
+                  lanes.load(from_v + ch) * load(norm.scale + ch) + load(norm.shift + ch);
               lanes.store(out + m + ch, activate<decltype(act)::value, A>(pre, A(p.act2.slope)));
             });
           }
@@ -221,7 +223,7 @@ class LaneTrain : LanePass<A> {
   // dst = g = grad * act'(bn(x)) of n pixels, dst null for the sums alone. The sums of g and of
   // g * xhat, xhat the normalised x, are added to of [2][m], or null.
   // x, dst [n][m]; grad [n][ld_grad].
-  void through_activation(const LaneNorm<A>& norm, const Activation& a, const A* x, const A* grad,
+  void through_activation(LaneNorm<A> norm, const Activation& a, const A* x, const A* grad,
                           int64_t ld_grad, A* dst, int64_t n, double* of) const {
     with_activation(a.act, [&](auto act) {
       for (int64_t q = 0; q < n; q += kPiece) {
@@ -253,7 +255,7 @@ class LaneTrain : LanePass<A> {
   }
   // dst: the gradient of the norm's input x from g, the gradient of its output; all [n][m], dst may
   // be g.
-  void through_norm(const LaneNorm<A>& norm, bool batch_stats, const A* x, const A* g, A* dst,
+  void through_norm(LaneNorm<A> norm, bool batch_stats, const A* x, const A* g, A* dst,
                     int64_t n) const {
     if (!batch_stats) {
       for_numbers(n, [&](int64_t i, int64_t c, auto lanes) {

@@ -145,7 +145,7 @@ struct LaneSource {
   int64_t taps = 1, tap = 0;    // rows of taps; elements from one to the next
 };
 
-// Where the sums of a product go.
+// The destination of the sums of a product.
 template <class A>
 struct LaneOut {
   A* y;  // [pixels][ld], from channel 0 of the product
@@ -288,22 +288,17 @@ void lane_pixels(const LaneSource<A>& in, const A* w, int64_t ldpanel, int64_t K
   }
 }
 
-// The last channels of a product, where a vector sums two values of a pixel at once.
+// The last channels of a product: a vector sums two values of a pixel at once.
 template <class A>
 void lane_halves(const LaneSource<A>& source, int64_t K, const LaneOut<A>& out,
                  const HalfVectors<A>& halves, const Ahead& ahead) {
   if constexpr (kHasHalves<A>) {
-    const auto pass = [&](auto vecs) {
+    const int64_t halves_of_vector = (halves.channels + kLanes<A> / 2 - 1) / (kLanes<A> / 2);
+    with_constant<1, 2, 3>(halves_of_vector, [&](auto vecs) {
       lane_pixels<A, 2, decltype(vecs)::value>(source, halves.panels, K / 2 * kPanel,
                                                K / source.taps / 2, halves.shift, out,
                                                out.y + halves.from, halves.channels, ahead);
-    };
-    if (halves.channels > kLanes<A>)
-      pass(std::integral_constant<int, 3>{});
-    else if (halves.channels > kLanes<A> / 2)
-      pass(std::integral_constant<int, 2>{});
-    else
-      pass(std::integral_constant<int, 1>{});
+    });
   }
 }
 
@@ -368,25 +363,11 @@ void lane_product(const LaneSource<A>& source, const A* panels, int64_t K, const
         fetch.read = reinterpret_cast<const char*>(next);
         fetch.read_bytes = deep * kPanel * int64_t(sizeof(A));
       }
-      const auto pass = [&](auto vecs) {
+      with_constant<1, 2, 3, 4>(v1 - v0, [&](auto vecs) {
         constexpr int kVecs = decltype(vecs)::value;
         if constexpr (kVecs <= kMost)
           lane_pixels<A, 1, kVecs>(in, w, ldpanel, len, shift + c, o, out.y + c, channels, fetch);
-      };
-      switch (int(v1 - v0)) {
-        case 1:
-          pass(std::integral_constant<int, 1>{});
-          break;
-        case 2:
-          pass(std::integral_constant<int, 2>{});
-          break;
-        case 3:
-          pass(std::integral_constant<int, 3>{});
-          break;
-        case 4:
-          pass(std::integral_constant<int, 4>{});
-          break;
-      }
+      });
     }
   }
   if (halves.channels > 0) lane_halves<A>(source, K, out, halves, ahead(slices * blocks));

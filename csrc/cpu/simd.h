@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -22,6 +23,12 @@ inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;  // SSE2, NEON: the baseline of the compiler
 #endif
+
+// Calls f with the one of kValues that equals value, as a std::integral_constant<int>.
+template <int... kValues, class F>
+GHOST_INLINE void with_constant(int64_t value, F&& f) {
+  ((value == kValues ? f(std::integral_constant<int, kValues>{}) : void()), ...);
+}
 
 typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));

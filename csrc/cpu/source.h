@@ -12,11 +12,10 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// Where x [N, C, H, W] is: elements from image to image, and from channel to channel (NCHW); and
-// its copies as channel-major tiles of the pixels that the primary convolution reads.
+// image, channel: elements of x from image to image, and from channel to channel if NCHW.
 template <class T>
 struct Source {
-  const T* x;
+  const T* x;  // [N, C, H, W] in layout
   int64_t image, channel, channels, height, width, stride;
   Layout layout;
   int64_t out_width;

@@ -15,7 +15,10 @@
 
 #include <algorithm>
 
-#include "cpu/channels.h"
+#include "cpu/batch_norm.h"
+#include "cpu/depthwise.h"
+#include "cpu/scratch.h"
+#include "cpu/storage.h"
 #include "cpu/tail_kernels.h"
 
 namespace ghost {

@@ -313,19 +313,10 @@ class BroadcastGrad {
   // partial (+)= wide[:, q .. q + px) tile.
   void products(int64_t q, int64_t px, bool fresh) const {
     const int64_t vectors = ld / L, groups = (vectors + kMost - 1) / kMost;
-    switch (int((vectors + groups - 1) / groups)) {
-#define GHOST_COLUMNS(n)                                                 \
-  case n:                                                                \
-    if constexpr (n <= kMost) rows_of<kGradRowsFor[n], n>(q, px, fresh); \
-    break;
-      GHOST_COLUMNS(1)
-      GHOST_COLUMNS(2)
-      GHOST_COLUMNS(3)
-      GHOST_COLUMNS(4)
-      GHOST_COLUMNS(5)
-      GHOST_COLUMNS(6)
-#undef GHOST_COLUMNS
-    }
+    with_constant<1, 2, 3, 4, 5, 6>((vectors + groups - 1) / groups, [&](auto n) {
+      if constexpr (constexpr int kVecs = decltype(n)::value; kVecs <= kMost)
+        rows_of<kGradRowsFor[kVecs], kVecs>(q, px, fresh);
+    });
   }
 
   // All columns in groups of kVecs vectors and of one less.
@@ -406,7 +397,7 @@ void broadcast_grad(const PixelRows<A>& du, const PixelRows<A>& x, const WeightG
   BroadcastGrad<A>(wide, narrow, N, P, chunk, memory).run(dw, wide_x ? 1 : C, wide_x ? C : 1);
 }
 
-// Few rows: dot products over the pixels of one image, both operands read where they are.
+// Few rows: dot products over the pixels of one image, both operands read in place.
 template <class A>
 void dot_grad(const PixelRows<A>& du, const PixelRows<A>& x, const WeightGradArgs& args, A* dw) {
   const Problem& p = args.problem;
