@@ -14,15 +14,13 @@ Imports go one way: activations, backends, ops < autograd < functional < fusion 
 models < planner < __main__.
 """
 
-from . import activations, backends, functional, models, planner, reference
+from . import activations, backends, functional, models, ops, planner, reference
 from ._version import __version__
 from .backends import use_backend
 from .convert import fuse, reset_cache, unfuse
 from .functional import ghost_module
 from .fusion.graphed import graphed
 from .nn import FusedGhostBottleneck, FusedGhostModule
-from .ops import ghost as ops
-from .ops import layers as model_ops
 from .reference import SqueezeExcite
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
@@ -39,7 +37,6 @@ __all__ = [
     "fuse",
     "ghost_module",
     "graphed",
-    "model_ops",
     "models",
     "ops",
     "planner",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from . import ops
 from .fusion import check, timing
 from .fusion.bottleneck import FusedBottleneck
 from .fusion.expression import ExpressionForm, FusedExpression
@@ -29,7 +30,6 @@ from .fusion.network import FusedNetwork
 from .fusion.read import Failed
 from .fusion.symbols import Node
 from .nn import FusedGhostModule
-from .ops import layers as model_ops
 from .reference import GhostModule
 
 _KINDS: tuple[type[Fused], ...] = (FusedGhost, FusedBottleneck, FusedNetwork)
@@ -328,7 +328,7 @@ def _may_be(kind: type[Fused], module: nn.Module, is_model: bool) -> bool:
 
 def _runs_convs(module: nn.Module) -> bool:
     """Whether ``ghost_conv_apply`` has a kernel for the device of a module's parameters."""
-    return model_ops.has_conv_kernel() and all(p.device.type == "cpu" for p in module.parameters())
+    return ops.has_conv_kernel() and all(p.device.type == "cpu" for p in module.parameters())
 
 
 def _children(module: nn.Module) -> Iterator[nn.Module]:

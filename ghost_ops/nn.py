@@ -11,6 +11,7 @@ from torch import nn
 
 from . import activations, backends
 from .activations import ActivationSpec
+from .conventions import ghosts_per_map
 from .fusion.bottleneck import FusedBottleneck
 from .fusion.fused import attach, forget, fused_forward, named, state_of
 from .fusion.ghost import FusedGhost
@@ -83,8 +84,8 @@ class FusedGhostModule(FusedGhost, GhostModule):
         first = ("relu" if relu else "none") if activation is None else activation
         second = first if cheap_activation is None else cheap_activation
         _, oup, _, ratio, _, _ = numbers
-        intrinsic, ghosts_per_map = math.ceil(oup / ratio), ratio - 1
-        ghosts = intrinsic * ghosts_per_map
+        intrinsic = math.ceil(oup / ratio)
+        ghosts = intrinsic * ghosts_per_map(ratio)
         act1 = activations.make_module(first, "activation", intrinsic, device, dtype)
         act2 = activations.make_module(second, "cheap_activation", ghosts, device, dtype)
         build_children(self, *numbers, act1, act2, device, dtype)

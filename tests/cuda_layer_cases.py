@@ -21,9 +21,8 @@ from cuda_cases import (
 from helpers import ACT_CODE, Case, Params, activation, assert_close, with_layout
 from torch import Tensor
 
-from ghost_ops import activations
+from ghost_ops import activations, ops
 from ghost_ops.conventions import compute_dtype
-from ghost_ops.ops import layers as model_ops
 
 Row = dict[str, Any]
 
@@ -91,7 +90,7 @@ def check_stem(world: World, row: Row) -> None:
 def gate_formula(x: Tensor, row: Row, p: tuple[Tensor, ...]) -> Tensor:
     hidden = activation(row["act"], x.mean((2, 3)) @ p[0].t() + p[1])
     s = hidden @ p[2] + p[3]
-    return F.relu6(s + 3) / 6 if row["gate"] == model_ops.HARD_SIGMOID else torch.sigmoid(s)
+    return F.relu6(s + 3) / 6 if row["gate"] == ops.HARD_SIGMOID else torch.sigmoid(s)
 
 
 def check_gate(world: World, row: Row) -> None:

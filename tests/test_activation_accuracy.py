@@ -12,8 +12,7 @@ from conftest import EVERY_ISA, running
 from helpers import ACT_CODE
 from torch import Tensor
 
-from ghost_ops import activations
-from ghost_ops.ops import layers as model_ops
+from ghost_ops import activations, ops
 
 # The largest error allowed, in ulps of the input. For |x| > 1 the terms of the formulas are as
 # large as x; for |x| < 1 the result is smaller.
@@ -43,7 +42,7 @@ def ulp(x: Tensor) -> Tensor:
 def kernel(x: Tensor, act: str) -> Tensor:
     """act(x) by the native kernels: a depthwise convolution with the weight 1."""
     one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1)
-    return model_ops.depthwise_conv(x.view(1, 1, 1, -1), one, zero, 1, ACT_CODE[act]).view(-1)
+    return ops.depthwise_conv(x.view(1, 1, 1, -1), one, zero, 1, ACT_CODE[act]).view(-1)
 
 
 def pytorch(x: Tensor, act: str) -> Tensor:
@@ -85,9 +84,7 @@ def test_sigmoid(native_isa: str) -> None:
     x = torch.cat((torch.linspace(-87, 87, 60_001), torch.tensor([-3e38, -90.0, 90.0, 3e38])))
     n, none = len(x), torch.zeros(1, len(x))
     got = torch.ones(1, n, 1, 1)
-    model_ops.squeeze_excite_(
-        got, none, torch.zeros(1), none, x, activations.RELU, 0.0, model_ops.SIGMOID
-    )
+    ops.squeeze_excite_(got, none, torch.zeros(1), none, x, activations.RELU, 0.0, ops.SIGMOID)
     got, want = got.view(-1).double(), torch.sigmoid(x.double())
     normal = x.abs() < 86.9
     assert ((got - want).abs() / ulp(want.float()))[normal].max() <= 4

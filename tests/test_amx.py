@@ -19,10 +19,8 @@ from operator_cases import ConvCase, row_id
 from torch import Tensor
 
 import ghost_ops
-from ghost_ops import activations
+from ghost_ops import activations, ops
 from ghost_ops.environment import EMULATED
-from ghost_ops.ops import ghost as ops
-from ghost_ops.ops import layers as model_ops
 
 LIBRARY = native_module()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the native library is not built")
@@ -59,11 +57,11 @@ def test_operator(tiles: Any, small_caches: None, row: dict) -> None:
     given = ConvCase(row)
     packed = given.packed(ops.native)
     arguments = given.x, packed, given.residual, *given.numbers
-    got = model_ops.native_ghost_conv_apply(*arguments)
+    got = ops.native_ghost_conv_apply(*arguments)
     want = given.formula(torch.float64)
     assert_close(got, want, given.formula(torch.float32).to(torch.bfloat16))
     torch.set_num_threads(3)
-    assert same_bits(model_ops.native_ghost_conv_apply(*arguments), got)
+    assert same_bits(ops.native_ghost_conv_apply(*arguments), got)
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
@@ -146,16 +144,16 @@ def test_other_kernels_read_what_was_packed(packed_by: str) -> None:
         packed = given.packed(ops.native)
     arguments = given.x, packed, given.residual, *given.numbers
     with running("native-generic"):
-        plain = model_ops.native_ghost_conv_apply(*arguments)
+        plain = ops.native_ghost_conv_apply(*arguments)
         own = given.packed(ops.native)
-        assert same_bits(plain, model_ops.native_ghost_conv_apply(given.x, own, *arguments[2:]))
+        assert same_bits(plain, ops.native_ghost_conv_apply(given.x, own, *arguments[2:]))
     with running(f"native-{EMULATED}"):
-        got = model_ops.native_ghost_conv_apply(*arguments)
+        got = ops.native_ghost_conv_apply(*arguments)
     assert_close(got, given.formula(torch.float64), plain)
     with pytest.raises(RuntimeError, match="packed does not belong"):
-        model_ops.native_ghost_conv_apply(given.x, packed[1:], *arguments[2:])
+        ops.native_ghost_conv_apply(given.x, packed[1:], *arguments[2:])
     with pytest.raises(RuntimeError, match=r"packed must be .* in the compute dtype"):
-        model_ops.native_ghost_conv_apply(given.x, packed.double(), *arguments[2:])
+        ops.native_ghost_conv_apply(given.x, packed.double(), *arguments[2:])
 
 
 def test_modules(tiles: Any) -> None:

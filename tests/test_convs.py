@@ -7,11 +7,9 @@ import torch
 from helpers import DTYPES, LAYOUTS, assert_close, covering
 from operator_cases import ConvCase, row_id
 
-from ghost_ops import backends
+from ghost_ops import backends, ops
 from ghost_ops.conventions import compute_dtype
 from ghost_ops.ops import eager as eager_ops
-from ghost_ops.ops import ghost as ops
-from ghost_ops.ops import layers as model_ops
 
 CASES = covering(
     {
@@ -35,7 +33,7 @@ CASES = covering(
 def test_operator(every_isa: str, row: dict) -> None:
     given = ConvCase(row)
     packed = given.packed(eager_ops if every_isa == "eager" else ops.native)
-    got = model_ops.ghost_conv_apply(given.x, packed, given.residual, *given.numbers)
+    got = ops.ghost_conv_apply(given.x, packed, given.residual, *given.numbers)
     want = given.formula(torch.float64)
     eager = given.formula(compute_dtype(row["dtype"])).to(row["dtype"])
     assert got.dtype == row["dtype"]
@@ -58,7 +56,7 @@ def test_threads_change_no_bit(native: str) -> None:
     numbers = given.numbers
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(model_ops.ghost_conv_apply(given.x, packed, None, *numbers))
+        results.append(ops.ghost_conv_apply(given.x, packed, None, *numbers))
     assert torch.equal(*results)
 
 
@@ -77,7 +75,7 @@ def test_bad_input(backend: str, name: str) -> None:
     packed = given.packed(eager_ops if backend == "eager" else ops.native)
     with pytest.raises(RuntimeError):
         arguments = BAD[name](given.x, packed, given.residual)
-        model_ops.ghost_conv_apply(*arguments, *given.numbers)
+        ops.ghost_conv_apply(*arguments, *given.numbers)
 
 
 # --- modules ----------------------------------------------------------------------------------
@@ -85,5 +83,5 @@ def test_bad_input(backend: str, name: str) -> None:
 
 def test_where_the_kernel_is_the_check_is_the_dispatchers(native: str) -> None:
     has = torch._C._dispatch_has_kernel_for_dispatch_key("ghost_ops::ghost_conv_apply", "CPU")
-    assert model_ops.has_conv_kernel() == has
+    assert ops.has_conv_kernel() == has
     assert backends.select("cpu", torch.float32) == "native"

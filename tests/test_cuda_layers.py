@@ -21,7 +21,7 @@ from cuda_layer_cases import (
 from helpers import ACTIVATIONS, DTYPES, Case, covering, with_layout
 from torch import Tensor
 
-from ghost_ops.ops import layers as model_ops
+from ghost_ops import ops
 
 
 @pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -117,7 +117,7 @@ GATES = covering(
         ],
         "reduced": [1, 4, 37],
         "act": ["relu", "silu", "leaky_relu"],
-        "gate": [model_ops.HARD_SIGMOID, model_ops.SIGMOID],
+        "gate": [ops.HARD_SIGMOID, ops.SIGMOID],
         "sums": [False, True],
         "layout": ["nchw", "nhwc"],
         "dtype": list(DTYPES),
@@ -252,7 +252,7 @@ def test_pooling(world: World, device: str, row: dict[str, Any]) -> None:
 def test_too_many_pixels_to_pool(world: World) -> None:
     none = (None,) * 4
     packed = world.pack(torch.ones(8, 4, 1, 1), *none, 1e-5, torch.ones(0, 1, 1, 1), *none, 1e-5)
-    message = f"x may have {model_ops.MOST_POOLED} pixels, got 513"
+    message = f"x may have {ops.MOST_POOLED} pixels, got 513"
     with pytest.raises(RuntimeError, match=message):
         world.call("ghost_apply_pooled", torch.ones(1, 4, 27, 19), packed, 8, 1, 0.0)
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
+from ghost_ops import ops
 from ghost_ops.ops import conv, gate
-from ghost_ops.ops import ghost as ops
-from ghost_ops.ops import layers as model_ops
 from ghost_ops.reference import GhostBottleneck
 
 
@@ -36,8 +35,8 @@ def emulated() -> Iterator[None]:
         for name in (*ops.NAMES, *layers):
             patch.setattr(ops.native, name, getattr(on_emulator, name).default)
         for name in ("ghost_apply_gated", "ghost_apply_pooled"):
-            patch.setattr(model_ops, name, getattr(on_emulator, name).default)
-        for module in (model_ops, conv, gate):
+            patch.setattr(ops, name, getattr(on_emulator, name).default)
+        for module in (ops, conv, gate):
             patch.setattr(module, "on_gpu", lambda t: True)
         with ghost_ops.use_backend("native"), tf32(False), torch.no_grad():
             yield

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from twins import HOOKS, add_hook, agree, observe, same
 
 import ghost_ops
+from ghost_ops import ops
 from ghost_ops.fusion import timing
 from ghost_ops.fusion.expression import FusedExpression, match_expression
 from ghost_ops.fusion.guards import Refusal
 from ghost_ops.fusion.read import read
 from ghost_ops.ops import conv
-from ghost_ops.ops import layers as model_ops
 
 PROGRAM = "ghost_ops::run_program"
 
@@ -31,13 +31,13 @@ PROGRAM = "ghost_ops::run_program"
 def convs(native: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the operators that ran; without the kernel its formula runs in its place."""
     names: list[str] = []
-    operator = model_ops.native_ghost_conv_apply
+    operator = ops.native_ghost_conv_apply
 
     def counted(*arguments: Any) -> Tensor:
         names.append("ghost_conv_apply")
         return operator(*arguments)
 
-    for module in (model_ops, conv):
+    for module in (ops, conv):
         monkeypatch.setattr(module, "has_conv_kernel", lambda: True)
         monkeypatch.setattr(module, "native_ghost_conv_apply", counted)
     yield names
@@ -340,7 +340,7 @@ def test_convolutions_inside_of_fused_modules_stay(convs: list[str]) -> None:
 
 
 def test_without_a_kernel(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (model_ops, conv):
+    for module in (ops, conv):
         monkeypatch.setattr(module, "has_conv_kernel", lambda: False)
     plain = randomize(with_ghost(Conv(6, 8, 3, 1, 1, nn.ReLU()), Basic(8, 8))).double().eval()
     fused = copy.deepcopy(plain)

@@ -11,10 +11,8 @@ from conftest import native_module
 from helpers import DTYPES, LAYOUTS, assert_close, covering, same_bits
 from operator_cases import ConvCase, row_id
 
-from ghost_ops import planner
+from ghost_ops import ops, planner
 from ghost_ops.fusion.program import Program
-from ghost_ops.ops import ghost as ops
-from ghost_ops.ops import layers as model_ops
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
@@ -41,13 +39,13 @@ def test_bands(native: str, small_caches: None, row: dict) -> None:
     given = ConvCase(row)
     packed = given.packed(ops.native)
     arguments = given.x, packed, given.residual, *given.numbers
-    got = model_ops.native_ghost_conv_apply(*arguments)
+    got = ops.native_ghost_conv_apply(*arguments)
     exact = given.formula(torch.float64)
     assert_close(got, exact, given.formula(row["dtype"]))
     assert planner.cpu_machine().l2_bytes == 64 << 10
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert same_bits(model_ops.native_ghost_conv_apply(*arguments), got), threads
+        assert same_bits(ops.native_ghost_conv_apply(*arguments), got), threads
 
 
 @pytest.mark.parametrize("m", [5, 12, 20, 36, 40])
@@ -59,7 +57,7 @@ def test_stores_past_the_caches(native: str, small_caches: None, m: int, act: st
     row["dtype"] = torch.float32
     given = ConvCase(row)
     assert planner.explain(row["shape"], 2 * m - 1, channels_last=True).stream
-    got = model_ops.native_ghost_conv_apply(
+    got = ops.native_ghost_conv_apply(
         given.x, given.packed(ops.native), given.residual, *given.numbers
     )
     assert_close(got, given.formula(torch.float64), given.formula(torch.float32))
@@ -83,8 +81,8 @@ def test_program_is_its_operators(native: str, layout: str) -> None:
     gate = weights(4, 10), weights(4), weights(4, 10), weights(10)
 
     y = ops.native.ghost_apply(x, packed, None, *ghost)
-    z = model_ops.depthwise_conv(y, w, shift, 1, 1, 0.0)
-    model_ops.squeeze_excite_(z, *gate)
+    z = ops.depthwise_conv(y, w, shift, 1, 1, 0.0)
+    ops.squeeze_excite_(z, *gate)
     want = z + 0
 
     program = Program()
@@ -116,11 +114,11 @@ def test_program_is_its_operators(native: str, layout: str) -> None:
 )
 def test_no_program(native: str, code: list[int]) -> None:
     if not code:  # a program without instructions returns x
-        got = model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([], dtype=int))
+        got = ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([], dtype=int))
         assert torch.equal(got, torch.ones(1, 2, 3, 4))
         return
     with pytest.raises(RuntimeError, match="program: no"):
-        model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor(code))
+        ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor(code))
 
 
 def test_values_of_other_shapes(native: str) -> None:
@@ -139,4 +137,4 @@ def test_values_of_other_shapes(native: str) -> None:
 
 def test_code_of_another_type(native: str) -> None:
     with pytest.raises(RuntimeError, match="code must be"):
-        model_ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([1.0]))
+        ops.native_run_program(torch.ones(1, 2, 3, 4), [], torch.tensor([1.0]))

@@ -21,12 +21,11 @@ from helpers import (
 )
 from torch import Tensor
 
-from ghost_ops import activations
+from ghost_ops import activations, ops
 from ghost_ops.autograd import layers
 from ghost_ops.conventions import compute_dtype
 from ghost_ops.ops import depthwise, ghost
 from ghost_ops.ops import gate as gate_ops
-from ghost_ops.ops import layers as model_ops
 from ghost_ops.ops.define import SCHEMAS
 
 DEPTHWISE = covering(
@@ -49,7 +48,7 @@ GATES = covering(
         "shape": [(2, 5, 3, 7), (3, 72, 6, 6)],
         "reduced": [4, 37],
         "act": ["relu", "silu"],
-        "gate": [model_ops.HARD_SIGMOID, model_ops.SIGMOID],
+        "gate": [ops.HARD_SIGMOID, ops.SIGMOID],
         "sums": [False, True],
         "layout": list(LAYOUTS),
         "dtype": list(DTYPES),
@@ -82,7 +81,7 @@ def test_depthwise_conv(every_isa: str, row: dict) -> None:
     wide = compute_dtype(dtype)
     weight = torch.randn(channels, 1, k, k, generator=gen, dtype=torch.float64).to(wide)
     shift = torch.randn(channels, generator=gen, dtype=torch.float64).to(wide)
-    got = model_ops.depthwise_conv(x, weight, shift, stride, activations.CODES[act])
+    got = ops.depthwise_conv(x, weight, shift, stride, activations.CODES[act])
     u = F.conv2d(x.double(), weight.double(), shift.double(), stride, k // 2, 1, channels)
     want = activation(act, u)
     eager = activation(act, F.conv2d(x.to(wide), weight, shift, stride, k // 2, 1, channels))
@@ -111,7 +110,7 @@ def test_depthwise_conv_edges(every_isa: str, dtype: torch.dtype, k: int, layout
         for stride in (1, 2):
             want = F.conv2d(x.double(), weight.double(), shift.double(), stride, k // 2, 1, c)
             eager = F.conv2d(x.to(wide), weight, shift, stride, k // 2, 1, c).to(dtype)
-            got = model_ops.depthwise_conv(with_layout(x, layout), weight, shift, stride)
+            got = ops.depthwise_conv(with_layout(x, layout), weight, shift, stride)
             assert_close(got, want, eager, f"{shape} stride {stride}", scale=want.abs().max())
 
 
@@ -125,7 +124,7 @@ def test_depthwise_conv_padding_is_skipped(every_isa: str, k: int, stride: int) 
             x[:, ::2] = torch.nan
             weight, shift = torch.ones(c, 1, k, k), torch.zeros(c)
             for layout in LAYOUTS:
-                got = model_ops.depthwise_conv(with_layout(x, layout), weight, shift, stride)
+                got = ops.depthwise_conv(with_layout(x, layout), weight, shift, stride)
                 assert got[:, ::2].isnan().all()
                 want = F.conv2d(x[:, 1::2], weight[1::2], None, stride, k // 2, 1, c // 2)
                 assert torch.equal(got[:, 1::2], want)
@@ -150,7 +149,7 @@ def test_squeeze_excite_edges(every_isa: str, dtype: torch.dtype, layout: str) -
 
         want = formula(x.double(), *(t.double() for t in p))
         eager = formula(x.to(wide), *p).to(dtype)
-        model_ops.squeeze_excite_(x, *p, activations.RELU, 0.0, model_ops.SIGMOID)
+        ops.squeeze_excite_(x, *p, activations.RELU, 0.0, ops.SIGMOID)
         assert_close(x, want, eager, f"{shape} {reduced}", scale=want.abs().max())
 
 
@@ -160,7 +159,7 @@ def gate_parameters(channels: int, reduced: int, dtype: torch.dtype) -> tuple[Te
     return tuple(torch.randn(s, generator=gen, dtype=torch.float64).to(dtype) for s in shapes)
 
 
-@pytest.mark.parametrize("gate", [model_ops.HARD_SIGMOID, model_ops.SIGMOID])
+@pytest.mark.parametrize("gate", [ops.HARD_SIGMOID, ops.SIGMOID])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -178,14 +177,14 @@ def test_squeeze_excite(
     def formula(x: Tensor, *p: Tensor) -> Tensor:
         hidden = F.silu(x.mean((2, 3)) @ p[0].t() + p[1])
         s = hidden @ p[2] + p[3]
-        s = F.relu6(s + 3) / 6 if gate == model_ops.HARD_SIGMOID else torch.sigmoid(s)
+        s = F.relu6(s + 3) / 6 if gate == ops.HARD_SIGMOID else torch.sigmoid(s)
         return x * s[:, :, None, None]
 
     p = (w_reduce, b_reduce, w_expand, b_expand)
     want = formula(x.double(), *(t.double() for t in p))
     eager = formula(x.to(compute_dtype(dtype)), *p).to(dtype)
     version = x._version
-    model_ops.squeeze_excite_(x, *p, activations.SILU, 0.0, gate)
+    ops.squeeze_excite_(x, *p, activations.SILU, 0.0, gate)
     assert x._version > version  # so that autograd and caches see the change
     assert_close(x, want, eager)
 
@@ -204,11 +203,11 @@ def test_threads_change_no_bit(every_isa: str, shape: tuple, k: int) -> None:
         found = []
         for layout in LAYOUTS:
             y = with_layout(images, layout).clone(memory_format=torch.preserve_format)
-            model_ops.squeeze_excite_(y, *p)
+            ops.squeeze_excite_(y, *p)
             found.append(y.contiguous())
             for stride in (1, 2):
                 y = with_layout(images, layout)
-                found.append(model_ops.depthwise_conv(y, weight, shift, stride).contiguous())
+                found.append(ops.depthwise_conv(y, weight, shift, stride).contiguous())
         return found
 
     one, two, three = (results(threads, x) for threads in (1, 2, 3))
@@ -229,7 +228,7 @@ def test_special_values(backend: str) -> None:
     weight, shift = torch.ones(2, 1, 3, 3), torch.zeros(2)
     for stride in (1, 2):
         for layout in LAYOUTS:
-            got = model_ops.depthwise_conv(
+            got = ops.depthwise_conv(
                 with_layout(x, layout), weight, shift, stride, activations.RELU
             )
             want = F.relu(F.conv2d(x, weight, shift, stride, 1, 1, 2))
@@ -265,8 +264,8 @@ def test_conv_stem(row: dict) -> None:
 def test_depthwise_conv_sums(backend: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 6, 9, 7).to(dtype)
     weight, shift = (torch.randn(s, dtype=compute_dtype(dtype)) for s in ((6, 1, 3, 3), (6,)))
-    out, sums = model_ops.depthwise_conv_sums(x, weight, shift, 2, activations.RELU)
-    want = model_ops.depthwise_conv(x, weight, shift, 2, activations.RELU)
+    out, sums = ops.depthwise_conv_sums(x, weight, shift, 2, activations.RELU)
+    want = ops.depthwise_conv(x, weight, shift, 2, activations.RELU)
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(sums.sum(1).double(), out.double().sum((2, 3)), rtol=1e-5, atol=1e-5)
 
@@ -276,7 +275,7 @@ def test_ghost_apply_gated(backend: str, layout: str) -> None:
     x, gate = with_layout(torch.randn(2, 6, 9, 7), layout), torch.rand(2, 6)
     numbers = (4, 8, 2, 3, 1, 1, 0.0, 1, 0.0, True)
     tensors = (packed(6, 4), None, None)
-    got = model_ops.ghost_apply_gated(x, gate, *tensors, *numbers)
+    got = ops.ghost_apply_gated(x, gate, *tensors, *numbers)
     want = torch.ops.ghost_ops.ghost_apply(x * gate[:, :, None, None], *tensors, *numbers)
     torch.testing.assert_close(got, want)
 
@@ -381,7 +380,7 @@ class Trained:
 def trained_functions(backend: str) -> tuple:
     if backend == "eager":
         return depthwise.eager_depthwise_norm, depthwise.eager_depthwise_norm_backward
-    return model_ops.depthwise_norm, model_ops.depthwise_norm_backward
+    return ops.depthwise_norm, ops.depthwise_norm_backward
 
 
 @pytest.mark.parametrize("row", TRAINED, ids=ids)
@@ -434,8 +433,8 @@ def test_depthwise_norm_is_deterministic(native: str, layout: str) -> None:
     results = []
     for count in (2, 3, 1):  # one thread last, the setting of every test
         torch.set_num_threads(count)
-        out, *stats = model_ops.depthwise_norm(x, weight, gamma, None, None, None, *numbers)
-        grads = model_ops.depthwise_norm_backward(
+        out, *stats = ops.depthwise_norm(x, weight, gamma, None, None, None, *numbers)
+        grads = ops.depthwise_norm_backward(
             out, x, weight, gamma, None, *stats, *numbers, True, True
         )
         results.append((out, *stats, *grads))
@@ -461,7 +460,7 @@ def test_planes(every_isa: str, dtype: torch.dtype) -> None:
     assert_close(dot(x, other), products.sum((2, 3)), eager, scale=largest)
 
 
-@pytest.mark.parametrize("gate", [model_ops.HARD_SIGMOID, model_ops.SIGMOID])
+@pytest.mark.parametrize("gate", [ops.HARD_SIGMOID, ops.SIGMOID])
 def test_gradients_of_the_layers(native: str, gate: int) -> None:
     x = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     shapes = ((3, 4, 1, 1), (3,), (4, 3, 1, 1), (4,))
@@ -498,7 +497,7 @@ def test_gradients_of_the_depthwise_function(
 
 def test_empty_batch(backend: str) -> None:
     weight, shift = torch.ones(3, 1, 3, 3), torch.ones(3)
-    out = model_ops.depthwise_conv(torch.empty(0, 3, 4, 4), weight, shift, 2)
+    out = ops.depthwise_conv(torch.empty(0, 3, 4, 4), weight, shift, 2)
     assert out.shape == (0, 3, 2, 2)
 
 
@@ -514,4 +513,4 @@ def test_empty_batch(backend: str) -> None:
 def test_bad_input(change: dict, message: str) -> None:
     arguments = {"weight": torch.ones(3, 1, 3, 3), "shift": torch.ones(3), "stride": 2, **change}
     with pytest.raises(RuntimeError, match=message):
-        model_ops.depthwise_conv(torch.ones(1, 3, 4, 4), **arguments)
+        ops.depthwise_conv(torch.ones(1, 3, 4, 4), **arguments)

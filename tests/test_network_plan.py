@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ghost_ops
-from ghost_ops import backends, planner
+from ghost_ops import planner
+from ghost_ops.conventions import DTYPES
 from ghost_ops.planner import network as network_plan
 from ghost_ops.planner.network import NetworkPlan, NetworkRow
 from ghost_ops.reference import GhostBottleneck, GhostModule
@@ -130,7 +131,7 @@ def test_two_small_images(network: nn.Module, plan: NetworkPlan) -> None:
 def test_our_kernels_cost_what_their_plans_say(plan: NetworkPlan) -> None:
     """A gate reads the partial sums that the depthwise convolution before it writes."""
     library, n = native_module(), IMAGES[0]
-    target = {"dtype": backends.native.DTYPES.index(torch.float16), "sm": 90}
+    target = {"dtype": DTYPES.index(torch.float16), "sm": 90}
     layout = {**target, "channels_last": True}
     with_sums, depthwise = (
         library.cuda_depthwise_plan(*sizes, sums=sums, **layout)

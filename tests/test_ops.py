@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ghost_ops.ops  # noqa: F401  (registers the ops)
-from ghost_ops import activations, backends, planner
+from ghost_ops import activations, conventions, planner
 from ghost_ops.conventions import NEEDS, compute_dtype
 from ghost_ops.ops.ghost import NAMES, packs_pairs
 from ghost_ops.reference import GhostModule
@@ -383,7 +383,7 @@ def test_every_activation_is_tested() -> None:
 
 
 def test_every_dtype_is_tested_and_planned(native: str) -> None:
-    assert backends.native.DTYPES == DTYPES
+    assert conventions.DTYPES == DTYPES
     for dtype in DTYPES:
         assert planner.explain((2, 8, 6, 7), 8, dtype=dtype)
 

@@ -27,8 +27,8 @@ from helpers import (
 from module_checks import check_forward
 from triton_cases import SMALL_TILE, planned
 
+from ghost_ops import ops
 from ghost_ops.activations import PRELU
-from ghost_ops.ops import ghost as ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

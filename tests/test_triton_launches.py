@@ -17,8 +17,8 @@ from triton_cases import (
     shuffled_programs,
 )
 
+from ghost_ops import ops
 from ghost_ops.backends.triton import launch
-from ghost_ops.ops import ghost as ops
 
 FORWARD = {
     "one pass": ["primary_kernel", "fused_kernel", "cheap_kernel"],

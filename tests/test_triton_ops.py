@@ -19,8 +19,8 @@ from operator_cases import samples, strides
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ghost_ops import ops
 from ghost_ops.ops import eager as eager_ops
-from ghost_ops.ops import ghost as ops
 
 OPS = torch.ops.ghost_ops_triton
 SAMPLES = [

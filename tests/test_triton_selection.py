@@ -11,10 +11,9 @@ import torch
 from processes import RUN, python
 
 import ghost_ops
-from ghost_ops import backends
+from ghost_ops import backends, ops
 from ghost_ops.autograd.checks import ops_named
 from ghost_ops.backends import native, triton
-from ghost_ops.ops import ghost as ops
 
 INSTALLED = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

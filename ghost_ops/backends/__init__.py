@@ -22,6 +22,7 @@ import torch
 
 from .. import environment
 from ..announce import warn_once
+from ..conventions import DTYPES
 from . import cuda, eager, native, triton
 from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
@@ -160,7 +161,7 @@ def status(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
 
     Warns and raises nothing: a request that cannot be met reads ``backend="none"``.
     """
-    return [_row(device, dtype) for device in devices for dtype in native.DTYPES]
+    return [_row(device, dtype) for device in devices for dtype in DTYPES]
 
 
 def _row(device: str, dtype: torch.dtype) -> Row:

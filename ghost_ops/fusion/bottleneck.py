@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops import layers as model_ops
+from .. import ops
 from .branch import (
     Branch,
     BranchForm,
@@ -142,7 +142,7 @@ class PackedBottleneck:
         self.dw = PackedDepthwise(parts.dw) if parts.dw is not None else None
         self.gate = PackedGate(parts.gate) if parts.gate is not None else None
         # Whether the gate is an op of its own, without the product.
-        self.makes_gate = self.gate is not None and model_ops.on_gpu(parts.first.weight)
+        self.makes_gate = self.gate is not None and ops.on_gpu(parts.first.weight)
         self.shortcut: tuple[PackedDepthwise, PackedGhost] | None = None
         if parts.shortcut is not None:
             dw, conv = parts.shortcut
@@ -153,7 +153,7 @@ class PackedBottleneck:
         ghosts = [self.ghost1, self.ghost2, *([self.shortcut[1]] if self.shortcut else [])]
         return (
             backend == "native"
-            and not model_ops.on_gpu(self.ghost1.packed)
+            and not ops.on_gpu(self.ghost1.packed)
             and all(ghost.is_one_operator() for ghost in ghosts)
         )
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..autograd import layers
 from ..autograd.tail import Norm
 from ..conventions import memory_format
-from ..ops import layers as model_ops
 from ..sync import NORMS, group_of
 from .branch import Branch, BranchForm
 from .guards import Refusal
@@ -26,7 +26,7 @@ def bind_depthwise(form: BranchForm, module: nn.Module) -> Branch:
     k, s = conv.kernel_size[0], conv.stride[0]
     if not conv.groups == conv.in_channels == conv.out_channels:
         raise Refusal(f"{name} is not depthwise, one filter a channel")
-    if not model_ops.has_depthwise(k, s) or conv.kernel_size != (k, k) or conv.stride != (s, s):
+    if not ops.has_depthwise(k, s) or conv.kernel_size != (k, k) or conv.stride != (s, s):
         raise Refusal(f"{name} has kernel {conv.kernel_size} and stride {conv.stride}")
     if branch.padding != (k // 2, k // 2) or conv.dilation != (1, 1):
         raise Refusal(f"{name} does not pad with {k // 2} zeros, half its kernel")
@@ -66,14 +66,14 @@ class PackedDepthwise:
         norm: tuple[Any, ...] = (None, None, None, None, 0.0)
         if bn is not None:
             norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
-        self.weight, self.shift = model_ops.fold(conv.weight, conv.bias, *norm)
+        self.weight, self.shift = ops.fold(conv.weight, conv.bias, *norm)
         self.taps_first = self.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
         self.arguments = (conv.stride[0], branch.act, branch.slope)
 
     def __call__(self, x: Tensor) -> Tensor:
         nchw = memory_format(x) == torch.contiguous_format
         weight = self.weight if nchw else self.taps_first
-        return model_ops.depthwise_conv(x, weight, self.shift, *self.arguments)
+        return ops.depthwise_conv(x, weight, self.shift, *self.arguments)
 
     def add_to(self, program: Program, x: int) -> int:
         """Add the branch to a program: the number of its output for the value x."""
@@ -81,4 +81,4 @@ class PackedDepthwise:
 
     def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and its sums over pixels."""
-        return model_ops.depthwise_conv_sums(x, self.weight, self.shift, *self.arguments)
+        return ops.depthwise_conv_sums(x, self.weight, self.shift, *self.arguments)

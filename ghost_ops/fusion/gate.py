@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import activations
+from .. import activations, ops
 from ..activations import hard_sigmoid
 from ..autograd import layers
-from ..ops import layers as model_ops
 from .branch import NO_ACT, called, is_plain, layer_at
 from .guards import Path, Refusal, at
 from .read import Reading
@@ -48,25 +47,25 @@ class Gate(NamedTuple):
             )
         s = activations.apply(self.reduce(x.mean((2, 3), keepdim=True)), self.act, self.slope)
         s = self.expand(s)
-        return x * (hard_sigmoid(s) if self.code == model_ops.HARD_SIGMOID else torch.sigmoid(s))
+        return x * (hard_sigmoid(s) if self.code == ops.HARD_SIGMOID else torch.sigmoid(s))
 
 
 class PackedGate:
     """A squeeze-and-excitation in inference."""
 
     def __init__(self, gate: Gate) -> None:
-        self.tensors = model_ops.pack_gate(
+        self.tensors = ops.pack_gate(
             gate.reduce.weight, gate.reduce.bias, gate.expand.weight, gate.expand.bias
         )
         self.arguments = (gate.act, gate.slope, gate.code)
 
     def __call__(self, x: Tensor) -> None:
         """x *= gate(x), in place."""
-        model_ops.squeeze_excite_(x, *self.tensors, *self.arguments)
+        ops.squeeze_excite_(x, *self.tensors, *self.arguments)
 
     def values(self, x: Tensor, sums: Tensor | None) -> Tensor:
         """gate(x) [N, C]; computed from the sums of x over pixels if they are given."""
-        return model_ops.squeeze_excite_gate(x, sums, *self.tensors, *self.arguments)
+        return ops.squeeze_excite_gate(x, sums, *self.tensors, *self.arguments)
 
 
 class GateForm(NamedTuple):
@@ -112,13 +111,13 @@ def find_gate(reading: Reading, node: Node) -> tuple[GateForm, Node] | None:
 def _gate_function(gate: Node) -> tuple[int, Node | None]:
     """The code of the function that ends a gate, and its input; (-1, None) for other functions."""
     if gate.op == "sigmoid":
-        return model_ops.SIGMOID, gate.inputs[0]
+        return ops.SIGMOID, gate.inputs[0]
     if gate.op == "hardsigmoid":
-        return model_ops.HARD_SIGMOID, gate.inputs[0]
+        return ops.HARD_SIGMOID, gate.inputs[0]
     if gate.op == "div" and gate.args == (6,):  # relu6(x + 3) / 6
         (act,) = gate.inputs
         if act.op == "clamp6" or (act.op == "act" and act.args[0] == activations.RELU6):
             (add,) = act.inputs
             if add.op == "add" and add.args == (3,):
-                return model_ops.HARD_SIGMOID, add.inputs[0]
+                return ops.HARD_SIGMOID, add.inputs[0]
     return -1, None

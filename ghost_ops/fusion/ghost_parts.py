@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations
+from .. import activations, ops
 from ..autograd import layers
 from ..autograd.checks import direct, is_fused_geometry, is_fused_primary, ops_named
 from ..autograd.forward import RunningUpdate, apply_arguments, library_conv, pack
@@ -28,7 +28,6 @@ from ..autograd.ghost import run
 from ..autograd.tail import Norm, TailSettings, ghost_tail, has_kernel
 from ..conventions import compute_dtype, dense
 from ..functional import check
-from ..ops import layers as model_ops
 from ..reference import FROZEN, Norms, Settings, Slopes, Statistics
 from ..sync import group_of, run_norm
 from .branch import NO_ACT, Branch, why_not_together
@@ -110,7 +109,7 @@ class Ghost:
         """Whether ``ghost_conv_apply`` computes the module, and has a kernel for it."""
         s = self.settings
         return (
-            model_ops.has_conv(self.first.kernel_size)
+            ops.has_conv(self.first.kernel_size)
             and (s.groups, s.dilation) == (1, (1, 1))
             and s.stride[0] == s.stride[1]
             and s.padding[0] == s.padding[1]
@@ -306,7 +305,7 @@ class PackedGhost:
         functions, self.settings = ops_named(backend), ghost.settings
         self.gate, self.tail = ghost.gate, ghost.tail
         fused = is_fused_primary(w1, self.settings)
-        conv = backend == "native" and not model_ops.on_gpu(w1) and ghost.is_conv()
+        conv = backend == "native" and not ops.on_gpu(w1) and ghost.is_conv()
         self.is_conv = False
         folded = ghost.foldable_tail if conv and not why_not_together(ghost.layers) else None
         gated = fused and backend == "native" and self.settings.stride == (1, 1)
@@ -337,7 +336,7 @@ class PackedGhost:
         self.is_conv = True
         self.packed = torch.cat([pack(functions, rows, w2, norms, s), *ends])
         *numbers, _ = apply_arguments(m, w2, s, True)
-        self.operator = direct(model_ops.native_ghost_conv_apply)
+        self.operator = direct(ops.native_ghost_conv_apply)
         self.arguments = (k, s.padding[0], bool(ends), *numbers)
 
     def __call__(
@@ -356,7 +355,7 @@ class PackedGhost:
         """
         if in_gate is not None:
             numbers = self.arguments[1:]
-            return model_ops.ghost_apply_gated(x, in_gate, self.packed, residual, gate, *numbers)
+            return ops.ghost_apply_gated(x, in_gate, self.packed, residual, gate, *numbers)
         if self.library_w1 is not None:
             x = dense(library_conv(x, self.library_w1, self.settings))
         if gate is not None:
@@ -386,12 +385,12 @@ class PackedGhost:
 
     def pooled(self, x: Tensor) -> Tensor:
         """The mean over pixels of the output, [N, out_channels], for a dense x that fits."""
-        few = x.size(2) * x.size(3) <= model_ops.MOST_POOLED
+        few = x.size(2) * x.size(3) <= ops.MOST_POOLED
         if self.takes_gate and few:
             _, intrinsic, out_channels, _, _, _, act, slope, *_ = self.arguments
             if intrinsic != out_channels:
                 return self(x).mean((2, 3))
-            return model_ops.ghost_apply_pooled(x, self.packed, intrinsic, act, slope)
+            return ops.ghost_apply_pooled(x, self.packed, intrinsic, act, slope)
         return self(x).mean((2, 3))
 
 
@@ -409,10 +408,10 @@ def _fold_tail(
         kept = slice(settings.out_channels)  # the slice behind the concatenation drops the others
         one = scale[kept].view(-1, 1, 1, 1)
         given = bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
-        factor, shift[kept] = model_ops.fold(one, None, *given)
+        factor, shift[kept] = ops.fold(one, None, *given)
         scale[kept] = factor.flatten()
     given2 = norms.gamma2, norms.beta2, norms.mean2, norms.var2, settings.eps2
-    w2, shift2 = model_ops.fold(w2.to(torch.float64), None, *given2)
+    w2, shift2 = ops.fold(w2.to(torch.float64), None, *given2)
     w2 = w2 * scale[m:].view(-1, 1, 1, 1)
     shift2 = torch.addcmul(shift[m:], shift2, scale[m:])
     first = [None if t is None else t.to(wide) for t in norms[:4]]

@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import activations
+from .. import activations, ops
 from ..autograd import layers
 from ..conventions import dense, memory_format
-from ..ops import layers as model_ops
 from .bottleneck import FusedBottleneck
 from .branch import (
     Branch,
@@ -111,7 +110,7 @@ class Network:
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
         """An operator or a function, and its arguments after a dense x that fits."""
         expression = self.expression
-        on_cpu = backend == "native" and not model_ops.on_gpu(self.first.weight)
+        on_cpu = backend == "native" and not ops.on_gpu(self.first.weight)
         if on_cpu and expression is not None and not expression.why_not_packed():
             return expression.pack(backend)
         return PackedNetwork(self, backend), ()
@@ -132,14 +131,14 @@ class _PackedStem:
         conv, bn = branch.conv, branch.bn
         assert bn is not None
         ghost = Ghost(branch, None, conv.out_channels)
-        on_cpu = backend == "native" and not model_ops.on_gpu(conv.weight) and ghost.is_conv()
+        on_cpu = backend == "native" and not ops.on_gpu(conv.weight) and ghost.is_conv()
         self.packed = PackedGhost(ghost, backend) if on_cpu else None
-        self.weight, self.shift = model_ops.fold(
+        self.weight, self.shift = ops.fold(
             conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
         )
         self.arguments = (conv.stride, branch.padding, conv.dilation, conv.groups)
         self.act = branch.act, branch.slope
-        self.direct = model_ops.on_gpu(conv.weight) and model_ops.has_stem(conv)
+        self.direct = ops.on_gpu(conv.weight) and ops.has_stem(conv)
         # As in PyTorch's convolution, the output is channels_last if x or the weight is.
         self.format = memory_format(conv.weight)
         if not self.direct:
@@ -152,7 +151,7 @@ class _PackedStem:
         if self.direct:
             channels_last = torch.channels_last in (self.format, memory_format(x))
             stride = self.arguments[0][0]
-            return model_ops.conv_stem(
+            return ops.conv_stem(
                 x, self.weight, self.shift, stride, *self.act, channels_last=channels_last
             )
         return activations.apply(
@@ -169,7 +168,7 @@ class PackedNetwork:
         self.head = parts.head.weight.detach().flatten(1)
         self.head_bias, self.head_act = parts.head.bias, parts.head_act
         self.packed_head: PackedGhost | None = None
-        if backend == "native" and not model_ops.on_gpu(self.head):
+        if backend == "native" and not ops.on_gpu(self.head):
             head = Branch(parts.head, None, *parts.head_act, None, (0, 0), ())
             self.packed_head = packed_conv(head, backend)
         self.classifier = parts.classifier

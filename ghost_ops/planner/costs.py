@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import backends
 from ..autograd.checks import is_fused_primary
+from ..conventions import DTYPES
 from ..fusion.branch import Branch
 from ..fusion.ghost_parts import Ghost
 from ..ops.ghost import allow_tf32
@@ -40,7 +41,7 @@ class Gpu:
     def __init__(self, sm: int, dtype: torch.dtype, channels_last: bool) -> None:
         self.library = backends.native.library()
         self.element = dtype.itemsize
-        self.target = {"dtype": backends.native.DTYPES.index(dtype), "sm": sm}
+        self.target = {"dtype": DTYPES.index(dtype), "sm": sm}
         self.layout = {**self.target, "channels_last": channels_last}
         arch = self.library.cuda_arch(sm)
         self.bandwidth = arch["dram_gb_s"] * 0.92e9

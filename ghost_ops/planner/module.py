@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import activations, backends, environment
+from ..conventions import DTYPES
 from ..ops.ghost import allow_tf32
 from ..reference import GhostModule
 from .machine import CpuMachine, compute_capability, cpu_machine
@@ -67,7 +68,7 @@ def explain_shape(
             raise ValueError(f"{name} must be positive, got {value}")
     if dw_size not in (1, 3, 5, 7):
         raise ValueError(f"dw_size must be 1, 3, 5 or 7, got {dw_size}")
-    dtypes = backends.native.DTYPES
+    dtypes = DTYPES
     if dtype not in dtypes:
         raise ValueError(f"dtype must be one of {', '.join(map(str, dtypes))}, got {dtype}")
     sm = compute_capability(device)

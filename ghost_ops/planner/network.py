@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import activations, backends
+from .. import activations, ops
+from ..conventions import DTYPES
 from ..fusion.bottleneck import Bottleneck
 from ..fusion.branch import Branch
 from ..fusion.ghost_parts import Ghost
 from ..fusion.network import Network
-from ..ops import layers as model_ops
 from ..sync import NORMS
 from .costs import Cost, Gpu, has_primary
 from .machine import CUDA_DEVICES, compute_capability
@@ -192,8 +192,8 @@ def explain_network(
             "on the CPU single Ghost modules are planned: explain(shape, out_channels)"
         )
     sm = compute_capability(device)
-    if dtype not in backends.native.DTYPES:
-        known = ", ".join(map(str, backends.native.DTYPES))
+    if dtype not in DTYPES:
+        known = ", ".join(map(str, DTYPES))
         raise ValueError(f"dtype must be one of {known}, got {dtype}")
     channels_last = bool(channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -367,7 +367,7 @@ class _Builder:
         *blocks, last = call.calls((*unit.blocks, conv))
         one, shape = _ghost_of(unit.last), conv_shape(last.in_shape, unit.last)
         # The part of the pooling also gets the operators that no other part owns.
-        if math.prod(shape[2:]) <= model_ops.MOST_POOLED:
+        if math.prod(shape[2:]) <= ops.MOST_POOLED:
             cost = gpu.ghost_apply(last.in_shape, one, pooled=True)
             owned = (*unit.last.modules, call.module)
             pooling = [_Part(names[conv], GHOST_APPLY_POOLED, cost, owned)]
@@ -392,7 +392,7 @@ class _Builder:
     def stem(self, call: Call, stem: Branch) -> list[_Part]:
         """The parts of a network's first convolution."""
         conv, shape, gpu = stem.conv, call.in_shape, self.gpu
-        if model_ops.has_stem(conv):
+        if ops.has_stem(conv):
             return [_Part(call.names[conv], CONV_STEM, gpu.stem(shape, conv), stem.modules)]
         cost = gpu.conv(shape, stem, has_bias=True)
         elements = math.prod(conv_shape(shape, stem))
