@@ -49,8 +49,8 @@ def cheap_kernel(
     c = block_channels(block, tile.CHANNELS, shape.WIDE)
     cm = c < G
     count = 0.0
-    mean = tl.zeros((tile.CHANNELS,), tl.float32)
-    m2 = tl.zeros((tile.CHANNELS,), tl.float32)
+    mean = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+    m2 = tl.full((tile.CHANNELS,), 0.0, tl.float32)
     scale, shift = scale_shift(norm, c, cm)
     slope = slopes(norm.slope, c, cm, shape.ACT2)
     for t in range(tile.TILES):

@@ -92,9 +92,9 @@ def walk_sums(
     c, cm = channels
     statistics = _statistics(norm, c, cm)
     slope = slopes(norm.slope, c, cm, shape.ACT2)
-    sum_dz = tl.zeros((tile.CHANNELS,), tl.float32)
-    sum_dz_hat = tl.zeros((tile.CHANNELS,), tl.float32)
-    sum_slope = tl.zeros((tile.CHANNELS,), tl.float32)
+    sum_dz = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+    sum_dz_hat = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+    sum_slope = tl.full((tile.CHANNELS,), 0.0, tl.float32)
     for t in range(tile.TILES):
         p = (first + t) * tile.PIXELS + tl.arange(0, tile.PIXELS)
         pm = p < size.pixels
@@ -133,14 +133,14 @@ def walk_ghosts(
     statistics = _statistics(norm, c, cm)
     scale = statistics[0]
     slope = slopes(norm.slope, c, cm, shape.ACT2)
-    sum_dz = tl.zeros((tile.CHANNELS,), tl.float32)
-    sum_dz_hat = tl.zeros((tile.CHANNELS,), tl.float32)
+    sum_dz = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+    sum_dz_hat = tl.full((tile.CHANNELS,), 0.0, tl.float32)
     if shape.BATCH:
         sum_dz = per_channel(sums.beta, c, cm)
         sum_dz_hat = per_channel(sums.gamma, c, cm)
     Y_STEP: tl.constexpr = shape.M if shape.NHWC else 1
     width = size.width
-    dw2 = tl.zeros((shape.TAPS, tile.CHANNELS), tl.float32)
+    dw2 = tl.full((shape.TAPS, tile.CHANNELS), 0.0, tl.float32)
     for t in range(tile.TILES):
         p = (first + t) * tile.PIXELS + tl.arange(0, tile.PIXELS)
         pm = p < size.pixels
@@ -212,9 +212,9 @@ def walk_intrinsic_gradient(
     scale, shift, mean, inverse = _statistics(norm, c, cm)
     slope = slopes(norm.slope, c, cm, shape.ACT1)
     width = size.width
-    sum_da = tl.zeros((tile.CHANNELS,), tl.float32)
-    sum_da_hat = tl.zeros((tile.CHANNELS,), tl.float32)
-    sum_slope = tl.zeros((tile.CHANNELS,), tl.float32)
+    sum_da = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+    sum_da_hat = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+    sum_slope = tl.full((tile.CHANNELS,), 0.0, tl.float32)
     for t in range(tile.TILES):
         p = (first + t) * tile.PIXELS + tl.arange(0, tile.PIXELS)
         pm = p < size.pixels

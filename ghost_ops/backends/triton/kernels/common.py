@@ -10,6 +10,10 @@ or None, eps, and the slope of the activation: one number, or the vector of a PR
 (``Size``: sizes of maps), ``part`` (``Rows``: partial results), ``epilogue`` (``Epilogue``),
 ``sums`` (``Sums`` of ``backward``), and the constants ``shape`` (``Shape``) and ``tile``
 (``Blocks``). ``channels`` is a pair: channel numbers [C], and the mask of those that exist.
+
+In Triton 3.6 a constant of a bundle is a plain number or string, and not a ``tl.constexpr``:
+``tl.zeros``, which is a jit function, takes no tuple of such numbers, and ``tl.static_range`` no
+such number. The kernels use ``tl.full``, and bind the number to a local constant.
 """
 
 from __future__ import annotations
@@ -210,13 +214,13 @@ def store(ptr, at, x, mask):
 
 
 @triton.jit
-def dot(a, b, acc, PREC: tl.constexpr):
+def dot(a, b, acc, shape: tl.constexpr):
     """acc + a @ b, accumulated in float32."""
     if INTERPRET:
         # The interpreter multiplies the bit patterns of bfloat16 as if they were integers.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PREC)
+    return tl.dot(a, b, acc, input_precision=shape.PREC)
 
 
 @triton.jit
@@ -225,7 +229,7 @@ def primary_tile(x_ptr, w1_ptr, image, p, pm, c, cm, size, shape: tl.constexpr, 
     C: tl.constexpr = shape.C
     q = sampled(p, size, shape.S)
     if w1_ptr is not None:
-        u = tl.zeros((tile.PIXELS, tile.CHANNELS), tl.float32)
+        u = tl.full((tile.PIXELS, tile.CHANNELS), 0.0, tl.float32)
         for k0 in range(0, C, tile.DEPTH):
             k = k0 + tl.arange(0, tile.DEPTH)
             km = k < C
@@ -235,7 +239,7 @@ def primary_tile(x_ptr, w1_ptr, image, p, pm, c, cm, size, shape: tl.constexpr, 
             x = tl.load(x_ptr + at, mask=pm[:, None] & km[None, :], other=0.0)
             at = c[None, :] * C + k[:, None]
             w = tl.load(w1_ptr + at, mask=km[:, None] & cm[None, :], other=0.0)
-            u = dot(x, w, u, shape.PREC)
+            u = dot(x, w, u, shape)
     else:
         at = address(image, q, c, size.in_pixels, C, shape.NHWC)
         u = tl.load(x_ptr + at, mask=pm[:, None] & cm[None, :], other=0.0).to(tl.float32)
@@ -260,7 +264,7 @@ def depthwise_tile(
     column = inner % width
     source = ghost // shape.GHOSTS_PER_MAP
     centre = y_ptr + address(image, p, source, size.out_pixels, shape.Y_CH, shape.NHWC)
-    v = tl.zeros((tile.PIXELS, tile.CHANNELS), tl.float32)
+    v = tl.full((tile.PIXELS, tile.CHANNELS), 0.0, tl.float32)
     for i in range(D):
         down = i - D // 2
         in_rows = (row + down >= 0) & (row + down < size.height) & pm

@@ -87,13 +87,14 @@ def fused_kernel(
     tl.debug_barrier()
 
     # The ghost channels of the block, CHANNELS at a time.
-    for j in tl.static_range(shape.GHOSTS_PER_MAP):
+    GHOSTS_PER_MAP: tl.constexpr = shape.GHOSTS_PER_MAP
+    for j in tl.static_range(GHOSTS_PER_MAP):
         column = block * shape.GHOSTS_PER_MAP + j
         ghost = block_channels(column, tile.CHANNELS, shape.WIDE)
         gm = ghost < G
         count = 0.0
-        mean = tl.zeros((tile.CHANNELS,), tl.float32)
-        m2 = tl.zeros((tile.CHANNELS,), tl.float32)
+        mean = tl.full((tile.CHANNELS,), 0.0, tl.float32)
+        m2 = tl.full((tile.CHANNELS,), 0.0, tl.float32)
         scale, shift = scale_shift(norm2, ghost, gm)
         slope = slopes(norm2.slope, ghost, gm, shape.ACT2)
         for t in range(tile.TILES):

@@ -68,7 +68,7 @@ def _input_gradient(
             p = (q // size.in_pixels) * size.out_pixels + (row // S) * size.width + column // S
             pm = qm & (row % S == 0) & (column % S == 0)
         if w1_ptr is not None:
-            dx = tl.zeros((tile.PIXELS, tile.CHANNELS), tl.float32)
+            dx = tl.full((tile.PIXELS, tile.CHANNELS), 0.0, tl.float32)
             for k0 in range(0, shape.M, tile.DEPTH):
                 k = k0 + tl.arange(0, tile.DEPTH)
                 km = k < shape.M
@@ -77,7 +77,7 @@ def _input_gradient(
                 du = _du_tile(da_ptr, u_ptr, norm, sums, image, p, pm, k, km, size, shape)
                 at = k[:, None] * C + c[None, :]
                 w = tl.load(w1_ptr + at, mask=km[:, None] & cm[None, :], other=0.0)
-                dx = dot(rounded(du, w.dtype), w, dx, shape.PREC)
+                dx = dot(rounded(du, w.dtype), w, dx, shape)
         else:
             dx = _du_tile(da_ptr, u_ptr, norm, sums, image, p, pm, c, cm, size, shape)
         at = address(image, q, c, size.in_pixels, C, shape.NHWC)
@@ -108,7 +108,7 @@ def _weight_gradient(
     km = k < M
     c = block_channels(block % BLOCKS_C, tile.DEPTH, shape.WIDE)
     cm = c < C
-    dw1 = tl.zeros((tile.CHANNELS, tile.DEPTH), tl.float32)
+    dw1 = tl.full((tile.CHANNELS, tile.DEPTH), 0.0, tl.float32)
     for t in range(tile.TILES):
         p = (first + t) * tile.PIXELS + tl.arange(0, tile.PIXELS)
         pm = p < size.pixels
@@ -116,7 +116,7 @@ def _weight_gradient(
         q = sampled(p, size, shape.S)
         at = address(image, q, c, size.in_pixels, C, shape.NHWC)
         x = tl.load(x_ptr + at, mask=pm[:, None] & cm[None, :], other=0.0)
-        dw1 = dot(tl.trans(rounded(du, x.dtype)), x, dw1, shape.PREC)
+        dw1 = dot(tl.trans(rounded(du, x.dtype)), x, dw1, shape)
     at = k[:, None] * C + c[None, :]
     mask = km[:, None] & cm[None, :]
     store_matrix(part, group, dw1, at, mask, M * C)
