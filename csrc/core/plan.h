@@ -35,8 +35,8 @@ enum class Fetch : int {
 inline constexpr int64_t kMostPixels = 4;
 
 struct ApplyPlan {
-  bool channel_lanes =
-      false;               // channels along the lanes, cpu/lane_tile.h; else pixels, cpu/apply.h
+  // Channels along the lanes, cpu/lane_tile.h; else pixels, cpu/apply.h.
+  bool channel_lanes = false;
   bool in_place = false;   // channel lanes: y and z are computed in out itself
   int64_t depth = 1;       // channel lanes: input values of a slice of the product's K
   bool amx = false;        // channel lanes: the product of bfloat16 on tiles, cpu/amx.h
