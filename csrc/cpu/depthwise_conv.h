@@ -160,7 +160,7 @@ class HalvedPlanes {
   const DepthwiseArgs& a;
   const int64_t x_plane, out_plane;  // elements from one plane to the next
   const int64_t ld;
-  // Two planes share vectors if both fit, with zeros between them for the taps that reach across.
+  // Two planes share vectors if both fit, with zeros between them for the taps across the border.
   const bool paired;
   const int64_t pairs, step;  // whole pairs of vectors in a row of x; elements of a halved row
   const MaskT<A> low, high;   // columns of x in the last, partial pair
