@@ -6,6 +6,8 @@
 // The shift k is a thread's first value and, from the second tile on, the mean of its first tile:
 // sums about 0 would lose the digits of a variance that is small beside the mean. Slots (threads or
 // lanes of a channel) and blocks are joined in a fixed order: the same input gives the same bits.
+// Tile map: a thread joins the slots of every 256th channel of its block.
+// Binding resource: reads of shared memory, once per block.
 #pragma once
 
 #include "cuda/tile.cuh"
