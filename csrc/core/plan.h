@@ -23,7 +23,7 @@ constexpr int max_vecs(int64_t registers) {
   return registers >= 32 ? 6 : registers >= 16 ? 3 : 2;
 }
 
-// What a product prefetches from beyond L2.
+// Memory that a product prefetches from beyond L2.
 enum class Fetch : int {
   kNothing,
   kColumns,  // the next columns of x
@@ -100,7 +100,7 @@ int64_t weight_grad_items(const Problem& p);
 // along the lanes, cpu/lane_train.h.
 bool sums_by_lanes(const Problem& p);
 bool trains_by_lanes(const Problem& p);
-// The images of such a pass. They do not depend on the number of threads.
+// The images of a pass of cpu/lane_train.h. They do not depend on the number of threads.
 struct LaneItems {
   int64_t count = 0, images = 0;  // items, and images of an item
   int64_t chunk_images = 0;       // images computed at a time

@@ -93,7 +93,7 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
     } else {
       const A* from = x;
       for (int i = 0; i < K; ++i, from += 2 * ld) {
-        // Else the compiler keeps vectors for the next i, and spills them.
+        // Without this the compiler keeps vectors for the next i, and spills them.
         asm("" : "+r"(from));
 #pragma GCC unroll 7
         for (int j = 0; j < K; ++j) {

@@ -5,7 +5,7 @@
 //
 // A sum over all pixels ends a pass over the images. Forward has three passes: the statistics of u,
 // those of v, out. Backward has three: the sums of bn2; dw2 and the sums of bn1; du. Every pass
-// makes y and v again from u. A row of a map is W * m adjacent numbers, see lane_stencil.h.
+// computes y and v again from u. A row of a map is W * m adjacent numbers, see lane_stencil.h.
 //
 // Tile map: an item is a fixed number of images, see lane_pass.h, and goes through them in chunks
 // whose maps stay in L2: some images, or a band of rows of one. Binding resource: L2 bandwidth.

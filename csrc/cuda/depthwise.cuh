@@ -3,7 +3,7 @@
 //   v[h][w] = start + sum over i, j < d of w2[i][j] * y[h + i - d / 2][w + j - d / 2]
 //
 // Tile map: a thread owns one pair of neighbouring channels and takes strips of kCudaStrip pixels,
-// of two rows where the registers allow it: each row of y with its halo is read once and used by
+// of two rows if the registers allow it: each row of y with its halo is read once and used by
 // all d taps of a row, for both rows of v. Lanes run over the channel pairs first, so that a warp
 // reads neighbouring words.
 // Binding resource: multiply-adds and reads of shared memory.
@@ -19,7 +19,7 @@ namespace ghost::cuda {
 inline constexpr int kStrip = kCudaStrip;
 inline constexpr int kStripValues = 2 * kStrip;  // of a pair of channels
 
-// Rows of a thread's windows: two where its register budget allows it.
+// Rows of a thread's windows: two if the register budget allows it.
 template <class T>
 inline constexpr int kWindowRows = sizeof(T) == 2 ? 2 : 1;
 

@@ -5,7 +5,7 @@
 // the same functions in software, run by a scheduler of emulated thread blocks. Each function here
 // has a twin there with the same name, arguments and result.
 //
-// Besides, kernels may use the names that the emulator defines: __global__, __device__, __host__,
+// Kernels may also use the names that the emulator defines: __global__, __device__, __host__,
 // __forceinline__, __launch_bounds__, threadIdx, blockIdx, blockDim, gridDim, dim3,
 // uint2, uint4, float2, float4 and "#pragma unroll". All other uses of CUDA go through this file.
 //
@@ -38,8 +38,8 @@
 // Arguments are converted to the kernel's parameter types.
 #define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::ghost::prim::launch<false>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
-// The same for a kernel of which every thread begins with wait_for_previous_kernel: it may start
-// before the kernel before it in the stream has ended (see starts_early).
+// GHOST_LAUNCH for a kernel whose threads all begin with wait_for_previous_kernel. It may start
+// before the previous kernel of the stream has ended (see starts_early).
 #define GHOST_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
   ::ghost::prim::launch<true>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
