@@ -65,7 +65,7 @@ struct Share {
 
 struct Traffic {
   int64_t bytes_fused = 0;  // x read once, out written once, parameters
-  int64_t bytes_eager = 0;  // seven kernels and a concat, each reading and writing its maps
+  int64_t bytes_eager = 0;  // six kernels and a concat, each reading and writing its maps
   int64_t flops = 0;        // multiplications and additions of both convolutions
 };
 

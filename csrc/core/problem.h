@@ -52,7 +52,7 @@ struct Problem {
   bool has_in_gate = false;  // x is multiplied by a gate [N, C] when it is read
   int64_t gate_height = 0, gate_width = 0;  // of a gate [N, out_channels, Hg, Wg]; 0: none
   bool joined = false;                // x is [C, N, H, W]: the images of a channel are adjacent
-  bool allows_channel_lanes = false;  // inference without a gate and without a PReLU
+  bool allows_channel_lanes = false;  // set by the operator: no gate, no PReLU
   bool has_tail = false;              // an affine map and act2 follow y in out; channel lanes only
   bool aligned = true;                // x and w1 start at multiples of 16 bytes; CUDA only
   bool has_pairs = false;             // packed holds the primary weights in bfloat16 too

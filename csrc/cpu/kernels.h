@@ -10,8 +10,9 @@
 
 namespace ghost {
 
-// One pass of conv1x1 (+ affine + act) and, for ratio > 1, its depthwise ghosts. Also used with
-// ratio 1 for the GEMMs of training: x -> u, and du -> dx with the weights transposed.
+// One pass of the primary convolution with its affine map and activation and, for ratio > 1, its
+// depthwise ghosts. With ratio 1 also the GEMMs of training: x -> u, and du -> dx with the weights
+// transposed.
 struct ApplyArgs {
   Problem problem;
   ApplyPlan plan;

@@ -31,7 +31,7 @@ inline constexpr int64_t kGradRows = 8, kGradCols = 2;
 #else
 inline constexpr int64_t kGradRows = 4, kGradCols = 2;
 #endif
-inline constexpr int64_t kGradChunk = 1024;  // pixels: kGradRows rows of a chunk fill half of L1
+inline constexpr int64_t kGradChunk = 1024;  // pixels; kGradRows float32 rows: 16 or 32 KiB
 
 // out[i] = sum of the lanes of v[i], for L vectors together: a transpose that adds at every step.
 template <class A>
