@@ -15,15 +15,15 @@ constexpr CudaArch kArchs[] = {
     {100, 148, 228 << 10, 227 << 10, 126 << 20, 8000, 9000, 1.85, 4096},
 };
 
-constexpr int64_t kReservedSmem = 1024;  // of each block, by the driver
+constexpr int64_t kReservedSmem = 1024;  // bytes that the driver reserves in each block
 
-// The share of the bandwidth that `blocks` reach: too few bytes in flight do not fill the memory
-// pipes.
+// The share of the bandwidth that `blocks` blocks use: fewer blocks than multiprocessors have too
+// few bytes in flight.
 double filled(int64_t blocks, const CudaArch& arch) {
   return std::min(1.0, double(blocks) / double(arch.multiprocessors));
 }
 
-// The longest of three times, and a share of the others.
+// The longest of three times plus the share `unhidden` of the other two.
 double overlapped(double a, double b, double c, double unhidden) {
   const double most = std::max({a, b, c});
   return most + unhidden * (a + b + c - most);

@@ -17,7 +17,7 @@ struct CudaArch {
   int64_t l2_bytes = 40 << 20;
   double dram_gb_s = 1555, l2_gb_s = 4500;
   double clock_ghz = 1.41;
-  int64_t tensor_flops_clock = 2048;  // float16 multiply-adds a clock of a multiprocessor, x 2
+  int64_t tensor_flops_clock = 2048;  // float16 operations a clock per multiprocessor; FMA: 2
 };
 
 // The nearest entry of the table at or below the compute capability. multiprocessors and
@@ -57,8 +57,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 // The limit by shared memory, of which the driver reserves 1 KiB per block, and by registers.
 int64_t blocks_per_sm(const CudaArch& arch, int64_t smem_bytes, int64_t by_registers = 2);
 
-// The blocks that share `tiles`, at most `most` of them, and the tiles of a block (turns): the
-// least turns, then the fewest blocks with that many turns.
+// The distribution of `tiles` tiles over at most `most` blocks: the fewest turns (tiles of a
+// block), then the fewest blocks that need no more turns.
 struct CudaTurns {
   int64_t blocks, turns;
   CudaTurns(int64_t tiles, int64_t most);

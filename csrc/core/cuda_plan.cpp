@@ -15,7 +15,7 @@
 namespace ghost {
 namespace {
 
-// Whether the kernel sums the gradients of a PReLU's slopes, too.
+// Whether the kernel also sums the gradients of a PReLU's slopes.
 bool sums_slopes(const Problem& p, CudaKernel kernel) {
   return kernel == CudaKernel::kBackwardSums && p.act2.act == Act::kPReLU;
 }
@@ -138,7 +138,7 @@ class Planner {
   // Whether the register bound of an instance lets a multiprocessor hold three blocks of it, not
   // two: min_blocks in gemm.cuh.
   bool three_blocks(int64_t instance) const {
-    const bool sums = kernel_primary() || kernel_ == CudaKernel::kCheapStats;  // registers for them
+    const bool sums = kernel_primary() || kernel_ == CudaKernel::kCheapStats;  // need registers
     return !sums && tensor_ && element_ == 4 && instance <= 32 && p_.layout == Layout::kNHWC;
   }
 
@@ -165,7 +165,7 @@ class Planner {
         c.rows = ceil_div(H_, parts_h);
         if (c.rows == last_rows || c.rows * c.cols > kMost) continue;
         last_rows = c.rows;
-        if (c.rows == H_ && c.cols == W_) continue;  // a whole image: seen above
+        if (c.rows == H_ && c.cols == W_) continue;  // whole images were considered above
         consider(c);
       }
     }
@@ -276,7 +276,8 @@ class Planner {
     CudaWork work;
     double latency = 0;  // cycles that a warp waits for x
     double tile_l2 = 0;
-    // A narrow copy costs as much as a wide one.
+    // Bytes of the widest copy for runs of `count` elements: a narrow copy costs as much as a wide
+    // one.
     const auto width = [&](int64_t count) {
       int64_t bytes = 16;
       while (bytes > element_ && count * element_ % bytes != 0) bytes /= 2;
@@ -310,7 +311,7 @@ class Planner {
           source * channels * (e / x_width * costs_.copy_vector + costs_.copy_element) / kCudaLanes;
     }
     work.issue += source * costs_.pixel_table / kCudaLanes + costs_.tile_cycles;
-    double serial = 0;  // instructions of one thread, where few threads have work
+    double serial = 0;  // instructions of the busiest thread, if few threads have work
     if (!kernel_primary()) serial = windows(t, work);
     double out_bytes = 0;
     if (kernel_ == CudaKernel::kApply && !p_.pooled)
@@ -326,7 +327,8 @@ class Planner {
     plan.l2_bytes = int64_t(total_tiles * tile_l2 + double(plan.blocks) * weights);
     const double px = double(p_.batch) * double(H_ * W_);
     const double x_bytes = double(p_.batch) * c * double(p_.height * p_.width) * e;
-    // The neighbours' halo and the other channel blocks find x in L2; a little is evicted.
+    // x is counted once: neighbouring tiles (halo) and other channel blocks hit L2. Evictions are
+    // neglected.
     plan.dram_bytes = int64_t(
         x_bytes +
         (kernel_ == CudaKernel::kApply ? (p_.pooled ? double(p_.batch) : px) * p_.out_channels * e
@@ -360,8 +362,8 @@ class Planner {
     return in + out;
   }
 
-  // Adds the depthwise windows of a tile. Groups of threads take them in rounds; a warp costs the
-  // same however many of its lanes have a window. Returns the instructions of the busiest thread.
+  // Adds the depthwise windows of a tile. Groups of threads take the windows in rounds; a warp
+  // costs the same for any number of active lanes. Returns the instructions of the busiest thread.
   double windows(const CudaTile& t, CudaWork& work) const {
     const double d = double(p_.dw_size), width = kCudaStrip + d - 1;
     const int64_t pairs = ceil_div(std::min<int64_t>(t.channels, p_.intrinsic), 2);
@@ -521,7 +523,7 @@ CudaPlan plan_cuda(const Problem& p, CudaKernel kernel, const CudaArch& arch, bo
   }
   const CudaPlan plan = Planner(p, kernel, arch, allow_tf32, kCudaCosts).best(rank);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() >= kMostPlans) known.clear();  // shapes that never repeat must not pile up
+  if (known.size() >= kMostPlans) known.clear();  // bounds the cache if shapes never repeat
   known.emplace(key, plan);
   return plan;
 }

@@ -30,7 +30,7 @@ struct CudaTile {
   int32_t ghosts = 1;  // ghost maps per intrinsic map a block computes
   int32_t ghost_blocks = 1;
   int32_t images = 1, rows = 0, cols = 0;  // output pixels of a tile
-  int32_t halo = 0;                        // pixels of y around them
+  int32_t halo = 0;                        // rows and columns of y around these pixels
   int32_t tiles_h = 1, tiles_w = 1;        // of an image
   int64_t tiles = 0;
   int32_t workers = 1;                 // blocks that share the tiles of one channel block, in turn
@@ -42,7 +42,7 @@ struct CudaTile {
   int32_t positions = 0;               // y positions in shared memory, slack included
   int32_t y_stride = 0, z_stride = 0;  // elements from one position (pixel) to the next
   int32_t a_stride = 0, b_stride = 0;  // of the operands in shared memory
-  int32_t max_source = 0, max_inner = 0;  // pixels of y computed, of output stored, a tile
+  int32_t max_source = 0, max_inner = 0;  // most pixels of y, and of out, in a tile
   int32_t in_gate_stride = 0;  // elements from the gates of one image's input to the next's
   int32_t source_at = 0, inner_at = 0, gate_at = 0, in_gate_at = 0, affine_at = 0, taps_at = 0,
           moments_at = 0, b_at = 0, y_at = 0, stage_at = 0, norm2_at = 0, grad_at = 0;
@@ -53,9 +53,9 @@ struct CudaTile {
 inline constexpr int kCudaThreads = 256;
 inline constexpr int kCudaStages = 3;
 inline constexpr int kCudaRing = 128;       // columns of w1 in a stage of the direct product
-inline constexpr int kCudaGatePad = 32;     // channels that the gates of an image are padded to
+inline constexpr int kCudaGatePad = 32;     // the gates of an image: padded to a multiple
 inline constexpr int kCudaStrip = 7;        // pixels of a depthwise register window
-inline constexpr int kCudaSpareRows = 128;  // source pixels that a last chunk may have too many
+inline constexpr int kCudaSpareRows = 128;  // spare source pixels of a last, partial chunk
 
 // Whether the pixels of x in NHWC, and the rows of w1, are whole vectors of 16 bytes.
 inline bool has_wide_rows(const Problem& p) {
@@ -107,16 +107,17 @@ bool cuda_stashes_u(const Problem& p);
 
 // The problem of each pass of a training forward. u is written if cuda_stashes_u, or if it is kept
 // for backward; the later passes then read u instead of x. batch1: batch norm 1 has statistics of
-// the batch; without them u is written only to be kept.
+// the batch; without them u is written only if it is kept.
 struct CudaTraining {
   Problem primary, cheap, apply;
   bool writes_u = false;
 };
 CudaTraining cuda_training(const Problem& p, bool keep_u, bool batch1 = true);
 
-// Offsets in bytes inside the packed parameters of the CUDA kernels. 16-bit types keep w1 unscaled
-// in their own type (a folded scale would cost digits). float32, float64, and 16-bit types with a
-// single input channel have scale1 folded into w1, and no scale1 vector.
+// Offsets in bytes inside the packed parameters of the CUDA kernels: w1 [m, C] in the dtype of x;
+// scale1, shift1 and slopes1 [m], w2 [g, d * d], shift2 and slopes2 [g] in the compute type. 16-bit
+// types keep w1 unscaled (a folded scale would cost digits). float32, float64, and 16-bit types
+// with a single input channel have scale1 folded into w1, and no scale1 vector.
 struct CudaPackedLayout {
   bool folded = false;
   int64_t w1 = 0, scale1 = 0, shift1 = 0, w2 = 0, shift2 = 0, slopes1 = 0, slopes2 = 0, bytes = 0;

@@ -13,9 +13,9 @@
 namespace ghost {
 namespace {
 
-constexpr int64_t kAlign = 128;  // of the parts of shared memory
+constexpr int64_t kAlign = 128;  // bytes; of each section of shared memory
 
-// Hands out aligned sections of a piece of memory.
+// Places aligned sections one after the other in a piece of memory.
 class Sections {
  public:
   explicit Sections(int64_t align, int64_t start = 0) : align_(align), end_(start) {}
@@ -217,7 +217,7 @@ int32_t log2_up(int64_t n) {
   return shift;
 }
 
-// Both products from one tile of du; a plan without workers if dw1 does not fit.
+// Both products from one tile of du; a plan without workers if dw1 or a tile does not fit.
 PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
   const int64_t m = p.intrinsic, c = p.channels, pixels = p.batch * p.out_pixels(), vector = 8;
   PrimaryGradPlan plan;
@@ -233,7 +233,8 @@ PrimaryGradPlan plan_du(const Problem& p, const CudaArch& arch, bool need_dw1) {
   t.instance = int32_t(chosen - kDuInstances);
   t.channels = int32_t(round_up(ceil_div(c, slices), vector));
   t.slices = int32_t(ceil_div(c, t.channels));
-  // One more product saves the bytes of u: not worth it if u is a small part of all bytes.
+  // Computing u costs one product and saves the bytes of u: not worth it if u is a small part of
+  // all bytes.
   t.makes_u = t.slices == 1 && c <= 4 * m;
   t.padded_m = int32_t(round_up(m, 16));
   t.padded_c = int32_t(round_up(t.channels, 16));
@@ -437,7 +438,7 @@ BackwardPlan plan_cuda_backward(const Problem& p, const CudaArch& arch, bool all
   }
   const BackwardPlan plan = make_plan(p, arch, allow_tf32, task);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() >= kMostPlans) known.clear();  // shapes that never repeat must not pile up
+  if (known.size() >= kMostPlans) known.clear();  // bounds the cache if shapes never repeat
   known.emplace(key, plan);
   return plan;
 }

@@ -22,8 +22,8 @@ struct GradsTile {
   int32_t tiles_n = 0, tiles_h = 0, tiles_w = 0;
   int64_t tiles = 0;
   int32_t workers = 0, channel_blocks = 0;
-  // Ghosts of a channel whose parameters and sums stay in shared memory: all of them; or 1 if they
-  // do not fit, which is then loaded and added up anew in every tile.
+  // Ghosts of a channel whose parameters and sums of dw2 stay in shared memory: all; or 1 if they
+  // do not fit. Then every tile loads the parameters of each ghost and adds its sums to memory.
   int32_t ghosts = 1;
   int32_t tap_splits = 1;  // threads that share a row of taps of a channel pair's weight gradient
   // Bytes in shared memory.
@@ -50,8 +50,8 @@ struct DuTile {
   int32_t channels = 0, slices = 1;
   int32_t pixels = 0, tiles = 0, workers = 0;  // workers = 0: dx and dw1 have separate blocks
   bool makes_u = false;  // u is computed from x, of which a block has all channels; else read
-  // Channels in shared memory, multiples of 16, and the binary logarithms of the threads that copy
-  // a row of them.
+  // Channels in shared memory, multiples of 16, and log2 of the number of threads that copy a row
+  // of these channels.
   int32_t padded_m = 0, padded_c = 0, m_shift = 0, c_shift = 0;
   // Bytes in shared memory: w1 is at 0, then come two stages.
   int32_t coefficients_at = 0, combine_at = 0, stages_at = 0, stage_bytes = 0;

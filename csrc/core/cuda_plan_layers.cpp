@@ -7,7 +7,7 @@
 namespace ghost {
 namespace {
 
-// The time of `bytes` at the bandwidth of the memory, and of a launch.
+// The time to move `bytes` at the bandwidth of the memory, plus that of a launch.
 double streaming_seconds(int64_t bytes, int64_t blocks, const CudaArch& arch) {
   return dram_seconds(double(bytes), blocks, arch, kCudaCosts) + kCudaCosts.launch_us * 1e-6;
 }
@@ -71,8 +71,8 @@ GatePlan plan_gate(int64_t batch, int64_t channels, int64_t reduced, int64_t pix
                    int64_t splits, DType dtype, const CudaArch& arch) {
   GatePlan plan;
   const int64_t e = element_size(dtype), a = compute_size(dtype);
-  // Partial sums: for the mean a vector of at most 16 bytes per thread, for the expansion the same
-  // per image; or one per channel, if the channels are more than those of all vectors.
+  // Partial sums of an image: a vector of at most 16 bytes per thread, or one number per channel if
+  // there are more channels than numbers in these vectors.
   const auto own = [&](int64_t images) { return round_up(images * (channels + reduced) * a, 128); };
   const auto bytes = [&](int64_t images) {
     return own(images) + images * std::max<int64_t>(kGateThreads * (16 / e), channels) * a;

@@ -30,7 +30,7 @@ struct DepthwisePlan {
   int32_t smem_bytes = 0;           // for the sums
   int64_t blocks = 0;
   int64_t dram_bytes = 0;
-  double seconds = 0;  // the model's, from data sheets
+  double seconds = 0;  // predicted
 };
 
 // sums: the kernel also writes sums over the pixels of out. alignment: of x and of out, in bytes.
@@ -57,6 +57,8 @@ inline constexpr int kGateThreads = 512;
 inline constexpr int kGateImages = 4;  // at most, of a block
 
 //   gate = f(w_expand^T act(w_reduce mean + b_reduce) + b_expand)
+//
+// Of an image: mean, gate and b_expand [C], b_reduce [R], w_reduce and w_expand [R, C].
 //
 // A block takes some images. If there are few images, they are cut into parts, which takes two
 // launches: in the first a block computes some of the hidden values, in the second some channels of

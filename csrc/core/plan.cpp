@@ -17,9 +17,9 @@ constexpr int64_t kWholeImage = 64 * 64;
 constexpr int64_t kSmallImage = 1024;
 
 // GEMM block width. Wide blocks read each weight once for many pixels, but their x columns (C *
-// vecs vectors) must stay in L1 during the loop over channels. Else three vectors load L2 least. In
-// large images, whose lines arrive one by one, six vectors are a little faster than five if there
-// are channels enough.
+// vecs vectors) must stay in L1 during the loop over channels. If they do not, blocks of three
+// vectors cause the least L2 traffic. In large images, whose lines arrive one by one, six vectors
+// are a little faster than five if there are channels enough.
 int choose_vecs(const Problem& p, const CpuMachine& cpu) {
   const int64_t vector_bytes = cpu.lanes * 4;
   const int most = max_vecs(cpu.registers);
@@ -68,7 +68,7 @@ bool takes_tiles(const Problem& p, const CpuMachine& cpu) {
 bool takes_channel_lanes(const Problem& p, const CpuMachine& cpu) {
   if (!p.allows_channel_lanes) return false;
   if (p.layout == Layout::kNHWC || p.kernel > 1 || p.padding > 0 || p.has_tail) return true;
-  // Tiles then save more time than transposing x and out takes.
+  // Tiles save more time in these modules than the transposition of x and out takes.
   if (takes_tiles(p, cpu) && p.intrinsic >= kFewestForTiles) return true;
   return p.has_primary && p.stride == 1 && element_size(p.dtype) == compute_size(p.dtype) &&
          p.out_pixels() <= kRaggedImage && p.channels >= p.out_channels;

@@ -23,7 +23,7 @@ constexpr int max_vecs(int64_t registers) {
   return registers >= 32 ? 6 : registers >= 16 ? 3 : 2;
 }
 
-// What a product prefetches from beyond L2.
+// Memory that a product prefetches from beyond L2.
 enum class Fetch : int {
   kNothing,
   kColumns,  // the next columns of x
@@ -35,8 +35,8 @@ enum class Fetch : int {
 inline constexpr int64_t kMostPixels = 4;
 
 struct ApplyPlan {
-  bool channel_lanes =
-      false;               // channels along the lanes, cpu/lane_tile.h; else pixels, cpu/apply.h
+  // Channels along the lanes, cpu/lane_tile.h; else pixels, cpu/apply.h.
+  bool channel_lanes = false;
   bool in_place = false;   // channel lanes: y and z are computed in out itself
   int64_t depth = 1;       // channel lanes: input values of a slice of the product's K
   bool amx = false;        // channel lanes: the product of bfloat16 on tiles, cpu/amx.h
@@ -65,7 +65,7 @@ struct Share {
 
 struct Traffic {
   int64_t bytes_fused = 0;  // x read once, out written once, parameters
-  int64_t bytes_eager = 0;  // seven kernels and a concat, each reading and writing its maps
+  int64_t bytes_eager = 0;  // six kernels and a concat, each reading and writing its maps
   int64_t flops = 0;        // multiplications and additions of both convolutions
 };
 
@@ -100,7 +100,7 @@ int64_t weight_grad_items(const Problem& p);
 // along the lanes, cpu/lane_train.h.
 bool sums_by_lanes(const Problem& p);
 bool trains_by_lanes(const Problem& p);
-// The images of such a pass. They do not depend on the number of threads.
+// The images of a pass of cpu/lane_train.h. They do not depend on the number of threads.
 struct LaneItems {
   int64_t count = 0, images = 0;  // items, and images of an item
   int64_t chunk_images = 0;       // images computed at a time

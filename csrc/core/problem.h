@@ -40,7 +40,7 @@ struct Problem {
   int64_t padding = 0;       // zeros on every side of x
   int64_t stride = 1;        // of the primary convolution
   int64_t intrinsic = 0;     // m
-  int64_t out_channels = 0;  // oup
+  int64_t out_channels = 0;  // of out
   int64_t ratio = 2;         // ghosts per intrinsic map, plus one
   int64_t dw_size = 3;       // d
   Activation act1, act2;
@@ -48,11 +48,11 @@ struct Problem {
   Layout layout = Layout::kNCHW;
   bool has_primary = true;  // false: x is u (the primary convolution ran elsewhere)
   bool has_residual = false;
-  bool pooled = false;       // out is the mean over its pixels, [N, oup]; of ratio 1 only
+  bool pooled = false;       // out is the mean over its pixels, [N, out_channels]; ratio 1 only
   bool has_in_gate = false;  // x is multiplied by a gate [N, C] when it is read
-  int64_t gate_height = 0, gate_width = 0;  // of a gate [N, oup, Hg, Wg]; 0: none
+  int64_t gate_height = 0, gate_width = 0;  // of a gate [N, out_channels, Hg, Wg]; 0: none
   bool joined = false;                // x is [C, N, H, W]: the images of a channel are adjacent
-  bool allows_channel_lanes = false;  // inference without a gate and without a PReLU
+  bool allows_channel_lanes = false;  // set by the operator: no gate, no PReLU
   bool has_tail = false;              // an affine map and act2 follow y in out; channel lanes only
   bool aligned = true;                // x and w1 start at multiples of 16 bytes; CUDA only
   bool has_pairs = false;             // packed holds the primary weights in bfloat16 too
@@ -89,7 +89,9 @@ inline int64_t round_up(int64_t a, int64_t b) {
   return (a + b - 1) / b * b;
 }
 
-// Offsets (in elements of the compute type) inside the packed parameter vector of `ghost_pack`.
+// Offsets (in elements of the compute type) inside the packed parameter vector of `ghost_pack`:
+// w1 [ceil(m / kPanel)][K][kPanel], shift1 [m] padded to kPanel, w2 [ghosts][d * d], shift2
+// [ghosts]; without a primary convolution scale1 and shift1 [m] come first, and there is no w1.
 struct PackedLayout {
   int64_t w1 = 0, shift1 = 0, w2 = 0, shift2 = 0, scale1 = 0;
   int64_t lane_taps = 0;  // w2 again, as [d * d][ghosts]

@@ -15,7 +15,7 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// float32 is computed here; float64, which exists for gradcheck, by the C library.
+// The exponential of float32; float64, which exists for gradcheck, uses the C library.
 //
 //   e^y = 2^n e^r      n = round(y / ln2), |r| <= ln2/2
 //

@@ -3,10 +3,10 @@
 //   Y[p][c] = act(shift[c] + scale[c] * sum_k X[p][k] W[k][c])      sums in float32
 //
 // Tile map: tiles 0 to 3 hold the sums of up to 16 pixels by the 16 channels of a panel each; tile
-// 4 holds x of these pixels and up to 32 k, as it is in NHWC; tile 5 holds the packed weights of
-// these k, two to an element of 32 bits. Tiles 6 and 7 are tiles 4 and 5 for the last k if K is not
-// a multiple of 32. A last, partial tile of pixels overlaps the tile before: both compute the same
-// values.
+// 4 holds x of these pixels and up to 32 k, in the order of NHWC; tile 5 holds the packed weights
+// of these k, two to an element of 32 bits. Tiles 6 and 7 are tiles 4 and 5 for the last k if K is
+// not a multiple of 32. A last, partial tile of pixels overlaps the tile before: both compute the
+// same values.
 // Binding resource: the loads of x from L2, the stores of the sums.
 #pragma once
 
@@ -14,7 +14,7 @@
 
 #include "cpu/lanes.h"
 
-// Assemblers as old as these compilers have the instructions.
+// The assemblers that come with these compilers have the AMX instructions.
 #if defined(__linux__) && defined(__x86_64__) && defined(__AVX512F__)
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define GHOST_OPS_AMX_UNIT 1
@@ -50,8 +50,8 @@ inline TileConfig tile_config(int rows, int depth, int rest) {
 }
 
 #if defined(GHOST_OPS_AMX_UNIT)
-// To nearest, ties to even, as Narrow, but subnormal numbers become zero. All processors with tiles
-// have the instruction.
+// Rounds to nearest, ties to even, as Narrow does; subnormal numbers become zero. All processors
+// with tiles have this instruction.
 GHOST_INLINE VecU16 narrow_flushed(VecF v) {
   VecU16 h;
   asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));

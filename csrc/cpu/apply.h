@@ -43,8 +43,8 @@ class ApplyTile {
   const A* const packed;
   const int64_t H, W, P, m, ghosts_per_map, d, pad, out_channel;
   const bool nchw;
-  // The planes of out are rows of the compute type that nothing is added to or multiplied with: y
-  // and z may be made in place.
+  // direct: out has planes of the compute type and no residual, gate or scatter; y and z may be
+  // computed in place.
   const bool direct, y_direct, z_direct;
   Source<T> source;
   O* const out;
@@ -101,8 +101,8 @@ class ApplyTile {
            step * sizeof(O) % kVectorBytes == 0;
   }
 
-  // NHWC: y and z are written in one transposed pass, from scratch where the rows of z follow those
-  // of y.
+  // NHWC: whether y and z are written in one transposed pass. In scratch the rows of z then follow
+  // the rows of y.
   bool writes_with_ghosts(int64_t c0, int64_t c1) const {
     return !nchw && args.scatter == 1 && ghosts_per_map > 0 && c0 == 0 && c1 == m;
   }
@@ -141,7 +141,7 @@ class ApplyTile {
     next.read = {reinterpret_cast<const A*>(source.x) + (n + images) * args.x_image,
                  more * args.x_image};
     if (out_channel == P && !plan.stream) {
-      // The product itself writes the y that is made in place.
+      // A y in place is written by the product, so only z is prefetched.
       const int64_t first = direct && images == 1 ? m : 0;
       next.write = {reinterpret_cast<const A*>(out) + n * args.out_image + first * P,
                     images * args.out_image};
@@ -339,7 +339,7 @@ class ApplyTile {
               ? reinterpret_cast<A*>(out) + n0 * args.out_image + g0 * out_channel
               : nullptr;
       if (p.has_primary && planes && !plan.stream) {
-        // y is made in the planes of out: written once, read back through the cache.
+        // y in the planes of out is written once and read back from the cache.
         primary(x, ldx, pixels, g0, g1, planes, out_channel, nullptr, fetch);
         for (int64_t j = 0; j < images; ++j)
           cheap(planes + j * P, out_channel, 0, n0 + j, 0, H, g0, g1, z);
@@ -411,7 +411,7 @@ class ApplyTile {
     }
   }
 
-  // The same with y in the planes of out: no rows are carried or copied.
+  // All bands of image n, with y in the planes of out: no rows are carried or copied.
   void bands_in_place(int64_t n, int64_t c0, int64_t c1) const {
     A* panel = static_cast<A*>(thread_scratch(size_t(plan.scratch_bytes))) + 64;
     A* z = panel + (plan.pack ? p.channels * (round_up(plan.band_rows * W, 16) + 16) : 0) + 64;

@@ -191,8 +191,7 @@ void activation_backward(const Activation& a, const Affine<A>& f, const A* x, co
 // The gradient of a norm's input from g, the gradient of its output:
 //   dst = scale * (g - mean(g) - xhat * mean(g * xhat))     statistics of the batch
 //   dst = scale * g                                         constant statistics
-// The means are sums / count.
-// x, g, dst [n]; dst may be g or x.
+// The means are sums / count. x, g, dst [n]; dst may be g or x.
 template <class A>
 void norm_backward(const Affine<A>& f, const GradSums& sums, double count, bool batch_stats,
                    const A* x, const A* g, A* dst, int64_t n) {

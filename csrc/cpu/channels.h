@@ -151,7 +151,7 @@ class ChannelPass {
 
   // One channel: y and z are made in their planes of out.
   void forward_planes(int64_t c) const {
-    // images: their planes stay in L1 between the passes over them.
+    // images: as many as have planes that stay in L1 between the passes over them.
     const int64_t step = out_channels * P, images = P < 1024 ? 1024 / P : 1;
     A* const out = static_cast<A*>(args.out);
     A* const v_scratch = row_scratch(images * P);
@@ -202,9 +202,9 @@ class ChannelPass {
     int64_t n, images, step;
   };
 
-  // The gradients of channel c and of its ghosts. y: scratch for three rows, then follows dy.
-  // grad_y, grad_z: the gradients of y and of the first ghost; next_ghost: elements to the next
-  // one.
+  // The gradients of channel c and of its ghosts. y: scratch for the rows y, v and dv, followed by
+  // dy. grad_y, grad_z: the gradients of y and of the first ghost; next_ghost: elements from the
+  // gradient of a ghost to that of the next ghost.
   void channel_backward(int64_t c, A* y, A* dy, GradRuns grad_y, const GradRuns& grad_z,
                         int64_t next_ghost) const {
     const int64_t ld = row_stride();
@@ -243,7 +243,7 @@ class ChannelPass {
   void add_ghost_grad(int64_t c, int64_t g, const A* dv, A* dy, GradRuns& grad_y) const {
     A flipped[49];
     std::reverse_copy(taps(g), taps(g + 1), flipped);
-    // The stencil passes over a wide plane in strips of columns: a slow way to read grad_out, which
+    // The stencil reads a wide plane in strips of columns, which is slow for grad_out in memory: it
     // is copied first.
     if (grad_y.at != dy && W > 4 * kLanes<A>) {
       read_grad(c, 1, dy, row_stride());

@@ -27,7 +27,7 @@ struct Stencil {
   const A* shift;              // [channels], or null: 0
   A* v;                        // [channels][row_end - row_begin][width]
   bool relu;
-  // Start from `from` instead of from shift: the gradient of y sums over the ghosts of a map.
+  // The sums start from `from`, not from shift: the gradient of y sums over the ghosts of a map.
   bool accumulate;
   bool stream;  // non-temporal stores; every strip of v must be aligned to a vector
   int64_t channels = 1, y_step = 0, taps_step = 0, shift_step = 0, v_step = 0;
@@ -48,7 +48,7 @@ Stencil<A> whole_planes(const A* y, int64_t y_step, int64_t planes, int64_t H, i
 }
 
 // Strips at columns col, col + L, ... of channels [channel, channel_end), kPair channels at a time;
-// returns the first channel that it leaves. Only strip 0 may touch the left edge and only the last
+// returns the first channel that remains. Only strip 0 may touch the left edge and only the last
 // one the right edge. A narrow map has one strip, too few independent sums to hide the latency of
 // an FMA: two channels go together.
 template <class A, int D, int kStrips, int kPair, bool kAccumulate>

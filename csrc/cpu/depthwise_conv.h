@@ -93,7 +93,7 @@ __attribute__((noinline)) void halved_rows(const HalvedBand<A>& b, int64_t v) {
     } else {
       const A* from = x;
       for (int i = 0; i < K; ++i, from += 2 * ld) {
-        // Else the compiler keeps vectors for the next i, and spills them.
+        // Without this the compiler keeps vectors for the next i, and spills them.
         asm("" : "+r"(from));
 #pragma GCC unroll 7
         for (int j = 0; j < K; ++j) {
@@ -160,7 +160,7 @@ class HalvedPlanes {
   const DepthwiseArgs& a;
   const int64_t x_plane, out_plane;  // elements from one plane to the next
   const int64_t ld;
-  // Two planes share vectors if both fit, with zeros between them for the taps that reach across.
+  // Two planes share vectors if both fit, with zeros between them for the taps across the border.
   const bool paired;
   const int64_t pairs, step;  // whole pairs of vectors in a row of x; elements of a halved row
   const MaskT<A> low, high;   // columns of x in the last, partial pair

@@ -4,8 +4,8 @@
 //   dx[h][w] = sum_{i,j} weight[i][j] * grad[(h + R - i) / 2][(w + R - j) / 2]
 //              over i of the parity of h + R, j of the parity of w + R
 //
-// One plane at a time: grad is copied into rows with borders of zeros; x as well, split into even
-// and odd columns.
+// One plane at a time: x and dx [H][W], grad [Ho][Wo], weight and dw [K][K]. grad is copied into
+// rows with borders of zeros; x as well, split into even and odd columns.
 //
 // Tile map: pixels along the lanes.
 //   dw: a vector of grad multiplies one vector of x for each tap; the sums of some kernel rows stay

@@ -217,7 +217,7 @@ class DepthwiseNorm {
     }
   }
 
-  // The reverse.
+  // from [count][ld_from] into channels [c0, c0 + count) of a map: the reverse of read.
   void write(const A* from, int64_t ld_from, int64_t c0, int64_t count, int64_t pixels,
              void* map) const {
     T* const to = static_cast<T*>(map);

@@ -6,8 +6,8 @@
 //
 // Tile map: the caller's thread takes a line at a time, pixels along the lanes. A line is a row of
 // out, or its whole plane if the caller has whole planes and short rows would leave lanes idle. The
-// values of the gate for a vector of pixels are close together: one load and one permutation. If
-// they are not (a gate wider than out), they are loaded one by one.
+// values of the gate for a vector of pixels are close together: one load and one permutation.
+// Values that are further apart (a gate wider than out) are loaded one by one.
 // Binding resource: that of the store of out.
 #pragma once
 
@@ -48,8 +48,9 @@ template <class O>
 class Gate {
   using A = ComputeOf<O>;
   static constexpr int L = kLanes<A>;
-  // The values for L pixels of a line: pixel l has lane lanes[l] of the `count` values that are
-  // loaded from `base` of the gate's line on; with a count of 0, value lanes[l] of that line.
+  // The places of the gate's values for L pixels of a line. count > 0: `count` values are loaded
+  // from element `base` of the gate's line on, and pixel l takes lane lanes[l] of them. count = 0:
+  // pixel l takes element lanes[l] of the gate's line.
   struct Block {
     typename Simd<A>::I lanes;
     int64_t base, count;

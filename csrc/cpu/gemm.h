@@ -53,8 +53,8 @@ struct Walks {
   Walk read, write;
 };
 
-// One register block: channels of w [K][kPanel], from the first of the block's kRows on; x
-// [K][ldx]; out's columns from col on; rows: channels to store; tail: pixels of the last vector if
+// One register block of kRows channels: w [K][kPanel] from the block's first channel on; x
+// [K][ldx]; columns of out from col on; rows: channels to store; tail: pixels of the last vector if
 // kTail. Prefetches stand between the products, two lines for each k: a core keeps few lines in
 // flight, and many at once would stall the products. Fetch::kColumns: two vectors of each row of
 // `next` [K][ldx].
@@ -284,8 +284,8 @@ int64_t gemm_rest(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int
   return rest;
 }
 
-inline constexpr int64_t kSlice = 24
-                                  << 10;  // bytes of x in a slice of K, `vecs` vectors for each k
+// Bytes of x in a slice of K, `vecs` vectors for each k.
+inline constexpr int64_t kSlice = 24 << 10;
 
 // Planes of kLongPlane pixels and more, from beyond L2, are read kLongDepth side by side, kLongRun
 // pixels of each before the next planes: few enough streams for the hardware prefetcher. It follows
@@ -315,7 +315,7 @@ void gemm_nn(const A* x, int64_t ldx, const A* panels, int64_t ldpanel, int64_t 
   Walks walks;
   const int64_t rounds = blocks * (M / kRowsFor[(total + blocks - 1) / blocks]) * K;
   const auto walk = [&](const Run<A>& what) {
-    // A run of nothing stays at x, which is valid memory.
+    // With nothing to prefetch the address stays at x, which is valid memory.
     if (what.count == 0 || rounds == 0) return Walk{reinterpret_cast<const char*>(x), 0};
     walks.any = true;
     return Walk{reinterpret_cast<const char*>(what.at),

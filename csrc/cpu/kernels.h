@@ -10,8 +10,9 @@
 
 namespace ghost {
 
-// One pass of conv1x1 (+ affine + act) and, for ratio > 1, its depthwise ghosts. Also used with
-// ratio 1 for the GEMMs of training: x -> u, and du -> dx with the weights transposed.
+// One pass of the primary convolution with its affine map and activation and, for ratio > 1, its
+// depthwise ghosts. With ratio 1 also the GEMMs of training: x -> u, and du -> dx with the weights
+// transposed.
 struct ApplyArgs {
   Problem problem;
   ApplyPlan plan;
@@ -19,11 +20,11 @@ struct ApplyArgs {
   const void* residual = nullptr;  // like out, or null
   const void* slopes1 = nullptr;   // of a PReLU, [m], compute type; or null
   const void* slopes2 = nullptr;   // [ghosts]
-  const void* gate = nullptr;      // [N, oup, Hg, Wg] in out_layout, or null
+  const void* gate = nullptr;      // [N, out_channels, Hg, Wg] in out_layout, or null
   const void* x = nullptr;         // [N, C, H, W] in problem.layout; u if !problem.has_primary
   int64_t x_image = 0;             // elements from image to image of x
   int64_t x_channel = 0;           // elements from channel to channel of x, if NCHW
-  void* out = nullptr;             // [N, oup, Ho, Wo] in out_layout
+  void* out = nullptr;             // [N, out_channels, Ho, Wo] in out_layout
   Layout out_layout = Layout::kNCHW;
   int64_t out_image = 0;  // elements from image to image of out
   int64_t out_channel = 0;
@@ -37,7 +38,7 @@ struct ApplyArgs {
 struct NormArgs {
   const void* gamma;
   const void* beta;
-  const void* mean;  // forward: null for the batch's; backward: the statistics the forward used
+  const void* mean;  // forward: null for those of the batch; backward: the statistics of forward
   const void* var;   // biased
   double eps;
   const void* slopes = nullptr;  // of a PReLU behind the norm
@@ -49,7 +50,7 @@ struct NormArgs {
 };
 
 // Gradients of one batch norm's parameters and of the slopes behind it, per channel, compute type;
-// null where not needed.
+// null if not needed.
 struct NormGrads {
   void* dgamma = nullptr;
   void* dbeta = nullptr;
@@ -63,10 +64,10 @@ struct TrainArgs {
   const void* w2;   // [g, d*d]; null for statistics of u alone
   NormArgs norm1, norm2;
   // forward
-  void* out;  // [N, oup, P] in the element type, or null where only statistics are wanted
-  void *mean1, *var1, *mean2, *var2;  // results; null where the norm's own are given
+  void* out;  // [N, out_channels, P] in the element type, or null for statistics alone
+  void *mean1, *var1, *mean2, *var2;  // results; null if the norm's statistics are given
   // backward
-  const void* grad_out;  // [N, oup, P] in the element type, dense in problem.layout
+  const void* grad_out;  // [N, out_channels, P] in the element type, dense in problem.layout
   void* dw2;             // [g, d*d], or null if not needed
   NormGrads grads1, grads2;
 };

@@ -1,7 +1,7 @@
 // The base of the passes of training in NHWC with channels along the lanes: lane_train.h has a norm
 // behind each half of the module, tail_lanes.h one behind the concatenation. It holds the scratch
-// memory, the vectors of channels, the parameters of a norm, the depthwise stencils, and the sums of
-// items:
+// memory, the vectors of channels, the parameters of a norm, the depthwise stencils, and the sums
+// of items:
 //
 //   mean, var = moments of x over all pixels
 //   sum[c]    = sum over items of partial[item][c]       in double, in the order of the items
@@ -25,7 +25,7 @@
 namespace ghost {
 namespace GHOST_ISA {
 
-// A vector's width of channels of a pixel, or the last few of them.
+// One vector of channels of a pixel. kFull = false: the last, partial vector, of `count` channels.
 template <class A, bool kFull>
 struct Lanes {
   int64_t count;
@@ -47,7 +47,7 @@ struct Lanes {
     else
       Storage<T>::store_n(p, v, count);
   }
-  // The same in a map of ld channels.
+  // Loads from and stores to a map of ld channels; only PixelPairs uses ld.
   template <class T>
   GHOST_INLINE Vec<A> load_map(const T* p, int64_t) const {
     return load(p);
@@ -70,8 +70,8 @@ struct LastLanes {
   GHOST_INLINE void store(A* p, Vec<A> v) const { store_first(p, v, count); }
 };
 
-// All channels, half a vector of them, of two pixels: a masked store of half a vector would delay
-// the loads of the pixel next to it.
+// Two pixels in a vector, if all channels fill half a vector: a masked store of half a vector would
+// delay the loads of the next pixel.
 template <class A>
 struct PixelPairs {
   static constexpr int64_t kPixels = 2, count = kLanes<A>, kHalf = count / 2;
@@ -102,7 +102,7 @@ GHOST_INLINE void for_channels(int64_t channels, F&& f) {
   for (; c + L <= channels; c += L) f(c, Lanes<A, true>{L, {}});
   if (c < channels) f(c, Last{channels - c, lane_range<A>(0, channels - c)});
 }
-// The same for an f that goes through `pixels` pixels, lanes.kPixels at a time.
+// for_channels for an f that goes through `pixels` pixels, lanes.kPixels at a time.
 template <class T, class F>
 GHOST_INLINE void for_lanes(int64_t channels, int64_t pixels, F&& f) {
   using A = ComputeOf<T>;
@@ -129,7 +129,7 @@ GHOST_INLINE Vec<A> sum_pixels(const A* x, int64_t pixels, int64_t channels, Vec
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-// The parameters of a norm of `channels` channels, repeated to a vector more: [channels + L] each.
+// The parameters of a norm: each [channels + L], in which the first channels follow the last again.
 template <class A>
 struct LaneNorm {
   A *scale, *shift, *mean, *inv_std;
@@ -170,7 +170,7 @@ class LanePass {
   static constexpr int L = kLanes<A>;
   const Problem& p;
   const int64_t N, H, W, P, m, out_channels, d, taps;
-  const int64_t q, F;  // channels of the depthwise maps, numbers in a row of one
+  const int64_t q, F;  // channels of a depthwise map; numbers in a row of such a map
   const int64_t items;
   double* const partials;  // [items][partial_size]
   const int64_t partial_size;
@@ -201,8 +201,8 @@ class LanePass {
     A** at;
     int64_t elements;
   };
-  // Places arrays in the thread's scratch memory, and the taps of w2 [q, d * d], or null, in
-  // theirs.
+  // Places the arrays in the thread's scratch memory and copies the taps of w2 [q, d * d], or null,
+  // to weight and flipped.
   void allocate(std::initializer_list<Array> arrays, const void* w2) {
     const Array of_taps[] = {
         {&weight, taps * ld_taps}, {&flipped, taps * ld_taps}, {&sums, taps * ld_sums}};
@@ -256,8 +256,8 @@ class LanePass {
     return sum;
   }
 
-  // Merges the moments of x [pixels][channels], `piece` pixels at a time, into those of the item's
-  // `before` pixels before them. mean, m2: [channels].
+  // Merges the moments of x [pixels][channels], `piece` pixels at a time, into mean and m2
+  // [channels], which hold those of the `before` earlier pixels of the item.
   void add_moments(const A* x, int64_t pixels, int64_t channels, int64_t piece, int64_t before,
                    double* mean, double* m2) const {
     for (int64_t i = 0; i < pixels; i += piece) {

@@ -1,5 +1,5 @@
-// ghost_apply with channels along the lanes: NHWC, and small NCHW maps whose time is that of the
-// product.
+// ghost_apply with channels along the lanes: NHWC, and small NCHW maps, where the product takes
+// most of the time.
 //
 //   y = act1(shift1 + sum over taps and channels of x * w1)     k x k, any stride and padding
 //   z = act2(shift2 + depthwise(y, w2))
@@ -44,10 +44,10 @@ class LaneTile {
   struct Part {
     int64_t c0, channels;  // first intrinsic channel, and their number
     int64_t g0, ghosts;    // first ghost, and their number, without those that the slice cuts off
-    int64_t
-        repeated;  // ghosts_per_map > 1: offset in a pixel of the copies of y, one a ghost; else 0
-    A* panel;      // packed rows of x
-    A* pixels;     // [images][ring][W][ld] y and z; row r is at r % ring
+    // ghosts_per_map > 1: offset in a pixel of the copies of y, one for each ghost; else 0.
+    int64_t repeated;
+    A* panel;               // packed rows of x
+    A* pixels;              // [images][ring][W][ld] y and z; row r is at r % ring
     HalfVectors<A> halves;  // the last channels of the product
     int64_t ring, ld;
   };

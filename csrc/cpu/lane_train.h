@@ -5,7 +5,7 @@
 //
 // A sum over all pixels ends a pass over the images. Forward has three passes: the statistics of u,
 // those of v, out. Backward has three: the sums of bn2; dw2 and the sums of bn1; du. Every pass
-// makes y and v again from u. A row of a map is W * m adjacent numbers, see lane_stencil.h.
+// computes y and v again from u. A row of a map is W * m adjacent numbers, see lane_stencil.h.
 //
 // Tile map: an item is a fixed number of images, see lane_pass.h, and goes through them in chunks
 // whose maps stay in L2: some images, or a band of rows of one. Binding resource: L2 bandwidth.
@@ -285,7 +285,7 @@ class LaneTrain : LanePass<A> {
     });
   }
 
-  // The sums of dw2, and g of bn1 with its sums.
+  // The sums of dw2; the gradient g1 of bn1's output and its sums.
   void grads(int64_t item) const {
     double* const of = partial(item);
     std::fill_n(of, (2 + taps) * m, 0.0);
@@ -295,7 +295,7 @@ class LaneTrain : LanePass<A> {
       const int64_t halo = args.g1 ? R : 0;  // of the rows of dv that dy reads
       const LaneRows<const A> rows_y = make_y(c, halo + R);
       const LaneRows<A> rows_v = rows_of(v, c, halo);
-      const LaneRows<const A> dv = rows_of<const A>(v, c, halo);  // in place of v
+      const LaneRows<const A> dv = rows_of<const A>(v, c, halo);  // overwrites v
       const int64_t pixels = c.images * (dv.end - dv.begin) * W;
       this->template convolve<false>(rows_y, weight, rows_v, c.images, false);
       through_activation(norm2, p.act2, v, grad_at(c.n, dv.begin, m), out_channels, dy, pixels,

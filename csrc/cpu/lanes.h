@@ -57,7 +57,7 @@ GHOST_INLINE void store_first(A* p, Vec<A> v, int64_t n) {
 
 // If the last channels of a product fill half a vector, a vector sums two values of a pixel at
 // once: lane 2 * c + j sums the products of channel c with values 2 * i + j of x, i = 0, 1, ...
-// Both lanes of a channel are added at the end.
+// The two lanes of a channel are added at the end.
 #if defined(__AVX512F__) || defined(__AVX2__)
 template <class A>
 inline constexpr bool kHasHalves = sizeof(A) == 4;
@@ -74,8 +74,8 @@ struct HalfVectors {
   int64_t from, channels;
   A *panels, *shift;
 
-  // Their first channel if the product has m: they are half a vector, or one and a half if the
-  // product has no more.
+  // The first of these channels if the product has m: all channels if they fill half a vector or
+  // one and a half; else the last half vector if the number of half vectors is odd; else m (none).
   static int64_t first(int64_t m) {
     constexpr int kHalf = kLanes<A> / 2;
     const int64_t halves = (m + kHalf - 1) / kHalf;

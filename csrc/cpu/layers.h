@@ -61,7 +61,7 @@ struct PlaneArgs {
 };
 
 // x *= gate, with one number for each channel of an image:
-//   gate = f(w_expand * act(w_reduce * means(x) + b_reduce) + b_expand)
+//   gate = f(w_expand^T act(w_reduce means(x) + b_reduce) + b_expand)
 struct GateArgs {
   void* x;               // [N, C, P] (NCHW) or [N, P, C]
   const void* w_reduce;  // [R, C]; all parameters in the compute type

@@ -172,8 +172,8 @@ GHOST_INLINE void store_n(A* p, Vec<A> v, int64_t n) {
   store_masked(p, v, lane_range<A>(0, n));
 }
 
-// Makes the compiler hold v in a register. Else it may load a value for each use, and load ports
-// are scarce.
+// Makes the compiler hold v in a register. Otherwise it may load the value for each use, and load
+// ports are scarce.
 template <class V>
 GHOST_INLINE void keep(V& v) {
 #if defined(__x86_64__) && defined(__AVX512F__)

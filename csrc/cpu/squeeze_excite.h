@@ -6,8 +6,8 @@
 //
 // C channels, R reduced channels, P pixels.
 //
-// The caller runs a few images at a time through all stages: x is still in the cache when it is
-// multiplied, and the weights are read once for several images.
+// The caller runs a few images at a time through all stages: the multiplication reads x from the
+// cache, and the weights are read once for several images.
 //
 // Tile map: means and products keep several vectors of sums; rows of both matrices are read whole,
 // 8 at once for one image, fewer for up to 4 images. Sums of as many rows as a vector has lanes are
@@ -271,7 +271,8 @@ void gate_scale(const GateArgs& a, int64_t n0, int64_t n1, int64_t c0, int64_t c
   }
 }
 
-// The two passes of the gradient: out = scale * x + shift by planes of P pixels, ...
+// A pass of the gradient: out = scale * x + shift by planes of P pixels, with one scale and one
+// shift for each plane.
 template <class T>
 void plane_affine(const PlaneArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;
@@ -288,7 +289,7 @@ void plane_affine(const PlaneArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// ... and out[plane] = sum over pixels of x * other.
+// The other pass of the gradient: out[plane] = sum over pixels of x * other.
 template <class T>
 void plane_dot(const PlaneArgs& a, int64_t begin, int64_t end) {
   using A = ComputeOf<T>;

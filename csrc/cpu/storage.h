@@ -37,7 +37,7 @@ inline constexpr int kHalfVectorBytes = kVectorBytes / 2;
 typedef uint16_t VecU16 __attribute__((vector_size(kHalfVectorBytes)));
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 
-// One instruction; GCC 12 makes five of __builtin_convertvector.
+// One instruction; GCC 12 compiles __builtin_convertvector to five.
 GHOST_INLINE VecU32 widen_bits(VecU16 h) {
 #if defined(__AVX512F__)
   return (VecU32)_mm512_cvtepu16_epi32((__m256i)h);

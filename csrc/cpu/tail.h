@@ -3,10 +3,14 @@
 //
 //   v = w2 (*) y,   u = concat(y, v)[:, :out_channels],   out = act(bn(u) + residual)
 //
-//   forward    u and its statistics -> out
-//   backward   u again -> g = act'(bn(u) + residual) * grad_out, the gradient of the residual, and
-//              the sums of bn -> du -> dw2, dy = du of y + flipped w2 (*) du of v
+//   forward    u, its statistics, out
+//   backward   u again
+//              g = act'(bn(u) + residual) * grad_out, which is the gradient of the residual
+//              the sums of g and of g * uhat: dbeta and dgamma
+//              du = the gradient of bn's input from g
+//              dw2 from y and du of v;   dy = du of y + flipped w2 (*) du of v
 //
+// y [N, m, H, W], w2 [g, d, d], u, out and residual [N, out_channels, H, W].
 // N images, m intrinsic channels, P = H * W pixels of an image, d the size of the depthwise kernel.
 //
 // Tile map: an item is a channel of y with its ghosts, all images together; a channel of u is a row

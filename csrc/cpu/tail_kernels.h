@@ -11,21 +11,23 @@ struct TailArgs {
   Problem problem;       // of y, height and width too; act2 and layout are those of out
   const void* y;         // [N, m, H, W]; this and the other maps are dense in problem.layout
   const void* w2;        // [g, d*d], compute type
-  NormArgs norm;         // [oup]
+  NormArgs norm;         // [out_channels]
   bool batch_stats;      // mean and var are functions of y; in forward they are results
-  const void* residual;  // [N, oup, H, W], added before the activation; or null
+  const void* residual;  // like out, added before the activation; or null
   // forward
-  void* out;
-  void* mean;
-  void* var;  // [oup], compute type
+  void* out;   // [N, out_channels, H, W]
+  void* mean;  // [out_channels], compute type
+  void* var;
   // backward
-  const void* grad_out;  // [N, oup, H, W]
-  void* dy;              // or null
-  void* dresidual;       // or null
-  void* dw2;
-  void* dgamma;
-  void* dbeta;      // compute type
-  double* partial;  // NHWC: sums of the items, [items][2 * oup]; kGrads: [items][g * d * d]
+  const void* grad_out;  // like out
+  void* dy;              // like y, or null
+  void* dresidual;       // like out, or null
+  void* dw2;             // [g, d*d], compute type
+  void* dgamma;          // [out_channels], compute type
+  void* dbeta;
+  // NHWC: sums of the items, [items][2][out_channels]; kGrads: [items][d*d][kept], where the slice
+  // keeps `kept` = out_channels - m ghosts.
+  double* partial;
 };
 
 // The passes of NHWC over the images. A kMerge... pass has one item and merges the sums of the pass

@@ -5,10 +5,11 @@
 // The ghosts that the slice keeps are one depthwise map v [P][kept], see lane_stencil.h. Its inputs
 // are y, or copies of the channels of y if ghosts_per_map is not 1 or the slice cuts ghosts off.
 //
-// Forward and backward are two passes over the images each, with the sums of all images in between;
-// all of them make v again from y. Tile map: an item is a fixed number of images, see lane_pass.h,
-// and goes through them in groups whose maps stay in L1 or L2. Binding resource: L1 and L2
-// bandwidth.
+// Forward and backward are two passes over the images each, with the sums of all images in between.
+// Every pass computes v from y.
+//
+// Tile map: an item is a fixed number of images, see lane_pass.h, and goes through them in groups
+// whose maps stay in L1 or L2. Binding resource: L1 and L2 bandwidth.
 #pragma once
 
 #include <algorithm>
@@ -173,7 +174,7 @@ class TailLanes : LanePass<ComputeOf<T>> {
 
   // y or its ghosts, of a group of images.
   struct Part {
-    int64_t n, images, pixels, before;  // first image; before: the item's pixels before that
+    int64_t n, images, pixels, before;  // n: first image; before: pixels of the item before it
     const A* src;                       // [pixels][channels]
     int64_t channels, offset;           // of u
     int64_t first;                      // element of out where the part starts

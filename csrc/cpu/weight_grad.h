@@ -31,7 +31,7 @@ inline constexpr int64_t kGradRows = 8, kGradCols = 2;
 #else
 inline constexpr int64_t kGradRows = 4, kGradCols = 2;
 #endif
-inline constexpr int64_t kGradChunk = 1024;  // pixels: kGradRows rows of a chunk fill half of L1
+inline constexpr int64_t kGradChunk = 1024;  // pixels; kGradRows float32 rows: 16 or 32 KiB
 
 // out[i] = sum of the lanes of v[i], for L vectors together: a transpose that adds at every step.
 template <class A>
@@ -109,7 +109,7 @@ void add_products(const Rows<A>& a, const Rows<A>& b, int64_t n, A* d, int64_t s
 
 // Pixels that a float32 sum of a transposed product spans; such sums are added in double.
 inline constexpr int64_t kPixelsAFlush = 2048;
-// The same for a broadcast product, where a sum is one chain of additions.
+// Pixels of a float32 sum of a broadcast product, where a sum is one chain of additions.
 inline constexpr int64_t kBroadcastFlush = 256;
 // Rows of a broadcast block by its number of vectors. More than six addresses of rows would spill.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -333,7 +333,7 @@ class BroadcastGrad {
       }
   }
 
-  // Rows past the last one repeat it, and are not stored.
+  // Rows past the last one read the last one again, and are not stored.
   template <int kRows, int kVecs>
   __attribute__((noinline)) void block(int64_t k, int64_t q, int64_t px, int64_t col, bool fresh,
                                        bool fetch) const {

@@ -1,8 +1,8 @@
 // ghost_apply in one pass over x:
 //
-//   y   = act1(bn1(w1 * x))                  x: times in_gate, if there is one
+//   y   = act1(bn1(w1 * x))                          x times in_gate, if given
 //   z   = act2(bn2(w2 (*) y))
-//   out = concat(y, z)[:, :oup]              times gate, plus residual, if there are any
+//   out = concat(y, z)[:, :out_channels]             times gate, plus residual, if given
 //
 // Tile map: a block of 256 threads owns one block of intrinsic channels with their ghosts and takes
 // tile after tile of pixels. Product: the warps share it as tiles of mma; 16-bit NHWC maps go
@@ -10,7 +10,7 @@
 // channels and strips of 7 pixels, two rows of them for 16-bit types. Stores: through shared
 // memory, so that a warp writes whole neighbouring vectors of both halves of the concatenation.
 // Binding resource: DRAM bandwidth (x once, out once; the halo of y is recomputed from x in L2).
-// The phases of a block follow each other; the blocks of a multiprocessor overlap theirs.
+// The phases of one block do not overlap; the phases of the blocks of a multiprocessor do.
 #pragma once
 
 #include "cuda/forward.cuh"

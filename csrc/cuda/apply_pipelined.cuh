@@ -2,7 +2,7 @@
 //
 //   y   = act1(bn1(w1 * x))
 //   z   = act2(bn2(w2 (*) y))
-//   out = concat(y, z)[:, :oup]
+//   out = concat(y, z)[:, :out_channels]
 //
 // Tile map: a block of 256 threads owns all intrinsic channels with their ghosts and takes tile
 // after tile of pixels. A tile is a band of rows across the full width, or whole images: its pixels
@@ -95,8 +95,8 @@ __device__ __forceinline__ void clear_outer_rows(T* y, const CudaTile& t, const 
   }
 }
 
-// Moves the last 2 * halo rows of y of the band above to the first rows of the tile, and copies
-// those that are the tile's own to the output stage. A band has at least 2 * halo rows.
+// Moves the last 2 * halo rows of y of the band above to the first rows of the tile, and copies the
+// tile's own rows among them to the output stage. A band has at least 2 * halo rows.
 template <class T>
 __device__ __forceinline__ void carry_rows(T* y, const CudaTile& t, const Maps& p, int pair_stride,
                                            const Tile& tile, const StripOwner& own, T* out) {

@@ -1,15 +1,22 @@
 // Backward of a Ghost module on the GPU, in at most four launches. Depends on CUDA, not on torch.
 //
-//   u = w1 * x;  y = act1(bn1(u));  v = w2 (*) y;  z = act2(bn2(v));  out = concat(y, z)[:, :oup]
+//   u = w1 * x,  y = act1(bn1(u)),  v = w2 (*) y,  z = act2(bn2(v))
+//   out = concat(y, z)[:, :out_channels]
 //
-//   1. sums      u again (unless it is given) -> y -> v -> da2 = dz act2'(bn2(v)); sums of da2 and
-//                of da2 * vhat: dbeta2 and dgamma2
-//   2. grads     dv = bn2'(da2); dw2 = dv correlated with y; da1 = (dy + w2 backwards on dv)
-//                act1'(bn1(u)); sums of da1 and of da1 * uhat: dbeta1 and dgamma1
-//   3. primary   du = bn1'(da1), never stored; dx = du w1, and dw1 = du^T x in slices of the
-//                pixels; both by the same blocks where dw1 fits into registers
-//   4. finish    adds up the partial sums of dw1, dw2, dgamma and dbeta
+//   1. sums      u again (unless it is given), y, v
+//                da2 = dz act2'(bn2(v))
+//                the sums of da2 and of da2 * vhat: dbeta2 and dgamma2
+//   2. grads     dv  = bn2'(da2)
+//                dw2 = dv correlated with y
+//                da1 = (dy + w2 backwards on dv) act1'(bn1(u))
+//                the sums of da1 and of da1 * uhat: dbeta1 and dgamma1
+//   3. primary   du  = bn1'(da1), never stored
+//                dx  = du w1
+//                dw1 = du^T x, in slices of the pixels
+//                dx and dw1 by the same blocks if dw1 fits into registers
+//   4. finish    adds up the partial sums of dw1, dw2, dgamma, dbeta and dslopes
 //
+// uhat, vhat: the normalised inputs of bn1 and bn2. N images, m intrinsic channels, g ghosts.
 // Every sum is made of partial sums in a fixed order: the same input gives the same bits.
 #pragma once
 
@@ -26,7 +33,7 @@ namespace ghost::cuda {
 struct BackwardArgs {
   Problem problem;  // height and width are those of x
   BackwardPlan plan;
-  const void* grad_out = nullptr;  // [N, oup, Ho, Wo]
+  const void* grad_out = nullptr;  // [N, out_channels, Ho, Wo]
   int64_t grad_strides[4] = {};    // in elements, of n, c, h, w; 0 where expanded
   const void* x = nullptr;         // [N, C, H, W], dense in problem.layout
   const void* u = nullptr;         // [N, m, Ho, Wo], dense in problem.layout, or null

@@ -7,8 +7,8 @@
 // tile of pixels; all maps lie in shared memory as [pixel][channel]. Thread t owns the channel pair
 // t % pairs throughout, and every groups-th of the tile's strips of kStrip pixels of a row
 // (depthwise.cuh). Neighbouring threads have neighbouring channels, then neighbouring strips.
-// Binding resource: that of the two kernels that include this file (backward_sums.cuh,
-// backward_grads.cuh): memory traffic.
+// Binding resource: memory traffic, as in the two kernels that include this file, backward_sums.cuh
+// and backward_grads.cuh.
 #pragma once
 
 #include "cuda/backward_common.cuh"
@@ -98,7 +98,7 @@ struct CheapParams {
   NormParams norm1, norm2;
   ParamRef w2;              // [g, d, d]
   bool batch_stats = true;  // of batch norm 2
-  double values2 = 1;       // the sums over all rows of sums2, divided by it, are means
+  double values2 = 1;       // divisor that makes means of the sums over all rows of sums2
   int sums2_rows = 0;
   void* sums2 = nullptr;        // [rows][2][g]: sums of da2 and of da2 * vhat
   void* slope_sums2 = nullptr;  // [rows][g]: sums of dz min(bn2(v), 0), or null: not needed
@@ -125,7 +125,7 @@ __device__ __forceinline__ bool inside(const CheapParams& p, int n, int h, int w
          static_cast<unsigned>(w) < static_cast<unsigned>(p.width);
 }
 
-// Bit i: pixel i of a strip of so many pixels from (h, w) of image n on lies in the image.
+// Bit i: pixel i of a strip of `pixels` pixels from (h, w) of image n on lies in the image.
 __device__ __forceinline__ unsigned pixels_inside(const CheapParams& p, int n, int h, int w,
                                                   int pixels) {
   const int begin = max_of(-w, 0), end = min_of(p.width - w, pixels);
@@ -350,8 +350,8 @@ __device__ __forceinline__ void load_ghosts(const CheapParams& p, const Owner& m
               p.ghosts_per_map, owned, me.channels, taps, static_cast<const A*>(nullptr));
 }
 
-// The slopes of a PReLU of ghosts j0 .. j0 + count to a row of norm2. The threads are those that
-// load_ghosts has for the same numbers.
+// The slopes of a PReLU of ghosts j0 .. j0 + count to a row of norm2. The thread that writes a
+// slope also wrote this element in load_ghosts: no barrier is needed in between.
 template <class A>
 __device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Owner& me, int j0,
                                                   int count, int row, A* norm2) {
@@ -372,7 +372,7 @@ __device__ __forceinline__ void load_ghost_slopes(const CheapParams& p, const Ow
 // stencil, then da2 = dz * act2'(bn2(v)), then use(offset in `grads` of the first pixel, pixels of
 // the strip, v, da2, exists). Bit k of exists: value k has a pixel in the image and a ghost below
 // out_channels. For a value without these da2 is undefined and v is finite. use_slopes: see
-// activate_grad; the product of such a value is zero. kSlopes: the row of norm2 with the slopes of
+// activate_grad; the products of such values are zero. kSlopes: the row of norm2 with the slopes of
 // a PReLU.
 template <int kSlopes, class T, class Use, class UseSlopes>
 __device__ __forceinline__ void cheap_gradient(const CheapParams& p, const Owner& me, int j,

@@ -3,6 +3,7 @@
 //   out[i] = sum over r < rows of part[r][i]
 //
 // by a whole block, a thread every groups-th row of one column, in a fixed order.
+// Binding resource: that of the kernel that includes this file.
 #pragma once
 
 #include <cstring>

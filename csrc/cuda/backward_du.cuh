@@ -1,11 +1,11 @@
-// Third launch of the backward pass where dw1 fits into a block's registers: both products out of
-// one tile of du. 16-bit types, NHWC, stride 1.
+// Third launch of the backward pass if dw1 fits into a block's registers: both products from one
+// tile of du. 16-bit types, NHWC, stride 1.
 //
 //   du  = scale1 (da1 - mean(da1) - uhat mean(da1 uhat))      (frozen statistics: scale1 da1)
 //       = a da1 + b u + c, with coefficients a, b, c per channel
 //   dx  = du w1      rows: pixels, columns: channels of x, summed over the intrinsic channels
 //   dw1 = du^T x     rows: intrinsic channels, columns: channels of x, summed over pixels
-//   u   = x w1^T     where a block has all channels of x, rounded as the first launch rounds it;
+//   u   = x w1^T     if a block has all channels of x, rounded as in the first launch;
 //                    else u is read
 //
 // Tile map: a persistent block owns a slice of the channels of x and all intrinsic channels, and

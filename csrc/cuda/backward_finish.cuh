@@ -27,8 +27,7 @@ struct FinishParams {
   SumJob jobs[kMaxSumJobs];
   int count = 0;
 
-  // Returns the number of blocks so far.
-  int blocks = 0;
+  int blocks = 0;  // of the jobs added so far
   void add(SumJob job) {
     if (job.count == 0) return;
     job.first_block = blocks;

@@ -32,7 +32,7 @@ struct PrimaryParams {
   NormParams norm1;
   const void* sums1 = nullptr;  // [sums1_rows][2][m]
   int sums1_rows = 0;
-  double values1 = 1;        // the sums over all rows of sums1, divided by it, are means
+  double values1 = 1;        // divisor that makes means of the sums over all rows of sums1
   const void* x = nullptr;   // [N, C, height, width]
   const void* w1 = nullptr;  // [m, C]
   void* dx = nullptr;
@@ -68,8 +68,8 @@ __device__ __forceinline__ void load_coefficients(const PrimaryParams& p, int fi
            [&](int i, A sum) { coefficients[kDuHat * padded + i] *= -(sum / pixels); });
 }
 
-// The same for so many channels that the plan allows few rows of partial sums: one thread adds up
-// the rows of a channel, in the few registers that the product leaves.
+// load_coefficients for problems of many channels, for which the plan allows few rows of partial
+// sums. One thread adds up the rows of a channel, because the product leaves few registers.
 template <class A>
 __device__ __forceinline__ void reload_coefficients(const PrimaryParams& p, int first, int count,
                                                     int padded, A* coefficients) {

@@ -58,7 +58,7 @@ __device__ __forceinline__ void copy_given_u(const SumsParams<T>& params, const 
 template <class T>
 struct KeepRows {
   const SumsParams<T>& params;
-  int extent;       // of the tile: rows << 16 | columns, one register to leave more to the product
+  int extent;       // of the tile: rows << 16 | columns, because the product needs registers
   int first_pixel;  // negative: u is not kept
   int first;        // channel of the block
 

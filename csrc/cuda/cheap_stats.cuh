@@ -22,9 +22,9 @@ struct CheapStatsParams {
   Partials<Accumulator<T>> partials;  // splits = tile.workers
 };
 
-// Sums in shared memory, of ghost j and thread i's pair of channels: shifts [j][2 i + {0, 1}], then
-// sums and squares in the same form; then the number of values of each thread [i], at the end of
-// each slot.
+// Sums in shared memory: shift, sum and squares [ghosts][kThreads][2], of a ghost and of a thread's
+// pair of channels; count [kThreads], the number of values of a thread, which is the same for all
+// ghosts. At the end count is [slots].
 template <class A>
 struct Moments {
   A *shift, *sum, *squares, *count;

@@ -3,7 +3,7 @@
 //   v[h][w] = start + sum over i, j < d of w2[i][j] * y[h + i - d / 2][w + j - d / 2]
 //
 // Tile map: a thread owns one pair of neighbouring channels and takes strips of kCudaStrip pixels,
-// of two rows where the registers allow it: each row of y with its halo is read once and used by
+// of two rows if the registers allow it: each row of y with its halo is read once and used by
 // all d taps of a row, for both rows of v. Lanes run over the channel pairs first, so that a warp
 // reads neighbouring words.
 // Binding resource: multiply-adds and reads of shared memory.
@@ -19,7 +19,7 @@ namespace ghost::cuda {
 inline constexpr int kStrip = kCudaStrip;
 inline constexpr int kStripValues = 2 * kStrip;  // of a pair of channels
 
-// Rows of a thread's windows: two where its register budget allows it.
+// Rows of a thread's windows: two if the register budget allows it.
 template <class T>
 inline constexpr int kWindowRows = sizeof(T) == 2 ? 2 : 1;
 
@@ -61,7 +61,7 @@ __device__ __forceinline__ void depthwise_window(const T* y, int stride, int row
   }
 }
 
-// The same with the size of the kernel known at run time: 1, 3, 5 or 7.
+// depthwise_window for a size d of the kernel that is known at run time: 1, 3, 5 or 7.
 template <bool kReversed = false, class T, class A>
 __device__ __forceinline__ void depthwise_window(int d, const T* y, int stride, int row_stride,
                                                  const A* taps, Strip<A>& acc) {
@@ -77,8 +77,8 @@ __device__ __forceinline__ void depthwise_window(int d, const T* y, int stride, 
   }
 }
 
-// Two windows, one below the other: acc[0] of the rows from y on, acc[1], if `both`, of those from
-// the next row on. A row is read once for the two of them.
+// Two windows, one below the other: acc[0] of the rows from y on and, if `both`, acc[1] of the rows
+// from the next row on. A row is read once for both windows.
 template <int kD, class T, class A>
 __device__ __forceinline__ void depthwise_two(const T* y, int stride, int row_stride, const A* taps,
                                               bool both, Strip<A> (&acc)[2]) {
@@ -93,7 +93,7 @@ __device__ __forceinline__ void depthwise_two(const T* y, int stride, int row_st
     if (i > 0 && both) add_row<kD, 1>(row, taps + 2 * (i - 1) * kD, acc[1]);
   }
 }
-// kRows windows, one or two, with the size of the kernel: kD, or d if that is 0.
+// kRows windows, one or two, of size kD, or of size d if kD is 0.
 template <int kRows, int kD, class T, class A>
 __device__ __forceinline__ void depthwise_rows(int d, const T* y, int stride, int row_stride,
                                                const A* taps, bool both, Strip<A> (&acc)[kRows]) {

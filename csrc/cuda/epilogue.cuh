@@ -4,6 +4,8 @@
 //
 // The activation is a run-time code: one uniform branch serves the whole array of a thread. NaN
 // goes through every activation, as in PyTorch.
+// Tile map: a thread owns its array; a warp combines the partial statistics of a channel.
+// Binding resource: issue slots.
 #pragma once
 
 #include <cmath>
@@ -46,8 +48,8 @@ __device__ __forceinline__ A activate_costly(Act act, A x) {
 }
 
 // v = act(v), where slope(i) is the slope of v[i]. Cheap activations are unrolled over all values.
-// For the others a loop takes the first values, and rotates v by them: unrolled they would be most
-// of the kernel's code, and an index known only at run time would force v out of the registers.
+// For the others a loop computes the first values and rotates v: an unrolled loop would be most of
+// the kernel's code, and an index known only at run time would force v out of the registers.
 template <class A, int N, class Slope>
 __device__ __forceinline__ void activate(Act act, const Slope& slope, A (&v)[N]) {
   switch (act) {
@@ -387,7 +389,7 @@ __device__ __forceinline__ void load_ready_norm(const Norm<A>& norm, int64_t fir
   }
 }
 
-// The same from any source. leader: the block also writes the statistics that it combines.
+// load_ready_norm for a norm of any source. leader: the block also writes the combined statistics.
 template <class A>
 __device__ __forceinline__ void load_norm(const Norm<A>& norm, int64_t first, int step, int valid,
                                           int count, bool leader, A* scale, A* shift) {

@@ -12,7 +12,7 @@
 
 namespace ghost::cuda {
 
-// What a kernel instance decides at run time, or at compile time.
+// The settings that a kernel instance reads at run time; all others are constants of the instance.
 //   kAny: everything. x goes through shared memory, or is u.
 //   kDirect: x goes straight to registers (product.cuh).
 //   kLean: as kDirect, with the settings of most networks in inference fixed: parameters packed,
@@ -30,9 +30,9 @@ struct Intrinsic {
 
 // The block's channels and the first of its tiles: grid_of in typed.cuh.
 //
-// Every phase of a kernel constructs a Place of its own, from an opaque block index: kept from
-// phase to phase, these numbers and those computed from them would occupy registers that the phases
-// need.
+// Every phase of a kernel constructs its own Place from an opaque block index. If one Place were
+// kept from phase to phase, its numbers and the numbers computed from them would occupy registers
+// that the phases need.
 struct Place {
   int c0, valid;       // intrinsic channels [c0, c0 + valid)
   int ghost0, ghosts;  // of each channel's ghosts_per_map() ghost maps

@@ -42,8 +42,8 @@ struct ForwardArgs {
   ParamRef w2;                    // [g, d, d]
   ParamRef slopes1, slopes2;      // of a PReLU, [m] and [g]
   const void* residual = nullptr;  // like out
-  const void* gate = nullptr;      // [N, oup, problem.gate_height, problem.gate_width], or null
-  void* out = nullptr;             // apply: [N, oup, Ho, Wo]; primary statistics: u or null
+  const void* gate = nullptr;      // [N, out_channels, gate_height, gate_width], or null
+  void* out = nullptr;             // apply: [N, out_channels, Ho, Wo]; primary stats: u or null
   PartialsRef partials;            // statistics: splits = plan.tile.workers
 };
 

@@ -1,12 +1,12 @@
-// All that is specific to nvcc in the kernels: PTX, intrinsics, launches.
+// The parts of the kernels that are specific to nvcc: PTX, intrinsics, launches.
 //
 // The kernel sources are compiled twice. nvcc takes the first half of this file. A plain C++
 // compiler with GHOST_OPS_EMULATOR defined takes tests/emulator/emulated_prim.h instead, which has
 // the same functions in software, run by a scheduler of emulated thread blocks. Each function here
 // has a twin there with the same name, arguments and result.
 //
-// Besides, kernels may use the names that the emulator defines: __global__, __device__, __host__,
-// __forceinline__, __launch_bounds__, __restrict__, threadIdx, blockIdx, blockDim, gridDim, dim3,
+// Kernels may also use the names that the emulator defines: __global__, __device__, __host__,
+// __forceinline__, __launch_bounds__, threadIdx, blockIdx, blockDim, gridDim, dim3,
 // uint2, uint4, float2, float4 and "#pragma unroll". All other uses of CUDA go through this file.
 //
 // Collectives (ldmatrix, mma, shuffles, sync_warp) are executed by all 32 lanes of a warp together,
@@ -38,8 +38,8 @@
 // Arguments are converted to the kernel's parameter types.
 #define GHOST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::ghost::prim::launch<false>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
-// The same for a kernel of which every thread begins with wait_for_previous_kernel: it may start
-// before the kernel before it in the stream has ended (see starts_early).
+// GHOST_LAUNCH for a kernel whose threads all begin with wait_for_previous_kernel. It may start
+// before the previous kernel of the stream has ended (see starts_early).
 #define GHOST_LAUNCH_EARLY(kernel, grid, block, shared_bytes, stream, ...) \
   ::ghost::prim::launch<true>(kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
@@ -253,7 +253,7 @@ __device__ __forceinline__ void sync_warp() {
   __syncwarp();
 }
 
-// Waits until the kernels before this one in the stream have ended and what they wrote is visible.
+// Waits until the kernels before this one in the stream have ended and their writes are visible.
 // Comes before every access to global memory in a kernel that is launched early. The next such
 // kernel may be launched from here on: it finds room where blocks of this one end, and waits there.
 __device__ __forceinline__ void wait_for_previous_kernel() {
@@ -263,7 +263,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// The value of lane ^ mask, of lane + delta (its own past lane 31), of the given lane.
+// The value of v in lane ^ mask; in lane + delta (its own value past lane 31); in source_lane.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
@@ -304,8 +304,8 @@ __device__ __forceinline__ const void* zeros() {
   return &kZeros;
 }
 
-// Copies Bytes from global to shared memory in the background, or writes that many zeros if not
-// wanted; then global is not read, but must be aligned all the same.
+// Copies Bytes bytes from global to shared memory in the background. wanted = false: writes Bytes
+// zeros and does not read global, which must still be aligned.
 template <int Bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool wanted) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -323,8 +323,8 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most Pending of the youngest groups of this thread are under way. Other threads
-// see what this thread copied after a sync_threads.
+// Waits until at most Pending of the youngest groups of this thread are under way. A sync_threads
+// then makes the copies visible to the other threads.
 template <int Pending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
@@ -332,7 +332,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ------------------------------------------------------------------------- bulk copies, sm_90
 
-// Code for older architectures than sm_90 has traps in the place of these functions. setup.py
+// Code for architectures older than sm_90 has traps instead of these functions. setup.py
 // compiles the sources named *_sm90.cu for the architectures from sm_90 on; all others come from
 // the oldest architecture's intermediate code.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -352,7 +352,7 @@ __device__ __forceinline__ void mbarrier_init(Mbarrier* barrier, uint32_t arriva
   GHOST_SM90_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                  "r"(arrivals) : "memory");
 }
-// One arrival, after it made the current phase expect so many bytes more.
+// Adds `bytes` to the bytes that the current phase expects, then arrives once.
 __device__ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, uint32_t bytes) {
   GHOST_SM90_ASM(
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -370,7 +370,7 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier* barrier, uint32_t parity
         "r"(parity) : "memory");
   } while (done == 0);
 }
-// Bulk copies see what this thread wrote to shared memory before.
+// Makes the earlier writes of this thread to shared memory visible to bulk copies.
 __device__ __forceinline__ void fence_async() {
   GHOST_SM90_ASM("fence.proxy.async.shared::cta;" :: : "memory");
 }
@@ -398,7 +398,7 @@ template <int Pending>
 __device__ __forceinline__ void bulk_wait_read() {
   GHOST_SM90_ASM("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
-// Waits until at most Pending of them are under way; the data of the others are visible.
+// Waits until at most Pending of these groups are under way; the data of the others are visible.
 template <int Pending>
 __device__ __forceinline__ void bulk_wait() {
   GHOST_SM90_ASM("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");

@@ -1,6 +1,6 @@
 // The primary product of a tile's source pixels, in the registers of the warps:
 //
-//   u[pixel][m] = sum over c of w1[m][c] * x[pixel][c]        (x: times its gate, if there is one)
+//   u[pixel][m] = sum over c of w1[m][c] * x[pixel][c]        (x times its gate, if given)
 //
 // Tile map: a block computes chunks of Grid::kRows pixels x Grid::kCols channels; WarpGrid
 // (gemm.cuh) or DirectGrid says which lane owns which results. Staged: x passes through shared
@@ -15,7 +15,7 @@
 
 namespace ghost::cuda {
 
-// How the eight warps of a block share kRows pixels x kCols channels where x comes directly: tiles
+// How the eight warps of a block share kRows pixels x kCols channels in the direct product: tiles
 // of 8 pixels x 16 channels. With g = lane / 4 and t = lane % 4 a lane holds c[0], c[1] = (pixel
 // 2t, channels 2g, 2g + 1) and c[2], c[3] the same of pixel 2t + 1. Members as those of WarpGrid.
 // kTiles: tiles of a warp, as many as it has registers for: 4, 8 or 16 (DirectTiles in
@@ -179,7 +179,7 @@ __device__ __forceinline__ void load_weights(T* shared, const CudaTile& t, const
   });
 }
 
-// primary_product by way of shared memory. The loads run kCudaStages - 1 stages ahead, across the
+// primary_product through shared memory. The loads run kCudaStages - 1 stages ahead, across the
 // borders of slices and chunks, so that an epilogue never waits for memory. After the one barrier
 // of a stage its copies have landed and the stage before is free.
 template <class P, Layout kLayout, class Grid, bool kGated, class Emit>
@@ -316,7 +316,7 @@ __device__ __forceinline__ void copy_weight_blocks(unsigned char* shared, const 
   }
 }
 
-// primary_product by way of registers. The next blocks of x are loaded while the current ones are
+// primary_product through registers. The next blocks of x are loaded while the current ones are
 // multiplied. w1 stays in shared memory, or passes through a ring of two stages of kCudaRing
 // columns there: the copies of a stage run while the stage before is multiplied.
 template <class P, class Grid, bool kGated, class Emit>

@@ -47,8 +47,8 @@ class RaisedLimits {
 };
 inline RaisedLimits g_raised_limits;
 
-// Raises the limit to all that a block may have on the device. Not to the bytes of one launch:
-// another host thread could set a smaller number between this call and the launch, which would
+// Raises the limit to the maximum of a block on the device, not to the bytes of one launch: another
+// host thread could set a smaller limit between this call and the launch, and the launch would
 // fail.
 inline cudaError_t raise_smem_limit(const void* kernel, int device) {
   int most = 0;
@@ -62,7 +62,7 @@ inline cudaError_t raise_smem_limit(const void* kernel, int device) {
   return status;
 }
 
-// Must be called before a launch with so many bytes on the current device. Raises the limit at the
+// Must be called before a launch with `bytes` bytes on the current device. Raises the limit at the
 // first call on each device; later calls cost a table look-up.
 inline cudaError_t allow_dynamic_smem(const void* kernel, size_t bytes) {
   if (bytes <= kDefaultSmemLimit) return cudaSuccess;

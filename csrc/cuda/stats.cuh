@@ -6,6 +6,8 @@
 // The shift k is a thread's first value and, from the second tile on, the mean of its first tile:
 // sums about 0 would lose the digits of a variance that is small beside the mean. Slots (threads or
 // lanes of a channel) and blocks are joined in a fixed order: the same input gives the same bits.
+// Tile map: a thread joins the slots of every 256th channel of its block.
+// Binding resource: reads of shared memory, once per block.
 #pragma once
 
 #include "cuda/tile.cuh"
@@ -59,8 +61,9 @@ __device__ __forceinline__ void write_partials(const Partials<A>& out, int split
       const A d = shift[at] - base - from_base;
       m2 += squares[at] + d * (A(2) * sum[at] + n[s] * d);
     }
-    // The mean is rounded. Joined with others, m2 gains the squares of their rounding errors, less
-    // that of the mean of these errors: on average the share 1 - 1 / splits.
+    // The mean is rounded. When the splits are joined, m2 gains the squares of the rounding errors
+    // of their means, less the square of the mean error: on average the share 1 - 1 / splits, which
+    // is subtracted here.
     const A mean = base + from_base, error = mean - base - from_base;
     m2 -= total * error * error * (A(1) - A(1) / A(out.splits));
     const int64_t at = (first + int64_t(c) * step) * out.splits + split;

@@ -24,7 +24,7 @@ struct Output {
   int32_t gate_h = 0, gate_w = 0;
   float gate_rows = 0, gate_cols = 0;  // gate_h / h and gate_w / w
 
-  // The same from channel c on, in NHWC.
+  // The output from channel c on, in NHWC.
   __device__ __forceinline__ Output from_channel(int c) const {
     Output r = *this;
     r.out += c;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void change_pairs(Vec<T, kVec>& v, const Vec<T, kVec>
   }
 }
 
-// v = v * gate + residual with one rounding; `gated` and `added` say which of the two exist.
+// v = v * gate + residual with one rounding. gated: there is a gate; added: there is a residual.
 template <class T, int kVec>
 __device__ __forceinline__ void scale_and_add(Vec<T, kVec>& v, bool gated, const Vec<T, kVec>& gate,
                                               bool added, const Vec<T, kVec>& residual) {

@@ -13,6 +13,9 @@
 //
 // If a tile spans the full width, the zero columns right of a row are those left of the next one;
 // whole images share their zero rows in the same way.
+//
+// Tile map: to build the tables and clear the padding, warps take rows and lanes take columns.
+// Binding resource: that of the kernel that includes this file.
 #pragma once
 
 #include <cstring>

@@ -19,7 +19,7 @@ int32_t copy_bytes(const void* p, int64_t count) {
   return int32_t(bytes);
 }
 
-// The number of pixels that, in every tile of a plan, lie next to each other in NCHW maps.
+// The number of pixels that are neighbours in memory, in every tile of a plan, in NCHW maps.
 inline int64_t pixel_run(const CudaTile& t, int64_t height, int64_t width, bool source) {
   if (t.tiles_w > 1) return source && t.halo > 0 ? 1 : std::gcd(int64_t(t.cols), width);
   return t.tiles_h > 1 ? width : height * width;

@@ -2,8 +2,8 @@
 //
 //   running = (1 - momentum) * running + momentum * stat
 //
-// Tile map: a block owns a batch norm, a thread every 256th channel. One block only, because all of
-// its threads read the counter of batches that one of them raises.
+// Tile map: a block owns a batch norm, a thread every 256th channel. A norm has only one block,
+// because all threads read the counter of batches before thread 0 increments it.
 // Binding resource: launch latency; a layer has at most a few thousand channels. One launch
 // replaces the ten of PyTorch arithmetic on means, variances and counters.
 

@@ -14,12 +14,12 @@ enum class Storage { kFloat32, kFloat64, kFloat16, kBFloat16 };
 struct RunningNorm {
   void* running_mean = nullptr;  // of the storage type; null: this norm keeps no statistics
   void* running_var = nullptr;
-  int64_t* batches = nullptr;  // counter on the device, raised by one; may be null
+  int64_t* batches = nullptr;  // counter on the device, incremented by one; may be null
   const void* mean = nullptr;  // biased statistics of the batch, of the compute type
   const void* var = nullptr;
   int64_t channels = 0;
   double momentum = 0.0;
-  bool average = false;  // the momentum is 1 / (raised counter), the average over all batches
+  bool average = false;  // the momentum is 1 / (new counter): the average over all batches
 };
 
 // running_mean = (1 - momentum) * running_mean + momentum * mean

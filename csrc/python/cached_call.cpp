@@ -19,7 +19,7 @@ struct CachedCall {
 };
 
 PyObject *g_dtype, *g_device, *g_shape, *g_is_contiguous;  // interned attribute names
-PyObject* g_memory_format;                                 // a tuple of that one keyword
+PyObject* g_memory_format;                                 // the tuple ("memory_format",)
 
 template <class F>
 int for_each(CachedCall* self, F&& f) {
@@ -155,7 +155,7 @@ PyObject* call_run(CachedCall* self, PyObject* const* args, Py_ssize_t count) {
     PyErr_Format(PyExc_TypeError, "run takes x and a dictionary, got %zd arguments", count);
     return nullptr;
   }
-  // The garbage collector has cleared this object, the watch first.
+  // A null watch: the garbage collector has cleared this object.
   if (self->watch == nullptr) Py_RETURN_NONE;
   // The guards and the operator may run Python that drops the last reference to this object.
   Py_INCREF(self);

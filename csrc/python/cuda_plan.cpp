@@ -51,9 +51,9 @@ py::dict describe_backward(const ghost::BackwardPlan& plan) {
 
 }  // namespace
 
-// The launches of a forward pass in eval or training mode, one dictionary each; whether the first
-// launch writes u; in training also the backward pass. "alternatives": up to that many plans of a
-// launch, best first.
+// Returns {"passes": the launches of a forward pass in eval or training mode, one dictionary each;
+// "writes_u": whether the first launch writes u; "backward": the plan of the backward pass, or None
+// in eval mode}. alternatives: each launch lists up to this many plans, best first.
 py::dict plan_cuda_passes(const ghost::Problem& problem, int sm, bool allow_tf32, bool training,
                           int alternatives) {
   using ghost::CudaKernel;

@@ -353,7 +353,7 @@ int add_watch_type(PyObject* module) {
   if (g_version == nullptr || g_data_ptr == nullptr || g_class == nullptr) return -1;
   PyObject* type = PyType_FromSpec(&g_spec);
   if (type == nullptr) return -1;
-  g_type = reinterpret_cast<PyTypeObject*>(type);  // kept for good
+  g_type = reinterpret_cast<PyTypeObject*>(type);  // never released
   return PyModule_AddObjectRef(module, "Watch", type);
 }
 

@@ -63,7 +63,7 @@ inline Tensor in_layout(const Tensor& t, Layout layout) {
   return is_dense(t, layout) ? t : torch::stable::contiguous(t, memory_format(layout));
 }
 
-// Checks the residual, notes it in p and returns it in the layout of p.
+// Checks the residual, sets p.has_residual and returns the residual in the layout of p.
 inline Tensor set_residual(Problem& p, const Tensor& residual, ScalarType type) {
   STD_TORCH_CHECK(residual.dim() == 4 && residual.size(0) == p.batch &&
                       residual.size(1) == p.out_channels && residual.size(2) == p.out_height() &&
@@ -73,7 +73,8 @@ inline Tensor set_residual(Problem& p, const Tensor& residual, ScalarType type) 
   return in_layout(residual, p.layout);
 }
 
-// Checks the gate [N, out_channels, Hg, Wg], notes its size in p, returns it in the layout of p.
+// Checks the gate [N, out_channels, Hg, Wg], sets its size in p and returns the gate in the layout
+// of p.
 inline Tensor set_gate(Problem& p, const Tensor& gate, ScalarType type) {
   STD_TORCH_CHECK(gate.dim() == 4 && gate.size(0) == p.batch && gate.size(1) == p.out_channels &&
                       gate.size(2) >= 1 && gate.size(3) >= 1 && gate.scalar_type() == type,

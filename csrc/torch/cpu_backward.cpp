@@ -1,5 +1,5 @@
 // The backward operator of training on the CPU: checks, allocation and calls of kernels. No
-// arithmetic. Schema: ghost_ops/ops/ghost.py.
+// arithmetic. Schema: ghost_ops/ops/eager.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -45,7 +45,7 @@ struct Inputs {
   bool has_u() const { return u.has_value() && u->numel() > 0; }
 };
 
-// The memory is undefined if no gradient needs it.
+// The tensor of the result is undefined if no gradient needs du.
 Du lane_backward(const TrainModule& module, const TrainArgs& common, const Inputs& inputs) {
   const Image& in = module.in;
   const int64_t m = module.m, H = common.problem.height, W = common.problem.width;

@@ -118,7 +118,7 @@ inline PackedLayout layout_of_packed(Problem& p, const Tensor& packed, int64_t m
   return at;
 }
 
-// Where a map lies: elements from image to image and, if NCHW, from channel to channel.
+// The memory of a map: elements from image to image and, if NCHW, from channel to channel.
 struct Source {
   const void* data;
   int64_t image, channel;

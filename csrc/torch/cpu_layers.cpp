@@ -1,5 +1,5 @@
 // The operators between Ghost modules on the CPU: checks, allocation and calls of kernels. No
-// arithmetic. Schemas: ghost_ops/ops/layers.py.
+// arithmetic. Schemas: ghost_ops/ops/depthwise.py and ghost_ops/ops/gate.py.
 #include "torch/cpu_layers.h"
 
 #include <torch/csrc/stable/library.h>
@@ -326,7 +326,7 @@ Tensor pixel_means(const Tensor& x) {
   return means.scalar_type() == x.scalar_type() ? means : torch::stable::to(means, x.scalar_type());
 }
 
-// For images of three channels several times as fast as the copy of the library.
+// The transposition of images of three channels here is several times as fast as PyTorch's copy.
 Tensor channels_last(const Tensor& x) {
   const int64_t N = x.size(0), C = x.size(1), pixels = x.size(2) * x.size(3);
   const int64_t size = element_size(dtype_of(x, "x"));

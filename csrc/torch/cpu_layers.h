@@ -1,5 +1,5 @@
 // The layers between the Ghost modules of a network, on the CPU, as run_program calls them. Schemas
-// of the operators among them: ghost_ops/ops/layers.py.
+// of depthwise_conv and squeeze_excite_: ghost_ops/ops/depthwise.py and ghost_ops/ops/gate.py.
 #pragma once
 
 #include "torch/checks.h"

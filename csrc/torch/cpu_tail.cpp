@@ -1,5 +1,5 @@
 // Training with one norm behind the concatenation, on the CPU: checks, allocation and calls of
-// kernels. No arithmetic. Schemas: ghost_ops/autograd/tail.py.
+// kernels. No arithmetic. Schemas: ghost_ops/ops/tail.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

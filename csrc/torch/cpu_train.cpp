@@ -1,5 +1,5 @@
 // The operators of training on the CPU except backward, and the parts that they share with it:
-// checks, allocation and calls of kernels. No arithmetic. Schemas: ghost_ops/ops/ghost.py.
+// checks, allocation and calls of kernels. No arithmetic. Schemas: ghost_ops/ops/eager.py.
 #include "torch/cpu_train.h"
 
 #include <torch/csrc/stable/library.h>

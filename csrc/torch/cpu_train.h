@@ -12,13 +12,13 @@ struct TrainModule {
   TrainModule(const Tensor& x, const OptionalTensor& w1, const Tensor& w2, int64_t stride,
               int64_t act1, double slope1, int64_t act2, double slope2);
 
-  // n are the channels of the argument `name`.
+  // n: channels of the argument `name`, which is named in messages.
   void set_out_channels(int64_t n, const char* name);
   // which: 1 or 2. means: of the norm's gradients, see NormArgs.
   void set_norm(int which, double eps, const OptionalTensor& gamma, const OptionalTensor& beta,
                 const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& slopes,
                 const OptionalTensor& means);
-  // Without results.
+  // The arguments of the kernels, without the pointers to results.
   TrainArgs args(bool batch_stats1, bool batch_stats2) const;
 
   Image in;
@@ -43,7 +43,8 @@ Tensor packed_conv(const Tensor& w1, DType dtype, bool transposed);
 // u = w1 * x, or x without w1, as [m, N, P] of the compute type with channel_stride(N * P).
 void compute_u(const Tensor& x, const Image& in, const OptionalTensor& w1, int64_t m,
                int64_t stride, void* u);
-// Such a u of maps `u_shape` into dst, which has the element type and this layout.
+// Stores u, as compute_u writes it, of shape `u_shape` into dst [N, m, H, W] of the element type in
+// `layout`.
 void store_u(const void* u, const Image& u_shape, Tensor& dst, Layout layout);
 
 // out [N, H, W, n] of the compute type in NHWC = packed_conv * x [N, H, W, C].

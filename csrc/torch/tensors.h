@@ -83,8 +83,8 @@ inline void prefer_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Dense and uninitialised, on the CPU. Calls the C function below torch::stable's own and so avoids
-// the dispatcher: an operator that takes 5 us in all allocates several tensors.
+// Dense and uninitialised, on the CPU. Calls the C function directly, because the dispatcher costs
+// too much: an operator that takes 5 us in all allocates several tensors.
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type,
                     Layout layout = Layout::kNCHW) {
   static constexpr size_t kNHWC[4] = {1, 3, 2, 0};

@@ -1,6 +1,6 @@
 // ghost_backward on CUDA: checks, allocation, plan and launches; no arithmetic. The schema, which
 // fixes the argument list below, and the meaning of each argument are in
-// ghost_ops/ops/ghost.py.
+// ghost_ops/ops/eager.py.
 #include "cuda/backward.h"
 
 #include <tuple>

@@ -45,7 +45,8 @@ inline void check_launch(cudaError_t status, const char* name) {
                   ": the kernel was not launched: ", cudaGetErrorString(status));
 }
 
-// Makes the device of a tensor current while it lives; its stream, and its figures for the plan.
+// Makes the device of a tensor current as long as the scope exists. stream: the device's current
+// stream; arch: the device's figures for the plan.
 class DeviceScope {
  public:
 #ifdef GHOST_OPS_EMULATOR
@@ -127,7 +128,7 @@ inline void check_sizes(const Problem& p) {
       "x is too large: a map may have ", kMost, " pixels, and the module as many ", "channels");
 }
 
-// Views with a storage offset may start anywhere. w1 may be null.
+// Sets p.aligned: a view with a storage offset may start at any element. w1 may be null.
 inline void set_aligned(Problem& p, const void* x, const void* w1) {
   p.aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(w1) % 16 == 0;
 }

@@ -1,6 +1,6 @@
 // The forward operators on CUDA: checks, allocation, plan and launches; no arithmetic. The schemas,
 // which fix the argument lists below, and the meaning of each argument are in
-// ghost_ops/ops/ghost.py.
+// ghost_ops/ops/eager.py and ghost_ops/ops/conv.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor> combined(const Tensor& like, const PartialsRef& parti
   return {mean, var};
 }
 
-// Launches the statistics of u, into new partials; u is kept where it is not null.
+// Launches the statistics of u, into new partials; also writes u if it is not null.
 PartialsBuffer primary_pass(ForwardArgs args, const Tensor& x, void* u, const DeviceScope& scope) {
   const Problem& p = args.problem;
   set_plan(args, u ? CudaKernel::kPrimaryStatsKeep : CudaKernel::kPrimaryStats, scope);

@@ -1,5 +1,5 @@
 // The operators between the Ghost modules of a network on CUDA: checks, allocation, plan and
-// launches; no arithmetic. The schemas are in ghost_ops/ops/layers.py.
+// launches; no arithmetic. Schemas: depthwise.py, conv.py and gate.py in ghost_ops/ops.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
