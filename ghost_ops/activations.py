@@ -1,7 +1,7 @@
-"""The activations that can follow each batch norm, and how to name them.
+"""The activations that can follow each batch norm: codes, names, formulas, gradients.
 
-A branch's activation is one of the codes below. The ops take the code and, for leaky ReLU, its
-slope; the modules accept a name or an ``nn.Module`` and read the code back from it.
+The operators take the code of an activation and, for leaky ReLU, its slope. The modules take a name
+or an ``nn.Module``, from which ``resolve`` derives code and slope.
 
 ====  ============  =============================================  ==========================
 code  name          formula                                        module
@@ -17,9 +17,9 @@ code  name          formula                                        module
 8     prelu         x if x > 0 else slope[channel] * x             PReLU
 ====  ============  =============================================  ==========================
 
-A PReLU learns its slopes, one a channel or one for all. They are a parameter of its module, packed
-with the weights in inference and an operand of the operators in training. Only Ghost modules
-support it; ``resolve`` covers the activations without parameters.
+The slopes of a PReLU are a parameter of its module: one per channel, or one for all channels. They
+are packed with the weights in inference, and are an argument of the operators in training. Only
+Ghost modules support PReLU; ``resolve`` covers the activations without parameters.
 
 Every activation propagates NaN, as in PyTorch.
 """
@@ -45,7 +45,7 @@ _aten = torch.ops.aten
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
-    """relu6(x + 3) / 6, elementwise: a gate, not one of the activations above."""
+    """relu6(x + 3) / 6, elementwise: the function of a gate, not an activation of the table."""
     return F.relu6(x + 3.0) / 6.0
 
 
@@ -63,8 +63,8 @@ def resolve(
         ``(code, slope)``; the slope is that of a ``LeakyReLU`` module, else ``DEFAULT_SLOPE``.
 
     Raises:
-        ValueError: the name, or the type of the module, is not one of them.
-        TypeError: neither a string nor a module.
+        ValueError: the table has no such name or type of module, or it is the PReLU.
+        TypeError: activation is neither a string nor a module.
     """
     if isinstance(activation, str):
         code = CODES.get(activation)
@@ -85,7 +85,7 @@ def resolve(
 
 
 def of_module(module: nn.Module) -> tuple[int, float] | None:
-    """The code and slope of an activation module; None for a type that the table does not list.
+    """The code and slope of an activation module; None for a PReLU or a type not in the table.
 
     The type must match exactly, because a subclass may compute something else.
     """
@@ -108,7 +108,7 @@ def of_module(module: nn.Module) -> tuple[int, float] | None:
 
 
 def of_ghost_branch(module: nn.Module) -> tuple[int, float] | None:
-    """As ``of_module``, and also for PReLU, which a Ghost module supports."""
+    """As ``of_module``, and (PRELU, DEFAULT_SLOPE) for a PReLU."""
     return (PRELU, DEFAULT_SLOPE) if type(module) is nn.PReLU else of_module(module)
 
 
@@ -116,7 +116,7 @@ def slopes_of(module: nn.Module | None, channels: int) -> Tensor | None:
     """The slopes [channels] of a PReLU, a view of its parameter; None for any other module.
 
     Raises:
-        RuntimeError: the PReLU has neither one slope nor one a channel.
+        RuntimeError: the PReLU has neither one slope nor one slope per channel.
     """
     if type(module) is not nn.PReLU:
         return None
@@ -136,13 +136,17 @@ def make_module(
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """A new module for an activation. A given module is copied: branches never share one.
+    """A new module for an activation. A given module is copied, so that branches share no module.
 
     Args:
         activation: a name of the table above, or a module of one of its types.
         name: the argument's name, for error messages.
         channels: number of slopes of a new ``"prelu"``, each 0.25 as in PyTorch.
-        device, dtype: of the slopes of a PReLU; a copy keeps its own if they are None.
+        device, dtype: of the slopes of a PReLU; None: PyTorch's defaults for a new PReLU, no change
+            for a copy.
+
+    Returns:
+        The module; ReLU, ReLU6, LeakyReLU, SiLU and Hardswish made from a name work in place.
 
     Raises:
         ValueError, TypeError: as ``resolve``.
@@ -172,9 +176,19 @@ def make_module(
 def apply(
     x: Tensor, code: int, slope: float, inplace: bool = False, slopes: Tensor | None = None
 ) -> Tensor:
-    """act(x) for x of any shape, differentiable twice. ``inplace`` may overwrite x.
+    """act(x), differentiable twice.
 
-    slopes: [x.size(1)], of a PReLU.
+    Args:
+        x: of any shape and floating-point dtype; for a PReLU, dimension 1 is the channels.
+        code, slope: as ``resolve`` returns them.
+        inplace: x may be overwritten.
+        slopes: [x.size(1)], for a PReLU.
+
+    Returns:
+        A tensor like x.
+
+    Raises:
+        RuntimeError: a PReLU without slopes.
     """
     if code == NONE:
         return x
@@ -198,10 +212,19 @@ def apply(
 def backward(
     grad: Tensor, x: Tensor, code: int, slope: float, slopes: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(grad * act'(x), values whose sum over a channel is the gradient of its slope).
+    """The gradient of ``apply``; not differentiable.
 
-    x is the input of the activation, of the shape of grad. slopes: [x.size(1)], of a PReLU; for any
-    other activation the second result is None.
+    Args:
+        grad: gradient at the output, of the shape of x.
+        x: the input of the activation.
+        code, slope, slopes: as in ``apply``.
+
+    Returns:
+        (grad * act'(x), slope values). For a PReLU the sum of the slope values of a channel is the
+        gradient of its slope; for any other activation they are None.
+
+    Raises:
+        RuntimeError: a PReLU without slopes.
     """
     if code == NONE:
         return grad, None

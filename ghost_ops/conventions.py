@@ -1,4 +1,4 @@
-"""Dtypes, memory formats, counts and masks on which operators, backends and autograd agree."""
+"""Dtypes, memory formats, counts and masks shared by the operators, backends and autograd."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NEEDS:
 
 
 def ghosts_per_map(ratio: int) -> int:
-    """Ghost maps that are made from one intrinsic map; a Ghost module has m times as many."""
+    """The number of ghost maps that are made from one intrinsic map."""
     return ratio - 1
 
 
@@ -41,9 +41,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format of results for input x: channels_last if x is channels_last and not also NCHW.
+    """The memory format of results for input x: channels_last if x is channels_last and not NCHW.
 
-    A tensor of one channel is both. As in PyTorch, the stride of its channel then decides.
+    A tensor can be both, for example with one channel. Then, as in PyTorch, the format is
+    channels_last only if x has one channel, several pixels and a channel stride of 1.
     """
     if not x.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
@@ -63,10 +64,10 @@ def in_format(t: Tensor, fmt: torch.memory_format) -> Tensor:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself if its memory is dense, NCHW or channels_last; else a dense copy.
+    """x if x is dense in NCHW or channels_last; else a dense copy.
 
-    The copy has the format that the strides of x are nearest to. PyTorch's own convolutions treat
-    sliced and expanded inputs in the same way.
+    The copy has the format that is nearest to the strides of x. PyTorch's convolutions treat sliced
+    and expanded inputs in the same way.
     """
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
@@ -86,12 +87,12 @@ def _nearest_format(x: Tensor) -> torch.memory_format:
 
 
 def contiguous(t: Tensor | None) -> Tensor | None:
-    """t itself if it is None or contiguous; else a contiguous copy."""
+    """t if t is None or contiguous; else a contiguous copy."""
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def out_size(size: int, stride: int) -> int:
-    """Height or width after a convolution that pads by half of its kernel."""
+    """Height or width of the output of a convolution with an odd kernel k and padding k // 2."""
     return (size - 1) // stride + 1
 
 

@@ -40,7 +40,7 @@ _MARKS: dict[type[Fused], set[str]] = {
     FusedBottleneck: {"ghost1", "ghost2"},
     FusedNetwork: {"conv_stem", "blocks", "global_pool", "conv_head", "classifier"},
 }
-# So is a module whose forward ends with this operation.
+# A module whose forward ends with this operation is reported too.
 _ENDS = {FusedGhost: "cat", FusedBottleneck: "add"}
 
 
@@ -50,10 +50,10 @@ class Entry:
 
     Attributes:
         name: path in the model; ``(model)`` for the model itself.
-        kind: the name of its class before.
+        kind: the name of the module's class before the call.
         action: ``swapped`` (fused), ``already`` (fused before), ``left`` (cannot be fused),
             ``kept`` (the plain module is faster) or ``restored`` (unfused).
-        detail: its present form, or the reason.
+        detail: a description of the module after the call, or the reason for ``left`` and ``kept``.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Entry:
 
 @dataclass
 class Report:
-    """What ``fuse`` or ``unfuse`` did to a model. Its repr is a table.
+    """What ``fuse`` or ``unfuse`` did to a model; ``repr`` of a report is a table.
 
     Attributes:
         model: the model, changed in place.
@@ -76,12 +76,12 @@ class Report:
 
     @property
     def swapped(self) -> list[Entry]:
-        """The modules that were changed."""
+        """The entries of the modules that were fused or unfused."""
         return [e for e in self.entries if e.action in ("swapped", "restored")]
 
     @property
     def left(self) -> list[Entry]:
-        """The modules that look like Ghost modules and cannot be fused."""
+        """The entries of modules that look like Ghost modules and cannot be fused."""
         return [e for e in self.entries if e.action == "left"]
 
     def __repr__(self) -> str:
@@ -122,11 +122,11 @@ def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None
     Each bias, norm and activation (one of ``ghost_ops.activations``) may be missing; each may be a
     module or a function; other layers may follow.
 
-    If gradients are recorded, a module whose primary convolution is not a plain 1x1 runs its own
-    forward, which is faster there, and saves the tensors that its layers save. On a CPU with native
-    kernels such a module is fused behind the convolution if its only batch norm follows the
-    concatenation. A ``reference.GhostModule`` becomes a ``FusedGhostModule``, which is fused in
-    training too.
+    If autograd records a call, a module whose primary convolution is not a plain 1x1 runs its own
+    forward, because that is faster; its layers then save what they save unfused. There is one
+    exception: on a CPU with native kernels, if the module's only batch norm follows the
+    concatenation, the part after the convolution is fused. A ``reference.GhostModule`` becomes a
+    ``FusedGhostModule``, which is fused in training for every primary convolution.
 
     Everything that a forward reads is compared before every call: a change of weights, children,
     attributes, modes or hooks takes effect at once. Fusing a model twice changes nothing.
@@ -135,16 +135,16 @@ def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None
         model: the model, or a Ghost module.
         inference: None or True: whole Ghost bottlenecks, and the stem and head of a GhostNet, run
             as few operators, with batch norms folded and weights packed once, in eval mode without
-            gradients; training stays the same. If a Ghost module was fused, then on a CPU with
-            native kernels so does every module that consists of convolutions with batch norm and
-            activation, Ghost modules, sums, concatenations and pooling, from one convolution to the
-            whole model.
+            gradients; training stays the same. If a Ghost module was fused, every module that
+            consists of convolutions with batch norm and activation, Ghost modules, sums,
+            concatenations and pooling runs as one operator too, on a CPU with native kernels: from
+            one convolution to the whole model. False: only Ghost modules are fused.
         example: an input of the model, such as [N, C, H, W]. If given, the model runs on it once in
             eval mode, and each fused module is timed on its input in that run. A module that takes
             more than 5% longer than its plain form is unfused. Modes and buffers stay the same.
 
     Returns:
-        The report; its ``model`` is the model, and its repr a table.
+        The report; ``repr`` of it is a table.
 
     Raises:
         TypeError: model is not a module.
@@ -180,7 +180,9 @@ def fuse(model: nn.Module, inference: bool | None = None, example: Tensor | None
 
 
 def unfuse(model: nn.Module) -> Report:
-    """Give every fused module of a model its plain class back, in place: same state, same keys.
+    """Give every fused module of a model its plain class back, in place.
+
+    Parameters, buffers, state_dict keys, hooks and modes do not change.
 
     A ``FusedGhostModule`` becomes a ``reference.GhostModule``, and a ``FusedGhostBottleneck`` a
     ``reference.GhostBottleneck``.
@@ -246,7 +248,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _outside_of_fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that are not inside of a fused module other than an expression; outer ones first."""
+    """The modules outside of fused modules (``FusedExpression`` not counted), outer ones first."""
     inside: set[int] = set()
     for name, module in _named(model):
         if id(module) in inside:
@@ -257,7 +259,7 @@ def _outside_of_fused(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _keep_faster(model: nn.Module, entries: dict[str, Entry], example: Tensor) -> dict[str, Entry]:
-    """Unfuse the swapped modules that are slower on an example; returns their new entries."""
+    """Unfuse the swapped modules that run slower fused on an example; returns their new entries."""
     named = [(name, module) for name, module in _named(model) if isinstance(module, Fused)]
     swapped = {n: m for n, m in named if n in entries and entries[n].action == "swapped"}
     made = [module for _, module in named if is_made(type(module))]
@@ -289,7 +291,7 @@ def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
         form = match_as(kind, reading)
         parts = form.bind(module)
         if isinstance(form, ExpressionForm) and len(form.steps) == 1 and _has_fused(module):
-            return None  # it only calls a module that is already fused
+            return None  # the module only calls a module that is already fused
         check.compare(kind, module, form, reading.record)
     except Refusal as refusal:
         return _left(kind, name, module, str(refusal), _last_op(reading.out))
@@ -346,7 +348,10 @@ def _is_marked(kind: type[Fused], module: nn.Module) -> bool:
 
 
 def _last_op(node: Node) -> str:
-    """The last operation that tells Ghost modules and bottlenecks apart."""
+    """The last operation before activations, norms, slices, products and whole modules.
+
+    It is "cat" for a Ghost module and "add" for a bottleneck.
+    """
     while node.op in ("act", "bn", "prelu", "module", "slice", "mul"):
         node = next((n for n in node.inputs if n.op in ("slice", "cat")), node.inputs[0])
     return node.op

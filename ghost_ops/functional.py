@@ -47,7 +47,7 @@ def ghost_module(
     activation_weight: Tensor | None = None,
     cheap_activation_weight: Tensor | None = None,
 ) -> Tensor:
-    """Ghost module: intrinsic maps and their cheap ghosts, as ``F.batch_norm`` treats its tensors.
+    """The Ghost module on given tensors; updates running statistics in place as ``F.batch_norm``.
 
     ::
 
@@ -58,50 +58,52 @@ def ghost_module(
         z   = cheap_activation(bn2(v))
         out = concat(y, z)[:, :out_channels]
 
-    Differentiable twice in x, both weights, the weights and biases of both batch norms, and the
-    slopes of a PReLU. Under torch.func transforms and forward-mode differentiation it runs unfused,
-    with a warning. Saves for backward x, the parameters and the statistics per channel, and u only
-    if it has at most a quarter of the elements of x.
+    The result is differentiable twice in x, both weights, the weights and biases of both batch
+    norms, and the slopes of a PReLU. Under torch.func transforms and forward-mode differentiation
+    the function runs unfused, with a warning. It saves for backward x, the parameters and the
+    statistics per channel; and u, if u has at most a quarter of the elements of x.
 
     A primary convolution other than 1x1 with groups 1 and padding 0 runs through PyTorch's
     convolution; the operations after it are fused.
 
     Args:
-        x: [N, C, H, W], in float32, float64, bfloat16 or float16. NCHW and channels_last are used
-            as they are, and the result has the same layout (NCHW if x is both, as with C = 1). Any
-            other x (sliced, expanded) is first copied to the nearer of the two layouts.
+        x: [N, C, H, W], in float32, float64, bfloat16 or float16. Dense NCHW and channels_last
+            tensors are read without a copy, and the result has the layout of x (see
+            ``conventions.memory_format`` for an x that is both). Any other x (sliced, expanded) is
+            first copied to the nearer of the two layouts.
         primary_weight: [m, C / groups, k, k], or None: x already is u, and C = m.
         cheap_weight: [g, 1, d, d] with d odd and g a multiple of m; ratio = g / m + 1.
         primary_bn_weight, primary_bn_bias: [m], or None for 1 and 0.
         primary_running_mean, primary_running_var: [m]; may both be None in training.
-        cheap_bn_weight, cheap_bn_bias, cheap_running_mean, cheap_running_var: [g], with the
-            same defaults.
+        cheap_bn_weight, cheap_bn_bias, cheap_running_mean, cheap_running_var: [g]; None as for
+            the primary batch norm.
         out_channels: channels of the result, from m to m + g; m + g if None.
-        training: normalise with the batch's statistics and update the running ones; otherwise with
-            the running ones.
-        momentum: share of the batch's statistics in the updated running ones; one number, or one
-            for each batch norm.
+        training: True: normalise with the statistics of the batch, and update the running
+            statistics. False: normalise with the running statistics.
+        momentum: share of the batch's statistics in the updated running statistics; one number, or
+            one for each batch norm.
         eps: added to the variance; one number, or one for each batch norm.
         stride, padding, dilation, groups: of the primary convolution.
         activation, cheap_activation: a name of ``ghost_ops.activations`` or a module;
-            cheap_activation is activation if None.
+            cheap_activation None: the same as activation.
         activation_weight, cheap_activation_weight: slopes of ``"prelu"``, [1] or [m] and [1] or
-            [g], as the weight of ``F.prelu``; cheap_activation_weight is activation_weight if both
-            it and cheap_activation are None.
+            [g], as the weight of ``F.prelu``. If cheap_activation and cheap_activation_weight are
+            both None, cheap_activation_weight is activation_weight.
 
-    The two weights have the dtype of x; under autocast all three are cast as a convolution's are.
-    The batch norms' tensors have that dtype or float32 (float64 with float64).
+    Both weights must have the dtype of x; under autocast x and both weights are cast as the
+    operands of a convolution. The tensors of the batch norms have that dtype or float32 (float64 if
+    x is float64).
 
     Returns:
-        [N, out_channels, Ho, Wo], in the dtype of x (under autocast, in autocast's). An empty batch
-        gives an empty result, and leaves the running statistics as they are.
+        [N, out_channels, Ho, Wo], in the dtype of x (under autocast, in autocast's dtype). For an
+        empty batch the result is empty, and the running statistics do not change.
 
     Raises:
         RuntimeError: ranks, sizes, dtypes or devices that do not fit; no running statistics and not
             training; a stride that is not positive.
         ValueError: x is 3-D; an even d; an unknown activation; training with one value per channel.
         TypeError: an argument of the wrong type.
-        If it raises, no running statistic has changed.
+        No running statistic changes if the function raises.
 
     Source: GhostNet, CVPR 2020, section 3.1.
     """
@@ -222,7 +224,7 @@ def check(
 
 
 def _counts_alone(stats: Statistics) -> bool:
-    """Whether a norm uses the statistics of this process's batch, which needs two values."""
+    """Whether a norm needs two values per channel: it uses the statistics of this process alone."""
     first, second = stats.group1 is None, stats.group2 is None
     return (stats.batch1 and first) or (stats.batch2 and second)
 
@@ -235,10 +237,10 @@ def _plainly_fits(
     settings: Settings,
     stats: Statistics,
 ) -> bool:
-    """True only if the arguments are valid; quick, because it runs at every call.
+    """Whether the arguments are valid and the usual case; fast, because it runs at every call.
 
-    It covers the usual case, a 1x1 primary convolution with all batch norm tensors. ``_check_each``
-    covers the others.
+    The usual case is a 1x1 primary convolution with all batch norm tensors. For False,
+    ``_check_each`` decides.
     """
     if not isinstance(x, Tensor) or w1 is None or x.dim() != 4:
         return False
@@ -342,7 +344,10 @@ _NORM_NAMES = {
 
 
 def check_input(x: Tensor, w1: Tensor, groups: int, is_u: bool = False) -> None:
-    """The checks of x against the primary weight."""
+    """Raise the errors of ``ghost_module`` for x [N, C, H, W] and w1 [m, C / groups, k, k].
+
+    is_u: there is no primary weight; w1 is not checked.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.dim() != 4:

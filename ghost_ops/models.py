@@ -178,7 +178,7 @@ def ghostnet(
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 Ghost modules and a shortcut; the second is linear, and ReLU follows the sum."""
+    """relu(conv2(conv1(x)) + shortcut), with two 3x3 Ghost modules, of which conv2 is linear."""
 
     def __init__(self, inp: int, oup: int, stride: int, ratio: int, dw_size: int) -> None:
         super().__init__()
@@ -231,13 +231,16 @@ def ghost_resnet(
 ) -> GhostResNet:
     """ResNet for CIFAR-size inputs with Ghost modules for its 3x3 convolutions.
 
-    [N, in_chans, H, W] -> [N, num_classes]. The stem stays a convolution, and shortcuts have no
-    parameters (subsampling and zero padding).
+    [N, in_chans, H, W] -> logits [N, num_classes]. The stem is a plain convolution. The shortcuts
+    have no parameters (subsampling and zero padding).
 
     Args:
         depth: 6 n + 2; 56 in the paper.
         ratio, dw_size: of the Ghost modules; the paper has 2 and 3.
-        num_classes, in_chans: channels out and in.
+        num_classes, in_chans: size of the output, channels of the input.
+
+    Returns:
+        The network in training mode, with PyTorch's initial weights.
 
     Raises:
         ValueError: depth is not 6 n + 2.
@@ -255,13 +258,16 @@ def ghost_vgg16(
 ) -> nn.Sequential:
     """VGG-16 for CIFAR-size inputs with Ghost modules for its 3x3 convolutions.
 
-    [N, in_chans, 32 k, 32 k] -> [N, num_classes]. Thirteen Ghost modules with 3x3 primary
+    [N, in_chans, 32 k, 32 k] -> logits [N, num_classes]. Thirteen Ghost modules with 3x3 primary
     convolutions, five max-poolings, average pooling and two linear layers.
 
     Args:
-        ratio: s of the Ghost modules; 2 in the paper's best.
-        dw_size: d; 3 in the paper's best.
-        num_classes, in_chans: channels out and in.
+        ratio: s of the Ghost modules; 2 in the best network of the paper.
+        dw_size: d of the Ghost modules; 3 in the best network of the paper.
+        num_classes, in_chans: size of the output, channels of the input.
+
+    Returns:
+        The network in training mode, with PyTorch's initial weights.
 
     Source: GhostNet, CVPR 2020, section 4.1, tables 3 to 5.
     """
@@ -293,6 +299,9 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         model: any module that takes one tensor.
         shape: of its input, such as (1, 3, 224, 224).
 
+    Returns:
+        The number of multiply-adds, over all images of the input.
+
     Raises:
         Any error of the model on the meta device.
     """
@@ -318,7 +327,7 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 @dataclass
 class LoadReport:
-    """The keys of a checkpoint and a model, compared. Its repr lists them.
+    """The comparison of a checkpoint's keys with a model's; ``repr`` lists the differences.
 
     Attributes:
         loaded: keys that were copied into the model.
@@ -365,18 +374,18 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load a published GhostNet checkpoint, and report which entries fit.
 
-    Takes the key layout of the authors and timm. The entries may be under ``state_dict`` or
-    ``model``, and have the prefixes that DataParallel, DDP and torch.compile add. A missing
-    ``num_batches_tracked`` is no error (old checkpoints have none).
+    The keys are those of the authors and timm. The entries may be under ``state_dict``, ``model``,
+    ``state_dict_ema`` or ``model_ema``, and may have the prefixes that DataParallel, DDP and
+    torch.compile add. A missing ``num_batches_tracked`` is no error (old checkpoints have none).
 
     Args:
         model: the network, such as ``ghostnet()``.
         checkpoint: the result of ``torch.load(..., weights_only=True)``.
-        strict: if an entry does not fit, raise and load nothing. False: load the entries that fit;
-            the report lists the others.
+        strict: True: if an entry does not fit, raise and load nothing. False: load the entries that
+            fit; the report lists the others.
 
     Returns:
-        The report.
+        The report of loaded, missing, unexpected and mismatched keys.
 
     Raises:
         TypeError: the checkpoint is not a mapping of names to tensors.

@@ -18,7 +18,7 @@ def in_transform() -> bool:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype in which autocast runs convolutions on a device type; None where it is off."""
+    """The dtype in which autocast runs convolutions on a device type; None if autocast is off."""
     # torch.is_autocast_enabled raises for the meta device.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
@@ -37,15 +37,19 @@ def differentiate(
     needs: Sequence[bool],
     grad_out: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of a formula that can be differentiated again; None where none is needed.
+    """Gradients of a formula, which can be differentiated again; autocast is off.
 
     Args:
         formula: a function of ``tensors`` in differentiable operators.
-        needs: whether each of the tensors needs a gradient; longer than ``tensors`` is allowed.
-        grad_out: like the result of the formula.
+        tensors: the arguments of formula.
+        needs: for each tensor, whether its gradient is needed. Surplus entries are ignored.
+        grad_out: the gradient at the result of formula, in its shape and dtype.
+
+    Returns:
+        One gradient for each tensor; None for a gradient that is not needed.
     """
     needs = needs[: len(tensors)]
-    # Aliases stop the gradient of one input from flowing on into another that it depends on.
+    # Views as inputs: if one tensor was computed from another, the gradient stops at the view.
     tensors = [t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True)]
     with _without_autocast(grad_out.device.type):
         out = formula(*tensors)

@@ -34,9 +34,9 @@ class FusedGhostModule(FusedGhost, GhostModule):
     the changed module (hooks, another layer type), the reference's forward runs, and a warning says
     why once. Modules with the hooks of weight norm, spectral norm and pruning stay fused.
 
-    PReLUs (one slope, or one per channel) are fused, in training too. So are frozen batch norms
-    (one or both in eval mode), batch norms without parameters or without running statistics, and
-    frozen parameters, whose gradients are not computed.
+    The module is fused, in training too, with PReLUs (one slope, or one per channel), with one or
+    both batch norms in eval mode, with batch norms without parameters or without running
+    statistics, and with frozen parameters, whose gradients are not computed.
 
     In eval mode without gradients, weights with batch norms folded in are packed once, and packed
     again after a change of a parameter, buffer or setting. PyTorch does not record an in-place
@@ -47,7 +47,7 @@ class FusedGhostModule(FusedGhost, GhostModule):
         inp, oup, kernel_size, ratio, dw_size, stride, relu: as in ``reference.GhostModule``.
         activation: a name in ``ghost_ops.activations`` or a module (copied), in place of relu;
             ``"prelu"`` has a slope per channel, as ``nn.PReLU(channels)``.
-        cheap_activation: of the cheap branch; None: the same as the primary one.
+        cheap_activation: of the cheap branch; None: the same as the primary activation.
         device, dtype: of the parameters and buffers.
 
     The input is x [N, inp, H, W] in the dtype of the weights (float32, float64, bfloat16 or
@@ -121,7 +121,7 @@ class FusedGhostModule(FusedGhost, GhostModule):
         return f"oup={self.oup}, backend={self._backend_name()}"
 
     def _backend_name(self) -> str:
-        """The backend of the next call, or why no fused one runs; neither warns nor raises."""
+        """The backend of the next call, or why the module runs unfused. Does not warn or raise."""
         state = state_of(self)
         if state.parts is None:
             return f"none, unfused: {state.reason}"
@@ -143,10 +143,10 @@ class FusedGhostBottleneck(FusedBottleneck, GhostBottleneck):
 
     [N, in_chs, H, W] -> [N, out_chs, Ho, Wo], in the dtype and layout of the input. Constructor,
     children, state_dict keys, initial values for a given seed and numbers are those of the
-    reference. In eval mode without gradients it runs as few operators with packed weights
-    (``fusion.bottleneck``), packed again after a change of a parameter, buffer, child or hook. An
-    in-place write to ``parameter.data`` is noticed only after ``eval()``, ``train()`` or
-    ``reset_cache()``.
+    reference. In eval mode without gradients the bottleneck runs as few operators with packed
+    weights (``fusion.bottleneck``), which are packed again after a change of a parameter, buffer,
+    child or hook. PyTorch does not record an in-place write to ``parameter.data``: call ``eval()``,
+    ``train()`` or ``reset_cache()`` after it.
 
     Args:
         in_chs, mid_chs, out_chs, dw_kernel_size, stride, act_layer, se_ratio: as in

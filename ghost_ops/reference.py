@@ -33,7 +33,14 @@ from .conventions import ghosts_per_map
 
 
 class Settings(NamedTuple):
-    """Everything about one Ghost module that is not a tensor."""
+    """The numbers of one Ghost module.
+
+    Attributes:
+        out_channels: channels of the output; the ghost maps beyond it are dropped.
+        stride, padding, dilation, groups: of the primary convolution.
+        eps1, eps2: added to the variances of the first and second batch norm.
+        act1, act2: codes of ``activations``; slope1, slope2: their slopes, for leaky ReLU.
+    """
 
     out_channels: int
     stride: tuple[int, int]
@@ -49,9 +56,10 @@ class Settings(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """The tensors of both batch norms, [m] those of the first and [g] those of the second.
+    """The tensors of both batch norms: [m] for the first, [g] for the second.
 
-    mean and var are the running statistics; None where there are none.
+    gamma and beta None stand for 1 and 0. mean and var are the running statistics; both are None
+    for a norm without running statistics.
     """
 
     gamma1: Tensor | None
@@ -65,7 +73,7 @@ class Norms(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Slopes per channel of a PReLU in the place of act1, [m], and of act2, [g]; or None."""
+    """The slopes of PReLUs: slopes1 [m] if act1 is a PReLU, slopes2 [g] if act2 is; else None."""
 
     slopes1: Tensor | None = None
     slopes2: Tensor | None = None
@@ -75,11 +83,13 @@ NO_SLOPES = Slopes()
 
 
 class Statistics(NamedTuple):
-    """Where the statistics of both norms come from.
+    """The source of the statistics of both norms.
 
     Attributes:
-        batch1, batch2: the batch; False: the running ones, which are constants then.
-        group1, group2: with batch, the process group whose batches are one; None: this process.
+        batch1, batch2: True: the norm uses the statistics of the batch. False: it uses the running
+            statistics, as constants.
+        group1, group2: the process group over whose batches a norm with batch True computes its
+            statistics; None: over the batch of this process.
     """
 
     batch1: bool
@@ -108,19 +118,23 @@ def ghost_formula(
     momentum2: float = 0.0,
     slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
-    """The Ghost module of this file's docstring as a function, differentiable any number of times.
+    """The formula of this file's docstring in plain PyTorch, differentiable any number of times.
 
     Args:
-        x: [N, C, H, W].
-        w1: [m, C / groups, k, k], or None if x already is u.
-        w2: [g, 1, d, d]; g = 0 for ratio 1.
-        norms, settings: the tensors of both batch norms, and the numbers.
-        stats: of each norm. A norm with the batch's statistics updates the running ones, if given,
-            with momentum1 or momentum2.
+        x: [N, C, H, W], in a floating-point dtype, of any layout.
+        w1: [m, C / groups, k, k] in the dtype of x, or None if x already is u.
+        w2: [g, 1, d, d] in the dtype of x; g = 0 for ratio 1.
+        norms, settings: the tensors of both batch norms, and the numbers of the module.
+        stats: the source of each norm's statistics. A norm that uses the statistics of the batch of
+            this process updates its running statistics, if norms has them; a norm over a process
+            group does not.
+        momentum1, momentum2: share of the batch in the updated running statistics.
         slopes: of the PReLUs among the activations.
 
     Returns:
-        [N, out_channels, Ho, Wo].
+        [N, out_channels, Ho, Wo] in the dtype of x.
+
+    Source: GhostNet, CVPR 2020, section 3.1.
     """
     n, s = norms, settings
     inplace = not torch.is_grad_enabled()
@@ -147,7 +161,7 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``F.batch_norm``; with a group, batch norm over its processes, without an update."""
+    """``F.batch_norm``; with a group ``sync_formula``, which updates no running statistic."""
     if group is None:
         return F.batch_norm(u, mean, var, gamma, beta, batch, momentum, eps)
     return sync.sync_formula(u, gamma, beta, eps, group)
@@ -169,7 +183,12 @@ def _positive_int(name: str, value: Any) -> int:
 def checked_arguments(
     inp: Any, oup: Any, kernel_size: Any, ratio: Any, dw_size: Any, stride: Any
 ) -> tuple[int, int, int, int, int, int]:
-    """The constructor's numbers as ints. TypeError if one is no int, ValueError if out of range."""
+    """The numbers of ``GhostModule.__init__`` as ints, checked.
+
+    Raises:
+        TypeError: a number is not an int.
+        ValueError: a number is less than 1, or dw_size is even.
+    """
     inp, oup = _positive_int("inp", inp), _positive_int("oup", oup)
     kernel_size, ratio = _positive_int("kernel_size", kernel_size), _positive_int("ratio", ratio)
     dw_size, stride = _positive_int("dw_size", dw_size), _positive_int("stride", stride)
@@ -194,7 +213,11 @@ def build_children(
     device: Any = None,
     dtype: Any = None,
 ) -> None:
-    """Give ``module`` its oup, primary_conv and cheap_operation. The order fixes the use of RNG."""
+    """Set oup, primary_conv and cheap_operation of ``module``.
+
+    The order of construction is that of the authors' code: the layers draw their initial weights
+    from PyTorch's random generator in this order.
+    """
     made = {"device": device, "dtype": dtype}
     m = math.ceil(oup / ratio)
     g = m * ghosts_per_map(ratio)
@@ -205,7 +228,7 @@ def build_children(
         act1,
     )
     with warnings.catch_warnings():
-        # Ratio 1 has an empty cheap weight, whose initialisation does nothing.
+        # For ratio 1 the cheap weight is empty, and PyTorch warns about its initialisation.
         if g == 0:
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
         cheap = nn.Conv2d(m, g, dw_size, 1, dw_size // 2, groups=m, bias=False, **made)
@@ -213,23 +236,25 @@ def build_children(
 
 
 class GhostModule(nn.Module):
-    """Ghost module: ``oup`` maps from ceil(oup / ratio) intrinsic ones and cheap ghosts of them.
+    """Ghost module: ceil(oup / ratio) intrinsic maps and their cheap ghost maps, ``oup`` in all.
 
-    Formula: see this file's docstring. Input [N, inp, H, W], output [N, oup, Ho, Wo] with
-    Ho = (H + 2 * (kernel_size // 2) - kernel_size) // stride + 1, and Wo alike.
+    The formula stands in this file's docstring. Input [N, inp, H, W], output [N, oup, Ho, Wo] with
+    Ho = (H + 2 * (kernel_size // 2) - kernel_size) // stride + 1, and Wo alike. Dtype and layout
+    are those that PyTorch's layers allow.
 
     Args:
         inp: channels of the input, C.
-        oup: channels of the output. Where ratio does not divide it, the surplus ghost maps are
+        oup: channels of the output. If ratio does not divide oup, the surplus ghost maps are
             computed (batch norm 2 has their statistics) and dropped.
         kernel_size: k of the primary conv; its padding is k // 2.
-        ratio: the paper's s: 1 intrinsic map has ratio - 1 ghosts. 1 gives no ghost maps at all.
+        ratio: the paper's s: each intrinsic map has ratio - 1 ghost maps; ratio 1 has none.
         dw_size: d of the depthwise kernel, odd.
         stride: of the primary conv.
-        relu: ReLU after both batch norms, or nothing.
+        relu: True: ReLU follows both batch norms; False: no activation.
 
     Raises:
-        TypeError: a number is not an int. ValueError: it is less than 1, or dw_size is even.
+        TypeError: a number is not an int.
+        ValueError: a number is less than 1, or dw_size is even.
 
     Source: GhostNet, CVPR 2020, section 3.1.
     """
@@ -259,7 +284,7 @@ class GhostModule(nn.Module):
         """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
         x1 = self.primary_conv(x)
         first = getattr(self.cheap_operation, "0", None)
-        if getattr(first, "out_channels", None) == 0:  # a convolution without filters cannot run
+        if getattr(first, "out_channels", None) == 0:  # ratio 1: PyTorch cannot run an empty conv
             return x1[:, : self.oup]
         x2 = self.cheap_operation(x1)
         return torch.cat([x1, x2], dim=1)[:, : self.oup]
@@ -282,11 +307,12 @@ class SqueezeExcite(nn.Module):
 
     Args:
         in_chs: channels.
-        se_ratio: reduced channels over ``reduced_base_chs or in_chs``, then made divisible.
-        reduced_base_chs: the channels that se_ratio multiplies; in_chs if None.
+        se_ratio: the reduced channels are se_ratio * reduced_base_chs, rounded by
+            ``make_divisible``.
+        reduced_base_chs: the number of channels that se_ratio multiplies; in_chs if None.
         act_layer: activation type between the two convs, called with ``inplace=True``.
-        gate_fn: the gate.
-        divisor: the reduced channels are a multiple of it.
+        gate_fn: function of the gate, elementwise.
+        divisor: the number of reduced channels is a multiple of divisor.
 
     Source: Hu et al., arXiv:1709.01507; gate and rounding as in the GhostNet authors' code.
     """
@@ -310,7 +336,7 @@ class SqueezeExcite(nn.Module):
         self.conv_expand = nn.Conv2d(reduced_chs, in_chs, 1, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in_chs, H, W] -> the same."""
+        """[N, in_chs, H, W] -> [N, in_chs, H, W]."""
         x_se = self.avg_pool(x)
         x_se = self.conv_reduce(x_se)
         x_se = self.act1(x_se)
@@ -322,13 +348,13 @@ class GhostBottleneck(nn.Module):
     """Ghost bottleneck: expand, (stride and squeeze-excite), project, add the shortcut.
 
     ghost1 (in -> mid, ReLU); for stride > 1 a depthwise conv with batch norm; squeeze-excite if
-    requested; ghost2 (mid -> out, linear); plus the shortcut, which is the input if the shape
-    allows, else depthwise conv, batch norm, 1x1 conv, batch norm.
+    requested; ghost2 (mid -> out, linear); plus the shortcut. The shortcut is the input if
+    in_chs == out_chs and stride is 1; else depthwise conv, batch norm, 1x1 conv, batch norm.
     [N, in_chs, H, W] -> [N, out_chs, ceil(H / stride), ceil(W / stride)] for odd kernels.
 
     Args:
         in_chs, mid_chs, out_chs: channels of the input, between the Ghost modules, of the output.
-        dw_kernel_size: of the strided depthwise conv and of the shortcut's.
+        dw_kernel_size: kernel size of the strided depthwise conv and of the shortcut's.
         stride: 1 or more.
         act_layer: unused; the authors' constructor has it too.
         se_ratio: squeeze-and-excitation with this ratio; none for None or 0.

@@ -1,9 +1,9 @@
 """Batch norm over all processes of a group, on any device that the group's backend reaches.
 
-PyTorch's ``SyncBatchNorm`` runs on GPUs only, and DistributedDataParallel refuses a model with one
-on a CPU. ``SyncBatchNorm`` here runs over every backend of torch.distributed, gloo included. Inside
-a Ghost module both run fused: the passes of ``autograd`` stop at the statistics, which ``combine``
-and ``mean_gradients`` of ``ops.sync`` exchange.
+PyTorch's ``SyncBatchNorm`` runs on GPUs only, and DistributedDataParallel refuses a model on a CPU
+that contains one. The ``SyncBatchNorm`` of this file runs over every backend of torch.distributed,
+gloo included. Both classes run fused inside a Ghost module: ``autograd`` splits its passes at the
+statistics, and ``combine`` and ``mean_gradients`` of ``ops.sync`` exchange them between processes.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from .ops.sync import combine, mean_gradients
 
 
 def group_of(bn: nn.Module) -> Any:
-    """The ``ProcessGroup`` over which a norm computes its statistics now.
+    """The ``ProcessGroup`` over which a norm computes its statistics in its present mode.
 
-    None if it uses the statistics of this process alone: no SyncBatchNorm, eval mode, no process
-    group, or a group of one process.
+    None if the norm uses the statistics of this process alone: the norm is no SyncBatchNorm or is
+    in eval mode, or there is no process group, or the group has one process.
 
     Raises:
-        ValueError: its ``process_group`` was destroyed.
+        ValueError: the norm's ``process_group`` was destroyed.
     """
     if not (isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)) and bn.training):
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = bn.process_group or dist.group.WORLD
-    if dist.get_world_size(group) <= 1:  # -1: this process is not in it
+    if dist.get_world_size(group) <= 1:  # -1: this process is not in the group
         return None
     if not torch.compiler.is_compiling():
-        dist.get_backend(group)  # raises if it was destroyed
+        dist.get_backend(group)  # raises ValueError if the group was destroyed
     return group
 
 
 class _AllReduce(torch.autograd.Function):
-    """Sum over all processes, whose gradient is the sum of theirs; differentiable again."""
+    """Sum over all processes. Its gradient is the sum of the gradients of all processes.
+
+    Differentiable any number of times.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -63,14 +66,17 @@ def sync_formula(
 ) -> Tensor:
     """Batch norm over all processes in plain PyTorch, differentiable any number of times.
 
-    All processes must differentiate it equally often: each time costs two all-reduces.
+    All processes must differentiate the result the same number of times, because each
+    differentiation makes two all-reduces.
 
     Args:
         x: [N, C, *]; N may differ between processes, and be 0.
         gamma, beta: [C], or None for 1 and 0.
+        eps: added to the variance.
+        group: a ``ProcessGroup``.
 
     Returns:
-        As x.
+        (x - mean) / sqrt(var + eps) * gamma + beta, [N, C, *] in the dtype of x.
     """
     dims, shape = (0, *range(2, x.dim())), (1, -1, *(1,) * (x.dim() - 2))
     wide = x.to(compute_dtype(x.dtype))
@@ -78,7 +84,7 @@ def sync_formula(
     total = _AllReduce.apply(torch.cat([wide.sum(dims), count]), group)
     count = total[-1].detach().clamp(min=1)
     centred = wide - (total[:-1] / count).view(shape)
-    # A second exchange, of centred values, because E[u^2] - E[u]^2 would lose digits.
+    # The second all-reduce sums squares of centred values: E[x^2] - E[x]^2 would lose digits.
     var = _AllReduce.apply(centred.square().sum(dims), group) / count
     out = centred * torch.rsqrt(var + eps).view(shape)
     if gamma is not None:
@@ -89,9 +95,10 @@ def sync_formula(
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """``sync_formula`` with the statistics given, differentiable twice.
+    """``sync_formula`` with given statistics, differentiable twice.
 
-    Inputs: x, gamma, beta, mean, var and count of ``combine``, eps, group.
+    Inputs: x, gamma, beta, eps and group as in ``sync_formula``; mean, var and count are the
+    results of ``combine``.
     """
 
     @staticmethod
@@ -127,7 +134,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             dx, dgamma, dbeta = torch.empty_like(x), *(torch.zeros_like(mean) for _ in range(2))
         else:
             wide = None if gamma is None else gamma.to(mean.dtype)
-            ones = torch.ones_like(mean) if wide is None else wide  # the operator then sums
+            ones = torch.ones_like(mean) if wide is None else wide  # without one, no sums
             dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
                 grad_out, x, ones, mean, var, mean, inv_std, False, eps, [needs[0], True, True]
             )
@@ -146,7 +153,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _forward(bn: Any, x: Tensor, group: Any) -> Tensor:
-    """The output of a SyncBatchNorm, PyTorch's or this file's, over the batches of a group."""
+    """The training output of a SyncBatchNorm, PyTorch's or this file's, over a process group."""
     count = x.numel() // x.size(1)
     with torch.no_grad():
         mean, var, total = combine(*_statistics(x), count, group)
@@ -162,7 +169,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     if wide.numel() == 0 or torch.compiler.is_compiling():
         var, mean = torch.var_mean(wide, (0, *range(2, x.dim())), correction=0)
         return mean, var
-    return torch.batch_norm_update_stats(wide, None, None, 0.0)  # faster; not for the compiler
+    return torch.batch_norm_update_stats(wide, None, None, 0.0)  # faster than var_mean
 
 
 def update_running(
@@ -175,14 +182,17 @@ def update_running(
     total: Tensor,
     count: int,
 ) -> None:
-    """Update the running statistics and the batch counter of one norm.
+    """Update the running statistics and the batch counter of one norm in place.
 
-    Reads no number from the device, and gives the same bits in all processes.
+    No number is copied from the device to the host. All processes compute the same bits.
 
     Args:
+        running_mean, running_var: [C], or None: only the counter changes.
+        momentum: share of the batch; None for the average over all batches.
+        batches: the counter of batches, or None.
+        mean, var: [C], the statistics over all processes, from ``combine``.
+        total: values per channel in all processes, from ``combine``.
         count: values per channel in this process.
-        momentum: None for the average over all batches.
-        mean, var, total: of ``combine``.
     """
     with torch.no_grad():
         if batches is not None:
@@ -194,7 +204,7 @@ def update_running(
             if batches is None:
                 return
             weight = (1.0 / batches).to(running_mean.dtype)
-        if count == 0:  # total may be 0 too; the weight is 0 then
+        if count == 0:  # total may be 0 too; then the weight is 0
             weight = (total > 0).to(running_mean.dtype) * weight
         unbiased = var * (total / (total - 1)).to(var.dtype)
         running_mean.lerp_(mean.to(running_mean.dtype), weight)
@@ -207,29 +217,36 @@ def refuses(bn: nn.Module, x: Tensor) -> bool:
 
 
 def run_norm(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``, also where PyTorch's SyncBatchNorm refuses x."""
+    """``bn(x)``; also computes the cases for which PyTorch's SyncBatchNorm raises (``refuses``)."""
     return _forward(bn, x, group_of(bn)) if refuses(bn, x) else bn(x)
 
 
 class SyncBatchNorm(_BatchNorm):
     """Batch norm whose statistics in training are over the batches of all processes.
 
-    [N, C, *] -> the same, in float32, float64, bfloat16 or float16, on any device that the group's
+    ::
+
+        out = (x - mean) / sqrt(var + eps) * weight + bias
+
+    [N, C, *] -> [N, C, *], in float32, float64, bfloat16 or float16, on any device that the group's
     backend reaches. Arguments, parameters, buffers and behaviour are those of
-    ``torch.nn.SyncBatchNorm``. The processes may have batches of different sizes, and of none;
-    numbers, gradients and running statistics are those of one process with the whole batch.
-    Without a process group, in a group of one and in eval mode it is an ordinary batch norm.
-    Differentiable twice; every process has to run backward if one does.
+    ``torch.nn.SyncBatchNorm``. The batches of the processes may differ in size, and may be empty.
+    Outputs, gradients and running statistics are those of one process with the joined batch.
+    Without a process group, in a group of one process and in eval mode the module is an ordinary
+    batch norm. Differentiable twice; if one process runs backward, all processes must.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats: as ``torch.nn.BatchNorm2d``.
-        process_group: the processes; all of them if None.
+        process_group: the processes that share statistics; None: all processes.
         device, dtype: of the parameters and buffers.
 
     Raises:
-        ValueError: one value per channel in all processes together, raised in each of them, before
-            a running statistic has changed; a process group that was destroyed; an input of less
-            than two dimensions.
+        In forward:
+        ValueError: a channel has one value in all processes together (raised in each process,
+            before a running statistic changes); the process group was destroyed; the input has
+            less than two dimensions.
+
+    Source: the formula of the joined statistics stands in ``ops.sync``.
     """
 
     def __init__(
@@ -258,7 +275,7 @@ class SyncBatchNorm(_BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        memo[id(self.process_group)] = self.process_group  # shared: it cannot be copied
+        memo[id(self.process_group)] = self.process_group  # cannot be copied
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
@@ -269,19 +286,19 @@ _CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, 
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Make every batch norm of a model compute its statistics over all processes.
+    """Replace every batch norm of a model by a ``SyncBatchNorm``.
 
-    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, and for any device. Before or after
-    ``fuse``; before the model is wrapped in DistributedDataParallel. Parameters, buffers, keys,
-    hooks and modes stay. Subclasses of PyTorch's batch norms are not converted, because they may
-    compute something else.
+    Works as ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, but for any device. Call it before
+    or after ``fuse``, and before the model is wrapped in DistributedDataParallel. Parameters,
+    buffers, state_dict keys, hooks and modes do not change. Subclasses of PyTorch's batch norms are
+    not converted, because a subclass may compute something else.
 
     Args:
         model: the model, changed in place.
-        process_group: the processes; all of them if None.
+        process_group: the processes that share statistics; None: all processes.
 
     Returns:
-        The model, changed in place; a new module if it is a batch norm itself.
+        The model; a new module if ``model`` itself is a batch norm.
     """
     return _converted(model, process_group, {})
 
@@ -293,7 +310,7 @@ def _converted(
         return done[module]
     new = module
     if type(module) in _CONVERTED:
-        # A new object: guards on the old one then fail.
+        # A new object, so that guards on the old module fail.
         new = SyncBatchNorm.__new__(SyncBatchNorm)
         new.__dict__.update(module.__dict__)
         new.process_group = process_group

@@ -1,4 +1,4 @@
-"""Checks that choose the path of a call: the backend, the kind of primary convolution, autograd."""
+"""Conditions that decide the path of a call: backend, kind of primary convolution, autograd."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LARGEST_DW_SIZE = 7
 
 
 def ops_named(backend: str) -> Any:
-    """The functions ``ghost_*`` of a backend: operators, or the eager functions themselves."""
+    """The functions ``ghost_*`` of a backend: operators, or for eager the Python functions."""
     if backend == "triton":
         return triton
     return native if backend == "native" else eager
 
 
 def direct(function: Any) -> Any:
-    """The builtin behind an operator's overload, which costs less to call; else the function."""
+    """The builtin function of an operator overload, which is faster to call; else ``function``."""
     return getattr(function, "_op", function)
 
 
@@ -74,7 +74,7 @@ def is_fused_primary(w1: Tensor, settings: Settings) -> bool:
 
 
 def is_fused_geometry(settings: Settings) -> bool:
-    """As ``is_fused_primary``, for a convolution with a 1x1 kernel."""
+    """``is_fused_primary`` of a convolution that is known to have a 1x1 kernel."""
     s = settings
     return s.groups == 1 and s.padding == (0, 0) and s.stride[0] == s.stride[1]
 

@@ -1,7 +1,7 @@
 """The forward of a Ghost module outside of autograd, and the update of running statistics.
 
 A primary convolution that is a plain 1x1 (groups 1, no padding, equal strides) is part of the fused
-operators. Any other primary convolution runs through PyTorch's, and the rest is fused.
+operators. PyTorch runs every other primary convolution, and the fused operators compute the rest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def frozen_forward(
     settings: Settings,
     slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
-    """The module with constant statistics, outside of autograd. x is dense; w1 None: x is u."""
+    """[N, out_channels, Ho, Wo] with constant statistics, outside of autograd.
+
+    x [N, C, H, W] is dense; w1 None: x is u.
+    """
     functions = ops_for(x, w2)
     if functions is eager and x.dtype in LOW_PRECISION:
         # Folded weights lose digits in low precision, and float32 is slow.
@@ -54,7 +57,7 @@ def pack(
     settings: Settings,
     slopes: Slopes = NO_SLOPES,
 ) -> Tensor:
-    """The packed parameters that ``ghost_apply`` takes. w1 None: without primary convolution."""
+    """The result of ``functions.ghost_pack``. w1 None: without a primary convolution."""
     n = Norms(*map(contiguous, norms))
     first = contiguous(w1), *n[:4], settings.eps1
     second = contiguous(w2), *n[4:], settings.eps2
@@ -98,14 +101,14 @@ def forward_over_processes(
     slopes: Slopes,
     keep_u: bool,
 ) -> tuple[Tensor | None, ...]:
-    """As ``train_forward``, and (count1, count2): the values of a channel in all processes.
+    """The results of ``train_forward``, and (count1, count2): values per channel in all processes.
 
-    A count is None if its norm does not cross processes. A norm that does has one collective, in
-    which every process takes part, also with an empty batch. The primary convolution is PyTorch's,
-    so that it runs once for all passes.
+    Count1 or count2 is None if the norm does not cross processes. For each norm that crosses
+    processes there is one collective, which every process must join, also with an empty batch.
+    PyTorch computes the primary convolution, so that it runs once for all passes.
 
     Raises:
-        ValueError: in all processes, if a channel has one value in all of them together.
+        ValueError: in every process, if a channel has one value in all processes together.
     """
     functions, s, n = ops_for(x, w2), settings, norms
     u = x if w1 is None else dense(library_conv(x, w1, s))
@@ -135,11 +138,11 @@ class RunningUpdate(NamedTuple):
     """How a training step changes the running statistics of one batch norm."""
 
     momentum: float | None = 0.0  # share of this batch; None: the average over all batches
-    batches: Tensor | None = None  # counter of batches, raised by one; needed if momentum is None
+    batches: Tensor | None = None  # counter of batches, incremented; required if momentum is None
 
 
 def share(update: RunningUpdate) -> float:
-    """The share of this batch in the running statistics, as a number."""
+    """The share of this batch in the updated running statistics, as a number."""
     if update.momentum is not None:
         return update.momentum
     return 0.0 if update.batches is None else 1.0 / (float(update.batches) + 1.0)
@@ -155,7 +158,7 @@ def update_running(
 ) -> None:
     """Update running statistics and counters of both batch norms, in one launch if a kernel exists.
 
-    stats: (mean1, var1, mean2, var2) of the batch, which has count values per channel.
+    stats: (mean1, var1, mean2, var2) of the batch. count: values per channel of the batch.
     """
     n = norms
     running = [t for t in (n.mean1, n.var1, n.mean2, n.var2) if t is not None]
@@ -166,8 +169,8 @@ def update_running(
     first = n.mean1, n.var1, update1.batches, mean1, var1, update1.momentum
     second = n.mean2, n.var2, update2.batches, mean2, var2, update2.momentum
     arguments = *first, *second, count
-    # A compiled graph fuses these few operations itself, for any batch size; the operator's count
-    # is an int and would specialise the graph. The kernels need contiguous tensors of one dtype.
+    # In a compiled graph the compiler fuses these few operations for any batch size; the int count
+    # of the operator would specialise the graph. The kernels need contiguous tensors of one dtype.
     if (
         functions is eager
         or torch.compiler.is_compiling()

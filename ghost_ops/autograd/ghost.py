@@ -35,11 +35,11 @@ class GhostModuleFunction(torch.autograd.Function):
     """``ghost_formula`` with fused forward and backward, differentiable twice.
 
     Inputs: x, w1 (None: x is u), w2, gamma1, beta1, mean1, var1, gamma2, beta2, mean2, var2,
-    slopes1 [m], slopes2 [g] (None without a PReLU), settings, stats. The mean and var of a norm
-    with the batch's statistics are None. If both norms have constant statistics, the result is out.
-    Otherwise it is (out, mean1, var1, mean2, var2, *counts), of which only out is differentiable.
-    The statistics of a constant norm are empty; counts has, for each norm that crosses processes,
-    the number of values of a channel in all processes.
+    slopes1 [m], slopes2 [g] (None without a PReLU), settings, stats. mean and var are None for a
+    norm that uses the statistics of the batch. If both norms have constant statistics, the result
+    is out. Otherwise the result is (out, mean1, var1, mean2, var2, *counts), of which only out is
+    differentiable. The statistics of a norm with constant statistics are empty. counts contains,
+    for each norm that crosses processes, the number of values per channel in all processes.
     """
 
     @staticmethod
@@ -109,7 +109,7 @@ class GhostModuleFunction(torch.autograd.Function):
 
 
 def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Backward through ``ghost_backward``, which is not differentiable."""
+    """The gradients by the operator ``ghost_backward``; not differentiable again."""
     x, w1, w2, *rest = ctx.saved_tensors
     norms, slopes, (u, *counts) = Norms(*rest[:8]), Slopes(*rest[8:10]), rest[10:]
     s, stats, needs = ctx.settings, ctx.stats, ctx.needs_input_grad
@@ -121,7 +121,7 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     if through_conv:
         u = dense(library_conv(data, w1, s)) if u is None else u
     elif fused and u is None and stats.cross_processes():
-        u = dense(library_conv(data, w1, s))  # once, for all calls of ghost_backward
+        u = dense(library_conv(data, w1, s))  # computed once for all calls of ghost_backward
     if stats.cross_processes():
         grad_out = grad_out.contiguous(memory_format=memory_format(data))
     weight, n = contiguous(w1) if fused else None, Norms(*map(contiguous, norms))
@@ -168,7 +168,7 @@ def _fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 def _needs_mask(needs: Sequence[bool], through_conv: bool, w2: Tensor) -> int:
     """The mask of ``NEEDS`` for the inputs of ``GhostModuleFunction`` that need a gradient.
 
-    through_conv: the operator gets u as its x, and no w1.
+    through_conv: u is the x of the operator, and there is no w1.
     """
     n = NEEDS
     mask = n.NORM1 if needs[3] or needs[4] else 0
@@ -199,8 +199,13 @@ def _over_processes(
 ) -> list[Tensor | None]:
     """The results of ``ghost_backward`` with means over all processes.
 
-    Parameter gradients are those of this process. Only the mask decides whether a norm has a
-    collective, never the batch of this process, so that all processes take part.
+    The gradients of parameters are sums over the batch of this process. The mask alone decides
+    whether a norm has a collective, not the batch of this process; therefore all processes join it.
+
+    Args:
+        call: ``ghost_backward`` with all arguments but needs, means1 and means2.
+        mask: the needed gradients.
+        count1, count2: values per channel in all processes; None if the norm does not cross them.
     """
     n = NEEDS
     results: list[Tensor | None] = [None] * 9
@@ -233,7 +238,7 @@ def gradient(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | N
 
 
 def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Backward that can be differentiated again, through the reference formula."""
+    """The gradients by ``ghost_formula``, which can be differentiated again."""
     *tensors, _, _, _ = ctx.saved_tensors
     settings, stats = ctx.settings, ctx.stats
 
@@ -245,7 +250,7 @@ def _differentiable_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None,
 
 
 def _without_stats(norms: Norms, stats: Statistics) -> Norms:
-    """norms without the mean and var of a norm that uses the batch's statistics."""
+    """norms with mean and var None for each norm that uses the statistics of the batch."""
     if stats.batch1:
         norms = norms._replace(mean1=None, var1=None)
     return norms._replace(mean2=None, var2=None) if stats.batch2 else norms
@@ -264,8 +269,19 @@ def run(
 ) -> Tensor:
     """The Ghost module on checked arguments, by the path that grad mode and autocast require.
 
-    The mean and var of norms are the running statistics, or None; a norm that uses the batch's
-    statistics updates them.
+    Args:
+        x: [N, C, H, W].
+        w1, w2: as in ``ghost_formula``.
+        norms: mean and var are the running statistics, or None. They are updated for a norm that
+            uses the statistics of the batch.
+        update1, update2: how they are updated.
+
+    Returns:
+        [N, out_channels, Ho, Wo].
+
+    Raises:
+        RuntimeError: a norm crosses processes under a torch.func transform or forward-mode
+            differentiation.
     """
     if w2.size(0) == 0:  # there is no second norm
         stats = stats._replace(batch2=stats.batch1, group2=None)
@@ -338,8 +354,8 @@ def _update_both(
 
     Args:
         found: mean1, var1, mean2, var2 of the batch.
-        values: values of a channel in this process.
-        counts: values of a channel in all processes, for each norm that crosses processes.
+        values: values per channel in this process.
+        counts: values per channel in all processes, for each norm that crosses processes.
     """
     nothing, left = RunningUpdate(), list(counts)
     for group, norm, stat, update in (
@@ -356,11 +372,11 @@ def _update_both(
 
 
 def _with_constants(settings: Settings) -> Settings:
-    """settings with floats that are constants of the graph that is being compiled.
+    """settings with floats that are constants of the graph under compilation.
 
-    With dynamic shapes a float is a symbol, made inside of the first autograd function that uses it
-    and unknown to the next one ("lift_tracked_freevar_to_input"). Hashing a symbol, as the element
-    of a set, makes dynamo guard on its value and replace it by a constant.
+    With dynamic shapes dynamo makes a float a symbol. The symbol belongs to the first autograd
+    function that uses it, and dynamo fails in the next one ("lift_tracked_freevar_to_input"). If a
+    symbol is hashed, as the element of a set, dynamo guards its value and makes it a constant.
     """
     names = ("eps1", "eps2", "slope1", "slope2")
     numbers = {}

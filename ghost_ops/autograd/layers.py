@@ -1,12 +1,12 @@
 """Depthwise convolutions with batch norm, and squeeze-and-excitation, in training.
 
-For the native kernels of ``ops.depthwise`` and ``ops.gate``; PyTorch's layers compute the rest.
-Saved for backward:
+These functions run the native kernels of ``ops.depthwise`` and ``ops.gate``. If there is no kernel,
+the caller runs PyTorch's layers. Saved for backward:
 
 - depthwise convolution, batch norm and activation: x and the statistics per channel. Backward
   recomputes the result of the convolution.
-- squeeze-and-excitation: x, the means and the hidden values, a few numbers an image. For contiguous
-  (NCHW) float32 and float64 only.
+- squeeze-and-excitation: x, the means and the hidden values, a few numbers per image. For
+  contiguous (NCHW) float32 and float64 only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _aten = torch.ops.aten
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether the device and dtype of x and the modes of PyTorch allow the kernels of training."""
+    """Whether the training kernels can run: device and dtype of x and modes of PyTorch allow it."""
     return (
         x.device.type == "cpu"
         and x.dim() == 4
@@ -59,7 +59,7 @@ def can_train(x: Tensor, *weights: Tensor) -> bool:
 
 
 class DepthwiseSettings(NamedTuple):
-    """Numbers of the layer. Without ``batch_stats``, a mean means that there is a norm."""
+    """Numbers of the layer. If batch_stats is False, there is a norm only if mean is given."""
 
     stride: int
     eps: float
@@ -160,8 +160,8 @@ def depthwise(
         update: of the running statistics.
 
     Returns:
-        [N, C, Ho, Wo], differentiable. None if the kernels do not compute it; nothing is changed
-        then.
+        [N, C, Ho, Wo], differentiable. None if the kernels cannot compute it; in this case no
+        running statistic has changed.
     """
     s, wide, channels = settings, compute_dtype(x.dtype), (weight.size(0),)
     to = autocast_dtype("cpu")
@@ -201,12 +201,13 @@ def _gate_formula(
 
 
 class SqueezeExciteFunction(torch.autograd.Function):
-    """x * gate(expand(act(reduce(mean of x)))), differentiable twice.
+    """x * gate(e) with e = expand(act(reduce(mean of x over pixels))), differentiable twice.
 
-    With g the gradient, e the input of the gate's function and P pixels::
+    Inputs: x [N, C, H, W]; w1 [R, C, 1, 1], b1 [R]: reduce; w2 [C, R, 1, 1], b2 [C]: expand; act,
+    slope; code of the gate's function. With g the gradient at the output and P = H * W::
 
         de = gate'(e) * sum over pixels of g * x
-        dx = g * gate + (the gradient of the mean, from de) / P
+        dx = g * gate(e) + (gradient at the mean, from de) / P
     """
 
     @staticmethod

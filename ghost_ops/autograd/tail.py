@@ -1,13 +1,13 @@
 """Training of a Ghost module whose batch norm and activation follow the concatenation.
 
-From the primary convolution's output y on::
+With y the output of the primary convolution::
 
     v   = depthwise(y, w2)
     out = act(bn(concat(y, v)[:, :out_channels]) + residual)        the residual is optional
 
-Ghost-ResNet has this form. The CPU has native kernels, forward and backward; y comes from PyTorch's
-convolution. Saved for backward are y, residual, the parameters and the statistics per channel, but
-neither the concatenation nor the output of the norm.
+Ghost-ResNet has this form. PyTorch's convolution computes y. Native kernels on the CPU compute the
+rest, forward and backward. Saved for backward are y, residual, the parameters and the statistics
+per channel, but neither the concatenation nor the output of the norm.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .ghost import gradient
 
 
 class Norm(NamedTuple):
-    """Tensors [out_channels] of the batch norm, or None; the statistics are the running ones."""
+    """Tensors [out_channels] of the batch norm, or None; mean and var: the running statistics."""
 
     gamma: Tensor | None
     beta: Tensor | None
@@ -74,7 +74,7 @@ def tail_formula(
         y: [N, m, H, W].
         w2: [g, 1, d, d].
         residual: [N, out_channels, H, W], or None.
-        momentum: share of the batch's statistics in the running ones, which are updated.
+        momentum: share of the batch's statistics in the running statistics, which are updated.
     """
     n, s = norm, settings
     v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
@@ -166,10 +166,10 @@ def ghost_tail(
     settings: TailSettings,
     update: RunningUpdate,
 ) -> Tensor:
-    """``tail_formula`` by the path that grad mode and autocast require, if ``has_kernel``.
+    """``tail_formula`` by the path that grad mode and autocast require. Requires ``has_kernel``.
 
-    With the batch's statistics, mean and var of norm are the running ones to update, or None.
-    PyTorch computes the cases without a kernel, such as an empty batch.
+    If ``settings.batch_stats``, mean and var of norm are the running statistics to update, or None.
+    Cases that the kernels do not compute, such as an empty batch, run in plain PyTorch.
     """
     if autocast_dtype("cpu") is not None:
         with torch.autocast("cpu", enabled=False):
@@ -197,7 +197,7 @@ def ghost_tail(
 def _fits(
     y: Tensor, w2: Tensor, norm: Norm, residual: Tensor | None, settings: TailSettings
 ) -> bool:
-    """Whether the kernels compute this call; otherwise PyTorch's layers do, or raise."""
+    """Whether the kernels compute this call."""
     dtypes, size = (y.dtype, compute_dtype(y.dtype)), (settings.out_channels,)
     n, _, h, w = y.shape
     return (

@@ -1,4 +1,4 @@
-"""Which implementation runs: the choice among the backends, by device and dtype.
+"""The choice of the backend that runs, by device and dtype.
 
 A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok, reason)``:
 
@@ -6,10 +6,10 @@ A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok
 ``triton``  fused kernels for GPUs that Triton compiles at run time
 ``eager``   plain PyTorch operators
 
-The request is one of the names or ``"auto"``: the first backend that can run, without Triton on a
-CPU, where Triton only has an interpreter. It comes from the environment variable GHOST_OPS_BACKEND;
-:func:`use_backend` changes it. An explicit request that cannot be met raises an error; ``"auto"``
-falls back to eager and warns once.
+The request is a name, or ``"auto"`` for the first backend of this list that can run (except Triton
+on a CPU, where it is only an interpreter). The environment variable GHOST_OPS_BACKEND sets the
+request, and :func:`use_backend` changes it. If an explicitly requested backend cannot run,
+``select`` raises; ``"auto"`` falls back to eager and warns once.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _select(request: str, device_type: str, dtype: torch.dtype) -> str:
     return found if found is not None else _choose(request, device_type, dtype)
 
 
-# torch.compile makes the choice a constant of the graph and guards on `_requested` alone. This line
-# does the same as torch.compiler.assume_constant_result, without importing the compiler.
+# For torch.compile the result is a constant of the graph, guarded by `_requested` only. This line
+# has the effect of torch.compiler.assume_constant_result, without an import of the compiler.
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -107,17 +107,17 @@ def _announce(device_type: str, reason: str) -> None:
 
 
 class use_backend:
-    """Request a backend: as a plain call until further notice, or in a ``with`` block.
+    """Request a backend: a plain call until the next request, a ``with`` statement for its block.
+
+    The request holds for the whole process, because autograd runs backward passes in other threads.
 
     Args:
         name: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``.
 
-    The request holds for the whole process: autograd runs backward passes in other threads.
-
     Raises:
-        ValueError: ``name`` is none of these.
+        ValueError: ``name`` is another string.
         RuntimeError: ``name`` is ``"native"`` and no native library can be loaded, or ``"triton"``
-            and it can run on no device here.
+            and Triton can run on no device of this machine.
     """
 
     def __init__(self, name: str) -> None:
@@ -157,9 +157,15 @@ class Row(NamedTuple):
 
 
 def status(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
-    """The backend that the present request gives for every device and dtype, with the reason.
+    """The backend that the present request selects for every device and dtype, with the reason.
 
-    Warns and raises nothing: a request that cannot be met reads ``backend="none"``.
+    Does not warn or raise: if the requested backend cannot run, the row has ``backend="none"``.
+
+    Args:
+        devices: device types.
+
+    Returns:
+        One row for each device and dtype.
     """
     return [_row(device, dtype) for device in devices for dtype in DTYPES]
 

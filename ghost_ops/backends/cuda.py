@@ -18,7 +18,7 @@ _state: tuple[bool, str] | None = None
 
 
 def load() -> bool:
-    """Load the library, which registers its kernels; whether that worked. See ``reason``."""
+    """Load the library, which registers its kernels. Returns whether it is loaded."""
     global _state
     if _state is None:
         _state = _try_load()
@@ -56,7 +56,11 @@ def _gpu_without_kernels() -> str | None:
 
 
 def _runs_on(capability: tuple[int, int], major: int, minor: int, is_ptx: bool) -> bool:
-    """Machine code runs on its generation from its version on; PTX on all later generations."""
+    """Whether code for (major, minor) runs on a GPU.
+
+    Machine code runs on GPUs of the same major version with an equal or higher minor version; PTX
+    runs on GPUs of an equal or higher version.
+    """
     if is_ptx:
         return (major, minor) <= capability
     return major == capability[0] and minor <= capability[1]
@@ -67,14 +71,14 @@ PTX, MACHINE_CODE = 1, 2
 
 
 def _built_for(path: Path) -> Iterator[tuple[int, int, bool]]:
-    """(major, minor, is PTX) of all GPU code in a library; empty if this function finds none.
+    """(major, minor, is PTX) of each piece of GPU code in a library that this function finds.
 
     nvcc writes a "fat binary" for each source: a header (magic, version, its size, size of the
     entries) and entries (kind, version, size of the entry's header, size of its code, ..., and at
     byte 28 the architecture).
     """
     if path.stat().st_size == 0:
-        return  # cannot be mapped
+        return  # an empty file cannot be mapped
     magic = struct.pack("<I", FATBIN_MAGIC)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(magic)
@@ -92,7 +96,7 @@ def _built_for(path: Path) -> Iterator[tuple[int, int, bool]]:
 
 
 def _try_load() -> tuple[bool, str]:
-    # Without a CUDA torch the loader would only report missing libraries.
+    # With a torch built without CUDA, the loader's error would only list missing libraries.
     if torch.version.cuda is None:
         return False, (
             f"torch {torch.__version__} is a build without CUDA; install a CUDA build of PyTorch"

@@ -15,7 +15,7 @@ name = "native"
 
 # Dispatch keys by device type.
 DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
-# The operators of the Ghost module. The backend runs on a device that has a kernel for each.
+# The operators of the Ghost module. The backend runs on a device only if all have a kernel for it.
 OPS = (
     "ghost_pack",
     "ghost_apply",
@@ -41,7 +41,7 @@ def load() -> bool:
 
     Raises:
         ValueError: GHOST_OPS_CPU_ISA or GHOST_OPS_CPU_MACHINE holds a value that is not allowed.
-        RuntimeError: GHOST_OPS_CPU_ISA asks for instructions that this processor or build lacks.
+        RuntimeError: this processor or build lacks the instruction set of GHOST_OPS_CPU_ISA.
     """
     global _library, _reason
     if _library is None and _reason is None:
@@ -63,7 +63,7 @@ def load() -> bool:
 
 
 def library() -> ModuleType:
-    """The module ``ghost_ops._C``. Raises RuntimeError with the reason if it is not there."""
+    """The module ``ghost_ops._C``. Raises RuntimeError with the reason if it cannot be loaded."""
     if not load():
         raise RuntimeError(f"the native CPU library is not available: {_reason}")
     assert _library is not None

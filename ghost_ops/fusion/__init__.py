@@ -1,9 +1,9 @@
 """Fused modules: a module's forward is read, matched with a formula, and computed by fused ops.
 
-The words, each with one meaning:
+Terms:
 
 - *guard*: a condition that must hold for a cached result to be valid. A guard *fails* if an
-  attribute, global variable, child, hook, tensor or mode is no longer what it was.
+  attribute, global variable, child, hook, tensor or mode has changed.
 - ``Record``: the guards on everything that a forward read, as data that refers to no module.
 - ``Watch``: a record's guards bound to one module; ``unchanged`` checks all of them, in C.
 - ``State``: record, watch and matched parts of a module; made again after a guard failed.
@@ -18,7 +18,7 @@ The modules in the order of their imports; each imports earlier ones only:
 ``guards``                      ``Record`` and ``Refusal``
 ``code``                        static facts about bytecode
 ``symbols``                     ``Symbol`` and ``Node``: the expression that a forward computes
-``stand_in``, ``functions``     what a forward sees, and which functions it runs, while it is read
+``stand_in``, ``functions``     for reading: stand-ins of modules; the functions that a forward runs
 ``read``                        ``read``: follow a forward
 ``cached_call``                 ``CachedCall``
 ``graph``                       the operator for compiled graphs
@@ -32,7 +32,7 @@ The modules in the order of their imports; each imports earlier ones only:
 ``expression``                  convolutions, Ghost modules and sums as one operator of the CPU
 ``network``                     GhostNets
 ``check``, ``timing``           for ``fuse``: compare the numbers once; measure the speed
-``graphed``                     CUDA graphs of whole models; uses ``watch`` and ``guards`` only
+``graphed``                     CUDA graphs of whole models; imports ``watch`` and ``guards`` only
 ==============================  ==================================================================
 
 The calls from ``FusedGhostModule.forward`` to the operator:

@@ -9,16 +9,16 @@ are packed once, and the epilogue of the second Ghost module adds the shortcut::
     out = ghost2(y) + shortcut                       one op
 
 A shortcut other than the identity is one more depthwise op and one 1x1 convolution (a Ghost module
-of ratio 1). ghost2 adds it too; adding in the 1x1 convolution would move as many bytes: three maps
-of the output's size either way.
+of ratio 1), whose result ghost2 adds. The other order, in which the 1x1 convolution adds the result
+of ghost2, would move the same bytes: three maps of the output's size.
 
-On a CPU all of this is one ``Program``. On a GPU the gate is an op of its own,
-``ghost_ops::squeeze_excite_gate``. It starts from the sums that the depthwise op makes, if there is
-one; ghost2 multiplies y by the gate as it reads y, and the gated map is never written.
+On a CPU all of this is one ``Program``. On a GPU the gate is a separate op,
+``ghost_ops::squeeze_excite_gate``. Its input is the sums of the depthwise op, if there is one.
+ghost2 multiplies y by the gate while it reads y, so the gated map is never written.
 
-In training a bottleneck is the composition of its children. On a CPU the depthwise convolutions
-with their norms and the gate are fused functions too (``autograd.layers``), and the shortcut's 1x1
-convolution with its norm is a Ghost module of ratio 1.
+In training a bottleneck calls its children one after the other. On a CPU the depthwise convolutions
+with their norms, and the gate, are fused functions too (``autograd.layers``); the shortcut's 1x1
+convolution with its norm runs as a Ghost module of ratio 1.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Bottleneck:
 
     Attributes:
         ghosts: the two Ghost modules, which are called in training.
-        ghost1, ghost2: the parts of these.
+        ghost1, ghost2: the parts of these two modules.
         dw: the depthwise convolution between them, or None.
         gate: the squeeze-and-excitation between them, or None.
         shortcut: a depthwise and a 1x1 convolution; None for the identity.
@@ -141,7 +141,7 @@ class PackedBottleneck:
         self.ghost2 = PackedGhost(parts.ghost2, backend)
         self.dw = PackedDepthwise(parts.dw) if parts.dw is not None else None
         self.gate = PackedGate(parts.gate) if parts.gate is not None else None
-        # Whether the gate is an op of its own, without the product.
+        # Whether an op computes the gate alone, without the product of the gate and y.
         self.makes_gate = self.gate is not None and ops.on_gpu(parts.first.weight)
         self.shortcut: tuple[PackedDepthwise, PackedGhost] | None = None
         if parts.shortcut is not None:
@@ -158,7 +158,7 @@ class PackedBottleneck:
         )
 
     def program(self) -> Program:
-        """The whole bottleneck."""
+        """The program of the whole bottleneck."""
         program = Program()
         x, y = 0, self.ghost1.add_to(program, 0)
         if self.dw is not None:
@@ -273,7 +273,7 @@ def match_bottleneck(reading: Reading) -> BottleneckForm:
     """The bottleneck that a reading's forward computes.
 
     Raises:
-        Refusal: it does not compute one.
+        Refusal: the forward computes no bottleneck.
     """
     out = reading.out
     if out.op != "add" or len(out.inputs) != 2:
@@ -292,7 +292,7 @@ def match_bottleneck(reading: Reading) -> BottleneckForm:
 def _match_first_half(
     reading: Reading, ghost2: GhostForm, path2: Path, node: Node, short: Node
 ) -> BottleneckForm:
-    """Match what comes before ``ghost2``, whose input is ``node``, and the shortcut ``short``."""
+    """The bottleneck whose second Ghost module reads ``node``, and adds the shortcut ``short``."""
     gate = dw = None
     found = find_gate(reading, node)
     if found is not None:
@@ -316,7 +316,11 @@ def _match_first_half(
 
 
 def _match_module(reading: Reading, node: Node) -> tuple[GhostForm, Path, Node]:
-    """The Ghost module that computes a node and has a module of its own: form, path, input."""
+    """(form, path, input node) of the module that computes a node and is a Ghost module.
+
+    Raises:
+        Refusal: no Ghost module computes the node, or no single child module does.
+    """
     form, x = match_ghost(reading, node)
     if form.cheap is None:
         raise Refusal("a Ghost module inside it has a ratio of 1")

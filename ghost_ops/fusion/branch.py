@@ -23,7 +23,7 @@ class Branch(NamedTuple):
     """act(bn(conv(x))), bound to its layers.
 
     Attributes:
-        conv, bn, prelu: the layers; None if there is none.
+        conv, bn, prelu: the layers; bn and prelu may be None.
         act, slope: code and slope of the activation, as in ``activations``.
         padding: of the convolution, as two numbers.
         modules: all modules that the branch calls.
@@ -56,13 +56,14 @@ class Branch(NamedTuple):
     def norm(
         self, weight: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """gamma, beta, mean and var of the norm; without a norm, those of the identity.
+        """gamma, beta, mean and var [out_channels] of the norm; without a norm, of the identity.
 
-        The convolution's bias is part of beta. The batch's statistics cancel a bias, so beta then
-        gets bias * 0: it passes NaN and infinity on, and its gradient is zero.
+        beta includes the convolution's bias. Statistics of the batch cancel a bias; in this case
+        beta includes bias * 0, which propagates NaN and infinity and has gradient zero.
 
         Args:
-            weight: of the convolution; an argument because it may be computed at every access.
+            weight: of the convolution. An argument, because a parametrised weight is computed at
+                each access.
         """
         bn, bias = self.bn, self.conv.bias
         if bn is None:
@@ -94,7 +95,7 @@ class Branch(NamedTuple):
         return RunningUpdate(bn.momentum, batches)
 
     def add_bias_to_running_mean(self) -> None:
-        """Complete the running mean after a training step that was computed without the bias."""
+        """Add the bias's share to the running mean, after a training step without the bias."""
         bn, bias = self.bn, self.conv.bias
         if bn is None or bias is None or bn.running_mean is None:
             return
@@ -161,7 +162,7 @@ def layer_at(
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
-    """A convolution's padding as numbers. Raises ``Refusal`` if the two sides differ."""
+    """A convolution's padding as numbers. Raises ``Refusal`` if opposite sides differ."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding != "same":
@@ -205,7 +206,7 @@ def why_not_together(layers: tuple[nn.Module, ...]) -> str:
 
 
 def called(reading: Reading, *nodes: Node) -> tuple[Path, ...]:
-    """The modules whose calls gave these results, without those that returned their input."""
+    """The modules whose calls returned these nodes, without modules that return their input."""
     return tuple(c.path for node in nodes for c in reading.calls.get(node, ()) if c.x is not node)
 
 

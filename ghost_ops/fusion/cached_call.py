@@ -1,8 +1,8 @@
 """``CachedCall``: an operator and its packed arguments, run only if every guard holds.
 
-Written in Python, the guards of a module in eval mode take as long as a small module's arithmetic.
-The compiled library has the same class in C; ``make_cached_call`` returns that one if the library
-is loaded.
+In Python the check of a module's guards takes as long as the arithmetic of a small module.
+Therefore the compiled library has the same class in C (``csrc/python/cached_call.cpp``);
+``make_cached_call`` makes an instance of it if the library is loaded.
 """
 
 from __future__ import annotations
@@ -94,6 +94,6 @@ class CachedCall:
 
 
 def make_cached_call(**arguments: Any) -> CachedCall:
-    """A ``CachedCall``: the compiled library's if that is loaded."""
+    """A ``CachedCall``, of the compiled class if the native library is loaded."""
     kind: type[CachedCall] = native.library().CachedCall if native.load() else CachedCall
     return kind(**arguments)

@@ -1,9 +1,9 @@
-"""Compares the fused ops with a module's own forward, by numbers, on a copy of it in float64.
+"""Compares the outputs of the fused ops and of a module's own forward, on a float64 copy.
 
-``read`` and the match prove that a module computes the formula; this is a second, independent
-check. ``fuse`` runs it once for each module: with random parameters and statistics, in eval mode at
-three sizes, and in training mode. The model itself is neither run nor changed, and PyTorch's random
-generator is not used.
+``read`` and the match prove that a module computes the formula; this comparison is a second,
+independent check. ``fuse`` runs it once for each module: with random parameters and statistics, in
+eval mode at three sizes, and in training mode at one. The model itself is neither run nor changed,
+and PyTorch's global random generator is not used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _one_at_a_time = threading.Lock()  # the number of threads is a setting of the p
 
 
 def compare(kind: type[Fused], module: nn.Module, form: Form, record: Record) -> None:
-    """Raise ``Refusal`` if a module's form does not compute what its forward does.
+    """Raise ``Refusal`` if the form and the forward of a module have different outputs.
 
     Args:
         kind: the fused class for the module.
@@ -53,7 +53,7 @@ def _compare_modes(kind: type[Fused], module: nn.Module, form: Form, record: Rec
     gen = torch.Generator().manual_seed(0)
     copy = _clone(module, gen, {})
     parts = form.bind(copy)
-    # A forward that reads its mode was read in eval mode only.
+    # The form of a forward that reads ``training`` is valid in eval mode only.
     one_mode = any(name == "training" for one in record.modules for name, _ in one.own)
     errors: list[Exception] = []
     ran = 0
@@ -120,7 +120,7 @@ def _clone(module: nn.Module, gen: torch.Generator, memo: dict[int, Any]) -> Any
         return memo[id(module)]
     kind = plain_kind(module)
     if kind in NORMS:  # not a subclass, which may compute something else
-        kind = nn.BatchNorm2d  # SyncBatchNorm would wait for processes that do not compare
+        kind = nn.BatchNorm2d  # SyncBatchNorm would wait for processes that do not run this check
     copy = memo[id(module)] = object.__new__(kind)
     copy.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():

@@ -1,4 +1,4 @@
-"""Static facts about a function's bytecode: its origin, the globals it reads, what it stores."""
+"""Static analysis of a function's bytecode: its origin, the globals it reads, its stores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_users(code: types.CodeType) -> bool:
 
 
 def is_pure(function: Any) -> bool:
-    """Whether a C function has no effect, and a result that depends on its arguments alone."""
+    """Whether a C function has no side effect and its result depends on its arguments only."""
     if getattr(function, "__module__", None) == "builtins":
         return function.__name__ in _PURE_BUILTINS
     if getattr(function, "__module__", None) == "math":

@@ -56,7 +56,7 @@ class PackedDepthwise:
 
     Attributes:
         weight: [C, 1, k, k], contiguous.
-        taps_first: the same values in memory as [k, k, C], the order in which channels_last reads.
+        taps_first: the values of weight, with memory [k, k, C], for kernels in channels_last.
         shift: [C].
         arguments: stride, act and slope.
     """
@@ -76,9 +76,9 @@ class PackedDepthwise:
         return ops.depthwise_conv(x, weight, self.shift, *self.arguments)
 
     def add_to(self, program: Program, x: int) -> int:
-        """Add the branch to a program: the number of its output for the value x."""
+        """Add the branch to a program, for the value number x. Returns the number of the output."""
         return program.depthwise(x, self.weight, self.taps_first, self.shift, self.arguments)
 
     def with_sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and its sums over pixels."""
+        """As ``depthwise_conv_sums``: the output, and its sums over pixels [N, parts, C]."""
         return ops.depthwise_conv_sums(x, self.weight, self.shift, *self.arguments)

@@ -1,22 +1,23 @@
 """Modules of convolutions, Ghost modules, sums and concatenations as one operator of the CPU.
 
-Such a module is anything from one convolution with batch norm and activation to a whole network:
-a residual block of Ghost-ResNet, Ultralytics' C3Ghost, a GhostNet with stem and head. The
-expression of its forward (``read``) becomes a list of steps, and each step one instruction of a
-``Program``::
+The module may be one convolution with batch norm and activation, a whole network, or anything
+between: a residual block of Ghost-ResNet, Ultralytics' C3Ghost, a GhostNet with stem and head.
+``read`` gives the expression of its forward. This file turns the expression into a list of steps,
+and each step into one instruction of a ``Program``::
 
-    ghost       a Ghost module, or a convolution (ratio 1), with norm and activation; if its only
-                use is a sum, the other term is its residual. A linear layer, on vectors
+    ghost       a Ghost module, or a convolution (ratio 1), with norm and activation; if its result
+                is used by one sum only, the other term of the sum is its residual. Also a linear
+                layer, on vectors
     depthwise   a depthwise convolution with norm and activation
-    excite      x times its squeeze-and-excitation
+    excite      x times its squeeze-and-excitation gate
     sum         act(a + b), or act(a)
-    concat      along channels
-    mean        over pixels; later values have one vector an image
-    flatten     the same values as [N, C]
+    concat      concatenation along channels
+    mean        mean over pixels: one vector per image
+    flatten     the vectors as [N, C]
 
-This needs eval mode without gradients, on a CPU with native kernels. With gradients on such a CPU,
-a residual block whose batch norms follow its concatenations runs its Ghost modules with the
-operator ``ghost_tail``. In every other case the module's own forward runs.
+The program runs in eval mode without gradients, on a CPU with native kernels. With gradients on
+such a CPU, a residual block whose batch norms follow its concatenations runs its Ghost modules with
+the operator ``ghost_tail``. In every other case the module's own forward runs.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Step(NamedTuple):
     """One instruction, before it is bound to modules.
 
     Attributes:
-        op: as in the table above.
-        values: the numbers of its inputs: 0 is the module's input, k the result of step k - 1.
+        op: a name of the table in this file's docstring.
+        values: the numbers of its inputs: 0 is the module's input, k the result of steps[k - 1].
         form: the paths of its layers; for a sum, (code, slope) of its activation.
     """
 
@@ -64,13 +65,14 @@ class Step(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The shape of a value as far as it is known without the input's size.
+    """The part of a value's shape that does not depend on the input's size.
 
     Attributes:
         channels: C.
-        pixels: (base, stride, stride): two values with equal ``pixels`` have equal height and
-            width for every input. None: a vector.
-        flat: the vector is [N, C], not [N, C, 1, 1].
+        pixels: (base, vertical stride, horizontal stride) relative to the module's input. Two
+            values with equal ``pixels`` have equal height and width for every input. None: the
+            value is one vector per image.
+        flat: the vectors are [N, C], not [N, C, 1, 1].
     """
 
     channels: int
@@ -90,7 +92,7 @@ class Shape(NamedTuple):
         for i, (pad, k, d) in enumerate(zip(padding, conv.kernel_size, conv.dilation, strict=True)):
             strides[i] *= conv.stride[i]
             if 2 * pad != d * (k - 1):
-                base = object()  # the size has no known relation to that of other maps
+                base = object()  # unequal to every other base: the size may differ
         return Shape(out_channels, (base, *strides))
 
 
@@ -115,7 +117,7 @@ class Expression:
         self.dw_size = max((ghost.dw_size for ghost in ghosts), default=1)
 
     def check(self, x: Tensor) -> None:
-        """Does nothing: an x that does not fit goes to the module's own forward."""
+        """Does nothing: for an x that does not fit, the module's own forward runs."""
 
     def why_not_packed(self) -> str:
         """Why the steps cannot be packed in their present modes; empty if they can."""
@@ -129,16 +131,17 @@ class Expression:
         return why_not_together(self.layers) or next(filter(None, (*reasons, *shapes)), "")
 
     def run(self, x: Tensor) -> str:
-        """Always the module's own forward, without a warning."""
+        """An empty reason: the module's own forward runs, without a warning."""
         return ""
 
     def can_run_tail_ops(self, x: Tensor) -> bool:
         """Whether ``run_tail_ops`` computes the module on x.
 
-        It computes Ghost modules whose norm follows the concatenation, convolutions and sums.
+        ``run_tail_ops`` supports convolutions, sums, and Ghost modules whose batch norm follows the
+        concatenation.
         """
         if autocast_dtype(x.device.type) not in (None, x.dtype):
-            return False  # under autocast the dtype of a sum depends on whether it is in place
+            return False  # under autocast a sum in place and a new sum have different dtypes
         ghosts = [part for part in self.parts if isinstance(part, Ghost)]
         sums = sum(step.op == "sum" for step in self.steps)
         tails = [ghost.can_run_tail_op(x) for ghost in ghosts if ghost.cheap is not None]
@@ -146,19 +149,19 @@ class Expression:
             return False
         if any(map(_why_not_shape, self.layers)):
             return False
-        # A layer in two steps, or in a step that runs twice, would update its statistics twice.
+        # A layer in two steps would update its running statistics twice.
         return len({id(layer) for layer in self.layers}) == len(self.layers)
 
     def run_tail_ops(self, x: Tensor) -> Tensor | str:
         """The output, differentiable; or a reason, as in ``state.Parts.run``."""
         values, uses = [x], Counter(value for step in self.steps for value in step.values)
-        done = False  # the previous step has computed this step's activation
+        done = False  # the previous step has applied the activation of this step
         for number, (step, part) in enumerate(zip(self.steps, self.parts, strict=True), 1):
             given = [values[value] for value in step.values]
             other = given[1] if len(given) > 1 else None
             out: Tensor | str
             if isinstance(part, Ghost) and part.cheap is not None:
-                # Whether the next step is only the activation of this sum.
+                # If the next step is only the activation of this sum, it is applied here.
                 then = self.steps[number] if number < len(self.steps) else None
                 ends = then is not None and (then.op, then.values) == ("sum", (number,))
                 done = ends and other is not None and uses[number] == 1
@@ -176,19 +179,20 @@ class Expression:
         return values[-1]
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
-        """An operator, and its arguments after a dense x that fits."""
+        """As ``state.Parts.pack``."""
         parts = [_pack(part, backend) for part in self.parts]
         if len(parts) == 1 and isinstance(parts[0], PackedGhost):
             return parts[0].operator, (parts[0].packed, None, *parts[0].arguments)
         return self._program(parts).packed()
 
     def _program(self, parts: list[Any]) -> Program:
-        """The program of packed parts."""
+        """The program that computes the steps with packed parts."""
         program = Program()
-        # Networks are faster in channels_last. A module with a map as its result keeps x's layout.
+        # Networks run faster in channels_last. If the result is a map, it keeps the layout of x.
         vector = self.result.pixels is None
         numbers = [program.channels_last(0) if vector else 0]
-        uses: Counter[int] = Counter()  # of a value's memory, which a flattened value shares
+        # Uses of the memory of each value; a flattened value shares the memory of its input.
+        uses: Counter[int] = Counter()
         owners = list(range(len(self.steps) + 1))
         for number, (op, values, _) in enumerate(self.steps, 1):
             if op == "flatten":
@@ -205,14 +209,14 @@ class Expression:
             elif op == "excite":
                 made = program.excite(x, part.tensors, part.arguments)
             elif op == "sum":
-                # Never the input: a convolution takes it too.
+                # This is false for the module's input, because ``first`` takes the input too.
                 in_place = uses[owners[values[0]]] == 1
                 made = program.sum(x, other, part, in_place=in_place)
             elif op == "concat":
                 made = program.concat((x, *others))
             elif op == "mean":
                 made = program.mean(x)
-            else:  # flatten: the same values
+            else:  # flatten: the same memory
                 made = x
             numbers.append(made)
         if vector:
@@ -233,7 +237,7 @@ class Expression:
 
 
 def _layers(part: Any) -> tuple[nn.Module, ...]:
-    """The modules with parameters of a part."""
+    """The modules of a part that have parameters."""
     if isinstance(part, Gate):
         return part.reduce, part.expand
     if isinstance(part, nn.Linear):
@@ -242,7 +246,7 @@ def _layers(part: Any) -> tuple[nn.Module, ...]:
 
 
 def _why_not_shape(layer: nn.Module) -> str:
-    """Why a layer's weight has a shape other than its attributes say; empty if it has not."""
+    """Why the shape of a weight or bias does not match the layer's attributes; empty if it does."""
     if isinstance(layer, nn.Conv2d):
         want = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     elif isinstance(layer, nn.Linear):
@@ -310,7 +314,7 @@ class ExpressionForm(NamedTuple):
         return Expression(self.steps, parts, shapes[-1])
 
     def shape(self, module: nn.Module) -> None:
-        """None: an expression is no operator of compiled graphs."""
+        """None: compiled graphs have no operator for an expression."""
         return None
 
 
@@ -373,12 +377,12 @@ def match_expression(reading: Reading) -> ExpressionForm:
 
 
 class _Matcher:
-    """Makes steps of the nodes of a reading."""
+    """Turns the nodes of a reading into steps."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
         self.layers = {one.path: dict(one.own) for one in reading.record.modules}
-        self.uses: Counter[Node] = Counter()  # the number of operations that take a node
+        self.uses: Counter[Node] = Counter()  # uses of each node as an input
         seen, todo = {reading.out}, [reading.out]
         while todo:
             for node in todo.pop().inputs:
@@ -455,7 +459,10 @@ class _Matcher:
         return "ghost", (x,), GhostForm(branch, None, None, None, ())
 
     def match_sum(self, node: Node) -> tuple[str, tuple[Node, ...], Any] | None:
-        """A sum as a Ghost module or convolution with a residual; None if no term is one."""
+        """The step of a sum as a Ghost module or convolution with a residual.
+
+        None if no term of the sum is a Ghost module or convolution that only this sum uses.
+        """
         for main, short in (node.inputs, node.inputs[::-1]):
             if self.uses[main] == 1 and main is not short:
                 op, inputs, form = self.find_layers(main) or ("", (), None)

@@ -1,8 +1,8 @@
 """The functions that a forward runs while it is read, and the variables that they read.
 
-A profile function sees every call. Of a user's function it records the code, defaults, cells and
-global variables. It refuses calls whose result could differ the next time, and values that can
-change without another object taking their place.
+A Python profile function receives every call. For each function of the user it records the code,
+defaults, cells and global variables. It refuses a call whose result could differ the next time, and
+a mutable value: a guard compares objects, and so does not detect a change inside of an object.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _CONSTANTS = (
     *(torch.dtype, torch.device, torch.memory_format, torch.Size),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType),
 )
-# Called by PyTorch's own Python code. A fused forward runs neither scripted nor traced, and a mode
-# such as torch.device("meta") passes a call on.
+# Functions of PyTorch with a known result: a fused forward runs neither scripted nor traced. The
+# __torch_function__ of a mode such as torch.device("meta") calls the function itself.
 _PURE_FUNCTIONS = ("_assert", "is_scripting", "is_tracing", "__torch_function__")
 _TORCH_FUNCTION = Symbol.__torch_function__.__func__.__code__  # type: ignore[attr-defined]
 
@@ -40,8 +40,9 @@ class FunctionReader:
     """Records functions and variables of one forward.
 
     Attributes:
-        items: (dictionary, key, value) of global variables, by dictionary and key.
-        attributes: (object, name, value) of functions, cells and classes, by object and name.
+        items: (dictionary, key, value) of global variables, by (id of the dictionary, key).
+        attributes: (object, name, value) of functions, cells and classes, by (id of the object,
+            name).
     """
 
     def __init__(self) -> None:
@@ -49,10 +50,10 @@ class FunctionReader:
         self.attributes: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self._functions: dict[types.CodeType, types.FunctionType] = {}  # found so far, by code
         self._read_codes: set[types.CodeType] = set()
-        self._pending: Any = None  # a C function that runs and has not been passed a symbol yet
+        self._pending: Any = None  # the running C function, if it is not pure and got no symbol
 
     def add(self, function: types.FunctionType) -> None:
-        """Allow a function to be called: it was found in a guarded place."""
+        """Allow calls of a function that was found in a guarded place."""
         self._functions[function.__code__] = function
 
     def add_attribute(self, thing: Any, name: str, value: Any) -> None:
@@ -60,13 +61,13 @@ class FunctionReader:
         self.attributes[id(thing), name] = thing, name, value
 
     def check_attribute(self, value: Any, place: str) -> None:
-        """As ``check_constant``; refuses classes and Python modules too, which have attributes."""
+        """As ``check_constant``; also refuses classes and Python modules."""
         if isinstance(value, (type, types.ModuleType)):
             raise Refusal(f"its forward reads {place}, whose attributes cannot be followed")
         self.check_constant(value, place)
 
     def check_constant(self, value: Any, place: str) -> None:
-        """Refuse a value that can change without another object taking its place."""
+        """Raise ``Refusal`` for a mutable value. Functions are allowed and added."""
         if isinstance(value, types.FunctionType):
             self.add(value)
         elif isinstance(value, (tuple, frozenset)):
@@ -80,7 +81,7 @@ class FunctionReader:
 
     @contextmanager
     def profiling(self) -> Iterator[None]:
-        """Sees every call inside the block; suspends the profile function that was set before."""
+        """Profile every call inside the block. A previous profile function is suspended."""
         previous: Any = sys.getprofile()
         suspended = previous is not None and not callable(previous)  # cProfile, up to Python 3.11
         if suspended:
@@ -119,7 +120,7 @@ class FunctionReader:
         code, caller = frame.f_code, frame.f_back
         from_here = caller is not None and caller.f_code.co_filename.startswith(HERE)
         if is_users(code):
-            # Code called from here that is unknown is generated, such as that of a NamedTuple.
+            # Unknown code that this package calls is generated code, such as that of a NamedTuple.
             if not from_here or code in self._functions:
                 self._read_code(code, frame)
         elif code is _TORCH_FUNCTION:
@@ -164,7 +165,7 @@ class FunctionReader:
                 self._read_global(function.__globals__, chain)
 
     def _of_super(self, code: types.CodeType, frame: types.FrameType) -> Any:
-        """The method with this code in a base class, called through ``super()``; None if none."""
+        """The method of a base class that has this code, called through ``super()``; or None."""
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
         for base in type(owner).__mro__ if is_followed(owner) else ():
             function = base.__dict__.get(code.co_name)

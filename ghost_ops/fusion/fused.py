@@ -31,16 +31,16 @@ from .state import RESETS, Form, Packed, Parts, State
 
 Kind = TypeVar("Kind", bound="Fused")
 
-_named_classes: dict[type, type[Fused]] = {}  # by the class that they take the place of
-_made_classes: dict[tuple[type, type], type] = {}  # by kind and the class that was fused
+_named_classes: dict[type, type[Fused]] = {}  # the fused class of each plain class, by ``named``
+_made_classes: dict[tuple[type, type], type] = {}  # made by ``fused_class``, by (mixin, base)
 
 
 class Fused(nn.Module):
-    """A fused module; precedes the module's own class in the order of lookup.
+    """A fused module. This class precedes the module's plain class in the method resolution order.
 
-    A subclass for each kind of module reads and matches the forward. The names begin with
-    ``_ghost`` because they share the namespace of the user's class. They are the interface of the
-    package ``fusion`` to its modules; other code calls the functions at the end of this file.
+    Each kind of module has a subclass, which reads and matches the forward. The names begin with
+    ``_ghost`` because they share the namespace of the user's class. The files of the package
+    ``fusion`` call them; other code calls the functions at the end of this file.
     """
 
     _ghost_ops_base: type[nn.Module]  # the class whose forward is computed
@@ -60,7 +60,7 @@ class Fused(nn.Module):
         return read(module, training)
 
     def _ghost_state(self) -> State:
-        """The present state: the last one while its guards hold, else a new one."""
+        """The last state if its guards hold, else a new state."""
         state: State | None = self.__dict__.get(STATE)
         if (
             state is not None
@@ -73,7 +73,7 @@ class Fused(nn.Module):
         return state
 
     def _ghost_infer(self, state: State, x: Tensor) -> Tensor | None:
-        """The output by the packed operator; None if it cannot compute this call."""
+        """The output of the packed operator; None if the operator cannot compute this call."""
         parts = state.parts
         assert parts is not None
         if in_transform() or (torch.is_grad_enabled() and _records(parts, x)):
@@ -114,7 +114,7 @@ class Fused(nn.Module):
         return self._ghost_ops_base.forward(self, *args, **kwargs)
 
     def _ghost_prefers_plain(self, parts: Any, x: Tensor) -> bool:
-        """Whether grad mode is on and the module's own forward is the faster one with gradients."""
+        """Whether, in the present grad mode, the module's own forward is faster for x."""
         return False
 
     def _ghost_warn(self, reason: str) -> None:
@@ -177,10 +177,10 @@ class Fused(nn.Module):
         return self._ghost_plain(*args, **kwargs)
 
     def reset_cache(self) -> None:
-        """Drop the packed weights of this module and those inside; the next call packs again.
+        """Drop the packed weights of this module and of modules inside; the next call packs again.
 
-        Needed after writes through ``parameter.data``, which PyTorch does not record. Modules
-        around this one pack again too.
+        Needed after writes through ``parameter.data``, which PyTorch does not record. Modules that
+        contain this module pack again too.
         """
         RESETS["count"] += 1
         for module in self.modules():
@@ -211,7 +211,7 @@ class Fused(nn.Module):
         return _rebuild, (kind.__bases__[0], self._ghost_ops_base), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles carry no state, which belongs to this module.
+        # Copies and pickles do not contain the state: it is valid for this module only.
         return {k: v for k, v in self.__dict__.items() if k not in (STATE, HANDLE)}
 
     def __setstate__(self, state: Any) -> None:
@@ -227,7 +227,7 @@ class FusedInference(Fused):
     """A module that is fused in eval mode without gradients; otherwise its own forward runs."""
 
     _ghost_in_graph = False
-    _ghost_device = ""  # the only device type that it is fused on; empty: every one
+    _ghost_device = ""  # the only device type on which modules are fused; empty: all
 
     def _ghost_eager(self, x: Tensor) -> Tensor | str:
         if self.training or torch.is_grad_enabled():
@@ -241,12 +241,12 @@ class FusedInference(Fused):
 
 
 def fused_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a fused class, in place of ``plain``, with the signature and source of that.
+    """The forward of a fused class, with the signature and source of ``plain``.
 
     Args:
         plain: the forward of the class that is fused.
     """
-    # Cells, because the globals are those of ``plain``.
+    # Local variables, because the globals of the result are those of ``plain``.
     compiling, state_name = torch.compiler.is_compiling, STATE
 
     def forward(self: Fused, *args: Any, **kwargs: Any) -> Any:
@@ -262,8 +262,8 @@ def fused_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
                         return out
         return self._ghost_call(args, kwargs)
 
-    # torch.jit.script compiles the source of ``plain`` with the globals of the wrapper. The copy of
-    # the code object gives every class its own count of recompilations.
+    # torch.jit.script compiles the source of ``plain`` with the globals of the result. Each class
+    # has its own copy of the code object, because Dynamo counts recompilations by code object.
     made = types.FunctionType(
         forward.__code__.replace(), plain.__globals__, "forward", None, forward.__closure__
     )
@@ -296,7 +296,7 @@ def _records(parts: Parts, x: Tensor) -> bool:
 
 
 def named(kind: type[Kind]) -> type[Kind]:
-    """Decorator of a fused class with its own name: ``fused_class`` returns it for its base."""
+    """Decorator: ``fused_class`` returns the decorated class for its ``_ghost_ops_base``."""
     _named_classes[kind._ghost_ops_base] = kind
     return kind
 
@@ -338,9 +338,9 @@ def _rebuild(mixin: type[Fused], base: type[nn.Module]) -> nn.Module:
 def attach(module: Fused) -> None:
     """Read a new fused module, and give it a handle for the operator of compiled graphs."""
     if not module._ghost_in_graph:
-        return  # it is read at its first call
+        return  # the first call reads the module
     module.__dict__[HANDLE] = graph.Handle(module)
-    with suppress(Exception):  # an incomplete module, during unpickling, is read at its first call
+    with suppress(Exception):  # incomplete during unpickling: then the first call reads the module
         module._ghost_state()
 
 

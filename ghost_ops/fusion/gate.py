@@ -28,7 +28,7 @@ class Gate(NamedTuple):
         reduce, expand: the convolutions.
         act, slope: code and slope of the activation between them.
         code: of the gate function, ``SIGMOID`` or ``HARD_SIGMOID``.
-        modules: all modules that it calls.
+        modules: all modules that the squeeze-and-excitation calls.
     """
 
     reduce: nn.Conv2d
@@ -64,7 +64,7 @@ class PackedGate:
         ops.squeeze_excite_(x, *self.tensors, *self.arguments)
 
     def values(self, x: Tensor, sums: Tensor | None) -> Tensor:
-        """gate(x) [N, C]; computed from the sums of x over pixels if they are given."""
+        """gate(x) [N, C], from the sums [N, parts, C] of x over pixels if they are given."""
         return ops.squeeze_excite_gate(x, sums, *self.tensors, *self.arguments)
 
 

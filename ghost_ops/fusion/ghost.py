@@ -1,7 +1,7 @@
-"""Ghost modules: the formula of ``ghost_parts`` found in a module's forward.
+"""Ghost modules: matches the expression of a module's forward with the formula of ``ghost_parts``.
 
-A forward may be written in any way (Sequentials, attributes, functions): the match works on the
-expression that ``read`` returns.
+The match works on the expression that ``read`` returns. Therefore it does not matter whether a
+forward is written with Sequentials, attributes or functions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class GhostForm(NamedTuple):
     """The paths of a Ghost module's layers.
 
     Attributes:
-        primary, cheap: of the two branches; cheap is None for ratio 1.
-        stop: the number of channels that the concatenation is sliced to; None without a slice.
-        gate: of GhostModuleV2's short_conv.
-        tail: the layers behind the concatenation: ("act", (code, slope)), ("bn", path) or
+        primary, cheap: the two branches; cheap is None for ratio 1.
+        stop: the concatenation is sliced to this number of channels; None without a slice.
+        gate: the path of GhostModuleV2's short_conv; None without a gate.
+        tail: the layers behind the concatenation, in order: ("act", (code, slope)), ("bn", path) or
             ("module", path).
     """
 
@@ -86,7 +86,9 @@ def _check_cheap(conv: nn.Conv2d, m: int, padding: tuple[int, int], name: str) -
     """Raise ``Refusal`` for a cheap convolution that does not fit the formula.
 
     Args:
-        m: intrinsic channels, which it reads.
+        m: the number of intrinsic channels.
+        padding: of conv, as numbers.
+        name: path of conv, for the message.
     """
     d = conv.kernel_size[0]
     if conv.in_channels != m:
@@ -141,7 +143,13 @@ def match_ghost(reading: Reading, node: Node) -> tuple[GhostForm, Node]:
 
 
 def _match_gate(reading: Reading, gate: Node, x: Node, like: tuple[Node, ...]) -> Path:
-    """The path of GhostModuleV2's short_conv."""
+    """The path of GhostModuleV2's short_conv.
+
+    Args:
+        gate: the node that multiplies the concatenation.
+        x: the input of the Ghost module.
+        like: nodes with the output's height and width; the gate is interpolated to one of them.
+    """
     if gate.op == "grow" and gate.inputs[0].op == "sigmoid" and gate.inputs[1] in like:
         for call in reading.calls.get(gate.inputs[0].inputs[0], ()):
             if call.x.op == "halve" and call.x.inputs[0] is x:
@@ -162,8 +170,8 @@ class FusedGhost(Fused):
         return form
 
     def _ghost_prefers_plain(self, parts: Ghost, x: Tensor) -> bool:
-        # Behind a library convolution the fused ops with their recomputation reach 0.57 to 0.77 of
-        # the layers' speed in a training step on a CPU.
+        # Behind a library convolution a training step on a CPU with the fused ops, which recompute,
+        # reaches 0.57 to 0.77 of the speed of the layers.
         norms = (layer for layer in parts.layers if isinstance(layer, nn.SyncBatchNorm))
         fused = (
             parts.has_plain_primary()

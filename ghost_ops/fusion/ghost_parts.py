@@ -1,4 +1,4 @@
-"""``Ghost``: the layers of one Ghost module, and its output by the fused ops.
+"""``Ghost``: the layers of one Ghost module, and the fused ops that compute its output.
 
 With conv, norm and act for a convolution, batch norm and activation (norm and act may be missing)::
 
@@ -8,7 +8,7 @@ With conv, norm and act for a convolution, batch norm and activation (norm and a
     out = out * gate(x)                             GhostModuleV2's attention gate
     out = tail(out)                                 activations, batch norms, other modules
 
-A module of ratio 1, which is one convolution, has no z.
+A module of ratio 1 has no z: it is one convolution with norm and activation.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ class Ghost:
         primary, cheap: the two branches; cheap is None for ratio 1.
         gate: the short_conv of GhostModuleV2.
         tail: the layers behind the concatenation.
-        foldable_tail: the same, if ``ghost_conv_apply`` can have it folded in; else None.
+        foldable_tail: ``tail`` as one norm and activation, if they can be folded into
+            ``ghost_conv_apply``; else None.
         tail_branch: the cheap branch with the norm and activation of ``foldable_tail``, if
             ``ghost_tail`` computes them in training; else None.
-        settings: everything that is no tensor.
-        hooks: (hook, layer): forward pre-hooks that compute a weight.
+        settings: the numbers of the module.
+        hooks: pairs (hook, layer): forward pre-hooks that compute a weight of the layer.
         layers, first, dw_size, alone: as in ``state.Parts``.
     """
 
@@ -100,7 +101,7 @@ class Ghost:
         self.foldable_tail = foldable_tail
         self.tail_branch: Branch | None = None
         if foldable_tail is not None and foldable_tail.bn is not None:
-            self.layers += (foldable_tail.bn,)  # it has no hooks
+            self.layers += (foldable_tail.bn,)  # GhostForm.bind: this norm has no pre-hooks
             assert cheap is not None
             if primary.bn is None and cheap.bn is None and cheap.conv.bias is None:
                 self.tail_branch = cheap._replace(**foldable_tail._asdict())
@@ -151,10 +152,10 @@ class Ghost:
         second = None if self.cheap is None else self.cheap.slopes()
         return Slopes(self.primary.slopes(), second)
 
-    # Paths
+    # Execution
 
     def check(self, x: Tensor) -> None:
-        """Raise ``functional.ghost_module``'s error for an x that does not fit."""
+        """Raise the error of ``functional.ghost_module`` if x does not fit."""
         w1, w2 = self.weights()
         check(x, w1, w2, self.norms(w1, w2), self.settings, FROZEN)
 
@@ -170,7 +171,8 @@ class Ghost:
     def why_not_fused(self) -> str:
         """Why the fused ops cannot compute the present layers; empty if they can.
 
-        Does not read the weights: they may be computed, and computing them twice can change them.
+        Does not read the weights: a parametrisation computes a weight at each access, and each
+        computation may change its state.
         """
         for branch in (self.primary, self.cheap):
             bn = None if branch is None else branch.bn
@@ -208,9 +210,15 @@ class Ghost:
     def run_tail_op(
         self, x: Tensor, residual: Tensor | None = None, act: tuple[int, float] = NO_ACT
     ) -> Tensor | str:
-        """act(output + residual), differentiable, with ``ghost_tail`` behind the convolution.
+        """The output, or act(output + residual) with a residual; differentiable.
 
-        A reason instead of the output as in ``state.Parts.run``.
+        PyTorch runs the primary convolution, and ``ghost_tail`` the rest. Returns a reason instead
+        of the output as ``state.Parts.run`` does.
+
+        Args:
+            x: [N, C, H, W].
+            residual: [N, out_channels, Ho, Wo], or None.
+            act: (code, slope) of the activation of the sum; unused without a residual.
         """
         branch = self.tail_branch
         assert branch is not None and branch.bn is not None
@@ -222,7 +230,7 @@ class Ghost:
             return reason
         s, own = self.settings, (branch.act, branch.slope)
         y = F.conv2d(x, w1, self.first.bias, s.stride, s.padding, s.dilation, s.groups)
-        # The operator adds the residual only if no activation stands between norm and sum.
+        # The operator can add the residual only if the module has no activation before the sum.
         inside = residual is not None and own[0] == activations.NONE
         settings = TailSettings(
             s.out_channels, branch.bn.eps, *(act if inside else own), branch.uses_batch_stats()
@@ -252,7 +260,7 @@ class Ghost:
         updates = self.primary.running_update(), cheap
         out = run(x, w1, w2, norms, self.settings, stats, *updates, slopes)
         for branch in (self.primary, self.cheap):
-            # An empty batch moves the statistics only if another process has images.
+            # An empty batch changes the running mean only if another process has images.
             if branch is not None and (x.size(0) > 0 or stats.cross_processes()):
                 branch.add_bias_to_running_mean()
         if self.gate is not None:
@@ -260,7 +268,7 @@ class Ghost:
         return _run_tail(self.tail, out)
 
     def pack(self, backend: str) -> tuple[Callable[..., Tensor], tuple]:
-        """The packed operator, and its arguments after a dense x that fits."""
+        """(operator, arguments): operator(x, *arguments) is the output for a dense x that fits."""
         packed = PackedGhost(self, backend)
         if packed.is_one_operator():
             return packed.operator, (packed.packed, None, *packed.arguments)
@@ -291,12 +299,13 @@ class PackedGhost:
     """A Ghost module in inference: batch norms folded, weights packed for one backend.
 
     Attributes:
-        operator: takes x, ``packed``, a residual and ``arguments``.
-        is_conv: the operator is ``ghost_conv_apply``; else it is ``ghost_apply``.
-        takes_gate: x may come with a gate [N, C] that is multiplied in as x is read.
-        library_w1: weight of a primary convolution that runs before the operator; None if the
-            operator computes it.
-        gate: the short_conv of GhostModuleV2.
+        operator: ``ghost_apply`` or ``ghost_conv_apply``; its arguments are x, ``packed``, a
+            residual and ``arguments``.
+        is_conv: the operator is ``ghost_conv_apply``.
+        takes_gate: the operator can multiply x by a gate [N, C] while it reads x.
+        library_w1: weight of the primary convolution if PyTorch runs it before the operator; None
+            if the operator computes it.
+        gate: the short_conv of GhostModuleV2, or None.
         tail: the layers behind the operator.
     """
 
@@ -319,13 +328,18 @@ class PackedGhost:
             weight = w1 if fused else None
             self.packed = pack(functions, weight, w2, norms, self.settings, slopes)
         self.operator = direct(functions.ghost_apply)
-        # The first argument is a gate of the output.
+        # The first argument is the gate of the output.
         self.arguments = (None, *apply_arguments(w1.size(0), w2, self.settings, fused))
 
     def _pack_conv(
         self, functions: Any, w1: Tensor, w2: Tensor, norms: Norms, folded: FoldableTail | None
     ) -> None:
-        """Pack for ``ghost_conv_apply``, with the tail folded in."""
+        """Pack for ``ghost_conv_apply``, with the tail ``folded`` if it is given.
+
+        Args:
+            w1: [m, C, k, k].
+            w2: [g, 1, d, d].
+        """
         s, m, k = self.settings, w1.size(0), w1.size(-1)
         rows = w1.permute(0, 2, 3, 1).reshape(m, -1, 1, 1)
         ends: tuple[Tensor, ...] = ()
@@ -346,12 +360,16 @@ class PackedGhost:
         gate: Tensor | None = None,
         in_gate: Tensor | None = None,
     ) -> Tensor:
-        """operator(x * in_gate) * gate + residual, for a dense x that fits; without own gate, tail.
+        """operator(x * in_gate) * gate + residual.
+
+        Does not run the module's own gate and tail; ``whole`` does.
 
         Args:
-            residual: [N, out_channels, Ho, Wo].
-            gate: [N, out_channels, h, w], brought to the output's size; not with ``is_conv``.
-            in_gate: [N, C]; only with ``takes_gate``.
+            x: [N, C, H, W], dense, of the packed dtype.
+            residual: [N, out_channels, Ho, Wo], or None.
+            gate: [N, out_channels, h, w], resized to the output by nearest neighbours, or None;
+                must be None if ``is_conv``.
+            in_gate: [N, C], or None; must be None unless ``takes_gate``.
         """
         if in_gate is not None:
             numbers = self.arguments[1:]
@@ -367,12 +385,19 @@ class PackedGhost:
         return self.library_w1 is None and self.gate is None and not self.tail
 
     def add_to(self, program: Program, x: int, residual: int | None = None) -> int:
-        """Add the module to a program: the number of its output for the value x."""
+        """Add the module to a program.
+
+        Args:
+            x, residual: numbers of values of the program.
+
+        Returns:
+            The number of the output.
+        """
         arguments = self.arguments if self.is_conv else self.arguments[1:]
         return program.ghost(x, self.packed, arguments, residual, is_conv=self.is_conv)
 
     def whole(self, x: Tensor) -> Tensor:
-        """The module's output for a dense x that fits, with its gate and tail."""
+        """The module's output for a dense x that fits, with the module's own gate and tail."""
         gate = None if self.gate is None else half_size_gate(x, self.gate)
         if gate is not None and (
             gate.dtype is not x.dtype or gate.size(1) != self.settings.out_channels
@@ -397,15 +422,22 @@ class PackedGhost:
 def _fold_tail(
     w1: Tensor, w2: Tensor, norms: Norms, settings: Settings, bn: nn.BatchNorm2d | None
 ) -> tuple[Tensor, Tensor, Norms, tuple[Tensor, Tensor]]:
-    """w1, w2, norms and (scale, shift) with a batch norm behind the concatenation folded in.
+    """Fold a batch norm behind the concatenation into the weights.
 
-    For the ghost channels the norm goes into w2 and the norm of z; scale and shift [m] are left for
-    y. All results but w1 have the compute dtype.
+    Args:
+        w1: [m, C * k * k, 1, 1].
+        w2: [g, 1, d, d].
+        bn: the norm of the out_channels channels; None for a tail without a norm.
+
+    Returns:
+        (w1, w2, norms, (scale, shift)). The norm of the ghost channels is folded into w2 and the
+        second norm of ``norms``; scale and shift [m] remain to be applied to y. w1 is unchanged;
+        the other tensors have the compute dtype.
     """
     m, total, wide = w1.size(0), w1.size(0) + w2.size(0), compute_dtype(w1.dtype)
     scale, shift = w2.new_ones(total, dtype=torch.float64), w2.new_zeros(total, dtype=torch.float64)
     if bn is not None:
-        kept = slice(settings.out_channels)  # the slice behind the concatenation drops the others
+        kept = slice(settings.out_channels)  # the module drops the ghost channels beyond these
         one = scale[kept].view(-1, 1, 1, 1)
         given = bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps
         factor, shift[kept] = ops.fold(one, None, *given)
@@ -427,8 +459,8 @@ def packed_conv(branch: Branch, backend: str) -> PackedGhost:
 def run_conv(branch: Branch, x: Tensor) -> Tensor:
     """The output of a branch whose convolution is not depthwise; differentiable.
 
-    If there are kernels for x it is a Ghost module of ratio 1: backward computes the convolution
-    again, and saves x only.
+    If there are kernels for x, the branch runs as a Ghost module of ratio 1: only x is saved for
+    backward, which computes the convolution again.
     """
     if layers.has_kernels(x):
         out = Ghost(branch, None, branch.conv.out_channels).run(x)
@@ -452,7 +484,7 @@ def _full_size(gate: Tensor, out: Tensor) -> Tensor:
 
 
 def _run_tail(tail: Tail, x: Tensor) -> Tensor:
-    """The layers behind the concatenation, on an x that nothing else refers to."""
+    """The output of the layers behind the concatenation; x may be overwritten."""
     inplace = not torch.is_grad_enabled()
     for step in tail:
         x = activations.apply(x, *step, inplace) if isinstance(step, tuple) else run_norm(step, x)

@@ -5,13 +5,13 @@ call of ``ghost_ops::fused_inference`` into the graph. When the graph runs, the 
 module's eager path with its packed weights and guards, so it notices every change that eager code
 notices.
 
-The parameters and buffers are inputs of the operator. For the compiler it is therefore a function
-of its inputs, which it may run in any order. If the graph passes tensors other than the module's
-(``functional_call``, or a parameter that the same graph changes), a copy of the module runs with
-these, unpacked.
+The parameters and buffers are inputs of the operator. Therefore the compiler may treat the operator
+as a function of its inputs and reorder it. If the graph passes other tensors than those of the
+module (``functional_call``, or a parameter that the same graph changes), a copy of the module runs
+with the passed tensors, unpacked.
 
-The module itself is found by a key, which is an input too, a tensor. One graph so serves all
-modules of one structure, and neither a copied module nor a new state makes the compiler run again.
+The operator finds the module by a key, a tensor that is an input too. Therefore one graph serves
+all modules of one structure, and neither a copied module nor a new state causes a recompilation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import watch
 from .guards import GLOBAL_HOOKS, HANDLE, Refusal, hooks_of
 
 _NUMBERS = 8  # per convolution: kernel size, stride, padding and dilation, two each
-# Keys start at a random number, so that another process's key leads to no module of this one.
+# Keys start at a random number, so that a key of another process is no key of this process.
 _keys = itertools.count(secrets.randbits(62))
 _handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
 _DEAD = (
@@ -44,10 +44,10 @@ _DEAD = (
 
 
 class OutputShape(NamedTuple):
-    """The data that decide the output's shape.
+    """The numbers that determine the output's shape for a given x.
 
     Attributes:
-        out_channels: of the output.
+        out_channels: channels of the output.
         convs: ``numbers_of`` each convolution that x passes through, in order.
     """
 
@@ -70,7 +70,7 @@ def numbers_of(conv: nn.Conv2d, padding: tuple[int, int]) -> tuple[int, ...]:
 
 
 class Handle:
-    """Finds a module for the operator, by the key.
+    """A weak reference to a module, which the operator finds by the key.
 
     Attributes:
         key: [1], int64 on the CPU; an input of the operator.
@@ -101,7 +101,7 @@ class Handle:
         self._known = None
 
     def has(self, module: nn.Module, tensors: list[Tensor]) -> bool:
-        """Whether the module and all inside it are in eval mode, and its tensors are these."""
+        """Whether the module with all inner modules is in eval mode, and has these tensors."""
         known = self._known
         if known is None or not known.unchanged():
             self._known = known = _Known(module)
@@ -116,8 +116,8 @@ class _Known:
 
     Attributes:
         tensors: as ``tensors_of``.
-        evaluates: all modules inside are in eval mode.
-        unchanged: a function: whether both are still valid.
+        evaluates: all inner modules are in eval mode.
+        unchanged: a function that returns whether ``tensors`` and ``evaluates`` are still valid.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -143,9 +143,9 @@ def _is_alias(a: Tensor, b: Tensor) -> bool:
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
-    """The module and all inside it; a shared module once for each place.
+    """The module and all inner modules; a module with several names occurs several times.
 
-    Dynamo makes half as many guards for this as for ``module.modules()``.
+    Dynamo makes half as many guards for this function as for ``module.modules()``.
     """
     found = [module]
     for child in module._modules.values():
@@ -155,7 +155,7 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
 
 
 def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers, except the counts of batches, which inference does not read."""
+    """Parameters and buffers, except ``num_batches_tracked``, which inference does not read."""
     return [
         t
         for m in modules
@@ -166,9 +166,9 @@ def tensors_of(modules: list[nn.Module]) -> list[Tensor]:
 
 
 def call(module: Any, x: Tensor, form: Any) -> Tensor | None:
-    """The module's output by the operator while a graph is traced; None if that cannot be used.
+    """Add a call of the operator to the traced graph. Returns the output, or None if not possible.
 
-    The compiler guards everything that is read here, and compiles again after a change.
+    The compiler guards everything that this function reads, and compiles again after a change.
     """
     handle = module.__dict__.get(HANDLE)
     if (
@@ -216,7 +216,7 @@ def _holds(modules: list[nn.Module], x: Tensor) -> bool:
         if m.training:
             return False
         for hooks in hooks_of(m):
-            if len(hooks):  # the compiler cannot see what a hook does inside the operator
+            if len(hooks):  # the compiler cannot see the effects of a hook inside the operator
                 return False
         if isinstance(m, nn.Conv2d):
             # A weight computed by a parametrisation or a hook is not in ``_parameters``.
@@ -262,7 +262,7 @@ def _run_module(handle: Handle, module: Any, x: Tensor, tensors: list[Tensor]) -
     out = module._ghost_eager(x)
     if isinstance(out, str):
         out = module._ghost_plain(x)
-    # An unfused output may be a view, have another layout, or be referred to by a hook.
+    # An unfused output may be a view, have another layout, or be stored by a hook.
     return out.clone(memory_format=memory_format(x))
 
 

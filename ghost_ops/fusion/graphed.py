@@ -1,9 +1,10 @@
 """``graphed``: a model's inference as CUDA graphs, one for each shape of the input.
 
-A fused network is many short kernels, and the host takes longer to launch each than the device to
-run it. A CUDA graph replays them all with one launch. It holds the addresses and numbers of the
-captured call. So it is replayed only while the model is unchanged since the capture
-(``_ModelWatch``), and all memory that its kernels read is kept alive (``_Reads``).
+A fused network is a sequence of short kernels. The host needs more time to launch a kernel than the
+device needs to run it. A CUDA graph replays all kernels with one launch. The graph contains the
+addresses and numbers of the captured call. Therefore it is replayed only if the model is unchanged
+since the capture (``_ModelWatch``), and all memory that its kernels read is kept alive
+(``_Reads``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from ..sync import NORMS
 from . import watch
 from .guards import GLOBAL_HOOKS, REQUESTED_BACKEND, STATE, hooks_of
 
-# After so many graphs in a row that became invalid before their second call, no more are captured.
+# After this number of graphs in a row that became invalid before a second call, a model is not
+# captured again.
 _MOST_UNUSED = 3
 _WEIGHTED = (nn.Conv2d, *NORMS, nn.PReLU)
 _CONSTANTS = (type(None), bool, int, float, complex, str)
@@ -62,7 +64,7 @@ class _Device:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Runs on the side stream, after earlier and before later work of the current stream."""
+        """Run the block on the side stream, in order with the work of the current stream."""
         current = torch.cuda.current_stream(self.device)
         self.side.wait_stream(current)
         try:
@@ -79,8 +81,9 @@ class _Device:
         """
         graph = torch.cuda.CUDAGraph()
         pool = None if pool_of is None else pool_of.pool()
-        # If a capture fails, torch.cuda.graph leaves its stream current; the outer context restores
-        # it. thread_local: other threads may allocate device memory meanwhile.
+        # After a failed capture torch.cuda.graph leaves the side stream current; the outer context
+        # restores the stream of the caller. thread_local: other threads may allocate device memory
+        # during the capture.
         inner = torch.cuda.graph(graph, pool, self.side, capture_error_mode="thread_local")
         with self._capturing, torch.cuda.stream(self.side), inner:
             out = model(x)
@@ -88,7 +91,7 @@ class _Device:
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
-        """Runs on the current stream, after the previous such block and before the next one."""
+        """Run the block on the current stream, after all earlier blocks of ``in_order``."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(self.done)
         try:
@@ -115,24 +118,24 @@ class _ModelWatch:
         self._modules, self._attributes = modules, watch.make_watch()
 
     def add_attributes(self) -> None:
-        """Watch attributes and states too; called after the first call, which packs weights.
+        """Watch attributes and fusion states too. Called after the model has packed its weights.
 
-        ``eval()`` and ``reset_cache()`` drop packed weights, and so invalidate the graph after a
-        write to ``parameter.data``.
+        ``eval()`` and ``reset_cache()``, which are called after a write to ``parameter.data``, drop
+        the packed weights. This changes a watched state, and so invalidates the graph.
         """
         states = (vars(module).get(STATE) for module in self._modules)
         kept = (vars(state) for state in states if state is not None)
         self._attributes = watch.make_watch((*map(vars, self._modules), *kept))
 
     def unchanged(self) -> bool:
-        """Whether the model is as it was captured."""
+        """Whether no watched object has changed since the capture."""
         return self._attributes.unchanged() and self._watch.unchanged()
 
 
 class _Reads(TorchDispatchMode):
-    """Keeps memory alive that captured operators read and that none of them made.
+    """Keeps alive the memory that captured operators read and that no captured operator made.
 
-    Examples are packed weights, and a table that a forward makes for each shape and then drops.
+    Examples: packed weights; a table that the forward caches for one shape and later drops.
     """
 
     def __init__(self) -> None:
@@ -142,7 +145,7 @@ class _Reads(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """True: compiled code runs as it is, not as the operators that it was compiled from."""
+        """True: code compiled by torch.compile keeps running compiled under this mode."""
         return True
 
     def __torch_dispatch__(
@@ -157,6 +160,7 @@ class _Reads(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of all strided tensors in a pytree, by address."""
     tensors = (t for t in tree_leaves(tree) if isinstance(t, Tensor))
     storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
     return {storage.data_ptr(): storage for storage in storages}
@@ -166,10 +170,10 @@ class _Graph:
     """The captured call of a model for one form of input.
 
     Attributes:
-        watch: over the model.
-        uses: the number of replays.
-        failed: why there is no graph; empty if there is one.
-        graph: the CUDA graph.
+        watch: the watch over the model.
+        uses: the number of calls after the one that captured.
+        failed: why the capture failed; empty if it succeeded.
+        graph: the CUDA graph; None if the capture failed.
     """
 
     def __init__(
@@ -178,11 +182,12 @@ class _Graph:
         self.watch = _ModelWatch(tuple(model.modules()))
         self.uses, self.failed, self.graph = 0, "", None
         self._device, kind = device, x.device.type
-        # Outside of inference mode: an inference tensor could not be written by ``replay``.
+        # Outside of inference mode, because ``replay`` writes the tensor outside of it.
         with torch.inference_mode(False), torch.no_grad(), device.aside():
             self._x = (dense(x) if x.dim() == 4 else x).clone()
         version = self._x._version
-        # Without autocast's cache: a weight cast during a capture has no values until a replay.
+        # No autocast cache: a cast during a capture computes nothing until a replay, so a cached
+        # cast would have no values.
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
             with device.aside():
@@ -207,7 +212,7 @@ class _Graph:
                 self.graph = self._leaves = self._reads = self._x = None
 
     def replay(self, x: Tensor) -> Any:
-        """A copy of the output for x, which has the captured form."""
+        """A copy of the output for x, whose shape, strides and dtype must be the captured ones."""
         with torch.no_grad(), self._device.in_order():
             self._x.copy_(x)
             self.graph.replay()
@@ -216,7 +221,7 @@ class _Graph:
 
 
 def _check(modules: tuple[nn.Module, ...]) -> None:
-    """Raise ``_NoGraph`` if these modules cannot be replaced by a graph now."""
+    """Raise ``_NoGraph`` if a graph cannot replace these modules in their present state."""
     for module in modules:
         if module.training:
             raise _NoGraph(f"a {type(module).__name__} inside it is in training mode")
@@ -239,7 +244,7 @@ def _check(modules: tuple[nn.Module, ...]) -> None:
 
 
 def _key(x: Tensor) -> tuple:
-    """The key of a graph: the form of the input, and the settings that choose kernels."""
+    """The key of a graph: shape, strides and dtype of x, and the settings that select kernels."""
     kind, matmul = x.device.type, torch.backends.cuda.matmul
     autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     backends_of_torch: Any = torch.backends
@@ -255,7 +260,7 @@ def _key(x: Tensor) -> tuple:
 
 
 class GraphedModel:
-    """A model's inference by CUDA graphs, as ``graphed`` returns it.
+    """A model whose inference runs as CUDA graphs; ``graphed`` makes it.
 
     Attributes:
         module: the model.
@@ -271,7 +276,11 @@ class GraphedModel:
             self._graph_for(example)
 
     def __call__(self, x: Tensor) -> Any:
-        """``module(x)``, by a graph if possible; outputs of a graph are copies."""
+        """``module(x)``, from a graph if possible; then the outputs are copies.
+
+        Raises:
+            RuntimeError: autograd would record this call.
+        """
         if torch.compiler.is_compiling() or not self._can_replay(x):
             return self.module(x)
         if torch.is_grad_enabled() and (
@@ -299,7 +308,7 @@ class GraphedModel:
         )
 
     def _graph_for(self, x: Tensor) -> _Graph | None:
-        """A valid graph for x; None if the model itself has to run."""
+        """A valid graph for x, captured if necessary; None if the model itself must run."""
         key = _key(x)
         graph = self._graphs.get(key)
         if graph is None or not graph.watch.unchanged():
@@ -330,7 +339,7 @@ class GraphedModel:
         while len(self._graphs) >= self._max_graphs:
             self._device.finish()
             self._graphs.popitem(last=False)
-        # The pool is named by a graph in it: a pool without graphs cannot be captured into again.
+        # A graph identifies its pool. A pool whose last graph is deleted cannot be used again.
         pool_of = next((g.graph for g in self._graphs.values() if g.graph is not None), None)
         graph = _Graph(self.module, x, self._device, self._warm_ups, pool_of)
         self._graphs[key] = graph
@@ -357,28 +366,30 @@ def graphed(
     The result is called like the model, ``fast(x)``, and gives the same numbers. One graph is
     captured here, for ``example``. Every other combination of shape, strides and dtype of x and of
     the settings of autocast, TF32 and deterministic algorithms is captured at its first call.
-    Outputs are copies: a later call does not overwrite them, and they never share memory with x.
+    Outputs are copies: a later call does not overwrite them, and no output shares memory with x.
 
-    A change of the model invalidates its graphs, and the next call captures again: parameters and
-    buffers (also in place), children, modes, attributes of modules, the requested backend. These
-    changes are not noticed: an in-place write to ``parameter.data`` until ``eval()`` or ``train()``
-    is called, a change inside a list or another object that is an attribute, and global settings
-    other than those above.
+    A change of parameters and buffers (also in place), children, modes, attributes of modules or
+    the requested backend invalidates the graphs, and the next call captures again. The following
+    changes are not detected: an in-place write to ``parameter.data`` until ``eval()`` or
+    ``train()`` is called, a change inside a list or another object that is an attribute, and a
+    change of a global setting not named above.
 
     The model itself runs, without a graph, for an empty x, a tensor subclass, an x on another
     device, and inside torch.compile, torch.jit.trace, torch.func transforms and other captures.
     The model itself also runs, and a warning says why once, if
 
-    - it cannot be captured: it synchronises, computes on the CPU, writes its input, or returns
-      anything other than tensors and constants;
+    - the model cannot be captured: it synchronises, computes on the CPU, writes its input, or
+      returns anything other than tensors and constants;
     - a module has hooks or is in training mode;
-    - it changed three times in a row before a graph was used again; then no more are captured.
+    - the model changed three times in a row before a graph was used a second time; then it is not
+      captured again.
 
-    The forward runs as Python code in captures only; it counts, prints and stores only then.
+    The Python code of the forward runs during captures only: its side effects, such as counters and
+    prints, happen only then.
 
     Calls from several threads and streams are safe; replays run one after the other.
 
-    Device memory: for each graph its input and its outputs. The activations of all graphs share
+    Each graph occupies device memory for its input and outputs. The activations of all graphs share
     one pool, about as large as the largest graph needs.
 
     Args:

@@ -1,10 +1,10 @@
-"""``Record``: everything that a module's forward was seen to read, and the guards that follow.
+"""``Record``: everything that a module's forward read, as guards on a cached result.
 
-A guard is one condition that must hold for a cached result to stay valid: an attribute, a global
-variable, a child, a hook or a tensor is what it was. A ``Record`` states the guards as plain data:
-paths below a module, types, names and values. It refers to no module, so it can be checked against
-any module of the same structure, such as a copy or a replica (``Record.holds``). ``Record.watch``
-binds the guards to one module and checks them in C.
+A guard is one condition that must hold for a cached result to be valid: an attribute, a global
+variable, a child, a hook or a tensor has not changed. A ``Record`` stores the guards as plain data:
+paths below a module, types, names and values. It refers to no module, so ``Record.holds`` can check
+it against any module of the same structure, such as a copy or a replica. ``Record.watch`` binds the
+guards to one module; the resulting ``Watch`` checks them in C.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ refusal_count = _Count()  # refusals created so far, by thread
 class Refusal(BaseException):
     """The fused ops cannot compute a module; the message says why.
 
-    A forward that is being read must not swallow a refusal. Therefore it is no ``Exception``, and
-    refusals are counted: the reader compares the count with the refusals that it has seen.
+    A forward that is being read must not swallow a refusal. Therefore ``Refusal`` is no subclass of
+    ``Exception``, and refusals are counted: the reader compares the count with the number of
+    refusals that it has caught.
     """
 
     def __init__(self, reason: str) -> None:
@@ -63,7 +64,7 @@ class Method(NamedTuple):
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The dictionaries of hooks that run at a call of the module, in the order of ``HOOKS``."""
+    """The dictionaries of the hooks that a call of the module runs, in the order of ``HOOKS``."""
     return (
         module._forward_pre_hooks,
         module._forward_hooks,
@@ -85,10 +86,10 @@ def plain_kind(module: nn.Module) -> type[nn.Module]:
 
 
 def owner_kind(module: nn.Module) -> type[nn.Module]:
-    """The class whose forward is read when the module itself is the one that is read.
+    """The class whose forward is read if ``module`` is the owner of the record.
 
-    It differs from ``plain_kind`` for a subclass of a fused class: the subclass has its own
-    forward, which may call the fused one, and the fused one computes that of its base.
+    It differs from ``plain_kind`` for a subclass of a fused class that has its own forward: this
+    forward may call the fused forward, which computes the forward of ``_ghost_ops_base``.
     """
     return getattr(type(module), "_ghost_ops_base", type(module))
 
@@ -104,7 +105,7 @@ def at(module: nn.Module, path: Path) -> nn.Module | None:
 
 
 class ModuleRecord(NamedTuple):
-    """What a forward read of one module inside its owner, or of the owner.
+    """The reads of one module by the forward of the owner: of the owner or of an inner module.
 
     Attributes:
         path: from the owner to the module; empty for the owner.
@@ -113,7 +114,7 @@ class ModuleRecord(NamedTuple):
             recorded.
         own: attributes found on the object, with their values.
         inherited: attributes found on the class, or on neither (``MISSING``), with their values.
-        called: the forward called the module, so its own forward and its hooks were read too.
+        called: the forward called the module, so the module's forward and hooks were read too.
         hooked: the module has hooks.
         is_layer: the module was read as one operation that its attributes define.
     """
@@ -128,7 +129,7 @@ class ModuleRecord(NamedTuple):
     is_layer: bool
 
     def holds(self, owner: nn.Module) -> bool:
-        """Whether reading the module at this path below ``owner`` would give the same."""
+        """Whether reading the module at this path below ``owner`` would give an equal record."""
         module = at(owner, self.path)
         if module is None or not self.has_same_structure(owner, module):
             return False
@@ -160,7 +161,7 @@ class ModuleRecord(NamedTuple):
             if child is not (None if path is None else at(owner, path)):
                 return False
         for name, value in self.inherited:
-            # Dynamo guards a value only if it is used; a look into the dictionary is no use.
+            # Dynamo guards a value only if it is used, and a dictionary look-up does not use it.
             method = isinstance(value, types.FunctionType)
             if method and (not callable(getattr(module, name)) or name in module.__dict__):
                 return False
@@ -188,7 +189,7 @@ class Record(NamedTuple):
     """Everything that a forward read.
 
     Attributes:
-        modules: what it read of each module; the owner first.
+        modules: the reads of each module, the owner first.
         items: (dictionary, key, value) of global variables; value ``MISSING`` for an absent key.
         attributes: (object, name, value) of functions, cells and classes.
     """
@@ -206,7 +207,7 @@ class Record(NamedTuple):
         )
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether every guard holds in ``module``, so that reading it would give the same."""
+        """Whether every guard holds in ``module``: reading it would give an equal record."""
         return (
             not any(GLOBAL_HOOKS)
             and all(one.holds(module) for one in self.modules)
@@ -250,7 +251,9 @@ class Record(NamedTuple):
         return True
 
     def gives_same_shape(self, module: nn.Module) -> bool:
-        """Whether the attributes that may decide the output's shape hold. Dynamo can trace this.
+        """Whether the attributes that may determine the output's shape are as recorded.
+
+        Dynamo can trace this.
 
         These are the attributes of modules other than PyTorch's; the graph reads the geometry of
         layers again.
@@ -322,8 +325,8 @@ class Record(NamedTuple):
 def watchable(layers: tuple[nn.Module, ...]) -> bool:
     """Whether a watch notices every change of the layers' parameters and buffers.
 
-    A computed parameter is in no dictionary, an inference tensor has no version counter, and a
-    tensor subclass may have no address.
+    A watch cannot observe a computed parameter (it is in no dictionary), an inference tensor (it
+    has no version counter), or a tensor subclass (it may have no address).
     """
     for layer in layers:
         norm = isinstance(layer, NORMS)
@@ -331,7 +334,7 @@ def watchable(layers: tuple[nn.Module, ...]) -> bool:
             (layer._parameters, ("weight",) if isinstance(layer, nn.PReLU) else ("weight", "bias")),
             (layer._buffers, ("running_mean", "running_var") if norm else ()),
         ):
-            # A tensor that the class computes is in no group, or hides the group's tensor.
+            # A property of the class computes the tensor, or hides the one in the dictionary.
             if any(name not in group or hasattr(type(layer), name) for name in names):
                 return False
         tensors = (*layer._parameters.values(), *layer._buffers.values())

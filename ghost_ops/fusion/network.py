@@ -6,9 +6,9 @@ linear layer. In eval mode without gradients the norms are folded; the last conv
 Ghost module of ratio 1, the head as a matrix product, and the bottlenecks as modules. On a CPU, if
 there are kernels for the whole forward as an ``expression``, the network is one operator.
 
-In training on a CPU the stem and the last convolution are Ghost modules of ratio 1: backward
-computes the convolution and the activation's mask again, and only their inputs are saved. The
-layers between them run in NCHW, which is faster in training on a CPU.
+In training on a CPU the stem and the last convolution run as Ghost modules of ratio 1: only their
+inputs are saved, and backward computes the convolution and the activation's mask again. The layers
+between stem and last convolution run in NCHW, which is faster in training on a CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Network:
         head, head_act: the convolution after the pooling, and (code, slope) of its activation.
         dropout: share of the values that are dropped before the linear layer.
         classifier: the linear layer.
-        pools, head_modules: modules that are called for the pooling; for the head with activation.
+        pools, head_modules: the modules that compute the pooling, and head with activation.
         expression: the whole network, if the CPU has kernels for it; else None.
         layers, first, dw_size, alone: as in ``state.Parts``.
     """
@@ -83,7 +83,7 @@ class Network:
             self.layers = expression.layers
 
     def check(self, x: Tensor) -> None:
-        """Does nothing: an x that does not fit goes to the network's own forward."""
+        """Does nothing: for an x that does not fit, the network's own forward runs."""
 
     def why_not_packed(self) -> str:
         """Why the network cannot be packed in its present modes; empty if it can."""
@@ -100,7 +100,7 @@ class Network:
         for block in self.blocks:
             x = block(x)
         x = run_conv(self.last, x).mean((2, 3))
-        if head._forward_pre_hooks:  # they compute its weight
+        if head._forward_pre_hooks:  # the hooks compute the weight
             x = head(x[:, :, None, None]).flatten(1)
         else:
             x = F.linear(x, head.weight.flatten(1), head.bias)
@@ -123,8 +123,9 @@ class Network:
 class _PackedStem:
     """The first convolution with its batch norm folded in, and its activation.
 
-    On a GPU ``ghost_ops::conv_stem``; on a CPU ``ghost_conv_apply`` in channels_last, in which the
-    whole network is faster. If the operator has no kernel, the library's convolution.
+    On a GPU ``ghost_ops::conv_stem`` computes it; on a CPU ``ghost_conv_apply`` in channels_last,
+    because the whole network is faster in channels_last. If the operator has no kernel, PyTorch's
+    convolution runs.
     """
 
     def __init__(self, branch: Branch, backend: str) -> None:
@@ -234,7 +235,7 @@ class NetworkForm(NamedTuple):
         )
 
     def shape(self, module: nn.Module) -> None:
-        """None: a network is no operator of compiled graphs."""
+        """None: compiled graphs have no operator for a network."""
         return None
 
 
@@ -242,7 +243,7 @@ def match_network(reading: Reading) -> NetworkForm:
     """The network that a reading's forward computes.
 
     Raises:
-        Refusal: it does not compute one.
+        Refusal: the forward computes no GhostNet.
     """
     classifier = _expect(reading.out, "linear", "a linear layer")
     calls = reading.calls.get(classifier, ())
@@ -303,7 +304,7 @@ class FusedNetwork(FusedInference):
         if module.training if training is None else training:
             return read(module, training, whole)
         # If a bottleneck cannot be followed or has no kernels, the stem and the head are still
-        # fused. The record of the first reading then guards the decision for the second one.
+        # fused, from a second reading. The record of the first reading guards this decision.
         try:
             reading = read(module, training)
             match_expression(reading)
@@ -322,6 +323,6 @@ class FusedNetwork(FusedInference):
     def _ghost_eager(self, x: Tensor) -> Tensor | str:
         if not (self.training or torch.is_grad_enabled()):
             return super()._ghost_eager(x)
-        # A fallback in training is as intended, so there is no warning about it.
+        # In training a fallback is intended, so it gives no warning.
         parts = self._ghost_state().parts if layers.has_kernels(x) else None
         return "" if parts is None else parts.run(x)

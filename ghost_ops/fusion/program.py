@@ -1,8 +1,8 @@
 """``Program``: a sequence of operators as one operator of the CPU, ``ghost_ops::run_program``.
 
-At batch 1 the interpreter, the dispatcher and the guards between two layers take a large part of
-the time, because each layer evicts their code from the caches. ``csrc/torch/cpu_eval.cpp``
-describes the instructions.
+At batch 1 a large part of the time is spent in the interpreter, the dispatcher and the guards
+between two layers, because each layer evicts their code from the caches.
+``csrc/torch/cpu_eval.cpp`` describes the instructions.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Program:
         return self._add(_DEPTHWISE, (x,), *tensors, weight.size(-1), stride, act, _bits(slope))
 
     def excite(self, x: int, tensors: tuple[Tensor, ...], arguments: tuple) -> int:
-        """``squeeze_excite_``, which changes x; ``arguments`` are act, slope and gate code."""
+        """``squeeze_excite_``, which overwrites x; ``arguments`` are act, slope and gate code."""
         act, slope, gate = arguments
         first, *_ = [self._tensor(t) for t in tensors]
         return self._add(_EXCITE, (x,), first, act, _bits(slope), gate)

@@ -1,9 +1,10 @@
-"""``read``: follows a module's forward, and returns what it computes and all that it reads.
+"""``read``: follows a module's forward, and returns its expression and the record of its reads.
 
-The forward runs once, as Python, on a stand-in of the module (``stand_in``) with a ``Symbol`` for
-its input. Attributes that it reads and modules that it calls are reported here: a layer becomes a
-``Node``, and the forward of any other module is followed in turn. ``functions`` records the
-functions that run meanwhile. The result follows from the ``Record`` alone.
+The forward runs once, as Python, on a stand-in of the module (``stand_in``) with a ``Symbol`` as
+its input. The stand-in reports each attribute that the forward reads and each module that it calls
+to the reader in this file: a layer becomes a ``Node``, and the forward of any other module is
+followed in turn. ``functions`` records the functions that run during this. The expression depends
+on nothing that the ``Record`` does not contain.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from .stand_in import READER, stand_in_class
 from .symbols import Node, Symbol
 from .watch import MISSING
 
-# Forward pre-hooks that only compute a parameter from others; they can run without the module.
+# Forward pre-hooks that only compute a parameter from other parameters. Fused code may call these
+# hooks without calling the module.
 PARAMETER_HOOKS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 _CONV_ATTRIBUTES = tuple(
@@ -60,19 +62,19 @@ _METHODS = {(b, n): getattr(b, n, None) for b in _LAYERS for n in _FORWARD_METHO
 
 
 class Call(NamedTuple):
-    """A module that a forward called with one tensor."""
+    """A call of a module with one tensor: the module's path and the node of its input."""
 
     path: Path
     x: Node
 
 
 class Reading(NamedTuple):
-    """What a forward computes.
+    """The expression of a forward.
 
     Attributes:
-        out: the node of its result.
-        calls: by result, the modules that were called for it; the outermost one last.
-        record: everything that was read.
+        out: the node of the forward's result.
+        calls: for each node, the module calls that returned it, the outermost call last.
+        record: everything that the forward read.
     """
 
     out: Node
@@ -81,7 +83,7 @@ class Reading(NamedTuple):
 
 
 class Failed(Refusal):
-    """A ``Refusal`` of ``read``, with the record of what was read before it."""
+    """A ``Refusal`` of ``read``, with the record of everything that was read before it."""
 
     def __init__(self, reason: str, record: Record) -> None:
         super().__init__(reason)
@@ -94,8 +96,8 @@ def read(
     """Read ``module.forward(x)``.
 
     Args:
-        training: the mode to read it in; None: the module's present mode.
-        whole: classes whose modules are called as a whole; their forward is not followed.
+        training: the mode in which the module and its children are read; None: their own modes.
+        whole: modules of these classes become one node; their forward is not followed.
 
     Raises:
         Failed: the forward cannot be followed, or something that it reads cannot be guarded.
@@ -123,14 +125,15 @@ class _Reader:
     ) -> None:
         self.module, self.training, self.whole = module, training, whole
         self.calls: dict[Node, list[Call]] = {}
-        # Refusals before, and those that ``call`` has caught. Any other was caught by the forward.
+        # Refusals before this reading, plus those that ``call`` has caught. If the final count is
+        # higher, the forward itself has caught a refusal.
         self._refusals = refusal_count.refusals
         self._notes: dict[Path, _Notes] = {}
         self._functions = FunctionReader()
-        self._effects: list[Node] = []  # results of layers and modules that may have state
+        self._effects: list[Node] = []  # layers and modules whose call may change their state
         self._stand_ins: dict[int, nn.Module] = {}
         self._paths: dict[int, Path] = {}
-        self._classes: dict[type, type] = {}  # of stand-ins
+        self._classes: dict[type, type] = {}  # the class of stand-ins, by the module's class
 
     def run(self) -> Node:
         """The node of the forward's result."""
@@ -164,13 +167,13 @@ class _Reader:
         )
 
     def note(self, path: Path, module: nn.Module, called: bool = False) -> _Notes:
-        """What was read of a module so far."""
+        """The notes on a module; made at the first read. ``called``: the forward called it."""
         notes = self._notes.setdefault(path, _Notes(module))
         notes.called = notes.called or called
         return notes
 
     def saw(self, stand_in: nn.Module, name: str) -> None:
-        """The forward read an attribute of a stand-in."""
+        """Record that the forward read the attribute ``name`` of a stand-in."""
         _, path, module = stand_in.__dict__[READER]
         notes = self.note(path, module)
         place = f"{'.'.join(path) or 'self'}.{name}"
@@ -193,12 +196,12 @@ class _Reader:
         self._functions.check_attribute(None if raw is MISSING else raw, place)
 
     def call(self, stand_in: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """The forward called a stand-in: the result."""
+        """The result of a stand-in that the forward called with ``args`` and ``kwargs``."""
         _, path, module = stand_in.__dict__[READER]
         if module is self.module:
             raise Refusal("it contains itself")
         notes = self.note(path, module, called=True)
-        # nn.Module.__call__ itself is replaced by the tracers of torch.fx and torch.export.
+        # nn.Module.__call__ is not compared: the tracers of torch.fx and torch.export replace it.
         if any("__call__" in base.__dict__ for base in _classes_of(module)):
             raise Refusal(f"a {type(module).__name__} inside it has a __call__ of its own")
         x = args[0] if len(args) == 1 and not kwargs and type(args[0]) is Symbol else None
@@ -217,8 +220,8 @@ class _Reader:
                     if type(out) is Symbol and out.value().op == "dropout":
                         raise Refusal("it drops values at random")
             except Refusal as refusal:
-                # The module can still be called as a whole. It may change its input in place, so
-                # the input's value is unknown from here on.
+                # The module becomes one node, called as a whole. The module may change its input in
+                # place, so the value of the input is unknown after this call.
                 self._refusals += 1
                 self._functions.resume()
                 reason = f"{'.'.join(path)}, a {type(module).__name__}: {refusal}"
@@ -273,7 +276,7 @@ class _Reader:
             raise Refusal("it has hooks, which run only if it is called itself")
 
     def _layer(self, path: Path, module: nn.Module, notes: _Notes, x: Symbol) -> Symbol | None:
-        """The result of a module that is one operation; None if it is not."""
+        """The result of a module that is one operation; None for any other module."""
         base = next((b for b in _LAYERS if isinstance(module, b)), None)
         if base is None or (base is nn.PReLU and type(module) is not base):
             return None
@@ -316,7 +319,7 @@ class _Reader:
 
 
 def _classes_of(module: nn.Module) -> list[type]:
-    """The classes of a module before nn.Module in the order of lookup."""
+    """The classes of a module that precede nn.Module in the method resolution order."""
     mro = type(module).__mro__
     return list(mro[: mro.index(nn.Module)])
 
@@ -334,7 +337,7 @@ def _nodes_of(out: Node) -> set[Node]:
 
 
 class _Notes:
-    """What was read of one module so far; ``finish`` makes a ``ModuleRecord`` of it."""
+    """The reads of one module so far; ``finish`` turns them into a ``ModuleRecord``."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.called, self.is_layer = module, False, False
@@ -342,7 +345,7 @@ class _Notes:
         self.inherited: dict[str, Any] = {}
 
     def finish(self, path: Path, paths: dict[int, Path]) -> ModuleRecord:
-        """The record; ``paths`` are those of all modules, by id."""
+        """The record of the module at ``path``; ``paths``: the paths of all modules, by id."""
         module, children = self.module, self.module._modules.items()
         own = {
             name: Method(value.__func__)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Stand-ins: what a forward sees in place of a module while it is read.
+"""Stand-ins: objects that replace modules while a forward is read.
 
-A stand-in has the module's attributes and a class derived from the module's own. That class reports
-every attribute that the forward reads, and every call, to the reader.
+A stand-in has the module's attributes, and a class derived from the module's class. The derived
+class reports every attribute that the forward reads, and every call, to the reader.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         if name in _PLUMBING or name.startswith("__"):
             values = object.__getattribute__(self, "__dict__")
-            if READER in values:  # children are read through the dictionaries of a module
+            if READER in values:  # reading a dictionary of the module reads its children
                 reader, path, module = values[READER]
                 reader.note(path, module)
             if name in ("__dict__", "__class__") and is_users(sys._getframe(1).f_code):

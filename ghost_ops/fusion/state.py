@@ -1,9 +1,10 @@
 """``State`` of a fused module: the record of its forward, the matched parts, the packed weights.
 
-The state holds the ``Record`` of the forward, the parts that it was matched to, and the watch over
-the record. If a guard fails, a new state is made: from the same record if it holds, else by reading
-the forward again. Only the packed weights of a state are ever replaced. A state holds no reference
-to its module, so a replica may share it: its guards fail there, and the replica makes its own.
+The state holds the ``Record`` of the forward, the parts that match it, and the watch over the
+record. If a guard fails, a new state is made: from the old record if the record holds, else by
+reading the forward again. Of an existing state only the packed weights are replaced. A state holds
+no reference to its module. A replica of a module may contain the state of the original: the guards
+fail for the replica, which then makes a new state.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .graph import OutputShape
 from .guards import REQUESTED_BACKEND, Record, Refusal
 from .read import Failed
 
-# Counts calls of ``reset_cache``. The weights of a module may be packed by a module around it.
+# Counts calls of ``reset_cache``. Global, because an outer module may have packed the weights.
 RESETS = {"count": 0}
 _GUARDED_MODES = ((forward_ad.__dict__, "_current_level"), REQUESTED_BACKEND, (RESETS, "count"))
 _GUARDS: tuple[cached_call.Guard, ...] = (
@@ -55,7 +56,7 @@ class Parts(Protocol):
         layers: modules with parameters whose computation the packed operator replaces.
         first: the convolution that takes x.
         dw_size: kernel size of the largest cheap convolution.
-        alone: the packed operator calls no modules. Then x may be cast for it as autocast does.
+        alone: the packed operator calls no modules. Then, under autocast, x may be cast before it.
     """
 
     layers: tuple[nn.Module, ...]
@@ -93,15 +94,16 @@ class State:
     Attributes:
         kind: the module's class.
         record: everything that its forward read.
-        form, parts: the formula that the forward computes; None if the fused ops cannot.
-        reason: why they cannot.
+        form, parts: the match of the forward, and the layers; parts is None if the fused ops cannot
+            compute the module.
+        reason: why the fused ops cannot compute the module; empty if they can.
         watch: over ``record``; None: the forward must be read again at every call.
         packed: the packed weights; None before the first call in inference.
         known: the last record and form that were found, for compiled graphs.
 
     Args:
         module: the ``Fused`` module to read.
-        old: its last state, whose record is used again if it holds.
+        old: the module's last state; its record is used again if the record holds.
     """
 
     record: Record
@@ -174,12 +176,12 @@ class Packed:
             ).run
 
     def is_current(self, module: nn.Module, backend: str) -> bool:
-        """Whether packing again would give the same."""
+        """Whether packing again would give equal weights, for ``backend``."""
         watch = self.watch
         return backend == self.backend and watch is not None and watch.unchanged(module.__dict__)
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the operator computes on x."""
+        """Whether x is [N, channels, H, W], not empty, in the packed dtype and on the device."""
         return (
             x.dim() == 4
             and x.dtype is self.dtype

@@ -1,8 +1,8 @@
 """``Symbol``: a tensor without data. An operation on a symbol returns the symbol of a ``Node``.
 
-A forward is read by calling it with a symbol. The supported operations are those that Ghost
-networks consist of. Any other operation raises ``Refusal``, and so does every use of a symbol's
-values or sizes that would decide what the forward does.
+A forward is read by calling it with a symbol. The operations of Ghost networks are supported. Every
+other operation raises ``Refusal``, and so does control flow that depends on a symbol's values or
+sizes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Node:
     act                   code and slope, as in ``activations``
     sigmoid, hardsigmoid  none
     add, mul, div         one input: the number; two inputs: "in place", or none
-    clamp6                none; clamp to [0, 6]: at the ends its gradient differs from ReLU6's
+    clamp6                none; clamp to [0, 6], whose gradient at 0 and 6 differs from ReLU6's
     cat                   none; along channels
     slice                 n: the first n channels
     mean                  none; over height and width, which become 1
@@ -44,7 +44,7 @@ class Node:
     grow                  none; nearest interpolation of the first input to the size of the second
     flatten               none; all dimensions but the first
     dropout               the share of values that are dropped
-    module                path of a module that is called as a whole, and the reason for the report
+    module                path of a module that is called as a whole, and the reason, in words
     ====================  =======================================================================
     """
 
@@ -54,7 +54,7 @@ class Node:
 
 
 def refuse(what: str) -> NoReturn:
-    """Raise the ``Refusal`` for a forward that does what ``what`` says."""
+    """Raise a ``Refusal``; ``what`` is a verb phrase about the forward."""
     raise Refusal(f"its forward {what}, which cannot be followed")
 
 
@@ -89,12 +89,13 @@ class Symbol(_Unknown):
     """Stands for a tensor [N, C, H, W] in a forward that is being read.
 
     Attributes:
-        node: the operation that computes the present value; an in-place operation replaces it.
+        node: the operation that computes the present value; an in-place operation replaces the
+            node.
     """
 
     def __init__(self, node: Node, outside: bool = False, same: Symbol | None = None) -> None:
         self.node = node
-        self._outside = outside  # a tensor outside of the forward has the same memory
+        self._outside = outside  # the memory is also visible outside of the forward
         self._lost = ""  # why the value is no longer known
         # All symbols of the same memory.
         self._memory: list[Symbol] = [] if same is None else same._memory

@@ -15,13 +15,13 @@ from .fused import Fused, attach, detach, plain_forward
 
 _ROUNDS = 7
 _SHORTEST = 3e-4  # least seconds of a round
-_SLACK = 1.05  # a fused module may take this many times as long as its plain form
+_SLACK = 1.05  # largest allowed ratio of the fused time to the plain time
 
 
 def slower(
     model: nn.Module, modules: Mapping[str, Fused], made: Sequence[Fused], example: Tensor
 ) -> dict[str, tuple[float, float]]:
-    """Give modules that are slower than their plain form that form back.
+    """Unfuse the modules whose fused form is slower than their plain form.
 
     The model runs once, unfused, in eval mode without gradients. Then each module is timed, inner
     modules before outer ones, so that an outer module is timed with the final form of its children.

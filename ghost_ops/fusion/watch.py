@@ -1,8 +1,8 @@
-"""``Watch``: whether Python objects and tensors are still as they were when the watch was made.
+"""``Watch``: detects changes of Python objects and tensors since the watch was made.
 
-Any part of a module can be changed between two calls, so everything that its packed weights were
-made from is compared before every call. The compiled library has the same class in C, about ten
-times faster; ``make_watch`` returns that one if the library is loaded.
+Any part of a module can change between two calls. Therefore all sources of the packed weights are
+compared before every call. The compiled library has the same class in C, about ten times faster
+(``csrc/python/watch.cpp``); ``make_watch`` makes an instance of it if the library is loaded.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MISSING = object()  # the value of an absent key or attribute
 class Watch:
     """Remembers dictionaries, dictionary items, attributes and tensors, and compares them later.
 
-    An item may leave its dictionary open (``None``): it is then looked up in ``own``, which is
-    given to the constructor and again to each ``unchanged``. A watch on a module's ``__dict__``
-    made this way holds no reference to the module.
+    The dictionary of an item may be ``None``: the item is then looked up in ``own``, an argument of
+    the constructor and of each ``unchanged``. In this way a watch over a module's ``__dict__``
+    holds no reference to the module.
 
     Args:
         dicts: dictionaries that must keep the same keys in the same order, and the same objects as
@@ -32,12 +32,12 @@ class Watch:
         items: pairs (dictionary or None, key); the value must stay the same object, or become an
             equal object of the same type.
         absent: pairs (dictionary or None, key); the key must stay absent.
-        tensors: tensors that must keep their version counter, which PyTorch raises at in-place
-            changes, and their address. The caller keeps their memory alive, so that no other tensor
-            can come to the same address.
+        tensors: tensors that must keep their address and their version counter, which PyTorch
+            increments at each in-place change. The caller must keep their memory alive, so that no
+            other tensor gets the same address.
         attributes: pairs (object, name); the value is compared as that of an item, and a missing
             attribute must stay missing.
-        own: the present dictionary for items without one; the watch does not keep it.
+        own: the dictionary of items whose dictionary is None; the watch does not keep it.
 
     Raises:
         KeyError: an item is absent, or a key of ``absent`` is present.
@@ -74,10 +74,10 @@ class Watch:
         self._attributes = tuple((o, name, _attribute(o, name)) for o, name in attributes)
 
     def unchanged(self, own: dict | None = None, /) -> bool:
-        """Whether everything is as it was at construction.
+        """Whether nothing has changed since construction.
 
         Args:
-            own: the dictionary for items without one.
+            own: the dictionary of items whose dictionary is None.
         """
         try:
             return self._all_hold(own)
@@ -138,6 +138,6 @@ def make_watch(
     attributes: tuple[tuple[Any, str], ...] = (),
     own: dict | None = None,
 ) -> Watch:
-    """A ``Watch``: the compiled library's if that is loaded."""
+    """A ``Watch``, of the compiled class if the native library is loaded."""
     kind: type[Watch] = native.library().Watch if native.load() else Watch
     return kind(dicts, items, absent, tensors, attributes, own)

@@ -1,9 +1,10 @@
 """Convolutions and Ghost modules of a network in inference, with batch norms folded in.
 
-``conv_stem`` is the first convolution of a network, ``ghost_apply_pooled`` its last one with the
-pooling, ``ghost_apply_gated`` a Ghost module on a gated input: native kernels on CUDA.
-``ghost_conv_apply`` is a Ghost module, or a convolution, with a kernel of any size: native kernels
-on the CPU. Elsewhere, and with the eager backend, PyTorch's operators.
+With native kernels on CUDA: ``conv_stem``, the first convolution of a network;
+``ghost_apply_pooled``, the last convolution with the pooling; ``ghost_apply_gated``, a Ghost module
+on a gated input. With native kernels on the CPU: ``ghost_conv_apply``, a Ghost module or
+convolution with a kernel of any size. On other devices, and with the eager backend, PyTorch's
+operators run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .select import on_gpu, runs_native
 MOST_POOLED = 512  # pixels of a map that ``ghost_apply_pooled`` takes
 _LARGEST_CONV = 7  # largest kernel size that ``ghost_conv_apply`` is chosen for
 _STEM_STRIDES = (1, 2)
-_FORMATS = (torch.contiguous_format, torch.channels_last)  # by (is channels_last)
+_FORMATS = (torch.contiguous_format, torch.channels_last)  # index: channels_last as a bool
 
 
 def fold(
@@ -46,8 +47,8 @@ def fold(
         bias, gamma, beta, mean, var: [M], or None for 0, 1, 0, 0 and 1 (without eps).
 
     Returns:
-        Weight like ``weight`` and shift [M]. On a GPU the memory of the weight is
-        [k, k, C / groups, M]: its kernels read neighbouring channels of one tap.
+        Weight [M, C / groups, k, k] and shift [M]. On a GPU the memory order of the weight is
+        [k, k, C / groups, M], because the GPU kernels read neighbouring channels of one tap.
     """
     wide = torch.float64
     scale = weight.new_ones(weight.size(0), dtype=wide)
@@ -143,8 +144,8 @@ def _conv_apply(
 ) -> Tensor:
     """``ghost_conv_apply`` through ``apply``, the ``ghost_apply`` that reads ``packed``.
 
-    The pixels under the kernel become channels of a 1x1 convolution: no layout of ``packed`` is
-    assumed, except for the scale and shift of the tail at its end.
+    The pixels under the kernel become channels of a 1x1 convolution. So the function depends on the
+    layout of ``packed`` only in the tail's scale and shift, which are its last 2 * m elements.
     """
     m, wide = intrinsic, packed.dtype
     taps = F.unfold(x.to(wide), kernel_size, padding=padding, stride=stride)
@@ -167,7 +168,7 @@ def _conv_apply(
             )
         out += residual
     out = out.to(x.dtype)
-    # The strides are those of a new tensor, also for dimensions of size 1.
+    # A new tensor, so that dimensions of size 1 have the usual strides too.
     return torch.empty_like(out, memory_format=memory_format(x)).copy_(out)
 
 
@@ -216,15 +217,18 @@ def has_conv(kernel_size: tuple[int, ...]) -> bool:
 def ghost_conv_apply(x: Tensor, packed: Tensor, residual: Tensor | None, *numbers: Any) -> Tensor:
     """A Ghost module with a k x k primary convolution and folded norms. Not differentiable.
 
-    y = act1(conv(x, w1) + shift1); z = act2(depthwise(y, w2) + shift2);
-    out = concat(y', z)[:, :out_channels] + residual, where y' = act2(tail_scale * y + tail_shift)
-    with a tail, else y.
+    ::
+
+        y   = act1(conv(x, w1) + shift1)
+        z   = act2(depthwise(y, w2) + shift2)
+        y'  = act2(tail_scale * y + tail_shift) with a tail, else y
+        out = concat(y', z)[:, :out_channels] + residual
 
     Args:
         x: [N, C, H, W], dense, NCHW or channels_last.
-        packed: 1-D, the result of ``ghost_pack`` of the backend in force for
-            ``w1.permute(0, 2, 3, 1).reshape(m, k * k * C, 1, 1)``, the norms and w2; with a tail
-            tail_scale [m] and tail_shift [m] come after it. In the compute dtype.
+        packed: 1-D, in the compute dtype: the result of the selected backend's ``ghost_pack`` for
+            ``w1.permute(0, 2, 3, 1).reshape(m, k * k * C, 1, 1)``, the norms and w2; with a tail,
+            followed by tail_scale [m] and tail_shift [m].
         residual: like the output, or None.
         numbers: kernel_size, padding, tail, intrinsic (m), out_channels, ratio, dw_size, stride,
             act1, slope1, act2, slope2. The kernel is square; ratio 1 has no z, and dw_size 1. No

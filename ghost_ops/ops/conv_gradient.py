@@ -1,4 +1,4 @@
-"""Gradients of a convolution, without a fault of oneDNN."""
+"""Gradients of a convolution, with a workaround for a bug of oneDNN."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def onednn_corrupts(x: Tensor, weight: Tensor, stride: Sequence[int]) -> bool:
     ``jit_avx2_1x1_convolution_bwd_weights_t`` writes out of bounds, and the process aborts at a
     later ``free``, for float32, 1x1, stride 2 or 3, channels_last, 2 to 7 input channels and images
     of about 14 columns or more. Seen in torch 2.10 and 2.13 on processors with AVX2 and without
-    AVX-512, or with DNNL_MAX_CPU_ISA=AVX2; tests/onednn_fault.py reproduces it. The condition here
-    is wider, at no cost.
+    AVX-512, or with DNNL_MAX_CPU_ISA=AVX2; tests/onednn_fault.py reproduces it. This function's
+    condition includes more cases, which costs no time.
     """
     few = weight.size(1) < 8 and weight.shape[2:] == (1, 1) and max(stride) > 1
     return few and x.dtype is torch.float32 and x.device.type == "cpu"

@@ -26,8 +26,8 @@ SCHEMAS: dict[str, str] = {}  # of the operators with an eager implementation, b
 FAKES: dict[str, Fake] = {}
 
 
-# The operators through the dispatcher, by name. Each is bound to its overload once, because the
-# look-up costs more than a small call.
+# The operators, called through the dispatcher, by name. Each attribute is an overload, because its
+# look-up at each call would take longer than a small call.
 native: Any = type("native", (), {})
 
 

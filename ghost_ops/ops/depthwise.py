@@ -2,8 +2,8 @@
 
 Native kernels: ``depthwise_conv`` on the CPU and on CUDA, ``depthwise_conv_sums`` on CUDA,
 ``depthwise_norm`` and its gradient on the CPU; for NCHW and channels_last in the dtypes of the
-Ghost operators. Elsewhere, and with the eager backend, PyTorch's operators. Parameters are in the
-compute dtype: float64 for float64, else float32.
+Ghost operators. On other devices, and with the eager backend, PyTorch's operators run. Parameters
+are in the compute dtype: float64 for float64, else float32.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def eager_depthwise_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(act(norm(u)), mean, var) with u = depthwise(x, weight).
 
-    With batch_stats the statistics are the batch's; else mean and var, or no norm without them, and
-    the two results are empty.
+    With batch_stats the norm uses the statistics of the batch, which are returned [C]. Without, the
+    norm uses mean and var [C], there is no norm if they are None, and the two results are empty.
     """
     _, _, gamma, beta, u = _wide(x, weight, gamma, beta, stride)
     stats = u.new_empty(0), u.new_empty(0)
@@ -159,7 +159,10 @@ def eager_depthwise_norm_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``depthwise_norm``; empty if not needed. mean and var: those it used."""
+    """Gradients of ``depthwise_norm``; empty if not needed.
+
+    mean, var: [C], the statistics that the forward used; None without a norm.
+    """
     data, weight, gamma, beta, u = _wide(x, weight, gamma, beta, stride)
     g, dims = grad.to(u.dtype), (0, 2, 3)
     inv = torch.ones_like(gamma)

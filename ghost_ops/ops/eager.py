@@ -1,8 +1,8 @@
 """The operators of the Ghost module: schema, fake and implementation in plain PyTorch.
 
-An implementation runs if no native kernel is registered for a device, and for the eager backend;
-``autograd`` then calls the function directly, so that torch.compile traces through it. A forward
-costs as many passes over memory as the reference, a backward one forward more (it recomputes).
+The dispatcher runs an implementation on a device without a native kernel. For the eager backend
+``autograd`` calls the function directly, so that torch.compile traces through it. A forward makes
+as many passes over memory as the reference; a backward recomputes the forward first.
 
 Notation, in every function: x [N, C, H, W]; w1 [m, C, 1, 1]; w2 [g, 1, d, d]; gamma1, beta1,
 mean1, var1 [m]; gamma2, beta2, mean2, var2 [g]; out [N, out_channels, Ho, Wo].
@@ -13,7 +13,7 @@ gamma and beta are in the compute dtype: float64 for float64, else float32. Layo
 are dense, NCHW or channels_last; weights and vectors are contiguous; grad_out has any strides.
 Activations are the codes of ``activations.py``.
 
-Reductions are PyTorch's own: their bits may depend on the number of threads.
+Reductions are those of PyTorch: the last bits of their results may depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def packed_numel(
 
 
 def packs_pairs(w1: Tensor | None, w2: Tensor) -> bool:
-    """Whether ``ghost_pack`` of the CPU appends bfloat16 weights, for a product on AMX tiles."""
+    """Whether the CPU's ``ghost_pack`` appends w1 in bfloat16, for the product on AMX tiles."""
     return (
         w1 is not None
         and (w1.device.type, w1.dtype) == ("cpu", torch.bfloat16)
@@ -85,7 +85,7 @@ def pack_sizes(a: Any) -> tuple[int, int, int, int]:
 
 
 def slope_count(a: Any) -> int:
-    """Number of slopes of PReLUs among the arguments of ``ghost_pack``."""
+    """Number of PReLU slopes among the arguments of ``ghost_pack``."""
     return sum(t.numel() for t in (a.prelu1, a.prelu2) if t is not None)
 
 
@@ -122,9 +122,10 @@ def ghost_pack(
     prelu1: Tensor | None = None,
     prelu2: Tensor | None = None,
 ) -> Tensor:
-    """Both batch norms folded into the weights, 1-D: the parts of ``packed_offsets``.
+    """The weights with both batch norms folded in: one 1-D tensor in the compute dtype.
 
-    The slopes of PReLUs, prelu1 [m] and prelu2 [g], follow the parts.
+    It holds the parts of ``packed_offsets``, then the PReLU slopes prelu1 [m] and prelu2 [g] if
+    they are given.
     """
     m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     g, d = w2.size(0), w2.size(-1)
@@ -160,7 +161,7 @@ def _join(y: Tensor, z: Tensor | None, out_channels: int, x: Tensor) -> Tensor:
 
 
 def _overwrites() -> bool:
-    """Whether activations may work in place; not in a compiled graph, see ``in_format``."""
+    """Whether activations may overwrite their input; False in a compiled graph."""
     return not torch.compiler.is_compiling()
 
 
@@ -186,10 +187,11 @@ def ghost_apply(
     slope2: float,
     has_primary: bool,
 ) -> Tensor:
-    """The whole module with folded batch norms, times the gate, plus the residual, if given.
+    """concat(y, z)[:, :out_channels] * gate + residual, with both batch norms folded in.
 
-    The gate [N, out_channels, Hg, Wg] is resized to the output by nearest neighbours. The function
-    computes in the dtype of ``packed``: folded weights would lose digits in bfloat16 or float16.
+    The gate [N, out_channels, Hg, Wg] and the residual [N, out_channels, Ho, Wo] are optional; the
+    gate is resized to the output by nearest neighbours. The convolutions run in the dtype of
+    ``packed``: folded weights would lose digits in bfloat16 or float16.
     """
     g = intrinsic * ghosts_per_map(ratio)
     _, second, third, fourth, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
@@ -238,7 +240,7 @@ def _affine_or_conv(
     lambda a: _vectors(a.x, (a.x.size(1) if a.w1 is None else a.w1.size(0))),
 )
 def ghost_primary_stats(x: Tensor, w1: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [m] of u = conv(x, w1); without w1 x is u."""
+    """Mean and biased variance [m] of u = conv(x, w1), or of u = x without w1."""
     return statistics(x if w1 is None else F.conv2d(x, w1, None, stride))
 
 
@@ -258,9 +260,10 @@ def ghost_cheap_stats(
     slope1: float,
     has_primary: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [g] of v.
+    """Mean and biased variance [g] of v = depthwise(y, w2).
 
-    ``packed`` is built without batch norm 2, and ends with the slopes [m] if act1 is a PReLU.
+    ``packed`` is the result of ``ghost_pack`` without batch norm 2, and with prelu1 if act1 is a
+    PReLU.
     """
     g = intrinsic * ghosts_per_map(ratio)
     _, second, third, _, end = packed_offsets(x.size(1), intrinsic, g, dw_size, has_primary)
@@ -319,8 +322,9 @@ def ghost_train_forward(
 ) -> tuple[Tensor, ...]:
     """(out, mean1, var1, mean2, var2, u or empty).
 
-    A norm without mean and var uses the batch's statistics, which are returned; with mean and var
-    its two results are empty. prelu1 [m] and prelu2 [g] are the slopes if act1 or act2 is a PReLU.
+    A norm without mean and var uses the statistics of the batch and returns them; for a norm with
+    mean and var the two returned statistics are empty. prelu1 [m] and prelu2 [g] are the slopes if
+    act1 or act2 is a PReLU.
     """
     u = x if w1 is None else F.conv2d(x, w1, None, stride)
     y, *stats1 = normalise(u, mean1, var1, gamma1, beta1, eps1)
@@ -334,7 +338,7 @@ def ghost_train_forward(
     out = _join(y, z, out_channels, x)
     if not keep_u:
         return out, *stats1, *stats2, x.new_empty(0)
-    # The results of an op may not alias its arguments.
+    # A result of an operator must not share memory with an argument.
     kept = u.clone() if w1 is None else u.contiguous(memory_format=memory_format(x))
     return out, *stats1, *stats2, kept
 
@@ -397,17 +401,22 @@ def ghost_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dw1, dgamma1, dbeta1, dprelu1, dw2, dgamma2, dbeta2, dprelu2).
 
-    Recomputes v, y and, if it is None, u. Gradient of the formula of ``reference.py``::
+    Recomputes y and v, and u if u is None. The gradient of the formula in ``reference.py``, with
+    a = bn1(u), b = bn2(v) and f' the product with the derivative of f::
 
-        db  = act2'(grad of z),  dprelu2 = sum of grad of z * min(b, 0) with b = bn2(v)
-        dv  = bn2'(db),  dw2 = dv correlated with y
-        da  = act1'(grad of y + w2 applied backwards to dv),  dprelu1 likewise
-        du  = bn1'(da),  dw1 = du correlated with x,  dx = w1 applied backwards to du
+        dz  = grad_out[:, m:],  db = act2'(dz),  dprelu2 = sum of dz * min(b, 0)
+        dv  = bn2'(db),         dw2 = dv correlated with y
+        dy  = grad_out[:, :m] + transposed depthwise(dv, w2)
+        da  = act1'(dy),        dprelu1 = sum of dy * min(a, 0)
+        du  = bn1'(da),         dw1 = du correlated with x,  dx = transposed conv(du, w1)
 
     Args:
-        batch_stats1, batch_stats2: whether a norm's mean and var are functions of the batch.
-        means1, means2: [2, m] and [2, g], for a norm with batch_stats: the means of da (db) and of
-            da * normalised u (db * normalised v) over all processes; None: over this batch.
+        grad_out: [N, out_channels, Ho, Wo].
+        u: [N, m, Ho, Wo] as saved by the forward, or None.
+        mean1, var1: [m], the statistics that the forward used; mean2, var2: [g].
+        batch_stats1, batch_stats2: whether mean and var of the norm were computed from the batch.
+        means1: [2, m], for batch_stats1: the means of da and of da * normalised u over all
+            processes. None: the means over this batch. means2: [2, g], of db and normalised v.
         needs: a mask of ``NEEDS``. Gradients outside of the mask are empty and not computed.
     """
     m, g = mean1.size(0), w2.size(0)
@@ -417,7 +426,8 @@ def ghost_backward(
     need_db = need_dy or bool(needs & (NEEDS.DW2 | NEEDS.NORM2 | NEEDS.PRELU2))
     if x.numel() == 0:
         return _zero_gradients(x, w1, w2, m, prelu1, prelu2, needs)
-    # dgamma1, dbeta1, dprelu1 and those of the second norm; results may not alias each other.
+    # [dgamma1, dbeta1, dprelu1] and [dgamma2, dbeta2, dprelu2]: six tensors, because two results of
+    # an operator must not share memory.
     dtype = compute_dtype(x.dtype)
     first, second = ([x.new_empty(0, dtype=dtype) for _ in range(3)] for _ in range(2))
     dx, dw1 = x.new_empty(0), x.new_empty(0)
@@ -469,7 +479,7 @@ def ghost_backward(
 def _primary_backward(
     du: Tensor, x: Tensor, w1: Tensor | None, stride: int, needs: int
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dw1), empty where not needed; without w1 x is u."""
+    """(dx, dw1) from du [N, m, Ho, Wo]; a gradient that is not needed is empty. w1 None: x is u."""
     need_dx, need_dw1 = bool(needs & NEEDS.DX), bool(needs & NEEDS.DW1)
     dx, dw1 = x.new_empty(0), x.new_empty(0)
     if w1 is None:
@@ -491,7 +501,7 @@ def _zero_gradients(
     prelu2: Tensor | None,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of a batch of no images."""
+    """The results of ``ghost_backward`` for an empty batch: zeros, or empty if not needed."""
     g, n = w2.size(0), NEEDS
 
     def like(t: Tensor | None, need: int) -> Tensor:
@@ -527,11 +537,12 @@ def ghost_update_running_(
     momentum2: float | None,
     count: int,
 ) -> None:
-    """Update running statistics and batch counters of both batch norms.
+    """Update the running statistics and the batch counters of both batch norms in place.
 
     running = (1 - momentum) * running + momentum * stat, with the unbiased variance. A momentum of
-    None means 1 / counter, the average over all batches. ``count`` is the number of values a
-    channel. An empty batch (count 0) raises the counters and changes no statistics, as in PyTorch.
+    None stands for 1 / counter, the average over all batches. ``count`` is the number of values per
+    channel. An empty batch (count 0) increments the counters and changes no statistic, as in
+    PyTorch.
     """
     for running_mean, running_var, batches, mean, var, momentum in (
         (running_mean1, running_var1, batches1, mean1, var1, momentum1),

@@ -1,8 +1,9 @@
 """Squeeze-and-excitation: x times its gate, the gate alone, and the two passes of its gradient.
 
 ``squeeze_excite_`` multiplies x in place, with native kernels on the CPU. On CUDA
-``squeeze_excite_gate`` makes the gate alone, and ``ghost_apply_gated`` multiplies x by the gate as
-it reads x. ``plane_affine`` and ``plane_dot`` run in training on the CPU, contiguous (NCHW) only.
+``squeeze_excite_gate`` computes the gate only, and ``ghost_apply_gated`` multiplies x by the gate
+while it reads x. ``plane_affine`` and ``plane_dot`` run in training on the CPU, for contiguous
+(NCHW) tensors only.
 Parameters are in the compute dtype; the two matrices of a gate on CUDA have the dtype of x.
 """
 
@@ -32,7 +33,7 @@ def pack_gate(
         [R, C], [R], [R, C] (transposed) and [C].
     """
     wide = compute_dtype(w_reduce.dtype)
-    # A GPU is bound by the bytes of the matrices.
+    # On a GPU the bytes of the two matrices limit the speed, so they keep their dtype.
     narrow = w_reduce.dtype if on_gpu(w_reduce) else wide
     reduce, expand = (
         t.detach().to(narrow).contiguous() for t in (w_reduce.flatten(1), w_expand.flatten(1).t())
@@ -135,7 +136,7 @@ def squeeze_excite_(
         return
     native.squeeze_excite_(x, *arguments)
     if not x.is_inference():
-        # The kernel writes without autograd: raise the version that autograd and caches check.
+        # The kernel writes x unseen by autograd: increment the version, which watches also compare.
         torch.autograd.graph.increment_version(x)
 
 
@@ -153,7 +154,8 @@ def squeeze_excite_gate(
     """gate(act(mean of x * w_reduce + b_reduce) * w_expand + b_expand), without multiplying x.
 
     Args:
-        sums: of ``depthwise_conv_sums`` if x is its output, and then x is not read; or None.
+        sums: [N, parts, C], from the ``depthwise_conv_sums`` that made x; x is then not read. None:
+            the sums are computed from x.
         The others: as ``squeeze_excite_``.
 
     Returns:

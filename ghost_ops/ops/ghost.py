@@ -1,7 +1,7 @@
 """The operators of the Ghost module by backend: ``native``, ``triton`` and the module ``eager``.
 
-``torch.ops.ghost_ops_triton.*`` have the same schemas as ``torch.ops.ghost_ops.*`` and the kernels
-of the Triton backend. The two namespaces allow a choice where both backends run.
+``torch.ops.ghost_ops_triton.*`` have the schemas of ``torch.ops.ghost_ops.*`` and the kernels of
+the Triton backend. With two namespaces, both backends can run on one device.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def _triton(name: str) -> Callable[..., Any]:
     return call
 
 
-# A library that is collected removes its operators: the module keeps it.
+# A module variable, because the operators are removed when their library is garbage-collected.
 _triton_library = torch.library.Library("ghost_ops_triton", "DEF")
 for _name in NAMES:
     _fake = _fake_triton_pack if _name == "ghost_pack" else define.FAKES[_name]
     define.implement(_triton_library, define.SCHEMAS[_name], _triton(_name), _fake)
 
-# The operators of the Triton backend, as ``native`` has those of the native one.
+# The operators of the Triton backend, by name, as ``native`` has those of the native backend.
 triton: Any = type(
     "triton", (), {name: define.overload("ghost_ops_triton", name) for name in NAMES}
 )
 
 
 def allow_tf32() -> bool:
-    """Whether float32 convolutions may run in TF32, by the switch of torch that is in force."""
+    """Whether float32 convolutions may run in TF32, by the most specific switch of torch set."""
     backends = torch.backends
     for switch in (getattr(backends.cudnn, "conv", None), backends.cudnn, backends):
         precision = getattr(switch, "fp32_precision", "none")

@@ -28,7 +28,10 @@ def scale_shift(
     like: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Batch norm as v * scale + shift; without mean and var these are gamma and beta."""
+    """(scale, shift) [size] of batch norm as v * scale + shift, in ``dtype``.
+
+    Without mean and var they are gamma and beta. like: a tensor on the device of the results.
+    """
     gamma, beta = cast(gamma, dtype), cast(beta, dtype)
     mean, var = cast(mean, dtype), cast(var, dtype)
     if var is not None:
@@ -54,7 +57,7 @@ def batch_norm(
 def norm(
     u: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> Tensor:
-    """Batch norm of u with given statistics; parameters in the compute dtype, result as u."""
+    """Batch norm of u with given statistics, in the dtype of u; computes in the compute dtype."""
     dtype = compute_dtype(u.dtype)
     mean, var = cast(mean, dtype), cast(var, dtype)
     return batch_norm(u, mean, var, cast(gamma, dtype), cast(beta, dtype), eps)

@@ -29,16 +29,16 @@ def combine(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, 
     The sums are in float64, and every process gets the same bits.
 
     Args:
-        mean, var: [C], of the values of this process, biased; anything if count is 0.
+        mean, var: [C], mean and biased variance of this process; not used if count is 0.
         count: values per channel in this process.
         group: a ``ProcessGroup``.
 
     Returns:
-        mean and biased var [C] in the dtype of mean, and the count of all processes, a 0-dim
-        float64 tensor. Zeros if no process has a value.
+        Mean and biased variance [C] in the dtype of mean, and the number of values per channel in
+        all processes, a 0-dim float64 tensor. All are zero if no process has a value.
 
     Raises:
-        ValueError: one value per channel in all processes together; raised in each of them.
+        ValueError: in every process, if a channel has one value in all processes together.
     """
     if torch.compiler.is_compiling():
         return native.sync_combine(mean, var, count, group.group_name)
@@ -53,7 +53,7 @@ def _combine(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor,
     dist.all_gather(list(gathered.unbind()), local, group=group)
     means, variances, counts = gathered.double().split([mean.numel(), mean.numel(), 1], 1)
     total = counts.sum()
-    # Reading total waits for the GPU: only if this process has at most one value can it be 1.
+    # Reading total waits for the GPU. It can be 1 only if this process has at most one value.
     if count <= 1 and total == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got 1 in all processes together"
@@ -81,7 +81,7 @@ def _group_named(name: str) -> Any:
 def eager_sync_combine(
     mean: Tensor, var: Tensor, count: int, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``combine`` for the name of a group: a graph has no objects."""
+    """``combine`` with the name of a group, because a graph cannot contain the group object."""
     return _combine(mean, var, count, _group_named(group))
 
 

@@ -1,8 +1,8 @@
-"""Tile plans of the kernels, and the bytes that they move through memory.
+"""Tile plans of the kernels, and the bytes that the kernels move through memory.
 
-``csrc/core/plan.cpp`` (CPU) and ``csrc/core/cuda_plan.cpp`` (CUDA) make the plans, for the kernels
-and for this package alike. ``explain`` takes the shape of a Ghost module's input,
-``explain_module`` a module and the shape of its input::
+``csrc/core/plan.cpp`` (CPU) and ``csrc/core/cuda_plan.cpp`` (CUDA) compute the plans, both for the
+kernels and for this package. ``explain`` takes the shape of a Ghost module's input;
+``explain_module`` takes a module and the shape of its input::
 
     >>> print(ghost_ops.planner.explain((16, 40, 28, 28), out_channels=240))
     >>> print(ghost_ops.planner.explain((256, 40, 28, 28), 240, device="sm_90",
@@ -18,8 +18,8 @@ backward does again::
 
     >>> print(ghost_ops.planner.explain_saved(ghost_ops.models.ghostnet(), (16, 3, 224, 224)))
 
-Imports go from ``machine`` and ``plans`` to ``module``, and from ``machine``, ``trace`` and
-``costs`` to ``network``; ``saved`` stands alone.
+``module`` imports ``machine`` and ``plans``; ``network`` imports ``machine``, ``trace`` and
+``costs``; ``saved`` imports no other file of this package.
 """
 
 from __future__ import annotations
@@ -98,9 +98,13 @@ def explain(*args: Any, **kwargs: Any) -> Plan | CudaPlan | NetworkPlan:
     module, for the CPU by default. ``explain(model, input_shape, device, dtype, *, ...)`` is
     :func:`ghost_ops.planner.network.explain_network`: every operator of the fused model on a GPU.
 
+    Returns:
+        A :class:`Plan` (CPU) or :class:`CudaPlan` (GPU) for a shape, a :class:`NetworkPlan` for a
+        model.
+
     Raises:
         TypeError: an argument belongs to the other form, such as ``ratio`` for a model.
-        ValueError, RuntimeError: as the function that is called.
+        ValueError, RuntimeError: as :func:`explain_shape` or :func:`explain_network`.
     """
     if isinstance(args[0] if args else kwargs.get("model"), nn.Module):
         return explain_network(*args, **kwargs)

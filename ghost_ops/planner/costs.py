@@ -1,12 +1,12 @@
-"""What operators cost on a GPU: launches, bytes and time.
+"""The cost of operators on a GPU: launches, bytes and time.
 
-For the operators of ghost_ops these are the numbers of their kernels' plans
+The cost of an operator of ghost_ops comes from the plan of its kernel
 (``csrc/core/cuda_plan.cpp``, ``cuda_plan_layers.cpp``). For every other operator::
 
-    seconds = max(bytes / (0.92 * DRAM bandwidth), FLOPs / (0.5 * tensor core peak))
-              + 2e-6 * launches
+    seconds = max(bytes / (0.92 * DRAM bandwidth), FLOPs / (0.5 * peak)) + 2e-6 * launches
 
-with the rates of the plain units for float64, and for float32 without TF32.
+where peak is that of the tensor cores; for float64, and for float32 without TF32, it is that of the
+plain units.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Gpu:
         self.layout = {**self.target, "channels_last": channels_last}
         arch = self.library.cuda_arch(sm)
         self.bandwidth = arch["dram_gb_s"] * 0.92e9
-        # Multiply-adds a clock of a multiprocessor, as in Planner::estimate of
-        # csrc/core/cuda_plan.cpp: half of the tensor cores' peak, or the rate of the plain units.
+        # Multiply-adds per clock of one multiprocessor: half of the tensor cores' peak, or half of
+        # fma_clock (fma_clock_double for float64) of csrc/core/cuda_costs.inc.
         rate = arch["tensor_flops_clock"] / 2 / (self.element / 2) * 0.5
         if dtype is torch.float64 or (dtype is torch.float32 and not allow_tf32()):
             rate = 32 if dtype is torch.float64 else 64
@@ -61,14 +61,15 @@ class Gpu:
         gate: tuple[int, int] = (0, 0),
         pooled: bool = False,
     ) -> Cost:
-        """``ghost_apply``.
+        """The cost of ``ghost_apply``.
 
         Args:
-            shape: of x [N, C, H, W]. A library convolution makes u of it first if ``ghost_apply``
-                does not compute the primary convolution.
+            shape: N, C, H, W of the module's input. If ``ghost_apply`` does not compute the primary
+                convolution, it reads u instead, and the convolution is not part of this cost.
+            ghost: the parts of the module.
             residual: a residual is added.
-            gated: x is multiplied by [N, C] as it is read.
-            gate: height and width of the gate of the output; (0, 0) without one.
+            gated: the kernel multiplies x by a gate [N, C] while it reads x.
+            gate: height and width of the gate of the output; (0, 0) without a gate.
             pooled: only the mean over the output's pixels is written.
         """
         conv, cheap, fused = ghost.primary.conv, ghost.cheap, has_primary(ghost)
@@ -94,41 +95,49 @@ class Gpu:
         return Cost(1, one["dram_bytes"] + factors, one["seconds"] + factors / self.bandwidth)
 
     def depthwise(self, shape: Shape, conv: nn.Conv2d, sums: bool = False) -> tuple[Cost, int]:
-        """``depthwise_conv``; with ``sums`` also the number of partial sums of an image, else 0."""
+        """The cost of ``depthwise_conv``, and the number of partial sums of one image.
+
+        With ``sums`` the cost is that of ``depthwise_conv_sums``; without, the number is 0.
+        """
         sizes = *shape, conv.kernel_size[0], conv.stride[0]
         found = self.library.cuda_depthwise_plan(*sizes, sums=sums, **self.layout)
         return _of_plan(found), found["splits"] if sums else 0
 
     def gate(self, n: int, channels: int, reduced: int, pixels: int, splits: int) -> Cost:
-        """``squeeze_excite_gate`` for [n, channels] from sums in so many parts an image."""
+        """The cost of ``squeeze_excite_gate`` with ``reduced`` hidden channels.
+
+        Args:
+            pixels: pixels of a map.
+            splits: partial sums of one image, as ``depthwise`` returns; 0: the kernel reads x.
+        """
         return _of_plan(
             self.library.cuda_gate_plan(n, channels, reduced, pixels, splits, **self.target)
         )
 
     def stem(self, shape: Shape, conv: nn.Conv2d) -> Cost:
-        """``conv_stem``."""
+        """The cost of ``conv_stem``."""
         sizes = *shape, conv.stride[0], conv.out_channels
         return _of_plan(self.library.cuda_stem_plan(*sizes, **self.layout))
 
     def conv(self, shape: Shape, branch: Branch, has_bias: bool = False) -> Cost:
-        """A branch's convolution by PyTorch; a bias is added in place by a second launch."""
+        """The cost of a branch's convolution in PyTorch; a second launch adds a bias in place."""
         out, weights = math.prod(conv_shape(shape, branch)), branch.conv.weight.numel()
         channels = branch.conv.out_channels
         moved = math.prod(shape) + out + weights + has_bias * (2 * out + channels)
         return self.other(moved, 2 * out * weights // channels, 1 + has_bias)
 
     def linear(self, n: int, layer: nn.Conv2d | nn.Linear) -> Cost:
-        """The product of n rows with a layer's weight, plus its bias."""
+        """The cost of a matrix product of n rows with a layer's weight, plus the bias."""
         outs, ins = layer.weight.shape[:2]
         bias = 0 if layer.bias is None else outs
         return self.other(n * (ins + outs) + outs * ins + bias, 2 * n * outs * ins)
 
     def other(self, elements: int, flops: int = 0, launches: int = 1) -> Cost:
-        """An operator of PyTorch that reads and writes so many elements."""
+        """The cost of a PyTorch operator; ``elements``: elements that it reads and writes."""
         return self.eager([Op("", launches, elements * self.element, flops)])
 
     def eager(self, ops: Sequence[Op]) -> Cost:
-        """Operators of PyTorch, by the formula at the top of this file."""
+        """The cost of PyTorch operators, by the formula of this file's docstring."""
         seconds = sum(
             max(op.bytes / self.bandwidth, op.flops / self.flops) + 2e-6 * op.launches for op in ops
         )
@@ -141,5 +150,5 @@ def has_primary(ghost: Ghost) -> bool:
 
 
 def _of_plan(found: dict[str, Any]) -> Cost:
-    """The cost in a plan of the library."""
+    """The cost in a plan that the library returned."""
     return Cost(found.get("launches", 1), found["dram_bytes"], found["seconds"])

@@ -1,4 +1,4 @@
-"""The machines that plans are made for: a CPU by its numbers, a GPU by its architecture."""
+"""Descriptions of the planned machine: a CPU by its numbers, a GPU by its architecture."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class CpuMachine:
     Attributes:
         lanes: float32 lanes of a vector register: 4, 8 or 16.
         registers: vector registers, 8 or more.
-        l1_bytes, l2_bytes: data caches of a core, 4 KiB and 64 KiB or more.
+        l1_bytes, l2_bytes: bytes of the data caches of a core, at least 4 KiB and 64 KiB.
         cores: threads that share the work, 1 or more.
-        amx: whether it has AMX tiles for products in bfloat16.
+        amx: whether the CPU has AMX tiles for products in bfloat16.
 
     Raises:
         ValueError: a value is not allowed.
@@ -43,7 +43,7 @@ class CpuMachine:
 
 
 def cpu_machine(threads: int | None = None) -> CpuMachine:
-    """This machine with the chosen instruction set, as changed by GHOST_OPS_CPU_MACHINE.
+    """This machine with the instruction set in use; GHOST_OPS_CPU_MACHINE replaces its numbers.
 
     Args:
         threads: number of cores; None: ``torch.get_num_threads()``.
@@ -62,7 +62,7 @@ def compute_capability(device: str) -> int | None:
         device: ``"cpu"``, ``"cuda"`` (the current GPU) or one of ``CUDA_DEVICES``.
 
     Raises:
-        ValueError: device is none of these.
+        ValueError: device is another string.
         RuntimeError: ``"cuda"`` without a GPU.
     """
     if device == "cpu":

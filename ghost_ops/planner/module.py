@@ -1,4 +1,4 @@
-"""The plan of one Ghost module: the library's planner, with checked arguments."""
+"""The plan of one Ghost module: checks the arguments and calls the planner of the library."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ def explain_shape(
         shape: N, C, H, W of x.
         out_channels: channels of the output.
         ratio, dw_size, stride: as in :class:`ghost_ops.FusedGhostModule`.
-        activation, cheap_activation: of the two branches; None for the second: as the first.
-        dtype: float32, float64, bfloat16 or float16.
+        activation, cheap_activation: of the primary and the cheap branch; cheap_activation None:
+            the same as activation.
+        dtype: of x: float32, float64, bfloat16 or float16.
         channels_last: memory format of x.
         residual: a residual is added to the output.
         threads: size of the CPU's thread pool; None: ``torch.get_num_threads()``.
         machine: the CPU to plan for; None: this machine, see :func:`cpu_machine`.
         device: ``"cpu"``; one of ``CUDA_DEVICES``; ``"cuda"``, the architecture of the current GPU.
-            On a GPU float32 follows torch's TF32 switch.
-        training: plan a training forward and its backward instead of an evaluation pass (CUDA).
-        alternatives: the number of best plans that each launch of a forward lists (CUDA). Plans
-            whose times differ by less than a thousandth stay in the order in which they are found.
+            On a GPU torch's TF32 switch decides whether float32 products use TF32.
+        training: plan a training forward and its backward instead of an evaluation pass. GPU only.
+        alternatives: for each launch of a forward, list this number of best plans. GPU only. Plans
+            whose times differ by less than a thousandth keep the order of the search.
 
     Returns:
         A :class:`Plan` for the CPU, a :class:`CudaPlan` for a GPU.
@@ -102,7 +103,7 @@ def explain_shape(
     fields = library.plan(*dims, **problem, **asdict(machine))
     if sm is None:
         return Plan(**fields, machine=machine)
-    environment.CUDA_PLAN.get()  # raises for a bad value; the library reads the variable itself
+    environment.CUDA_PLAN.get()  # raises if the value is not allowed; the library reads it again
     found = library.cuda_plan(
         *dims,
         **problem,
@@ -141,6 +142,9 @@ def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> 
         module: a fused or reference Ghost module.
         shape: N, C, H, W of x.
         kwargs: arguments of :func:`explain_shape` that the module does not determine.
+
+    Returns:
+        As :func:`explain_shape`.
 
     Raises:
         ValueError: the primary convolution is not a plain 1x1; or as :func:`explain_shape`.

@@ -1,23 +1,23 @@
 """Every operator of a fused network on a GPU, next to eager PyTorch's: launches, bytes, time.
 
-Eager's operators are the ATen operators of one run on the meta device (``trace``); the fused
-operators follow from the shapes in that run. ``costs`` has the cost of each. No GPU is needed, and
-the model does not change.
+Eager PyTorch's operators are the ATen operators of one run on the meta device (``trace``). The
+fused operators follow from the shapes in this run. ``costs`` computes the cost of each operator. No
+GPU is needed, and the model does not change.
 
-The model of the costs leaves out:
+The cost model ignores:
 
 - Caching: every operator reads its input from DRAM and writes its output there, even if it would
   fit in L2.
 - Time on the host. At small batches it is longer than eager PyTorch's kernels.
 - Kernels inside an ATen operator: layout conversions and workspaces of cuDNN, the inverse standard
-  deviation of a batch norm, split reductions. They would add to eager's side.
-- Launches with too few blocks to fill the GPU. The plans of ghost_ops' kernels count them; for
-  other operators they would add to eager's side.
+  deviation of a batch norm, split reductions. They would add to the cost of eager PyTorch.
+- The lower speed of launches with too few blocks to fill the GPU, except in the plans of ghost_ops'
+  kernels. It would add to the cost of eager PyTorch.
 - Plain multiply-adds of depthwise convolutions outside Ghost modules, on both sides.
 - Shifts, slopes and cheap weights that ``ghost_apply`` reads, and all packing at the first call.
-- Kernels for composite functions on a GPU: on the meta device these are several operators. An
-  operator that reads a part of a tensor counts as reading all of it.
-- Hooks: they do not run. A hook inside a Ghost module keeps the module from being fused.
+- Single GPU kernels of composite functions: on the meta device such a function is several
+  operators. An operator that reads a part of a tensor counts as reading all of it.
+- Hooks, which do not run. A Ghost module that contains a hook is not fused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .costs import Cost, Gpu, has_primary
 from .machine import CUDA_DEVICES, compute_capability
 from .trace import Call, Op, Shape, Unit, conv_shape, trace
 
-# The kinds of rows: the operators of ghost_ops on CUDA,
+# The kinds of rows. First, operators of ghost_ops on CUDA:
 GHOST_APPLY = "ghost_apply"
 GHOST_APPLY_GATED = "ghost_apply_gated"  # x times the gate [N, C] of a squeeze-and-excitation
 GHOST_APPLY_POOLED = "ghost_apply_pooled"  # the last convolution and the mean over its pixels
@@ -55,11 +55,11 @@ OWN_KINDS = (
     *(GHOST_APPLY, GHOST_APPLY_GATED, GHOST_APPLY_POOLED),
     *(DEPTHWISE_CONV, DEPTHWISE_CONV_SUMS, SQUEEZE_EXCITE_GATE, CONV_STEM),
 )
-# and those of PyTorch.
+# Second, operators of PyTorch:
 LIBRARY_CONV = "library_conv"  # a primary convolution or stem without an operator of ghost_ops
 GATE_PRODUCT = "gate_product"  # a map times its gate, in place, if ghost_apply cannot take the gate
 MEAN, ADDMM, ACTIVATION = "mean", "addmm", "activation"
-PLAIN = "plain"  # operators that are the same on both sides
+PLAIN = "plain"  # operators that the fused network runs as eager PyTorch does
 KINDS = (*OWN_KINDS, LIBRARY_CONV, GATE_PRODUCT, MEAN, ADDMM, ACTIVATION, PLAIN)
 
 
@@ -68,13 +68,13 @@ KINDS = (*OWN_KINDS, LIBRARY_CONV, GATE_PRODUCT, MEAN, ADDMM, ACTIVATION, PLAIN)
 
 @dataclass(frozen=True)
 class NetworkRow:
-    """One operator of the fused network, and eager PyTorch's operators in its place.
+    """One operator of the fused network, and the operators of eager PyTorch that it replaces.
 
     Attributes:
-        name: path of its module in the model; ``(model)`` for the model itself.
+        name: path of the operator's module in the model; ``(model)`` for the model itself.
         kind: one of ``KINDS``.
-        launches, dram_bytes, seconds: of the fused operator; bytes read and written.
-        eager_launches, eager_bytes, eager_seconds: of eager PyTorch's operators.
+        launches, dram_bytes, seconds: cost of the fused operator; bytes read and written.
+        eager_launches, eager_bytes, eager_seconds: cost of the replaced operators.
     """
 
     name: str
@@ -101,8 +101,8 @@ class NetworkPlan:
         model: name of the model's class.
         device: the architecture, such as ``"sm_90"``.
         input_shape, dtype, channels_last: of the input [N, C, H, W].
-        rows: one for each operator; for plain PyTorch one for each layer.
-        notes: decisions, and the modules that ``fuse`` cannot fuse, with the reason.
+        rows: one for each operator of ghost_ops; operators that stay in PyTorch share rows.
+        notes: decisions, and the modules that ``fuse`` cannot fuse, with the reasons.
     """
 
     model: str
@@ -156,21 +156,21 @@ def explain_network(
 ) -> NetworkPlan:
     """The operators of a fused model on a GPU, next to eager PyTorch's.
 
-    Called as ``planner.explain(model, input_shape, ...)``. Needs no GPU. The model is neither run
-    nor changed, moved or fused. Plain and fused models give the same plan: that of the model after
-    ``fuse(model, inference=True)``.
+    ``planner.explain(model, input_shape, ...)`` calls this function. No GPU is needed. The model is
+    neither run nor changed, moved or fused. A plain model and the same model fused have the same
+    plan: that of the model after ``fuse(model, inference=True)``.
 
     Args:
         model: any module that takes one tensor: a network, a bottleneck, a Ghost module.
         input_shape: N, C, H, W of its input.
         device: one of ``planner.CUDA_DEVICES``; ``"cuda"``, the architecture of the current GPU.
-        dtype: of input and parameters: float32, float64, bfloat16 or float16. float32 follows
-            torch's TF32 switch.
+        dtype: of input and parameters: float32, float64, bfloat16 or float16. For float32, torch's
+            TF32 switch decides whether products use TF32.
         channels_last: memory format of the input.
         training: must be False.
 
     Returns:
-        A :class:`NetworkPlan`; its text is a table.
+        A :class:`NetworkPlan`; ``str`` of it is a table.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -228,12 +228,14 @@ def _checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
 
 @dataclass
 class _Part:
-    """A row that is being made.
+    """An unfinished row.
 
     Attributes:
-        cost: of the fused operator; None: the fused network runs ``ops`` too.
-        owns: modules, or (module, operator), whose eager operators it replaces.
-        ops: these operators.
+        name, kind: as in ``NetworkRow``.
+        cost: of the fused operator; None: the fused network runs ``ops`` as eager PyTorch does.
+        owns: the keys of ``Call.ops`` whose operators this row replaces: a module, or (module, name
+            of an operator).
+        ops: the replaced operators.
     """
 
     name: str
@@ -244,7 +246,7 @@ class _Part:
 
 
 def _charge(call: Call, parts: list[_Part], outside: tuple[nn.Module, ...] = ()) -> list[_Part]:
-    """Give each part the eager operators that it owns; the last part gets all others."""
+    """Add each eager operator of a call to the part that owns it, or else to the last part."""
     owners = {call.module: parts[-1]} | {key: part for part in parts for key in part.owns}
     for part, op in call.ops(owners, outside):
         part.ops.append(op)
@@ -255,7 +257,8 @@ class _Builder:
     """Makes the rows for a tree of calls.
 
     Attributes:
-        orders: for each shortcut the bytes if its 1x1 runs before ghost2, and if it runs after.
+        orders: for each shortcut, the bytes of its 1x1 convolution and ghost2 together if the 1x1
+            runs before ghost2, and if it runs after.
     """
 
     def __init__(self, gpu: Gpu, units: dict[nn.Module, Unit]) -> None:
@@ -268,7 +271,7 @@ class _Builder:
         return NetworkRow(part.name, part.kind, *(part.cost or eager), *eager)
 
     def walk(self, call: Call) -> list[_Part]:
-        """The parts of a call; they have all of eager's operators in it."""
+        """The parts of a call. Together they have all eager operators of the call."""
         unit = self.units.get(call.module) if len(call.in_shape) == 4 else None
         if isinstance(unit, Network):
             return self.network(call, unit)
@@ -276,7 +279,7 @@ class _Builder:
             return self.bottleneck(call, unit)
         if isinstance(unit, Ghost):
             return self.lone_ghost(call, unit)
-        parts = []  # not fused: its own operators between two calls are one row
+        parts = []  # not fused: the operators between two inner calls share one row
         for is_op, items in itertools.groupby(call.items, lambda item: isinstance(item, Op)):
             some: list[Any] = list(items)
             if is_op:
@@ -286,7 +289,7 @@ class _Builder:
         return parts
 
     def lone_ghost(self, call: Call, unit: Ghost) -> list[_Part]:
-        """The parts of a Ghost module outside of a bottleneck; the layers of its tail are plain."""
+        """The parts of a Ghost module outside of bottlenecks; its tail is a ``PLAIN`` part."""
         parts = _charge(call, self.ghost(call, call.module, unit, call.in_shape))
         if unit.tail:
             # ghost_apply replaces the operators up to the concatenation, or up to V2's product.
@@ -307,7 +310,7 @@ class _Builder:
     ) -> list[_Part]:
         """The parts of a Ghost module on x of ``shape``; the last is ``ghost_apply``."""
         names, parts, gate, conv = call.names, [], (0, 0), ghost.primary.conv
-        if ghost.gate is not None:  # it has half the height and width
+        if ghost.gate is not None:  # the gate has half the height and width of x
             owns = (ghost.gate, (module, "avg_pool2d"), (module, "sigmoid"))
             parts.append(_Part(names[ghost.gate], PLAIN, None, owns))
             gate = shape[2] // 2, shape[3] // 2
@@ -366,7 +369,7 @@ class _Builder:
         names, gpu, n, conv = call.names, self.gpu, call.in_shape[0], unit.last.conv
         *blocks, last = call.calls((*unit.blocks, conv))
         one, shape = _ghost_of(unit.last), conv_shape(last.in_shape, unit.last)
-        # The part of the pooling also gets the operators that no other part owns.
+        # The key call.module: the pooling's part also gets the operators that no part owns.
         if math.prod(shape[2:]) <= ops.MOST_POOLED:
             cost = gpu.ghost_apply(last.in_shape, one, pooled=True)
             owned = (*unit.last.modules, call.module)

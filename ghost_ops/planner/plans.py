@@ -1,4 +1,4 @@
-"""The plans that ``module`` returns: dataclasses, whose text explains them."""
+"""The plans that ``module`` returns: dataclasses; ``str`` of a plan explains it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .machine import CpuMachine
 
 @dataclass(frozen=True)
 class Plan:
-    """The tile plan of one evaluation pass on the CPU and its cost model.
+    """The tile plan of one evaluation pass on the CPU, and the bytes and FLOPs of its cost model.
 
     Attributes:
         along_lanes: the dimension along the lanes of a vector: ``"pixels"``, or ``"channels"`` (in
             channels_last, and for narrow small maps).
-        depth: with channels along the lanes, input channels in a slice of the matrix product.
+        depth: with channels along the lanes, the input channels in a slice of the matrix product.
         amx: the product runs in bfloat16 on AMX tiles, with float32 sums.
-        in_place: the output is the scratch for y; only with channels along the lanes.
-        pack: x is converted, transposed or gathered into scratch first, tile by tile.
+        in_place: y is written to the output, not to scratch; only with channels along the lanes.
+        pack: each tile of x is first converted, transposed or gathered into scratch.
         images: whole images in one tile.
         band_rows: output rows of one band of an image (all rows: no banding).
         row_splits: independent row ranges of an image, for threads.
@@ -26,15 +26,15 @@ class Plan:
         vecs: width of the matrix product's register block, in vectors of pixels.
         fetch: the memory that the matrix product prefetches: ``"columns"``, the next columns of x;
             ``"images"``, the next images of x and their results, evenly; or ``"nothing"``.
-        fetch_results: it also prefetches the memory for the next columns' results.
+        fetch_results: the matrix product also prefetches the memory of its next results.
         stream: the output is written with non-temporal stores.
         items: length of the parallel loop.
         scratch_bytes: scratch memory per thread.
-        bytes_fused: x and parameters read once, out written once.
-        bytes_eager: bytes that the unfused module's kernels read and write.
+        bytes_fused: bytes of x and the parameters, read once, and of out, written once.
+        bytes_eager: bytes that the kernels of the unfused module read and write.
         flops: multiplications and additions of both convolutions.
         keep_primary: training saves u for backward (u has at most a quarter of the bytes of x).
-        machine: the machine the plan is for.
+        machine: the machine that the plan was computed for.
     """
 
     along_lanes: str
@@ -93,20 +93,20 @@ class CudaPass:
     Attributes:
         kernel: ``ghost_apply`` (``ghost_apply_pipelined``, if GHOST_OPS_CUDA_PIPELINE is 1),
             ``ghost_primary_stats``, ``ghost_cheap_stats`` or ``ghost_backward_sums``.
-        channels, channel_blocks: intrinsic channels of a block, and the number of such ranges.
-        ghosts, ghost_blocks: the same for the ghost maps of one intrinsic map.
+        channels, channel_blocks: intrinsic channels of a block; blocks that divide all of them.
+        ghosts, ghost_blocks: ghost maps per intrinsic map of a block; blocks that divide them.
         images, rows, cols: output pixels of a tile: whole images, or a band of one.
-        halo: pixels of y around a tile that are recomputed.
-        tiles: tiles of the batch.
+        halo: width in pixels of the border of y around a tile that is recomputed.
+        tiles: tiles of the whole batch.
         blocks, blocks_per_sm: thread blocks of the launch; blocks on one multiprocessor.
-        instance: the most channels of the chosen kernel instance.
+        instance: the largest number of channels that the chosen kernel instance supports.
         slice, resident: channels of x in a pipeline stage; whether w1 stays in shared memory.
-        smem_bytes: shared memory of a block.
+        smem_bytes: bytes of shared memory of a block.
         tensor_cores: whether the product runs on tensor cores.
         dram_bytes, l2_bytes: modelled traffic, with halos and repeated reads.
         seconds: modelled time, not measured; it ranks tiles.
-        alternatives: the best plans of this launch, this one among them, in the order in which
-            GHOST_OPS_CUDA_PLAN counts them.
+        alternatives: the best plans of this launch, including this plan; GHOST_OPS_CUDA_PLAN is an
+            index into this order, from 1.
     """
 
     kernel: str
@@ -161,9 +161,10 @@ class CudaBackward:
     """The launches of a backward pass on a GPU.
 
     Attributes:
-        launches: their number, at most four.
-        stores_u: the first launch writes u [pixels, m] for the others.
-        sums: the first launch, sums over da2 of the second batch norm; None if it is not needed.
+        launches: number of launches, at most four.
+        stores_u: the first launch writes u [pixels, m] for the later launches.
+        sums: the first launch, which computes the sums of the second batch norm; None if no
+            gradient needs them.
         channels, channel_blocks, images, rows, cols, tiles, workers: the second launch (dv, dw2,
             da1): intrinsic channels of a block and ranges of them, output pixels of a tile, tiles,
             and the blocks that share the tiles of one channel range.
@@ -171,14 +172,15 @@ class CudaBackward:
         du_workers, du_slices, du_channels, du_pixels: the third launch if its blocks make both dx
             and dw1: blocks that share the pixels of a slice of x's channels, slices, channels of a
             slice, pixels of a tile. No workers: dx and dw1 have separate blocks.
-        makes_u: these blocks compute u again from x instead of reading it.
+        makes_u: the blocks of the third launch compute u from x instead of reading u.
         dx_blocks, dx_groups, dx_depth: the third launch: blocks for dx, independent ranges of x's
             channels, and intrinsic channels of du that stay in shared memory.
         dw1_blocks, dw1_splits, dw1_pixels: the third launch: blocks for dw1, slices of the pixels,
             and pixels that are summed at a time.
-        grads_smem_bytes, primary_smem_bytes: shared memory of a block of the second launch, of the
-            third.
-        scratch_bytes: memory for the duration of the pass: u, da1 and the partial sums.
+        grads_smem_bytes, primary_smem_bytes: bytes of shared memory of a block of the second and of
+            the third launch.
+        scratch_bytes: bytes of device memory that the pass allocates and frees: u, da1 and the
+            partial sums.
     """
 
     launches: int
@@ -248,7 +250,7 @@ class CudaPlan:
 
     Attributes:
         device: the architecture, such as ``"sm_90"``.
-        passes: one for each launch, in order.
+        passes: the launches in order.
         writes_u: training: the first pass writes u, and the later passes read u instead of x.
         bytes_fused, bytes_eager, flops: as in :class:`Plan`.
         backward: training: the backward pass, None otherwise.

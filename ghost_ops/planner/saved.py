@@ -1,8 +1,8 @@
-"""The tensors that a training step saves between forward and backward, and the work done again.
+"""The tensors that a training step saves for backward, and the work that backward repeats.
 
-A fused part saves only its input, which is the smallest choice because the part before it saves the
-same tensor; backward computes the rest again, at the price of FLOPs. A Ghost module also saves u
-(the primary convolution's result) if u has at most a quarter of its input's bytes.
+A fused part saves its input only. The input costs no extra memory if the part before saves it too
+(as its output). Backward computes the other tensors again, which costs FLOPs. A Ghost module also
+saves u, the result of the primary convolution, if u has at most a quarter of the input's bytes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class SavedRow:
-    """All parts of one kind.
+    """The saved tensors of all parts of one kind; bytes and FLOPs are sums over these parts.
 
     Attributes:
         part: the kind.
         times: the number of parts.
-        keeps: the tensors that each part saves.
-        bytes_kept: bytes of the saved maps [N, C, H, W]; a map that several parts save counts in
-            the first row only.
-        again: the tensors that backward computes again.
-        bytes_dropped: bytes of maps that PyTorch's layers would save, and these parts do not.
-        flops: multiplications and additions that backward does again.
+        keeps: the tensors that each part saves, in words.
+        bytes_kept: bytes of the saved maps [N, C, H, W]. A map that several parts save counts only
+            for the first of these parts.
+        again: the tensors that backward computes again, in words.
+        bytes_dropped: bytes of maps that PyTorch's layers would save and these parts do not.
+        flops: multiplications and additions that backward repeats.
     """
 
     part: str
@@ -43,7 +43,12 @@ class SavedRow:
 
 @dataclass(frozen=True)
 class SavedPlan:
-    """The rows and their sums. Its str is a table."""
+    """The rows and their sums; ``str`` of a plan is a table.
+
+    Attributes:
+        rows: one for each kind of part.
+        bytes_kept, bytes_dropped, flops: sums over the rows.
+    """
 
     rows: tuple[SavedRow, ...]
 
@@ -85,18 +90,18 @@ def explain_saved(
     *,
     channels_last: bool = False,
 ) -> SavedPlan:
-    """The tensors that one training step saves; a copy of the model runs its forward on zeros.
+    """The tensors that one training step saves for backward.
 
-    Called as ``planner.explain_saved(model, input_shape)``.
+    A copy of the model runs its forward once, on zeros; the model itself does not change.
 
     Args:
         model: a model on the CPU, fused or not.
         input_shape: N, C, H, W of its input.
-        dtype: of the input; None: that of the model's first parameter.
+        dtype: of the input; None: the dtype of the model's first parameter.
         channels_last: memory format of the input.
 
     Returns:
-        A row for each kind of part. Scalars, vectors and parameters do not count.
+        A plan with one row for each kind of part. Scalars, vectors and parameters do not count.
 
     Raises:
         Any error of the model.
@@ -159,7 +164,7 @@ def _saved(node: Any) -> list[Tensor]:
 
 
 def _together(rows: list[SavedRow]) -> SavedRow:
-    """One row for parts of one kind."""
+    """The sum of the rows of parts of one kind."""
     return replace(
         rows[0],
         times=len(rows),
@@ -170,7 +175,7 @@ def _together(rows: list[SavedRow]) -> SavedRow:
 
 
 def _pixels(x: Tensor, kernel: Sequence[int], settings: Any) -> int:
-    """Values per channel of a convolution's result, all images together."""
+    """Values per channel of a convolution's result, over all images."""
     count = x.size(0)
     for i in (0, 1):
         reach = settings.dilation[i] * (kernel[i] - 1) + 1
@@ -189,7 +194,7 @@ def _ghost(node: Any, maps: list[Tensor], weights: list[Tensor], kept: int) -> S
     keeps_u = len(maps) > 1
     again = 0 if w1 is None or keeps_u else 2 * pixels * w1.numel()
     again += 0 if w2 is None else 2 * pixels * w2.numel()
-    # PyTorch's layers save u, y and v; also z for some activations, which is not counted.
+    # PyTorch's layers save u, y and v. For some activations they also save z, which is not counted.
     dropped = pixels * x.element_size() * ((0 if keeps_u else m) + (m if g else 0) + g)
     if g and keeps_u:
         part = "Ghost module that keeps u"

@@ -1,14 +1,14 @@
 """``trace``: the modules that ``fuse`` can fuse in a model, and the operators of one plain run.
 
-``trace`` copies a model to the meta device, where tensors have shapes and no data. ``fuse`` on the
-copy decides which modules run as operators of ghost_ops; these are the units. Then the copy is
-unfused and its forward runs once. The operators that PyTorch dispatches are recorded in a tree of
-module calls.
+``trace`` copies a model to the meta device, where tensors have shapes and no data. The units are
+the modules of the copy that ``fuse`` turns into operators of ghost_ops. Then the copy is unfused,
+its forward runs once, and the operators that PyTorch dispatches are recorded in a tree of module
+calls.
 
-Bytes are those that an operator reads from and writes to device memory. An ATen operator reads its
-input tensors and writes its results. A view moves nothing, an expanded dimension counts as one
-element, and an in-place operator reads and writes. A convolution with a bias is two launches in
-eager PyTorch: the second adds the bias in place.
+The bytes of an operator are the bytes that it reads from and writes to device memory. An ATen
+operator reads its input tensors and writes its results. A view moves no bytes, an expanded
+dimension counts as one element, and an in-place operator reads and writes its tensor. In eager
+PyTorch a convolution with a bias is two launches: the second adds the bias in place.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _OVERWRITE = {"copy_", "fill_", "zero_"}  # operators that write their first arg
 
 
 class Op(NamedTuple):
-    """One ATen operator."""
+    """One run of an ATen operator; bytes of device memory, read and written."""
 
     name: str
     launches: int
@@ -67,9 +67,10 @@ class Call:
     """One call of a module.
 
     Attributes:
-        path: the module's name in the model; if it has several, the name at the place of the call.
-        in_shape: shape of the first tensor among the arguments; () without one.
-        items: the operators and calls inside, in their order.
+        module: the called module.
+        path: the module's name in the model; of several names, the one below the calling module.
+        in_shape: shape of the first tensor among the arguments; () without a tensor.
+        items: the operators and calls inside this call, in the order in which they ran.
     """
 
     module: nn.Module
@@ -87,14 +88,15 @@ class Call:
     def ops(
         self, owners: Mapping[Any, Owner], outside: Container[nn.Module] = ()
     ) -> Iterator[tuple[Owner, Op]]:
-        """Every operator, with the owner of the innermost module around it that has one.
+        """Pairs (owner, operator) of all operators inside this call.
 
-        Owners of a module in several places are ignored; Ultralytics' layers, for example, share
-        one activation module.
+        The owner of an operator is that of the innermost enclosing module that ``owners`` contains.
+        A module with several names in the model has no owner; for example, Ultralytics' layers
+        share one activation module.
 
         Args:
-            owners: the owner of a module, or of one operator in it under the key (module, name of
-                the operator); this call's module must have one.
+            owners: the owner of a module, under the key ``module``; or of one kind of operator in
+                a module, under the key (module, operator name). Must contain this call's module.
             outside: modules whose calls are left out.
         """
         places = Counter(m for _, m in self.module.named_modules(remove_duplicate=False))
@@ -115,7 +117,7 @@ class Call:
                 yield from item._chains(outside, chain)
 
     def calls(self, wanted: Container[nn.Module]) -> Iterator[Call]:
-        """The outermost calls of ``wanted`` modules inside this call, in their order."""
+        """The outermost calls of ``wanted`` modules inside this call, in the order of the run."""
         for item in self.items:
             if isinstance(item, Call):
                 if item.module in wanted:
@@ -125,11 +127,11 @@ class Call:
 
 
 class Trace(NamedTuple):
-    """A model's fused modules, and its plain run.
+    """The fused modules of a model, and one run of the unfused model.
 
     Attributes:
         root: the call of the model.
-        units: the parts of each fused module.
+        units: the parts of each module that runs fused.
         left: notes on the modules that are not fused, with the reasons.
     """
 
@@ -141,7 +143,11 @@ class Trace(NamedTuple):
 def trace(
     model: nn.Module, shape: Shape, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> Trace:
-    """The units of a model, and its run on x of ``shape``. The model itself does not change.
+    """The units of a model, and its run on an x of ``shape``. The model does not change.
+
+    Args:
+        shape: N, C, H, W of x.
+        dtype, memory_format: of x; dtype also of the parameters.
 
     Raises:
         ValueError: the model cannot be copied, has a lazy layer, or needs the values of a tensor.
@@ -159,8 +165,9 @@ def trace(
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the model on the meta device in eval mode, with parameters in ``dtype``.
 
-    Parameters are replaced while the model is copied, so the copy takes no memory on any device.
-    Hooks are shared with the model: a copied bound method would copy its object too.
+    The deep copy replaces every tensor by one without data, so the copy takes no device memory. The
+    copy has the hooks of the model, not copies of them: a copy of a hook that is a bound method
+    would copy the method's object too.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model: a scripted model has no Python forward to follow")
@@ -221,7 +228,7 @@ def _why_not_fused(parts: Unit) -> str:
     norms = [m for m in parts.layers if isinstance(m, NORMS)]
     if any(bn.training or bn.running_mean is None for bn in norms):
         return "a batch norm has no running statistics, so that it runs as in training"
-    if isinstance(parts, Ghost):  # it runs as ghost_apply even if its weights cannot be kept packed
+    if isinstance(parts, Ghost):  # runs as ghost_apply even if its packed weights cannot be cached
         return parts.why_not_fused() or parts.why_not_shapes(*parts.weights())
     computed = "" if watchable(parts.layers) else "its weights are computed at every call"
     return parts.why_not_packed() or computed
@@ -254,8 +261,8 @@ def _record(model: nn.Module, x: Tensor) -> Call:
         with torch.no_grad(), torch.device("meta"), recorder:
             model(x)
     except Exception as error:
-        # A forward that needs the values of a tensor, or uses a second device, raises an error that
-        # names the meta device.
+        # If a forward reads values of a tensor or uses a second device, the error of PyTorch names
+        # the meta device.
         if not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
             raise
         raise ValueError(
@@ -297,7 +304,7 @@ class _Recorder(TorchDispatchMode):
     def leave(self, module: nn.Module, args: tuple, out: Any) -> None:
         """The forward hook of every module."""
         while self.stack.pop().module is not module:
-            pass  # the model has caught an error of a forward inside
+            pass  # a call raised an error that the model caught, so its hook did not run
 
 
 def _op_of(
@@ -333,6 +340,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _bytes(t: Tensor) -> int:
-    """Bytes of memory behind a tensor; an expanded dimension has one element."""
+    """Bytes of a tensor in memory; an expanded dimension counts as one element."""
     sizes = zip(t.shape, t.stride(), strict=True)
     return math.prod(size if stride else min(size, 1) for size, stride in sizes) * t.element_size()

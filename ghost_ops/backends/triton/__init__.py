@@ -1,6 +1,6 @@
-"""The Triton backend: the fused module on any GPU that Triton compiles for, without nvcc.
+"""The Triton backend: the fused Ghost module on every GPU that Triton supports, without nvcc.
 
-``plan``               launches and tiles for a shape, without Triton
+``plan``               launches and tiles for a shape; does not import Triton
 ``tuning``             the choice of tiles on the device, cached on disk
 ``layout``             packed parameters
 ``kernels``            the kernels, one concern a file
@@ -28,7 +28,7 @@ _state: tuple[bool, str] | None = None
 
 
 def load() -> bool:
-    """Import Triton and the kernels; whether that worked. Idempotent, see ``reason``."""
+    """Import Triton and the kernels. Returns whether they are loaded; see ``reason``."""
     global _state
     if _state is None:
         _state = _try_load()
@@ -71,7 +71,7 @@ def can_run(device_type: str, dtype: torch.dtype) -> tuple[bool, str]:
 
 
 def nowhere() -> str | None:
-    """Why the kernels run on no device at all; None if they do on some."""
+    """Why the kernels run on no device of this machine; None if they run on one."""
     found = [can_run(device_type, torch.float32) for device_type in ("cuda", "cpu")]
     return None if any(ok for ok, _ in found) else found[0][1]
 

@@ -1,11 +1,12 @@
 """The backward operator in Triton.
 
-u (unless it was saved) and y are recomputed into scratch memory that is freed with the call; so are
-dv and da, the gradients at the two batch norms. Launches, with ghost maps:
+u (unless it was saved), y, dv and da are computed into scratch memory that is freed after the call;
+dv is the gradient at the input of batch norm 2, da at the output of batch norm 1. Launches, with
+ghost maps:
 
 1. u and y;  2. the sums of batch norm 2;  3. dv and dw2;  4. da and the sums of batch norm 1;
-5. dx and dw1. If a program can own an image (``plan.passes``), 1 and 2 are one launch, and so are
-3 and 4: three in all. A launch whose results no needed gradient reads is omitted.
+5. dx and dw1. If ``plan.passes`` lets a program own an image, 1 and 2 are one launch, and 3 and 4
+are one launch: three in all. A launch is omitted if no needed gradient depends on its results.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 
 class Sums(NamedTuple):
-    """The sums that a batch norm's gradient needs, or means; None: constant statistics.
+    """The sums (or means) that a batch norm's gradient needs; None with constant statistics.
 
     Attributes:
         beta, gamma: sums of the gradient at the norm's output, and of its product with the
@@ -74,7 +75,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def room(cls, x: Tensor, channels: int, p: Problem, prelu: bool) -> Sums:
-        """Memory for the sums of this batch, which a launch writes."""
+        """Uninitialised memory for the sums of this batch; a launch writes them."""
         beta, gamma, *slope = vectors(x, channels, 2 + prelu)
         return cls(beta, gamma, 1.0 / max(p.n * p.out_pixels, 1), slope[0] if prelu else None)
 
@@ -240,7 +241,10 @@ def _source(
 def _fused_sums(
     x: Tensor, w1: Tensor | None, p: Problem, layers: Layers, u: Tensor | None, sums: Sums
 ) -> Tensor:
-    """Returns y of p, which is the problem with u given or without; writes u and the sums."""
+    """Returns y; writes u, if it is not None, and the sums of batch norm 2.
+
+    x, w1, p: as ``_source`` returns them.
+    """
     y, device, n1, n2 = maps(x, p, p.m), layers.device, layers.norm1, layers.norm2
     w2, grad, acts = layers.w2, layers.grad, {"ACT1": p.act1, "ACT2": p.act2}
     shape = Shape.primary(p, x, device, Y_CH=p.m, **cheap_constants(p), **acts)

@@ -1,7 +1,7 @@
 """Checks of the operators' arguments, on which the kernels rely; they raise RuntimeError.
 
-``functional`` checks with better messages. These checks keep a direct call of an operator from
-accessing memory outside of its tensors.
+``functional`` checks the same conditions with better messages. The checks of this file prevent that
+a direct call of an operator accesses memory outside of its tensors.
 """
 
 from __future__ import annotations

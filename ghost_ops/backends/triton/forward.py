@@ -92,7 +92,7 @@ def ghost_pack(
     prelu1: Tensor | None = None,
     prelu2: Tensor | None = None,
 ) -> Tensor:
-    """Both batch norms as scale and shift, and the weights: 1-D, in the layout of ``layout``."""
+    """The weights, and both batch norms as scale and shift: 1-D float32, as ``layout`` says."""
     m = intrinsic_count(w1, gamma1, beta1, mean1, var1)
     channels = 0 if w1 is None else w1.size(1)
     check_primary(w1, w2, m, channels)
@@ -131,7 +131,7 @@ def ghost_apply(
     slope2: float,
     has_primary: bool,
 ) -> Tensor:
-    """The whole module with batch norms as scale and shift, times gate, plus residual, if given."""
+    """As ``ghost_apply`` of ``ops.eager``, with ``packed`` from this file's ``ghost_pack``."""
     sizes, acts = (intrinsic, ratio, out_channels, dw_size, stride), (act1, slope1, act2, slope2)
     p = problem_of(x, *sizes, *acts, has_primary, prelu=True)
     has_prelu = act1 == PRELU, act2 == PRELU
@@ -152,7 +152,7 @@ def ghost_apply(
         if plain:
             _whole(x, parts.w1, parts.w2, p, device, norm1, norm2, out)
             return out
-        # The ghosts are made from y before gate and residual, so y needs its own memory.
+        # Ghosts are computed from y without gate and residual, so y needs memory besides out.
         y = maps(x, p, p.m) if p.g else None
         launch_primary(x, parts.w1, p, device, norm=norm1, y=y, out=out, epilogue=epilogue)
         if y is not None:
@@ -161,7 +161,7 @@ def ghost_apply(
 
 
 def either(slope: float, prelu: Tensor | None) -> float | Tensor:
-    """The slopes of a PReLU if there are some, else the one slope."""
+    """The slopes of the PReLU if they are given, else the scalar slope."""
     return slope if prelu is None else prelu
 
 
@@ -265,11 +265,11 @@ def ghost_train_forward(
     slope2: float,
     keep_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out, mean1, var1, mean2, var2, u or empty), normalised with the batch's statistics.
+    """(out, mean1, var1, mean2, var2, u or empty), as ``ghost_train_forward`` of ``ops.eager``.
 
     Pass 1 computes u and its statistics, pass 2 y (into out) and the statistics of v, pass 3 z. A
-    norm with given mean and var needs no pass for statistics, and its two results are empty; pass 1
-    then runs only to keep u.
+    norm with given mean and var needs no pass for statistics, and its two results are empty. If
+    batch norm 1 has given statistics, pass 1 runs only to keep u.
     """
     m = x.size(1) if w1 is None else w1.size(0)
     check_primary(w1, x, m, x.size(1))
@@ -326,7 +326,7 @@ def ghost_update_running_(
     momentum2: float | None,
     count: int,
 ) -> None:
-    """Running statistics and batch counters of both batch norms, in one launch."""
+    """Update running statistics and batch counters of both batch norms, in one launch."""
     norms: list[Running] = []
     for running_mean, running_var, batches, mean, var, momentum in (
         (running_mean1, running_var1, batches1, mean1, var1, momentum1),
@@ -362,7 +362,7 @@ def problem_of(
     *,
     prelu: bool = False,
 ) -> Problem:
-    """The problem of x and these numbers, checked. prelu: PReLUs are allowed."""
+    """The ``Problem`` of x and these numbers, checked. prelu: the code of a PReLU is allowed."""
     check_image("x", x)
     nhwc = memory_format(x) is torch.channels_last
     sizes, acts = (*x.shape, m, ratio, out_channels, d, stride), (act1, slope1, act2, slope2)

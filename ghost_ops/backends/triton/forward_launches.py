@@ -127,7 +127,7 @@ def launch_fused(
 
 
 def _act(act: int, *results: Tensor | None) -> int:
-    """The activation of a launch; none if it has no results, because moments precede it."""
+    """The activation of a launch; NONE if it writes moments only, which precede the activation."""
     return act if any(t is not None for t in results) else NONE
 
 

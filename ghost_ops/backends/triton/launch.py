@@ -1,7 +1,7 @@
 """Parts of every launch: argument bundles of the kernels, the pixels of a program, scratch memory.
 
-Triton specialises a kernel for each field of a bundle as it would for a plain argument. A field
-that a kernel does not use keeps its default, so that it adds no variant of the kernel.
+Triton specialises a kernel for each field of a bundle as for a plain argument. A field that a
+kernel does not use keeps its default value, so that no second variant of the kernel is compiled.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from .plan import (
 
 
 class Norm(NamedTuple):
-    """A batch norm and its activation's slope; gamma and beta alone are a scale and a shift.
+    """A batch norm, vectors [channels], and the slope of the activation after it.
 
-    slope: a number, or the slopes [channels] of a PReLU.
+    Without mean and var, gamma and beta are a scale and a shift. slope: a number, or the slopes
+    [channels] of a PReLU.
     """
 
     gamma: Tensor | None = None
@@ -47,7 +48,13 @@ NO_NORM = Norm()
 
 
 class Epilogue(NamedTuple):
-    """Operands of values before they are stored in out: times gate, plus residual."""
+    """Operands of the last step before a store: out = value * gate + residual.
+
+    Attributes:
+        gate: [N, out_channels, height, width], or None.
+        row_scale, column_scale: height and width of the gate over those of the output.
+        residual: like out, or None.
+    """
 
     gate: Tensor | None = None
     height: int = 1
@@ -58,7 +65,7 @@ class Epilogue(NamedTuple):
 
     @classmethod
     def of(cls, gate: Tensor | None, residual: Tensor | None, out: Tensor) -> Epilogue:
-        """Of a gate [N, out_channels, any height, any width], made dense in the layout of out."""
+        """The epilogue of a gate and a residual, which are made dense in the layout of out."""
         layout = memory_format(out)
         if residual is not None:
             residual = residual.contiguous(memory_format=layout)
@@ -78,11 +85,12 @@ NO_EPILOGUE = Epilogue()
 
 
 class Rows(NamedTuple):
-    """Memory for partial results, one row a group, which ``kernels.partial`` folds.
+    """Memory for partial results, one row per group of tiles, which ``kernels.partial`` folds.
 
     Attributes:
-        data, counters: float32 rows, and int32 zeros that the kernel leaves zero.
-        parts: groups, each with a row.
+        data: float32 rows.
+        counters: int32 zeros; the kernel resets them to zero.
+        parts: number of groups.
     """
 
     data: Tensor | None = None
@@ -91,7 +99,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def room(cls, like: Tensor, parts: int, *needs: tuple[int, int]) -> tuple[Rows, ...]:
-        """Rows for each (blocks that fold for themselves, values of a row) of a kernel."""
+        """Rows for each pair (channel blocks that fold separately, values of a row) of needs."""
         clusters = math.ceil(parts / fan_of(parts))
         sizes = [blocks * (clusters + 1) for blocks, _ in needs]
         counters = _counters(like, sum(sizes))[: sum(sizes)].split(sizes)
@@ -103,12 +111,15 @@ NO_ROWS = Rows()
 
 
 def fan_of(parts: int) -> int:
-    """Rows of partial results that are folded into one more row; 1 without rows."""
+    """The number of rows that are folded into one row of the next level; 1 without rows."""
     return min(max(power_of_two(math.isqrt(parts)), 8), 64) if parts else 1
 
 
 class Size(NamedTuple):
-    """Sizes of maps. ``pixels`` is the number that follow each other in memory, see ``Cut``."""
+    """Sizes of maps: output pixels, height and width; input pixels and width if x is read.
+
+    pixels: as in ``Cut``.
+    """
 
     pixels: int
     out_pixels: int
@@ -199,8 +210,9 @@ _zeros: dict[tuple[torch.device, int], Tensor] = {}
 def _counters(like: Tensor, size: int) -> Tensor:
     """At least ``size`` zeros that no running kernel uses.
 
-    Kernels of one stream run one after the other and leave zeros, so that a stream needs one vector
-    and no launch clears it. A CUDA graph may be replayed on any stream: it gets a new vector.
+    The kernels of a stream run one after the other, and each resets its counters to zero. So one
+    vector per stream is enough, and no launch clears it. A CUDA graph may be replayed on any
+    stream, so each captured launch gets a new vector.
     """
     if not like.is_cuda or torch.cuda.is_current_stream_capturing():
         return like.new_zeros(size, dtype=torch.int32)
@@ -221,12 +233,12 @@ def _gpu(index: int) -> Device:
 
 
 def device_of(x: Tensor) -> Device:
-    """The device of x as the plan describes it."""
+    """The ``plan.Device`` of x."""
     return INTERPRETER if INTERPRET.value else _gpu(x.device.index)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Makes the device of x current, on which Triton launches."""
+    """A context in which the device of x is current, because Triton launches on that device."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -240,7 +252,7 @@ def precision(dtype: torch.dtype, device: Device) -> str:
 
 
 def options(tile: Tile) -> dict[str, int | bool]:
-    """Compiler options of a launch; with fused multiply-adds, whose default differs by version."""
+    """Compiler options of a launch. The default of fused multiply-adds differs by version."""
     return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
@@ -260,7 +272,7 @@ class Cut:
     def of(
         cls, kind: str, p: Problem, tile: Tile, device: Device, map_pixels: int | None = None
     ) -> Cut:
-        """For maps of the output's size, or of ``map_pixels`` pixels."""
+        """The division for maps of ``map_pixels`` pixels; None: maps of the output's size."""
         per_map = p.out_pixels if map_pixels is None else map_pixels
         images, pixels = (1, p.n * per_map) if p.nhwc else (p.n, per_map)
         tiles = tiles_per_program(kind, p, tile, device, images, pixels)

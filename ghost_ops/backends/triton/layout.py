@@ -1,9 +1,9 @@
 """The packed parameters of the Triton backend: one float32 tensor, as the schema requires.
 
-Parts, each a multiple of 16 bytes: scale1 [m], shift1 [m], scale2 [g], shift2 [g], w2 [g, d, d] in
-float32, and w1 [m, C] as the bits of its own dtype, for tensor cores. Batch norm is not folded into
-w1, because rounding to half precision again would lose digits. The slopes of PReLUs, [m] and [g],
-come last and are not padded.
+Parts, each padded to a multiple of 16 bytes: scale1 [m], shift1 [m], scale2 [g], shift2 [g] and
+w2 [g, d, d] in float32, and the bits of w1 [m, C] in its own dtype, for tensor cores. Batch norm is
+not folded into w1, because a second rounding to half precision would lose digits. The slopes of
+PReLUs, [m] and [g], come last and are not padded.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Three decisions, which ``explain`` prints:
 
 - *One pass or two launches.* In one pass a program owns a whole image and some channels, stores y,
-  and reads it back through the caches. This saves a read of y from memory, and needs enough images
-  to fill the device. Two launches spread every image over the device, at the cost of one more read
-  of y, unless y is still in the L2 cache.
+  and reads y back through the caches. This saves a read of y from memory, but needs enough images
+  to fill the device. Two launches spread every image over the device, but read y once more, unless
+  y is still in the L2 cache.
 - *Recompute or stash u* in a training forward, between the statistics of u and their use.
 - *Tiles*, from the channels and the layout. GHOST_OPS_TRITON_AUTOTUNE=1 times the alternatives.
 """
@@ -31,9 +31,9 @@ KINDS = (
     "weight_gradient",
 )
 _WITH_PRODUCT = ("primary", "fused", "input_gradient", "weight_gradient")
-# A launch, in bytes that memory moves in the same time. Assumed: 4 us at 2 TB/s.
+# The time of a launch as the bytes that memory moves in this time; assumed: 4 us at 2 TB/s.
 LAUNCH_BYTES = 8 * 2**20
-# Programs of one pass on each multiprocessor, so that one loads while another computes.
+# Programs of one pass per multiprocessor that fill it: one loads while another computes.
 RESIDENT = 2
 
 
@@ -149,7 +149,8 @@ class Passes:
         one_pass: the choice.
         programs: programs of the one pass.
         bytes_one, bytes_two: bytes that each moves through memory.
-        cost_one, cost_two: these bytes over the share of the device that is busy, plus launches.
+        cost_one, cost_two: these bytes over the busy share of the device, plus LAUNCH_BYTES for
+            each launch.
         reason: the choice in words.
     """
 
@@ -191,9 +192,9 @@ def rounded_up(n: int) -> int:
 def passes(p: Problem, device: Device, *, stores_z: bool, epilogue: bool = False) -> Passes:
     """One pass or two launches, for evaluation (stores_z) or the second pass of a training forward.
 
-    See this file's docstring for the two costs. A block barrier orders the stores and loads of its
-    threads in CUDA; Triton's barrier for AMD is an s_barrier without the s_waitcnt vmcnt before it.
-    The backward joins its launches by the same choice.
+    See this file's docstring for the two costs. One pass needs a block barrier that orders the
+    stores and loads of its threads. CUDA's barrier does; Triton's barrier for AMD is an s_barrier
+    without the s_waitcnt vmcnt before it. The backward uses the same choice to join launches.
     """
     tile = default_tile("fused", p, device)
     programs = p.n * math.ceil(p.m / tile.channels)
@@ -219,10 +220,10 @@ def passes(p: Problem, device: Device, *, stores_z: bool, epilogue: bool = False
 
 
 def stashes_u(p: Problem) -> bool:
-    """Whether a training forward stores u after the first pass, for the second to read.
+    """Whether the first pass of a training forward stores u, so that the second pass reads u.
 
-    Recomputing reads x twice; stashing reads x once, writes u and reads u. With u given there is no
-    choice. (The third pass reads y, which the second has written into out.)
+    Recomputing u reads x twice; stashing u reads x once, writes u and reads u. Without a primary
+    convolution u is given. (The third pass reads y, which the second pass has written into out.)
     """
     return p.has_primary and p.x_bytes > 2 * p.map_bytes(p.m)
 
@@ -254,7 +255,7 @@ def default_tile(kind: str, p: Problem, device: Device) -> Tile:
     if kind not in _WITH_PRODUCT:
         return _stencil_tile(p, channels)
     if kind == "fused":
-        # Few channels a program: more programs, and the image's y stays in the caches.
+        # Few channels per program: more programs, and the y of an image stays in the caches.
         block, pixels = min(power_of_two(max(channels, 16)), 64), 64
         if p.dw_size > 3:
             block = min(block, 32)
@@ -280,8 +281,8 @@ def weight_tile(p: Problem, other: Tile, device: Device) -> Tile:
 
 
 def _stencil_tile(p: Problem, channels: int) -> Tile:
-    # The contiguous axis is the longer one, for wide loads. 16 values a thread, 8 where a row of
-    # taps is long: the loads of a row are in flight together, in registers.
+    # The contiguous axis is the longer one, for wide loads. 16 values per thread, or 8 for a long
+    # row of taps, because the loads of a row occupy registers at the same time.
     values = 2048 if p.dw_size <= 5 else 1024
     if p.nhwc:
         block = min(power_of_two(max(channels, 8)), values // 32)
@@ -329,10 +330,10 @@ def candidates(kind: str, p: Problem, device: Device) -> list[Tile]:
 def tiles_per_program(
     kind: str, p: Problem, tile: Tile, device: Device, images: int, pixels: int
 ) -> int:
-    """Consecutive tiles that one program takes of ``images`` times ``pixels`` pixels.
+    """The number of consecutive tiles of one program, for ``images`` runs of ``pixels`` pixels.
 
-    The number of programs is small enough for small partial results and for tiles that share rows
-    in the caches, and large enough for eight programs on every multiprocessor.
+    With few programs the partial results are small, and consecutive tiles share rows in the caches.
+    The number of programs is about eight per multiprocessor (two for weight_gradient).
     """
     tiles = math.ceil(pixels / tile.pixels)
     blocks = math.ceil(channel_axis(kind, p) / tile.channels)

@@ -46,7 +46,7 @@ def cache_file(device: Device) -> Path:
 
 
 def key(kind: str, p: Problem, variant: str = "") -> str:
-    """The name of a problem in the cache, without the slopes, which change no timing."""
+    """The key of a problem in the cache; without the slopes, which do not change the time."""
     fields = {k: v for k, v in vars(p).items() if not k.startswith("slope")}
     return " ".join((f"{kind} {variant}".strip(), *(f"{k}={v}" for k, v in fields.items())))
 
@@ -61,10 +61,15 @@ def forget() -> None:
 def run(
     kind: str, p: Problem, device: Device, launch: Callable[[Tile], Result], variant: str = ""
 ) -> Result:
-    """The result of ``launch`` with the tile chosen for a kernel, or a variant of it, on a problem.
+    """The result of ``launch`` with the tile that is chosen for a kernel and a problem.
 
-    A launch may be repeated, so it must not read what it writes. A tile that needs more shared
-    memory or registers than the device has is skipped; if all tiles do, the first error is raised.
+    ``launch`` may run several times, so it must not read memory that it writes. A tile that needs
+    more shared memory or registers than the device has is skipped; if all tiles are skipped, the
+    first error is raised.
+
+    Args:
+        kind: one of ``plan.KINDS``.
+        variant: distinguishes compiled variants of the kernel that are tuned separately.
     """
     name = key(kind, p, variant)
     tile = _chosen.get((device, name))

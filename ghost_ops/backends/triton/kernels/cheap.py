@@ -38,9 +38,9 @@ def cheap_kernel(
     A result without a pointer is left out. y_ptr may be out_ptr: the channels that are read and
     written are different.
     Tile map: a program owns CHANNELS ghost channels and TILES tiles of PIXELS consecutive pixels.
-    Consecutive tiles share the rows of y between them, in the L1 cache.
-    Binding resource: memory bandwidth (y in once, z out); for D >= 5 the D * D loads a value from
-    the L1 cache.
+    Consecutive tiles share rows of y in the L1 cache.
+    Binding resource: memory bandwidth (y in once, z out); for D >= 5 the loads from the L1 cache,
+    D * D per value.
     """
     M: tl.constexpr = shape.M
     G: tl.constexpr = shape.G

@@ -8,7 +8,7 @@ With b = bn2(v), a = bn1(u) and sums over all pixels::
     da = act1'(a) * dy                  dbeta1 = sum da    dgamma1 = sum da * uhat
 
 and for a PReLU the slopes' gradients, sum grad_out[:, m:] * min(b, 0) and sum dy * min(a, 0).
-Each pass recomputes v from y: y is read from the caches, v would be read from memory.
+Each pass recomputes v from y: reading y from the caches is faster than reading v from memory.
 
 A walk is the loop of one program over its tiles; ``fused_backward`` joins walks in pairs.
 """
@@ -329,7 +329,8 @@ def intrinsic_gradient_kernel(
 
     Tile map: a program owns CHANNELS intrinsic channels and TILES tiles of PIXELS consecutive
     pixels; it gathers the gradients of all ghosts of its channels.
-    Binding resource: memory bandwidth (dv, grad_out and u in, da out); as above for D >= 5.
+    Binding resource: memory bandwidth (dv, grad_out and u in, da out); for D >= 5 loads from the
+    L1 cache.
     """
     M: tl.constexpr = shape.M
     BLOCKS: tl.constexpr = (M + tile.CHANNELS - 1) // tile.CHANNELS

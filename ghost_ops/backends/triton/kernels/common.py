@@ -1,9 +1,9 @@
 """Parts of every kernel: addresses, batch norms, activations, the matrix product, moments.
 
 Tensors in memory are dense, [N, CH, pixels] (NHWC false) or [N, pixels, CH] (NHWC true); a pixel is
-a row-major position of the map. Everything on chip is a tile [pixels, channels] in float32. Channel
-counts are compile-time constants, so that the compiler knows how wide a load may be; sizes of maps
-are arguments, so that another resolution needs no other kernel.
+a row-major index into a map. Values in registers are tiles [pixels, channels] in float32. Channel
+counts are compile-time constants, so that the compiler can choose the width of loads. Sizes of maps
+are arguments, so that one compiled kernel serves every resolution.
 
 Arguments of the kernels come in the bundles of ``launch``: ``norm`` (``Norm``: vectors [channels]
 or None, eps, and the slope of the activation: one number, or the vector of a PReLU), ``size``
@@ -134,7 +134,7 @@ def _tanh(x):
 
 @triton.jit
 def slopes(slope, c, mask, ACT: tl.constexpr):
-    """The slopes that ``activate`` takes for channels c: the number, or those of a PReLU [1, C]."""
+    """The slope argument of ``activate`` for channels c: the number, or a PReLU's slopes [1, C]."""
     found = slope
     if ACT == 8:
         found = per_channel(slope, c, mask)[None, :]
@@ -164,7 +164,7 @@ def activate(x, slope, ACT: tl.constexpr):
 
 @triton.jit
 def activate_gradient(x, grad, slope, ACT: tl.constexpr):
-    """grad * act'(x); at a kink with PyTorch's slope. slope: see slopes."""
+    """grad * act'(x), with PyTorch's derivative at a kink. slope: as ``slopes`` returns it."""
     if ACT == 1:
         grad = tl.where(x <= 0.0, 0.0, grad)
     elif ACT == 2:
@@ -200,7 +200,7 @@ def slope_gradient(x, grad):
 def rounded(x, dtype: tl.constexpr):
     """x to the nearest value of dtype."""
     if INTERPRET and dtype == tl.bfloat16:
-        # The interpreter truncates.
+        # The interpreter's conversion truncates; this rounds to nearest even.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)

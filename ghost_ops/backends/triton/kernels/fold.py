@@ -1,6 +1,6 @@
 """Small kernels around the passes: running statistics, packing.
 
-All of them are bound by the latency of a launch.
+Binding resource of all of them: the latency of a launch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from .common import scale_shift
 
 @triton.jit
 def _update_running(norm, unbiased, B: tl.constexpr):
-    """One batch norm, by one program: all of its threads read the counter that one raises."""
+    """Update one batch norm, in one program.
+
+    The barrier separates the threads' loads of the batch counter from its increment.
+    """
     if norm.batches is not None:
         raised = tl.load(norm.batches) + 1
         tl.debug_barrier()
@@ -44,7 +47,7 @@ def _update_running(norm, unbiased, B: tl.constexpr):
 def update_running_kernel(norm1, norm2, unbiased, B: tl.constexpr):
     """running += momentum * (statistic - running), the variance times ``unbiased`` first.
 
-    norm1, norm2: ``forward.Running``. Grid: one program a batch norm. Bound by launch latency.
+    norm1, norm2: ``forward.Running``. Grid: one program per batch norm.
     """
     if tl.program_id(0) == 0:
         _update_running(norm1, unbiased, B)
@@ -72,10 +75,9 @@ def _pack(layer, i):
 
 @triton.jit
 def pack_kernel(layer1, layer2, B: tl.constexpr):
-    """Both batch norms as scale and shift, the weights next to them, and slopes.
+    """Write both batch norms as scale and shift, the weights and the slopes.
 
-    layer1, layer2: ``forward.Packing``. Grid: as many programs as the longest vector has blocks
-    of B.
+    layer1, layer2: ``forward.Packing``. Grid: ceil(longest vector / B) programs.
     """
     i = tl.program_id(0) * B + tl.arange(0, B)
     _pack(layer1, i)

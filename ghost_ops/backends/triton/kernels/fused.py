@@ -1,4 +1,4 @@
-"""The whole module in one pass: a program reads the y that it has stored itself."""
+"""The whole module in one launch: a program reads back the part of y that it has stored."""
 
 from __future__ import annotations
 

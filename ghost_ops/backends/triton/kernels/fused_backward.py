@@ -1,7 +1,7 @@
-"""Two launches of the backward in one: a program reads again what it has stored itself.
+"""Two launches of the backward joined: a program reads back the map that it has stored.
 
-As in ``fused``, a program owns one whole image and BM intrinsic channels with all their ghosts,
-stores a map, waits at a block barrier, and reads it back with its neighbours from the caches.
+As in ``fused``, a program owns one whole image and CHANNELS intrinsic channels with all their
+ghosts. It stores a map, waits at a block barrier, and reads the map back from the caches.
 """
 
 from __future__ import annotations

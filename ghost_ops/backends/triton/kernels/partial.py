@@ -1,9 +1,9 @@
 """Partial results, a row for each group of tiles, folded by the program that arrives last.
 
-A sum over all pixels needs every program, and no program waits for another. Each program stores its
-row and increments a counter; the program that reaches the final count folds the rows. The order is
-that of the rows, whichever program it is: the same bits every time. The counters are integers, and
-the last program resets them to zero for the next kernel.
+A sum over all pixels needs the results of all programs, but no program waits for another. Each
+program stores its row and increments a counter; the program that reaches the final count folds the
+rows, in the order of the rows. Therefore the bits of the sum do not depend on which program arrives
+last. The counters are integers; the last program resets them to zero for the next kernel.
 
 Folding has two levels, so that the tail of a kernel stays short: each FAN neighbouring rows become
 one more row, a cluster, and the clusters become the result. FAN is about the square root of the
@@ -24,9 +24,10 @@ from .common import INTERPRET, block_channels, store
 
 @triton.jit
 def _is_last(counter_ptr, count):
-    """Whether this program is the last of ``count`` programs here; it sees all of their stores.
+    """Whether this program is the last of ``count`` programs to arrive at this counter.
 
-    One thread counts. Its atomic releases the stores before the barrier and acquires the others'.
+    The last program sees the stores of the others: the atomic of one thread releases this program's
+    stores before the barrier, and acquires those of the other programs.
     """
     if not INTERPRET and is_hip():
         # The barrier that Triton emits for AMD does not wait for outstanding stores.
@@ -47,7 +48,7 @@ def _is_last(counter_ptr, count):
 
 @triton.jit
 def _all_rows(part, FAN: tl.constexpr):
-    """Rows of a plane of partial results: a group each, then a cluster each."""
+    """Number of rows of a plane of partial results: one per group, then one per cluster."""
     return tl.cast(part.parts + tl.cdiv(part.parts, FAN), tl.int64)
 
 
@@ -192,9 +193,10 @@ def fold_sums(
     tile: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Store the sums of all rows, once all groups have stored theirs; a block as above.
+    """Store the sums of all rows, once all groups have stored their sums.
 
-    sums: beta, gamma and slope are written; slope None: there are two sums.
+    A block is COLUMNS times tile.CHANNELS channels. sums: beta, gamma and slope are written; slope
+    None: there are two sums.
     """
     THREE: tl.constexpr = sums.slope is not None
     clusters, cluster, first, number, counters = _cluster(part, group, block, tile.FAN)
@@ -240,7 +242,7 @@ def _matrix_of(part, first, number, at, mask, SIZE: tl.constexpr):
 
 @triton.jit
 def fold_matrix(part, out_ptr, group, block, at, mask, SIZE: tl.constexpr, FAN: tl.constexpr):
-    """Store the block's sums of all rows, once all groups have stored theirs."""
+    """Store the sums of all rows for this block, once all groups have stored their rows."""
     clusters, cluster, first, number, counters = _cluster(part, group, block, FAN)
     if _is_last(counters + cluster, number):
         total = _matrix_of(part, first, number, at, mask, SIZE)

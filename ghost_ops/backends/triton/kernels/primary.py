@@ -35,7 +35,9 @@ def primary_kernel(
     shape: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """u = x @ w1^T, its moments, y = act1(bn1(u)) and y in out; a pointer of None omits a result.
+    """u = x @ w1^T, the moments of u, y = act1(bn1(u)), out = y * gate + residual.
+
+    A result whose pointer is None is not computed.
 
     Tile map: a program owns CHANNELS intrinsic channels and TILES tiles of PIXELS consecutive
     output pixels; the matrix product runs over C in steps of DEPTH. Grid: groups of tiles x channel

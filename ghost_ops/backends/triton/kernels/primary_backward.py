@@ -144,8 +144,8 @@ def primary_gradient_kernel(
 
     Tile map: the first weight_programs programs make dw1, each a partial block of weight_tile's
     CHANNELS x DEPTH over its TILES tiles of PIXELS output pixels; these programs run longest. The
-    others make dx, each CHANNELS input channels of TILES tiles of PIXELS input pixels, the product
-    over m in steps of DEPTH; dx is zero where a strided convolution does not read.
+    other programs make dx, each CHANNELS input channels of TILES tiles of PIXELS input pixels, the
+    product over m in steps of DEPTH; dx is zero at pixels that a strided convolution does not read.
     Binding resource: memory bandwidth (da, u and x in, dx out); the products for large m and C.
     """
     size, weight_size = sizes
