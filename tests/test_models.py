@@ -202,6 +202,24 @@ def test_bad_arguments(call, message: str) -> None:
         call()
 
 
+@pytest.mark.filterwarnings("ignore:.*dw_size=9")
+def test_module_without_kernel() -> None:
+    """A Ghost module that no kernel computes runs as PyTorch's operators inside a fused network."""
+    model = randomize(ghostnet(0.5, num_classes=10)).double().eval()
+    plain = models.GhostNet(0.5, num_classes=10).double().eval()
+    for net in (model, plain):
+        block = net.blocks[0][0]
+        conv = block.ghost1.primary_conv[0]
+        block.ghost1 = GhostModule(conv.in_channels, block.ghost1.oup, dw_size=9).double().eval()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        want = unfused_copy(plain)(x)
+        torch.testing.assert_close(model(x), want)
+        assert {e.action for e in ghost_ops.fuse(plain).entries} <= {"swapped", "left", "already"}
+        torch.testing.assert_close(plain(x), want)
+
+
 def test_dropout_is_in_training_only() -> None:
     model = randomize(ghostnet(0.5, 10, dropout=0.5)).eval()
     x = torch.randn(2, 3, 32, 32)

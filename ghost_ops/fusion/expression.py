@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import activations
+from ..autograd.checks import LARGEST_DW_SIZE
 from ..modes import autocast_dtype
 from .branch import (
     NO_ACT,
@@ -328,6 +329,7 @@ def _bind(step: Step, module: nn.Module) -> Any:
     if isinstance(form, GhostForm):
         ghost = form.bind(module)
         known = ghost.is_conv() or ghost.has_plain_primary()
+        known = known and ghost.dw_size <= LARGEST_DW_SIZE
         if not known or ghost.gate is not None or (ghost.tail and ghost.foldable_tail is None):
             raise Refusal(f"there is no kernel for {'.'.join(form.primary.conv)}")
         return ghost

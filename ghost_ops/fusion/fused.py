@@ -314,9 +314,11 @@ def is_made(kind: type) -> bool:
 def fused_class(mixin: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
     """The class for modules of class ``base`` that are fused as kind ``mixin``.
 
-    A class decorated with ``named`` if there is one for ``base``; else a class derived from both.
+    A class decorated with ``named`` if there is one for both; else a class derived from both.
     """
-    kind = _named_classes.get(base) or _made_classes.get((mixin, base))
+    kind = _named_classes.get(base)
+    if kind is None or not issubclass(kind, mixin):
+        kind = _made_classes.get((mixin, base))
     if kind is None:
         attributes = {
             "__module__": base.__module__,
