@@ -107,11 +107,6 @@ def of_module(module: nn.Module) -> tuple[int, float] | None:
     return None
 
 
-def of_ghost_branch(module: nn.Module) -> tuple[int, float] | None:
-    """As ``of_module``, and (PRELU, DEFAULT_SLOPE) for a PReLU."""
-    return (PRELU, DEFAULT_SLOPE) if type(module) is nn.PReLU else of_module(module)
-
-
 def slopes_of(module: nn.Module | None, channels: int) -> Tensor | None:
     """The slopes [channels] of a PReLU, a view of its parameter; None for any other module.
 

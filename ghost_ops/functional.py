@@ -252,7 +252,7 @@ def _plainly_fits(
         return False
     (n, c, h, w), (m, c1, k, k1), (g, one, d, d1) = x.shape, w1.shape, w2.shape
     s = settings
-    if not (c == c1 and k == k1 == one == s.groups == 1 and m <= s.out_channels <= m + g):
+    if not (c == c1 and k == k1 == one == s.groups == 1 and 0 < m <= s.out_channels <= m + g):
         return False
     if not (d == d1 and d % 2 and g % m == 0 and s.padding == (0, 0) and s.dilation == (1, 1)):
         return False

@@ -262,6 +262,7 @@ FUNCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"cheap_weight": torch.randn(4, 1, 3, 3).double()}, RuntimeError, "cheap weight.*float64"),
     ({"cheap_weight": torch.randn(4, 1, 3, 3, device="meta")}, RuntimeError, "cheap weight.*meta"),
     ({"primary_weight": torch.randn(4, 5)}, RuntimeError, r"primary weight.*4, 5"),
+    ({"primary_weight": torch.randn(0, 5, 1, 1)}, RuntimeError, r"0 intrinsic maps"),
     ({"primary_weight": torch.randn(4, 6, 1, 1)}, RuntimeError, r"6.*5"),
     ({"primary_weight": torch.randn(4, 5, 1, 1).double()}, RuntimeError, "primary weight.*float64"),
     ({"primary_weight": torch.randn(4, 5, 9, 9)}, RuntimeError, r"small|size"),

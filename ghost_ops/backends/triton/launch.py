@@ -292,6 +292,7 @@ def vectors(x: Tensor, size: int, count: int = 2) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(size, dtype=torch.float32) for _ in range(count))
 
 
-def zeros(x: Tensor, size: int, count: int = 2) -> tuple[Tensor, ...]:
-    """float32 vectors of zeros on the device of x."""
-    return tuple(x.new_zeros(size, dtype=torch.float32) for _ in range(count))
+def zeros(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Two float32 vectors of zeros on the device of x."""
+    zero = x.new_zeros(size, dtype=torch.float32)
+    return zero, zero.clone()
