@@ -244,9 +244,9 @@ def predictions() -> dict[str, float]:
     (channels_last)."""
     import torch
 
+    from benchmarks.gpu_steps import fit
     from benchmarks.harness import networks, shapes
     from ghost_ops import planner
-    from tools import fit_cuda_costs as fit
 
     device, found = "sm_" + KIT_ARCHS.replace(".", ""), {}
     for shape in shapes.ALL:
@@ -305,9 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{step.name:13} {step.seconds:4.0f} s  {step.purpose}")
         return 0
     if arguments.fit is not None:
-        from tools import fit_cuda_costs
+        from benchmarks.gpu_steps import fit
 
-        return fit_cuda_costs.main(arguments.fit, arguments.write)
+        return fit.main(arguments.fit, arguments.write)
     rows = arguments.out / "rows.jsonl"
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

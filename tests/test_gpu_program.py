@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_steps import clock, sheet, steps, table
+from benchmarks.gpu_steps import clock, fit, sheet, steps, table
 from benchmarks.harness import networks, shapes
-from tools import fit_cuda_costs as fit
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]

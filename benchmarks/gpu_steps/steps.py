@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import ghost_ops
-from benchmarks.gpu_steps import clock
+from benchmarks.gpu_steps import clock, fit
 from benchmarks.gpu_steps.clock import DEVICE, Call
 from benchmarks.gpu_steps.sheet import Sheet, read_rows, write_row
 from benchmarks.harness import floor, machine, networks, providers, shapes, timing
@@ -38,7 +38,6 @@ from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import error_floors
 from ghost_ops import backends
 from ghost_ops.backends import cuda, native
-from tools import fit_cuda_costs
 
 CL, NCHW = providers.CHANNELS_LAST, providers.NCHW
 BATCH = 256
@@ -230,7 +229,7 @@ def plans(sheet: Sheet) -> None:
         sheet.add({"case": "plans", "note": note})
         return
     for shape in shapes.GHOSTNET:
-        plan = {**fit_cuda_costs.planned(shape, sm), "device": properties.name}
+        plan = {**fit.planned(shape, sm), "device": properties.name}
         measure(sheet, shape, BATCH, torch.float16, "eval", (OURS,), plan=plan)
 
 
