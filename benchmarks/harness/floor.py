@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -105,17 +105,10 @@ class Roofline:
 
 def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) -> float:
     """Shortest wall time of one call: a limit is the minimum and not the median."""
-    call()
-    start = time.perf_counter()
-    call()
-    repeats = max(1, round(min_sample / max(time.perf_counter() - start, 1e-7)))
-    best = math.inf
-    for _ in range(samples):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return best
+    timer = timeit.Timer(call)
+    timer.timeit(1)
+    repeats = max(1, round(min_sample / max(timer.timeit(1), 1e-7)))
+    return min(timer.repeat(samples, repeats)) / repeats
 
 
 def gemm_rate(n: int, dtype: torch.dtype, samples: int) -> float:

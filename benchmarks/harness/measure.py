@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import engines, floor, machine, providers, timing
 from benchmarks.harness.providers import Provider
 from benchmarks.harness.rows import BASELINE
 from benchmarks.harness.runner import Session
+from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Call, Subject
 
 _PROBE = ("floor", "matrix product")
-
-
+Wrap = Callable[[Any, Tensor], Callable[[], object]]
 # A provider that passed its check: its row, the call to be timed, the check.
 Entry = tuple[dict[str, Any], Callable[[], object], timing.Check]
 
@@ -98,6 +98,20 @@ class Measurer:
         # keeps them, which is also what the floor's bandwidth is measured with.
         least, clock = 4e-3 if arguments.quick else 8e-3, timing.CLOCKS[arguments.clock]
         return timing.time_interleaved(calls, rounds=rounds, clock=clock, min_sample=least)
+
+    def overhead(
+        self, training: bool, wrap: Wrap, plain: nn.Module | None = None, **fields: Any
+    ) -> None:
+        """Call time on x [1, 8, 4, 4], next to no arithmetic: of an 8 -> 16 Ghost module, or of
+        ``plain``. ``wrap`` binds a module and x to the call that is timed."""
+        subject = Subject(Shape(8, 16, 4), 1, self.dtype)
+        families = ["eager", "fused", *([] if training or plain else ["folded"])]
+        chosen = {p.name: p for p in self.chosen if p.family in families}
+        build = functools.partial(providers.build, plain=plain or subject.plain, training=training)
+        calls = {n: wrap(build(p), p.input(subject.x).clone()) for n, p in chosen.items()}
+        # Microsecond calls need more samples than long ones and cost little.
+        for name, timed in self.time(calls, 2 * self.session.arguments.rounds + 1).items():
+            self.fill(self.row("overhead", subject, chosen[name], **fields), timed, timing.Check())
 
     @staticmethod
     def fill(row: dict[str, Any], time: timing.Timing, check: timing.Check) -> None:

@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import networks, providers, timing
+from benchmarks.harness import networks
 from benchmarks.harness import rows as results
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import BASELINE, FUSED, Cell, Point, Row, by_shape, fastest, ratio
 from benchmarks.harness.runner import Session, Task
-from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Subject
 from benchmarks.questions import question
 from benchmarks.questions.question import Question, each
@@ -38,41 +36,25 @@ MODES = ("eval", "train", "overhead")
 
 
 def overhead(measurer: Measurer) -> None:
-    """Call time of an 8 -> 16 module on x [1, 8, 4, 4]: next to no arithmetic.
-
-    And of what ``fuse`` makes of other modules of that size, by the name of their form.
-    """
-    subject = Subject(Shape(8, 16, 4), 1, measurer.dtype)
-    x, reference = subject.x, subject.plain
-    Wrap = Callable[[Any, Tensor], Callable[[], object]]
-
-    def run(what: str, training: bool, wrap: Wrap, plain: nn.Module = reference) -> None:
-        folds = not training and plain is reference
-        families = ("eager", "folded", "fused") if folds else ("eager", "fused")
-        chosen = {p.name: p for p in measurer.chosen if p.family in families}
-        calls = {
-            name: wrap(providers.build(p, plain, training=training), p.input(x).clone())
-            for name, p in chosen.items()
-        }
-        # Microsecond calls need more samples than long ones and cost little.
-        found = measurer.time(calls, 2 * measurer.session.arguments.rounds + 1)
-        for name, time in found.items():
-            row = measurer.row("overhead", subject, chosen[name], what=what)
-            measurer.fill(row, time, timing.Check())
+    """Call time of a Ghost module, and of what ``fuse`` makes of other modules of that size."""
 
     def step(module: nn.Module, own: Tensor) -> Callable[[], object]:
         inputs = [own.requires_grad_(), *module.parameters()]
         grad = torch.ones_like(module(own))
         return lambda: torch.autograd.grad(module(own), inputs, grad)
 
+    def forward(module: nn.Module, own: Tensor) -> Callable[[], object]:
+        return functools.partial(module, own.requires_grad_())
+
+    run, call = measurer.overhead, functools.partial
     with torch.inference_mode():
-        run("eval, inference_mode", False, functools.partial)
+        run(False, call, what="eval, inference_mode")
         for form, plain in networks.small_modules().items():
-            run(f"eval, inference_mode, {form}", False, functools.partial, plain)
+            run(False, call, plain, what=f"eval, inference_mode, {form}")
     with torch.no_grad():
-        run("eval, no_grad", False, functools.partial)
-    run("train, forward", True, lambda m, own: functools.partial(m, own.requires_grad_()))
-    run("train, forward + backward", True, step)
+        run(False, call, what="eval, no_grad")
+    run(True, forward, what="train, forward")
+    run(True, step, what="train, forward + backward")
 
 
 # ---- what the rows say

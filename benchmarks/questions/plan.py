@@ -24,13 +24,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import providers, timing
+from benchmarks.harness import providers
 from benchmarks.harness.extras import require
 from benchmarks.harness.floor import Roofline
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import QUANTILES, Point, Row, split, timed
 from benchmarks.harness.runner import Session, Task
-from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Subject
 from benchmarks.questions.question import Question, add_batches, add_shapes, each
 from benchmarks.report.table import Table
@@ -115,15 +114,8 @@ class Plan(Question):
         measurer = Measurer(run, providers.select(MODELLED))
 
         def overhead() -> None:
-            """Time of a call that computes next to nothing, for each provider."""
-            subject, chosen = Subject(Shape(8, 16, 4), 1, measurer.dtype), measurer.chosen
-            build = functools.partial(providers.build, plain=subject.plain, training=False)
             with torch.inference_mode():
-                calls = {p.name: functools.partial(build(p), p.input(subject.x)) for p in chosen}
-                found = measurer.time(calls, run.arguments.rounds)
-            for provider in chosen:
-                row = measurer.row("overhead", subject, provider)
-                measurer.fill(row, found[provider.name], timing.Check())
+                measurer.overhead(False, functools.partial)
 
         def measure(subject: Subject) -> None:
             calls = {r["provider"]: r["median_s"] for r in run.rows if r["mode"] == "overhead"}

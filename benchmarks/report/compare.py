@@ -152,10 +152,11 @@ def _pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"expected two files or two folders, got {before} and {after}")
     if not before.is_dir():
         return [(before, after)]
-    names = {p.name for p in before.glob("*.json")} & {p.name for p in after.glob("*.json")}
-    if not (names := names - {RUN_FILE}):
+    both = [(path, after / path.name) for path in sorted(before.glob("*.json"))]
+    both = [(one, two) for one, two in both if two.exists() and one.name != RUN_FILE]
+    if not both:
         raise ValueError(f"{before} and {after} have no *.json of the same name")
-    return [(before / name, after / name) for name in sorted(names)]
+    return both
 
 
 def main(argv: Sequence[str]) -> int:

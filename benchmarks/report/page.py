@@ -50,14 +50,7 @@ def _commands(documents: Mapping[str, Document], run: Mapping[str, Any] | None) 
 
 def shown(mean: str) -> bool:
     """Whether the page shows a mean: single peers and floors of single providers are left out."""
-    best = (
-        "the best peer",
-        "best_pytorch",
-        "best_engine",
-        "fused_best",
-        "eager_nchw",
-        "than eager",
-    )
+    best = ("best peer", "best_pytorch", "best_engine", "fused_best", "eager_nchw", "than eager")
     return not (": floors of " in mean or "times faster" in mean) or mean.endswith(best)
 
 
@@ -125,7 +118,7 @@ def render(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(folder: Path, *, draw: bool = True) -> Path:
+def write(folder: Path) -> Path:
     """Write REPORT.md, and the pictures, from the results files in a folder. ValueError if there
     is none or one is broken, OSError if the page cannot be written."""
     files = {name: folder / f"{name}.json" for name in QUESTIONS}
@@ -134,7 +127,7 @@ def write(folder: Path, *, draw: bool = True) -> Path:
         raise ValueError(f"{folder}: none of {', '.join(p.name for p in files.values())} is there")
     target = machine.prepare_output(folder / "REPORT.md")
     pictures: dict[str, list[str]] = {}
-    for name, document in documents.items() if draw else ():
+    for name, document in documents.items():
         drawn = plot.draw_all(document, folder / name)
         pictures[name] = [path.name for path in drawn if path.suffix == ".png"]
     try:
@@ -149,10 +142,8 @@ def main(argv: Sequence[str]) -> int:
     """The page of a folder of results; 2 if it has none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks page", description=write.__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("results"))
-    parser.add_argument("--no-pictures", action="store_true", help="the text alone")
-    arguments = parser.parse_args(argv)
     try:
-        target = write(arguments.folder, draw=not arguments.no_pictures)
+        target = write(parser.parse_args(argv).folder)
     except (OSError, ValueError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
