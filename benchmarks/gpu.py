@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import importlib.machinery
 import json
 import os
 import shlex
@@ -31,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, not as a module
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_steps import table  # noqa: E402
-from benchmarks.gpu_steps.sheet import read_rows, write_row  # noqa: E402
+from benchmarks.gpu_steps.sheet import read_rows, render, write_row  # noqa: E402
 from benchmarks.harness import machine  # noqa: E402
 from benchmarks.harness.runner import Failure, Runner  # noqa: E402
 
 LIBRARY = ROOT / "ghost_ops" / "_cuda.so"
 KIT = ROOT / "build" / "gpu-kit"
 KIT_ARCHS = "9.0"  # H100, H200
+LEADER = {"start_new_session": True}  # of a process group, which is ended as a whole
 NO_GPU = 3  # exit status of a step
 # Variables that would change what runs, or how.
 NOT_PASSED_ON = (
@@ -93,7 +93,7 @@ STEPS = (
 )
 
 
-# ---------------------------------------------------------------- running steps
+# ---- running steps
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
@@ -111,17 +111,6 @@ def finished(process: subprocess.Popen[Any], seconds: float) -> int | None:
         return None
     finally:
         end_group(process)
-
-
-def start(
-    command: Sequence[str], log: Path, cwd: Path, environment: dict[str, str]
-) -> subprocess.Popen[Any]:
-    """Start a program, the leader of a process group, with its output in a file."""
-    with log.open("w") as file:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        return subprocess.Popen(
-            command, cwd=cwd, env=environment, start_new_session=True, **streams
-        )
 
 
 class StepRunner(Runner):
@@ -147,8 +136,8 @@ class StepRunner(Runner):
         limit, log = min(1.5 * step.seconds, left), self.arguments.out / f"{step.name}.log"
         environment = {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
         environment |= {"PYTHONUNBUFFERED": "1", **dict(step.environment)}
-        process = start(step.command(self.arguments), log, ROOT, environment)
-        code = finished(process, max(limit, 0.1))
+        command = step.command(self.arguments)
+        code = finished(machine.start(command, log, ROOT, environment, **LEADER), max(limit, 0.1))
         last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1][:300]
         if code == NO_GPU:
             raise SystemExit(f"benchmarks/gpu.py: {last}")
@@ -173,7 +162,7 @@ class StepRunner(Runner):
         return self.run([(step.name, functools.partial(self.step, step)) for step in kept])
 
 
-# ---------------------------------------------------------------- the libraries
+# ---- the libraries
 
 
 def build(log: Path, *, cuda: str = "", folder: Path | None = None) -> subprocess.Popen[Any]:
@@ -191,7 +180,7 @@ def build(log: Path, *, cuda: str = "", folder: Path | None = None) -> subproces
     choice = {"GHOST_OPS_BUILD_CPU": "0" if cuda else "1", "GHOST_OPS_BUILD_CUDA": "0"}
     if cuda:
         choice |= {"GHOST_OPS_BUILD_CUDA": "1", "GHOST_OPS_CUDA_ARCHS": cuda}
-    return start(command, log, beside, {**os.environ, **choice})
+    return machine.start(command, log, beside, {**os.environ, **choice}, **LEADER)
 
 
 def prepare_library(arguments: argparse.Namespace) -> str | None:
@@ -212,12 +201,6 @@ def prepare_library(arguments: argparse.Namespace) -> str | None:
     log = arguments.out / "build.log"
     code = finished(build(log, cuda=capability.split()[0]), 300)
     return None if code == 0 else f"the build ended with {code}: see {log}"
-
-
-def has_native_module() -> bool:
-    """Whether the checkout has ``ghost_ops._C`` for this Python."""
-    names = (f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return any((ROOT / "ghost_ops" / name).exists() for name in names)
 
 
 def make_kit(folder: Path) -> int:
@@ -261,7 +244,7 @@ def predictions() -> dict[str, float]:
     return found
 
 
-# ---------------------------------------------------------------- the command line
+# ---- the command line
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -330,14 +313,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason := prepare_library(arguments):
             print(f"ours cannot run: {reason}", flush=True)
         chosen = [step for step in STEPS if step.name in arguments.steps]
-        if any(step.host for step in chosen) and not has_native_module():
+        native = ROOT / "ghost_ops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if any(step.host for step in chosen) and not native.exists():
             module = build(arguments.out / "build_C.log")
         try:
             status = StepRunner(arguments, module).run_steps(chosen)
         finally:
             if module is not None:
                 end_group(module)
-    print(table.render(read_rows(rows)))
+    print(render(read_rows(rows)))
     return status
 
 

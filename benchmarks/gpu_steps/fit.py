@@ -101,9 +101,6 @@ def planned(shape: shapes.Shape, sm: int) -> dict[str, int]:
     return {**dict(zip((*TILE, *CHECKED), (*tile, *seen[1:]), strict=True)), "sm": sm}
 
 
-# ---- reading
-
-
 def _read_table(path: Path) -> Iterable[dict[str, Any]]:
     if path.suffix == ".jsonl":
         for row in read_rows(path):
@@ -160,9 +157,6 @@ def read(path: Path) -> File:
     if not plans:
         raise Malformed(f"no row of a plan that exists; expected {', '.join(COLUMNS)}")
     return File(devices.pop(), count, skipped, plans)
-
-
-# ---- the fit
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -284,9 +278,6 @@ def _mean(parts: Sequence[Quality]) -> Quality:
     each = {n: [part.regret[n] for part in parts if n in part.regret] for n in names}
     regret = {name: statistics.geometric_mean(values) for name, values in each.items()}
     return Quality(*map(statistics.fmean, numbers), regret)
-
-
-# ---- the report and the table
 
 
 def _print(title: str, before: Quality, after: Quality) -> None:

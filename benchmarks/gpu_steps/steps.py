@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +58,7 @@ NCU_EVAL = ("16-48@112-relu", "40-240@28-relu", "112-672@14-relu", "960-160@7-li
 NCU_CASES = {**dict.fromkeys(NCU_EVAL, False), "40-120@28-relu": True}  # whether it is trained
 
 
-# ---------------------------------------------------------------- candidates
+# ---- candidates
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def measure(
         sheet.add(row, timed)
 
 
-# ---------------------------------------------------------------- modules
+# ---- modules
 
 
 def correct(sheet: Sheet) -> None:
@@ -255,7 +254,7 @@ def more(sheet: Sheet) -> None:
             measure(sheet, shape, batch, dtype, mode, candidates)
 
 
-# ---------------------------------------------------------------- networks
+# ---- networks
 
 
 def plain_network(dtype: torch.dtype) -> nn.Module:
@@ -424,25 +423,20 @@ def train_network(
     sheet.add({**row, "images_per_s": BATCH / timed["wall_us"] * 1e6}, timed)
 
 
-# ---------------------------------------------------------------- other programs
+# ---- other programs
 
 
 def find_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: from CUDA_HOME, the PATH or the usual place."""
     homes = [os.environ.get(key) for key in ("CUDA_HOME", "CUDA_PATH")]
-    for folder in (*(f"{home}/bin" for home in homes if home), None, "/usr/local/cuda/bin"):
-        if found := shutil.which(name, path=folder):
-            return found
-    return None
+    folders = [*(f"{home}/bin" for home in homes if home), os.environ.get("PATH", "")]
+    return shutil.which(name, path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
 
 
 def run_tool(command: Sequence[Any], log: Path, **environment: str) -> tuple[int, str]:
     """Run a program into a log file; its exit status and output."""
-    with log.open("w") as file:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        words, env = [str(word) for word in command], {**os.environ, **environment}
-        done = subprocess.run(words, cwd=ROOT, env=env, check=False, **streams)
-    return done.returncode, log.read_text(errors="replace")
+    code = machine.start(command, log, ROOT, {**os.environ, **environment}).wait()
+    return code, log.read_text(errors="replace")
 
 
 def ncu_target(sheet: Sheet) -> None:
@@ -574,7 +568,7 @@ STEPS: dict[str, Callable[[Sheet], None]] = {
 }
 
 
-# ---------------------------------------------------------------- the process
+# ---- the process
 
 
 def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any]) -> int:

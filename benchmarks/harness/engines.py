@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import machine, providers, timing
-from benchmarks.harness.extras import MissingExtra, require
+from benchmarks.harness.machine import MissingExtra, require
 from benchmarks.harness.providers import CHANNELS_LAST, Provider
 
 EXTRA = "engines"

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.extras import require
+from benchmarks.harness.machine import require
 from benchmarks.harness.shapes import Shape
 
 GEMM_SIZES = (256, 384, 512, 1024, 2048)

@@ -75,9 +75,6 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
-# ---- grouping
-
-
 def timed(rows: Iterable[Row]) -> list[Row]:
     """Rows that passed their check and were timed."""
     return [row for row in rows if row.get("median_s") is not None]
@@ -99,9 +96,6 @@ def cells(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Ro
 def by_shape(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     """Shape -> provider -> timed row."""
     return {shape: cell for (shape,), cell in cells(timed(rows), "shape").items()}
-
-
-# ---- peers
 
 
 def family(name: str) -> str:
@@ -154,9 +148,6 @@ def versus_each(rows: Iterable[Row], *keys: str) -> list[tuple[tuple[Any, ...], 
     """Ours and its peers by the values of ``keys``, where both were timed."""
     found = ((key, versus(cell)) for key, cell in cells(timed(rows), *keys).items())
     return [(key, v) for key, v in found if v is not None]
-
-
-# ---- means
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:

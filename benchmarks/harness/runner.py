@@ -8,10 +8,8 @@ program, whose tasks are its steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -138,35 +136,3 @@ class Session(Runner):
         self.rows += self.unsaved
         self.unsaved.clear()
         super().finish(name, failure)
-
-
-def start(
-    question: str,
-    argv: Sequence[str],
-    arguments: argparse.Namespace,
-    *,
-    malloc: Mapping[str, str],
-    measure_limits: bool,
-) -> Session:
-    """Set up the machine for a question and print what it is.
-
-    ``malloc`` is the allocator's environment, ``measure_limits`` decides about GEMM peak and
-    bandwidth. Raises OSError if the results file cannot be written, ValueError for too many
-    threads.
-    """
-    machine.prepare_output(arguments.out)
-    words = [question, *argv]
-    allocation = "default allocator, untouched (--malloc default)"
-    if arguments.malloc == "tuned":
-        allocation = machine.use_malloc(malloc, words)
-    cores = machine.set_threads(arguments.threads, pin=not arguments.no_pin)
-    warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
-    meta = machine.metadata(words, cores=cores, allocation=allocation, clock=arguments.clock)
-    machine.print_header(meta)
-    roofline = None
-    if measure_limits:
-        print("Measuring GEMM peak and bandwidth ...", flush=True)
-        less = floor.QUICK_LIMITS if arguments.quick else {}
-        roofline = floor.measure_roofline(arguments.dtype, **less)
-        print(f"{roofline}\nCopies: torch, memcpy and vector loops ({floor.native_copies()[1]})")
-    return Session(question, arguments, meta, roofline)

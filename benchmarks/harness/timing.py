@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.harness.extras import require
+from benchmarks.harness.machine import require
 
 Clock = Callable[[], float]
 # CPU time leaves out the slices that other processes take of a shared machine; it means something

@@ -23,7 +23,7 @@ from benchmarks.harness import machine, measure, networks, providers, timing
 from benchmarks.harness.rows import BASELINE, Point, Row, cells, family
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject, Subject
-from benchmarks.questions.question import POSITIVE, Question, add_shapes, number
+from benchmarks.questions.question import POSITIVE, Question, number
 from benchmarks.report.table import Table, times
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -98,6 +98,9 @@ class Memory(Question):
     full = ()
     malloc = machine.LEAN_MALLOC
     measure_limits = False
+    has_shapes = True
+    default_providers = ("eager", "fused")
+    with_engines = False
 
     def unavailable(self, _: argparse.Namespace) -> str | None:
         return unavailable()
@@ -108,16 +111,13 @@ class Memory(Question):
         width = number(0.01, kind=float)
         add("--width", type=width, help="of GhostNet (1.0, or 0.5 with --quick)")
         add("--size", type=POSITIVE, help="of its images (224, or 96 with --quick)")
-        add_shapes(parser)
-        add("--providers", nargs="+", default=["eager", "fused"], help="names or globs")
 
     def check(self, arguments: argparse.Namespace) -> None:
         default = (4, 0.5, 96) if arguments.quick else (16, 1.0, 224)
         for name, value in zip(("batch", "width", "size"), default, strict=True):
             setattr(arguments, name, getattr(arguments, name) or value)
-        chosen = providers.select(arguments.providers)
         # What torch.compile allocates passes no hook, and folded modules do not train.
-        arguments.providers = [p for p in chosen if p.family in ("eager", "fused")]
+        arguments.providers = [p for p in arguments.providers if p.family in ("eager", "fused")]
 
     def tasks(self, run: Session) -> list[Task]:
         given, network = run.arguments, networks.ghostnet(run.arguments.width)

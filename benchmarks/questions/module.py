@@ -25,14 +25,10 @@ from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import BASELINE, FUSED, Cell, Point, Row, by_shape, fastest, ratio
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import Subject
-from benchmarks.questions import question
 from benchmarks.questions.question import Question, each
 from benchmarks.report.table import Table, cell, times, untimed
 
 MODES = ("eval", "train", "overhead")
-
-
-# ---- measuring
 
 
 def overhead(measurer: Measurer) -> None:
@@ -55,9 +51,6 @@ def overhead(measurer: Measurer) -> None:
         run(False, call, what="eval, no_grad")
     run(True, forward, what="train, forward")
     run(True, step, what="train, forward + backward")
-
-
-# ---- what the rows say
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -166,13 +159,12 @@ class Module(Question):
     purpose = "one Ghost module: time in floors, ratios to the peers, saved memory, call overhead"
     # Compiling a hundred modules would take half of the twenty minutes.
     full = ("--rounds", "9", "--compile-minutes", "3")
+    has_batches = has_shapes = True
+    default_providers = ("all",)
+    default_compile = "eval"
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--mode", choices=(*MODES, "all"), default="all")
-        question.add_batches(parser)
-        question.add_shapes(parser)
-        question.add_providers(parser, "all")
-        question.add_compile(parser, "eval")
 
     def tasks(self, run: Session) -> list[Task]:
         measurer, given = Measurer(run), run.arguments

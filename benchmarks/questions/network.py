@@ -29,7 +29,7 @@ from benchmarks.harness.networks import CIFAR, NETWORKS, Network
 from benchmarks.harness.rows import BASELINE, Point, Row, Versus, family
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject
-from benchmarks.questions.question import POSITIVE, Question, add_compile, add_providers, number
+from benchmarks.questions.question import POSITIVE, Question, number
 from benchmarks.report.table import Table, against_peers, cell, times, untimed
 
 MODES = ("eval", "saved", "train")
@@ -41,9 +41,6 @@ def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[in
     if arguments.quick:
         size, batches, train_batch = min(size, 96), [1, 4], 4
     return arguments.size or size, arguments.batch or batches, arguments.train_batch or train_batch
-
-
-# ---- what the rows say
 
 
 def compared(rows: Iterable[Row]) -> list[Versus]:
@@ -64,6 +61,8 @@ class Networks(Question):
     # A network takes torch.compile a minute or two: the first one gets them.
     full = ("--rounds", "3", "--compile-minutes", "1")
     quick = ("--quick", "--rounds", "3")
+    default_providers = ("eager", "folded_cl", "compile", "compile_frozen", "fused")
+    default_compile = "all"
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
@@ -79,8 +78,6 @@ class Networks(Question):
         add("--train-batch", type=number(2), help=train_batch)
         threads = number(1, machine.core_count())
         add("--train-threads", type=threads, help="of train (default: all cores)")
-        add_providers(parser, "eager", "folded_cl", "compile", "compile_frozen", "fused")
-        add_compile(parser, "all")
 
     def check(self, arguments: argparse.Namespace) -> None:
         few = ["ghostnet-0.5", "yolo"] if arguments.quick else list(NETWORKS)

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from benchmarks.harness import providers
-from benchmarks.harness.extras import require
 from benchmarks.harness.floor import Roofline
+from benchmarks.harness.machine import require
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import QUANTILES, Point, Row, split, timed
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import Subject
-from benchmarks.questions.question import Question, add_batches, add_shapes, each
+from benchmarks.questions.question import Question, each
 from benchmarks.report.table import Table
 
 MODELLED = ("eager_nchw", "fused_nchw", "fused_cl")
@@ -95,10 +95,7 @@ class Plan(Question):
     name = "plan"
     title = "Predicted and measured"
     purpose = "time predicted from bytes and FLOPs against time measured"
-
-    def options(self, parser: argparse.ArgumentParser) -> None:
-        add_batches(parser)
-        add_shapes(parser)
+    has_batches = has_shapes = True
 
     def unavailable(self, arguments: argparse.Namespace) -> str | None:
         """Why there is no plan here, or None."""

@@ -21,7 +21,7 @@ from benchmarks.harness.rows import FUSED, Point, Row, Triple, cells, fastest, t
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Subject
-from benchmarks.questions.question import Question, add_batches, add_providers, add_shapes, each
+from benchmarks.questions.question import Question, each
 from benchmarks.report.table import Table, cell, untimed
 
 DEEP = 200  # least input channels of a product that counts in the means
@@ -49,11 +49,8 @@ class Product(Question):
     name = "product"
     title = "The primary product alone"
     purpose = "the primary product alone, against the GEMM peak"
-
-    def options(self, parser: argparse.ArgumentParser) -> None:
-        add_batches(parser)
-        add_shapes(parser)
-        add_providers(parser, "eager", "folded", "fused")
+    has_batches = has_shapes = True
+    default_providers = ("eager", "folded", "fused")
 
     def check(self, arguments: argparse.Namespace) -> None:
         arguments.shapes = products(arguments.shapes)

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from benchmarks.harness import machine, providers
+from benchmarks.harness import machine
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import Point, Row, Versus, speedups, versus_each
 from benchmarks.harness.runner import Session, Task
@@ -76,15 +76,11 @@ class Scaling(Question):
     name = "scaling"
     title = "How the cost grows"
     purpose = "how the cost grows with batch, size, channels, ratio, d, threads"
+    default_providers = ("eager", "folded", "fused")
+    with_engines = False
 
     def options(self, parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument
-        add("--axis", nargs="+", choices=tuple(AXES), default=list(AXES))
-        default = ["eager", "folded", "fused"]
-        add("--providers", nargs="+", default=default, help="names, families or globs")
-
-    def check(self, arguments: argparse.Namespace) -> None:
-        arguments.providers = providers.select(arguments.providers)
+        parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=list(AXES))
 
     def tasks(self, run: Session) -> list[Task]:
         """One task per point; threads last, since a larger thread pool stays."""

@@ -55,9 +55,6 @@ def setup(document: Document, *more: str) -> dict[str, Any]:
     return sets | {key: meta.get(key, "unknown") for key in keys}
 
 
-# ---- two files
-
-
 class Change(NamedTuple):
     """One measurement in both files."""
 
@@ -201,9 +198,6 @@ def main(argv: Sequence[str]) -> int:
         f"{sum(part.lonely for part in changes)} rows are in one file only"
     )
     return 1 if worse or broken else 0
-
-
-# ---- several files
 
 
 def column(document: Document) -> dict[str, str]:

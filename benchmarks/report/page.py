@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine
-from benchmarks.harness.extras import MissingExtra
+from benchmarks.harness.machine import MissingExtra
 from benchmarks.harness.rows import Point, load, means, spread
 from benchmarks.questions import QUESTIONS
 from benchmarks.report import plot

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.harness import machine
 from benchmarks.harness import rows as results
-from benchmarks.harness.extras import MissingExtra, require
+from benchmarks.harness.machine import MissingExtra, require
 from benchmarks.harness.rows import Cell, Row, Triple, Versus, fastest, ratio
 from benchmarks.questions import QUESTIONS, paper, scaling
 
@@ -134,9 +134,8 @@ def caption(figure: Any, meta: Mapping[str, Any]) -> None:
 def _batches(rows: Iterable[Row], *families: str) -> dict[int, dict[str, Cell]]:
     """Batch -> shape -> the eval rows of a shape that has one of each family."""
     found = {}
-    for (batch,), part in results.split(
-        (r for r in results.timed(rows) if r["mode"] == "eval"), "batch"
-    ).items():
+    evaluated = (row for row in results.timed(rows) if row["mode"] == "eval")
+    for (batch,), part in results.split(evaluated, "batch").items():
         cells = results.by_shape(part)
         kept = {s: c for s, c in cells.items() if all(fastest(c, *f.split()) for f in families)}
         if kept:
