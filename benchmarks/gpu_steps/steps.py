@@ -85,9 +85,6 @@ class Candidate:
         with ghost_ops.use_backend(backend), torch.autocast(DEVICE, dtype, enabled=self.autocast):
             yield
 
-    def arrange(self, tensor: Tensor) -> Tensor:
-        return providers.Provider("eager", self.layout).input(tensor)
-
     def prepare(
         self, reference: nn.Module, x: Tensor, grad: Tensor | None, dtype: torch.dtype, sets: int
     ) -> tuple[Call, Sequence[Tensor]]:
@@ -98,17 +95,16 @@ class Candidate:
         module: Any = providers.build(provider, reference, training=grad is not None)
 
         def call(x: Tensor, grad: Tensor | None) -> Sequence[Tensor]:
-            if grad is None:
-                with self.active(dtype), torch.inference_mode():
-                    return (module(x),)
-            with self.active(dtype):
+            with self.active(dtype), torch.inference_mode(grad is None):
                 out = module(x)
+            if grad is None:
+                return (out,)
             return (out, *torch.autograd.grad(out, [x, *module.parameters()], grad))
 
         operands = []
         for _ in range(sets):
-            own = torch.empty_like(self.arrange(x)).copy_(x).requires_grad_(grad is not None)
-            operands.append((own, None if grad is None else self.arrange(grad).clone()))
+            own = torch.empty_like(provider.input(x)).copy_(x).requires_grad_(grad is not None)
+            operands.append((own, None if grad is None else provider.input(grad).clone()))
         result = call(*operands[0])
         if self.family != "eager":
             result = call(*operands[0])
@@ -161,10 +157,9 @@ def measure(
     wide = None if grad is None else grad.double()
     exact = plain.prepare(copy.deepcopy(reference).double(), x[some].double(), wide, dtype, 1)[1]
     floors, eager = error_floors(shape, dtype, len(exact)), None
-    calls: dict[int, Call] = {}
+    calls: dict[Any, Call] = {}
     rows: dict[int, dict[str, Any]] = {}
-    sets = clock.set_count(nbytes)
-    each = 20 if candidates[0].graph else 1
+    sets, each = clock.set_count(nbytes), 20 if candidates[0].graph else 1
     for number, candidate in enumerate(candidates):
         row = {**where, **candidate.fields(dtype), "bytes": nbytes}
         try:
@@ -183,8 +178,7 @@ def measure(
             rows[number], calls[number] = row, call
         else:
             sheet.add({**row, "note": "wrong result", "errors": errors, "eager_errors": eager})
-    timings = clock.time_calls(calls, each=each, warmup=sets + 1)  # type: ignore[type-var]
-    for number, timed in timings.items():
+    for number, timed in clock.time_calls(calls, each=each, warmup=sets + 1).items():
         row = {**rows[number], "gbytes_per_s": nbytes / timed["us"] / 1e3}
         predicted = sheet.predicted.get(f"{mode} {dtype} {batch} {shape.name}")
         if row["provider"] == "ours" and row["layout"] == CL and predicted:
@@ -238,7 +232,7 @@ def more(sheet: Sheet) -> None:
     triton, pair = Candidate("triton"), (EAGER, EAGER_NCHW, OURS)
     graphs = (Candidate("eager", graph=True), Candidate("ours", graph=True))
     nchw = (EAGER_NCHW, Candidate("ours", NCHW))
-    runs: tuple[tuple[Sequence[Shape], int, torch.dtype, str, Sequence[Candidate]], ...] = (
+    runs: Any = (
         (shapes.GHOSTNET, 1, half, "eval", graphs),
         (quick, BATCH, half, "eval", (EAGER, OURS, triton)),
         (shapes.YOLO, 32, half, "eval", pair),

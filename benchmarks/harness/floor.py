@@ -21,7 +21,7 @@ import tempfile
 import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,6 @@ class Roofline:
     def bound(self, nbytes: float, flops: float) -> str:
         """Which of the two binds: ``"memory"`` or ``"gemm"``."""
         return "memory" if nbytes / self.bandwidth_at(nbytes) >= flops / self.gemm_peak else "gemm"
-
-    def at_peak(self, gemm_peak: float) -> Roofline:
-        """The same limits with another GEMM peak, such as the one of this very minute."""
-        return replace(self, gemm_peak=gemm_peak)
 
     def __str__(self) -> str:
         rates = zip(self.copy_bytes, self.bandwidth, strict=True)

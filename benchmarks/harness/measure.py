@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import time
@@ -76,12 +77,6 @@ class Measurer:
         left, right = torch.randn(2, n, n).to(self.dtype)
         self._product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
 
-    def takes_part(self, provider: Provider, mode: str) -> bool:
-        """Whether a provider is measured in a mode."""
-        if provider.family.startswith("compile") and mode not in self.compile_modes:
-            return False
-        return provider.trains or mode != "train"
-
     def row(self, mode: str, subject: Subject, provider: Provider, **fields: Any) -> dict[str, Any]:
         """A row of one subject, without time, added to the session."""
         training = mode in ("train", "saved")
@@ -143,9 +138,13 @@ class Measurer:
         entries = []
         eager: list[float] = []
         peers: list[float] = []
-        for provider in (p for p in self.chosen if self.takes_part(p, mode)):
-            row = self.row(mode, subject, provider, **fields)
+        for provider in self.chosen:
             compiles = provider.family.startswith("compile")
+            if mode == "train" and not provider.trains:
+                continue
+            if compiles and mode not in self.compile_modes:
+                continue
+            row = self.row(mode, subject, provider, **fields)
             reason = engines.unavailable(provider, self.dtype)
             if compiles and self.compile_seconds <= 0:
                 reason = "the time for compiling (--compile-minutes) is used up"
@@ -184,7 +183,8 @@ class Measurer:
         # The product that the peak was measured with takes part in the rounds: where other users of
         # the machine slow everything down, floor and module are slowed down alike.
         timings = self.time({**calls, _PROBE: self._product}, self.session.arguments.rounds)
-        now = self.roofline.at_peak(2 * self.roofline.gemm_size**3 / timings[_PROBE].median)
+        peak = 2 * self.roofline.gemm_size**3 / timings[_PROBE].median
+        now = dataclasses.replace(self.roofline, gemm_peak=peak)
         for row, _, check in entries:
             row["floor_s"] = now.floor(row["bytes"], row["flops"])
             row["bound"] = now.bound(row["bytes"], row["flops"])

@@ -93,6 +93,16 @@ def cells(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Ro
     return {key: {row["provider"]: row for row in part} for key, part in split(rows, *keys).items()}
 
 
+def eager_and_ours(rows: Iterable[Row], key: str) -> list[tuple[str, int, int]]:
+    """``shape, batch``, then the bytes ``key`` of eager NCHW and of ours (the better layout)."""
+    found = []
+    for (shape, batch), cell in cells((r for r in rows if key in r), "shape", "batch").items():
+        ours = [row[key] for name, row in cell.items() if family(name) == "ours"]
+        if BASELINE in cell and ours:
+            found.append((f"{shape}, batch {batch}", cell[BASELINE][key], min(ours)))
+    return found
+
+
 def by_shape(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     """Shape -> provider -> timed row."""
     return {shape: cell for (shape,), cell in cells(timed(rows), "shape").items()}
@@ -177,14 +187,6 @@ class Mean:
     low: float
     high: float
     count: int
-
-    def apart(self, other: Mean) -> float:
-        """Relative difference of two means, the smaller counting as 1."""
-        return max(self.value / other.value, other.value / self.value) - 1.0
-
-    def overlaps(self, other: Mean) -> bool:
-        """Whether the spreads have a value in common."""
-        return self.low <= other.high and other.low <= self.high
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"

@@ -23,6 +23,9 @@ Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
+MOST_REPEATS = 10_000
+
+
 @dataclass(frozen=True)
 class Timing:
     """Quantiles in seconds of one call, over ``rounds`` samples of ``repeats`` calls each."""
@@ -41,7 +44,6 @@ def time_interleaved(
     min_sample: float = 2e-3,
     warmup: float = 5e-3,
     clock: Clock = time.perf_counter,
-    max_repeats: int = 10_000,
 ) -> dict[str, Timing]:
     """Time every call in interleaved rounds, one sample a round.
 
@@ -61,11 +63,11 @@ def time_interleaved(
     for name, call in calls.items():
         sample(call, 1)
         start, count = clock(), 0
-        while count == 0 or (clock() - start < warmup and count < max_repeats):
+        while count == 0 or (clock() - start < warmup and count < MOST_REPEATS):
             call()
             count += 1
         per_call = max((clock() - start) / count, 1e-9)
-        repeats[name] = min(max(1, round(min_sample / per_call)), max_repeats)
+        repeats[name] = min(max(1, round(min_sample / per_call)), MOST_REPEATS)
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

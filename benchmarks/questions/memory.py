@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness import machine, measure, networks, providers, timing
-from benchmarks.harness.rows import BASELINE, Point, Row, cells, family
+from benchmarks.harness.rows import Point, Row, eager_and_ours
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject, Subject
 from benchmarks.questions.question import POSITIVE, Question, number
@@ -73,22 +73,10 @@ def measure_peak(run: Session, make: Callable[[], Subject]) -> None:
 KEYS = {"peak_bytes": "peak", "saved_total": "saved"}
 
 
-def subjects(rows: Sequence[Row]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """``subject, batch`` -> by key the bytes of eager NCHW and of ours (the better layout)."""
-    found = []
-    peaks = cells((row for row in rows if row["mode"] == "peak"), "shape", "batch")
-    for (shape, batch), cell in peaks.items():
-        eager = cell.get(BASELINE)
-        ours = [row for name, row in cell.items() if family(name) == "ours"]
-        if eager is not None and ours:
-            sizes = {key: (eager[key], min(row[key] for row in ours)) for key in KEYS}
-            found.append((f"{shape}, batch {batch}", sizes))
-    return found
-
-
-def share(sizes: tuple[int, int]) -> float:
-    """Eager's bytes over ours."""
-    return sizes[0] / max(sizes[1], 1)
+def sizes(rows: Iterable[Row], key: str) -> list[tuple[str, int, int, float]]:
+    """Subject and batch, the bytes ``key`` of eager NCHW and of ours, and their ratio."""
+    found = eager_and_ours((row for row in rows if row["mode"] == "peak"), key)
+    return [(label, eager, ours, eager / max(ours, 1)) for label, eager, ours in found]
 
 
 class Memory(Question):
@@ -128,30 +116,20 @@ class Memory(Question):
         return [(name, functools.partial(measure_peak, run, one)) for name, one in parts]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        body = [
-            (
-                name,
-                *(
-                    text
-                    for key in KEYS
-                    for text in (
-                        *(f"{n / 2**20:.2f}" for n in sizes[key]),
-                        times(share(sizes[key])),
-                    )
-                ),
-            )
-            for name, sizes in subjects(rows)
-        ]
+        body: dict[str, list[str]] = {}
+        for key in KEYS:
+            for label, eager, ours, ratio in sizes(rows, key):
+                mib = f"{eager / 2**20:.2f}", f"{ours / 2**20:.2f}"
+                body.setdefault(label, [label]).extend((*mib, times(ratio)))
         three = [(f"{name}, MiB: eager", "ours", "eager / ours") for name in KEYS.values()]
         headings = ("training step", *three[0], *three[1])
-        return [Table("Memory of a training step", headings, body)]
+        return [Table("Memory of a training step", headings, list(body.values()))]
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
-        for label, sizes in subjects(rows):
-            for key, name in KEYS.items():
-                if (ratio := share(sizes[key])) > 0:
-                    triple = ratio, ratio, ratio
-                    yield Point(f"memory: {name}, eager over ours", triple, label)
+        for key, name in KEYS.items():
+            for label, _, _, ratio in sizes(rows, key):
+                if ratio > 0:
+                    yield Point(f"memory: {name}, eager over ours", (ratio,) * 3, label)
 
 
 QUESTION = Memory()

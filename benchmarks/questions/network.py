@@ -26,7 +26,7 @@ from benchmarks.harness import machine
 from benchmarks.harness import rows as results
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.networks import CIFAR, NETWORKS, Network
-from benchmarks.harness.rows import BASELINE, Point, Row, Versus, family
+from benchmarks.harness.rows import Point, Row, Versus
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject
 from benchmarks.questions.question import POSITIVE, Question, number
@@ -113,14 +113,11 @@ class Networks(Question):
         pairs = ((f"{name(v.ours)}, {v.ours['threads']} thread(s)", v) for v in compared(rows))
         show = functools.partial(cell, scale=1e3, digits=2)
         found = [against_peers("Milliseconds, medians", pairs, show)]
-        body = []
-        saved = results.cells((row for row in rows if row["mode"] == "saved"), "shape", "batch")
-        for (shape, batch), part in saved.items():
-            ours = [row["saved_total"] for who, row in part.items() if family(who) == "ours"]
-            if BASELINE in part and ours:
-                eager, least = part[BASELINE]["saved_total"] / 2**20, min(ours) / 2**20
-                sizes = (f"{eager:.1f}", f"{least:.1f}", times(eager / least))
-                body.append((f"{shape}, batch {batch}", *sizes))
+        saved = (row for row in rows if row["mode"] == "saved")
+        body = [
+            (label, f"{eager / 2**20:.1f}", f"{ours / 2**20:.1f}", times(eager / ours))
+            for label, eager, ours in results.eager_and_ours(saved, "saved_total")
+        ]
         headings = ("network", "eager, MiB", "ours, MiB", "eager / ours")
         found.append(Table("Saved for backward", headings, body))
         body = [

@@ -16,6 +16,7 @@ factor says whether the model ranks shapes rightly.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import statistics
@@ -37,11 +38,9 @@ from benchmarks.report.table import Table
 MODELLED = ("eager_nchw", "fused_nchw", "fused_cl")
 
 
-def predict(
-    roofline: Roofline, nbytes: float, flops: float, call: float, gemm_peak: float
-) -> float:
+def predict(limits: Roofline, nbytes: float, flops: float, call: float, peak: float) -> float:
     """Seconds of one call: its overhead, and whatever of memory and arithmetic takes longer."""
-    return call + roofline.at_peak(gemm_peak).floor(nbytes, flops)
+    return call + dataclasses.replace(limits, gemm_peak=peak).floor(nbytes, flops)
 
 
 def set_prediction(row: dict[str, Any], subject: Subject, call: float, limits: Roofline) -> None:

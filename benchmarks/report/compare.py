@@ -132,15 +132,18 @@ def compare(before: Iterable[Row], after: Iterable[Row], tolerance: float = 0.05
 
 def print_means(before: Mapping[str, Mean], after: Mapping[str, Mean], everything: bool) -> None:
     """Which geometric means differ by more than ``AGREE``, the largest difference first."""
-    both = [(old.apart(after[n]), n, old, after[n]) for n, old in before.items() if n in after]
-    for apart, name, old, new in sorted(both, key=lambda line: -line[0]):
-        if apart > AGREE:
-            spread = "within" if old.overlaps(new) else "beyond"
-            print(f"apart  {apart:.0%}, {spread} the spread: {name}: {old}, then {new}")
+    both = {name: (old, after[name]) for name, old in before.items() if name in after}
+    ratios = {name: new.value / old.value for name, (old, new) in both.items()}
+    apart = {name: max(ratio, 1 / ratio) - 1 for name, ratio in ratios.items()}
+    for name in sorted(both, key=lambda name: -apart[name]):
+        old, new = both[name]
+        if apart[name] > AGREE:
+            spread = "within" if old.low <= new.high and new.low <= old.high else "beyond"
+            print(f"apart  {apart[name]:.0%}, {spread} the spread: {name}: {old}, then {new}")
         elif everything:
-            print(f"agrees {apart:.0%}: {name}: {old}, then {new}")
+            print(f"agrees {apart[name]:.0%}: {name}: {old}, then {new}")
     if both:
-        near = sum(apart <= AGREE for apart, *_ in both)
+        near = sum(value <= AGREE for value in apart.values())
         print(f"{near} of {len(both)} geometric means agree within {AGREE:.0%}")
 
 
