@@ -107,13 +107,6 @@ def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) ->
     return min(timer.repeat(samples, repeats)) / repeats
 
 
-def gemm_rate(n: int, dtype: torch.dtype, samples: int) -> float:
-    """Best FLOP/s of ``torch.mm`` on [n, n]."""
-    left, right = torch.rand(2, n, n).to(dtype)
-    product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
-    return 2.0 * n**3 / _best(product, samples)
-
-
 @functools.cache
 def native_copies() -> tuple[dict[str, Any], str]:
     """Vector copies with ordinary and non-temporal stores, compiled here; or none, and why."""
@@ -180,7 +173,12 @@ def measure_roofline(
 ) -> Roofline:
     """Measure GEMM peak and bandwidth curve with the current number of threads."""
     threads = torch.get_num_threads()
-    peak, size = max((gemm_rate(n, dtype, samples), n) for n in gemm_sizes)
+    rates = {}
+    for n in gemm_sizes:
+        left, right = torch.rand(2, n, n).to(dtype)
+        product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
+        rates[n] = 2.0 * n**3 / _best(product, samples)
+    size = max(rates, key=rates.__getitem__)
     bandwidth, methods = measure_bandwidth(threads, sizes=copy_sizes, samples=samples)
     name = str(dtype).removeprefix("torch.")
-    return Roofline(peak, size, tuple(copy_sizes), bandwidth, methods, threads, name)
+    return Roofline(rates[size], size, tuple(copy_sizes), bandwidth, methods, threads, name)

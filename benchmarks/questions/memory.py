@@ -130,6 +130,3 @@ class Memory(Question):
             for label, _, _, ratio in sizes(rows, key):
                 if ratio > 0:
                     yield Point(f"memory: {name}, eager over ours", (ratio,) * 3, label)
-
-
-QUESTION = Memory()

@@ -68,15 +68,6 @@ def candidates(found: Cell) -> dict[str, Row]:
     return {**found, **{name: row for name, row in fast.items() if row is not None}}
 
 
-def floors(rows: Sequence[Row]) -> Iterable[Point]:
-    """Time in floors of every candidate and shape."""
-    for shape, found in by_shape(rows).items():
-        for name, row in candidates(found).items():
-            scale = row["floors"] / row["median_s"]
-            value, low, high = (scale * row[key] for key in results.QUANTILES)
-            yield Point(name, (value, low, high), shape)
-
-
 def network_ms(rows: Sequence[Row]) -> dict[str, float]:
     """Milliseconds of all modules of a network, each as often as it occurs, by candidate."""
     shapes = by_shape(rows)
@@ -210,8 +201,8 @@ class Module(Question):
                     if all(pair):
                         mean = f"{name}: times faster in the layout {layout} than eager"
                         yield Point(mean, ratio(*pair), shape)
-            for point in floors(part):
-                yield point._replace(mean=f"{name}: floors of {point.mean}")
-
-
-QUESTION = Module()
+            for shape, found in by_shape(part).items():
+                for who, row in candidates(found).items():
+                    scale = row["floors"] / row["median_s"]
+                    value, low, high = (scale * row[key] for key in results.QUANTILES)
+                    yield Point(f"{name}: floors of {who}", (value, low, high), shape)

@@ -138,6 +138,3 @@ class Networks(Question):
             kind = "CIFAR networks" if v.ours.get("group") == CIFAR else "networks"
             mean = f"{kind}, {v.ours['mode']}, batch {v.ours['batch']}"
             yield from results.speedups(mean, v, f"{v.ours['shape']} ({v.best['provider']})")
-
-
-QUESTION = Networks()

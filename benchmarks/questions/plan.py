@@ -144,6 +144,3 @@ class Plan(Question):
                 value, low, high = (row[key] / row["predicted_s"] for key in QUANTILES)
                 mean = f"plan, {name}: measured over predicted"
                 yield Point(mean, (value, low, high), row["shape"])
-
-
-QUESTION = Plan()

@@ -40,11 +40,6 @@ def share(row: Row) -> Triple:
     return median, low, high
 
 
-def deep(rows: Sequence[Row]) -> list[Row]:
-    """The timed rows with K of ``DEEP`` or more."""
-    return [row for row in timed(rows) if row["inner"] >= DEEP]
-
-
 class Product(Question):
     name = "product"
     title = "The primary product alone"
@@ -77,10 +72,8 @@ class Product(Question):
         return [Table("Ours in NCHW, ours in NHWC, the best peer", headings, lines), untimed(rows)]
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
-        for row in sorted(deep(rows), key=lambda row: (row["batch"], row["provider"])):
+        deep = [row for row in timed(rows) if row["inner"] >= DEEP]
+        for row in sorted(deep, key=lambda row: (row["batch"], row["provider"])):
             where = f"product, batch {row['batch']}, K >= {DEEP}"
             mean = f"{where}: share of the GEMM peak, {row['provider']}"
             yield Point(mean, share(row), row["shape"])
-
-
-QUESTION = Product()

@@ -109,6 +109,3 @@ class Scaling(Question):
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         for axis, value, v in points(rows):
             yield from speedups(f"along {axis}", v, f"{axis} {value}")
-
-
-QUESTION = Scaling()
