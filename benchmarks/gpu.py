@@ -228,7 +228,7 @@ def predictions() -> dict[str, float]:
     import torch
 
     from benchmarks.gpu_steps import fit
-    from benchmarks.harness import networks, shapes
+    from benchmarks.harness import shapes, subjects
     from ghost_ops import planner
 
     device, found = "sm_" + KIT_ARCHS.replace(".", ""), {}
@@ -237,7 +237,7 @@ def predictions() -> dict[str, float]:
             for batch in (1, 32, 256):
                 plan = fit.explain(shape, batch, dtype, device)
                 found[f"eval {dtype} {batch} {shape.name}"] = round(plan.seconds * 1e6, 2)
-    network = networks.NETWORKS["ghostnet-1.0"].plain(224)
+    network = subjects.NETWORKS["ghostnet-1.0"].plain(224)
     for batch in (1, 256):
         whole = planner.explain(network, (batch, 3, 224, 224), device=device, dtype=torch.float16)
         found[f"eval {torch.float16} {batch} GhostNet 1.0x"] = round(whole.seconds * 1e6, 2)

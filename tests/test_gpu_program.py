@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_steps import clock, fit, sheet, steps
-from benchmarks.harness import networks, shapes
+from benchmarks.harness import shapes, subjects
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
@@ -160,8 +160,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("GHOSTNET", "QUICK", "YOLO", "ALL"):
         monkeypatch.setattr(shapes, name, small)
     monkeypatch.setattr(shapes, "select", lambda names: small[:1])
-    tiny = SimpleNamespace(plain=lambda size: networks.ghostnet(0.1).make())
-    monkeypatch.setattr(networks, "NETWORKS", {"ghostnet-1.0": tiny})
+    tiny = SimpleNamespace(plain=lambda size: subjects.ghostnet(0.1).make())
+    monkeypatch.setattr(subjects, "NETWORKS", {"ghostnet-1.0": tiny})
     monkeypatch.setattr(steps, "images", lambda b, t: steps.random(b, 3, 32, t, 3))
     return monkeypatch
 

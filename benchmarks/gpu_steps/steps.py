@@ -31,10 +31,9 @@ import ghost_ops
 from benchmarks.gpu_steps import clock, fit
 from benchmarks.gpu_steps.clock import DEVICE, Call
 from benchmarks.gpu_steps.sheet import Sheet, read_rows, write_row
-from benchmarks.harness import floor, machine, networks, providers, shapes, timing
+from benchmarks.harness import floor, machine, providers, shapes, subjects, timing
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.shapes import Shape
-from benchmarks.harness.subjects import error_floors
 from ghost_ops import backends
 from ghost_ops.backends import cuda, native
 
@@ -156,7 +155,7 @@ def measure(
     plain = Candidate("eager", NCHW)
     wide = None if grad is None else grad.double()
     exact = plain.prepare(copy.deepcopy(reference).double(), x[some].double(), wide, dtype, 1)[1]
-    floors, eager = error_floors(shape, dtype, len(exact)), None
+    floors, eager = subjects.error_floors(shape, dtype, len(exact)), None
     calls: dict[Any, Call] = {}
     rows: dict[int, dict[str, Any]] = {}
     sets, each = clock.set_count(nbytes), 20 if candidates[0].graph else 1
@@ -253,7 +252,7 @@ def more(sheet: Sheet) -> None:
 
 def plain_network(dtype: torch.dtype) -> nn.Module:
     """GhostNet 1.0x on the device, channels_last."""
-    network = networks.NETWORKS["ghostnet-1.0"].plain(224)
+    network = subjects.NETWORKS["ghostnet-1.0"].plain(224)
     return network.to(DEVICE, dtype).to(memory_format=torch.channels_last)
 
 
@@ -389,7 +388,7 @@ def train_network(
     row = {"case": NETWORK, "batch": BATCH, "mode": "train", **candidate.fields(dtype)}
     if not sheet.wants(row):
         return
-    labels = torch.arange(BATCH, device=DEVICE) % networks.CLASSES
+    labels = torch.arange(BATCH, device=DEVICE) % subjects.CLASSES
 
     def forward() -> Tensor:
         model.zero_grad(set_to_none=True)

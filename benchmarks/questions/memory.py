@@ -19,7 +19,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness import machine, measure, networks, providers, timing
+from benchmarks.harness import machine, measure, providers, subjects, timing
 from benchmarks.harness.rows import Point, Row, eager_and_ours
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject, Subject
@@ -108,7 +108,7 @@ class Memory(Question):
         arguments.providers = [p for p in arguments.providers if p.family in ("eager", "fused")]
 
     def tasks(self, run: Session) -> list[Task]:
-        given, network = run.arguments, networks.ghostnet(run.arguments.width)
+        given, network = run.arguments, subjects.ghostnet(run.arguments.width)
         more = given.batch, given.dtype
         whole = functools.partial(NetworkSubject, network, given.size, *more)
         make = {shape.name: functools.partial(Subject, shape, *more) for shape in given.shapes}

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import networks
 from benchmarks.harness import rows as results
+from benchmarks.harness import subjects
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import BASELINE, FUSED, Cell, Point, Row, by_shape, fastest, ratio
 from benchmarks.harness.runner import Session, Task
@@ -45,7 +45,7 @@ def overhead(measurer: Measurer) -> None:
     run, call = measurer.overhead, functools.partial
     with torch.inference_mode():
         run(False, call, what="eval, inference_mode")
-        for form, plain in networks.small_modules().items():
+        for form, plain in subjects.small_modules().items():
             run(False, call, plain, what=f"eval, inference_mode, {form}")
     with torch.no_grad():
         run(False, call, what="eval, no_grad")
@@ -80,21 +80,13 @@ def network_ms(rows: Sequence[Row]) -> dict[str, float]:
 
 def _shape_line(shape: str, found: Mapping[str, Row]) -> list[str]:
     first, v = next(iter(found.values())), results.versus(found)
-    ours = fastest(found, "ours")
-    best = fastest(found, "pytorch", "engine")
-    return [
-        shape,
-        first["bound"],
-        cell(first, "floor_s"),
-        cell(found.get(BASELINE)),
-        cell(best),
-        best["provider"] if best else "",
-        *(cell(found.get(name)) for name in FUSED),
-        cell(ours, "floors", 1, 2),
-        times(v.over_eager if v else None),
-        times(v.over_best if v else None),
-        f"{ours['error']:.0e}" if ours else "",
-    ]
+    ours, best = fastest(found, "ours"), fastest(found, "pytorch", "engine")
+    peers = [cell(first, "floor_s"), cell(found.get(BASELINE)), cell(best)]
+    peers.append(best["provider"] if best else "")
+    layouts = (cell(found.get(name)) for name in FUSED)
+    over = times(v.over_eager if v else None), times(v.over_best if v else None)
+    error = f"{ours['error']:.0e}" if ours else ""
+    return [shape, first["bound"], *peers, *layouts, cell(ours, "floors", 1, 2), *over, error]
 
 
 def saved_totals(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
@@ -131,14 +123,11 @@ def _saved(rows: Sequence[Row]) -> list[Table]:
 def _overhead(rows: Sequence[Row]) -> list[Table]:
     found = results.timed(r for r in rows if r["mode"] == "overhead")
     base = {r["what"]: r for r in found if r["provider"] == BASELINE}
-    body = [
-        (
-            f"{r['what']}, {r['provider']}",
-            *(cell(r, key) for key in results.QUANTILES),
-            times(ratio(base[r["what"]], r)[0] if r["what"] in base else None),
-        )
-        for r in found
-    ]
+    body = []
+    for r in found:
+        over = ratio(base[r["what"]], r)[0] if r["what"] in base else None
+        numbers = (cell(r, key) for key in results.QUANTILES)
+        body.append((f"{r['what']}, {r['provider']}", *numbers, times(over)))
     headings = ("call", "median", "p20", "p80", "over eager")
     title = "Call overhead: x [1, 8, 4, 4], microseconds"
     return [Table(title, headings, body)] if body else []

@@ -25,10 +25,9 @@ from collections.abc import Iterable, Sequence
 from benchmarks.harness import machine
 from benchmarks.harness import rows as results
 from benchmarks.harness.measure import Measurer
-from benchmarks.harness.networks import CIFAR, NETWORKS, Network
 from benchmarks.harness.rows import Point, Row, Versus
 from benchmarks.harness.runner import Session, Task
-from benchmarks.harness.subjects import NetworkSubject
+from benchmarks.harness.subjects import CIFAR, NETWORKS, Network, NetworkSubject
 from benchmarks.questions.question import POSITIVE, Question, number
 from benchmarks.report.table import Table, against_peers, cell, times, untimed
 
@@ -120,15 +119,11 @@ class Networks(Question):
         ]
         headings = ("network", "eager, MiB", "ours, MiB", "eager / ours")
         found.append(Table("Saved for backward", headings, body))
-        body = [
-            (
-                f"{name(row)}, {row['provider']}",
-                *(cell(row, key, 1e3, 2) for key in results.QUANTILES),
-                cell(row, "floors", 1),
-                f"{row['error']:.0e}",
-            )
-            for row in results.timed(rows)
-        ]
+        body = []
+        for row in results.timed(rows):
+            numbers = [cell(row, key, 1e3, 2) for key in results.QUANTILES]
+            last = cell(row, "floors", 1), f"{row['error']:.0e}"
+            body.append((f"{name(row)}, {row['provider']}", *numbers, *last))
         headings = ("every time", "ms", "p20", "p80", "floors", "error")
         return [*found, Table("Every time", headings, body), untimed(rows)]
 
