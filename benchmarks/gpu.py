@@ -93,9 +93,6 @@ STEPS = (
 )
 
 
-# ---- running steps
-
-
 def end_group(process: subprocess.Popen[Any]) -> None:
     """End a process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
@@ -160,9 +157,6 @@ class StepRunner(Runner):
         for step in steps[len(kept) :]:
             print(f"{step.name}: left out, the budget is {budget:.0f} s", flush=True)
         return self.run([(step.name, functools.partial(self.step, step)) for step in kept])
-
-
-# ---- the libraries
 
 
 def build(log: Path, *, cuda: str = "", folder: Path | None = None) -> subprocess.Popen[Any]:
@@ -242,9 +236,6 @@ def predictions() -> dict[str, float]:
         whole = planner.explain(network, (batch, 3, 224, 224), device=device, dtype=torch.float16)
         found[f"eval {torch.float16} {batch} GhostNet 1.0x"] = round(whole.seconds * 1e6, 2)
     return found
-
-
-# ---- the command line
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,6 @@ class Sheet:
     def add(self, row: Mapping[str, Any], timed: Mapping[str, Any] | None = None) -> None:
         """Append a row, with its times if it has any."""
         write_row(self.path, {"step": self.step, **row, **(timed or {}), **self.common})
-
-
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each key: the file of a resumed run holds older ones too."""
-    return list({tuple(row.get(name) for name in KEY): row for row in rows}.values())
 
 
 def module_lines(rows: Sequence[Row], copy: float | None) -> list[str]:
@@ -151,7 +146,11 @@ def render(rows: Sequence[Row]) -> str:
             f"{m['device']}, torch {m['torch']}, CUDA {m['cuda']}, commit {m['commit']}; "
             f"{without} rows without ghost_ops._C"
         )
-    rows = newest(row for row in rows if row.get("step") != "meta")
+    # The last row of each key: the file of a resumed run holds older ones too.
+    newest = {
+        tuple(row.get(name) for name in KEY): row for row in rows if row.get("step") != "meta"
+    }
+    rows = list(newest.values())
     copy = next((row["copy_bytes_per_s"] for row in rows if "copy_bytes_per_s" in row), None)
     if copy:
         lines.append(f"device copy {copy / 1e9:.0f} GB/s, bytes read and written")

@@ -32,6 +32,7 @@ FORCING = (*ISA_VARIABLES, *(f"GHOST_OPS_{name}" for name in GHOST_OPS))
 
 # Before anything is pinned: set_threads may be called again with more threads.
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+CORE_COUNT = len(_CORES) or os.cpu_count() or 1  # that this process may use
 
 # One arena that only grows: no mmap per call and no trimming, hence no page faults after warm-up.
 TUNED_MALLOC = {
@@ -104,11 +105,6 @@ def unpinned() -> Iterator[None]:
     finally:
         if _CORES:
             os.sched_setaffinity(0, pinned)
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(_CORES) or os.cpu_count() or 1
 
 
 def processor_name() -> str:

@@ -27,15 +27,6 @@ Wrap = Callable[[Any, Tensor], Callable[[], object]]
 Entry = tuple[dict[str, Any], Callable[[], object], timing.Check]
 
 
-@contextlib.contextmanager
-def no_compile_leftovers() -> Iterator[None]:
-    """Forget compiled modules afterwards, so that no shape meets another's recompile limit."""
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
-
-
 def common(mode: str, subject: Subject, provider: Provider) -> dict[str, Any]:
     """The fields of every row."""
     return {
@@ -190,6 +181,7 @@ class Measurer:
             row["bound"] = now.bound(row["bytes"], row["flops"])
             row["gemm_peak"] = now.gemm_peak
             self.fill(row, timings[row["shape"], row["provider"]], check)
+        torch._dynamo.reset()  # forgets compiled modules: else shapes share one recompile limit
 
     @contextlib.contextmanager
     def on_threads(self, threads: int) -> Iterator[None]:
@@ -209,7 +201,7 @@ class Measurer:
     def eval(self, subjects: Subject | Sequence[Subject], **fields: Any) -> None:
         """Forward in eval mode under inference_mode; several subjects share their rounds."""
         entries: list[Entry] = []
-        with torch.inference_mode(), no_compile_leftovers():
+        with torch.inference_mode():
             for subject in [subjects] if isinstance(subjects, Subject) else subjects:
 
                 def make(provider: Provider, given: Subject = subject) -> tuple[Call, Call]:
@@ -236,8 +228,7 @@ class Measurer:
 
         wide = subject.bind(copy.deepcopy(subject.plain).double(), torch.Tensor.double)
         exact = [result.detach() for result in wide.compared()]
-        with no_compile_leftovers():
-            self.time_entries(self.checked("train", subject, make, exact))
+        self.time_entries(self.checked("train", subject, make, exact))
 
     def saved(self, subject: Subject) -> None:
         """Bytes kept for backward, parameters aside.

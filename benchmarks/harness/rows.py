@@ -155,9 +155,9 @@ def versus(cell: Cell) -> Versus | None:
 
 
 def versus_each(rows: Iterable[Row], *keys: str) -> list[tuple[tuple[Any, ...], Versus]]:
-    """Ours and its peers by the values of ``keys``, where both were timed."""
+    """Ours and its peers by the values of ``keys``, where both and eager NCHW were timed."""
     found = ((key, versus(cell)) for key, cell in cells(timed(rows), *keys).items())
-    return [(key, v) for key, v in found if v is not None]
+    return [(key, v) for key, v in found if v is not None and v.eager is not None]
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:

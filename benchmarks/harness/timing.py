@@ -74,11 +74,9 @@ def time_interleaved(
         for name, call in calls.items():
             samples[name].append(sample(call, repeats[name]))
     numpy = require("numpy", "quantiles")
-    found = {}
-    for name, times in samples.items():
-        median, p20, p80 = map(float, numpy.quantile(times, (0.5, 0.2, 0.8)))
-        found[name] = Timing(median, p20, p80, rounds, repeats[name])
-    return found
+    quantiles = numpy.quantile(list(samples.values()), (0.5, 0.2, 0.8), axis=1).T.tolist()
+    found = zip(samples, quantiles, strict=True)
+    return {name: Timing(*three, rounds, repeats[name]) for name, three in found}
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,7 @@ def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[in
 
 def compared(rows: Iterable[Row]) -> list[Versus]:
     """Ours and its peers, for each mode, batch and network."""
-    found = results.versus_each(rows, "mode", "batch", "shape")
-    return [v for _, v in found if v.eager is not None]
+    return [v for _, v in results.versus_each(rows, "mode", "batch", "shape")]
 
 
 def name(row: Row) -> str:
@@ -75,14 +74,14 @@ class Networks(Question):
         # Batch norm needs two images.
         train_batch = "of saved and train (16, CIFAR 32; 4 with --quick)"
         add("--train-batch", type=number(2), help=train_batch)
-        threads = number(1, machine.core_count())
+        threads = number(1, machine.CORE_COUNT)
         add("--train-threads", type=threads, help="of train (default: all cores)")
 
     def check(self, arguments: argparse.Namespace) -> None:
         few = ["ghostnet-0.5", "yolo"] if arguments.quick else list(NETWORKS)
         arguments.networks = arguments.networks or few
         one_thread = arguments.clock == "cpu"  # CPU time is that of one thread
-        cores = 1 if one_thread else machine.core_count()
+        cores = 1 if one_thread else machine.CORE_COUNT
         arguments.train_threads = arguments.train_threads or cores
         if one_thread and arguments.train_threads != 1:
             raise ValueError("clock: cpu time needs --train-threads 1")

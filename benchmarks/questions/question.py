@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import math
 import sys
 import warnings
@@ -70,15 +69,12 @@ class Question:
 
     def tasks(self, run: Session) -> list[Task]:
         """Its work in one session."""
-        raise NotImplementedError
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """What its rows say, for the console and the report."""
-        raise NotImplementedError
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         """The values behind its geometric means."""
-        raise NotImplementedError
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Its command line; argparse exits with a message on bad values."""
@@ -199,11 +195,8 @@ def each(
 ) -> list[Task]:
     """``work`` on every shape at every batch size, one task each."""
 
-    def task(shape: Shape, batch: int) -> None:
-        work(Subject(shape, batch, given.dtype))
+    def task(shape: Shape, batch: int) -> Task:
+        label = f"{name}b{batch} {shape.name}"
+        return label, lambda: work(Subject(shape, batch, given.dtype))
 
-    return [
-        (f"{name}b{batch} {shape.name}", functools.partial(task, shape, batch))
-        for batch in batches
-        for shape in given.shapes
-    ]
+    return [task(shape, batch) for batch in batches for shape in given.shapes]

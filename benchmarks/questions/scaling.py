@@ -31,7 +31,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "channels": (16, 32, 64, 128, 256, 512, 1024),
     "ratio": (2, 3, 4, 5),
     "d": (1, 3, 5, 7),
-    "threads": tuple(range(1, machine.core_count() + 1)),
+    "threads": tuple(range(1, machine.CORE_COUNT + 1)),
 }
 
 
@@ -64,7 +64,7 @@ def point(axis: str, value: int) -> tuple[Shape, int]:
 
 def points(rows: Sequence[Row]) -> list[tuple[str, int, Versus]]:
     """Axis, value, and ours beside the best of PyTorch."""
-    return [(*key, v) for key, v in versus_each(rows, "axis", "value") if v.eager is not None]
+    return [(*key, v) for key, v in versus_each(rows, "axis", "value")]
 
 
 def per_image(row: Row) -> float:

@@ -42,9 +42,6 @@ class Nothing(ValueError):
     """The rows do not allow a picture; the message says what they lack."""
 
 
-# ---- the style
-
-
 def matplotlib() -> Any:
     """matplotlib without pyplot, which would hold global state and need a display."""
     for module in ("matplotlib.figure", "matplotlib.ticker"):
@@ -126,9 +123,6 @@ def caption(figure: Any, meta: Mapping[str, Any]) -> None:
     room = 0.2 / figure.get_figheight()  # inches, below everything that is laid out
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     figure.text(0.995, 0.2 * room, text, ha="right", va="bottom", fontsize=6.5, color="#555555")
-
-
-# ---- modules
 
 
 def _batches(rows: Iterable[Row], *families: str) -> dict[int, dict[str, Cell]]:
@@ -243,9 +237,6 @@ def draw_roofline(document: Document) -> Any:
         legend_above(axes, 2)
     grid[0].set_ylabel("GFLOP/s")
     return figure
-
-
-# ---- the other questions
 
 
 def draw_means(document: Document) -> Any:
