@@ -209,10 +209,9 @@ def make_kit(folder: Path) -> int:
     size, seconds = library.stat().st_size / 2**20, time.monotonic() - started
     print(f"{library}: {size:.1f} MiB for {KIT_ARCHS}, {seconds:.0f} s")
     print(f"{plans}: predicted microseconds of every shape")
-    command = ["python3", "benchmarks/gpu.py", "--out", "results/gpu", "--library"]
-    command.append(os.path.relpath(library, ROOT))
     print("On the GPU machine, in a copy of this checkout with these two files:")
-    print("    " + shlex.join(command))
+    relative = shlex.quote(os.path.relpath(library, ROOT))
+    print(f"    python3 benchmarks/gpu.py --out results/gpu --library {relative}")
     return 0
 
 

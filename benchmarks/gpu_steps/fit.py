@@ -45,10 +45,6 @@ Costs = Mapping[str, float]
 Tile = tuple[int, ...]
 
 
-class Malformed(ValueError):
-    """A file that is not a table of measured plans."""
-
-
 @dataclass(frozen=True)
 class Plans:
     """The measured plans of one shape: tile -> microseconds, the median of its rows."""
@@ -113,13 +109,13 @@ def _read_table(path: Path) -> Iterable[dict[str, Any]]:
 
 def _number(row: Mapping[str, Any], number: int, column: str, kind: type) -> Any:
     if row.get(column) is None:
-        raise Malformed(f"row {number} has no column {column}; expected {', '.join(COLUMNS)}")
+        raise ValueError(f"row {number} has no column {column}; expected {', '.join(COLUMNS)}")
     try:
         value = kind(row[column])
     except ValueError:
         value = -1
     if not (0 if column == "resident" else 1e-9) <= value < math.inf:
-        raise Malformed(f"row {number}: {column} is {row[column]!r}, not a size or a time")
+        raise ValueError(f"row {number}: {column} is {row[column]!r}, not a size or a time")
     return value
 
 
@@ -127,7 +123,7 @@ def read(path: Path) -> File:
     """The measured plans of a file.
 
     Raises:
-        Malformed: it holds something else; the message names the row and the column.
+        ValueError: it holds something else; the message names the row and the column.
         OSError: it cannot be read.
     """
     known = {shape.name: shape for shape in shapes.ALL}
@@ -135,7 +131,7 @@ def read(path: Path) -> File:
     skipped, count, devices = [], 0, set()
     for number, row in enumerate(_read_table(path), 1):
         if row.get("shape") not in known:
-            raise Malformed(f"row {number}: shape is {row.get('shape')!r}, which is none of ours")
+            raise ValueError(f"row {number}: shape is {row.get('shape')!r}, which is none of ours")
         tile = tuple(_number(row, number, column, int) for column in TILE)
         seen = tuple(_number(row, number, column, int) for column in CHECKED)
         measured = _number(row, number, "measured_us", float)
@@ -149,13 +145,13 @@ def read(path: Path) -> File:
             continue
         times.setdefault((row["shape"], sm), {}).setdefault(tile, []).append(measured)
     if len(devices) > 1:
-        raise Malformed(f"rows of several devices: {', '.join(sorted(devices))}")
+        raise ValueError(f"rows of several devices: {', '.join(sorted(devices))}")
     plans = [
         Plans(known[name], sm, {tile: statistics.median(us) for tile, us in found.items()})
         for (name, sm), found in times.items()
     ]
     if not plans:
-        raise Malformed(f"no row of a plan that exists; expected {', '.join(COLUMNS)}")
+        raise ValueError(f"no row of a plan that exists; expected {', '.join(COLUMNS)}")
     return File(devices.pop(), count, skipped, plans)
 
 
@@ -304,7 +300,7 @@ def write_table(path: Path, costs: Costs, origin: str) -> None:
         row = rf"(GHOST_COST\({name}, )[^,]+, k\w+, "
         text, count = re.subn(row, rf"\g<1>{value:.4g}, kFitted, ", text)
         if count != 1:
-            raise Malformed(f"{path}: {count} rows of {name}")
+            raise ValueError(f"{path}: {count} rows of {name}")
     path.write_text(re.sub(r"// FITTED TO .*", f"// FITTED TO {origin}", text))
 
 
@@ -313,7 +309,7 @@ def main(path: Path, write: bool) -> int:
     not to be written."""
     try:
         file = read(path)
-    except (Malformed, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         print(f"--fit: {path}: {error}")
         return 2
     plans, known = file.plans, table()

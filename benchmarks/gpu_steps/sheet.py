@@ -10,9 +10,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-from benchmarks.harness.rows import geometric_mean, split
+from benchmarks.harness.rows import split
 
 Row = Mapping[str, Any]
 SHAPES_SHOWN = {"eval": 10, "train": 3}  # of a group, slowest against eager first; else one
@@ -147,10 +148,8 @@ def render(rows: Sequence[Row]) -> str:
             f"{without} rows without ghost_ops._C"
         )
     # The last row of each key: the file of a resumed run holds older ones too.
-    newest = {
-        tuple(row.get(name) for name in KEY): row for row in rows if row.get("step") != "meta"
-    }
-    rows = list(newest.values())
+    measured = [row for row in rows if row.get("step") != "meta"]
+    rows = list({tuple(row.get(name) for name in KEY): row for row in measured}.values())
     copy = next((row["copy_bytes_per_s"] for row in rows if "copy_bytes_per_s" in row), None)
     if copy:
         lines.append(f"device copy {copy / 1e9:.0f} GB/s, bytes read and written")

@@ -57,9 +57,6 @@ NCU_EVAL = ("16-48@112-relu", "40-240@28-relu", "112-672@14-relu", "960-160@7-li
 NCU_CASES = {**dict.fromkeys(NCU_EVAL, False), "40-120@28-relu": True}  # whether it is trained
 
 
-# ---- candidates
-
-
 @dataclass(frozen=True)
 class Candidate:
     """Who runs the module."""
@@ -559,9 +556,6 @@ STEPS: dict[str, Callable[[Sheet], None]] = {
     "ncu-target": ncu_target,
     **{f"plans-{rank}": plans for rank in "123"},
 }
-
-
-# ---- the process
 
 
 def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,11 +160,6 @@ def versus_each(rows: Iterable[Row], *keys: str) -> list[tuple[tuple[Any, ...], 
     return [(key, v) for key, v in found if v is not None and v.eager is not None]
 
 
-def geometric_mean(values: Sequence[float]) -> float | None:
-    """Geometric mean, None without values."""
-    return statistics.geometric_mean(values) if values else None
-
-
 def spread(rows: Iterable[Row]) -> float | None:
     """Median of (p80 - p20) / median over the timed rows; None without any."""
     found = [(row["p80_s"] - row["p20_s"]) / row["median_s"] for row in timed(rows)]
@@ -198,7 +193,7 @@ def means(points: Iterable[Point]) -> dict[str, Mean]:
     for point in points:
         values.setdefault(point.mean, []).append(point.value)
     return {
-        name: Mean(*(geometric_mean(c) or 0.0 for c in zip(*v, strict=True)), len(v))
+        name: Mean(*(statistics.geometric_mean(c) for c in zip(*v, strict=True)), len(v))
         for name, v in values.items()
     }
 

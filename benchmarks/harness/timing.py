@@ -21,9 +21,7 @@ Clock = Callable[[], float]
 # CPU time leaves out the slices that other processes take of a shared machine; it means something
 # only where this thread does all the work.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
-
-
-MOST_REPEATS = 10_000
+MOST_REPEATS = 10_000  # of a call in one sample
 
 
 @dataclass(frozen=True)

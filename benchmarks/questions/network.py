@@ -10,10 +10,9 @@ Three modes, each answered with ratios inside one run (candidates take turns, me
   entropy, backward and SGD;
 - saved: bytes that autograd keeps from the forward for the backward, parameters aside.
 
-``ghost_ops`` stands for ``ghost_ops.fuse(network, inference=True)``. Every candidate is checked
-first against the plain network in float64: logits, and in training the loss and all gradients, with
-PyTorch's own float32 error as the measure. The floor of a network counts FLOPs at GEMM peak, and of
-memory traffic images, parameters and logits only.
+``ghost_ops`` stands for ``ghost_ops.fuse(network, inference=True)``. Logits, and in training the
+loss and all gradients, are checked first against the plain network in float64. The floor counts
+FLOPs at GEMM peak, and of memory traffic images, parameters and logits only.
 """
 
 from __future__ import annotations

@@ -40,11 +40,10 @@ def _commands(documents: Mapping[str, Document], run: Mapping[str, Any] | None) 
         state = "" if run["complete"] else "; **unfinished**"
         lines = [f"    {run['fingerprint']['command']}", ""]
         lines += [f"{sum(taken.values()):.0f} s in all{state}.", ""]
-    metas = {name: document["meta"] for name, document in documents.items()}
-    body = [
-        (f"{name}: `{meta['command']}`", meta["date"], taken.get(name, meta.get("seconds", "")))
-        for name, meta in metas.items()
-    ]
+    body = []
+    for name, meta in ((name, document["meta"]) for name, document in documents.items()):
+        seconds = taken.get(name, meta.get("seconds", ""))
+        body.append((f"{name}: `{meta['command']}`", meta["date"], seconds))
     return lines + Table("", ("part", "started (UTC)", "seconds"), body).lines()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,8 +59,8 @@ def shape_label(shape: str) -> str:
 def ghostnet_mean(values: Iterable[tuple[str, float]]) -> float:
     """Geometric mean over the GhostNet shapes, or over all where there are none."""
     every = list(values)
-    ghostnet = [value for group, value in every if group == "ghostnet"]
-    return results.geometric_mean(ghostnet or [value for _, value in every]) or math.nan
+    chosen = [v for group, v in every if group == "ghostnet"] or [v for _, v in every]
+    return statistics.geometric_mean(chosen) if chosen else math.nan
 
 
 def panels(width: float, height: float, rows: int = 1, columns: int = 1, **share: bool) -> Any:
