@@ -220,7 +220,6 @@ def predictions() -> dict[str, float]:
     (channels_last)."""
     import torch
 
-    from benchmarks.gpu_steps import fit
     from benchmarks.harness import shapes, subjects
     from ghost_ops import planner
 
@@ -228,7 +227,7 @@ def predictions() -> dict[str, float]:
     for shape in shapes.ALL:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for batch in (1, 32, 256):
-                plan = fit.explain(shape, batch, dtype, device)
+                plan = shape.explain(batch, dtype=dtype, channels_last=True, device=device)
                 found[f"eval {dtype} {batch} {shape.name}"] = round(plan.seconds * 1e6, 2)
     network = subjects.NETWORKS["ghostnet-1.0"].plain(224)
     for batch in (1, 256):

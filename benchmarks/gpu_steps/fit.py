@@ -76,21 +76,12 @@ class File(NamedTuple):
     plans: list[Plans]
 
 
-def explain(shape: shapes.Shape, batch: int, dtype: Any, device: str) -> Any:
-    """The plan of a shape in channels_last."""
-    from ghost_ops import planner
-
-    size = (batch, shape.inp, shape.size, shape.size)
-    given = {"ratio": shape.ratio, "dw_size": shape.dw_size, "activation": shape.activation}
-    given |= {"dtype": dtype, "channels_last": True, "device": device}
-    return planner.explain(size, shape.oup, **given)
-
-
 def planned(shape: shapes.Shape, sm: int) -> dict[str, int]:
     """The plan that the launchers take for a shape: the columns of a row that name it, and sm."""
     import torch
 
-    first = explain(shape, BATCH, torch.float16, f"sm_{sm}").passes[0]
+    options = {"dtype": torch.float16, "channels_last": True, "device": f"sm_{sm}"}
+    first = shape.explain(BATCH, **options).passes[0]
     tile = tuple(int(getattr(first, name)) for name in TILE)
     (seen,) = Plans(shape, sm, {}).seen({}, [tile])
     assert seen is not None

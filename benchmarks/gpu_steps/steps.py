@@ -182,9 +182,6 @@ def measure(
         sheet.add(row, timed)
 
 
-# ---- modules
-
-
 def correct(sheet: Sheet) -> None:
     """Three shapes, eval and train, against float64; the launches block."""
     for name, dtype, layout in (

@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 GRID = "grid"  # group of shapes that vary one thing at a time, of no network
 
@@ -54,6 +55,14 @@ class Shape:
         """Height and width of the output in pixels (padding kernel_size // 2)."""
         padded = self.size + 2 * (self.kernel_size // 2)
         return (padded - self.kernel_size) // self.stride + 1
+
+    def explain(self, batch: int, **options: Any) -> Any:
+        """The plan of this module for so many images; ``options`` as ``planner.explain`` has."""
+        from ghost_ops import planner
+
+        names = ("ratio", "dw_size", "stride", "activation")
+        options |= {name: getattr(self, name) for name in names}
+        return planner.explain((batch, self.inp, self.size, self.size), self.oup, **options)
 
 
 def _ghostnet(word: str) -> Shape:

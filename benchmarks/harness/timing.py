@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness.machine import require
 
 Clock = Callable[[], float]
+Errors = Sequence[float]  # relative, of the output and of each gradient
 # CPU time leaves out the slices that other processes take of a shared machine; it means something
 # only where this thread does all the work.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -98,7 +100,7 @@ class Check:
         return self.error / self.allowed if self.ok and self.allowed else math.inf
 
 
-def relative_error(candidate: torch.Tensor, exact: torch.Tensor, *, norm: str) -> float:
+def relative_error(candidate: Tensor, exact: Tensor, *, norm: str) -> float:
     """Error of ``candidate`` over the size of ``exact`` in float64, in the norm max or l2; NaN if
     either tensor holds a NaN, infinite if the shapes differ."""
     if candidate.shape != exact.shape:
@@ -111,19 +113,14 @@ def relative_error(candidate: torch.Tensor, exact: torch.Tensor, *, norm: str) -
     return error / size if size else (0.0 if error == 0.0 else math.inf)
 
 
-def relative_errors(
-    candidate: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
-) -> list[float]:
+def relative_errors(candidate: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Of the first tensor, the output, by its largest element; of the gradients in the L2 norm."""
-    return [
-        relative_error(got.detach(), want, norm="l2" if index else "max")
-        for index, (got, want) in enumerate(zip(candidate, exact, strict=True))
-    ]
+    norms = ("max", *["l2"] * (len(exact) - 1))
+    each = zip(candidate, exact, norms, strict=True)
+    return [relative_error(got.detach(), want, norm=norm) for got, want, norm in each]
 
 
-def check_errors(
-    candidate: Sequence[float], eager: Sequence[float], floors: Sequence[float]
-) -> Check:
+def check_errors(candidate: Errors, eager: Errors, floors: Errors) -> Check:
     """Check ``candidate <= 2 * eager + floor`` for the relative error of each tensor; returned is
     the check of the tensor that comes closest to its limit or passes it furthest."""
     checks = [
@@ -133,7 +130,7 @@ def check_errors(
     return max(checks, key=lambda check: check.used)
 
 
-def saved_bytes(call: Callable[[], torch.Tensor], module: torch.nn.Module) -> dict[str, int]:
+def saved_bytes(call: Callable[[], Tensor], module: torch.nn.Module) -> dict[str, int]:
     """Bytes that autograd keeps for the backward of one forward, parameters and buffers aside.
 
     Every distinct storage counts once, at its full size (a saved view keeps all of it alive):
@@ -141,9 +138,9 @@ def saved_bytes(call: Callable[[], torch.Tensor], module: torch.nn.Module) -> di
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     # By address; the tensor is held, so that its storage is not freed and its address reused.
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, Tensor] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in own:
             seen[storage.data_ptr()] = tensor

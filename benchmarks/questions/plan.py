@@ -45,13 +45,9 @@ def predict(limits: Roofline, nbytes: float, flops: float, call: float, peak: fl
 
 def set_prediction(row: dict[str, Any], subject: Subject, call: float, limits: Roofline) -> None:
     """Give a timed row ``plan_bytes``, ``plan_flops``, ``scratch_bytes`` and ``predicted_s``."""
-    from ghost_ops import planner
-
-    shape, channels_last = subject.shape, row["layout"] == providers.CHANNELS_LAST
-    options = {"ratio": shape.ratio, "dw_size": shape.dw_size, "stride": shape.stride}
-    options |= {"activation": shape.activation, "dtype": subject.x.dtype}
-    size = tuple(subject.x.shape)
-    plan = planner.explain(size, shape.oup, channels_last=channels_last, **options)
+    channels_last = row["layout"] == providers.CHANNELS_LAST
+    dtype, batch = subject.x.dtype, len(subject.x)
+    plan = subject.shape.explain(batch, dtype=dtype, channels_last=channels_last)
     fused = row["provider"].startswith("fused")
     nbytes = plan.bytes_fused if fused else plan.bytes_eager
     row |= {"plan_bytes": nbytes, "plan_flops": plan.flops}
