@@ -74,10 +74,9 @@ class Step:
         return [sys.executable, str(Path(__file__).resolve()), *map(str, given)]
 
 
-BLOCKING = (("CUDA_LAUNCH_BLOCKING", "1"),)
 PLANS = "every shape with the plan of rank {}, for --fit"
 STEPS = (
-    Step("correct", "three shapes against float64", 25, False, BLOCKING),
+    Step("correct", "three shapes against float64", 25, False, (("CUDA_LAUNCH_BLOCKING", "1"),)),
     Step("eval", "copy ceiling; every shape, float16, batch 256", 25, False),
     Step("network", "GhostNet 1.0x, eager and fused, batch 256 and 1, CUDA graphs", 40),
     Step("train", "forward + backward: network and shapes; kernels; memory", 75),

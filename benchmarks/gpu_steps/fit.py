@@ -1,4 +1,4 @@
-"""Fits the constants of the CUDA plans' model of time to plans measured on a GPU.
+"""Fit the constants of the CUDA plans' model of time to plans measured on a GPU.
 
 Rows of ``ghost_apply`` in float16, channels_last, batch 256: a CSV file with ``COLUMNS``, or the
 ``rows.jsonl`` of ``benchmarks/gpu.py --steps plans-1 plans-2 plans-3``. The constants stand in
@@ -84,7 +84,6 @@ def planned(shape: shapes.Shape, sm: int) -> dict[str, int]:
     first = shape.explain(BATCH, **options).passes[0]
     tile = tuple(int(getattr(first, name)) for name in TILE)
     (seen,) = Plans(shape, sm, {}).seen({}, [tile])
-    assert seen is not None
     return {**dict(zip((*TILE, *CHECKED), (*tile, *seen[1:]), strict=True)), "sm": sm}
 
 

@@ -50,8 +50,6 @@ class Measurer:
     """
 
     def __init__(self, session: Session, chosen: Sequence[Provider] | None = None) -> None:
-        if session.roofline is None:
-            raise ValueError("session: expected one with measured limits, got none")
         self.session = session
         arguments = session.arguments
         self.chosen = list(arguments.providers if chosen is None else chosen)

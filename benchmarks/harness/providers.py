@@ -52,7 +52,6 @@ class Provider:
 
 
 _FORMATS = {NCHW: torch.contiguous_format, CHANNELS_LAST: torch.channels_last}
-
 LAYOUTS = tuple(_FORMATS)
 PROVIDERS: tuple[Provider, ...] = (
     *(Provider("eager", layout) for layout in LAYOUTS),

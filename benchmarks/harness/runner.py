@@ -1,9 +1,8 @@
 """The one runner: executes named tasks in turn and keeps the finished ones in a file.
 
-After an interruption the same command on the same commit and machine goes on with the tasks that
-are missing. Three programs use it: a question, whose tasks add rows to its results file
-(:class:`Session`); ``python -m benchmarks all``, whose tasks are the questions; and the GPU
-program, whose tasks are its steps.
+After an interruption the same command on the same commit and machine goes on with the missing
+tasks. Its users are a question (:class:`Session`: tasks add rows to a results file), ``python -m
+benchmarks all`` (tasks are questions) and ``benchmarks/gpu.py`` (tasks are steps).
 """
 
 from __future__ import annotations

@@ -88,10 +88,8 @@ YOLO: tuple[Shape, ...] = tuple(
 )
 ALL: tuple[Shape, ...] = GHOSTNET + YOLO
 # A handful that spans the memory-bound, the mixed and the GEMM-bound end.
-QUICK_NAMES = (
-    "16-48@112-relu 72-24@56-linear 40-120@28-relu 80-184@14-relu 160-960@7-relu 128-128@40-silu"
-)
-QUICK: tuple[Shape, ...] = tuple(shape for shape in ALL if shape.name in QUICK_NAMES.split())
+_QUICK = "16-48@112-relu 72-24@56-linear 40-120@28-relu 80-184@14-relu 160-960@7-relu".split()
+QUICK: tuple[Shape, ...] = (*(shape for shape in GHOSTNET if shape.name in _QUICK), YOLO[1])
 _GROUPS = {"all": ALL, "ghostnet": GHOSTNET, "yolo": YOLO, "quick": QUICK}
 
 

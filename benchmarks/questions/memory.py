@@ -73,12 +73,6 @@ def measure_peak(run: Session, make: Callable[[], Subject]) -> None:
 KEYS = {"peak_bytes": "peak", "saved_total": "saved"}
 
 
-def sizes(rows: Iterable[Row], key: str) -> list[tuple[str, int, int, float]]:
-    """Subject and batch, the bytes ``key`` of eager NCHW and of ours, and their ratio."""
-    found = eager_and_ours((row for row in rows if row["mode"] == "peak"), key)
-    return [(label, eager, ours, eager / max(ours, 1)) for label, eager, ours in found]
-
-
 class Memory(Question):
     name = "memory"
     title = "Memory of a training step"
@@ -118,15 +112,15 @@ class Memory(Question):
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         body: dict[str, list[str]] = {}
         for key in KEYS:
-            for label, eager, ours, ratio in sizes(rows, key):
+            for label, eager, ours in eager_and_ours(rows, key):
                 mib = f"{eager / 2**20:.2f}", f"{ours / 2**20:.2f}"
-                body.setdefault(label, [label]).extend((*mib, times(ratio)))
+                body.setdefault(label, [label]).extend((*mib, times(eager / max(ours, 1))))
         three = [(f"{name}, MiB: eager", "ours", "eager / ours") for name in KEYS.values()]
         headings = ("training step", *three[0], *three[1])
         return [Table("Memory of a training step", headings, list(body.values()))]
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         for key, name in KEYS.items():
-            for label, _, _, ratio in sizes(rows, key):
-                if ratio > 0:
+            for label, eager, ours in eager_and_ours(rows, key):
+                if (ratio := eager / max(ours, 1)) > 0:
                     yield Point(f"memory: {name}, eager over ours", (ratio,) * 3, label)

@@ -24,13 +24,14 @@ from collections.abc import Iterable, Sequence
 from benchmarks.harness import machine
 from benchmarks.harness import rows as results
 from benchmarks.harness.measure import Measurer
-from benchmarks.harness.rows import Point, Row, Versus
+from benchmarks.harness.rows import Point, Row
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import CIFAR, NETWORKS, Network, NetworkSubject
 from benchmarks.questions.question import POSITIVE, Question, number
 from benchmarks.report.table import Table, against_peers, cell, times, untimed
 
 MODES = ("eval", "saved", "train")
+CELL = ("mode", "batch", "shape")  # in which ours and its peers are compared
 
 
 def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[int], int]:
@@ -39,11 +40,6 @@ def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[in
     if arguments.quick:
         size, batches, train_batch = min(size, 96), [1, 4], 4
     return arguments.size or size, arguments.batch or batches, arguments.train_batch or train_batch
-
-
-def compared(rows: Iterable[Row]) -> list[Versus]:
-    """Ours and its peers, for each mode, batch and network."""
-    return [v for _, v in results.versus_each(rows, "mode", "batch", "shape")]
 
 
 def name(row: Row) -> str:
@@ -107,13 +103,13 @@ class Networks(Question):
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """Ours against eager and the best peer, bytes, then every time."""
-        pairs = ((f"{name(v.ours)}, {v.ours['threads']} thread(s)", v) for v in compared(rows))
+        found = results.versus_each(rows, *CELL)
+        pairs = ((f"{name(v.ours)}, {v.ours['threads']} thread(s)", v) for _, v in found)
         show = functools.partial(cell, scale=1e3, digits=2)
         found = [against_peers("Milliseconds, medians", pairs, show)]
-        saved = (row for row in rows if row["mode"] == "saved")
         body = [
             (label, f"{eager / 2**20:.1f}", f"{ours / 2**20:.1f}", times(eager / ours))
-            for label, eager, ours in results.eager_and_ours(saved, "saved_total")
+            for label, eager, ours in results.eager_and_ours(rows, "saved_total")
         ]
         headings = ("network", "eager, MiB", "ours, MiB", "eager / ours")
         found.append(Table("Saved for backward", headings, body))
@@ -127,7 +123,7 @@ class Networks(Question):
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         """By mode and batch, the networks for CIFAR apart."""
-        for v in compared(rows):
+        for _, v in results.versus_each(rows, *CELL):
             kind = "CIFAR networks" if v.ours.get("group") == CIFAR else "networks"
             mean = f"{kind}, {v.ours['mode']}, batch {v.ours['batch']}"
             yield from results.speedups(mean, v, f"{v.ours['shape']} ({v.best['provider']})")
