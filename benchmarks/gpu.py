@@ -8,7 +8,7 @@
     python benchmarks/gpu.py --fit FILE [--write]           fits the plans' model of time to rows of
                                                             the steps plans-1, plans-2, plans-3
 
-Each step runs in a process of its own under a time limit, and every row is appended to
+Each step runs in a separate process under a time limit, and every row is appended to
 FOLDER/rows.jsonl as it is measured: a crash or a time limit loses one step. ``ghost_ops._C`` is
 compiled beside the first steps where it is missing; rows say whether it was there, since calls from
 Python take longer without it.
@@ -122,7 +122,7 @@ class StepRunner(Runner):
         self.arguments, self.module, self.started = arguments, module, time.monotonic()
 
     def step(self, step: Step) -> str | None:
-        """Run a step in what is left of the budget. Returns in a line why it ended early."""
+        """Run a step in the rest of the budget. Returns why it ended early, or None."""
         if step.host and self.module is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.module.wait(timeout=120)

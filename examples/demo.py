@@ -5,7 +5,7 @@
 
 A small Ghost network is trained from one seed with ``ghost_ops.reference.GhostModule`` and with
 ``ghost_ops.FusedGhostModule``, step by step in turn on the same batches. Then every Ghost module
-shape of GhostNet 1.0x is run both ways. What is verified (the exit status is 1 if any fails):
+shape of GhostNet 1.0x is run both ways. Verified (exit status 1 if any check fails):
 
 - both networks start from the same bits;
 - in float64 the loss curves agree to 1e-9 over the first 30 steps: the mathematics is the same;
@@ -13,8 +13,8 @@ shape of GhostNet 1.0x is run both ways. What is verified (the exit status is 1 
   do, because training amplifies rounding: the reference trained once more in channels_last, which
   changes nothing but the order of its sums, is the control, and the root mean square deviation
   from the reference may be at most twice the control's;
-- the test accuracies differ by at most two standard errors of the difference of two classifiers
-  that are equally good on a test set of this size;
+- the test accuracies differ by at most two standard errors of the difference between two equally
+  good classifiers on a test set of this size;
 - each shape's output and gradients are as close to float64 as eager PyTorch's (twice its error
   plus a few roundings).
 """
@@ -244,8 +244,7 @@ def relative_errors(got: Sequence[Tensor], exact: Sequence[Tensor]) -> list[floa
 
 
 def check(ours: Sequence[float], theirs: Sequence[float], relu: bool) -> dict[str, Any]:
-    """The relative error of ours that comes closest to what is allowed: twice that of eager
-    PyTorch, and a floor.
+    """The relative error of ours that is closest to its limit: twice eager PyTorch's, and a floor.
 
     ReLU's gradient jumps: about eps of all pre-activations round to the other side of 0, and each
     moves its gradient by its full size, sqrt(eps) of the whole in the L2 norm.

@@ -121,7 +121,7 @@ def read(path: Path) -> File:
     skipped, count, devices = [], 0, set()
     for number, row in enumerate(_read_table(path), 1):
         if row.get("shape") not in known:
-            raise ValueError(f"row {number}: shape is {row.get('shape')!r}, which is none of ours")
+            raise ValueError(f"row {number}: shape is {row.get('shape')!r}, which is unknown")
         tile = tuple(_number(row, number, column, int) for column in TILE)
         seen = tuple(_number(row, number, column, int) for column in CHECKED)
         measured = _number(row, number, "measured_us", float)

@@ -521,7 +521,7 @@ def run_pytest(sheet: Sheet, case: str, pattern: str, workers: int) -> None:
 def sanitize(sheet: Sheet, tool: str, *options: str) -> None:
     """The small grid of the kernels' tests under compute-sanitizer.
 
-    Calls that fail are no finding (memcheck): torch asks the driver for functions that it may lack.
+    Failed API calls are no finding (memcheck): torch looks up driver functions that may be missing.
     """
     row: dict[str, Any] = {"case": tool, "provider": "ours"}
     if (program := find_tool("compute-sanitizer")) is None:

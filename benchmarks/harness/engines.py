@@ -42,7 +42,7 @@ def installed() -> list[Provider]:
 
 
 def print_missing() -> None:
-    """Say which engines are not measured, and how to get them."""
+    """Print which engines are not measured, and how to install them."""
     for reason in sorted({str(error) for p in providers.ENGINES if (error := missing(p))}):
         print(f"not measured: {reason}")
 

@@ -117,7 +117,7 @@ class Measurer:
     ) -> list[Entry]:
         """Build and check every provider of ``mode``; those that failed keep a note in their row.
 
-        What is allowed: twice the error of eager NCHW plus a floor for ours; twice the larger error
+        Allowed error: twice the error of eager NCHW plus a floor for ours; twice the larger error
         of the eager layouts for the others.
 
         ``make`` builds a provider's calls: the first, which must return ``exact``, is checked, and

@@ -23,7 +23,7 @@ Task = tuple[str, Callable[[], Failure]]
 
 
 class Runner:
-    """Runs tasks and keeps what is done in a JSON file, if there is a path.
+    """Runs tasks and keeps the finished ones in a JSON file, if there is a path.
 
     Two runs must have the fingerprint in common for one to go on where the other stopped; a
     ``fresh`` one forgets an interrupted earlier run.
@@ -64,7 +64,7 @@ class Runner:
         self.save()
 
     def run(self, tasks: Sequence[Task]) -> int:
-        """Run the tasks that are not done yet; one that fails does not keep the others from it.
+        """Run the tasks that are not done yet; a failed task does not stop the others.
 
         Returns:
             0; 130 if interrupted; otherwise the status of the first task that failed.

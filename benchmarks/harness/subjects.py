@@ -1,4 +1,4 @@
-"""What is measured: Ghost modules and networks with their input, least work and training step."""
+"""Subjects of measurement: Ghost modules and networks, with input, least work, training step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Bound(NamedTuple):
 
     x: Tensor
     backward: Call  # forward and backward: the output or the loss, then all gradients
-    compared: Call  # the same, with what is compared with float64
+    compared: Call  # forward and backward: the results that are compared with float64
     step: Callable[[], object]  # what is timed
 
 

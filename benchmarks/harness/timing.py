@@ -2,7 +2,7 @@
 
 The rules: a candidate is checked before its time counts; candidates run in interleaved rounds (A B
 C, A B C, ...) so that a slow spell of the machine hits all of them; a sample repeats the call until
-it is long against the clock's resolution; what is reported is the median with the 20th and 80th
+it is long against the clock's resolution; the result is the median with the 20th and 80th
 percentile.
 """
 

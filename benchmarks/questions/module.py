@@ -32,7 +32,7 @@ MODES = ("eval", "train", "overhead")
 
 
 def overhead(measurer: Measurer) -> None:
-    """Call time of a Ghost module, and of what ``fuse`` makes of other modules of that size."""
+    """Call time of a Ghost module, and of the other forms that ``fuse`` takes, at that size."""
 
     def step(module: nn.Module, own: Tensor) -> Callable[[], object]:
         inputs = [own.requires_grad_(), *module.parameters()]

@@ -43,7 +43,7 @@ POSITIVE = number(1)
 
 
 class Question:
-    """One question: how it is measured, and what its rows say."""
+    """One question: its options, its measurement and its tables."""
 
     name: str  # of its command and of its results file, <name>.json
     title: str  # of its section in the report
@@ -71,7 +71,7 @@ class Question:
         """Its work in one session."""
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        """What its rows say, for the console and the report."""
+        """The tables of its rows, for the console and the report."""
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         """The values behind its geometric means."""

@@ -36,7 +36,7 @@ AXES: dict[str, tuple[int, ...]] = {
 
 
 def values(axis: str, quick: bool) -> tuple[int, ...]:
-    """What is measured along ``axis``; ends and middle with ``quick``."""
+    """The measured values of ``axis``; ends and middle with ``quick``."""
     every = AXES[axis]
     if not quick or len(every) <= 3:
         return every

@@ -92,7 +92,7 @@ def identity(row: Row) -> Key:
 
 
 def label(key: Key) -> str:
-    """The parts of a key that say something, in one line."""
+    """The parts of a key that are set, in one line."""
     bare = ("question", "mode", "what", "shape", "provider")
     named = {n: v for n, v in zip(IDENTITY, key, strict=True) if n not in ("dtype", "layout")}
     return ", ".join(str(v) if n in bare else f"{n} {v}" for n, v in named.items() if v is not None)
@@ -204,7 +204,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def column(document: Document) -> dict[str, str]:
-    """What is compared, in words -> the number, of one file: all means but those in floors."""
+    """Description -> number, of one file: all means except those in floors, and network times."""
     means = means_of(document)
     found = {name: f"{m.value:.2f}" for name, m in means.items() if ": floors of " not in name}
     for row in timed(document["rows"]):

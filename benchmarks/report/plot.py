@@ -40,7 +40,7 @@ TICKS = [k * 10.0**e for e in range(-2, 7) for k in (1, 2, 5)]
 
 
 class Nothing(ValueError):
-    """The rows do not allow a picture; the message says what they lack."""
+    """The rows do not allow a picture; the message names the missing ones."""
 
 
 def matplotlib() -> Any:
