@@ -320,35 +320,25 @@ def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
     right = t["reference"]["accuracy"]
     # Two standard errors of the difference between two accuracies on as many digits.
     allowed_gap = 2.0 * math.sqrt(2.0 * right * (1.0 - right) / t["test_digits"])
+
+    def within(promise: str, what: str, value: float, limit: float, note: str) -> Any:
+        return promise, value <= limit, f"{what} {value:.1e}, tolerance {limit:.1e}{note}"
+
+    early, double = t["early_steps"], t["double_steps"]
+    control = f"; control {t['control_early_deviation']:.1e}"
+    rms = t["rms_deviation"], 2.0 * t["control_rms_deviation"]
+    accuracies = f"difference {gap:.2%}, tolerance {allowed_gap:.2%} on {t['test_digits']} digits"
+    shapes = f"wrong: {', '.join(wrong)}" if wrong else f"{len(document['shapes'])} shapes"
+    same64 = f"float64 losses agree, first {double} steps"
+    same32 = f"float32 losses agree, first {early} steps"
+    curves = f"float32 curves as close as two of PyTorch's, {t['steps']} steps"
     return [
         ("same initial parameters, bit by bit", t["same_start"], ""),
-        (
-            f"float64 losses agree, first {t['double_steps']} steps",
-            t["double_deviation"] <= DOUBLE_TOLERANCE,
-            f"max deviation {t['double_deviation']:.1e}, tolerance {DOUBLE_TOLERANCE:.0e}",
-        ),
-        (
-            f"float32 losses agree, first {t['early_steps']} steps",
-            t["early_deviation"] <= EARLY_TOLERANCE,
-            f"max deviation {t['early_deviation']:.1e}, tolerance {EARLY_TOLERANCE:.0e}; "
-            f"control {t['control_early_deviation']:.1e}",
-        ),
-        (
-            f"float32 curves as close as two of PyTorch's, {t['steps']} steps",
-            t["rms_deviation"] <= 2.0 * t["control_rms_deviation"],
-            f"rms deviation {t['rms_deviation']:.1e}, tolerance "
-            f"{2.0 * t['control_rms_deviation']:.1e}, twice the control's",
-        ),
-        (
-            "same test accuracy",
-            gap <= allowed_gap,
-            f"difference {gap:.2%}, tolerance {allowed_gap:.2%} on {t['test_digits']} digits",
-        ),
-        (
-            "outputs and gradients of every shape",
-            not wrong,
-            f"wrong: {', '.join(wrong)}" if wrong else f"{len(document['shapes'])} shapes",
-        ),
+        within(same64, "max deviation", t["double_deviation"], DOUBLE_TOLERANCE, ""),
+        within(same32, "max deviation", t["early_deviation"], EARLY_TOLERANCE, control),
+        within(curves, "rms deviation", *rms, ", twice the control's"),
+        ("same test accuracy", gap <= allowed_gap, accuracies),
+        ("outputs and gradients of every shape", not wrong, shapes),
     ]
 
 
