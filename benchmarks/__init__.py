@@ -1,9 +1,6 @@
 """Measurements behind every number in the README.
 
-``python -m benchmarks`` lists the commands, one per question; ``python -m benchmarks all`` runs
-them and writes one report. They need the pip extra ``bench``, training on digits ``demo``; ONNX
-Runtime and OpenVINO take part where the extra ``engines`` is installed.
-
-``questions`` holds one script per question, ``harness`` what measures, ``report`` what prints and
-draws, ``gpu.py`` and ``gpu_steps`` the program that measures one GPU in eight minutes.
+``python -m benchmarks`` lists the commands; ``all`` runs one script per question (``questions``)
+and writes one report (``report``); ``harness`` measures. ``gpu.py`` and ``gpu_steps`` measure one
+GPU. Needs the pip extra ``bench``; ONNX Runtime and OpenVINO take part with the extra ``engines``.
 """

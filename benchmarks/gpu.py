@@ -8,7 +8,7 @@
     python benchmarks/gpu.py --fit FILE [--write]           fits the plans' model of time to rows of
                                                             the steps plans-1, plans-2, plans-3
 
-Each step runs in a process of its own under a time limit, and every row is appended to
+Each step runs in a separate process under a time limit, and every row is appended to
 FOLDER/rows.jsonl as it is measured: a crash or a time limit loses one step. ``ghost_ops._C`` is
 compiled beside the first steps where it is missing; rows say whether it was there, since calls from
 Python take longer without it.
@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import importlib.machinery
 import json
 import os
 import shlex
@@ -31,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a file, not as a module
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_steps import table  # noqa: E402
-from benchmarks.gpu_steps.sheet import read_rows, write_row  # noqa: E402
+from benchmarks.gpu_steps.sheet import read_rows, render, write_row  # noqa: E402
 from benchmarks.harness import machine  # noqa: E402
 from benchmarks.harness.runner import Failure, Runner  # noqa: E402
 
 LIBRARY = ROOT / "ghost_ops" / "_cuda.so"
 KIT = ROOT / "build" / "gpu-kit"
 KIT_ARCHS = "9.0"  # H100, H200
+LEADER = {"start_new_session": True}  # of a process group, which is ended as a whole
 NO_GPU = 3  # exit status of a step
 # Variables that would change what runs, or how.
 NOT_PASSED_ON = (
@@ -74,10 +74,9 @@ class Step:
         return [sys.executable, str(Path(__file__).resolve()), *map(str, given)]
 
 
-BLOCKING = (("CUDA_LAUNCH_BLOCKING", "1"),)
 PLANS = "every shape with the plan of rank {}, for --fit"
 STEPS = (
-    Step("correct", "three shapes against float64", 25, False, BLOCKING),
+    Step("correct", "three shapes against float64", 25, False, (("CUDA_LAUNCH_BLOCKING", "1"),)),
     Step("eval", "copy ceiling; every shape, float16, batch 256", 25, False),
     Step("network", "GhostNet 1.0x, eager and fused, batch 256 and 1, CUDA graphs", 40),
     Step("train", "forward + backward: network and shapes; kernels; memory", 75),
@@ -91,9 +90,6 @@ STEPS = (
         for rank in "123"
     ),
 )
-
-
-# ---------------------------------------------------------------- running steps
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
@@ -113,17 +109,6 @@ def finished(process: subprocess.Popen[Any], seconds: float) -> int | None:
         end_group(process)
 
 
-def start(
-    command: Sequence[str], log: Path, cwd: Path, environment: dict[str, str]
-) -> subprocess.Popen[Any]:
-    """Start a program, the leader of a process group, with its output in a file."""
-    with log.open("w") as file:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        return subprocess.Popen(
-            command, cwd=cwd, env=environment, start_new_session=True, **streams
-        )
-
-
 class StepRunner(Runner):
     """Runs the steps within the budget; each leaves a row with its seconds, and why it failed.
 
@@ -137,7 +122,7 @@ class StepRunner(Runner):
         self.arguments, self.module, self.started = arguments, module, time.monotonic()
 
     def step(self, step: Step) -> str | None:
-        """Run a step in what is left of the budget. Returns in a line why it ended early."""
+        """Run a step in the rest of the budget. Returns why it ended early, or None."""
         if step.host and self.module is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.module.wait(timeout=120)
@@ -147,8 +132,8 @@ class StepRunner(Runner):
         limit, log = min(1.5 * step.seconds, left), self.arguments.out / f"{step.name}.log"
         environment = {k: v for k, v in os.environ.items() if k not in NOT_PASSED_ON}
         environment |= {"PYTHONUNBUFFERED": "1", **dict(step.environment)}
-        process = start(step.command(self.arguments), log, ROOT, environment)
-        code = finished(process, max(limit, 0.1))
+        command = step.command(self.arguments)
+        code = finished(machine.start(command, log, ROOT, environment, **LEADER), max(limit, 0.1))
         last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1][:300]
         if code == NO_GPU:
             raise SystemExit(f"benchmarks/gpu.py: {last}")
@@ -173,9 +158,6 @@ class StepRunner(Runner):
         return self.run([(step.name, functools.partial(self.step, step)) for step in kept])
 
 
-# ---------------------------------------------------------------- the libraries
-
-
 def build(log: Path, *, cuda: str = "", folder: Path | None = None) -> subprocess.Popen[Any]:
     """Start a build: of the CUDA library for the architectures ``cuda``, else of ``ghost_ops._C``.
 
@@ -191,7 +173,7 @@ def build(log: Path, *, cuda: str = "", folder: Path | None = None) -> subproces
     choice = {"GHOST_OPS_BUILD_CPU": "0" if cuda else "1", "GHOST_OPS_BUILD_CUDA": "0"}
     if cuda:
         choice |= {"GHOST_OPS_BUILD_CUDA": "1", "GHOST_OPS_CUDA_ARCHS": cuda}
-    return start(command, log, beside, {**os.environ, **choice})
+    return machine.start(command, log, beside, {**os.environ, **choice}, **LEADER)
 
 
 def prepare_library(arguments: argparse.Namespace) -> str | None:
@@ -214,12 +196,6 @@ def prepare_library(arguments: argparse.Namespace) -> str | None:
     return None if code == 0 else f"the build ended with {code}: see {log}"
 
 
-def has_native_module() -> bool:
-    """Whether the checkout has ``ghost_ops._C`` for this Python."""
-    names = (f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return any((ROOT / "ghost_ops" / name).exists() for name in names)
-
-
 def make_kit(folder: Path) -> int:
     """Build the CUDA library for ``KIT_ARCHS`` and write the plan of every shape."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,10 +208,9 @@ def make_kit(folder: Path) -> int:
     size, seconds = library.stat().st_size / 2**20, time.monotonic() - started
     print(f"{library}: {size:.1f} MiB for {KIT_ARCHS}, {seconds:.0f} s")
     print(f"{plans}: predicted microseconds of every shape")
-    command = ["python3", "benchmarks/gpu.py", "--out", "results/gpu", "--library"]
-    command.append(os.path.relpath(library, ROOT))
     print("On the GPU machine, in a copy of this checkout with these two files:")
-    print("    " + shlex.join(command))
+    relative = shlex.quote(os.path.relpath(library, ROOT))
+    print(f"    python3 benchmarks/gpu.py --out results/gpu --library {relative}")
     return 0
 
 
@@ -244,24 +219,20 @@ def predictions() -> dict[str, float]:
     (channels_last)."""
     import torch
 
-    from benchmarks.harness import networks, shapes
+    from benchmarks.harness import shapes, subjects
     from ghost_ops import planner
-    from tools import fit_cuda_costs as fit
 
     device, found = "sm_" + KIT_ARCHS.replace(".", ""), {}
     for shape in shapes.ALL:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for batch in (1, 32, 256):
-                plan = fit.explain(shape, batch, dtype, device)
+                plan = shape.explain(batch, dtype=dtype, channels_last=True, device=device)
                 found[f"eval {dtype} {batch} {shape.name}"] = round(plan.seconds * 1e6, 2)
-    network = networks.NETWORKS["ghostnet-1.0"].plain(224)
+    network = subjects.NETWORKS["ghostnet-1.0"].plain(224)
     for batch in (1, 256):
         whole = planner.explain(network, (batch, 3, 224, 224), device=device, dtype=torch.float16)
         found[f"eval {torch.float16} {batch} GhostNet 1.0x"] = round(whole.seconds * 1e6, 2)
     return found
-
-
-# ---------------------------------------------------------------- the command line
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -305,9 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{step.name:13} {step.seconds:4.0f} s  {step.purpose}")
         return 0
     if arguments.fit is not None:
-        from tools import fit_cuda_costs
+        from benchmarks.gpu_steps import fit
 
-        return fit_cuda_costs.main(arguments.fit, arguments.write)
+        return fit.main(arguments.fit, arguments.write)
     rows = arguments.out / "rows.jsonl"
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -330,14 +301,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason := prepare_library(arguments):
             print(f"ours cannot run: {reason}", flush=True)
         chosen = [step for step in STEPS if step.name in arguments.steps]
-        if any(step.host for step in chosen) and not has_native_module():
+        native = ROOT / "ghost_ops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if any(step.host for step in chosen) and not native.exists():
             module = build(arguments.out / "build_C.log")
         try:
             status = StepRunner(arguments, module).run_steps(chosen)
         finally:
             if module is not None:
                 end_group(module)
-    print(table.render(read_rows(rows)))
+    print(render(read_rows(rows)))
     return status
 
 

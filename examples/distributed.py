@@ -59,7 +59,7 @@ def load(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 class Traffic(NamedTuple):
-    """What a process hands to collectives in a step."""
+    """Collectives of one process in a step, and their bytes."""
 
     collectives: int  # SyncBatchNorm's
     bytes: int  # in these
@@ -68,7 +68,7 @@ class Traffic(NamedTuple):
 
 @contextmanager
 def traffic() -> Iterator[Callable[[], Traffic]]:
-    """Counts collectives."""
+    """Count the collectives called inside; yields a function that returns the count so far."""
     sent: list[tuple[bool, int]] = []
     before = dist.all_gather, dist.all_reduce
 
@@ -126,7 +126,7 @@ def make(kind: str, dtype: torch.dtype) -> Run:
     if kind == "fused":
         ghost_ops.fuse(model)
     model = nn.parallel.DistributedDataParallel(model)
-    # What it does anyway, but in Python, where it can be counted.
+    # The default hook, but in Python, where its calls are counted.
     model.register_comm_hook(None, allreduce_hook)
     return Run(model, slice(dist.get_rank(), None, dist.get_world_size()), [], [], [])
 

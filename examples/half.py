@@ -1,4 +1,4 @@
-"""Train the demo's network on digits in 16 bits, plain beside fused.
+"""Train the demo's network on digits in 16 bits, plain and fused.
 
 python -m examples.half            a line for each precision
 """
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ghost_ops
-from examples.demo import ghost_network
 from examples.digits import Digits, make_optimizer, set_rate
+from examples.networks import ghost_network
 from ghost_ops.reference import GhostModule
 
 

@@ -3,11 +3,14 @@
 The YOLO stack is the backbone of Ultralytics' Ghost models (YOLOv8s-ghost: GhostConv with SiLU, a
 5 x 5 cheap operation and eps 1e-3, C3 blocks of Ghost bottlenecks) with a linear classifier in the
 place of the detection head. Ghost-ResNet is the form for CIFAR: Ghost modules in the place of
-convolutions, without norms inside, and the batch norm of the ResNet behind each. Every network
-maps images [N, 3, size, size] to logits [N, classes].
+convolutions, without norms inside, and the batch norm of the ResNet behind each. Both map images
+[N, 3, size, size] to logits [N, classes]. ``ghost_network`` is the small network that ``demo`` and
+``half`` train on digits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -131,3 +134,55 @@ def ghost_resnet(depth: int = 56) -> nn.Sequential:
             layers.append(BasicBlock(inp, oup, 2 if oup > 16 and index == 0 else 1))
             inp = oup
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inp, 10))
+
+
+class GhostBlock(nn.Module):
+    """Ghost bottleneck (GhostNet section 3.2) over any Ghost module class.
+
+    [N, inp, H, W] -> [N, oup, ceil(H / stride), ceil(W / stride)].
+    """
+
+    def __init__(
+        self, ghost: Callable[..., nn.Module], inp: int, mid: int, oup: int, stride: int
+    ) -> None:
+        super().__init__()
+        self.expand = ghost(inp, mid, relu=True)
+        self.down = nn.Sequential()
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.down = _depthwise(mid, stride)
+        if stride > 1 or inp != oup:
+            pointwise = (nn.Conv2d(inp, oup, 1, bias=False), nn.BatchNorm2d(oup))
+            self.shortcut = nn.Sequential(*_depthwise(inp, stride), *pointwise)
+        self.project = ghost(mid, oup, relu=False)
+        # Blocks that start close to their shortcut train smoothly and amplify rounding less.
+        for branch in (self.project.primary_conv, self.project.cheap_operation):
+            nn.init.constant_(branch[1].weight, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In-place on the projection's output, as the authors write it."""
+        out = self.project(self.down(self.expand(x)))
+        out += self.shortcut(x)
+        return out
+
+
+def _depthwise(channels: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels))
+
+
+def ghost_network(ghost: Callable[..., nn.Module], classes: int = 10) -> nn.Sequential:
+    """A small Ghost CNN for [N, 1, 28, 28] digits; ``ghost`` is the Ghost module class to use."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        GhostBlock(ghost, 8, 24, 8, 1),
+        GhostBlock(ghost, 8, 32, 16, 2),
+        GhostBlock(ghost, 16, 48, 16, 1),
+        GhostBlock(ghost, 16, 64, 32, 2),
+        ghost(32, 96),
+        nn.AdaptiveAvgPool2d(3),
+        nn.Flatten(),
+        nn.Linear(96 * 9, classes),
+    )

@@ -31,7 +31,7 @@ def timm() -> ModuleType:
     library = torch.library.Library("torchvision", "FRAGMENT")
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _fragments.append(library)  # the declarations live as long as it does
+    _fragments.append(library)  # the declarations live as long as this object
     for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "timm")]:
         del sys.modules[name]
     return importlib.import_module("timm")
@@ -43,11 +43,11 @@ def ultralytics(module: str) -> ModuleType:
     Raises:
         ImportError: Ultralytics, or something that it needs, is not installed.
     """
-    # Its settings file goes there; the user's own is left alone.
+    # Ultralytics writes a settings file; the user's file stays unchanged.
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
     try:
         return importlib.import_module(f"ultralytics.{module}")
     except ImportError:
         raise
-    except Exception as error:  # its import runs a lot, and what fails there is not ours
+    except Exception as error:  # whatever its import raises, the package cannot be used
         raise ImportError(f"ultralytics does not import here: {error}") from error

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as listing  # noqa: E402
 from benchmarks.harness import floor, machine, measure, providers, rows, shapes, timing  # noqa: E402
-from benchmarks.harness.extras import MissingExtra, require  # noqa: E402
+from benchmarks.harness.machine import MissingExtra, require  # noqa: E402
 from benchmarks.questions import QUESTIONS, module  # noqa: E402
 from benchmarks.report import page, plot, table  # noqa: E402
 from examples import demo  # noqa: E402

@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmark_rows import LIMITS, row
 
-from benchmarks.harness import floor, networks, providers, rows, runner, shapes
+from benchmarks.harness import floor, providers, rows, runner, shapes, subjects
 from benchmarks.questions import QUESTIONS, memory, network, paper, plan, product, scaling
 from benchmarks.report import compare, page
 from examples import networks as forms
@@ -130,7 +130,7 @@ def cell(question: str, ours: float, **more: object) -> list[dict]:
         ("network", [{"shape": "a"}, {"shape": "b"}], "networks, eval, batch 1"),
         (
             "network",
-            [{"shape": s, "group": networks.CIFAR} for s in "ab"],
+            [{"shape": s, "group": subjects.CIFAR} for s in "ab"],
             "CIFAR networks, eval, batch 1",
         ),
         ("scaling", [{"axis": "d", "value": 1}, {"axis": "d", "value": 3}], "along d"),
@@ -160,9 +160,9 @@ def test_means_of_the_plan_by_hand() -> None:
 # ---- networks
 
 
-@pytest.mark.parametrize("key", networks.NETWORKS)
+@pytest.mark.parametrize("key", subjects.NETWORKS)
 def test_networks_are_there_and_fuse(key: str) -> None:
-    known = networks.NETWORKS[key]
+    known = subjects.NETWORKS[key]
     plain = known.plain(64).eval()
     # Of a Ghost-ResNet every norm is one of a concatenation.
     stay = sum(isinstance(m, forms.GhostUnit) for m in plain.modules())
@@ -193,7 +193,7 @@ def test_ghost_resnet_by_hand() -> None:
 
 def test_sizes_are_the_networks_own_or_as_given() -> None:
     def of(key: str, *argv: str) -> tuple[int, list[int], int]:
-        return network.sizes(networks.NETWORKS[key], QUESTIONS["network"].parse(argv))
+        return network.sizes(subjects.NETWORKS[key], QUESTIONS["network"].parse(argv))
 
     assert of("ghostnet-1.0") == (224, [1, 16], 16)
     assert of("ghost-resnet-56") == (32, [1, 32], 32)
@@ -206,13 +206,13 @@ def test_sizes_are_the_networks_own_or_as_given() -> None:
 def test_network_model_by_hand() -> None:
     head = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 1000))
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), *head)
-    assert networks.flops(network, 8) == 2 * (64 * 3 * 4 + 4 * 1000)
+    assert subjects.flops(network, 8) == 2 * (64 * 3 * 4 + 4 * 1000)
     parameters, images, logits = 12 + 4 + 4000 + 1000, 2 * 3 * 64, 2 * 1000
     forward = 4 * (parameters + images + logits)
     x = torch.randn(2, 3, 8, 8)
-    assert networks.least_bytes(network, x, False) == forward
+    assert subjects.least_bytes(network, x, False) == forward
     training = 4 * (3 * parameters + 2 * images + logits)
-    assert networks.least_bytes(network, x, True) == training
+    assert subjects.least_bytes(network, x, True) == training
 
 
 # ---- paper, scaling

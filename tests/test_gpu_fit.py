@@ -12,8 +12,8 @@ import pytest
 from conftest import native_module
 
 from benchmarks import gpu
+from benchmarks.gpu_steps import fit as gpu_fit
 from benchmarks.harness import machine, shapes
-from tools import fit_cuda_costs as gpu_fit
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_steps import clock, sheet, steps, table
-from benchmarks.harness import networks, shapes
-from tools import fit_cuda_costs as fit
+from benchmarks.gpu_steps import clock, fit, sheet, steps
+from benchmarks.harness import shapes, subjects
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[dict[str, Any]]
@@ -56,7 +55,7 @@ def test_a_crash_or_a_time_limit_loses_one_step(tmp_path: Path) -> None:
     notes = {row["step"]: row.get("note", "") for row in rows if "seconds" in row}
     assert notes["a"].startswith("failed: ended with -11") and "time limit" in notes["b"]
     assert notes["c"].endswith("told so") and notes["d"] == ""
-    text = table.render(rows)
+    text = sheet.render(rows)
     assert "NOT MEASURED b: failed: time limit of 1 s" in text and "d" not in text.split()
 
 
@@ -161,8 +160,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in ("GHOSTNET", "QUICK", "YOLO", "ALL"):
         monkeypatch.setattr(shapes, name, small)
     monkeypatch.setattr(shapes, "select", lambda names: small[:1])
-    tiny = SimpleNamespace(plain=lambda size: networks.ghostnet(0.1).make())
-    monkeypatch.setattr(networks, "NETWORKS", {"ghostnet-1.0": tiny})
+    tiny = SimpleNamespace(plain=lambda size: subjects.ghostnet(0.1).make())
+    monkeypatch.setattr(subjects, "NETWORKS", {"ghostnet-1.0": tiny})
     monkeypatch.setattr(steps, "images", lambda b, t: steps.random(b, 3, 32, t, 3))
     return monkeypatch
 
@@ -196,7 +195,7 @@ def test_steps(device: pytest.MonkeyPatch, tmp_path: Path, step: str) -> None:
             assert row["error"] <= row["allowed"]
     predicted = [row for row in rows if row.get("predicted_us")]
     assert [row["layout"] for row in predicted] == ["channels_last"] * (step == "eval")
-    assert 1 <= len(table.render(rows).splitlines()) <= 60
+    assert 1 <= len(sheet.render(rows).splitlines()) <= 60
 
 
 def test_measured_plans_can_be_read(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -240,7 +239,7 @@ def test_a_candidate_that_fails_or_is_wrong(device: pytest.MonkeyPatch, tmp_path
     assert notes["4-6@5-relu"] == "failed: RuntimeError: no kernel image is available"
     assert notes["4-10@5-linear"] == "wrong result"
     assert all("us" in row for row in rows if row.get("provider") == "eager")
-    assert table.render(rows).count("NOT MEASURED") == 2
+    assert sheet.render(rows).count("NOT MEASURED") == 2
 
 
 def test_a_network_that_is_wrong(device: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -263,7 +262,7 @@ def test_counters_are_read() -> None:
     (row,) = steps.ncu_rows(text)
     assert (row["kernel"], row["ncu_us"]) == ("ghost_apply_kernel", 1234.5)
     assert row["stalls"]["barrier"] == 50.0
-    assert "ncu ghost_apply_kernel" in table.render([{"step": "ncu", **row}])
+    assert "ncu ghost_apply_kernel" in sheet.render([{"step": "ncu", **row}])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")), ids=str)
@@ -272,4 +271,4 @@ def test_committed_results(path: Path) -> None:
     runs = {row["run"] for row in rows if row["step"] == "meta" and row["device"]}
     assert {row["run"] for row in rows} == runs
     assert all("us" in row for row in rows if "bytes" in row and "note" not in row)
-    assert len(table.render(rows).splitlines()) <= 60
+    assert len(sheet.render(rows).splitlines()) <= 60

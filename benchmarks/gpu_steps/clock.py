@@ -130,7 +130,7 @@ def time_calls(
 ) -> dict[str, dict[str, Any]]:
     """Time calls in interleaved rounds, so that a change of clocks hits all of them.
 
-    ``each`` is how often one call does what is timed. By name the fields of a row: ``us``,
+    ``each`` is the number of timed operations in a call. By name the fields of a row: ``us``,
     ``p20_us``, ``p80_us`` (device time), ``wall_us``, and ``queued_ahead``, False if the device
     time holds some host time.
     """

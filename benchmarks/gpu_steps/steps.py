@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +28,14 @@ import torch
 from torch import Tensor, nn
 
 import ghost_ops
-from benchmarks.gpu_steps import clock
+from benchmarks.gpu_steps import clock, fit
 from benchmarks.gpu_steps.clock import DEVICE, Call
 from benchmarks.gpu_steps.sheet import Sheet, read_rows, write_row
-from benchmarks.harness import floor, machine, networks, providers, shapes, timing
+from benchmarks.harness import floor, machine, providers, shapes, subjects, timing
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.shapes import Shape
-from benchmarks.harness.subjects import error_floors
 from ghost_ops import backends
 from ghost_ops.backends import cuda, native
-from tools import fit_cuda_costs
 
 CL, NCHW = providers.CHANNELS_LAST, providers.NCHW
 BATCH = 256
@@ -58,9 +55,6 @@ STALLS = (
 ).split()
 NCU_EVAL = ("16-48@112-relu", "40-240@28-relu", "112-672@14-relu", "960-160@7-linear")
 NCU_CASES = {**dict.fromkeys(NCU_EVAL, False), "40-120@28-relu": True}  # whether it is trained
-
-
-# ---------------------------------------------------------------- candidates
 
 
 @dataclass(frozen=True)
@@ -87,9 +81,6 @@ class Candidate:
         with ghost_ops.use_backend(backend), torch.autocast(DEVICE, dtype, enabled=self.autocast):
             yield
 
-    def arrange(self, tensor: Tensor) -> Tensor:
-        return providers.Provider("eager", self.layout).input(tensor)
-
     def prepare(
         self, reference: nn.Module, x: Tensor, grad: Tensor | None, dtype: torch.dtype, sets: int
     ) -> tuple[Call, Sequence[Tensor]]:
@@ -100,17 +91,16 @@ class Candidate:
         module: Any = providers.build(provider, reference, training=grad is not None)
 
         def call(x: Tensor, grad: Tensor | None) -> Sequence[Tensor]:
-            if grad is None:
-                with self.active(dtype), torch.inference_mode():
-                    return (module(x),)
-            with self.active(dtype):
+            with self.active(dtype), torch.inference_mode(grad is None):
                 out = module(x)
+            if grad is None:
+                return (out,)
             return (out, *torch.autograd.grad(out, [x, *module.parameters()], grad))
 
         operands = []
         for _ in range(sets):
-            own = torch.empty_like(self.arrange(x)).copy_(x).requires_grad_(grad is not None)
-            operands.append((own, None if grad is None else self.arrange(grad).clone()))
+            own = torch.empty_like(provider.input(x)).copy_(x).requires_grad_(grad is not None)
+            operands.append((own, None if grad is None else provider.input(grad).clone()))
         result = call(*operands[0])
         if self.family != "eager":
             result = call(*operands[0])
@@ -162,11 +152,10 @@ def measure(
     plain = Candidate("eager", NCHW)
     wide = None if grad is None else grad.double()
     exact = plain.prepare(copy.deepcopy(reference).double(), x[some].double(), wide, dtype, 1)[1]
-    floors, eager = error_floors(shape, dtype, len(exact)), None
-    calls: dict[int, Call] = {}
+    floors, eager = subjects.error_floors(shape, dtype, len(exact)), None
+    calls: dict[Any, Call] = {}
     rows: dict[int, dict[str, Any]] = {}
-    sets = clock.set_count(nbytes)
-    each = 20 if candidates[0].graph else 1
+    sets, each = clock.set_count(nbytes), 20 if candidates[0].graph else 1
     for number, candidate in enumerate(candidates):
         row = {**where, **candidate.fields(dtype), "bytes": nbytes}
         try:
@@ -185,16 +174,12 @@ def measure(
             rows[number], calls[number] = row, call
         else:
             sheet.add({**row, "note": "wrong result", "errors": errors, "eager_errors": eager})
-    timings = clock.time_calls(calls, each=each, warmup=sets + 1)  # type: ignore[type-var]
-    for number, timed in timings.items():
+    for number, timed in clock.time_calls(calls, each=each, warmup=sets + 1).items():
         row = {**rows[number], "gbytes_per_s": nbytes / timed["us"] / 1e3}
         predicted = sheet.predicted.get(f"{mode} {dtype} {batch} {shape.name}")
         if row["provider"] == "ours" and row["layout"] == CL and predicted:
             row["predicted_us"] = predicted
         sheet.add(row, timed)
-
-
-# ---------------------------------------------------------------- modules
 
 
 def correct(sheet: Sheet) -> None:
@@ -230,7 +215,7 @@ def plans(sheet: Sheet) -> None:
         sheet.add({"case": "plans", "note": note})
         return
     for shape in shapes.GHOSTNET:
-        plan = {**fit_cuda_costs.planned(shape, sm), "device": properties.name}
+        plan = {**fit.planned(shape, sm), "device": properties.name}
         measure(sheet, shape, BATCH, torch.float16, "eval", (OURS,), plan=plan)
 
 
@@ -240,7 +225,7 @@ def more(sheet: Sheet) -> None:
     triton, pair = Candidate("triton"), (EAGER, EAGER_NCHW, OURS)
     graphs = (Candidate("eager", graph=True), Candidate("ours", graph=True))
     nchw = (EAGER_NCHW, Candidate("ours", NCHW))
-    runs: tuple[tuple[Sequence[Shape], int, torch.dtype, str, Sequence[Candidate]], ...] = (
+    runs: Any = (
         (shapes.GHOSTNET, 1, half, "eval", graphs),
         (quick, BATCH, half, "eval", (EAGER, OURS, triton)),
         (shapes.YOLO, 32, half, "eval", pair),
@@ -256,12 +241,12 @@ def more(sheet: Sheet) -> None:
             measure(sheet, shape, batch, dtype, mode, candidates)
 
 
-# ---------------------------------------------------------------- networks
+# ---- networks
 
 
 def plain_network(dtype: torch.dtype) -> nn.Module:
     """GhostNet 1.0x on the device, channels_last."""
-    network = networks.NETWORKS["ghostnet-1.0"].plain(224)
+    network = subjects.NETWORKS["ghostnet-1.0"].plain(224)
     return network.to(DEVICE, dtype).to(memory_format=torch.channels_last)
 
 
@@ -397,7 +382,7 @@ def train_network(
     row = {"case": NETWORK, "batch": BATCH, "mode": "train", **candidate.fields(dtype)}
     if not sheet.wants(row):
         return
-    labels = torch.arange(BATCH, device=DEVICE) % networks.CLASSES
+    labels = torch.arange(BATCH, device=DEVICE) % subjects.CLASSES
 
     def forward() -> Tensor:
         model.zero_grad(set_to_none=True)
@@ -425,25 +410,20 @@ def train_network(
     sheet.add({**row, "images_per_s": BATCH / timed["wall_us"] * 1e6}, timed)
 
 
-# ---------------------------------------------------------------- other programs
+# ---- other programs
 
 
 def find_tool(name: str) -> str | None:
     """A program of the CUDA toolkit: from CUDA_HOME, the PATH or the usual place."""
     homes = [os.environ.get(key) for key in ("CUDA_HOME", "CUDA_PATH")]
-    for folder in (*(f"{home}/bin" for home in homes if home), None, "/usr/local/cuda/bin"):
-        if found := shutil.which(name, path=folder):
-            return found
-    return None
+    folders = [*(f"{home}/bin" for home in homes if home), os.environ.get("PATH", "")]
+    return shutil.which(name, path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
 
 
 def run_tool(command: Sequence[Any], log: Path, **environment: str) -> tuple[int, str]:
     """Run a program into a log file; its exit status and output."""
-    with log.open("w") as file:
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        words, env = [str(word) for word in command], {**os.environ, **environment}
-        done = subprocess.run(words, cwd=ROOT, env=env, check=False, **streams)
-    return done.returncode, log.read_text(errors="replace")
+    code = machine.start(command, log, ROOT, {**os.environ, **environment}).wait()
+    return code, log.read_text(errors="replace")
 
 
 def ncu_target(sheet: Sheet) -> None:
@@ -541,7 +521,7 @@ def run_pytest(sheet: Sheet, case: str, pattern: str, workers: int) -> None:
 def sanitize(sheet: Sheet, tool: str, *options: str) -> None:
     """The small grid of the kernels' tests under compute-sanitizer.
 
-    Calls that fail are no finding (memcheck): torch asks the driver for functions that it may lack.
+    Failed API calls are no finding (memcheck): torch looks up driver functions that may be missing.
     """
     row: dict[str, Any] = {"case": tool, "provider": "ours"}
     if (program := find_tool("compute-sanitizer")) is None:
@@ -573,9 +553,6 @@ STEPS: dict[str, Callable[[Sheet], None]] = {
     "ncu-target": ncu_target,
     **{f"plans-{rank}": plans for rank in "123"},
 }
-
-
-# ---------------------------------------------------------------- the process
 
 
 def main(name: str, path: Path, plans: Path, resume: bool, run: Mapping[str, Any]) -> int:

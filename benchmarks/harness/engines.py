@@ -1,12 +1,11 @@
 """ONNX Runtime and OpenVINO as peers: optional, inference only, batch norms folded beforehand.
 
 Both come with the pip extra ``engines``. They compute in float32 (OpenVINO would choose bfloat16 on
-some processors) on as many threads as PyTorch has, and are called the cheapest way that they
-offer: input and output are bound once, in memory that both sides share, so that a call copies
-nothing and allocates nothing. Slices that keep everything, which tracing makes of ``[:, :oup]`` and
-ONNX Runtime would copy for, are taken out of the graph. Where libraries are held to an instruction
-set (``machine.ISA_VARIABLES``), oneDNN's limit is OpenVINO's too; ONNX Runtime has none and is left
-out.
+some processors) on as many threads as PyTorch has. Input and output are bound once, in memory
+that both sides share, so that a call copies and allocates nothing. Slices that keep everything
+(traced from ``[:, :oup]``; ONNX Runtime would copy) are taken out of the graph. Where instruction
+sets are limited (``machine.ISA_VARIABLES``), oneDNN's limit is OpenVINO's too; ONNX Runtime has
+none and is left out.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import machine, providers, timing
-from benchmarks.harness.extras import MissingExtra, require
+from benchmarks.harness.machine import MissingExtra, require
 from benchmarks.harness.providers import CHANNELS_LAST, Provider
 
 EXTRA = "engines"
@@ -43,7 +42,7 @@ def installed() -> list[Provider]:
 
 
 def print_missing() -> None:
-    """Say which engines are not measured, and how to get them."""
+    """Print which engines are not measured, and how to install them."""
     for reason in sorted({str(error) for p in providers.ENGINES if (error := missing(p))}):
         print(f"not measured: {reason}")
 

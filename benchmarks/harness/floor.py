@@ -18,16 +18,16 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness.extras import require
+from benchmarks.harness.machine import require
 from benchmarks.harness.shapes import Shape
 
 GEMM_SIZES = (256, 384, 512, 1024, 2048)
@@ -92,10 +92,6 @@ class Roofline:
         """Which of the two binds: ``"memory"`` or ``"gemm"``."""
         return "memory" if nbytes / self.bandwidth_at(nbytes) >= flops / self.gemm_peak else "gemm"
 
-    def at_peak(self, gemm_peak: float) -> Roofline:
-        """The same limits with another GEMM peak, such as the one of this very minute."""
-        return replace(self, gemm_peak=gemm_peak)
-
     def __str__(self) -> str:
         rates = zip(self.copy_bytes, self.bandwidth, strict=True)
         copies = ", ".join(f"{size >> 10} KiB {rate / 1e9:.0f}" for size, rate in rates)
@@ -105,24 +101,10 @@ class Roofline:
 
 def _best(call: Callable[[], object], samples: int, min_sample: float = 3e-3) -> float:
     """Shortest wall time of one call: a limit is the minimum and not the median."""
-    call()
-    start = time.perf_counter()
-    call()
-    repeats = max(1, round(min_sample / max(time.perf_counter() - start, 1e-7)))
-    best = math.inf
-    for _ in range(samples):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        best = min(best, (time.perf_counter() - start) / repeats)
-    return best
-
-
-def gemm_rate(n: int, dtype: torch.dtype, samples: int) -> float:
-    """Best FLOP/s of ``torch.mm`` on [n, n]."""
-    left, right = torch.rand(2, n, n).to(dtype)
-    product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
-    return 2.0 * n**3 / _best(product, samples)
+    timer = timeit.Timer(call)
+    timer.timeit(1)
+    repeats = max(1, round(min_sample / max(timer.timeit(1), 1e-7)))
+    return min(timer.repeat(samples, repeats)) / repeats
 
 
 @functools.cache
@@ -191,7 +173,12 @@ def measure_roofline(
 ) -> Roofline:
     """Measure GEMM peak and bandwidth curve with the current number of threads."""
     threads = torch.get_num_threads()
-    peak, size = max((gemm_rate(n, dtype, samples), n) for n in gemm_sizes)
+    rates = {}
+    for n in gemm_sizes:
+        left, right = torch.rand(2, n, n).to(dtype)
+        product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
+        rates[n] = 2.0 * n**3 / _best(product, samples)
+    size = max(rates, key=rates.__getitem__)
     bandwidth, methods = measure_bandwidth(threads, sizes=copy_sizes, samples=samples)
     name = str(dtype).removeprefix("torch.")
-    return Roofline(peak, size, tuple(copy_sizes), bandwidth, methods, threads, name)
+    return Roofline(rates[size], size, tuple(copy_sizes), bandwidth, methods, threads, name)

@@ -1,12 +1,14 @@
-"""The machine and this process: allocator, threads, instruction sets, metadata of results."""
+"""The machine and this process: allocator, threads, packages, instruction sets, metadata."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCHEMA_VERSION = 1
 
 # Environment variables that hold a library to fewer instructions than the processor has: ours,
 # ATen and torch.compile, oneDNN (PyTorch's and OpenVINO's, by either name), MKL.
@@ -31,6 +32,7 @@ FORCING = (*ISA_VARIABLES, *(f"GHOST_OPS_{name}" for name in GHOST_OPS))
 
 # Before anything is pinned: set_threads may be called again with more threads.
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+CORE_COUNT = len(_CORES) or os.cpu_count() or 1  # that this process may use
 
 # One arena that only grows: no mmap per call and no trimming, hence no page faults after warm-up.
 TUNED_MALLOC = {
@@ -45,6 +47,22 @@ LEAN_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_TOP_PAD_": "0",
 }
+
+
+class MissingExtra(RuntimeError):
+    """An optional package is not installed; the message says which pip extra brings it."""
+
+
+def require(module: str, purpose: str, *, extra: str = "bench") -> Any:
+    """Import ``module`` or raise :class:`MissingExtra` naming the pip extra that provides it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingExtra(
+            f"{package!r} is needed for {purpose} and cannot be imported ({error}); "
+            f'install it with: pip install "ghost_ops[{extra}]"'
+        ) from error
 
 
 def use_malloc(settings: Mapping[str, str], words: Sequence[str]) -> str:
@@ -89,19 +107,13 @@ def unpinned() -> Iterator[None]:
             os.sched_setaffinity(0, pinned)
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(_CORES) or os.cpu_count() or 1
-
-
 def processor_name() -> str:
     """The CPU's model name, with family and model numbers where /proc/cpuinfo has them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in lines)
-    fields = {key.strip(): value.strip() for key, _, value in pairs}
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", text, re.MULTILINE))
     name = fields.get("model name", platform.machine())
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
@@ -133,6 +145,16 @@ def instructions(meta: Mapping[str, Any]) -> str:
     words = f"ghost_ops {ours}, ATen {meta.get('cpu_capability', 'unknown')}"
     variables = " ".join(f"{name}={value}" for name, value in meta.get("forced", {}).items())
     return f"{words}; forced: {variables}" if variables else words
+
+
+def start(
+    command: Sequence[Any], log: Path, cwd: Path, environment: Mapping[str, str], **options: Any
+) -> subprocess.Popen[Any]:
+    """Start a program with its output in a file; ``options`` as Popen takes them."""
+    words, options = [str(word) for word in command], {"cwd": cwd, "env": environment, **options}
+    with log.open("w") as file:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        return subprocess.Popen(words, **streams, **options)
 
 
 def git_commit() -> str:
@@ -167,7 +189,7 @@ def metadata(
     are pinned to, ``allocation`` how the process allocates.
     """
     return {
-        "schema": SCHEMA_VERSION,
+        "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(["python", "-m", "benchmarks", *words]),
         "cpu": processor_name(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import time
@@ -11,28 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import engines, floor, machine, providers, timing
 from benchmarks.harness.providers import Provider
 from benchmarks.harness.rows import BASELINE
 from benchmarks.harness.runner import Session
+from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Call, Subject
 
 _PROBE = ("floor", "matrix product")
-
-
+Wrap = Callable[[Any, Tensor], Callable[[], object]]
 # A provider that passed its check: its row, the call to be timed, the check.
 Entry = tuple[dict[str, Any], Callable[[], object], timing.Check]
-
-
-@contextlib.contextmanager
-def no_compile_leftovers() -> Iterator[None]:
-    """Forget compiled modules afterwards, so that no shape meets another's recompile limit."""
-    try:
-        yield
-    finally:
-        torch._dynamo.reset()
 
 
 def common(mode: str, subject: Subject, provider: Provider) -> dict[str, Any]:
@@ -58,8 +50,6 @@ class Measurer:
     """
 
     def __init__(self, session: Session, chosen: Sequence[Provider] | None = None) -> None:
-        if session.roofline is None:
-            raise ValueError("session: expected one with measured limits, got none")
         self.session = session
         arguments = session.arguments
         self.chosen = list(arguments.providers if chosen is None else chosen)
@@ -75,12 +65,6 @@ class Measurer:
         n = roofline.gemm_size
         left, right = torch.randn(2, n, n).to(self.dtype)
         self._product = functools.partial(torch.mm, left, right, out=torch.empty_like(left))
-
-    def takes_part(self, provider: Provider, mode: str) -> bool:
-        """Whether a provider is measured in a mode."""
-        if provider.family.startswith("compile") and mode not in self.compile_modes:
-            return False
-        return provider.trains or mode != "train"
 
     def row(self, mode: str, subject: Subject, provider: Provider, **fields: Any) -> dict[str, Any]:
         """A row of one subject, without time, added to the session."""
@@ -98,6 +82,20 @@ class Measurer:
         # keeps them, which is also what the floor's bandwidth is measured with.
         least, clock = 4e-3 if arguments.quick else 8e-3, timing.CLOCKS[arguments.clock]
         return timing.time_interleaved(calls, rounds=rounds, clock=clock, min_sample=least)
+
+    def overhead(
+        self, training: bool, wrap: Wrap, plain: nn.Module | None = None, **fields: Any
+    ) -> None:
+        """Call time on x [1, 8, 4, 4], next to no arithmetic: of an 8 -> 16 Ghost module, or of
+        ``plain``. ``wrap`` binds a module and x to the call that is timed."""
+        subject = Subject(Shape(8, 16, 4), 1, self.dtype)
+        families = ["eager", "fused", *([] if training or plain else ["folded"])]
+        chosen = {p.name: p for p in self.chosen if p.family in families}
+        build = functools.partial(providers.build, plain=plain or subject.plain, training=training)
+        calls = {n: wrap(build(p), p.input(subject.x).clone()) for n, p in chosen.items()}
+        # Microsecond calls need more samples than long ones and cost little.
+        for name, timed in self.time(calls, 2 * self.session.arguments.rounds + 1).items():
+            self.fill(self.row("overhead", subject, chosen[name], **fields), timed, timing.Check())
 
     @staticmethod
     def fill(row: dict[str, Any], time: timing.Timing, check: timing.Check) -> None:
@@ -119,7 +117,7 @@ class Measurer:
     ) -> list[Entry]:
         """Build and check every provider of ``mode``; those that failed keep a note in their row.
 
-        What is allowed: twice the error of eager NCHW plus a floor for ours; twice the larger error
+        Allowed error: twice the error of eager NCHW plus a floor for ours; twice the larger error
         of the eager layouts for the others.
 
         ``make`` builds a provider's calls: the first, which must return ``exact``, is checked, and
@@ -129,9 +127,13 @@ class Measurer:
         entries = []
         eager: list[float] = []
         peers: list[float] = []
-        for provider in (p for p in self.chosen if self.takes_part(p, mode)):
-            row = self.row(mode, subject, provider, **fields)
+        for provider in self.chosen:
             compiles = provider.family.startswith("compile")
+            if mode == "train" and not provider.trains:
+                continue
+            if compiles and mode not in self.compile_modes:
+                continue
+            row = self.row(mode, subject, provider, **fields)
             reason = engines.unavailable(provider, self.dtype)
             if compiles and self.compile_seconds <= 0:
                 reason = "the time for compiling (--compile-minutes) is used up"
@@ -170,12 +172,14 @@ class Measurer:
         # The product that the peak was measured with takes part in the rounds: where other users of
         # the machine slow everything down, floor and module are slowed down alike.
         timings = self.time({**calls, _PROBE: self._product}, self.session.arguments.rounds)
-        now = self.roofline.at_peak(2 * self.roofline.gemm_size**3 / timings[_PROBE].median)
+        peak = 2 * self.roofline.gemm_size**3 / timings[_PROBE].median
+        now = dataclasses.replace(self.roofline, gemm_peak=peak)
         for row, _, check in entries:
             row["floor_s"] = now.floor(row["bytes"], row["flops"])
             row["bound"] = now.bound(row["bytes"], row["flops"])
             row["gemm_peak"] = now.gemm_peak
             self.fill(row, timings[row["shape"], row["provider"]], check)
+        torch._dynamo.reset()  # forgets compiled modules: else shapes share one recompile limit
 
     @contextlib.contextmanager
     def on_threads(self, threads: int) -> Iterator[None]:
@@ -195,7 +199,7 @@ class Measurer:
     def eval(self, subjects: Subject | Sequence[Subject], **fields: Any) -> None:
         """Forward in eval mode under inference_mode; several subjects share their rounds."""
         entries: list[Entry] = []
-        with torch.inference_mode(), no_compile_leftovers():
+        with torch.inference_mode():
             for subject in [subjects] if isinstance(subjects, Subject) else subjects:
 
                 def make(provider: Provider, given: Subject = subject) -> tuple[Call, Call]:
@@ -222,8 +226,7 @@ class Measurer:
 
         wide = subject.bind(copy.deepcopy(subject.plain).double(), torch.Tensor.double)
         exact = [result.detach() for result in wide.compared()]
-        with no_compile_leftovers():
-            self.time_entries(self.checked("train", subject, make, exact))
+        self.time_entries(self.checked("train", subject, make, exact))
 
     def saved(self, subject: Subject) -> None:
         """Bytes kept for backward, parameters aside.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,9 +75,6 @@ def load(path: Path) -> dict[str, Any]:
     return document
 
 
-# ---- grouping
-
-
 def timed(rows: Iterable[Row]) -> list[Row]:
     """Rows that passed their check and were timed."""
     return [row for row in rows if row.get("median_s") is not None]
@@ -96,12 +93,19 @@ def cells(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], dict[str, Ro
     return {key: {row["provider"]: row for row in part} for key, part in split(rows, *keys).items()}
 
 
+def eager_and_ours(rows: Iterable[Row], key: str) -> list[tuple[str, int, int]]:
+    """``shape, batch``, then the bytes ``key`` of eager NCHW and of ours (the better layout)."""
+    found = []
+    for (shape, batch), cell in cells((r for r in rows if key in r), "shape", "batch").items():
+        ours = [row[key] for name, row in cell.items() if family(name) == "ours"]
+        if BASELINE in cell and ours:
+            found.append((f"{shape}, batch {batch}", cell[BASELINE][key], min(ours)))
+    return found
+
+
 def by_shape(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     """Shape -> provider -> timed row."""
     return {shape: cell for (shape,), cell in cells(timed(rows), "shape").items()}
-
-
-# ---- peers
 
 
 def family(name: str) -> str:
@@ -151,17 +155,9 @@ def versus(cell: Cell) -> Versus | None:
 
 
 def versus_each(rows: Iterable[Row], *keys: str) -> list[tuple[tuple[Any, ...], Versus]]:
-    """Ours and its peers by the values of ``keys``, where both were timed."""
+    """Ours and its peers by the values of ``keys``, where both and eager NCHW were timed."""
     found = ((key, versus(cell)) for key, cell in cells(timed(rows), *keys).items())
-    return [(key, v) for key, v in found if v is not None]
-
-
-# ---- means
-
-
-def geometric_mean(values: Sequence[float]) -> float | None:
-    """Geometric mean, None without values."""
-    return statistics.geometric_mean(values) if values else None
+    return [(key, v) for key, v in found if v is not None and v.eager is not None]
 
 
 def spread(rows: Iterable[Row]) -> float | None:
@@ -187,14 +183,6 @@ class Mean:
     high: float
     count: int
 
-    def apart(self, other: Mean) -> float:
-        """Relative difference of two means, the smaller counting as 1."""
-        return max(self.value / other.value, other.value / self.value) - 1.0
-
-    def overlaps(self, other: Mean) -> bool:
-        """Whether the spreads have a value in common."""
-        return self.low <= other.high and other.low <= self.high
-
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
@@ -205,7 +193,7 @@ def means(points: Iterable[Point]) -> dict[str, Mean]:
     for point in points:
         values.setdefault(point.mean, []).append(point.value)
     return {
-        name: Mean(*(geometric_mean(c) or 0.0 for c in zip(*v, strict=True)), len(v))
+        name: Mean(*(statistics.geometric_mean(c) for c in zip(*v, strict=True)), len(v))
         for name, v in values.items()
     }
 

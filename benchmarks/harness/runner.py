@@ -1,17 +1,14 @@
 """The one runner: executes named tasks in turn and keeps the finished ones in a file.
 
-After an interruption the same command on the same commit and machine goes on with the tasks that
-are missing. Three programs use it: a question, whose tasks add rows to its results file
-(:class:`Session`); ``python -m benchmarks all``, whose tasks are the questions; and the GPU
-program, whose tasks are its steps.
+After an interruption the same command on the same commit and machine goes on with the missing
+tasks. Its users are a question (:class:`Session`: tasks add rows to a results file), ``python -m
+benchmarks all`` (tasks are questions) and ``benchmarks/gpu.py`` (tasks are steps).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +23,7 @@ Task = tuple[str, Callable[[], Failure]]
 
 
 class Runner:
-    """Runs tasks and keeps what is done in a JSON file, if there is a path.
+    """Runs tasks and keeps the finished ones in a JSON file, if there is a path.
 
     Two runs must have the fingerprint in common for one to go on where the other stopped; a
     ``fresh`` one forgets an interrupted earlier run.
@@ -67,7 +64,7 @@ class Runner:
         self.save()
 
     def run(self, tasks: Sequence[Task]) -> int:
-        """Run the tasks that are not done yet; one that fails does not keep the others from it.
+        """Run the tasks that are not done yet; a failed task does not stop the others.
 
         Returns:
             0; 130 if interrupted; otherwise the status of the first task that failed.
@@ -138,35 +135,3 @@ class Session(Runner):
         self.rows += self.unsaved
         self.unsaved.clear()
         super().finish(name, failure)
-
-
-def start(
-    question: str,
-    argv: Sequence[str],
-    arguments: argparse.Namespace,
-    *,
-    malloc: Mapping[str, str],
-    measure_limits: bool,
-) -> Session:
-    """Set up the machine for a question and print what it is.
-
-    ``malloc`` is the allocator's environment, ``measure_limits`` decides about GEMM peak and
-    bandwidth. Raises OSError if the results file cannot be written, ValueError for too many
-    threads.
-    """
-    machine.prepare_output(arguments.out)
-    words = [question, *argv]
-    allocation = "default allocator, untouched (--malloc default)"
-    if arguments.malloc == "tuned":
-        allocation = machine.use_malloc(malloc, words)
-    cores = machine.set_threads(arguments.threads, pin=not arguments.no_pin)
-    warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
-    meta = machine.metadata(words, cores=cores, allocation=allocation, clock=arguments.clock)
-    machine.print_header(meta)
-    roofline = None
-    if measure_limits:
-        print("Measuring GEMM peak and bandwidth ...", flush=True)
-        less = floor.QUICK_LIMITS if arguments.quick else {}
-        roofline = floor.measure_roofline(arguments.dtype, **less)
-        print(f"{roofline}\nCopies: torch, memcpy and vector loops ({floor.native_copies()[1]})")
-    return Session(question, arguments, meta, roofline)

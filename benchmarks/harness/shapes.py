@@ -11,6 +11,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 GRID = "grid"  # group of shapes that vary one thing at a time, of no network
 
@@ -55,6 +56,14 @@ class Shape:
         padded = self.size + 2 * (self.kernel_size // 2)
         return (padded - self.kernel_size) // self.stride + 1
 
+    def explain(self, batch: int, **options: Any) -> Any:
+        """The plan of this module for so many images; ``options`` as ``planner.explain`` has."""
+        from ghost_ops import planner
+
+        names = ("ratio", "dw_size", "stride", "activation")
+        options |= {name: getattr(self, name) for name in names}
+        return planner.explain((batch, self.inp, self.size, self.size), self.oup, **options)
+
 
 def _ghostnet(word: str) -> Shape:
     name, _, count = word.partition("*")
@@ -79,10 +88,8 @@ YOLO: tuple[Shape, ...] = tuple(
 )
 ALL: tuple[Shape, ...] = GHOSTNET + YOLO
 # A handful that spans the memory-bound, the mixed and the GEMM-bound end.
-QUICK_NAMES = (
-    "16-48@112-relu 72-24@56-linear 40-120@28-relu 80-184@14-relu 160-960@7-relu 128-128@40-silu"
-)
-QUICK: tuple[Shape, ...] = tuple(shape for shape in ALL if shape.name in QUICK_NAMES.split())
+_QUICK = "16-48@112-relu 72-24@56-linear 40-120@28-relu 80-184@14-relu 160-960@7-relu".split()
+QUICK: tuple[Shape, ...] = (*(shape for shape in GHOSTNET if shape.name in _QUICK), YOLO[1])
 _GROUPS = {"all": ALL, "ghostnet": GHOSTNET, "yolo": YOLO, "quick": QUICK}
 
 

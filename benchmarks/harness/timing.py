@@ -2,7 +2,7 @@
 
 The rules: a candidate is checked before its time counts; candidates run in interleaved rounds (A B
 C, A B C, ...) so that a slow spell of the machine hits all of them; a sample repeats the call until
-it is long against the clock's resolution; what is reported is the median with the 20th and 80th
+it is long against the clock's resolution; the result is the median with the 20th and 80th
 percentile.
 """
 
@@ -14,13 +14,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from benchmarks.harness.extras import require
+from benchmarks.harness.machine import require
 
 Clock = Callable[[], float]
+Errors = Sequence[float]  # relative, of the output and of each gradient
 # CPU time leaves out the slices that other processes take of a shared machine; it means something
 # only where this thread does all the work.
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
+MOST_REPEATS = 10_000  # of a call in one sample
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,6 @@ def time_interleaved(
     min_sample: float = 2e-3,
     warmup: float = 5e-3,
     clock: Clock = time.perf_counter,
-    max_repeats: int = 10_000,
 ) -> dict[str, Timing]:
     """Time every call in interleaved rounds, one sample a round.
 
@@ -61,22 +63,20 @@ def time_interleaved(
     for name, call in calls.items():
         sample(call, 1)
         start, count = clock(), 0
-        while count == 0 or (clock() - start < warmup and count < max_repeats):
+        while count == 0 or (clock() - start < warmup and count < MOST_REPEATS):
             call()
             count += 1
         per_call = max((clock() - start) / count, 1e-9)
-        repeats[name] = min(max(1, round(min_sample / per_call)), max_repeats)
+        repeats[name] = min(max(1, round(min_sample / per_call)), MOST_REPEATS)
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(sample(call, repeats[name]))
     numpy = require("numpy", "quantiles")
-    found = {}
-    for name, times in samples.items():
-        median, p20, p80 = map(float, numpy.quantile(times, (0.5, 0.2, 0.8)))
-        found[name] = Timing(median, p20, p80, rounds, repeats[name])
-    return found
+    quantiles = numpy.quantile(list(samples.values()), (0.5, 0.2, 0.8), axis=1).T.tolist()
+    found = zip(samples, quantiles, strict=True)
+    return {name: Timing(*three, rounds, repeats[name]) for name, three in found}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Check:
         return self.error / self.allowed if self.ok and self.allowed else math.inf
 
 
-def relative_error(candidate: torch.Tensor, exact: torch.Tensor, *, norm: str) -> float:
+def relative_error(candidate: Tensor, exact: Tensor, *, norm: str) -> float:
     """Error of ``candidate`` over the size of ``exact`` in float64, in the norm max or l2; NaN if
     either tensor holds a NaN, infinite if the shapes differ."""
     if candidate.shape != exact.shape:
@@ -113,19 +113,14 @@ def relative_error(candidate: torch.Tensor, exact: torch.Tensor, *, norm: str) -
     return error / size if size else (0.0 if error == 0.0 else math.inf)
 
 
-def relative_errors(
-    candidate: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
-) -> list[float]:
+def relative_errors(candidate: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Of the first tensor, the output, by its largest element; of the gradients in the L2 norm."""
-    return [
-        relative_error(got.detach(), want, norm="l2" if index else "max")
-        for index, (got, want) in enumerate(zip(candidate, exact, strict=True))
-    ]
+    norms = ("max", *["l2"] * (len(exact) - 1))
+    each = zip(candidate, exact, norms, strict=True)
+    return [relative_error(got.detach(), want, norm=norm) for got, want, norm in each]
 
 
-def check_errors(
-    candidate: Sequence[float], eager: Sequence[float], floors: Sequence[float]
-) -> Check:
+def check_errors(candidate: Errors, eager: Errors, floors: Errors) -> Check:
     """Check ``candidate <= 2 * eager + floor`` for the relative error of each tensor; returned is
     the check of the tensor that comes closest to its limit or passes it furthest."""
     checks = [
@@ -135,7 +130,7 @@ def check_errors(
     return max(checks, key=lambda check: check.used)
 
 
-def saved_bytes(call: Callable[[], torch.Tensor], module: torch.nn.Module) -> dict[str, int]:
+def saved_bytes(call: Callable[[], Tensor], module: torch.nn.Module) -> dict[str, int]:
     """Bytes that autograd keeps for the backward of one forward, parameters and buffers aside.
 
     Every distinct storage counts once, at its full size (a saved view keeps all of it alive):
@@ -143,9 +138,9 @@ def saved_bytes(call: Callable[[], torch.Tensor], module: torch.nn.Module) -> di
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     # By address; the tensor is held, so that its storage is not freed and its address reused.
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, Tensor] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in own:
             seen[storage.data_ptr()] = tensor

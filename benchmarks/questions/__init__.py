@@ -1,9 +1,13 @@
 """The questions, one file each, in the order of the report."""
 
-from benchmarks.questions import memory, module, network, paper, plan, product, scaling
+from benchmarks.questions.memory import Memory
+from benchmarks.questions.module import Module
+from benchmarks.questions.network import Networks
+from benchmarks.questions.paper import Paper
+from benchmarks.questions.plan import Plan
+from benchmarks.questions.product import Product
 from benchmarks.questions.question import Question
+from benchmarks.questions.scaling import Scaling
 
-QUESTIONS: dict[str, Question] = {
-    part.QUESTION.name: part.QUESTION
-    for part in (module, network, scaling, memory, plan, product, paper)
-}
+_CLASSES = (Module, Networks, Scaling, Memory, Plan, Product, Paper)
+QUESTIONS: dict[str, Question] = {question.name: question() for question in _CLASSES}

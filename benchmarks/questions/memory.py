@@ -19,11 +19,11 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.harness import machine, measure, networks, providers, timing
-from benchmarks.harness.rows import BASELINE, Point, Row, cells, family
+from benchmarks.harness import machine, measure, providers, subjects, timing
+from benchmarks.harness.rows import Point, Row, eager_and_ours
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.subjects import NetworkSubject, Subject
-from benchmarks.questions.question import POSITIVE, Question, add_shapes, number
+from benchmarks.questions.question import POSITIVE, Question, number
 from benchmarks.report.table import Table, times
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -73,24 +73,6 @@ def measure_peak(run: Session, make: Callable[[], Subject]) -> None:
 KEYS = {"peak_bytes": "peak", "saved_total": "saved"}
 
 
-def subjects(rows: Sequence[Row]) -> list[tuple[str, dict[str, tuple[int, int]]]]:
-    """``subject, batch`` -> by key the bytes of eager NCHW and of ours (the better layout)."""
-    found = []
-    peaks = cells((row for row in rows if row["mode"] == "peak"), "shape", "batch")
-    for (shape, batch), cell in peaks.items():
-        eager = cell.get(BASELINE)
-        ours = [row for name, row in cell.items() if family(name) == "ours"]
-        if eager is not None and ours:
-            sizes = {key: (eager[key], min(row[key] for row in ours)) for key in KEYS}
-            found.append((f"{shape}, batch {batch}", sizes))
-    return found
-
-
-def share(sizes: tuple[int, int]) -> float:
-    """Eager's bytes over ours."""
-    return sizes[0] / max(sizes[1], 1)
-
-
 class Memory(Question):
     name = "memory"
     title = "Memory of a training step"
@@ -98,6 +80,9 @@ class Memory(Question):
     full = ()
     malloc = machine.LEAN_MALLOC
     measure_limits = False
+    has_shapes = True
+    default_providers = ("eager", "fused")
+    with_engines = False
 
     def unavailable(self, _: argparse.Namespace) -> str | None:
         return unavailable()
@@ -108,19 +93,16 @@ class Memory(Question):
         width = number(0.01, kind=float)
         add("--width", type=width, help="of GhostNet (1.0, or 0.5 with --quick)")
         add("--size", type=POSITIVE, help="of its images (224, or 96 with --quick)")
-        add_shapes(parser)
-        add("--providers", nargs="+", default=["eager", "fused"], help="names or globs")
 
     def check(self, arguments: argparse.Namespace) -> None:
         default = (4, 0.5, 96) if arguments.quick else (16, 1.0, 224)
         for name, value in zip(("batch", "width", "size"), default, strict=True):
             setattr(arguments, name, getattr(arguments, name) or value)
-        chosen = providers.select(arguments.providers)
         # What torch.compile allocates passes no hook, and folded modules do not train.
-        arguments.providers = [p for p in chosen if p.family in ("eager", "fused")]
+        arguments.providers = [p for p in arguments.providers if p.family in ("eager", "fused")]
 
     def tasks(self, run: Session) -> list[Task]:
-        given, network = run.arguments, networks.ghostnet(run.arguments.width)
+        given, network = run.arguments, subjects.ghostnet(run.arguments.width)
         more = given.batch, given.dtype
         whole = functools.partial(NetworkSubject, network, given.size, *more)
         make = {shape.name: functools.partial(Subject, shape, *more) for shape in given.shapes}
@@ -128,30 +110,17 @@ class Memory(Question):
         return [(name, functools.partial(measure_peak, run, one)) for name, one in parts]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        body = [
-            (
-                name,
-                *(
-                    text
-                    for key in KEYS
-                    for text in (
-                        *(f"{n / 2**20:.2f}" for n in sizes[key]),
-                        times(share(sizes[key])),
-                    )
-                ),
-            )
-            for name, sizes in subjects(rows)
-        ]
+        body: dict[str, list[str]] = {}
+        for key in KEYS:
+            for label, eager, ours in eager_and_ours(rows, key):
+                mib = f"{eager / 2**20:.2f}", f"{ours / 2**20:.2f}"
+                body.setdefault(label, [label]).extend((*mib, times(eager / max(ours, 1))))
         three = [(f"{name}, MiB: eager", "ours", "eager / ours") for name in KEYS.values()]
         headings = ("training step", *three[0], *three[1])
-        return [Table("Memory of a training step", headings, body)]
+        return [Table("Memory of a training step", headings, list(body.values()))]
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
-        for label, sizes in subjects(rows):
-            for key, name in KEYS.items():
-                if (ratio := share(sizes[key])) > 0:
-                    triple = ratio, ratio, ratio
-                    yield Point(f"memory: {name}, eager over ours", triple, label)
-
-
-QUESTION = Memory()
+        for key, name in KEYS.items():
+            for label, eager, ours in eager_and_ours(rows, key):
+                if (ratio := eager / max(ours, 1)) > 0:
+                    yield Point(f"memory: {name}, eager over ours", (ratio,) * 3, label)

@@ -15,67 +15,42 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import networks, providers, timing
 from benchmarks.harness import rows as results
+from benchmarks.harness import subjects
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import BASELINE, FUSED, Cell, Point, Row, by_shape, fastest, ratio
 from benchmarks.harness.runner import Session, Task
-from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Subject
-from benchmarks.questions import question
 from benchmarks.questions.question import Question, each
 from benchmarks.report.table import Table, cell, times, untimed
 
 MODES = ("eval", "train", "overhead")
 
 
-# ---- measuring
-
-
 def overhead(measurer: Measurer) -> None:
-    """Call time of an 8 -> 16 module on x [1, 8, 4, 4]: next to no arithmetic.
-
-    And of what ``fuse`` makes of other modules of that size, by the name of their form.
-    """
-    subject = Subject(Shape(8, 16, 4), 1, measurer.dtype)
-    x, reference = subject.x, subject.plain
-    Wrap = Callable[[Any, Tensor], Callable[[], object]]
-
-    def run(what: str, training: bool, wrap: Wrap, plain: nn.Module = reference) -> None:
-        folds = not training and plain is reference
-        families = ("eager", "folded", "fused") if folds else ("eager", "fused")
-        chosen = {p.name: p for p in measurer.chosen if p.family in families}
-        calls = {
-            name: wrap(providers.build(p, plain, training=training), p.input(x).clone())
-            for name, p in chosen.items()
-        }
-        # Microsecond calls need more samples than long ones and cost little.
-        found = measurer.time(calls, 2 * measurer.session.arguments.rounds + 1)
-        for name, time in found.items():
-            row = measurer.row("overhead", subject, chosen[name], what=what)
-            measurer.fill(row, time, timing.Check())
+    """Call time of a Ghost module, and of the other forms that ``fuse`` takes, at that size."""
 
     def step(module: nn.Module, own: Tensor) -> Callable[[], object]:
         inputs = [own.requires_grad_(), *module.parameters()]
         grad = torch.ones_like(module(own))
         return lambda: torch.autograd.grad(module(own), inputs, grad)
 
+    def forward(module: nn.Module, own: Tensor) -> Callable[[], object]:
+        return functools.partial(module, own.requires_grad_())
+
+    run, call = measurer.overhead, functools.partial
     with torch.inference_mode():
-        run("eval, inference_mode", False, functools.partial)
-        for form, plain in networks.small_modules().items():
-            run(f"eval, inference_mode, {form}", False, functools.partial, plain)
+        run(False, call, what="eval, inference_mode")
+        for form, plain in subjects.small_modules().items():
+            run(False, call, plain, what=f"eval, inference_mode, {form}")
     with torch.no_grad():
-        run("eval, no_grad", False, functools.partial)
-    run("train, forward", True, lambda m, own: functools.partial(m, own.requires_grad_()))
-    run("train, forward + backward", True, step)
-
-
-# ---- what the rows say
+        run(False, call, what="eval, no_grad")
+    run(True, forward, what="train, forward")
+    run(True, step, what="train, forward + backward")
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -93,15 +68,6 @@ def candidates(found: Cell) -> dict[str, Row]:
     return {**found, **{name: row for name, row in fast.items() if row is not None}}
 
 
-def floors(rows: Sequence[Row]) -> Iterable[Point]:
-    """Time in floors of every candidate and shape."""
-    for shape, found in by_shape(rows).items():
-        for name, row in candidates(found).items():
-            scale = row["floors"] / row["median_s"]
-            value, low, high = (scale * row[key] for key in results.QUANTILES)
-            yield Point(name, (value, low, high), shape)
-
-
 def network_ms(rows: Sequence[Row]) -> dict[str, float]:
     """Milliseconds of all modules of a network, each as often as it occurs, by candidate."""
     shapes = by_shape(rows)
@@ -114,21 +80,13 @@ def network_ms(rows: Sequence[Row]) -> dict[str, float]:
 
 def _shape_line(shape: str, found: Mapping[str, Row]) -> list[str]:
     first, v = next(iter(found.values())), results.versus(found)
-    ours = fastest(found, "ours")
-    best = fastest(found, "pytorch", "engine")
-    return [
-        shape,
-        first["bound"],
-        cell(first, "floor_s"),
-        cell(found.get(BASELINE)),
-        cell(best),
-        best["provider"] if best else "",
-        *(cell(found.get(name)) for name in FUSED),
-        cell(ours, "floors", 1, 2),
-        times(v.over_eager if v else None),
-        times(v.over_best if v else None),
-        f"{ours['error']:.0e}" if ours else "",
-    ]
+    ours, best = fastest(found, "ours"), fastest(found, "pytorch", "engine")
+    peers = [cell(first, "floor_s"), cell(found.get(BASELINE)), cell(best)]
+    peers.append(best["provider"] if best else "")
+    layouts = (cell(found.get(name)) for name in FUSED)
+    over = times(v.over_eager if v else None), times(v.over_best if v else None)
+    error = f"{ours['error']:.0e}" if ours else ""
+    return [shape, first["bound"], *peers, *layouts, cell(ours, "floors", 1, 2), *over, error]
 
 
 def saved_totals(rows: Iterable[Row]) -> dict[str, dict[str, int]]:
@@ -165,14 +123,11 @@ def _saved(rows: Sequence[Row]) -> list[Table]:
 def _overhead(rows: Sequence[Row]) -> list[Table]:
     found = results.timed(r for r in rows if r["mode"] == "overhead")
     base = {r["what"]: r for r in found if r["provider"] == BASELINE}
-    body = [
-        (
-            f"{r['what']}, {r['provider']}",
-            *(cell(r, key) for key in results.QUANTILES),
-            times(ratio(base[r["what"]], r)[0] if r["what"] in base else None),
-        )
-        for r in found
-    ]
+    body = []
+    for r in found:
+        over = ratio(base[r["what"]], r)[0] if r["what"] in base else None
+        numbers = (cell(r, key) for key in results.QUANTILES)
+        body.append((f"{r['what']}, {r['provider']}", *numbers, times(over)))
     headings = ("call", "median", "p20", "p80", "over eager")
     title = "Call overhead: x [1, 8, 4, 4], microseconds"
     return [Table(title, headings, body)] if body else []
@@ -184,13 +139,12 @@ class Module(Question):
     purpose = "one Ghost module: time in floors, ratios to the peers, saved memory, call overhead"
     # Compiling a hundred modules would take half of the twenty minutes.
     full = ("--rounds", "9", "--compile-minutes", "3")
+    has_batches = has_shapes = True
+    default_providers = ("all",)
+    default_compile = "eval"
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--mode", choices=(*MODES, "all"), default="all")
-        question.add_batches(parser)
-        question.add_shapes(parser)
-        question.add_providers(parser, "all")
-        question.add_compile(parser, "eval")
 
     def tasks(self, run: Session) -> list[Task]:
         measurer, given = Measurer(run), run.arguments
@@ -236,8 +190,8 @@ class Module(Question):
                     if all(pair):
                         mean = f"{name}: times faster in the layout {layout} than eager"
                         yield Point(mean, ratio(*pair), shape)
-            for point in floors(part):
-                yield point._replace(mean=f"{name}: floors of {point.mean}")
-
-
-QUESTION = Module()
+            for shape, found in by_shape(part).items():
+                for who, row in candidates(found).items():
+                    scale = row["floors"] / row["median_s"]
+                    value, low, high = (scale * row[key] for key in results.QUANTILES)
+                    yield Point(f"{name}: floors of {who}", (value, low, high), shape)

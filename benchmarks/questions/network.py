@@ -10,10 +10,9 @@ Three modes, each answered with ratios inside one run (candidates take turns, me
   entropy, backward and SGD;
 - saved: bytes that autograd keeps from the forward for the backward, parameters aside.
 
-``ghost_ops`` stands for ``ghost_ops.fuse(network, inference=True)``. Every candidate is checked
-first against the plain network in float64: logits, and in training the loss and all gradients, with
-PyTorch's own float32 error as the measure. The floor of a network counts FLOPs at GEMM peak, and of
-memory traffic images, parameters and logits only.
+``ghost_ops`` stands for ``ghost_ops.fuse(network, inference=True)``. Logits, and in training the
+loss and all gradients, are checked first against the plain network in float64. The floor counts
+FLOPs at GEMM peak, and of memory traffic images, parameters and logits only.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from collections.abc import Iterable, Sequence
 from benchmarks.harness import machine
 from benchmarks.harness import rows as results
 from benchmarks.harness.measure import Measurer
-from benchmarks.harness.networks import CIFAR, NETWORKS, Network
-from benchmarks.harness.rows import BASELINE, Point, Row, Versus, family
+from benchmarks.harness.rows import Point, Row
 from benchmarks.harness.runner import Session, Task
-from benchmarks.harness.subjects import NetworkSubject
-from benchmarks.questions.question import POSITIVE, Question, add_compile, add_providers, number
+from benchmarks.harness.subjects import CIFAR, NETWORKS, Network, NetworkSubject
+from benchmarks.questions.question import POSITIVE, Question, number
 from benchmarks.report.table import Table, against_peers, cell, times, untimed
 
 MODES = ("eval", "saved", "train")
+CELL = ("mode", "batch", "shape")  # in which ours and its peers are compared
 
 
 def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[int], int]:
@@ -41,15 +40,6 @@ def sizes(network: Network, arguments: argparse.Namespace) -> tuple[int, list[in
     if arguments.quick:
         size, batches, train_batch = min(size, 96), [1, 4], 4
     return arguments.size or size, arguments.batch or batches, arguments.train_batch or train_batch
-
-
-# ---- what the rows say
-
-
-def compared(rows: Iterable[Row]) -> list[Versus]:
-    """Ours and its peers, for each mode, batch and network."""
-    found = results.versus_each(rows, "mode", "batch", "shape")
-    return [v for _, v in found if v.eager is not None]
 
 
 def name(row: Row) -> str:
@@ -64,6 +54,8 @@ class Networks(Question):
     # A network takes torch.compile a minute or two: the first one gets them.
     full = ("--rounds", "3", "--compile-minutes", "1")
     quick = ("--quick", "--rounds", "3")
+    default_providers = ("eager", "folded_cl", "compile", "compile_frozen", "fused")
+    default_compile = "all"
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
@@ -77,16 +69,14 @@ class Networks(Question):
         # Batch norm needs two images.
         train_batch = "of saved and train (16, CIFAR 32; 4 with --quick)"
         add("--train-batch", type=number(2), help=train_batch)
-        threads = number(1, machine.core_count())
+        threads = number(1, machine.CORE_COUNT)
         add("--train-threads", type=threads, help="of train (default: all cores)")
-        add_providers(parser, "eager", "folded_cl", "compile", "compile_frozen", "fused")
-        add_compile(parser, "all")
 
     def check(self, arguments: argparse.Namespace) -> None:
         few = ["ghostnet-0.5", "yolo"] if arguments.quick else list(NETWORKS)
         arguments.networks = arguments.networks or few
         one_thread = arguments.clock == "cpu"  # CPU time is that of one thread
-        cores = 1 if one_thread else machine.core_count()
+        cores = 1 if one_thread else machine.CORE_COUNT
         arguments.train_threads = arguments.train_threads or cores
         if one_thread and arguments.train_threads != 1:
             raise ValueError("clock: cpu time needs --train-threads 1")
@@ -113,37 +103,27 @@ class Networks(Question):
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """Ours against eager and the best peer, bytes, then every time."""
-        pairs = ((f"{name(v.ours)}, {v.ours['threads']} thread(s)", v) for v in compared(rows))
+        found = results.versus_each(rows, *CELL)
+        pairs = ((f"{name(v.ours)}, {v.ours['threads']} thread(s)", v) for _, v in found)
         show = functools.partial(cell, scale=1e3, digits=2)
         found = [against_peers("Milliseconds, medians", pairs, show)]
-        body = []
-        saved = results.cells((row for row in rows if row["mode"] == "saved"), "shape", "batch")
-        for (shape, batch), part in saved.items():
-            ours = [row["saved_total"] for who, row in part.items() if family(who) == "ours"]
-            if BASELINE in part and ours:
-                eager, least = part[BASELINE]["saved_total"] / 2**20, min(ours) / 2**20
-                sizes = (f"{eager:.1f}", f"{least:.1f}", times(eager / least))
-                body.append((f"{shape}, batch {batch}", *sizes))
+        body = [
+            (label, f"{eager / 2**20:.1f}", f"{ours / 2**20:.1f}", times(eager / ours))
+            for label, eager, ours in results.eager_and_ours(rows, "saved_total")
+        ]
         headings = ("network", "eager, MiB", "ours, MiB", "eager / ours")
         found.append(Table("Saved for backward", headings, body))
-        body = [
-            (
-                f"{name(row)}, {row['provider']}",
-                *(cell(row, key, 1e3, 2) for key in results.QUANTILES),
-                cell(row, "floors", 1),
-                f"{row['error']:.0e}",
-            )
-            for row in results.timed(rows)
-        ]
+        body = []
+        for row in results.timed(rows):
+            numbers = [cell(row, key, 1e3, 2) for key in results.QUANTILES]
+            last = cell(row, "floors", 1), f"{row['error']:.0e}"
+            body.append((f"{name(row)}, {row['provider']}", *numbers, *last))
         headings = ("every time", "ms", "p20", "p80", "floors", "error")
         return [*found, Table("Every time", headings, body), untimed(rows)]
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         """By mode and batch, the networks for CIFAR apart."""
-        for v in compared(rows):
+        for _, v in results.versus_each(rows, *CELL):
             kind = "CIFAR networks" if v.ours.get("group") == CIFAR else "networks"
             mean = f"{kind}, {v.ours['mode']}, batch {v.ours['batch']}"
             yield from results.speedups(mean, v, f"{v.ours['shape']} ({v.best['provider']})")
-
-
-QUESTION = Networks()

@@ -117,6 +117,3 @@ class Paper(Question):
             for who, found in (("PyTorch", p.pytorch), ("ghost_ops", p.ours)):
                 triple = found[0] / p.theory, found[1] / p.theory, found[2] / p.theory
                 yield Point(f"paper, k={p.k}: {who}, measured over r_s", triple, str(p))
-
-
-QUESTION = Paper()

@@ -16,6 +16,7 @@ factor says whether the model ranks shapes rightly.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import statistics
@@ -24,36 +25,29 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import providers, timing
-from benchmarks.harness.extras import require
+from benchmarks.harness import providers
 from benchmarks.harness.floor import Roofline
+from benchmarks.harness.machine import require
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import QUANTILES, Point, Row, split, timed
 from benchmarks.harness.runner import Session, Task
-from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Subject
-from benchmarks.questions.question import Question, add_batches, add_shapes, each
+from benchmarks.questions.question import Question, each
 from benchmarks.report.table import Table
 
 MODELLED = ("eager_nchw", "fused_nchw", "fused_cl")
 
 
-def predict(
-    roofline: Roofline, nbytes: float, flops: float, call: float, gemm_peak: float
-) -> float:
+def predict(limits: Roofline, nbytes: float, flops: float, call: float, peak: float) -> float:
     """Seconds of one call: its overhead, and whatever of memory and arithmetic takes longer."""
-    return call + roofline.at_peak(gemm_peak).floor(nbytes, flops)
+    return call + dataclasses.replace(limits, gemm_peak=peak).floor(nbytes, flops)
 
 
 def set_prediction(row: dict[str, Any], subject: Subject, call: float, limits: Roofline) -> None:
     """Give a timed row ``plan_bytes``, ``plan_flops``, ``scratch_bytes`` and ``predicted_s``."""
-    from ghost_ops import planner
-
-    shape, channels_last = subject.shape, row["layout"] == providers.CHANNELS_LAST
-    options = {"ratio": shape.ratio, "dw_size": shape.dw_size, "stride": shape.stride}
-    options |= {"activation": shape.activation, "dtype": subject.x.dtype}
-    size = tuple(subject.x.shape)
-    plan = planner.explain(size, shape.oup, channels_last=channels_last, **options)
+    channels_last = row["layout"] == providers.CHANNELS_LAST
+    dtype, batch = subject.x.dtype, len(subject.x)
+    plan = subject.shape.explain(batch, dtype=dtype, channels_last=channels_last)
     fused = row["provider"].startswith("fused")
     nbytes = plan.bytes_fused if fused else plan.bytes_eager
     row |= {"plan_bytes": nbytes, "plan_flops": plan.flops}
@@ -96,10 +90,7 @@ class Plan(Question):
     name = "plan"
     title = "Predicted and measured"
     purpose = "time predicted from bytes and FLOPs against time measured"
-
-    def options(self, parser: argparse.ArgumentParser) -> None:
-        add_batches(parser)
-        add_shapes(parser)
+    has_batches = has_shapes = True
 
     def unavailable(self, arguments: argparse.Namespace) -> str | None:
         """Why there is no plan here, or None."""
@@ -115,15 +106,8 @@ class Plan(Question):
         measurer = Measurer(run, providers.select(MODELLED))
 
         def overhead() -> None:
-            """Time of a call that computes next to nothing, for each provider."""
-            subject, chosen = Subject(Shape(8, 16, 4), 1, measurer.dtype), measurer.chosen
-            build = functools.partial(providers.build, plain=subject.plain, training=False)
             with torch.inference_mode():
-                calls = {p.name: functools.partial(build(p), p.input(subject.x)) for p in chosen}
-                found = measurer.time(calls, run.arguments.rounds)
-            for provider in chosen:
-                row = measurer.row("overhead", subject, provider)
-                measurer.fill(row, found[provider.name], timing.Check())
+                measurer.overhead(False, functools.partial)
 
         def measure(subject: Subject) -> None:
             calls = {r["provider"]: r["median_s"] for r in run.rows if r["mode"] == "overhead"}
@@ -156,6 +140,3 @@ class Plan(Question):
                 value, low, high = (row[key] / row["predicted_s"] for key in QUANTILES)
                 mean = f"plan, {name}: measured over predicted"
                 yield Point(mean, (value, low, high), row["shape"])
-
-
-QUESTION = Plan()

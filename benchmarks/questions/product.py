@@ -21,7 +21,7 @@ from benchmarks.harness.rows import FUSED, Point, Row, Triple, cells, fastest, t
 from benchmarks.harness.runner import Session, Task
 from benchmarks.harness.shapes import Shape
 from benchmarks.harness.subjects import Subject
-from benchmarks.questions.question import Question, add_batches, add_providers, add_shapes, each
+from benchmarks.questions.question import Question, each
 from benchmarks.report.table import Table, cell, untimed
 
 DEEP = 200  # least input channels of a product that counts in the means
@@ -40,20 +40,12 @@ def share(row: Row) -> Triple:
     return median, low, high
 
 
-def deep(rows: Sequence[Row]) -> list[Row]:
-    """The timed rows with K of ``DEEP`` or more."""
-    return [row for row in timed(rows) if row["inner"] >= DEEP]
-
-
 class Product(Question):
     name = "product"
     title = "The primary product alone"
     purpose = "the primary product alone, against the GEMM peak"
-
-    def options(self, parser: argparse.ArgumentParser) -> None:
-        add_batches(parser)
-        add_shapes(parser)
-        add_providers(parser, "eager", "folded", "fused")
+    has_batches = has_shapes = True
+    default_providers = ("eager", "folded", "fused")
 
     def check(self, arguments: argparse.Namespace) -> None:
         arguments.shapes = products(arguments.shapes)
@@ -80,10 +72,8 @@ class Product(Question):
         return [Table("Ours in NCHW, ours in NHWC, the best peer", headings, lines), untimed(rows)]
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
-        for row in sorted(deep(rows), key=lambda row: (row["batch"], row["provider"])):
+        deep = [row for row in timed(rows) if row["inner"] >= DEEP]
+        for row in sorted(deep, key=lambda row: (row["batch"], row["provider"])):
             where = f"product, batch {row['batch']}, K >= {DEEP}"
             mean = f"{where}: share of the GEMM peak, {row['provider']}"
             yield Point(mean, share(row), row["shape"])
-
-
-QUESTION = Product()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import engines, machine, runner, shapes, timing
-from benchmarks.harness.extras import MissingExtra, require
+from benchmarks.harness import engines, floor, machine, providers, shapes, timing
+from benchmarks.harness.machine import MissingExtra, require
 from benchmarks.harness.measure import failures
 from benchmarks.harness.rows import Mean, Point, Row, means
 from benchmarks.harness.runner import Session, Task
@@ -42,46 +42,8 @@ def number(least: float, most: float = math.inf, kind: type = int) -> Callable[[
 POSITIVE = number(1)
 
 
-def add_batches(parser: argparse.ArgumentParser) -> None:
-    """``--batch``: several batch sizes."""
-    sizes = "batch sizes (train: the largest)"
-    parser.add_argument("--batch", type=POSITIVE, nargs="+", default=[1, 16], help=sizes)
-
-
-def add_shapes(parser: argparse.ArgumentParser) -> None:
-    """``--shapes``: Ghost modules, as :func:`benchmarks.harness.shapes.select` takes them."""
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        help="all, ghostnet, yolo, quick, names or globs (default: all, or quick with --quick)",
-    )
-
-
-def add_providers(parser: argparse.ArgumentParser, *default: str) -> None:
-    """``--providers``: by default those named and the engines that are installed."""
-    parser.add_argument(
-        "--providers",
-        nargs="+",
-        help=f"names, families or globs; all: PyTorch and ours (default: {', '.join(default)} and "
-        "the engines that are installed)",
-    )
-    parser.set_defaults(default_providers=default)
-
-
-def add_compile(parser: argparse.ArgumentParser, default: str) -> None:
-    """``--compile`` and ``--compile-minutes``, for questions in which torch.compile takes part."""
-    modes = f"modes in which torch.compile runs too (default: {default}, none with --quick)"
-    parser.add_argument("--compile", choices=("none", "eval", "all"), help=modes)
-    minutes = (
-        "leave torch.compile out once compiling has taken as long; its cache serves later runs"
-    )
-    kind = number(0, kind=float)
-    parser.add_argument("--compile-minutes", type=kind, default=math.inf, help=minutes)
-    parser.set_defaults(default_compile=default)
-
-
 class Question:
-    """One question: how it is measured, and what its rows say."""
+    """One question: its options, its measurement and its tables."""
 
     name: str  # of its command and of its results file, <name>.json
     title: str  # of its section in the report
@@ -90,6 +52,10 @@ class Question:
     quick: tuple[str, ...] = ("--quick",)  # and with --quick
     malloc: Mapping[str, str] = machine.TUNED_MALLOC  # the allocator that it runs with
     measure_limits = True  # GEMM peak and bandwidth
+    has_batches = has_shapes = False  # whether it takes --batch, several sizes, and --shapes
+    default_providers: tuple[str, ...] = ()  # default of --providers
+    with_engines = True  # whether engines that are installed are among its providers
+    default_compile = ""  # default of --compile, where torch.compile takes part
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         """Add its own options."""
@@ -103,15 +69,12 @@ class Question:
 
     def tasks(self, run: Session) -> list[Task]:
         """Its work in one session."""
-        raise NotImplementedError
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        """What its rows say, for the console and the report."""
-        raise NotImplementedError
+        """The tables of its rows, for the console and the report."""
 
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         """The values behind its geometric means."""
-        raise NotImplementedError
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Its command line; argparse exits with a message on bad values."""
@@ -132,6 +95,22 @@ class Question:
         add("--fresh", action="store_true", help="forget an interrupted earlier run")
         out = Path(f"results/{self.name}.json")
         add("--out", type=Path, default=out, help="JSON rows go here")
+        if self.has_batches:
+            sizes = "batch sizes (train: the largest)"
+            add("--batch", type=POSITIVE, nargs="+", default=[1, 16], help=sizes)
+        if self.has_shapes:
+            names = "all, ghostnet, yolo, quick, names or globs (default: all; --quick: quick)"
+            add("--shapes", nargs="+", help=names)
+        if self.default_providers:
+            default = ", ".join(self.default_providers)
+            default += ", and the engines that are installed" if self.with_engines else ""
+            names = f"names, families, globs or all (default: {default})"
+            add("--providers", nargs="+", help=names)
+        if self.default_compile:
+            modes = f"modes of torch.compile (default: {self.default_compile}; --quick: none)"
+            add("--compile", choices=("none", "eval", "all"), help=modes)
+            kind, most = number(0, kind=float), "no more compiling once it has taken as long"
+            add("--compile-minutes", type=kind, default=math.inf, help=most)
         self.options(parser)
         arguments = parser.parse_args(argv)
         try:
@@ -150,13 +129,38 @@ class Question:
             arguments.batch = sorted(set(arguments.batch))
         if "shapes" in arguments:
             arguments.shapes = shapes.select(arguments.shapes or ["quick" if quick else "all"])
-        if "default_providers" in arguments:
-            default = arguments.default_providers
-            arguments.providers = engines.choose(arguments.providers, default)
-        if "default_compile" in arguments:
-            default = "none" if quick else arguments.default_compile
-            arguments.compile = arguments.compile or default
+        if self.default_providers:
+            named = arguments.providers
+            if self.with_engines:
+                arguments.providers = engines.choose(named, self.default_providers)
+            else:
+                arguments.providers = providers.select(named or self.default_providers)
+        if self.default_compile:
+            arguments.compile = arguments.compile or ("none" if quick else self.default_compile)
         self.check(arguments)
+
+    def start(self, argv: Sequence[str], arguments: argparse.Namespace) -> Session:
+        """Set up the machine, print what it is and measure its limits.
+
+        Raises OSError if the results file cannot be written, ValueError for too many threads.
+        """
+        machine.prepare_output(arguments.out)
+        words = [self.name, *argv]
+        allocation = "default allocator, untouched (--malloc default)"
+        if arguments.malloc == "tuned":
+            allocation = machine.use_malloc(self.malloc, words)
+        cores = machine.set_threads(arguments.threads, pin=not arguments.no_pin)
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
+        meta = machine.metadata(words, cores=cores, allocation=allocation, clock=arguments.clock)
+        machine.print_header(meta)
+        roofline = None
+        if self.measure_limits:
+            print("Measuring GEMM peak and bandwidth ...", flush=True)
+            less = floor.QUICK_LIMITS if arguments.quick else {}
+            roofline = floor.measure_roofline(arguments.dtype, **less)
+            print(roofline)
+            print(f"Copies: torch, memcpy and vector loops ({floor.native_copies()[1]})")
+        return Session(self.name, arguments, meta, roofline)
 
     def means(self, rows: Sequence[Row]) -> dict[str, Mean]:
         """All geometric means of its rows."""
@@ -170,12 +174,11 @@ class Question:
             require("numpy", "quantiles")
             if reason := self.unavailable(arguments):
                 raise ValueError(reason)
-            options = {"malloc": self.malloc, "measure_limits": self.measure_limits}
-            run = runner.start(self.name, argv, arguments, **options)
+            run = self.start(argv, arguments)
         except (MissingExtra, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        if "default_providers" in arguments:
+        if self.default_providers and self.with_engines:
             engines.print_missing()
         status = run.run(self.tasks(run))
         run.save(complete=status == 0)
@@ -192,11 +195,8 @@ def each(
 ) -> list[Task]:
     """``work`` on every shape at every batch size, one task each."""
 
-    def task(shape: Shape, batch: int) -> None:
-        work(Subject(shape, batch, given.dtype))
+    def task(shape: Shape, batch: int) -> Task:
+        label = f"{name}b{batch} {shape.name}"
+        return label, lambda: work(Subject(shape, batch, given.dtype))
 
-    return [
-        (f"{name}b{batch} {shape.name}", functools.partial(task, shape, batch))
-        for batch in batches
-        for shape in given.shapes
-    ]
+    return [task(shape, batch) for batch in batches for shape in given.shapes]

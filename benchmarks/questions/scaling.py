@@ -14,7 +14,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from benchmarks.harness import machine, providers
+from benchmarks.harness import machine
 from benchmarks.harness.measure import Measurer
 from benchmarks.harness.rows import Point, Row, Versus, speedups, versus_each
 from benchmarks.harness.runner import Session, Task
@@ -31,12 +31,12 @@ AXES: dict[str, tuple[int, ...]] = {
     "channels": (16, 32, 64, 128, 256, 512, 1024),
     "ratio": (2, 3, 4, 5),
     "d": (1, 3, 5, 7),
-    "threads": tuple(range(1, machine.core_count() + 1)),
+    "threads": tuple(range(1, machine.CORE_COUNT + 1)),
 }
 
 
 def values(axis: str, quick: bool) -> tuple[int, ...]:
-    """What is measured along ``axis``; ends and middle with ``quick``."""
+    """The measured values of ``axis``; ends and middle with ``quick``."""
     every = AXES[axis]
     if not quick or len(every) <= 3:
         return every
@@ -64,7 +64,7 @@ def point(axis: str, value: int) -> tuple[Shape, int]:
 
 def points(rows: Sequence[Row]) -> list[tuple[str, int, Versus]]:
     """Axis, value, and ours beside the best of PyTorch."""
-    return [(*key, v) for key, v in versus_each(rows, "axis", "value") if v.eager is not None]
+    return [(*key, v) for key, v in versus_each(rows, "axis", "value")]
 
 
 def per_image(row: Row) -> float:
@@ -76,15 +76,11 @@ class Scaling(Question):
     name = "scaling"
     title = "How the cost grows"
     purpose = "how the cost grows with batch, size, channels, ratio, d, threads"
+    default_providers = ("eager", "folded", "fused")
+    with_engines = False
 
     def options(self, parser: argparse.ArgumentParser) -> None:
-        add = parser.add_argument
-        add("--axis", nargs="+", choices=tuple(AXES), default=list(AXES))
-        default = ["eager", "folded", "fused"]
-        add("--providers", nargs="+", default=default, help="names, families or globs")
-
-    def check(self, arguments: argparse.Namespace) -> None:
-        arguments.providers = providers.select(arguments.providers)
+        parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=list(AXES))
 
     def tasks(self, run: Session) -> list[Task]:
         """One task per point; threads last, since a larger thread pool stays."""
@@ -113,6 +109,3 @@ class Scaling(Question):
     def ratios(self, rows: Sequence[Row]) -> Iterable[Point]:
         for axis, value, v in points(rows):
             yield from speedups(f"along {axis}", v, f"{axis} {value}")
-
-
-QUESTION = Scaling()

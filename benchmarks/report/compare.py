@@ -55,9 +55,6 @@ def setup(document: Document, *more: str) -> dict[str, Any]:
     return sets | {key: meta.get(key, "unknown") for key in keys}
 
 
-# ---- two files
-
-
 class Change(NamedTuple):
     """One measurement in both files."""
 
@@ -95,7 +92,7 @@ def identity(row: Row) -> Key:
 
 
 def label(key: Key) -> str:
-    """The parts of a key that say something, in one line."""
+    """The parts of a key that are set, in one line."""
     bare = ("question", "mode", "what", "shape", "provider")
     named = {n: v for n, v in zip(IDENTITY, key, strict=True) if n not in ("dtype", "layout")}
     return ", ".join(str(v) if n in bare else f"{n} {v}" for n, v in named.items() if v is not None)
@@ -135,15 +132,18 @@ def compare(before: Iterable[Row], after: Iterable[Row], tolerance: float = 0.05
 
 def print_means(before: Mapping[str, Mean], after: Mapping[str, Mean], everything: bool) -> None:
     """Which geometric means differ by more than ``AGREE``, the largest difference first."""
-    both = [(old.apart(after[n]), n, old, after[n]) for n, old in before.items() if n in after]
-    for apart, name, old, new in sorted(both, key=lambda line: -line[0]):
-        if apart > AGREE:
-            spread = "within" if old.overlaps(new) else "beyond"
-            print(f"apart  {apart:.0%}, {spread} the spread: {name}: {old}, then {new}")
+    both = {name: (old, after[name]) for name, old in before.items() if name in after}
+    ratios = {name: new.value / old.value for name, (old, new) in both.items()}
+    apart = {name: max(ratio, 1 / ratio) - 1 for name, ratio in ratios.items()}
+    for name in sorted(both, key=lambda name: -apart[name]):
+        old, new = both[name]
+        if apart[name] > AGREE:
+            spread = "within" if old.low <= new.high and new.low <= old.high else "beyond"
+            print(f"apart  {apart[name]:.0%}, {spread} the spread: {name}: {old}, then {new}")
         elif everything:
-            print(f"agrees {apart:.0%}: {name}: {old}, then {new}")
+            print(f"agrees {apart[name]:.0%}: {name}: {old}, then {new}")
     if both:
-        near = sum(apart <= AGREE for apart, *_ in both)
+        near = sum(value <= AGREE for value in apart.values())
         print(f"{near} of {len(both)} geometric means agree within {AGREE:.0%}")
 
 
@@ -152,10 +152,11 @@ def _pairs(before: Path, after: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"expected two files or two folders, got {before} and {after}")
     if not before.is_dir():
         return [(before, after)]
-    names = {p.name for p in before.glob("*.json")} & {p.name for p in after.glob("*.json")}
-    if not (names := names - {RUN_FILE}):
+    both = [(path, after / path.name) for path in sorted(before.glob("*.json"))]
+    both = [(one, two) for one, two in both if two.exists() and one.name != RUN_FILE]
+    if not both:
         raise ValueError(f"{before} and {after} have no *.json of the same name")
-    return [(before / name, after / name) for name in sorted(names)]
+    return both
 
 
 def main(argv: Sequence[str]) -> int:
@@ -202,11 +203,8 @@ def main(argv: Sequence[str]) -> int:
     return 1 if worse or broken else 0
 
 
-# ---- several files
-
-
 def column(document: Document) -> dict[str, str]:
-    """What is compared, in words -> the number, of one file: all means but those in floors."""
+    """Description -> number, of one file: all means except those in floors, and network times."""
     means = means_of(document)
     found = {name: f"{m.value:.2f}" for name, m in means.items() if ": floors of " not in name}
     for row in timed(document["rows"]):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import machine
-from benchmarks.harness.extras import MissingExtra
+from benchmarks.harness.machine import MissingExtra
 from benchmarks.harness.rows import Point, load, means, spread
 from benchmarks.questions import QUESTIONS
 from benchmarks.report import plot
@@ -40,24 +40,16 @@ def _commands(documents: Mapping[str, Document], run: Mapping[str, Any] | None) 
         state = "" if run["complete"] else "; **unfinished**"
         lines = [f"    {run['fingerprint']['command']}", ""]
         lines += [f"{sum(taken.values()):.0f} s in all{state}.", ""]
-    metas = {name: document["meta"] for name, document in documents.items()}
-    body = [
-        (f"{name}: `{meta['command']}`", meta["date"], taken.get(name, meta.get("seconds", "")))
-        for name, meta in metas.items()
-    ]
+    body = []
+    for name, meta in ((name, document["meta"]) for name, document in documents.items()):
+        seconds = taken.get(name, meta.get("seconds", ""))
+        body.append((f"{name}: `{meta['command']}`", meta["date"], seconds))
     return lines + Table("", ("part", "started (UTC)", "seconds"), body).lines()
 
 
 def shown(mean: str) -> bool:
     """Whether the page shows a mean: single peers and floors of single providers are left out."""
-    best = (
-        "the best peer",
-        "best_pytorch",
-        "best_engine",
-        "fused_best",
-        "eager_nchw",
-        "than eager",
-    )
+    best = ("best peer", "best_pytorch", "best_engine", "fused_best", "eager_nchw", "than eager")
     return not (": floors of " in mean or "times faster" in mean) or mean.endswith(best)
 
 
@@ -125,7 +117,7 @@ def render(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(folder: Path, *, draw: bool = True) -> Path:
+def write(folder: Path) -> Path:
     """Write REPORT.md, and the pictures, from the results files in a folder. ValueError if there
     is none or one is broken, OSError if the page cannot be written."""
     files = {name: folder / f"{name}.json" for name in QUESTIONS}
@@ -134,7 +126,7 @@ def write(folder: Path, *, draw: bool = True) -> Path:
         raise ValueError(f"{folder}: none of {', '.join(p.name for p in files.values())} is there")
     target = machine.prepare_output(folder / "REPORT.md")
     pictures: dict[str, list[str]] = {}
-    for name, document in documents.items() if draw else ():
+    for name, document in documents.items():
         drawn = plot.draw_all(document, folder / name)
         pictures[name] = [path.name for path in drawn if path.suffix == ".png"]
     try:
@@ -149,10 +141,8 @@ def main(argv: Sequence[str]) -> int:
     """The page of a folder of results; 2 if it has none."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks page", description=write.__doc__)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("results"))
-    parser.add_argument("--no-pictures", action="store_true", help="the text alone")
-    arguments = parser.parse_args(argv)
     try:
-        target = write(arguments.folder, draw=not arguments.no_pictures)
+        target = write(parser.parse_args(argv).folder)
     except (OSError, ValueError, MissingExtra) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

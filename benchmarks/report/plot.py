@@ -10,28 +10,17 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.harness import machine
-from benchmarks.harness.extras import MissingExtra, require
-from benchmarks.harness.rows import (
-    ENGINE_FAMILIES,
-    Cell,
-    Row,
-    Triple,
-    Versus,
-    by_shape,
-    fastest,
-    geometric_mean,
-    load,
-    ratio,
-    split,
-    timed,
-    versus,
-)
+from benchmarks.harness import rows as results
+from benchmarks.harness.machine import MissingExtra, require
+from benchmarks.harness.rows import Cell, Row, Triple, Versus, fastest, ratio
 from benchmarks.questions import QUESTIONS, paper, scaling
 
 Document = Mapping[str, Any]
@@ -51,50 +40,32 @@ TICKS = [k * 10.0**e for e in range(-2, 7) for k in (1, 2, 5)]
 
 
 class Nothing(ValueError):
-    """The rows do not allow a picture; the message says what they lack."""
+    """The rows do not allow a picture; the message names the missing ones."""
 
 
-class Curve(NamedTuple):
-    """A line or marks through points; ``mark`` as matplotlib has it."""
-
-    label: str
-    colour: str
-    mark: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-
-
-# ---- the style
-
-
-def matplotlib_modules() -> Any:
-    """matplotlib, with the modules used here loaded."""
-    matplotlib = require("matplotlib", "pictures")
-    # The figure class alone: pyplot would hold global state and need a display.
+def matplotlib() -> Any:
+    """matplotlib without pyplot, which would hold global state and need a display."""
     for module in ("matplotlib.figure", "matplotlib.ticker"):
         require(module, "pictures")
-    return matplotlib
+    return require("matplotlib", "pictures")
 
 
 def shape_label(shape: str) -> str:
     """``40-120@28-relu`` as ``40 → 120 @ 28, ReLU``; the name of a network as it is."""
-    channels, _, rest = shape.partition("@")
-    inp, _, oup = channels.partition("-")
-    size, _, activation = rest.partition("-")
-    names = {"relu": "ReLU", "silu": "SiLU"}
-    return f"{inp} → {oup} @ {size}, {names.get(activation, activation)}" if rest else shape
+    label = re.sub(r"^(\d+)-(\d+)@(\d+)-", r"\1 → \2 @ \3, ", shape)
+    return label.replace(", relu", ", ReLU").replace(", silu", ", SiLU")
 
 
 def ghostnet_mean(values: Iterable[tuple[str, float]]) -> float:
     """Geometric mean over the GhostNet shapes, or over all where there are none."""
     every = list(values)
-    ghostnet = [value for group, value in every if group == "ghostnet"]
-    return geometric_mean(ghostnet or [value for _, value in every]) or math.nan
+    chosen = [v for group, v in every if group == "ghostnet"] or [v for _, v in every]
+    return statistics.geometric_mean(chosen) if chosen else math.nan
 
 
 def panels(width: float, height: float, rows: int = 1, columns: int = 1, **share: bool) -> Any:
     """A figure of so many inches, and its axes."""
-    figure = matplotlib_modules().figure.Figure(figsize=(width, height), layout="constrained")
+    figure = matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **share).flat)
 
 
@@ -117,18 +88,19 @@ def shape_axis(axes: Any, names: Sequence[str]) -> None:
 
 def log_axis(axes: Any, which: str, ticks: Sequence[float] = TICKS) -> None:
     """A logarithmic axis whose ticks are written as plain numbers."""
-    ticker, axis = matplotlib_modules().ticker, getattr(axes, f"{which}axis")
+    ticker, axis = matplotlib().ticker, getattr(axes, f"{which}axis")
     getattr(axes, f"set_{which}scale")("log")
     axis.set_major_locator(ticker.FixedLocator(ticks))
     axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def draw_curves(axes: Any, curves: Iterable[Curve]) -> None:
-    """Lines with marks, or marks alone."""
-    for label, colour, mark, xs, ys in curves:
-        size = 4 if "-" in mark else 5
-        axes.plot(xs, ys, mark, color=colour, markersize=size, linewidth=1.2, label=label)
+def curve(
+    axes: Any, label: str, colour: str, mark: str, xs: Sequence[float], ys: Sequence[float]
+) -> None:
+    """A line with marks, or marks alone; ``mark`` as matplotlib has it."""
+    size = 4 if "-" in mark else 5
+    axes.plot(xs, ys, mark, color=colour, markersize=size, linewidth=1.2, label=label)
     axes.grid(**GRID)
 
 
@@ -154,14 +126,12 @@ def caption(figure: Any, meta: Mapping[str, Any]) -> None:
     figure.text(0.995, 0.2 * room, text, ha="right", va="bottom", fontsize=6.5, color="#555555")
 
 
-# ---- modules
-
-
 def _batches(rows: Iterable[Row], *families: str) -> dict[int, dict[str, Cell]]:
     """Batch -> shape -> the eval rows of a shape that has one of each family."""
     found = {}
-    for (batch,), part in split((r for r in timed(rows) if r["mode"] == "eval"), "batch").items():
-        cells = by_shape(part)
+    evaluated = (row for row in results.timed(rows) if row["mode"] == "eval")
+    for (batch,), part in results.split(evaluated, "batch").items():
+        cells = results.by_shape(part)
         kept = {s: c for s, c in cells.items() if all(fastest(c, *f.split()) for f in families)}
         if kept:
             found[batch] = kept
@@ -176,7 +146,7 @@ def draw_floors(document: Document) -> Any:
     series = [("eager PyTorch (NCHW)", EAGER, "s", ["eager_nchw"])]
     series += [("best PyTorch option", BEST, "D", ["pytorch"]), ("ghost_ops", OURS, "o", ["ours"])]
     measured = {row["provider"].partition("_")[0] for row in document["rows"]}
-    if engines := [family for family in ENGINE_FAMILIES if family in measured]:
+    if engines := [family for family in results.ENGINE_FAMILIES if family in measured]:
         series.insert(2, (f"best of {', '.join(engines)}", ENGINE, "^", ["engine"]))
     height = 1.5 + 0.21 * max(map(len, found.values()))
     figure, grid = panels(3.2 + 3.3 * len(found), height, 1, len(found), sharex=True, sharey=True)
@@ -186,7 +156,7 @@ def draw_floors(document: Document) -> Any:
             points = [(row["floors"], y, row["group"]) for y, row in enumerate(picked) if row]
             mean = ghostnet_mean((group, value) for value, _, group in points)
             xs, ys = [point[0] for point in points], [point[1] for point in points]
-            draw_curves(axes, [Curve(f"{label}: {mean:.2f} floors", colour, mark, xs, ys)])
+            curve(axes, f"{label}: {mean:.2f} floors", colour, mark, xs, ys)
         log_axis(axes, "x", [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24])
         axes.set_title(f"Batch {batch}: geometric means, GhostNet 1.0x", **TITLE)
         axes.set_xlabel("time in floors (1 = hardware limit; left is better)")
@@ -197,8 +167,8 @@ def draw_floors(document: Document) -> Any:
 
 def draw_training(document: Document) -> Any:
     """Bars: speed-up of forward + backward over eager PyTorch in each layout, per shape."""
-    rows = [r for r in timed(document["rows"]) if r["mode"] == "train"]
-    cells = {s: cell for s, cell in by_shape(rows).items() if fastest(cell, "ours")}
+    rows = [r for r in results.timed(document["rows"]) if r["mode"] == "train"]
+    cells = {s: cell for s, cell in results.by_shape(rows).items() if fastest(cell, "ours")}
     if not cells:
         raise Nothing("no training rows")
     figure, (axes,) = panels(6.4, 1.3 + 0.27 * len(cells))
@@ -224,7 +194,7 @@ def draw_ratios(document: Document) -> Any:
     height = 1.3 + 0.21 * max(map(len, found.values()))
     figure, grid = panels(1.0 + 4.6 * len(found), height, 1, len(found))
     for axes, (batch, cells) in zip(grid, found.items(), strict=True):
-        each = [(shape, v) for shape, cell in cells.items() if (v := versus(cell))]
+        each = [(shape, v) for shape, cell in cells.items() if (v := results.versus(cell))]
         each.sort(key=lambda pair: pair[1].over_best)
         draw_bars(axes, [shape for shape, _ in each], [ratio(v.best, v.ours) for _, v in each])
         mean = ghostnet_mean((v.ours["group"], v.over_best) for _, v in each)
@@ -247,7 +217,7 @@ def draw_roofline(document: Document) -> Any:
     roofs = ((copies[-1], "main memory", "-"), (max(copies), "cache", "--"))
     figure, grid = panels(0.8 + 4.6 * len(found), 4.6, 1, len(found), sharey=True)
     for axes, (batch, cells) in zip(grid, found.items(), strict=True):
-        each: list[Versus] = [v for cell in cells.values() if (v := versus(cell))]
+        each: list[Versus] = [v for cell in cells.values() if (v := results.versus(cell))]
         xs = [v.ours["flops"] / v.ours["bytes"] for v in each]
         low, high = 0.7 * min(xs), 1.4 * max(xs)
         for rate, name, line in roofs:
@@ -255,11 +225,10 @@ def draw_roofline(document: Document) -> Any:
             label = f"{name}: {rate:.0f} GB/s"
             axes.plot(at, [min(peak, rate * x) for x in at], line, color="black", label=label)
         floors = [v.ours["flops"] / v.ours["floor_s"] / 1e9 for v in each]
-        best = [v.best["gflops"] for v in each]
-        ours = [v.ours["gflops"] for v in each]
-        series = [Curve("floor of a shape (peak of its minute)", "black", "_", xs, floors)]
-        series += [Curve("best peer", BEST, "D", xs, best), Curve("ghost_ops", OURS, "o", xs, ours)]
-        draw_curves(axes, series)
+        best, ours = [v.best["gflops"] for v in each], [v.ours["gflops"] for v in each]
+        curve(axes, "floor of a shape (peak of its minute)", "black", "_", xs, floors)
+        curve(axes, "best peer", BEST, "D", xs, best)
+        curve(axes, "ghost_ops", OURS, "o", xs, ours)
         log_axis(axes, "x")
         log_axis(axes, "y")
         axes.set_xlim(low, high)
@@ -269,9 +238,6 @@ def draw_roofline(document: Document) -> Any:
         legend_above(axes, 2)
     grid[0].set_ylabel("GFLOP/s")
     return figure
-
-
-# ---- the other questions
 
 
 def draw_means(document: Document) -> Any:
@@ -305,8 +271,9 @@ def draw_scaling(document: Document) -> Any:
         xs = [value for value, _ in points]
         times = [(per(v.eager or v.best), per(v.best), per(v.ours)) for _, v in points]
         floors = [t[2] / v.ours["floors"] for t, (_, v) in zip(times, points, strict=True)]
-        curves = zip(labels, series, (*zip(*times, strict=True), floors), strict=True)
-        draw_curves(axes, [Curve(label, *style, xs, ys) for label, style, ys in curves])
+        curves = (*zip(*times, strict=True), floors)
+        for label, style, ys in zip(labels, series, curves, strict=True):
+            curve(axes, label, *style, xs, ys)
         log_axis(axes, "y")
         if max(xs) > 8 * min(xs):
             log_axis(axes, "x", xs)
@@ -331,9 +298,9 @@ def draw_speedup(document: Document) -> Any:
         points = sorted((p for p in lines if (p.k, p.d) == (k, d)), key=lambda p: p.s)
         xs = [p.s for p in points]
         pytorch, ours = [p.pytorch[0] for p in points], [p.ours[0] for p in points]
-        curves = [Curve("r_s by FLOPs", "black", "--", xs, [p.theory for p in points])]
-        curves += [Curve("Ghost module, PyTorch at its best", BEST, "D-", xs, pytorch)]
-        draw_curves(axes, [*curves, Curve("Ghost module, ghost_ops", OURS, "o-", xs, ours)])
+        curve(axes, "r_s by FLOPs", "black", "--", xs, [p.theory for p in points])
+        curve(axes, "Ghost module, PyTorch at its best", BEST, "D-", xs, pytorch)
+        curve(axes, "Ghost module, ghost_ops", OURS, "o-", xs, ours)
         axes.axhline(1.0, color="black", linewidth=0.6)
         axes.set_xticks(xs)
         axes.set_title(f"{k} x {k} conv, d = {d}", **TITLE)
@@ -363,22 +330,19 @@ PICTURES: dict[str, dict[str, Callable[[Document], Any]]] = {
 def draw_all(document: Document, stem: Path) -> list[Path]:
     """Every picture that the rows allow, as ``<stem>_<name>.png`` and ``.svg``."""
     written = []
-    questions = {row.get("question") for row in document["rows"]}
-    for question in sorted(questions & PICTURES.keys()):
+    for question in sorted({row.get("question") for row in document["rows"]} & PICTURES.keys()):
         for name, draw in PICTURES[question].items():
-            with matplotlib_modules().rc_context(STYLE):
+            with matplotlib().rc_context(STYLE):
                 try:
                     figure = draw(document)
                 except Nothing as error:
                     print(f"{name}: left out, {error}")
                     continue
                 caption(figure, document["meta"])
-                for suffix, options in (
-                    (".png", {"dpi": 150}),
-                    (".svg", {"metadata": {"Date": None}}),
-                ):
-                    written.append(stem.with_name(f"{stem.name}_{name}{suffix}"))
-                    figure.savefig(written[-1], **options)
+                png, svg = (stem.with_name(f"{stem.name}_{name}.{kind}") for kind in ("png", "svg"))
+                figure.savefig(png, dpi=150)
+                figure.savefig(svg, metadata={"Date": None})
+                written += [png, svg]
     return written
 
 
@@ -389,7 +353,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: beside it)")
     arguments = parser.parse_args(argv)
     try:
-        document = load(arguments.results)
+        document = results.load(arguments.results)
         stem = (arguments.out or arguments.results.parent) / arguments.results.stem
         machine.prepare_output(stem.with_name(f"{stem.name}_picture.png"))
         written = draw_all(document, stem)

@@ -48,20 +48,11 @@ def against_peers(
     title: str, pairs: Iterable[tuple[str, Versus]], show: Callable[[Row | None], str]
 ) -> Table:
     """Ours beside eager NCHW and the best peer; ``show`` gives a row's time."""
-    body = [
-        (
-            label,
-            show(v.eager),
-            show(v.best),
-            v.best["provider"],
-            show(v.ours),
-            v.ours["provider"],
-            cell(v.ours, "floors", 1, 2),
-            times(v.over_eager),
-            times(v.over_best),
-        )
-        for label, v in pairs
-    ]
+    body = []
+    for label, v in pairs:
+        peers = (show(v.eager), show(v.best), v.best["provider"])
+        ours = (show(v.ours), v.ours["provider"], cell(v.ours, "floors", 1, 2))
+        body.append((label, *peers, *ours, times(v.over_eager), times(v.over_best)))
     headings = ("", "eager", "best peer", "by", "ours", "by", "floors", "over eager", "over best")
     return Table(title, headings, body)
 
@@ -74,15 +65,10 @@ def untimed(rows: Iterable[Row]) -> Table:
 
 def of_means(means: Mapping[str, Mean]) -> Table:
     """Geometric means with their spreads."""
-    body = [
-        (
-            name,
-            mean.count,
-            f"{mean.value:.2f}",
-            "" if mean.low == mean.high else f"{mean.low:.2f} to {mean.high:.2f}",
-        )
-        for name, mean in means.items()
-    ]
+    body = []
+    for name, mean in means.items():
+        spread = "" if mean.low == mean.high else f"{mean.low:.2f} to {mean.high:.2f}"
+        body.append((name, mean.count, f"{mean.value:.2f}", spread))
     return Table("", ("geometric mean of", "values", "mean", "spread"), body)
 
 

@@ -1,4 +1,4 @@
-"""Fits the constants of the CUDA plans' model of time to plans measured on a GPU.
+"""Fit the constants of the CUDA plans' model of time to plans measured on a GPU.
 
 Rows of ``ghost_apply`` in float16, channels_last, batch 256: a CSV file with ``COLUMNS``, or the
 ``rows.jsonl`` of ``benchmarks/gpu.py --steps plans-1 plans-2 plans-3``. The constants stand in
@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.gpu_steps.sheet import read_rows
 from benchmarks.harness import machine, shapes
@@ -43,10 +43,6 @@ SPLITS = 4  # of the shapes into two halves, for the held-out figures
 
 Costs = Mapping[str, float]
 Tile = tuple[int, ...]
-
-
-class Malformed(ValueError):
-    """A file that is not a table of measured plans."""
 
 
 @dataclass(frozen=True)
@@ -71,39 +67,24 @@ class Plans:
         return [1e6 * one[0] for one in self.seen(costs, list(self.measured)) if one is not None]
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of measured plans: the plans that exist today, and what was skipped."""
+class File(NamedTuple):
+    """A file of measured plans: its device and rows, rows skipped, plans that exist today."""
 
-    path: Path
     device: str
     rows: int
     skipped: list[str]
     plans: list[Plans]
 
 
-def explain(shape: shapes.Shape, batch: int, dtype: Any, device: str) -> Any:
-    """The plan of a shape in channels_last."""
-    from ghost_ops import planner
-
-    size = (batch, shape.inp, shape.size, shape.size)
-    given = {"ratio": shape.ratio, "dw_size": shape.dw_size, "activation": shape.activation}
-    given |= {"dtype": dtype, "channels_last": True, "device": device}
-    return planner.explain(size, shape.oup, **given)
-
-
 def planned(shape: shapes.Shape, sm: int) -> dict[str, int]:
     """The plan that the launchers take for a shape: the columns of a row that name it, and sm."""
     import torch
 
-    first = explain(shape, BATCH, torch.float16, f"sm_{sm}").passes[0]
+    options = {"dtype": torch.float16, "channels_last": True, "device": f"sm_{sm}"}
+    first = shape.explain(BATCH, **options).passes[0]
     tile = tuple(int(getattr(first, name)) for name in TILE)
     (seen,) = Plans(shape, sm, {}).seen({}, [tile])
-    assert seen is not None
     return {**dict(zip((*TILE, *CHECKED), (*tile, *seen[1:]), strict=True)), "sm": sm}
-
-
-# ---------------------------------------------------------------- reading
 
 
 def _read_table(path: Path) -> Iterable[dict[str, Any]]:
@@ -118,13 +99,13 @@ def _read_table(path: Path) -> Iterable[dict[str, Any]]:
 
 def _number(row: Mapping[str, Any], number: int, column: str, kind: type) -> Any:
     if row.get(column) is None:
-        raise Malformed(f"row {number} has no column {column}; expected {', '.join(COLUMNS)}")
+        raise ValueError(f"row {number} has no column {column}; expected {', '.join(COLUMNS)}")
     try:
         value = kind(row[column])
     except ValueError:
         value = -1
     if not (0 if column == "resident" else 1e-9) <= value < math.inf:
-        raise Malformed(f"row {number}: {column} is {row[column]!r}, not a size or a time")
+        raise ValueError(f"row {number}: {column} is {row[column]!r}, not a size or a time")
     return value
 
 
@@ -132,7 +113,7 @@ def read(path: Path) -> File:
     """The measured plans of a file.
 
     Raises:
-        Malformed: it holds something else; the message names the row and the column.
+        ValueError: it holds something else; the message names the row and the column.
         OSError: it cannot be read.
     """
     known = {shape.name: shape for shape in shapes.ALL}
@@ -140,7 +121,7 @@ def read(path: Path) -> File:
     skipped, count, devices = [], 0, set()
     for number, row in enumerate(_read_table(path), 1):
         if row.get("shape") not in known:
-            raise Malformed(f"row {number}: shape is {row.get('shape')!r}, which is none of ours")
+            raise ValueError(f"row {number}: shape is {row.get('shape')!r}, which is unknown")
         tile = tuple(_number(row, number, column, int) for column in TILE)
         seen = tuple(_number(row, number, column, int) for column in CHECKED)
         measured = _number(row, number, "measured_us", float)
@@ -149,23 +130,19 @@ def read(path: Path) -> File:
         count += 1
         (now,) = Plans(known[row["shape"]], sm, {}).seen({}, [tile])
         if now is None or now[1:] != seen:
-            skipped.append(
-                f"{row['shape']} {dict(zip((*TILE, *CHECKED), tile + seen, strict=True))}"
-            )
+            given = dict(zip((*TILE, *CHECKED), tile + seen, strict=True))
+            skipped.append(f"{row['shape']} {given}")
             continue
         times.setdefault((row["shape"], sm), {}).setdefault(tile, []).append(measured)
     if len(devices) > 1:
-        raise Malformed(f"rows of several devices: {', '.join(sorted(devices))}")
+        raise ValueError(f"rows of several devices: {', '.join(sorted(devices))}")
     plans = [
         Plans(known[name], sm, {tile: statistics.median(us) for tile, us in found.items()})
         for (name, sm), found in times.items()
     ]
     if not plans:
-        raise Malformed(f"no row of a plan that exists; expected {', '.join(COLUMNS)}")
-    return File(path, devices.pop(), count, skipped, plans)
-
-
-# ---------------------------------------------------------------- the fit
+        raise ValueError(f"no row of a plan that exists; expected {', '.join(COLUMNS)}")
+    return File(devices.pop(), count, skipped, plans)
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -199,13 +176,10 @@ def fit(plans: Sequence[Plans], names: Iterable[str] | None = None) -> dict[str,
         names = [n for n, cost in known.items() if cost["origin"] in ("estimate", "fitted")]
     start = {name: float(known[name]["value"]) for name in names}
 
-    def unit(name: str) -> float:
-        return start[name] or FIRST[name.rpartition("_")[2]]
+    unit = {name: value or FIRST[name.rpartition("_")[2]] for name, value in start.items()}
 
     def price(name: str, value: float) -> float:
-        if start[name] == 0:
-            return value / unit(name)
-        return abs(math.log(value / start[name]))
+        return abs(math.log(value / start[name])) if start[name] else value / unit[name]
 
     def total(costs: Costs) -> float:
         changes = sum(price(name, value) for name, value in costs.items())
@@ -216,8 +190,8 @@ def fit(plans: Sequence[Plans], names: Iterable[str] | None = None) -> dict[str,
     while step > 0.01:
         moved = False
         for name in costs:
-            old, most = costs[name], 8 * unit(name)
-            for new in (old * (1 + step), old / (1 + step)) if old else (step * unit(name),):
+            old, most = costs[name], 8 * unit[name]
+            for new in (old * (1 + step), old / (1 + step)) if old else (step * unit[name],):
                 new = min(new, 1.0) if name.endswith("_share") else new
                 if not start[name] / 8 <= new <= most:
                     continue
@@ -228,8 +202,7 @@ def fit(plans: Sequence[Plans], names: Iterable[str] | None = None) -> dict[str,
     return costs
 
 
-@dataclass(frozen=True)
-class Quality:
+class Quality(NamedTuple):
     """How predictions and measured times agree.
 
     Attributes:
@@ -248,11 +221,6 @@ class Quality:
     @property
     def mean_regret(self) -> float:
         return statistics.geometric_mean(self.regret.values())
-
-    @property
-    def merit(self) -> tuple[float, float]:
-        """The less the better: what choices cost, then the error."""
-        return self.mean_regret, self.error
 
 
 def _ranks(values: Sequence[float]) -> list[int]:
@@ -280,48 +248,39 @@ def held_out(plans: Sequence[Plans]) -> tuple[Quality, Quality] | None:
     counts ``SPLITS`` times. None for fewer than four shapes."""
     if len(plans) < 4:
         return None
-    found: list[tuple[Quality, Quality]] = []
+    before, after = [], []
     for split in range(SPLITS):
         mixed = random.Random(split).sample(list(plans), len(plans))
         halves = mixed[::2], mixed[1::2]
         for given, others in (halves, halves[::-1]):
-            found.append((judge(others, {}), judge(others, fit(given))))
-    before, after = (_mean([pair[i] for pair in found]) for i in (0, 1))
-    return before, after
+            before.append(judge(others, {}))
+            after.append(judge(others, fit(given)))
+    return _mean(before), _mean(after)
 
 
 def _mean(parts: Sequence[Quality]) -> Quality:
-    regret: dict[str, list[float]] = {}
-    for part in parts:
-        for name, value in part.regret.items():
-            regret.setdefault(name, []).append(value)
-    means = (
-        statistics.fmean(getattr(part, name) for part in parts)
-        for name in ("factor", "error", "error_p90", "rank")
-    )
-    return Quality(*means, {n: statistics.geometric_mean(v) for n, v in regret.items()})
+    numbers = zip(*(part[:4] for part in parts), strict=True)
+    names = dict.fromkeys(name for part in parts for name in part.regret)
+    each = {n: [part.regret[n] for part in parts if n in part.regret] for n in names}
+    regret = {name: statistics.geometric_mean(values) for name, values in each.items()}
+    return Quality(*map(statistics.fmean, numbers), regret)
 
 
-# ---------------------------------------------------------------- the report and the table
-
-
-def _lines(title: str, before: Quality, after: Quality) -> list[str]:
-    def line(name: str, form: str, old: float, new: float) -> str:
-        return f"  {name:46} {old:{form}} -> {new:{form}}"
-
-    return [
-        title,
-        line("measured / predicted, median", ".2f", before.factor, after.factor),
-        line("|log(predicted / measured)|, median", ".3f", before.error, after.error),
-        line("  and 90th percentile", ".3f", before.error_p90, after.error_p90),
-        line("rank correlation inside a shape", ".3f", before.rank, after.rank),
-        line("chosen / best measured time", ".4f", before.mean_regret, after.mean_regret),
-        *(
-            line(f"  {name}", ".3f", old, after.regret[name])
-            for name, old in before.regret.items()
-            if max(old, after.regret[name]) >= 1.0005
-        ),
+def _print(title: str, before: Quality, after: Quality) -> None:
+    means = before.mean_regret, after.mean_regret
+    lines = [
+        ("measured / predicted, median", ".2f", before.factor, after.factor),
+        ("|log(predicted / measured)|, median", ".3f", before.error, after.error),
+        ("  and 90th percentile", ".3f", before.error_p90, after.error_p90),
+        ("rank correlation inside a shape", ".3f", before.rank, after.rank),
+        ("chosen / best measured time", ".4f", *means),
     ]
+    for name, old in before.regret.items():
+        if max(old, new := after.regret[name]) >= 1.0005:
+            lines.append((f"  {name}", ".3f", old, new))
+    print(title)
+    for name, form, old, new in lines:
+        print(f"  {name:46} {old:{form}} -> {new:{form}}")
 
 
 def write_table(path: Path, costs: Costs, origin: str) -> None:
@@ -331,7 +290,7 @@ def write_table(path: Path, costs: Costs, origin: str) -> None:
         row = rf"(GHOST_COST\({name}, )[^,]+, k\w+, "
         text, count = re.subn(row, rf"\g<1>{value:.4g}, kFitted, ", text)
         if count != 1:
-            raise Malformed(f"{path}: {count} rows of {name}")
+            raise ValueError(f"{path}: {count} rows of {name}")
     path.write_text(re.sub(r"// FITTED TO .*", f"// FITTED TO {origin}", text))
 
 
@@ -340,7 +299,7 @@ def main(path: Path, write: bool) -> int:
     not to be written."""
     try:
         file = read(path)
-    except (Malformed, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         print(f"--fit: {path}: {error}")
         return 2
     plans, known = file.plans, table()
@@ -354,16 +313,15 @@ def main(path: Path, write: bool) -> int:
     changed = {n: v for n, v in costs.items() if f"{v:.4g}" != f"{known[n]['value']:.4g}"}
     for name, value in changed.items():
         print(f"  {name:24} {known[name]['value']:8.4g} -> {value:8.4g}  {known[name]['meaning']}")
-    print("\n".join(_lines("all shapes", judge(plans, {}), judge(plans, costs))))
+    _print("all shapes", judge(plans, {}), judge(plans, costs))
     unseen = held_out(plans)
     if unseen is not None:
-        print("\n".join(_lines("shapes that the fit has not seen", *unseen)))
+        _print("shapes that the fit has not seen", *unseen)
     if not write:
         return 0
-    if unseen is None or not unseen[1].merit < unseen[0].merit:
-        print(
-            "not written: neither choices nor times are better on shapes that the fit has not seen"
-        )
+    merits = [(quality.mean_regret, quality.error) for quality in unseen or ()]
+    if not merits or not merits[1] < merits[0]:
+        print("not written: no better on shapes that the fit has not seen")
         return 1
     write_table(TABLE, changed, f"{path.name}, {file.device}")
     print(f"written to {TABLE}: build again")
