@@ -92,5 +92,7 @@ def test_rooms_of_csrc() -> None:
 
 
 if __name__ == "__main__":
+    # An older tree, into whose tests/ this file is copied, has other rooms.
+    ROOMS += sorted({module.partition(".")[0] for module in MODULES} - set(ROOMS))
     for module in sorted(MODULES, key=lambda m: (room(m), m)):
         print(f"{module:<36} {' '.join(sorted(GRAPH[module], key=lambda m: (room(m), m)))}")
