@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import pathlib
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ from helpers import (
 
 import ghost_ops
 from ghost_ops import environment, planner
+from ghost_ops.autograd.checks import keeps_u
 from ghost_ops.planner import CpuMachine
+from ghost_ops.reference import Settings
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
@@ -109,6 +112,17 @@ def test_bytes_and_flops() -> None:
         assert plan.flops == 2 * n * pixels * (channels * m + g * d2), problem
         assert plan.bytes_eager > plan.bytes_fused, problem
         assert plan.keep_primary == (4 * n * m * pixels <= x), problem
+
+
+def test_autograd_and_plan_keep_u_alike() -> None:
+    """``keeps_u`` decides for autograd, ``keep_primary`` for plans."""
+    channels, intrinsic, heights, strides = (16, 17, 63, 64, 65), (4, 16), (7, 8), (1, 2)
+    for c, m, height, stride in itertools.product(channels, intrinsic, heights, strides):
+        x = torch.empty(2, c, height, 9, device="meta")
+        w1 = torch.empty(m, c, 1, 1, device="meta")
+        settings = Settings(2 * m, (stride, stride), (0, 0), (1, 1), 1, 1e-5, 1e-5, 1, 0.0, 1, 0.0)
+        plan = planner.explain(x.shape, 2 * m, stride=stride)
+        assert plan.keep_primary == keeps_u(x, w1, settings), (c, m, height, stride)
 
 
 def test_one_thread_does_not_split() -> None:

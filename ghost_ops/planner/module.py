@@ -69,9 +69,8 @@ def explain_shape(
             raise ValueError(f"{name} must be positive, got {value}")
     if dw_size not in (1, 3, 5, 7):
         raise ValueError(f"dw_size must be 1, 3, 5 or 7, got {dw_size}")
-    dtypes = DTYPES
-    if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, dtypes))}, got {dtype}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     sm = compute_capability(device)
     if alternatives < 0:
         raise ValueError(f"alternatives must not be negative, got {alternatives}")
@@ -96,7 +95,7 @@ def explain_shape(
         "stride": stride,
         "act1": act1,
         "act2": act2,
-        "dtype": dtypes.index(dtype),
+        "dtype": DTYPES.index(dtype),
         "channels_last": channels_last,
         "has_residual": residual,
     }
