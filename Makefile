@@ -13,7 +13,7 @@ XDIST  = $$($(PY) -c "import xdist; print('-n 2 --dist worksteal')" 2>/dev/null)
 ARGS   ?=
 
 # With the folders, whose time changes when a file goes.
-SOURCES := $(shell find csrc 2>/dev/null) setup.py ghost_ops/environment.py
+SOURCES := $(shell find csrc 2>/dev/null) setup.py build_backend.py ghost_ops/environment.py
 HAS_TORCH := import re, torch; v = re.findall(r'\d+', torch.__version__); \
 	raise SystemExit(tuple(map(int, v[:2])) < (2, 10))
 

@@ -72,6 +72,12 @@ def _choose(request: str, device_type: str, dtype: torch.dtype) -> str:
             chosen, reason = _automatic(device_type, dtype)
             if chosen == eager.name:
                 _announce(device_type, reason)
+            elif chosen == triton.name and not cuda.load():
+                warn_once(
+                    f"ghost_ops runs its Triton kernels on device type {device_type!r}, not its "
+                    f"CUDA library: {cuda.reason()}. ghost_ops.use_backend('triton') chooses this "
+                    "on purpose and without a warning."
+                )
         else:
             ok, reason = BACKENDS[request].can_run(device_type, dtype)
             if not ok:
