@@ -17,9 +17,9 @@ def read() -> dict[str, str]:
     """
     try:
         found = json.loads(PATH.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {str(key): str(value) for key, value in found.items()}
+    except (OSError, ValueError, AttributeError):
         return {}
-    return {str(key): str(value) for key, value in found.items()}
 
 
 def why_missing(library: str) -> str:
