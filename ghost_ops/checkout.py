@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent
-
 
 def hand_over(name: str) -> bool:
     """Put the installed package into ``sys.modules[name]`` if it has to run instead of this one.
@@ -31,14 +29,19 @@ def hand_over(name: str) -> bool:
     Returns:
         Whether another copy was imported.
     """
-    if _passed_over(name) or not _is_bare_checkout(PACKAGE) or _in_pythonpath(PACKAGE.parent):
+    own = sys.modules[name].__spec__
+    if own is None or own.loader_state is not None:
         return False
-    spec = next((spec for spec in _others(name) if not _is_bare_checkout(_folder(spec))), None)
+    package = _folder(own)
+    if not _is_bare_checkout(package) or _in_pythonpath(package.parent):
+        return False
+    others = _others(name, package)
+    spec = next((spec for spec in others if not _is_bare_checkout(_folder(spec))), None)
     if spec is None or spec.loader is None:
         return False
     for key in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
         del sys.modules[key]
-    spec.loader_state = str(PACKAGE)
+    spec.loader_state = str(package)  # tells the installed package what was passed over
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec._initializing = True  # type: ignore[attr-defined]  # other threads wait, as in any import
@@ -46,12 +49,12 @@ def hand_over(name: str) -> bool:
         spec.loader.exec_module(module)
     finally:
         spec._initializing = False  # type: ignore[attr-defined]
-    if _differ(PACKAGE, _folder(spec)):
+    if _differ(package, _folder(spec)):
         from .announce import warn_once
 
         warn_once(
             f"the installed ghost_ops in {_folder(spec)} runs, not the checkout in "
-            f"{PACKAGE.parent}, whose files differ and in which nothing was built: `pip install .` "
+            f"{package.parent}, whose files differ and in which nothing was built: `pip install .` "
             "there installs them, `pip install -e .` runs them from there",
             stacklevel=3,
         )
@@ -60,23 +63,22 @@ def hand_over(name: str) -> bool:
 
 def note(name: str = "ghost_ops") -> str | None:
     """One line about a second copy of the package on ``sys.path``; None if there is none."""
-    if checkout := _passed_over(name):
-        differs = ", whose files differ" if _differ(Path(checkout), PACKAGE) else ""
+    own = sys.modules[name].__spec__
+    if own is None:
+        return None
+    package = _folder(own)
+    if own.loader_state is not None:
+        checkout = Path(own.loader_state)
+        differs = ", whose files differ" if _differ(checkout, package) else ""
         return (
-            f"the installed package {PACKAGE} runs; the checkout {Path(checkout).parent}{differs}, "
-            "in which nothing was built, does not"
+            f"the installed package {package} runs; the checkout {checkout.parent}{differs}, in "
+            "which nothing was built, does not"
         )
-    folders = {_folder(spec): None for spec in _others(name)}
+    folders = dict.fromkeys(_folder(spec) for spec in _others(name, package))
     if not folders:
         return None
     others = ", ".join(f"{folder} ({_version(folder)})" for folder in folders)
-    return f"{PACKAGE} ({_version(PACKAGE)}) runs; there is also {others}, later on sys.path"
-
-
-def _passed_over(name: str) -> str | None:
-    """The checkout whose import led to this package."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    return getattr(spec, "loader_state", None)
+    return f"{package} ({_version(package)}) runs; there is also {others}, later on sys.path"
 
 
 def _is_bare_checkout(package: Path) -> bool:
@@ -94,15 +96,15 @@ def _in_pythonpath(folder: Path) -> bool:
     return any(Path(entry).resolve() == folder for entry in entries)
 
 
-def _others(name: str) -> Iterator[ModuleSpec]:
-    """Other copies of the package: of each entry of ``sys.path``, and of editable installations."""
+def _others(name: str, package: Path) -> Iterator[ModuleSpec]:
+    """Other copies of a package: of each entry of ``sys.path``, and of editable installations."""
     for finder in sys.meta_path:
         # An editable installation can be a finder of its own, which takes no path.
         paths = [[entry] for entry in sys.path] if finder is PathFinder else [None]
         for path in paths:
             find_spec = getattr(finder, "find_spec", None)
             spec = find_spec(name, path) if find_spec else None
-            if spec and spec.loader and spec.origin and _folder(spec) != PACKAGE:
+            if spec and spec.loader and spec.origin and _folder(spec) != package:
                 yield spec
 
 

@@ -136,8 +136,8 @@ def no_tools(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (tmp_path / "checkout").mkdir()
-    return copy_checkout(tmp_path / "checkout")
+    (folder := tmp_path / "a chéckout").mkdir()
+    return copy_checkout(folder)
 
 
 def call(environment: Environment, cwd: Path) -> str:
@@ -149,7 +149,7 @@ def call(environment: Environment, cwd: Path) -> str:
 
 def test_a_compiler_and_no_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
     """The world of a CPU, and of a GPU without the CUDA toolkit."""
-    environment = Environment(tmp_path / "venv", tools)
+    environment = Environment(tmp_path / "vénv with spaces", tools)
     environment.link_torch()
     environment.run("-m", "pip", "install", ".", cwd=checkout)
     said = call(environment, checkout)
@@ -171,7 +171,7 @@ def test_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
     for name in ("sh", "rm", "cat", "mkdir", "basename", "dirname", "uname"):
         if found := shutil.which(name):
             (tools / name).symlink_to(found)
-    environment = Environment(tmp_path / "venv", tools)
+    environment = Environment(tmp_path / "vénv with spaces", tools)
     del environment.env["CUDA_HOME"]
     environment.link_torch()
     environment.run("-m", "pip", "install", ".", cwd=checkout, GHOST_OPS_CUDA_ARCHS="9.0")
@@ -187,7 +187,7 @@ def test_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
 
 def test_no_compiler(tmp_path: Path, checkout: Path, no_tools: Path) -> None:
     """The package says at its first use what is missing, why, and how to get it."""
-    environment = Environment(tmp_path / "venv", no_tools)
+    environment = Environment(tmp_path / "vénv with spaces", no_tools)
     environment.link_torch()
     environment.run("-m", "pip", "install", ".", cwd=checkout)
     said = call(environment, checkout)
@@ -202,7 +202,7 @@ def test_no_compiler(tmp_path: Path, checkout: Path, no_tools: Path) -> None:
 
 def test_no_torch_yet(tmp_path: Path, checkout: Path, tools: Path) -> None:
     """pip fetches torch, here the release that runs the tests, for the build and for the run."""
-    environment = Environment(tmp_path / "venv", tools)
+    environment = Environment(tmp_path / "vénv with spaces", tools)
     limits = tmp_path / "constraints.txt"
     limits.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
     names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
@@ -219,7 +219,7 @@ def test_another_torch_than_built_with(tmp_path: Path, checkout: Path, tools: Pa
     other = os.environ.get("OTHER_TORCH_PYTHON")
     if not other:
         pytest.skip("OTHER_TORCH_PYTHON names no Python of the same version with another torch")
-    environment = Environment(tmp_path / "venv", tools)
+    environment = Environment(tmp_path / "vénv with spaces", tools)
     environment.link_torch()
     environment.run("-m", "pip", "install", ".", cwd=checkout)
     (site,) = environment.folder.glob("lib/python*/site-packages")
