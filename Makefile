@@ -164,7 +164,7 @@ docs: $(call extra,docs)  ## write the API reference from the docstrings to buil
 	@echo "ghost_ops: open build/docs/index.html"
 
 clean:  ## remove what a build makes
-	rm -rf build dist *.egg-info ghost_ops/*.so
+	rm -rf build dist *.egg-info ghost_ops/*.so ghost_ops/build_record.json
 	rm -f $(STAMPS)/*library
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parent
+LEAST_SETUPTOOLS = 77  # `license` in pyproject.toml is a string
 LEAST_CUDA = (12, 0)  # bulk copies (PTX ISA 8.0)
 
 
@@ -59,6 +61,14 @@ torch_version = load("torch_version")
 def fail(message: str) -> NoReturn:
     """End the build. The message is the last line of its output."""
     raise SystemExit(f"ghost_ops: {message}")
+
+
+# pip's --no-build-isolation does not look at the requirements in pyproject.toml.
+if int(setuptools.__version__.partition(".")[0]) < LEAST_SETUPTOOLS:
+    fail(
+        f"setuptools >= {LEAST_SETUPTOOLS} is needed, and this Python has "
+        f"{setuptools.__version__}: pip install --upgrade 'setuptools>={LEAST_SETUPTOOLS}'"
+    )
 
 
 # ---------------------------------------------------------------- torch

@@ -29,8 +29,10 @@ def why_missing(library: str) -> str:
         library: ``"cpu"`` or ``"cuda"``.
     """
     checkout = PATH.parent.parent
-    where = str(checkout) if (checkout / "setup.py").is_file() else "the checkout of ghost_ops"
+    howto = "`pip install .` in the checkout of ghost_ops builds it"
+    if (checkout / "setup.py").is_file():
+        howto = f"`pip install -e .` in {checkout} builds it"
     if (why := read().get(library, "built")) != "built":
-        return f"{why}; once that has changed, `pip install .` in {where} builds it"
+        return f"{why}; once that has changed, {howto}"
     needs = {"cpu": "a C++17 compiler", "cuda": "a C++17 compiler and nvcc"}[library]
-    return f"with {needs}, `pip install .` in {where} builds it"
+    return f"with {needs}, {howto}"

@@ -374,6 +374,16 @@ def test_a_torch_that_is_too_old_stops_the_build(tmp_path: Path) -> None:
     )
 
 
+@in_checkout
+def test_a_setuptools_that_is_too_old_stops_the_build() -> None:
+    code = "import setuptools; setuptools.__version__ = '65.5.0'; import build_backend"
+    done = run("-c", code, cwd=ROOT)
+    assert done.stderr == (
+        "ghost_ops: setuptools >= 77 is needed, and this Python has 65.5.0: pip install --upgrade "
+        "'setuptools>=77'\n"
+    )
+
+
 def test_a_torch_that_is_too_old_stops_the_import(tmp_path: Path) -> None:
     path = os.pathsep.join([str(stub_torch(tmp_path, "2.9.1")), str(PACKAGE.parent)])
     done = run("-c", "import ghost_ops", cwd=tmp_path, env={"PYTHONPATH": path})
