@@ -10,8 +10,8 @@ from .activations import ActivationSpec
 from .autograd.forward import RunningUpdate
 from .autograd.ghost import GhostModuleFunction, run
 from .conventions import DTYPES, compute_dtype
+from .formula import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 from .modes import autocast_dtype
-from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
 __all__ = ["GhostModuleFunction", "ghost_module"]
 

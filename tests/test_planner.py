@@ -27,8 +27,8 @@ from helpers import (
 import ghost_ops
 from ghost_ops import environment, planner
 from ghost_ops.autograd.checks import keeps_u
+from ghost_ops.formula import Settings
 from ghost_ops.planner import CpuMachine
-from ghost_ops.reference import Settings
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
