@@ -8,12 +8,12 @@ from torch import Tensor
 from . import activations
 from .activations import ActivationSpec
 from .autograd.forward import RunningUpdate
-from .autograd.ghost import GhostModuleFunction, run
+from .autograd.ghost import run
 from .conventions import DTYPES, compute_dtype
 from .formula import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 from .modes import autocast_dtype
 
-__all__ = ["GhostModuleFunction", "ghost_module"]
+__all__ = ["ghost_module"]
 
 _WIDE = {dtype: compute_dtype(dtype) for dtype in DTYPES}
 

@@ -26,6 +26,8 @@ from ..conventions import DTYPES
 from . import cuda, eager, native, triton
 from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
+__all__ = ["Row", "requested", "select", "status", "use_backend"]
+
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
 _requested: str = environment.BACKEND.get()

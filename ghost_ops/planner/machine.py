@@ -9,6 +9,7 @@ import torch
 from .. import backends
 
 CUDA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+"""The architectures of GPUs that there are plans for."""
 
 
 @dataclass(frozen=True)
