@@ -189,6 +189,7 @@ def apply(
 
     Raises:
         RuntimeError: a PReLU without slopes.
+        ValueError: there is no such code.
     """
     if code == NONE:
         return x
@@ -206,7 +207,9 @@ def apply(
         return F.silu(x, inplace)
     if code == HARDSWISH:
         return F.hardswish(x, inplace)
-    return F.gelu(x, approximate="tanh" if code == GELU_TANH else "none")
+    if code in (GELU, GELU_TANH):
+        return F.gelu(x, approximate="tanh" if code == GELU_TANH else "none")
+    raise ValueError(f"code must be from {NONE} to {PRELU}, as in the table, got {code!r}")
 
 
 def backward(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import arguments, reference
 from .convert import fuse, unfuse
 from .fusion.fused import fused_forward, named
 from .fusion.network import FusedNetwork
@@ -169,8 +169,10 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         The number of multiply-adds, over all images of the input.
 
     Raises:
+        TypeError: model is not a module, or shape is no tuple of ints.
         Any error of the model on the meta device.
     """
+    arguments.module("model", model)
     twin = copy.deepcopy(model).to("meta").float().eval()
     unfuse(twin)
     total = 0
@@ -254,10 +256,11 @@ def load_checkpoint(
         The report of loaded, missing, unexpected and mismatched keys.
 
     Raises:
-        TypeError: the checkpoint is not a mapping of names to tensors.
+        TypeError: model is not a module, or checkpoint not a mapping of names to tensors.
         RuntimeError: strict, and an entry does not fit; the message lists all such entries. The
             model is unchanged.
     """
+    arguments.module("model", model)
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"checkpoint must be a mapping, got {type(checkpoint).__name__}")
     state: Mapping[str, Any] = checkpoint

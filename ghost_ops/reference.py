@@ -13,8 +13,6 @@ authors' published PyTorch code, so that their checkpoints load.
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import activations
+from . import activations, arguments
 from .activations import hard_sigmoid
 from .conventions import ghosts_per_map
 
@@ -39,25 +37,6 @@ __all__ = [
 ]
 
 
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got bool: {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be an int, got {kind}: {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
-    return float(value)
-
-
 def checked_arguments(
     inp: Any, oup: Any, kernel_size: Any, ratio: Any, dw_size: Any, stride: Any
 ) -> tuple[int, int, int, int, int, int]:
@@ -67,15 +46,28 @@ def checked_arguments(
         TypeError: a number is not an int.
         ValueError: a number is less than 1, or dw_size is even.
     """
-    inp, oup = _positive_int("inp", inp), _positive_int("oup", oup)
-    kernel_size, ratio = _positive_int("kernel_size", kernel_size), _positive_int("ratio", ratio)
-    dw_size, stride = _positive_int("dw_size", dw_size), _positive_int("stride", stride)
+    given = {"inp": inp, "oup": oup, "kernel_size": kernel_size, "ratio": ratio}
+    given |= {"dw_size": dw_size, "stride": stride}
+    inp, oup, kernel_size, ratio, dw_size, stride = (
+        arguments.integer(name, value) for name, value in given.items()
+    )
     if dw_size % 2 == 0:
         raise ValueError(
             f"dw_size must be odd, got {dw_size}: with padding dw_size // 2 an even depthwise "
             "kernel gives ghost maps of another size than the intrinsic ones"
         )
     return inp, oup, kernel_size, ratio, dw_size, stride
+
+
+def relu_or_none(relu: Any) -> str:
+    """The name of the activation for the argument ``relu`` of ``GhostModule``.
+
+    Raises:
+        TypeError: relu is not a bool.
+    """
+    if not isinstance(relu, int):
+        raise TypeError(f"relu must be a bool, got {type(relu).__name__}: {relu!r}")
+    return "relu" if relu else "none"
 
 
 def build_children(
@@ -137,7 +129,7 @@ class GhostModule(nn.Module):
         relu: True: ReLU follows both batch norms; False: no activation.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or relu not a bool.
         ValueError: a number is less than 1, or dw_size is even.
 
     Source: GhostNet, CVPR 2020, section 3.1.
@@ -160,7 +152,7 @@ class GhostModule(nn.Module):
     ) -> None:
         super().__init__()
         numbers = checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
-        name = "relu" if relu else "none"
+        name = relu_or_none(relu)
         act1, act2 = activations.make_module(name), activations.make_module(name)
         build_children(self, *numbers, act1, act2)
 
@@ -184,6 +176,13 @@ def make_divisible(v: float, divisor: int, min_value: int | None = None) -> int:
     return new_v
 
 
+def _se_ratio(value: Any) -> float:
+    ratio = arguments.number("se_ratio", value)
+    if not 0.0 <= ratio < math.inf:
+        raise ValueError(f"se_ratio must be finite and not negative, got {ratio}")
+    return ratio
+
+
 class SqueezeExcite(nn.Module):
     """Squeeze-and-excitation: x * gate(expand(act(reduce(mean of x over H and W)))).
 
@@ -198,6 +197,10 @@ class SqueezeExcite(nn.Module):
         gate_fn: function of the gate, elementwise.
         divisor: the number of reduced channels is a multiple of divisor.
 
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a number of channels or divisor is less than 1, or se_ratio is negative.
+
     Source: Hu et al., arXiv:1709.01507; gate and rounding as in the GhostNet authors' code.
     """
 
@@ -209,11 +212,19 @@ class SqueezeExcite(nn.Module):
         act_layer: Callable[..., nn.Module] = nn.ReLU,
         gate_fn: Callable[[Tensor], Tensor] = hard_sigmoid,
         divisor: int = 4,
-        **_: Any,
     ) -> None:
         super().__init__()
+        in_chs = arguments.integer("in_chs", in_chs)
+        base = in_chs
+        if reduced_base_chs is not None:
+            base = arguments.integer("reduced_base_chs", reduced_base_chs)
+        for name, function in (("act_layer", act_layer), ("gate_fn", gate_fn)):
+            if not callable(function):
+                kind = type(function).__name__
+                raise TypeError(f"{name} must be callable, got {kind}: {function!r}")
         self.gate_fn = gate_fn
-        reduced_chs = make_divisible((reduced_base_chs or in_chs) * se_ratio, divisor)
+        reduced = base * _se_ratio(se_ratio)
+        reduced_chs = make_divisible(reduced, arguments.integer("divisor", divisor))
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.conv_reduce = nn.Conv2d(in_chs, reduced_chs, 1, bias=True)
         self.act1 = act_layer(inplace=True)
@@ -243,6 +254,10 @@ class GhostBottleneck(nn.Module):
         act_layer: unused; the authors' constructor has it too.
         se_ratio: squeeze-and-excitation with this ratio; none for None or 0.
 
+    Raises:
+        TypeError: a number is of the wrong type.
+        ValueError: a number is out of range, or dw_kernel_size is even for a shortcut of stride 1.
+
     Source: GhostNet, CVPR 2020, section 3.2.
     """
 
@@ -257,7 +272,17 @@ class GhostBottleneck(nn.Module):
         se_ratio: float | None = 0.0,
     ) -> None:
         super().__init__()
-        has_se = se_ratio is not None and se_ratio > 0.0
+        given = {"in_chs": in_chs, "mid_chs": mid_chs, "out_chs": out_chs}
+        given |= {"dw_kernel_size": dw_kernel_size, "stride": stride}
+        in_chs, mid_chs, out_chs, dw_kernel_size, stride = (
+            arguments.integer(name, value) for name, value in given.items()
+        )
+        se_ratio = 0.0 if se_ratio is None else _se_ratio(se_ratio)
+        if stride == 1 and in_chs != out_chs and dw_kernel_size % 2 == 0:
+            raise ValueError(
+                f"dw_kernel_size must be odd for stride 1, got {dw_kernel_size}: an even kernel "
+                "gives a shortcut of another size than the sum needs"
+            )
         self.stride = stride
         padding = (dw_kernel_size - 1) // 2
 
@@ -267,7 +292,7 @@ class GhostBottleneck(nn.Module):
                 mid_chs, mid_chs, dw_kernel_size, stride, padding, groups=mid_chs, bias=False
             )
             self.bn_dw = nn.BatchNorm2d(mid_chs)
-        self.se = SqueezeExcite(mid_chs, se_ratio=se_ratio or 0.0) if has_se else None
+        self.se = SqueezeExcite(mid_chs, se_ratio=se_ratio) if se_ratio else None
         self.ghost2 = GhostModule(mid_chs, out_chs, relu=False)
 
         if in_chs == out_chs and self.stride == 1:
@@ -364,13 +389,13 @@ class GhostNet(nn.Module):
         bottleneck: Callable[..., nn.Module] = GhostBottleneck,
     ) -> None:
         super().__init__()
-        width, dropout = _number("width", width), _number("dropout", dropout)
+        width, dropout = arguments.number("width", width), arguments.number("dropout", dropout)
         if not 0.0 < width < math.inf:
             raise ValueError(f"width must be positive and finite, got {width}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
-        num_classes = _positive_int("num_classes", num_classes)
-        in_chans = _positive_int("in_chans", in_chans)
+        num_classes = arguments.integer("num_classes", num_classes)
+        in_chans = arguments.integer("in_chans", in_chans)
         self.dropout = dropout
         channels = make_divisible(16 * width, 4)
         self.conv_stem = nn.Conv2d(in_chans, channels, 3, 2, 1, bias=False)
@@ -475,11 +500,11 @@ class GhostResNet(nn.Module):
         ghost: Callable[..., nn.Module] = GhostModule,
     ) -> None:
         super().__init__()
-        depth = _positive_int("depth", depth)
+        depth = arguments.integer("depth", depth)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6 n + 2 with n at least 1, got {depth}")
-        num_classes = _positive_int("num_classes", num_classes)
-        in_chans = _positive_int("in_chans", in_chans)
+        num_classes = arguments.integer("num_classes", num_classes)
+        in_chans = arguments.integer("in_chans", in_chans)
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
         )
@@ -546,8 +571,8 @@ def ghost_vgg16(
 
     Source: GhostNet, CVPR 2020, section 4.1, tables 3 to 5.
     """
-    num_classes = _positive_int("num_classes", num_classes)
-    channels = _positive_int("in_chans", in_chans)
+    num_classes = arguments.integer("num_classes", num_classes)
+    channels = arguments.integer("in_chans", in_chans)
     layers: list[nn.Module] = []
     for entry in _VGG16:
         if entry == "M":

@@ -8,8 +8,8 @@ A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok
 
 The request is a name, or ``"auto"`` for the first backend of this list that can run (except Triton
 on a CPU, where it is only an interpreter). The environment variable GHOST_OPS_BACKEND sets the
-request, and :func:`use_backend` changes it. If an explicitly requested backend cannot run,
-``select`` raises; ``"auto"`` falls back to eager and warns once.
+request, and :func:`use_backend` changes it. If an explicitly requested backend cannot run, the call
+of a fused module raises; ``"auto"`` falls back to eager and warns once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..conventions import DTYPES
 from . import cuda, eager, native, triton
 from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
-__all__ = ["Row", "requested", "select", "status", "use_backend"]
+__all__ = ["Row", "requested", "status", "use_backend"]
 
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
@@ -117,6 +117,7 @@ class use_backend:
         name: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``.
 
     Raises:
+        TypeError: ``name`` is no string.
         ValueError: ``name`` is another string.
         RuntimeError: ``name`` is ``"native"`` and no native library can be loaded, or ``"triton"``
             and Triton can run on no device of this machine.
@@ -126,7 +127,8 @@ class use_backend:
         global _requested
         if name not in environment.BACKEND.choices:
             allowed = ", ".join(repr(choice) for choice in environment.BACKEND.choices)
-            raise ValueError(f"use_backend: name must be one of {allowed}, got {name!r}")
+            kind = ValueError if isinstance(name, str) else TypeError
+            raise kind(f"use_backend: name must be one of {allowed}, got {name!r}")
         if name == native.name and not (native.load() or cuda.load()):
             raise RuntimeError(f"backend 'native' cannot run: {native.reason()}")
         if name == triton.name and (reason := triton.nowhere()):
@@ -168,7 +170,12 @@ def status(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
 
     Returns:
         One row for each device and dtype.
+
+    Raises:
+        TypeError: devices is no tuple of strings.
     """
+    if not (isinstance(devices, (tuple, list)) and all(isinstance(d, str) for d in devices)):
+        raise TypeError(f"devices must be a tuple of device types, got {devices!r}")
     return [_row(device, dtype) for device in devices for dtype in DTYPES]
 
 
