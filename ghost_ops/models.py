@@ -28,7 +28,6 @@ from .convert import fuse, unfuse
 from .fusion.fused import fused_forward, named
 from .fusion.network import FusedNetwork
 from .nn import FusedGhostBottleneck, FusedGhostModule
-from .reference import GhostNet, GhostResNet
 
 __all__ = [
     "FusedGhostNet",
@@ -42,7 +41,7 @@ __all__ = [
 
 
 @named
-class FusedGhostNet(FusedNetwork, GhostNet):
+class FusedGhostNet(FusedNetwork, reference.GhostNet):
     """``reference.GhostNet`` with fused bottlenecks, stem and head; made by ``ghostnet``.
 
     [N, in_chans, H, W] -> logits [N, num_classes]. Children and state_dict keys are those of
@@ -57,8 +56,8 @@ class FusedGhostNet(FusedNetwork, GhostNet):
     Source: GhostNet, CVPR 2020, table 1.
     """
 
-    _ghost_ops_base = GhostNet
-    forward = fused_forward(GhostNet.forward)
+    _ghost_ops_base = reference.GhostNet
+    forward = fused_forward(reference.GhostNet.forward)
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class FusedGhostNet(FusedNetwork, GhostNet):
         dropout: float = 0.2,
         in_chans: int = 3,
     ) -> None:
-        GhostNet.__init__(
+        reference.GhostNet.__init__(
             self, width, num_classes, dropout, in_chans, bottleneck=FusedGhostBottleneck
         )
 
@@ -102,7 +101,7 @@ def ghost_resnet(
     dw_size: int = 3,
     num_classes: int = 10,
     in_chans: int = 3,
-) -> GhostResNet:
+) -> reference.GhostResNet:
     """ResNet for CIFAR-size inputs with fused Ghost modules for its 3x3 convolutions.
 
     [N, in_chans, H, W] -> logits [N, num_classes]. The stem is a plain convolution. The shortcuts
@@ -123,7 +122,8 @@ def ghost_resnet(
 
     Source: GhostNet, CVPR 2020, section 4.1; He et al., CVPR 2016, section 4.2.
     """
-    model = GhostResNet(depth, ratio, dw_size, num_classes, in_chans, ghost=FusedGhostModule)
+    numbers = depth, ratio, dw_size, num_classes, in_chans
+    model = reference.GhostResNet(*numbers, ghost=FusedGhostModule)
     fuse(model)
     return model
 

@@ -26,6 +26,7 @@ from .activations import hard_sigmoid
 from .conventions import ghosts_per_map
 
 __all__ = [
+    "GhostBasicBlock",
     "GhostBottleneck",
     "GhostModule",
     "GhostNet",
@@ -450,28 +451,47 @@ def ghostnet(
     return GhostNet(width, num_classes, dropout, in_chans)
 
 
-class _BasicBlock(nn.Module):
-    """relu(conv2(conv1(x)) + shortcut), with two 3x3 Ghost modules, of which conv2 is linear."""
+class GhostBasicBlock(nn.Module):
+    """relu(conv2(conv1(x)) + shortcut), with two 3x3 Ghost modules, of which conv2 is linear.
+
+    [N, inp, H, W] -> [N, oup, Ho, Wo]. The shortcut has no parameters: x, or every ``stride``-th
+    pixel of x with zeros for the new channels.
+
+    Args:
+        inp, oup: channels of the input and of the output, which has at least as many.
+        stride: of conv1.
+        ratio, dw_size: of the Ghost modules.
+        ghost: class of the Ghost modules, called as ``GhostModule``.
+
+    Raises:
+        TypeError: a number is not an int.
+        ValueError: a number is out of range.
+
+    Source: He et al., CVPR 2016, section 4.2.
+    """
 
     def __init__(
         self,
         inp: int,
         oup: int,
-        stride: int,
-        ratio: int,
-        dw_size: int,
-        ghost: Callable[..., nn.Module],
+        stride: int = 1,
+        ratio: int = 2,
+        dw_size: int = 3,
+        ghost: Callable[..., nn.Module] = GhostModule,
     ) -> None:
         super().__init__()
+        inp, oup = arguments.integer("inp", inp), arguments.integer("oup", oup)
+        if oup < inp:
+            raise ValueError(f"oup must be at least inp, {inp}, got {oup}")
         self.conv1 = ghost(inp, oup, 3, ratio, dw_size, stride)
         self.conv2 = ghost(oup, oup, 3, ratio, dw_size, relu=False)
         self.pad = oup - inp
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, inp, H, W] -> [N, oup, Ho, Wo]."""
         shortcut = x
         if self.stride > 1 or self.pad:
-            # A shortcut without parameters: every other pixel, and zeros for the new channels.
             shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.pad))
         return F.relu(self.conv2(self.conv1(x)) + shortcut)
 
@@ -513,7 +533,7 @@ class GhostResNet(nn.Module):
         for out in (16, 32, 64):
             for index in range((depth - 2) // 6):
                 stride = 2 if out > 16 and index == 0 else 1
-                blocks.append(_BasicBlock(channels, out, stride, ratio, dw_size, ghost))
+                blocks.append(GhostBasicBlock(channels, out, stride, ratio, dw_size, ghost))
                 channels = out
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels, num_classes)

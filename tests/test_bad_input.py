@@ -23,7 +23,7 @@ from ghost_ops import (
     models,
 )
 from ghost_ops.functional import ghost_module
-from ghost_ops.reference import GhostBottleneck, GhostModule, SqueezeExcite
+from ghost_ops.reference import GhostBasicBlock, GhostBottleneck, GhostModule, SqueezeExcite
 
 CASE = Case(act1="relu", act2="relu")
 
@@ -90,6 +90,16 @@ def test_constructor_of_a_bottleneck(
 ) -> None:
     with pytest.raises(kind, match=message):
         cls(**(CHANNELS | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"oup": 4}, ValueError), ({"oup": "16"}, TypeError), ({"stride": 0}, ValueError)],
+    ids=str,
+)
+def test_constructor_of_a_basic_block(change: dict[str, Any], kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"{next(iter(change))} must be .*got"):
+        GhostBasicBlock(**({"inp": 8, "oup": 16} | change))
 
 
 @pytest.mark.parametrize(
