@@ -14,6 +14,7 @@ of a fused module raises; ``"auto"`` falls back to eager and warns once.
 
 from __future__ import annotations
 
+import os
 import threading
 from types import ModuleType, TracebackType
 from typing import NamedTuple
@@ -38,6 +39,13 @@ for _variable in (
     environment.CUDA_PLAN,
 ):
     _variable.get()  # a wrong value is an error at import, not at the first call
+_known = {variable.name for variable in environment.VARIABLES}
+for _name in sorted(os.environ.keys() - _known):
+    if _name.startswith("GHOST_OPS_"):
+        warn_once(
+            f"environment variable {_name} has no effect: ghost_ops reads "
+            f"{', '.join(sorted(_known))}"
+        )
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
 
