@@ -8,8 +8,8 @@ A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok
 
 The request is a name, or ``"auto"`` for the first backend of this list that can run (except Triton
 on a CPU, where it is only an interpreter). The environment variable GHOST_OPS_BACKEND sets the
-request, and :func:`use_backend` changes it. If an explicitly requested backend cannot run, the call
-of a fused module raises; ``"auto"`` falls back to eager and warns once.
+request, and :func:`use_backend` changes it. If an explicitly requested backend cannot run,
+``select`` raises; ``"auto"`` falls back to eager and warns once.
 """
 
 from __future__ import annotations
