@@ -155,8 +155,8 @@ format: $(call extra,lint)  ## apply the style
 	$(PY) -m ruff format .
 	$(CXX_FILES) | PATH="$(BIN):$$PATH" xargs clang-format -i
 
-# The modules that ghost_ops.__all__ names, without operators and single backends.
-PUBLIC = ghost_ops '!ghost_ops\.(backends|ops|planner)\..*' '!ghost_ops\.ops'
+# The modules that ghost_ops.__all__ names, without the files of packages.
+PUBLIC = ghost_ops '!ghost_ops\.(backends|planner)\..*'
 
 docs: $(call extra,docs)  ## write the API reference from the docstrings to build/docs
 	$(PY) -m pdoc --docformat google --no-show-source --template-directory docs/pdoc \

@@ -4,14 +4,14 @@
   state_dict and numbers, in fewer passes over memory.
 - ``functional.ghost_module`` computes a Ghost module on tensors.
 - ``fuse`` fuses the Ghost modules of an existing model.
-- ``models`` has GhostNet and other networks of fused modules.
+- ``models`` has GhostNet and other networks of fused modules; ``reference`` has the plain ones.
 - ``graphed`` replays a model's inference as CUDA graphs.
 - ``planner`` explains the kernels' plans and the bytes that they move.
 
 ``python -m ghost_ops`` prints which backend runs on which device, and why.
 
-Imports go one way: activations, backends, ops < autograd < functional < fusion < nn < convert <
-models < planner < __main__.
+Imports go one way: activations, backends, ops < formula < reference < autograd < functional <
+fusion < nn < convert < models < planner < __main__.
 """
 
 from .checkout import hand_over
@@ -21,8 +21,8 @@ if not hand_over(__name__):  # otherwise another copy stands in sys.modules by n
 
     torch_version.check()
 
-    from . import activations, backends, functional, models, ops, planner, reference
-    from ._version import __version__
+    from . import activations, backends, functional, models, planner, reference
+    from ._version import __version__ as __version__
     from .backends import use_backend
     from .convert import fuse, reset_cache, unfuse
     from .functional import ghost_module
@@ -38,7 +38,6 @@ __all__ = [
     "FusedGhostModule",
     "SqueezeExcite",
     "SyncBatchNorm",
-    "__version__",
     "activations",
     "backends",
     "convert_sync_batchnorm",
@@ -47,10 +46,14 @@ __all__ = [
     "ghost_module",
     "graphed",
     "models",
-    "ops",
     "planner",
     "reference",
     "reset_cache",
     "unfuse",
     "use_backend",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that Python binds to a package on their import."""
+    return sorted([*__all__, "__version__"])

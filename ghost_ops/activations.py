@@ -33,13 +33,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["CODES", "DEFAULT_SLOPE", "NAMES", "ActivationSpec", "apply", "hard_sigmoid", "resolve"]
+
 NONE, RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, GELU, GELU_TANH, PRELU = range(9)
 
 NAMES = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")
+"""The names of the activations without parameters, in the order of their codes."""
 CODES = {name: code for code, name in enumerate(NAMES)}
+"""The code of each name in ``NAMES``."""
 DEFAULT_SLOPE = 0.01
-
+"""The slope of a leaky ReLU that is given by its name."""
 ActivationSpec = str | nn.Module
+"""An activation as an argument: a name, or a module of a type in the table."""
 
 _aten = torch.ops.aten
 
@@ -184,6 +189,7 @@ def apply(
 
     Raises:
         RuntimeError: a PReLU without slopes.
+        ValueError: there is no such code.
     """
     if code == NONE:
         return x
@@ -201,7 +207,9 @@ def apply(
         return F.silu(x, inplace)
     if code == HARDSWISH:
         return F.hardswish(x, inplace)
-    return F.gelu(x, approximate="tanh" if code == GELU_TANH else "none")
+    if code in (GELU, GELU_TANH):
+        return F.gelu(x, approximate="tanh" if code == GELU_TANH else "none")
+    raise ValueError(f"code must be from {NONE} to {PRELU}, as in the table, got {code!r}")
 
 
 def backward(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import activations
+from . import activations, arguments
 from .activations import ActivationSpec
 from .autograd.forward import RunningUpdate
-from .autograd.ghost import GhostModuleFunction, run
+from .autograd.ghost import run
 from .conventions import DTYPES, compute_dtype
+from .formula import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 from .modes import autocast_dtype
-from .reference import BATCH, FROZEN, Norms, Settings, Slopes, Statistics
 
-__all__ = ["GhostModuleFunction", "ghost_module"]
+__all__ = ["ghost_module"]
 
 _WIDE = {dtype: compute_dtype(dtype) for dtype in DTYPES}
 
@@ -99,9 +99,10 @@ def ghost_module(
         empty batch the result is empty, and the running statistics do not change.
 
     Raises:
-        RuntimeError: ranks, sizes, dtypes or devices that do not fit; no running statistics and not
-            training; a stride that is not positive.
-        ValueError: x is 3-D; an even d; an unknown activation; training with one value per channel.
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit; a sparse or nested tensor; no
+            running statistics and not training; a stride that is not positive.
+        ValueError: x is 3-D; an even d; an unknown activation; training with one value per channel,
+            or with eps that is not positive.
         TypeError: an argument of the wrong type.
         No running statistic changes if the function raises.
 
@@ -130,6 +131,11 @@ def ghost_module(
         activation_weight=activation_weight,
         cheap_activation_weight=cheap_activation_weight,
     )
+    for name, number in (("groups", groups), ("out_channels", out_channels)):
+        if not _is_int(number) and (number is not None or name == "groups"):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__}: {number!r}")
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, got {type(training).__name__}: {training!r}")
     if out_channels is None:
         first = x.shape[1:2] if primary_weight is None else primary_weight.shape[:1]
         out_channels = sum(first) + sum(cheap_weight.shape[:1])
@@ -194,11 +200,17 @@ def _check_types(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor) and (t is not None or name in ("x", "cheap_weight")):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t is not None:
+            arguments.dense(name, t)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _int_pair(name: str, value: IntPair) -> tuple[int, int]:
     pair = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+    if len(pair) != 2 or not all(map(_is_int, pair)):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     return pair[0], pair[1]
 
@@ -227,6 +239,12 @@ def _counts_alone(stats: Statistics) -> bool:
     """Whether a norm needs two values per channel: it uses the statistics of this process alone."""
     first, second = stats.group1 is None, stats.group2 is None
     return (stats.batch1 and first) or (stats.batch2 and second)
+
+
+def _eps_not_positive(settings: Settings, stats: Statistics, ghosts: int) -> bool:
+    """Whether ``F.batch_norm`` refuses the eps of a norm with the statistics of this process."""
+    first = settings.eps1 <= 0.0 and stats.batch1 and stats.group1 is None
+    return first or (settings.eps2 <= 0.0 and stats.batch2 and stats.group2 is None and ghosts > 0)
 
 
 def _plainly_fits(
@@ -259,6 +277,8 @@ def _plainly_fits(
     if not (s.stride[0] > 0 and s.stride[1] > 0 and h > 0 and w > 0):
         return False
     if w1.device != device or w2.device != device:
+        return False
+    if _eps_not_positive(s, stats, g):
         return False
     alone = _counts_alone(stats)
     if alone and n * ((h - 1) // s.stride[0] + 1) * ((w - 1) // s.stride[1] + 1) == 1:
@@ -298,6 +318,11 @@ def _check_each(
         raise RuntimeError(
             f"out_channels must be from {m} (intrinsic maps) to {m + g} (with their ghosts), got "
             f"{s.out_channels}"
+        )
+    if _eps_not_positive(s, stats, g):
+        raise ValueError(
+            f"batch_norm eps must be positive during training, but got {s.eps1} (primary) and "
+            f"{s.eps2} (cheap)"
         )
     ho, wo = output_size(x, w1, s)
     if _counts_alone(stats) and x.size(0) * ho * wo == 1:

@@ -1,4 +1,4 @@
-"""Networks made of Ghost modules: GhostNet, and the CIFAR-size networks of the paper's ablations.
+"""Networks of fused Ghost modules: GhostNet, and the CIFAR-size networks of the paper's ablations.
 
 ====================  ===============================  ================================
 network               parameters                       multiply-adds of convolutions
@@ -8,7 +8,9 @@ network               parameters                       multiply-adds of convolut
 ``ghost_resnet()``    0.43 M                           63 M at 32 x 32
 ====================  ===============================  ================================
 
-``count_macs`` computes the last column.
+``count_macs`` computes the last column. A function of this module builds what ``fuse`` makes of the
+plain network that the function of the same name in ``reference`` builds; ``unfuse`` gives the plain
+network back.
 """
 
 from __future__ import annotations
@@ -19,19 +21,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convert import unfuse
+from . import arguments, reference
+from .convert import fuse, unfuse
 from .fusion.fused import fused_forward, named
 from .fusion.network import FusedNetwork
 from .nn import FusedGhostBottleneck, FusedGhostModule
-from .reference import make_divisible
 
 __all__ = [
     "FusedGhostNet",
-    "GhostNet",
-    "GhostResNet",
     "LoadReport",
     "count_macs",
     "ghost_resnet",
@@ -40,60 +39,25 @@ __all__ = [
     "load_checkpoint",
 ]
 
-# Stages of (dw kernel, expanded channels, output channels, squeeze-excite ratio, stride): table 1
-# of the paper.
-_STAGES: tuple[tuple[tuple[int, int, int, float, int], ...], ...] = (
-    ((3, 16, 16, 0, 1),),
-    ((3, 48, 24, 0, 2),),
-    ((3, 72, 24, 0, 1),),
-    ((5, 72, 40, 0.25, 2),),
-    ((5, 120, 40, 0.25, 1),),
-    ((3, 240, 80, 0, 2),),
-    (
-        (3, 200, 80, 0, 1),
-        (3, 184, 80, 0, 1),
-        (3, 184, 80, 0, 1),
-        (3, 480, 112, 0.25, 1),
-        (3, 672, 112, 0.25, 1),
-    ),
-    ((5, 672, 160, 0.25, 2),),
-    (
-        (5, 960, 160, 0, 1),
-        (5, 960, 160, 0.25, 1),
-        (5, 960, 160, 0, 1),
-        (5, 960, 160, 0.25, 1),
-    ),
-)
 
+@named
+class FusedGhostNet(FusedNetwork, reference.GhostNet):
+    """``reference.GhostNet`` with fused bottlenecks, stem and head; made by ``ghostnet``.
 
-class _ConvBnAct(nn.Module):
-    """1x1 convolution, batch norm, ReLU; keys ``conv`` and ``bn1``."""
-
-    def __init__(self, inp: int, oup: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inp, oup, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(oup)
-        self.act1 = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act1(self.bn1(self.conv(x)))
-
-
-class GhostNet(nn.Module):
-    """GhostNet: stem, sixteen Ghost bottlenecks, head. ``ghostnet`` makes a ``FusedGhostNet``.
-
-    [N, in_chans, H, W] -> logits [N, num_classes]. Children and state_dict keys are those of the
-    authors' and timm's checkpoints (``conv_stem``, ``bn1``, ``blocks.S.B.ghost1.primary_conv.0``
-    ..., ``conv_head``, ``classifier``).
+    [N, in_chans, H, W] -> logits [N, num_classes]. Children and state_dict keys are those of
+    ``reference.GhostNet``.
 
     Args:
         width, num_classes, dropout, in_chans: as in ``ghostnet``.
 
     Raises:
-        ValueError: an argument is out of range.
+        TypeError, ValueError: as ``ghostnet``.
 
     Source: GhostNet, CVPR 2020, table 1.
     """
+
+    _ghost_ops_base = reference.GhostNet
+    forward = fused_forward(reference.GhostNet.forward)
 
     def __init__(
         self,
@@ -102,56 +66,9 @@ class GhostNet(nn.Module):
         dropout: float = 0.2,
         in_chans: int = 3,
     ) -> None:
-        super().__init__()
-        if width <= 0:
-            raise ValueError(f"width must be positive, got {width}")
-        if num_classes < 1 or in_chans < 1:
-            raise ValueError(
-                f"num_classes and in_chans must be at least 1, got {num_classes} and {in_chans}"
-            )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
-        self.dropout = dropout
-        channels = make_divisible(16 * width, 4)
-        self.conv_stem = nn.Conv2d(in_chans, channels, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.act1 = nn.ReLU(inplace=True)
-        stages: list[nn.Module] = []
-        expanded = channels
-        for stage in _STAGES:
-            blocks = []
-            for kernel, expand, out, se_ratio, stride in stage:
-                expanded = make_divisible(expand * width, 4)
-                out = make_divisible(out * width, 4)
-                blocks.append(
-                    FusedGhostBottleneck(channels, expanded, out, kernel, stride, se_ratio=se_ratio)
-                )
-                channels = out
-            stages.append(nn.Sequential(*blocks))
-        stages.append(nn.Sequential(_ConvBnAct(channels, expanded)))
-        self.blocks = nn.Sequential(*stages)
-        self.global_pool = nn.AdaptiveAvgPool2d(1)
-        self.conv_head = nn.Conv2d(expanded, 1280, 1, bias=True)
-        self.act2 = nn.ReLU(inplace=True)
-        self.classifier = nn.Linear(1280, num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> [N, C, H / 32, W / 32], before pooling."""
-        return self.blocks(self.act1(self.bn1(self.conv_stem(x))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> logits [N, num_classes]."""
-        x = self.global_pool(self.forward_features(x))
-        x = self.act2(self.conv_head(x)).flatten(1)
-        return self.classifier(F.dropout(x, self.dropout, self.training))
-
-
-@named
-class FusedGhostNet(FusedNetwork, GhostNet):
-    """``GhostNet`` whose stem and head are fused too (``fusion.network``)."""
-
-    _ghost_ops_base = GhostNet
-    forward = fused_forward(GhostNet.forward)
+        reference.GhostNet.__init__(
+            self, width, num_classes, dropout, in_chans, bottleneck=FusedGhostBottleneck
+        )
 
 
 def ghostnet(
@@ -170,56 +87,12 @@ def ghostnet(
         The network in training mode: [N, in_chans, H, W] -> logits [N, num_classes].
 
     Raises:
+        TypeError: width or dropout is not a number, or num_classes or in_chans not an int.
         ValueError: an argument is out of range.
 
     Source: GhostNet, CVPR 2020, table 1 and section 3.3.
     """
     return FusedGhostNet(width, num_classes, dropout, in_chans)
-
-
-class _BasicBlock(nn.Module):
-    """relu(conv2(conv1(x)) + shortcut), with two 3x3 Ghost modules, of which conv2 is linear."""
-
-    def __init__(self, inp: int, oup: int, stride: int, ratio: int, dw_size: int) -> None:
-        super().__init__()
-        self.conv1 = FusedGhostModule(inp, oup, 3, ratio, dw_size, stride)
-        self.conv2 = FusedGhostModule(oup, oup, 3, ratio, dw_size, relu=False)
-        self.pad = oup - inp
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        if self.stride > 1 or self.pad:
-            # A shortcut without parameters: every other pixel, and zeros for the new channels.
-            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.pad))
-        return F.relu(self.conv2(self.conv1(x)) + shortcut)
-
-
-class GhostResNet(nn.Module):
-    """A CIFAR ResNet whose 3x3 convolutions are Ghost modules; made by ``ghost_resnet``."""
-
-    def __init__(
-        self, depth: int, ratio: int, dw_size: int, num_classes: int, in_chans: int
-    ) -> None:
-        super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6 n + 2 with n at least 1, got {depth}")
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-        )
-        blocks: list[nn.Module] = []
-        channels = 16
-        for out in (16, 32, 64):
-            for index in range((depth - 2) // 6):
-                stride = 2 if out > 16 and index == 0 else 1
-                blocks.append(_BasicBlock(channels, out, stride, ratio, dw_size))
-                channels = out
-        self.blocks = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> logits [N, num_classes]."""
-        return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
 
 
 def ghost_resnet(
@@ -228,8 +101,8 @@ def ghost_resnet(
     dw_size: int = 3,
     num_classes: int = 10,
     in_chans: int = 3,
-) -> GhostResNet:
-    """ResNet for CIFAR-size inputs with Ghost modules for its 3x3 convolutions.
+) -> reference.GhostResNet:
+    """ResNet for CIFAR-size inputs with fused Ghost modules for its 3x3 convolutions.
 
     [N, in_chans, H, W] -> logits [N, num_classes]. The stem is a plain convolution. The shortcuts
     have no parameters (subsampling and zero padding).
@@ -240,23 +113,25 @@ def ghost_resnet(
         num_classes, in_chans: size of the output, channels of the input.
 
     Returns:
-        The network in training mode, with PyTorch's initial weights.
+        The network in training mode, with PyTorch's initial weights. Its Ghost modules are fused,
+        and on a CPU its blocks too; the forward of the whole is that of ``reference.GhostResNet``.
 
     Raises:
-        ValueError: depth is not 6 n + 2.
+        TypeError: an argument is not an int.
+        ValueError: depth is not 6 n + 2, or a number is less than 1.
 
     Source: GhostNet, CVPR 2020, section 4.1; He et al., CVPR 2016, section 4.2.
     """
-    return GhostResNet(depth, ratio, dw_size, num_classes, in_chans)
-
-
-_VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+    numbers = depth, ratio, dw_size, num_classes, in_chans
+    model = reference.GhostResNet(*numbers, ghost=FusedGhostModule)
+    fuse(model)
+    return model
 
 
 def ghost_vgg16(
     ratio: int = 2, dw_size: int = 3, num_classes: int = 10, in_chans: int = 3
 ) -> nn.Sequential:
-    """VGG-16 for CIFAR-size inputs with Ghost modules for its 3x3 convolutions.
+    """VGG-16 for CIFAR-size inputs with fused Ghost modules for its 3x3 convolutions.
 
     [N, in_chans, 32 k, 32 k] -> logits [N, num_classes]. Thirteen Ghost modules with 3x3 primary
     convolutions, five max-poolings, average pooling and two linear layers.
@@ -269,24 +144,15 @@ def ghost_vgg16(
     Returns:
         The network in training mode, with PyTorch's initial weights.
 
+    Raises:
+        TypeError: an argument is not an int.
+        ValueError: a number is less than 1, or dw_size is even.
+
     Source: GhostNet, CVPR 2020, section 4.1, tables 3 to 5.
     """
-    layers: list[nn.Module] = []
-    channels = in_chans
-    for entry in _VGG16:
-        if entry == "M":
-            layers.append(nn.MaxPool2d(2))
-        else:
-            layers.append(FusedGhostModule(channels, int(entry), 3, ratio, dw_size))
-            channels = int(entry)
-    return nn.Sequential(
-        *layers,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels, 512),
-        nn.ReLU(inplace=True),
-        nn.Linear(512, num_classes),
-    )
+    model = reference.ghost_vgg16(ratio, dw_size, num_classes, in_chans, ghost=FusedGhostModule)
+    fuse(model)
+    return model
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
@@ -303,8 +169,10 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
         The number of multiply-adds, over all images of the input.
 
     Raises:
+        TypeError: model is not a module, or shape is no tuple of ints.
         Any error of the model on the meta device.
     """
+    arguments.module("model", model)
     twin = copy.deepcopy(model).to("meta").float().eval()
     unfuse(twin)
     total = 0
@@ -388,10 +256,11 @@ def load_checkpoint(
         The report of loaded, missing, unexpected and mismatched keys.
 
     Raises:
-        TypeError: the checkpoint is not a mapping of names to tensors.
+        TypeError: model is not a module, or checkpoint not a mapping of names to tensors.
         RuntimeError: strict, and an entry does not fit; the message lists all such entries. The
             model is unchanged.
     """
+    arguments.module("model", model)
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"checkpoint must be a mapping, got {type(checkpoint).__name__}")
     state: Mapping[str, Any] = checkpoint

@@ -15,7 +15,13 @@ from .conventions import ghosts_per_map
 from .fusion.bottleneck import FusedBottleneck
 from .fusion.fused import attach, forget, fused_forward, named, state_of
 from .fusion.ghost import FusedGhost
-from .reference import GhostBottleneck, GhostModule, build_children, checked_arguments
+from .reference import (
+    GhostBottleneck,
+    GhostModule,
+    build_children,
+    checked_arguments,
+    relu_or_none,
+)
 
 
 @named
@@ -81,7 +87,7 @@ class FusedGhostModule(FusedGhost, GhostModule):
     ) -> None:
         nn.Module.__init__(self)
         numbers = checked_arguments(inp, oup, kernel_size, ratio, dw_size, stride)
-        first = ("relu" if relu else "none") if activation is None else activation
+        first = relu_or_none(relu) if activation is None else activation
         second = first if cheap_activation is None else cheap_activation
         _, oup, _, ratio, _, _ = numbers
         intrinsic = math.ceil(oup / ratio)
@@ -153,6 +159,7 @@ class FusedGhostBottleneck(FusedBottleneck, GhostBottleneck):
             ``reference.GhostBottleneck``.
 
     Raises:
+        TypeError, ValueError: as ``reference.GhostBottleneck``.
         In forward: as ``functional.ghost_module``.
 
     Source: GhostNet, CVPR 2020, section 3.2.

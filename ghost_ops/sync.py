@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import arguments
 from .conventions import compute_dtype
 from .modes import differentiate
 from .ops.sync import combine, mean_gradients
@@ -299,7 +300,11 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
 
     Returns:
         The model; a new module if ``model`` itself is a batch norm.
+
+    Raises:
+        TypeError: model is not a module.
     """
+    arguments.module("model", model)
     return _converted(model, process_group, {})
 
 

@@ -99,6 +99,12 @@ def test_chosen_by_environment() -> None:
     assert "Warning" not in result.stderr
 
 
+def test_mistyped_environment() -> None:
+    result = python(RUN, GHOST_OPS_BACKENDS="eager")
+    assert result.returncode == 0, result.stderr
+    assert "GHOST_OPS_BACKENDS has no effect: ghost_ops reads GHOST_OPS_BACKEND, " in result.stderr
+
+
 def test_wrong_environment() -> None:
     result = python(RUN, GHOST_OPS_BACKEND="fast")
     assert result.returncode != 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +13,17 @@ import torch
 from helpers import Case, Params, make_input, make_module, ops_of
 from torch import Tensor, nn
 
-from ghost_ops import FusedGhostModule
+import ghost_ops
+from ghost_ops import (
+    FusedGhostBottleneck,
+    FusedGhostModule,
+    activations,
+    backends,
+    environment,
+    models,
+)
 from ghost_ops.functional import ghost_module
-from ghost_ops.reference import GhostModule
+from ghost_ops.reference import GhostBasicBlock, GhostBottleneck, GhostModule, SqueezeExcite
 
 CASE = Case(act1="relu", act2="relu")
 
@@ -40,6 +50,13 @@ CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"oup": 0}, ValueError, r"oup.*0"),
     ({"oup": -4}, ValueError, r"oup.*-4"),
     ({"oup": 4.5}, TypeError, r"oup.*4\.5"),
+    ({"relu": "none"}, TypeError, r"relu must be a bool, got str: 'none'"),
+    ({"relu": None}, TypeError, r"relu must be a bool, got NoneType"),
+    *(
+        ({name: value}, TypeError, rf"{name} must be an int, got {type(value).__name__}")
+        for name in ("inp", "oup", "kernel_size", "stride")
+        for value in ("3", (3, 3), None, True)
+    ),
 ]
 
 
@@ -50,6 +67,58 @@ def test_constructor(
 ) -> None:
     with pytest.raises(kind, match=message):
         cls(**{"inp": 5, "oup": 8, **change})
+
+
+CHANNELS = {"in_chs": 8, "mid_chs": 12, "out_chs": 16}
+NOT_A_BOTTLENECK: list[tuple[dict[str, Any], type[Exception], str]] = [
+    *(
+        ({name: value}, kind, rf"{name} must be .*got .*{value}")
+        for name in (*CHANNELS, "dw_kernel_size", "stride")
+        for value, kind in ((0, ValueError), (-1, ValueError), ("3", TypeError), (2.5, TypeError))
+    ),
+    ({"dw_kernel_size": 4}, ValueError, "dw_kernel_size must be odd for stride 1, got 4"),
+    ({"se_ratio": "0.25"}, TypeError, r"se_ratio must be a number, got str: '0\.25'"),
+    ({"se_ratio": -0.25}, ValueError, r"se_ratio must be .*got -0\.25"),
+    ({"se_ratio": float("nan")}, ValueError, r"se_ratio must be .*got nan"),
+]
+
+
+@pytest.mark.parametrize("cls", [GhostBottleneck, FusedGhostBottleneck])
+@pytest.mark.parametrize(("change", "kind", "message"), NOT_A_BOTTLENECK, ids=str)
+def test_constructor_of_a_bottleneck(
+    cls: type[nn.Module], change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        cls(**(CHANNELS | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"oup": 4}, ValueError), ({"oup": "16"}, TypeError), ({"stride": 0}, ValueError)],
+    ids=str,
+)
+def test_constructor_of_a_basic_block(change: dict[str, Any], kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"{next(iter(change))} must be .*got"):
+        GhostBasicBlock(**({"inp": 8, "oup": 16} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"in_chs": "8"}, TypeError),
+        ({"in_chs": 0}, ValueError),
+        ({"se_ratio": None}, TypeError),
+        ({"reduced_base_chs": 2.5}, TypeError),
+        ({"act_layer": "relu"}, TypeError),
+        ({"gate_fn": "sigmoid"}, TypeError),
+        ({"divisor": 0}, ValueError),
+        ({"se_ration": 0.5}, TypeError),
+    ],
+    ids=str,
+)
+def test_constructor_of_a_gate(change: dict[str, Any], kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=next(iter(change))):
+        SqueezeExcite(**({"in_chs": 8} | change))
 
 
 @pytest.mark.parametrize("name", ["activation", "cheap_activation"])
@@ -73,6 +142,16 @@ def test_activation(name: str, value: object, kind: type[Exception]) -> None:
 # --- calls of the module ----------------------------------------------------------------------
 
 
+def quantized(x: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)
+
+
+def nested(x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "in prototype stage"
+        return torch.nested.nested_tensor(list(x))
+
+
 # (change of the input, exception, what the message names)
 CALLS: list[tuple[str, Callable[[Tensor], Any], type[Exception], str]] = [
     ("3-D", lambda x: x[0], ValueError, r"4D.*3D|x.*\[N, C, H, W\].*3"),
@@ -92,6 +171,14 @@ CALLS: list[tuple[str, Callable[[Tensor], Any], type[Exception], str]] = [
     ("list", lambda x: x.tolist(), TypeError, r"list|Tensor"),
     ("None", lambda _: None, TypeError, r"NoneType|Tensor|None"),
     ("numpy", lambda x: x.numpy(), TypeError, r"ndarray|Tensor"),
+    ("tuple", lambda x: (x,), TypeError, r"tuple|Tensor"),
+    ("string", lambda _: "x", TypeError, r"str|Tensor"),
+    ("bool", lambda x: x > 0, RuntimeError, r"(?i)bool"),
+    ("uint8", lambda x: x.to(torch.uint8), RuntimeError, r"(?i)uint8|byte"),
+    ("float8", lambda x: x.to(torch.float8_e4m3fn), RuntimeError, r"(?i)float8"),
+    ("quantized", quantized, RuntimeError, r"(?i)quint8|quantized"),
+    ("sparse", lambda x: x.to_sparse(), RuntimeError, r"x must be .*dense.*sparse_coo.*to_dense"),
+    ("nested", nested, RuntimeError, r"x must be .*dense.*nested"),
 ]
 
 
@@ -99,9 +186,12 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in module.state_dict().items()}
 
 
+def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, t in module.state_dict().items() if not torch.equal(t, before[name])}
+
+
 def assert_untouched(module: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, t in module.state_dict().items():
-        assert torch.equal(t, before[name]), f"{name} changed although the call failed"
+    assert not changed(module, before), "changed although the call failed"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -126,6 +216,45 @@ def test_call(
     module(make_input(CASE))  # and it still works
 
 
+@functools.cache
+def networks() -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Fused models and the same models unfused; they take 5 channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fused = {
+            "module": FusedGhostModule(5, 8),
+            "bottleneck": FusedGhostBottleneck(5, 12, 8, stride=2, se_ratio=0.25),
+            "ghostnet": models.ghostnet(0.25, 10, in_chans=5),
+            "ghost_resnet": models.ghost_resnet(8, in_chans=5),
+        }
+    plain = copy.deepcopy(fused)
+    for model in plain.values():
+        ghost_ops.unfuse(model)
+    return {name: (model, plain[name]) for name, model in fused.items()}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["module", "bottleneck", "ghostnet", "ghost_resnet"])
+@pytest.mark.parametrize("change", [pytest.param(c[1], id=c[0]) for c in CALLS])
+def test_same_exception_as_unfused(
+    native: str, change: Callable[[Tensor], Any], name: str, training: bool
+) -> None:
+    """The type is that of the plain model, and no more state changes than there."""
+    fused, plain = (model.train(training) for model in networks()[name])
+    x = torch.randn(2, 5, 32, 32)
+    bad = change(x)
+    with torch.set_grad_enabled(training):
+        fused(x)  # in eval mode the next call may be a cache hit
+        before = state(fused), state(plain)
+        with pytest.raises(Exception) as expected:
+            plain(bad)
+        with pytest.raises(Exception) as got:
+            fused(bad)
+    kinds = type(got.value), type(expected.value)
+    assert issubclass(*kinds) or issubclass(*kinds[::-1]), (got.value, expected.value)
+    assert changed(fused, before[0]) <= changed(plain, before[1])
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("ratio", [1, 2, 3])
 def test_one_value_per_channel(backend: str, ratio: int, k: int) -> None:
@@ -144,6 +273,18 @@ def test_one_value_per_channel_after_the_stride(backend: str) -> None:
     before = state(module)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         module(make_input(case))
+    assert_untouched(module, before)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0])
+@pytest.mark.parametrize("norm", ["primary_conv", "cheap_operation"])
+def test_eps_that_is_not_positive(backend: str, norm: str, eps: float) -> None:
+    """As in PyTorch's batch norm: an error with the statistics of the batch."""
+    module = make_module(CASE)
+    module.get_submodule(norm)[1].eps = eps
+    before = state(module)
+    with pytest.raises(ValueError, match=f"eps must be positive during training.*{eps}"):
+        module(make_input(CASE))
     assert_untouched(module, before)
 
 
@@ -245,6 +386,15 @@ FUNCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dilation": 0}, RuntimeError, r"dilation.*0"),
     ({"groups": 0}, RuntimeError, "groups"),
     ({"groups": 3}, RuntimeError, "groups"),
+    ({"groups": "1"}, TypeError, "groups must be an int, got str: '1'"),
+    ({"groups": 1.5}, TypeError, r"groups must be an int, got float: 1\.5"),
+    ({"groups": True}, TypeError, "groups must be an int, got bool"),
+    ({"stride": "1"}, TypeError, r"stride must be an int or a pair of ints, got '1'"),
+    ({"stride": True}, TypeError, r"stride must be an int or a pair of ints, got True"),
+    ({"out_channels": "8"}, TypeError, "out_channels must be an int, got str: '8'"),
+    ({"out_channels": 8.0}, TypeError, "out_channels must be an int, got float"),
+    ({"activation": None}, TypeError, "activation must be .*NoneType"),
+    ({"activation_weight": 1.0}, ValueError, "activation_weight.*prelu"),
     ({"out_channels": 3}, RuntimeError, r"out_channels.*4.*8.*3"),
     ({"out_channels": 9}, RuntimeError, r"out_channels.*4.*8.*9"),
     ({"activation": "tanh"}, ValueError, r"activation.*relu.*tanh"),
@@ -313,6 +463,28 @@ def test_evaluation_without_any_running_statistics(backend: str) -> None:
     assert ghost_module(**given, training=True).shape == (2, 8, 6, 7)
 
 
+@pytest.mark.parametrize("name", ["x", *NAMES])
+def test_function_with_a_sparse_tensor(backend: str, name: str) -> None:
+    given = arguments()
+    given[name] = given[name].detach().to_sparse()
+    with pytest.raises(RuntimeError, match=rf"^{name} must be a dense tensor.*sparse_coo"):
+        ghost_module(**given)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None], ids=str)
+def test_training_that_is_no_bool(value: object) -> None:
+    """As in ``F.batch_norm``."""
+    with pytest.raises(TypeError, match="training must be a bool, got"):
+        ghost_module(**arguments(), training=value)
+
+
+def test_eps_of_the_function(backend: str) -> None:
+    given = arguments() | {"eps": (1e-5, 0.0)}
+    with pytest.raises(ValueError, match=r"eps must be positive.*1e-05 .*primary.* 0\.0 .*cheap"):
+        ghost_module(**given, training=True)
+    assert torch.isfinite(ghost_module(**given)).all()
+
+
 def test_unknown_argument() -> None:
     with pytest.raises(TypeError, match="relu"):
         ghost_module(**arguments(), relu=True)
@@ -348,3 +520,64 @@ def test_operator(native: str, position: int, value: Any) -> None:
         good[position] = value
         with pytest.raises(RuntimeError):
             ops.ghost_apply(*good)
+
+
+# --- everything else --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(1, TypeError), (None, TypeError), ("cuda", ValueError), ("Native", ValueError)],
+    ids=str,
+)
+def test_use_backend(name: Any, kind: type[Exception]) -> None:
+    before = backends.requested()
+    with pytest.raises(kind, match=f"name must be one of 'auto', .*'eager', got {name!r}"):
+        ghost_ops.use_backend(name)
+    assert backends.requested() == before
+
+
+@pytest.mark.parametrize("devices", ["cpu", None, (0,)], ids=str)
+def test_status(devices: Any) -> None:
+    with pytest.raises(TypeError, match="devices must be a tuple of device types, got"):
+        backends.status(devices)
+
+
+CHOICES = [variable for variable in environment.VARIABLES if variable.choices]
+
+
+@pytest.mark.parametrize("variable", CHOICES, ids=lambda variable: variable.name)
+@pytest.mark.parametrize("value", ["yes", "AUTO", "01"])
+def test_environment(
+    monkeypatch: pytest.MonkeyPatch, variable: environment.Variable, value: str
+) -> None:
+    monkeypatch.setenv(variable.name, value)
+    allowed = ", ".join(map(repr, variable.choices))
+    with pytest.raises(ValueError, match=f"{variable.name}='{value}': expected one of {allowed}"):
+        variable.get()
+
+
+@pytest.mark.parametrize("value", [None, "model", [nn.ReLU()], nn.ReLU], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        ghost_ops.fuse,
+        ghost_ops.unfuse,
+        ghost_ops.reset_cache,
+        ghost_ops.convert_sync_batchnorm,
+        lambda model: ghost_ops.graphed(model, torch.zeros(1, 3, 8, 8)),
+        lambda model: models.count_macs(model, (1, 3, 8, 8)),
+        lambda model: models.load_checkpoint(model, {"weight": torch.zeros(1)}),
+    ],
+    ids="fuse unfuse reset_cache convert_sync_batchnorm graphed count_macs load_checkpoint".split(),
+)
+def test_no_model(function: Callable[[Any], object], value: Any) -> None:
+    kind = type(value).__name__
+    with pytest.raises(TypeError, match=rf"model must be an nn\.Module, got {kind}"):
+        function(value)
+
+
+@pytest.mark.parametrize("code", [9, -1, "relu", None], ids=str)
+def test_activation_code(code: Any) -> None:
+    with pytest.raises(ValueError, match=f"code must be from 0 to 8.*got {code!r}"):
+        activations.apply(torch.ones(3), code, 0.01)

@@ -14,9 +14,9 @@ from helpers import DTYPES, LAYOUTS, assert_close, recorded, with_layout
 from torch import Tensor, nn
 
 import ghost_ops
-from ghost_ops import FusedGhostBottleneck, SqueezeExcite
+from ghost_ops import FusedGhostBottleneck
 from ghost_ops.fusion.bottleneck import PackedBottleneck
-from ghost_ops.reference import GhostBottleneck, GhostModule
+from ghost_ops.reference import GhostBottleneck, GhostModule, SqueezeExcite
 
 # (in, mid, out, kernel, stride, squeeze-excite ratio): every kind of bottleneck in GhostNet.
 BLOCKS = [

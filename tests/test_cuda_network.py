@@ -75,7 +75,7 @@ def inputs(dtype: torch.dtype, size: int = 33) -> Tensor:
 def test_ghostnet(library: emulator.Library, dtype: torch.dtype, width: float) -> None:
     """The output is right, there are at most 75 launches, and no float32 map in float16."""
     torch.manual_seed(0)
-    plain = ghost_ops.models.GhostNet(width).eval()
+    plain = ghost_ops.reference.ghostnet(width).eval()
     randomize(plain)
     plain = plain.to(dtype).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)

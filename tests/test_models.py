@@ -1,11 +1,16 @@
-"""Promise: the networks have the paper's sizes and the plain modules' numbers; checkpoints load."""
+"""Promise: the networks have the paper's sizes and the plain networks' numbers; checkpoints load.
+
+``models`` builds what ``fuse`` makes of the plain network of the same name in ``reference``."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
+import math
 import types
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from torch import nn
 from twins import unfused_copy
 
 import ghost_ops
-from ghost_ops import models
+from ghost_ops import models, reference
 from ghost_ops.models import count_macs, ghost_resnet, ghost_vgg16, ghostnet, load_checkpoint
 from ghost_ops.reference import GhostBottleneck, GhostModule
 
@@ -76,13 +81,107 @@ NETWORKS = {
 }
 
 
+# --- the two names of a network: fused in ``models``, plain in ``reference`` -------------------
+
+PAIRS = ("ghostnet", "ghost_resnet", "ghost_vgg16")
+
+
+def both(name: str) -> tuple[nn.Module, nn.Module]:
+    """The fused and the plain network of one name, built with default arguments and one seed."""
+    made = []
+    for module in (models, reference):
+        torch.manual_seed(3)
+        made.append(getattr(module, name)())
+        made.append(torch.rand(1))
+    fused, after, plain, after_plain = made
+    assert torch.equal(after, after_plain)
+    return fused, plain
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def is_fused(kind: type) -> bool:
+    return kind.__name__.startswith("Fused")
+
+
+def numbers(model: nn.Module, size: int) -> tuple[list[torch.Tensor], list[str]]:
+    """The outputs of two calls in eval mode, and the operators of the second."""
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        first = model.eval()(x)
+        with recorded() as names:
+            second = model(x)
+    return [first, second], names
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_arguments_of_both(name: str) -> None:
+    fused, plain = (
+        inspect.signature(getattr(module, name)).parameters for module in (models, reference)
+    )
+    shared = {key: p for key, p in plain.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(fused) == list(shared)
+    assert [p.default for p in fused.values()] == [p.default for p in shared.values()]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_keys_and_draws_of_both(name: str) -> None:
+    fused, plain = (model.state_dict() for model in both(name))
+    assert list(fused) == list(plain)
+    assert all(torch.equal(t, plain[key]) for key, t in fused.items())
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_fuse_makes_one_of_the_other(native: str, name: str) -> None:
+    """The same types, numbers and operators, whichever of the two was built."""
+    fused, plain = both(name)
+    assert any(map(is_fused, kinds(fused).values()))
+    assert not any(map(is_fused, kinds(plain).values()))
+    plain_kinds, size = kinds(plain), 64 if name == "ghostnet" else 32
+    unfused = copy.deepcopy(fused)
+    ghost_ops.unfuse(unfused)
+    assert kinds(unfused) == plain_kinds
+    want, names = numbers(plain, size)
+    got, unfused_names = numbers(unfused, size)
+    assert unfused_names == names
+    assert all(map(torch.equal, got, want))
+    assert not any(n.startswith("ghost_ops::") for n in names)
+
+    made = copy.deepcopy(plain.train())
+    ghost_ops.fuse(made)
+    assert kinds(made) == kinds(fused)
+    want, names = numbers(fused, size)
+    got, made_names = numbers(made, size)
+    assert made_names == names
+    assert all(map(torch.equal, got, want))
+    assert any(n.startswith("ghost_ops::") for n in names)
+
+
+def test_no_plain_name_is_fused() -> None:
+    """A class or function of ``models`` is named like one of ``reference`` only as a pair."""
+    plain = {name for name in reference.__all__ if inspect.isclass(getattr(reference, name))}
+    assert not plain & set(vars(models))
+    assert set(PAIRS) <= {*models.__all__} & {*reference.__all__}
+    assert is_fused(models.FusedGhostNet)
+    for name in plain:
+        assert not issubclass(getattr(reference, name), ghost_ops.fusion.fused.Fused), name
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_construction_on_the_meta_device(name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(models, name)()
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+    assert model(torch.empty(2, 3, 32, 32, device="meta")).shape[0] == 2
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_as_plain_modules(backend: str, name: str) -> None:
     make, shape = NETWORKS[name]
     fused = make().double()
     plain = unfused_copy(fused)
-    kinds = {type(m).__module__ for m in plain.modules()}
-    assert "ghost_ops.nn" not in kinds
     x = torch.randn(shape, dtype=torch.float64)
     results = []
     for model in (fused, plain):
@@ -101,7 +200,7 @@ def test_unfuse_and_fuse_again() -> None:
     with torch.no_grad():
         want = model(x)
         ghost_ops.unfuse(model)
-        assert type(model) is models.GhostNet
+        assert type(model) is reference.GhostNet
         assert type(model.blocks[0][0]) is GhostBottleneck
         assert type(model.blocks[0][0].ghost1) is GhostModule
         plain = model(x)
@@ -186,27 +285,54 @@ def test_bottlenecks_together_notice_changes(native: str, change: str) -> None:
         assert not torch.allclose(plain(x), before, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: ghostnet(0), "width"),
-        (lambda: ghostnet(num_classes=0), "num_classes"),
-        (lambda: ghostnet(dropout=1.0), "dropout"),
-        (lambda: ghostnet(in_chans=0), "in_chans"),
-        (lambda: ghost_resnet(57), "depth"),
-        (lambda: ghost_resnet(2), "depth"),
-    ],
-)
-def test_bad_arguments(call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
+WRONG: list[tuple[str, dict[str, object], type[Exception], str]] = [
+    ("ghostnet", {"width": "1.0"}, TypeError, r"width must be a number, got str: '1\.0'"),
+    ("ghostnet", {"width": None}, TypeError, "width must be a number, got NoneType"),
+    ("ghostnet", {"width": True}, TypeError, "width must be a number, got bool"),
+    ("ghostnet", {"width": 1j}, TypeError, "width must be a number, got complex"),
+    ("ghostnet", {"width": math.nan}, ValueError, "width must be positive and finite, got nan"),
+    ("ghostnet", {"width": math.inf}, ValueError, "width must be positive and finite, got inf"),
+    ("ghostnet", {"width": 0}, ValueError, "width must be positive and finite, got 0"),
+    ("ghostnet", {"width": -1}, ValueError, "width must be positive and finite, got -1"),
+    ("ghostnet", {"dropout": 1.0}, ValueError, r"dropout must be from 0 to below 1, got 1\.0"),
+    ("ghostnet", {"dropout": -0.1}, ValueError, r"dropout.*-0\.1"),
+    ("ghostnet", {"dropout": math.nan}, ValueError, "dropout.*nan"),
+    ("ghostnet", {"dropout": "0.2"}, TypeError, r"dropout must be a number, got str: '0\.2'"),
+    ("ghost_resnet", {"depth": 57}, ValueError, r"depth must be 6 n \+ 2 .*57"),
+    ("ghost_resnet", {"depth": 2}, ValueError, r"depth must be 6 n \+ 2 .*2"),
+    ("ghost_resnet", {"depth": "56"}, TypeError, "depth must be an int, got str: '56'"),
+    ("ghost_resnet", {"depth": 56.0}, TypeError, r"depth must be an int, got float: 56\.0"),
+    ("ghost_resnet", {"ratio": 0}, ValueError, "ratio must be at least 1, got 0"),
+    ("ghost_vgg16", {"ratio": "2"}, TypeError, "ratio must be an int, got str"),
+    ("ghost_vgg16", {"dw_size": 2}, ValueError, "dw_size must be odd, got 2"),
+    *(
+        (name, {argument: value}, kind, rf"{argument} must be .*got .*{value}")
+        for name in PAIRS
+        for argument in ("num_classes", "in_chans")
+        for value, kind in ((0, ValueError), (-3, ValueError), (2.5, TypeError), ("9", TypeError))
+    ),
+]
+
+
+@pytest.mark.parametrize("module", [models, reference], ids=["models", "reference"])
+@pytest.mark.parametrize(("name", "given", "kind", "message"), WRONG, ids=str)
+def test_bad_arguments(
+    module: types.ModuleType,
+    name: str,
+    given: dict[str, object],
+    kind: type[Exception],
+    message: str,
+) -> None:
+    build: Callable[..., nn.Module] = getattr(module, name)
+    with pytest.raises(kind, match=message):
+        build(**given)
 
 
 @pytest.mark.filterwarnings("ignore:.*dw_size=9")
 def test_module_without_kernel() -> None:
     """A Ghost module that no kernel computes runs as PyTorch's operators inside a fused network."""
     model = randomize(ghostnet(0.5, num_classes=10)).double().eval()
-    plain = models.GhostNet(0.5, num_classes=10).double().eval()
+    plain = reference.ghostnet(0.5, num_classes=10).double().eval()
     for net in (model, plain):
         block = net.blocks[0][0]
         conv = block.ghost1.primary_conv[0]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import ghost_ops
+from ghost_ops import reference
 from ghost_ops.autograd import layers
-from ghost_ops.models import GhostNet
 
 # The number of autograd nodes of our operators in one training step.
 NODES = {"DepthwiseFunctionBackward": 9, "GhostModuleFunctionBackward": 32 + 7}
@@ -25,7 +25,7 @@ NODES = {"DepthwiseFunctionBackward": 9, "GhostModuleFunctionBackward": 32 + 7}
 
 def plain_network() -> nn.Module:
     torch.manual_seed(0)
-    return GhostNet(0.5, 10, dropout=0.3).double().train()
+    return reference.ghostnet(0.5, 10, dropout=0.3).double().train()
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:

@@ -6,7 +6,7 @@ import csv
 import itertools
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +27,8 @@ from helpers import (
 import ghost_ops
 from ghost_ops import environment, planner
 from ghost_ops.autograd.checks import keeps_u
+from ghost_ops.formula import Settings
 from ghost_ops.planner import CpuMachine
-from ghost_ops.reference import Settings
 
 pytestmark = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 
@@ -320,13 +320,50 @@ def test_a_machine_and_something_against_it(other: dict[str, Any]) -> None:
         ({"dw_size": 4}, "dw_size"),
         ({"dtype": torch.int8}, "dtype"),
         ({"activation": "tanh"}, "activation"),
+        ({"threads": 0}, "threads"),
+        ({"device": "gpu"}, "device"),
+        ({"device": "sm_90", "alternatives": -1}, "alternatives"),
     ],
     ids=str,
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"shape": (1, 2, 3, 4), "out_channels": 6}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message} must be .*got"):
         planner.explain(**(given | change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"shape": value} for value in (None, 4, "1234", (1, 2, 3, 4.5), (1, 2, 3, "4"))),
+        *({"out_channels": value} for value in ("6", 6.0, None, True)),
+        *({name: "2"} for name in ("ratio", "stride", "dw_size", "threads", "machine")),
+        {"ratio": 2.0},
+        {"activation": 3},
+        {"device": "sm_90", "alternatives": "1"},
+    ],
+    ids=str,
+)
+def test_arguments_of_wrong_type(change: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"shape": (1, 2, 3, 4), "out_channels": 6}
+    with pytest.raises(TypeError, match=f"{list(change)[-1]} must be .*got"):
+        planner.explain(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: planner.explain_saved("net", (1, 3, 8, 8)), "model must be .*got str"),
+        (lambda: planner.explain_saved(make_module(Case()), 8), "input_shape must be .*got 8"),
+        (lambda: planner.explain_module(None, (1, 3, 8, 8)), "module must be .*got NoneType"),
+        (lambda: planner.cpu_machine("2"), "threads must be .*got str"),
+        (lambda: CpuMachine(8, 16, 32 << 10, 1 << 20, 1.5), "cores must be .*got float"),
+    ],
+    ids=["saved", "shape", "module", "threads", "machine"],
+)
+def test_other_functions_with_wrong_types(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
 
 
 def test_empty_batch() -> None:

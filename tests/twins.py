@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 import ghost_ops
 from ghost_ops import FusedGhostBottleneck, FusedGhostModule
-from ghost_ops.models import GhostNet
-from ghost_ops.reference import GhostBottleneck, GhostModule
+from ghost_ops.reference import GhostBottleneck, GhostModule, GhostNet
 
 Seen = dict[str, Any]
 

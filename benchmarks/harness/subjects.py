@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ghost_ops
 from benchmarks.harness import floor, providers
 from benchmarks.harness.shapes import Shape
 from examples.networks import GhostConv, ghost_resnet, yolo_stack
@@ -116,7 +115,6 @@ class Network:
         """The network in training mode, with the batch-norm statistics of random images."""
         torch.manual_seed(0)
         network = self.make()
-        ghost_ops.unfuse(network)
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         with torch.no_grad():
@@ -132,7 +130,7 @@ class Network:
 
 def ghostnet(width: float) -> Network:
     """GhostNet of some width."""
-    make = functools.partial(models.ghostnet, width, CLASSES, dropout=0.0)
+    make = functools.partial(reference.ghostnet, width, CLASSES, dropout=0.0)
     return Network(f"ghostnet-{width}", f"GhostNet {width}x", make)
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import backends
 from ..announce import warn_once
+from ..formula import Norms, Settings, Slopes
 from ..ops import eager
 from ..ops.ghost import native, triton
-from ..reference import Norms, Settings, Slopes
 
 LARGEST_DW_SIZE = 7
 

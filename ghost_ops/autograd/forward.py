@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conventions import LOW_PRECISION, contiguous, dense, in_format, memory_format
+from ..formula import FROZEN, NO_SLOPES, Norms, Settings, Slopes, Statistics, ghost_formula
 from ..ops import eager
 from ..ops.sync import combine
-from ..reference import FROZEN, NO_SLOPES, Norms, Settings, Slopes, Statistics, ghost_formula
 from .checks import ops_for
 
 

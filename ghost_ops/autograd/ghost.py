@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..conventions import NEEDS, contiguous, dense, memory_format
+from ..formula import NO_SLOPES, Norms, Settings, Slopes, Statistics, ghost_formula
 from ..modes import autocast_dtype, differentiate, in_transform
 from ..ops.conv_gradient import conv_backward
 from ..ops.sync import mean_gradients
-from ..reference import NO_SLOPES, Norms, Settings, Slopes, Statistics, ghost_formula
 from ..sync import update_running as sync_update_running
 from .checks import announce_eager, is_fused_primary, keeps_u, needs_grad, ops_for
 from .forward import (

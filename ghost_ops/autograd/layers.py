@@ -21,11 +21,11 @@ from torch import Tensor
 from .. import activations, backends
 from ..activations import hard_sigmoid
 from ..conventions import compute_dtype, dense
+from ..formula import Norms
 from ..modes import autocast_dtype, differentiate, in_transform
 from ..ops.define import native
 from ..ops.depthwise import depthwise_norm, depthwise_norm_backward
 from ..ops.gate import HARD_SIGMOID, plane_affine, plane_dot
-from ..reference import Norms
 from .forward import RunningUpdate, update_running
 from .ghost import gradient
 from .tail import Norm

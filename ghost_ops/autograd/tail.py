@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import activations, backends
 from ..conventions import compute_dtype, dense
+from ..formula import Norms
 from ..modes import autocast_dtype, differentiate, in_transform
 from ..ops.define import native
 from ..ops.tail import ghost_tail_backward, ghost_tail_forward
-from ..reference import Norms
 from .checks import LARGEST_DW_SIZE
 from .forward import RunningUpdate, share, update_running
 from .ghost import gradient

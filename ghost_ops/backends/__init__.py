@@ -14,6 +14,7 @@ request, and :func:`use_backend` changes it. If an explicitly requested backend 
 
 from __future__ import annotations
 
+import os
 import threading
 from types import ModuleType, TracebackType
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from ..conventions import DTYPES
 from . import cuda, eager, native, triton
 from .triton import tuning as _tuning  # noqa: F401  (a wrong GHOST_OPS_TRITON_AUTOTUNE raises)
 
+__all__ = ["Row", "requested", "status", "use_backend"]
+
 BACKENDS: dict[str, ModuleType] = {module.name: module for module in (native, triton, eager)}
 
 _requested: str = environment.BACKEND.get()
@@ -36,6 +39,13 @@ for _variable in (
     environment.CUDA_PLAN,
 ):
     _variable.get()  # a wrong value is an error at import, not at the first call
+_known = {variable.name for variable in environment.VARIABLES}
+for _name in sorted(os.environ.keys() - _known):
+    if _name.startswith("GHOST_OPS_"):
+        warn_once(
+            f"environment variable {_name} has no effect: ghost_ops reads "
+            f"{', '.join(sorted(_known))}"
+        )
 _lock = threading.RLock()
 _cache: dict[tuple[str, str, torch.dtype], str] = {}
 
@@ -125,6 +135,7 @@ class use_backend:
         name: ``"auto"``, ``"native"``, ``"triton"`` or ``"eager"``.
 
     Raises:
+        TypeError: ``name`` is no string.
         ValueError: ``name`` is another string.
         RuntimeError: ``name`` is ``"native"`` and no native library can be loaded, or ``"triton"``
             and Triton can run on no device of this machine.
@@ -134,7 +145,8 @@ class use_backend:
         global _requested
         if name not in environment.BACKEND.choices:
             allowed = ", ".join(repr(choice) for choice in environment.BACKEND.choices)
-            raise ValueError(f"use_backend: name must be one of {allowed}, got {name!r}")
+            kind = ValueError if isinstance(name, str) else TypeError
+            raise kind(f"use_backend: name must be one of {allowed}, got {name!r}")
         if name == native.name and not (native.load() or cuda.load()):
             raise RuntimeError(f"backend 'native' cannot run: {native.reason()}")
         if name == triton.name and (reason := triton.nowhere()):
@@ -176,7 +188,12 @@ def status(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Row]:
 
     Returns:
         One row for each device and dtype.
+
+    Raises:
+        TypeError: devices is no tuple of strings.
     """
+    if not (isinstance(devices, (tuple, list)) and all(isinstance(d, str) for d in devices)):
+        raise TypeError(f"devices must be a tuple of device types, got {devices!r}")
     return [_row(device, dtype) for device in devices for dtype in DTYPES]
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
 from ..announce import announce
 from ..autograd.checks import backend_for
 from ..conventions import LOW_PRECISION, dense
@@ -134,6 +135,7 @@ class Fused(nn.Module):
             return self._ghost_plain(*args, **kwargs)
         if x.dim() != 4:
             return self._ghost_plain(*args, **kwargs)
+        arguments.dense("x", x)
         out = self._ghost_eager(x)
         return self._ghost_plain(*args, **kwargs) if isinstance(out, str) else out
 

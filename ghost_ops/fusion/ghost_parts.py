@@ -27,8 +27,8 @@ from ..autograd.forward import RunningUpdate, apply_arguments, library_conv, pac
 from ..autograd.ghost import run
 from ..autograd.tail import Norm, TailSettings, ghost_tail, has_kernel
 from ..conventions import compute_dtype, dense
+from ..formula import FROZEN, Norms, Settings, Slopes, Statistics
 from ..functional import check
-from ..reference import FROZEN, Norms, Settings, Slopes, Statistics
 from ..sync import group_of, run_norm
 from .branch import NO_ACT, Branch, why_not_together
 from .program import Program

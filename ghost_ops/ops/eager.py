@@ -401,7 +401,7 @@ def ghost_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dw1, dgamma1, dbeta1, dprelu1, dw2, dgamma2, dbeta2, dprelu2).
 
-    Recomputes y and v, and u if u is None. The gradient of the formula in ``reference.py``, with
+    Recomputes y and v, and u if u is None. The gradient of the formula in ``formula.py``, with
     a = bn1(u), b = bn2(v) and f' the product with the derivative of f::
 
         dz  = grad_out[:, m:],  db = act2'(dz),  dprelu2 = sum of dz * min(b, 0)

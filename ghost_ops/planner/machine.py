@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import backends
+from .. import arguments, backends
 
 CUDA_DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+"""The architectures of GPUs that there are plans for."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class CpuMachine:
         amx: whether the CPU has AMX tiles for products in bfloat16.
 
     Raises:
+        TypeError: a number is not an int.
         ValueError: a value is not allowed.
     """
 
@@ -38,8 +40,7 @@ class CpuMachine:
             raise ValueError(f"lanes must be 4, 8 or 16, got {self.lanes}")
         least = {"registers": 8, "l1_bytes": 4 << 10, "l2_bytes": 64 << 10, "cores": 1}
         for name, low in least.items():
-            if (value := getattr(self, name)) < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
+            arguments.integer(name, getattr(self, name), low)
 
 
 def cpu_machine(threads: int | None = None) -> CpuMachine:
@@ -49,9 +50,10 @@ def cpu_machine(threads: int | None = None) -> CpuMachine:
         threads: number of cores; None: ``torch.get_num_threads()``.
 
     Raises:
+        TypeError, ValueError: threads is not an int of at least 1.
         RuntimeError: the native library is not loaded; the message says why.
     """
-    threads = torch.get_num_threads() if threads is None else threads
+    threads = torch.get_num_threads() if threads is None else arguments.integer("threads", threads)
     return CpuMachine(**backends.native.library().machine(threads))
 
 

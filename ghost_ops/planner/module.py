@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import activations, backends, environment
+from .. import activations, arguments, backends, environment
 from ..conventions import DTYPES
 from ..ops.ghost import allow_tf32
 from ..reference import GhostModule
@@ -58,23 +58,19 @@ def explain_shape(
         A :class:`Plan` for the CPU, a :class:`CudaPlan` for a GPU.
 
     Raises:
+        TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range.
         RuntimeError: the native library is not loaded; the message says why.
     """
-    dims = tuple(int(v) for v in shape)
-    if len(dims) != 4 or min(dims) < 0:
-        raise ValueError(f"shape must be four sizes [N, C, H, W], none negative, got {dims}")
-    for name, value in (("out_channels", out_channels), ("ratio", ratio), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
-    if dw_size not in (1, 3, 5, 7):
+    dims = arguments.image_shape("shape", shape, least=0)
+    out_channels = arguments.integer("out_channels", out_channels)
+    ratio, stride = arguments.integer("ratio", ratio), arguments.integer("stride", stride)
+    if arguments.integer("dw_size", dw_size) not in (1, 3, 5, 7):
         raise ValueError(f"dw_size must be 1, 3, 5 or 7, got {dw_size}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     sm = compute_capability(device)
-    if alternatives < 0:
-        raise ValueError(f"alternatives must not be negative, got {alternatives}")
-    if alternatives and sm is None:
+    if arguments.integer("alternatives", alternatives, least=0) and sm is None:
         raise ValueError("alternatives: only plans for a GPU have any, device is 'cpu'")
     if training and sm is None:
         raise ValueError("training: only the passes on a GPU are planned, device is 'cpu'")
@@ -82,6 +78,8 @@ def explain_shape(
         raise ValueError(f"shape must have no empty size for a GPU plan, got {dims}")
     if machine is not None and (threads is not None or sm is not None):
         raise ValueError("machine goes with device 'cpu' and without threads: it has its own cores")
+    if not isinstance(machine, (CpuMachine, type(None))):
+        raise TypeError(f"machine must be a CpuMachine, got {type(machine).__name__}: {machine!r}")
     library = backends.native.library()
     machine = cpu_machine(threads) if machine is None else machine
     act1, _ = activations.resolve(activation)
@@ -146,9 +144,12 @@ def explain_module(module: GhostModule, shape: Sequence[int], **kwargs: Any) -> 
         As :func:`explain_shape`.
 
     Raises:
+        TypeError: module is no Ghost module; or as :func:`explain_shape`.
         ValueError: the primary convolution is not a plain 1x1; or as :func:`explain_shape`.
         RuntimeError: as :func:`explain_shape`.
     """
+    if not isinstance(module, GhostModule):
+        raise TypeError(f"module must be a GhostModule, got {type(module).__name__}")
     conv: Any = module.primary_conv[0]
     cheap: Any = module.cheap_operation[0]
     if conv.kernel_size != (1, 1) or conv.groups != 1:

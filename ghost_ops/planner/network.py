@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import activations, ops
+from .. import activations, arguments, ops
 from ..conventions import DTYPES
 from ..fusion.bottleneck import Bottleneck
 from ..fusion.branch import Branch
@@ -179,9 +178,8 @@ def explain_network(
         RuntimeError: the native library is not loaded, or a kernel has no plan for a shape.
         Any other error of the model's forward.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    shape = _checked_shape(input_shape)
+    arguments.module("model", model)
+    shape = arguments.image_shape("input_shape", input_shape)
     if training:
         raise ValueError("training: a network is planned in evaluation mode only")
     if not isinstance(device, str):
@@ -211,16 +209,6 @@ def explain_network(
         notes = [order, *notes]
     name = type(root.module).__name__
     return NetworkPlan(name, f"sm_{sm}", shape, dtype, channels_last, rows, tuple(notes))
-
-
-def _checked_shape(input_shape: Sequence[int]) -> tuple[int, int, int, int]:
-    try:
-        dims = tuple(operator.index(v) for v in input_shape)
-    except TypeError:
-        raise TypeError(f"input_shape must be four ints NCHW, got {input_shape!r}") from None
-    if len(dims) != 4 or min(dims) < 1:
-        raise ValueError(f"input_shape must be four positive sizes [N, C, H, W], got {dims}")
-    return dims
 
 
 # --- the rows -----------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import arguments
+
 
 @dataclass(frozen=True)
 class SavedRow:
@@ -104,12 +106,16 @@ def explain_saved(
         A plan with one row for each kind of part. Scalars, vectors and parameters do not count.
 
     Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: input_shape is not four positive sizes.
         Any error of the model.
     """
+    arguments.module("model", model)
+    shape = arguments.image_shape("input_shape", input_shape)
     twin = copy.deepcopy(model).train()
     first = next(twin.parameters(), None)
     dtype = dtype or (torch.float32 if first is None else first.dtype)
-    x = torch.zeros(tuple(input_shape), dtype=dtype)
+    x = torch.zeros(shape, dtype=dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.enable_grad():
