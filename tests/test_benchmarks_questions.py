@@ -175,7 +175,7 @@ def test_networks_are_there_and_fuse(key: str) -> None:
         torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
     import ghost_ops
 
-    report = ghost_ops.fuse(plain)
+    report = ghost_ops.report(ghost_ops.fuse(plain))
     names = [type(module).__name__ for module in plain.modules()]
     fused = ("FusedGhostModule", "FusedGhostConv", "FusedGhostUnit")
     expected = {"yolo": 4 + 2 * 6, "ghost-resnet-56": 57, "ghost-resnet-20": 21}.get(key, 32)
