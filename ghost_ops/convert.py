@@ -95,7 +95,7 @@ class Report:
     """The modules of a model that are fused or could be; ``str`` and ``repr`` are a table.
 
     Attributes:
-        model: the name of the model's class.
+        model: the name of the model's plain class.
         entries: one for each Ghost module, Ghost bottleneck, module that looks like one, and fused
             module, in the order of ``model.named_modules()``.
     """
@@ -325,7 +325,9 @@ def report(model: nn.Module) -> Report:
             else entry,
         )
     names = (name for name, _ in _named(model))
-    return Report(type(model).__name__, tuple(found[name] for name in names if name in found))
+    return Report(
+        _plain_class(model).__name__, tuple(found[name] for name in names if name in found)
+    )
 
 
 def reset_cache(model: nn.Module) -> None:
@@ -480,13 +482,17 @@ def _fuse(kind: type[Fused], name: str, module: nn.Module) -> Entry | None:
 
 def _entry(name: str, module: Any) -> Entry:
     """The entry of a fused module."""
-    kind, state = type(module), state_of(module)
-    if is_made(kind):
-        kind = kind._ghost_ops_base
+    kind, state = _plain_class(module), state_of(module)
     if state.parts is None:
         return Entry(name, kind.__name__, "fallback", state.reason)
     detail = "FusedGhostModule" if kind is GhostModule else state.parts.description()
     return Entry(name, kind.__name__, "fused", detail)
+
+
+def _plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``unfuse`` gives a module."""
+    kind: Any = type(module)
+    return kind._ghost_ops_base if is_made(kind) else kind
 
 
 def _may_be(kind: type[Fused], module: nn.Module, is_model: bool) -> bool:
