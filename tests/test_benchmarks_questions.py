@@ -272,6 +272,7 @@ FEW = "--providers eager fused"
 TINY = {
     "module": f"--shapes 672-160@7-linear --batch 1 --mode eval {FEW}",
     "network": f"--networks yolo --size 32 --batch 2 --train-batch 2 --train-threads 1 {FEW}",
+    "order": "--size 32 --batch 2 --train-batch 2",
     "scaling": "--axis ratio --providers fused",
     "plan": "--shapes 672-160@7-linear 160-960@7-relu --batch 1",
     "product": f"--shapes 672-160@7-linear 160-960@7-relu --batch 1 {FEW}",
