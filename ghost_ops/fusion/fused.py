@@ -157,13 +157,7 @@ class Fused(nn.Module):
         """The forward while a graph is traced. The compiler guards everything that is read here."""
         x = _input(self._ghost_ops_base, args, kwargs)
         state: State | None = self.__dict__.get(STATE)
-        if (
-            x is None
-            or state is None
-            or state.known is None
-            or x.dim() != 4
-            or in_onnx_export()
-        ):
+        if x is None or state is None or state.known is None or x.dim() != 4 or in_onnx_export():
             return self._ghost_plain(*args, **kwargs)
         record, form = state.known
         out: Any = None
