@@ -17,6 +17,17 @@ def in_transform() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def in_onnx_export() -> bool:
+    """Whether ``torch.onnx.export`` traces the caller; then it runs PyTorch's operators only."""
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        return False
+    return torch.onnx.is_in_onnx_export()
+
+
+# Dynamo replaces ``is_in_onnx_export()`` by False, in the exporter's strict mode too.
+in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype in which autocast runs convolutions on a device type; None if autocast is off."""
     # torch.is_autocast_enabled raises for the meta device.

@@ -288,6 +288,9 @@ class GhostBottleneck(nn.Module):
         padding = (dw_kernel_size - 1) // 2
 
         self.ghost1 = GhostModule(in_chs, mid_chs, relu=True)
+        # None instead of no attribute, so that torch.jit.script takes forward.
+        self.conv_dw: nn.Conv2d | None = None
+        self.bn_dw: nn.BatchNorm2d | None = None
         if self.stride > 1:
             self.conv_dw = nn.Conv2d(
                 mid_chs, mid_chs, dw_kernel_size, stride, padding, groups=mid_chs, bias=False
@@ -312,9 +315,8 @@ class GhostBottleneck(nn.Module):
         """[N, in_chs, H, W] -> [N, out_chs, Ho, Wo]."""
         residual = x
         x = self.ghost1(x)
-        if self.stride > 1:
-            x = self.conv_dw(x)
-            x = self.bn_dw(x)
+        if self.conv_dw is not None and self.bn_dw is not None:
+            x = self.bn_dw(self.conv_dw(x))
         if self.se is not None:
             x = self.se(x)
         x = self.ghost2(x)

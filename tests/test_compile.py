@@ -1,6 +1,6 @@
 """Promise: a compiled inference graph has one operator per fused module and sees every change.
 
-Training, exporters and other tracers are in ``test_tracing``.
+Training and other tracers are in ``test_tracing``, exporters in ``test_export``.
 """
 
 from __future__ import annotations

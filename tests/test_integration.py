@@ -1,7 +1,7 @@
 """Promise: a fused module, and a network of them, works with what PyTorch offers for modules.
 
 Autocast, torch.func, copies and pickles, state dicts, dtypes and layouts, threads, checkpointing,
-parametrised weights and averages of models. Compilers and exporters are in ``test_tracing``.
+parametrised weights and averages of models. Compilers are in ``test_tracing``.
 """
 
 from __future__ import annotations

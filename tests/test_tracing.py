@@ -1,18 +1,12 @@
-"""Promise: PyTorch's compilers, exporters and tracers give a fused model's numbers.
+"""Promise: PyTorch's compilers and tracers give a fused model's numbers.
 
-torch.compile in training and evaluation, torch.export, AOTInductor, ONNX, CUDA graphs, torch.fx and
-TorchScript. The single operator that a compiled inference graph contains is in ``test_compile``.
+torch.compile in training and evaluation, CUDA graphs, torch.fx and TorchScript. The single operator
+that a compiled inference graph contains is in ``test_compile``; exporters are in ``test_export``.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import io
-import os
-import shutil
-import tempfile
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -36,7 +30,6 @@ from twins import (
     small_network,
     training_step,
     twins,
-    unfused_copy,
 )
 
 import ghost_ops
@@ -242,64 +235,7 @@ def test_compiled_before_or_after_a_change(name: str, when: str, training: bool)
     compare()
 
 
-# --- torch.export, packages, ONNX, CUDA graphs ------------------------------------------------
-
-
-def test_export_of_a_module(backend: str) -> None:
-    module, x = make_module(CASE).eval(), make_input(CASE)
-    program = torch.export.export(module, (x,))
-    close(program.module()(x), module(x))
-
-
-def test_export_with_a_dynamic_batch(native: str) -> None:
-    model = small_network().eval()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    with torch.no_grad():
-        program = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},))
-        for n in (3, 7):
-            all_close([program.module()(images(n))], [model(images(n))], 1e-5)
-    names = {str(node.target) for node in program.graph.nodes}
-    assert any("ghost_apply" in name for name in names)
-
-
-@pytest.mark.slow
-def test_aot_inductor_package(native: str) -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("AOTInductor needs a C++ compiler")
-    model = small_network().eval()
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        program = torch.export.export(model, (images(),))
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=os.path.join(folder, "model.pt2")
-        )
-        runner = torch._inductor.aoti_load_package(path)
-        all_close([runner(images())], [model(images())], 1e-4)
-
-
-@pytest.mark.parametrize("how", ["unfuse", "eager backend"])
-def test_onnx(how: str) -> None:
-    """Through standard operators only, so that any runtime takes it."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    import onnxruntime
-
-    model = small_network().eval()
-    x = images()
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        want = model(x)
-        exported = unfused_copy(model) if how == "unfuse" else model
-        context = ghost_ops.use_backend("auto" if how == "unfuse" else "eager")
-        with context:
-            program = torch.onnx.export(exported, (x,), dynamo=True, verbose=False)
-    domains = {node.domain for node in program.model.graph}
-    assert domains <= {"", "ai.onnx"}, domains
-    file = io.BytesIO()
-    program.save(file)
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-4, atol=1e-4)
+# --- CUDA graphs ------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

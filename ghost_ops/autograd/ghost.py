@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..conventions import NEEDS, contiguous, dense, memory_format
 from ..formula import NO_SLOPES, Norms, Settings, Slopes, Statistics, ghost_formula
-from ..modes import autocast_dtype, differentiate, in_transform
+from ..modes import autocast_dtype, differentiate, in_onnx_export, in_transform
 from ..ops.conv_gradient import conv_backward
 from ..ops.sync import mean_gradients
 from ..sync import update_running as sync_update_running
@@ -285,15 +285,18 @@ def run(
     """
     if w2.size(0) == 0:  # there is no second norm
         stats = stats._replace(batch2=stats.batch1, group2=None)
-    if in_transform():
+    exporting = in_onnx_export()
+    if exporting or in_transform():
         if stats.cross_processes():
             raise RuntimeError(
                 "SyncBatchNorm over several processes runs neither under torch.func transforms nor "
-                "with forward-mode differentiation"
+                "with forward-mode differentiation nor in an ONNX export"
             )
-        announce_eager(
-            "torch.func transforms and forward-mode differentiation know nothing of fused operators"
-        )
+        if not exporting:
+            announce_eager(
+                "torch.func transforms and forward-mode differentiation know nothing of fused "
+                "operators"
+            )
         share1, share2 = share(update1), share(update2)
         out = ghost_formula(x, w1, w2, norms, settings, stats, share1, share2, slopes)
         for update, batch in ((update1, stats.batch1), (update2, stats.batch2)):

@@ -24,7 +24,7 @@ from .. import arguments
 from ..announce import announce
 from ..autograd.checks import backend_for
 from ..conventions import LOW_PRECISION, dense
-from ..modes import autocast_dtype, in_transform
+from ..modes import autocast_dtype, in_onnx_export, in_transform
 from . import graph
 from .guards import HANDLE, STATE, Refusal, mark_fused, watchable
 from .read import Reading, read
@@ -131,7 +131,8 @@ class Fused(nn.Module):
                 self._ghost_warn("it is called with arguments other than one tensor")
             return self._ghost_plain(*args, **kwargs)
         if torch.jit.is_tracing():
-            self._ghost_warn("torch.jit traces it")
+            if not in_onnx_export():
+                self._ghost_warn("torch.jit traces it")
             return self._ghost_plain(*args, **kwargs)
         if x.dim() != 4:
             return self._ghost_plain(*args, **kwargs)
@@ -158,7 +159,7 @@ class Fused(nn.Module):
         """The forward while a graph is traced. The compiler guards everything that is read here."""
         x = _input(self._ghost_ops_base, args, kwargs)
         state: State | None = self.__dict__.get(STATE)
-        if x is None or state is None or state.known is None or x.dim() != 4:
+        if x is None or state is None or state.known is None or x.dim() != 4 or in_onnx_export():
             return self._ghost_plain(*args, **kwargs)
         record, form = state.known
         out: Any = None

@@ -15,6 +15,7 @@ from .conv import (
     native_ghost_conv_apply,
     native_run_program,
 )
+from .define import decompositions
 from .depthwise import (
     depthwise_conv,
     depthwise_conv_sums,

@@ -24,6 +24,7 @@ Fake = Callable[[Any], Any]  # takes the arguments of the operator as attributes
 library = torch.library.Library("ghost_ops", "DEF")
 SCHEMAS: dict[str, str] = {}  # of the operators with an eager implementation, by name
 FAKES: dict[str, Fake] = {}
+_EAGER: dict[str, Callable[..., Any]] = {}
 
 
 # The operators, called through the dispatcher, by name. Each attribute is an overload, because its
@@ -44,7 +45,7 @@ def operator(schema: str, fake: Fake) -> Callable[[Function], Function]:
 
     def decorate(eager: Function) -> Function:
         name = schema.partition("(")[0]
-        SCHEMAS[name], FAKES[name] = schema, fake
+        SCHEMAS[name], FAKES[name], _EAGER[name] = schema, fake, eager
         implement(library, schema, eager, fake)
         setattr(native, name, overload("ghost_ops", name))
         return eager
@@ -73,6 +74,16 @@ def declare(schema: str) -> Any:
 def overload(namespace: str, name: str) -> Any:
     """The only overload of an operator."""
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The operators of ghost_ops as functions of PyTorch's own operators.
+
+    Returns:
+        A table for ``ExportedProgram.run_decompositions``, after which a program that was exported
+        in eval mode holds no operator of ghost_ops.
+    """
+    return {overload("ghost_ops", name): function for name, function in _EAGER.items()}
 
 
 def _by_name(schema: str, fake: Fake) -> Callable[..., Any]:

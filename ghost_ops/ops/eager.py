@@ -160,9 +160,9 @@ def _join(y: Tensor, z: Tensor | None, out_channels: int, x: Tensor) -> Tensor:
     return in_format(out if out.dtype is x.dtype else out.to(x.dtype), memory_format(x))
 
 
-def _overwrites() -> bool:
-    """Whether activations may overwrite their input; False in a compiled graph."""
-    return not torch.compiler.is_compiling()
+def _overwrites(t: Tensor) -> bool:
+    """Whether activations may overwrite t; False while a graph is traced."""
+    return type(t) is Tensor and not torch.compiler.is_compiling()
 
 
 @operator(
@@ -204,12 +204,12 @@ def ghost_apply(
             f"intrinsic and {g} ghost maps with a {dw_size}x{dw_size} kernel need {expected}"
         )
     y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
-    y = activations.apply(y, act1, slope1, True, slopes1)
+    y = activations.apply(y, act1, slope1, type(y) is Tensor, slopes1)
     z = None
     if g:
         w2 = packed[second:third].view(g, 1, dw_size, dw_size)
         z = F.conv2d(y, w2, packed[third:fourth], 1, dw_size // 2, 1, intrinsic)
-        z = activations.apply(z, act2, slope2, True, slopes2)
+        z = activations.apply(z, act2, slope2, type(z) is Tensor, slopes2)
     out = _join(y, z, out_channels, x)
     if gate is not None:
         if gate.dim() != 4 or gate.shape[:2] != out.shape[:2] or gate.dtype is not x.dtype:
@@ -274,7 +274,7 @@ def ghost_cheap_stats(
     if g == 0:
         return packed.new_empty(0), packed.new_empty(0)
     y = _affine_or_conv(x, packed, intrinsic, g, dw_size, stride, has_primary)
-    y = activations.apply(y, act1, slope1, _overwrites(), slopes1)
+    y = activations.apply(y, act1, slope1, _overwrites(y), slopes1)
     w2 = packed[second:third].view(g, 1, dw_size, dw_size)
     return statistics(F.conv2d(y, w2, None, 1, dw_size // 2, 1, intrinsic))
 
@@ -328,13 +328,13 @@ def ghost_train_forward(
     """
     u = x if w1 is None else F.conv2d(x, w1, None, stride)
     y, *stats1 = normalise(u, mean1, var1, gamma1, beta1, eps1)
-    y = activations.apply(y, act1, slope1, _overwrites(), prelu1)
+    y = activations.apply(y, act1, slope1, _overwrites(y), prelu1)
     if w2.size(0) == 0:
         z, stats2 = None, [stats1[0].new_empty(0), stats1[0].new_empty(0)]
     else:
         v = F.conv2d(y, w2, None, 1, w2.size(-1) // 2, 1, y.size(1))
         z, *stats2 = normalise(v, mean2, var2, gamma2, beta2, eps2)
-        z = activations.apply(z, act2, slope2, _overwrites(), prelu2)
+        z = activations.apply(z, act2, slope2, _overwrites(z), prelu2)
     out = _join(y, z, out_channels, x)
     if not keep_u:
         return out, *stats1, *stats2, x.new_empty(0)
