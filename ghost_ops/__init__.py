@@ -11,12 +11,15 @@
 ``python -m ghost_ops`` prints which backend runs on which device, and why.
 
 Imports go one way: activations, backends, ops < formula < reference < autograd < functional <
-fusion < nn < convert < models < planner < __main__.
+fusion < nn < convert < models < planner < diagnosis < __main__.
 """
 
 from .checkout import hand_over
+from .environment import runs_report
 
-if not hand_over(__name__):  # otherwise another copy stands in sys.modules by now
+# If another copy is handed over to, it stands in sys.modules by now. `python -m ghost_ops` imports
+# the rest itself, and reports what keeps it from importing.
+if not hand_over(__name__) and not runs_report():
     from . import torch_version
 
     torch_version.check()

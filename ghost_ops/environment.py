@@ -5,8 +5,10 @@ This file imports nothing but the standard library, because the build (setup.py)
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+import sys
 from dataclasses import dataclass
 
 
@@ -157,3 +159,33 @@ VARIABLES: tuple[Variable, ...] = (
     BUILD_CUDA,
     CUDA_ARCHS,
 )
+
+
+def wrong_values() -> dict[str, str]:
+    """The variables that are set to a value that is not allowed, each with its error message.
+
+    A variable named GHOST_OPS_... that does not exist counts as well.
+    """
+    found = {}
+    for variable in VARIABLES:
+        try:
+            cpu_machine() if variable is CPU_MACHINE else variable.get()
+        except ValueError as error:
+            found[variable.name] = str(error)
+    known = [variable.name for variable in VARIABLES]
+    for name in sorted(os.environ):
+        if name.startswith("GHOST_OPS_") and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f", only {', '.join(known)}"
+            found[name] = f"environment variable {name}: ghost_ops has no such variable{hint}"
+    return found
+
+
+def runs_report() -> bool:
+    """Whether Python is starting ``python -m ghost_ops``, which reports what keeps the package from
+    importing. Then ``ghost_ops/__init__.py`` imports nothing.
+    """
+    arguments = getattr(sys, "argv", [])  # an embedded interpreter may have none
+    command = sys.orig_argv[: len(sys.orig_argv) - len(arguments) + 1]
+    # Python sets argv[0] to "-m" until it has found the module.
+    return arguments[:1] == ["-m"] and bool(re.fullmatch(r"(-\w*m)?ghost_ops", command[-1]))

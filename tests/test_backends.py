@@ -1,13 +1,11 @@
 """Promise: a backend can be chosen by call, block or environment; a wrong choice raises.
 
-Also the report ``python -m ghost_ops``, and instruction sets and machines set by the environment.
+Also instruction sets and machines set by the environment.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
 import sys
 import threading
 import types
@@ -17,7 +15,7 @@ import pytest
 import torch
 from conftest import native_isas, native_module
 from helpers import Case, make_input, make_module, recorded
-from processes import ROOT, RUN, python
+from processes import RUN, python
 
 import ghost_ops
 from ghost_ops import backends, environment
@@ -228,30 +226,7 @@ def test_build_info() -> None:
     assert info
 
 
-# --- python -m ghost_ops ----------------------------------------------------------------------
-
-
-def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ghost_ops", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def test_report() -> None:
-    result = report()
-    assert result.returncode == 0, result.stderr
-    for word in (torch.__version__, ghost_ops.__version__, "cpu", "float32", "bfloat16", "backend"):
-        assert word in result.stdout
-    chosen = backends._choose("auto", "cpu", torch.float32) if native_module() else "eager"
-    assert chosen in result.stdout
-
-
-def test_report_for_programs() -> None:
-    found = json.loads(report("--json").stdout)
-    assert found["versions"]["torch"] == torch.__version__
-    assert {row["device"] for row in found["backends"]} >= {"cpu"}
-    assert found["libraries"]["cpu"]["loaded"] == (native_module() is not None)
+# --- the package -----------------------------------------------------------------------------
 
 
 def test_import_needs_torch_alone() -> None:

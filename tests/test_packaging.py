@@ -589,29 +589,7 @@ def test_cuda_running_statistics_match_the_formula(dtype: torch.dtype) -> None:
     check_update_running(update, dtype, dtype, 8, device="cuda")
 
 
-# ---------------------------------------------------------------- the report and the variables
-
-
-def test_report_names_libraries_backends_and_variables(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(PACKAGE.parent)}
-    done = run("-m", "ghost_ops", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    for text in (ghost_ops.__version__, torch.__version__, "bfloat16", "Libraries of kernels"):
-        assert text in done.stdout
-    for variable in environment.VARIABLES:
-        assert variable.name in done.stdout
-
-
-def test_json_report_agrees_with_the_process(tmp_path: Path) -> None:
-    env = {"PYTHONPATH": str(PACKAGE.parent), "GHOST_OPS_BACKEND": "eager"}
-    done = run("-m", "ghost_ops", "--json", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
-    info = json.loads(done.stdout)
-    assert info["requested_backend"] == "eager"
-    assert info["environment"]["GHOST_OPS_BACKEND"]["value"] == "eager"
-    assert {row["backend"] for row in info["backends"]} == {"eager"}
-    assert info["libraries"]["cpu"]["loaded"] == backends.native.load()
-    assert info["versions"]["ghost_ops"] == ghost_ops.__version__
+# ---------------------------------------------------------------- the variables
 
 
 @pytest.mark.parametrize("name", ["GHOST_OPS_BACKEND", "GHOST_OPS_CPU_ISA", "GHOST_OPS_CUDA_PDL"])

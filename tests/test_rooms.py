@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the lowest room to the highest: packages and modules of ghost_ops.
 ROOMS = """_version torch_version environment build_record announce checkout arguments activations
 conventions modes backends ops sync formula reference autograd functional fusion nn convert models
-planner __init__ __main__""".split()
+planner diagnosis __init__ __main__""".split()
 # The folders of csrc without torch, and the folders whose headers each includes.
 CSRC = {"core": {"core"}, "cpu": {"core", "cpu"}, "cuda": {"core", "cuda"}}
 
