@@ -293,8 +293,48 @@ def test_pictures_render(tmp_path: pathlib.Path) -> None:
     assert plot.main([str(results), "--out", str(tmp_path / "pictures")]) == 0
     written = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     names = ("floors", "ratios", "training")  # no roofline: no limits in the file
-    assert written == [f"module_{n}{s}" for n in names for s in (".png", ".svg")]
+    assert written == [f"module_{name}.png" for name in names]
     assert (tmp_path / "pictures/module_floors.png").stat().st_size > 10_000
+    assert plot.main([str(results), "--out", str(tmp_path / "one"), "--only", "ratios"]) == 0
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["module_ratios.png"]
+
+
+def bars_of(figure) -> dict[str, list[tuple[float, bool]]]:
+    """Label of each series of bars -> (length, whether hatched) of each bar."""
+    (axes,) = figure.axes
+    series = (c for c in axes.containers if hasattr(c, "patches"))
+    return {
+        c.get_label(): [(bar.get_width(), bool(bar.get_hatch())) for bar in c.patches]
+        for c in series
+    }
+
+
+def test_pictures_show_losses_and_name_the_competitor() -> None:
+    pytest.importorskip("matplotlib")
+    found = rows_by_hand()
+    compiled = [{**r, "provider": "compile_cl"} for r in found if r["provider"] == "eager_cl"]
+    document = {"meta": machine.metadata(["module"], cores=[0], allocation="as it comes")}
+    training = plot.draw_training({**document, "rows": [*found, *compiled]})
+    assert bars_of(training) == {
+        "than eager PyTorch, NCHW: 2.83x": [(4.0, False), (2.0, False)],
+        "than eager PyTorch, channels_last: 1.00x": [(2.0, False), (0.5, True)],
+        "than torch.compile, channels_last: 1.00x": [(2.0, False), (0.5, True)],
+    }
+    ratios = plot.draw_ratios({**document, "rows": found})
+    assert list(bars_of(ratios).values()) == [[(0.5, True), (2.0, False)]]  # the smallest first
+    assert "1 of 2 slower" in ratios.axes[0].get_title(loc="left")
+    assert "p20" in ratios.get_label() and "PyTorch in 2 of 2" in ratios.get_label()
+    floors = plot.draw_floors({**document, "rows": found})
+    assert "floor = max(bytes / bandwidth, FLOPs / GEMM peak)" in floors.get_label()
+
+
+def test_committed_pictures_are_small_and_have_rows() -> None:
+    pictures = list((ROOT / "benchmarks" / "results").glob("*.png"))
+    assert pictures or not (ROOT / "benchmarks" / "results").exists()
+    for picture in pictures:
+        assert picture.stat().st_size < 150_000, picture
+        stem = picture.stem.rpartition("_")[0]
+        assert picture.with_name(f"{stem}.json").is_file(), picture
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
