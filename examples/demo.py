@@ -68,7 +68,7 @@ class Compiler:
     """torch.compile until ``seconds`` are spent; ``why`` says why something was left out."""
 
     def __init__(self, seconds: float) -> None:
-        self.left, self.compiled, self.why = seconds, 0, "" if seconds else "not asked for"
+        self.left, self.why = seconds, "" if seconds else "not asked for"
 
     def __call__(self, network: nn.Module, run: Callable[[Any], object]) -> Any:
         """The compiled network after a first ``run`` of it, which compiles; None if left out."""
@@ -86,7 +86,6 @@ class Compiler:
             self.left, self.why = 0.0, str(error).strip().partition("\n")[0] or type(error).__name__
             return None
         self.left -= time.perf_counter() - start
-        self.compiled += 1
         return compiled
 
 
@@ -124,9 +123,8 @@ class Run:
 
     def forward(self, x: Tensor, y: Tensor, network: Any = None) -> Tensor:
         """The loss."""
-        return F.cross_entropy(
-            (network or self.network)(x.contiguous(memory_format=self.layout)), y
-        )
+        x = x.contiguous(memory_format=self.layout)
+        return F.cross_entropy((network or self.network)(x), y)
 
     def compile(self, compiler: Compiler, x: Tensor, y: Tensor) -> bool:
         """Whether torch.compile was done; parameters and statistics stay as they were."""
