@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import Timer, timer
 
 import ghost_ops
 from examples import demo_report as report
@@ -114,6 +114,7 @@ class Run:
 
     plain: nn.Module
     layout: torch.memory_format = torch.contiguous_format
+    clock: Callable[[], float] = time.perf_counter
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -137,13 +138,13 @@ class Run:
         """One timed step of stochastic gradient descent."""
         x = x.contiguous(memory_format=self.layout)
         set_rate(self.optimizer, rate)
-        start = time.perf_counter()
+        start = self.clock()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward(x, y)
         loss.backward()
         self.optimizer.step()
         self.losses.append(loss.item())  # waits for the device
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(self.clock() - start)
 
     def outcome(self, digits: Digits, x: Tensor, y: Tensor) -> dict[str, Any]:
         """Losses, accuracy, quantiles of the step time after warm-up, and bytes saved in a step."""
@@ -177,15 +178,16 @@ def deviation(ours: Sequence[float], theirs: Sequence[float], norm: float = math
 def train_all(arguments: argparse.Namespace, compiler: Compiler, bar: Any) -> dict[str, Any]:
     """Train reference, control, compiled and fused in turn, and the first steps in float64."""
     digits = Digits.load(arguments.digits, arguments.seed, arguments.device)
+    clock, contiguous, last = arguments.clock, torch.contiguous_format, torch.channels_last
     runs = {
-        "eager": Run(make(GhostModule, arguments)),
-        "channels_last": Run(make(GhostModule, arguments), torch.channels_last),
-        "fused": Run(make(FusedGhostModule, arguments)),
+        "eager": Run(make(GhostModule, arguments), contiguous, clock),
+        "channels_last": Run(make(GhostModule, arguments), last, clock),
+        "fused": Run(make(FusedGhostModule, arguments), contiguous, clock),
     }
     theirs, ours = (runs[name].plain.state_dict() for name in ("eager", "fused"))
     same = theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
     wide = [Run(make(ghost, arguments).double()) for ghost in (GhostModule, FusedGhostModule)]
-    compiled = Run(make(GhostModule, arguments), torch.channels_last)
+    compiled = Run(make(GhostModule, arguments), last, clock)
     if compiled.compile(
         compiler, *(t[: arguments.batch] for t in (digits.train_x, digits.train_y))
     ):
@@ -289,13 +291,13 @@ def check(ours: Sequence[float], theirs: Sequence[float], relu: bool) -> dict[st
 
 def time_in_turn(calls: dict[str, Callable[[], object]], arguments: Any) -> dict[str, list[float]]:
     """Quantiles of the seconds of each call over the rounds, in which the calls take turns."""
-    each = {"num_threads": arguments.threads}
+    each = {"num_threads": arguments.threads, "timer": arguments.clock}
     timers = {name: Timer("call()", globals={"call": call}, **each) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     repeats = {name: max(1, round(1e-3 / t.timeit(2).mean)) for name, t in timers.items()}
     for _ in range(arguments.rounds):
-        for name, timer in timers.items():
-            samples[name].append(timer.timeit(repeats[name]).mean)
+        for name, count in repeats.items():
+            samples[name].append(timers[name].timeit(count).mean)
     return {name: quantiles(times) for name, times in samples.items()}
 
 
@@ -393,13 +395,18 @@ def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
 # ---- the command line
 
 
+def busy_cores() -> int:
+    """How many cores other processes keep busy, by the load of the last minute."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return min(round(load), os.cpu_count() or 1)
+
+
 def free_threads() -> int:
     """torch's choice of threads, less the cores that other processes keep busy, at least one.
 
     Threads that share cores wait for each other in every operator, many times slower than one.
     """
-    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
-    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - busy))
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - busy_cores()))
 
 
 def positive(text: str) -> int:
@@ -439,6 +446,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"threads: {arguments.threads} asked for, {os.cpu_count()} cores present")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("device: cuda asked for, but torch sees no CUDA device")
+    # CPU time leaves out the slices that other processes take; it counts one thread.
+    alone = arguments.device == "cpu" and arguments.threads == 1
+    arguments.clock = time.thread_time if alone else timer
     arguments.shapes = [shapes[name] for name in arguments.shapes]
     return arguments
 
@@ -481,7 +491,8 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
         "instructions": instructions,
         "threads": f"{arguments.threads} thread" + "s" * (arguments.threads > 1),
         "allocator": allocator(arguments.malloc, arguments.device),
-        "cores": f"{os.cpu_count()} cores",
+        "clock": "CPU time" if arguments.clock is time.thread_time else "wall clock",
+        "cores": f"{os.cpu_count()} cores, {busy_cores()} of them busy",
         "torch": f"torch {torch.__version__}",
         "ghost_ops": f"ghost_ops {ghost_ops.__version__}",
         "date": time.strftime("%Y-%m-%d"),

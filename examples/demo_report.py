@@ -35,6 +35,7 @@ README_RUN = {
     "instructions": "ghost_ops avx512, torch AVX512",
     "threads": "1 thread",
     "allocator": KEEPS,
+    "clock": "wall clock",
     "batch": 16,
 }
 
@@ -222,7 +223,7 @@ def draw_shapes(axes: Any, mode: str, rows: Sequence[Row]) -> None:
     axes.set_axisbelow(True)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("times faster (right of 1 is better; hatched: slower)")
-    axes.set_title(f"Ghost modules, {MODES[mode]}, batch {rows[0]['batch']}: fused is faster")
+    axes.set_title(f"Ghost modules, {MODES[mode]}, batch {rows[0]['batch']}:\nfused is faster")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8, frameon=False)
 
 
