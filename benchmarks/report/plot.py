@@ -234,7 +234,7 @@ def draw_training(document: Document) -> Any:
     best = [(b["group"], ratio(b, ours)[0]) for b, ours in picked if b and ours]
     title = f"Training step (forward + backward), batch {rows[0]['batch']}: times faster"
     axes.set_title(title, **TITLE)
-    axes.set_xlabel("times faster than that option of PyTorch (right of 1 is better)")
+    axes.set_xlabel("ghost_ops is times faster than that option of PyTorch (right of 1: better)")
     legend_above(axes, 1)
     over_best = f"than the fastest of them, shape by shape: {ghostnet_mean(best):.2f}x"
     means = f"geometric means over GhostNet 1.0x; {over_best}"
@@ -259,7 +259,7 @@ def draw_ratios(document: Document) -> Any:
         lost = sum(v.over_best < 1.0 for _, v in each)
         title = f"Inference, batch {batch}: {mean:.2f}x, {lost} of {len(each)} slower"
         axes.set_title(title, **TITLE)
-        axes.set_xlabel("times faster than the best competitor")
+        axes.set_xlabel("ghost_ops is times faster than the best competitor")
     peers = ["PyTorch (eager, folded, torch.compile)", *engines(document["rows"])]
     most = ", ".join(f"{name} in {count}" for name, count in winners.most_common())
     note(
