@@ -367,8 +367,7 @@ def test_report_page(results: pathlib.Path) -> None:
     assert {name for name in documents if any(p.startswith(name) for p in pictures)} == {*documents}
     for picture in pictures:
         assert f"]({picture})" in text
-        assert (results / picture).stat().st_size > 10_000
-        assert (results / picture).with_suffix(".svg").is_file()
+        assert (results / picture).stat().st_size > 5_000
 
 
 def test_report_of_nothing_is_refused(
