@@ -3,7 +3,7 @@
 - ``FusedGhostModule`` is a drop-in for the reference ``GhostModule``: same arguments, parameters,
   state_dict and numbers, in fewer passes over memory.
 - ``functional.ghost_module`` computes a Ghost module on tensors.
-- ``fuse`` fuses the Ghost modules of an existing model.
+- ``fuse`` fuses the Ghost modules of an existing model; ``report`` shows what is fused.
 - ``models`` has GhostNet and other networks of fused modules.
 - ``graphed`` replays a model's inference as CUDA graphs.
 - ``planner`` explains the kernels' plans and the bytes that they move.
@@ -17,7 +17,7 @@ models < planner < __main__.
 from . import activations, backends, functional, models, ops, planner, reference
 from ._version import __version__
 from .backends import use_backend
-from .convert import fuse, reset_cache, unfuse
+from .convert import fuse, report, reset_cache, unfuse
 from .functional import ghost_module
 from .fusion.graphed import graphed
 from .nn import FusedGhostBottleneck, FusedGhostModule
@@ -41,6 +41,7 @@ __all__ = [
     "ops",
     "planner",
     "reference",
+    "report",
     "reset_cache",
     "unfuse",
     "use_backend",

@@ -132,8 +132,8 @@ def converted() -> nn.Module:
     # A class of its own, whose forward a test replaces; a Sequential's is also inside the modules.
     kind = type("Model", (nn.Sequential,), {})
     model = kind(Sliced(8, 8), randomize(block), nn.Flatten(1))
-    report = ghost_ops.fuse(model, inference=True)
-    assert len(report.swapped) == 4, report
+    report = ghost_ops.report(ghost_ops.fuse(model, inference=True))
+    assert len(report.in_state("fused")) == 4, report
     return model
 
 

@@ -251,8 +251,8 @@ FOREIGN = {
 def test_foreign(backend: str, name: str) -> None:
     plain = randomize(FOREIGN[name]()).double()
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused, inference=True)
-    assert len(report.swapped) == 3, report
+    report = ghost_ops.report(ghost_ops.fuse(fused, inference=True))
+    assert len(report.in_state("fused")) == 3, report
     results = []
     for model in (fused, plain):
         x = image().requires_grad_()
@@ -278,9 +278,9 @@ def test_inference_argument(inference: bool | None, training: bool) -> None:
 
 def test_a_mish_gate_is_left() -> None:
     model = timm_like(nn.Tanh())
-    report = ghost_ops.fuse(model, inference=True)
-    assert [e.action for e in report.entries] == ["left", "swapped", "swapped"]
-    assert "squeeze-and-excitation" in report.left[0].detail
+    report = ghost_ops.report(ghost_ops.fuse(model, inference=True))
+    assert [e.state for e in report.entries] == ["left", "fused", "fused"]
+    assert "squeeze-and-excitation" in report.in_state("left")[0].detail
 
 
 class Doubled(GhostModule):
@@ -296,10 +296,10 @@ def test_another_forward_inside_is_run(native: str, when: str) -> None:
     fused = copy.deepcopy(plain)
     if when == "before":
         fused.ghost1.__class__ = Doubled
-    report = ghost_ops.fuse(fused, inference=True)
+    report = ghost_ops.report(ghost_ops.fuse(fused, inference=True))
     plain.ghost1.__class__ = Doubled
     if when == "before":
-        assert [e.name for e in report.left] == ["(model)", "ghost1"]
+        assert [e.name for e in report.in_state("left")] == ["(model)", "ghost1"]
     else:
         with torch.no_grad():
             fused(image(torch.float32))
@@ -332,6 +332,6 @@ def test_a_different_sum_is_left() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * 0.99
 
-    report = ghost_ops.fuse(Scaled(8, 12, 8), inference=True)
-    assert [e.action for e in report.entries] == ["left", "swapped", "swapped"]
-    assert "does not end with a sum" in report.left[0].detail
+    report = ghost_ops.report(ghost_ops.fuse(Scaled(8, 12, 8), inference=True))
+    assert [e.state for e in report.entries] == ["left", "fused", "fused"]
+    assert "does not end with a sum" in report.in_state("left")[0].detail

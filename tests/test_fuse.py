@@ -20,8 +20,8 @@ def pair(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.M
     """A fused model with one module of the form, and the same model unfused."""
     plain = nn.Sequential(nn.Identity(), randomize(FORMS[name]()).to(dtype))
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused)
-    assert [(e.name, e.action) for e in report.entries] == [("1", "swapped")]
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert [(e.name, e.state) for e in report.entries] == [("1", "fused")]
     return fused, plain
 
 
@@ -110,8 +110,8 @@ def test_everything_else_stays(name: str) -> None:
     assert calls == ["forward", "backward"]
     assert module.anything == "kept"
 
-    report = ghost_ops.unfuse(model)
-    assert [e.action for e in report.entries] == ["restored"]
+    assert ghost_ops.unfuse(model) is model
+    assert [e.state for e in ghost_ops.report(model).entries] == ["plain"]
     assert type(module) is kind
     assert not {"_ghost_ops", "_packed"} & module.__dict__.keys()
     assert all(model.state_dict(keep_vars=True)[key] is before[key] for key in before)
@@ -121,10 +121,12 @@ def test_everything_else_stays(name: str) -> None:
 def test_twice_is_once(name: str) -> None:
     fused, _ = pair(name)
     kind = type(fused[1])
-    report = ghost_ops.fuse(fused)
-    assert [e.action for e in report.entries] == ["already"]
+    report = ghost_ops.report(fused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ghost_ops.fuse(fused) is fused
+    assert ghost_ops.report(fused) == report
     assert type(fused[1]) is kind
-    assert not report.swapped
 
 
 @pytest.mark.parametrize("name", ["authors", "Ultralytics", "Ultralytics, folded", "GhostModuleV2"])
@@ -148,9 +150,10 @@ def test_copies(backend: str, name: str, how: str) -> None:
 
 def test_the_model_is_the_module() -> None:
     module = randomize(GhostConv(6, 8))
-    report = ghost_ops.fuse(module)
-    assert report.model is module
-    assert [e.name for e in report.entries] == ["(model)"]
+    assert ghost_ops.fuse(module) is module
+    report = ghost_ops.report(module)
+    assert report.model == "GhostConv"
+    assert [(e.name, e.kind) for e in report.entries] == [("(model)", "GhostConv")]
     assert type(module).__name__ == "FusedGhostConv"
 
 
@@ -172,20 +175,22 @@ def test_module_used_twice() -> None:
     module = randomize(Sliced(6, 6))
     model = nn.Sequential(module, module).eval()
     plain = copy.deepcopy(model)
-    report = ghost_ops.fuse(model)
-    assert [e.name for e in report.swapped if e.name != "(model)"] == ["0"]
+    report = ghost_ops.report(ghost_ops.fuse(model))
+    assert [e.name for e in report.in_state("fused") if e.name != "(model)"] == ["0"]
     with torch.no_grad():
         torch.testing.assert_close(model(image().float()), plain(image().float()))
 
 
-def test_one_line_for_a_user() -> None:
+def test_one_line_for_a_user(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 1), Sliced(6, 8), GhostConv(8, 8), nn.ReLU())
-    text = repr(ghost_ops.fuse(model, inference=False))
+    assert ghost_ops.fuse(model, inference=False, verbose=True) is model
+    text = capsys.readouterr().out
+    assert text == f"{ghost_ops.report(model)}\n"
     lines = text.splitlines()
-    assert lines[0].split() == ["module", "class", "action", "detail"]
-    assert lines[2].split()[:3] == ["1", "Sliced", "swapped"]
-    assert lines[3].split()[:3] == ["2", "GhostConv", "swapped"]
-    assert lines[-1] == "Sequential: 2 swapped"
+    assert lines[0].split() == ["module", "class", "state", "detail"]
+    assert lines[-3].split()[:3] == ["1", "Sliced", "fused"]
+    assert lines[-2].split()[:3] == ["2", "GhostConv", "fused"]
+    assert lines[-1].startswith("Sequential: 2 fused")
 
 
 # --- changes afterwards -----------------------------------------------------------------------
@@ -283,4 +288,4 @@ def test_bad_input_raises_as_torch_does() -> None:
 
 def test_raw_convs_under_other_names_are_found() -> None:
     model = nn.ModuleDict({"a": RawConvs(6, 4, True)})
-    assert [e.name for e in ghost_ops.fuse(model).swapped] == ["a"]
+    assert [e.name for e in ghost_ops.report(ghost_ops.fuse(model)).in_state("fused")] == ["a"]

@@ -191,8 +191,8 @@ class GatedBottleneck(GhostBottleneck):
 def test_bottleneck_with_attention(backend: str) -> None:
     before = randomize(GatedBottleneck()).eval()
     fused = copy.deepcopy(before)
-    report = ghost_ops.fuse(fused)
-    assert "left" not in {e.action for e in report.entries}
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert "left" not in {e.state for e in report.entries}
     x = torch.randn(2, 6, 14, 14)
     with torch.no_grad():
         for _ in range(2):

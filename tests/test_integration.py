@@ -425,7 +425,7 @@ def test_parametrised_weights(native: str) -> None:
     parametrize.register_parametrization(model[0].cv2.conv, "weight", Symmetric())
     torch.nn.utils.parametrizations.weight_norm(model[1].primary_conv[0])
     fused = copy.deepcopy(model)
-    assert {"0", "1"} <= {e.name for e in ghost_ops.fuse(fused).swapped}
+    assert {"0", "1"} <= {e.name for e in ghost_ops.report(ghost_ops.fuse(fused)).in_state("fused")}
     x = images(dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

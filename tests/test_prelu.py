@@ -415,8 +415,8 @@ def test_a_module_with_slopes_of_the_wrong_size(
 
 def test_report_says_what_is_fused() -> None:
     model = nn.Sequential(Sliced(6, 8, act1=nn.PReLU(4), act2=nn.PReLU()))
-    (entry,) = ghost_ops.fuse(model).entries
-    assert entry.action == "swapped"
+    (entry,) = ghost_ops.report(ghost_ops.fuse(model)).entries
+    assert entry.state == "fused"
     assert entry.detail.endswith(", PReLU")
 
 
@@ -449,10 +449,10 @@ def test_bottlenecks(backend: str, act_after_dw: bool) -> None:
     """Fused as a whole if only its Ghost modules have PReLUs, else its Ghost modules alone."""
     plain = spread(randomize(Bottleneck(act_after_dw))).eval()
     fused, x = copy.deepcopy(plain), image()
-    report = ghost_ops.fuse(fused)
-    assert [e.action for e in report.entries if e.kind == "Sliced"] == ["swapped", "swapped"]
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert [e.state for e in report.entries if e.kind == "Sliced"] == ["fused", "fused"]
     whole = next(e for e in report.entries if e.kind == "Bottleneck")
-    assert whole.action == ("left" if act_after_dw else "swapped")
+    assert whole.state == ("left" if act_after_dw else "fused")
     assert ("only Ghost modules compute" in whole.detail) == act_after_dw
     with torch.no_grad():
         for _ in range(2):

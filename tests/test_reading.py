@@ -198,10 +198,12 @@ def test_what_forward_reads(name: str, training: bool, monkeypatch: pytest.Monke
     plain = randomize(MISLEADING[name]()).double().train(training)
     fused = copy.deepcopy(plain)
     if name == "nonlocal":  # both copies would count in the same cell
-        assert "STORE_DEREF" in ghost_ops.fuse(fused).left[0].detail
+        assert "STORE_DEREF" in ghost_ops.report(ghost_ops.fuse(fused)).in_state("left")[0].detail
         return
-    report = ghost_ops.fuse(fused)
-    assert bool(report.swapped) == (name in ("class", "function", "lists", "one list")), report
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert bool(report.in_state("fused")) == (name in ("class", "function", "lists", "one list")), (
+        report
+    )
     agree(fused, plain)
     monkeypatch.setattr(Switches, "relu", True)
     monkeypatch.setattr(helper, "relu", True)
@@ -216,7 +218,7 @@ def test_another_class() -> None:
     plain = randomize(of(lambda self, x: self.post(branches(self, x)))).double().eval()  # type: ignore[misc]
     type(plain).post = lambda self, x: F.relu(x)
     fused = copy.deepcopy(plain)
-    assert ghost_ops.fuse(fused).swapped
+    assert ghost_ops.report(ghost_ops.fuse(fused)).in_state("fused")
     agree(fused, plain)
     for module in (fused, plain):
         module.__class__ = type("Other", (type(module),), {"post": lambda self, x: F.silu(x)})
@@ -257,7 +259,7 @@ def test_one_comparison_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ghost_ops.fusion.check._compare_modes", compare)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         reports = pool.map(lambda _: ghost_ops.fuse(Sliced(6, 8)), range(4))
-        assert all(report.swapped for report in reports)
+        assert all(report.in_state("fused") for report in reports)
     assert most == 1
 
 
@@ -268,7 +270,10 @@ def test_part_changed_in_place_through_another_name() -> None:
         part.relu_()
         return out
 
-    assert "changed in place through another" in ghost_ops.fuse(of(forward)).left[0].detail
+    assert (
+        "changed in place through another"
+        in ghost_ops.report(ghost_ops.fuse(of(forward))).in_state("left")[0].detail
+    )
 
 
 def test_zero_at_the_ends_of_a_clamp() -> None:
@@ -298,7 +303,7 @@ def delete_from_list(module: nn.Module) -> None:
 def test_lists_of_modules(change: Callable[[nn.Module], None]) -> None:
     plain = randomize(Listed()).double().eval()
     fused = copy.deepcopy(plain)
-    assert ghost_ops.fuse(fused).swapped
+    assert ghost_ops.report(ghost_ops.fuse(fused)).in_state("fused")
     agree(fused, plain)
     for module in (fused, plain):
         change(module)
@@ -406,7 +411,9 @@ def test_legacy_tensor_types_are_refused() -> None:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return branches(self, x) if isinstance(x, torch.DoubleTensor) else x
 
-    assert "DoubleTensor" in ghost_ops.fuse(of(forward)).left[0].detail
+    assert (
+        "DoubleTensor" in ghost_ops.report(ghost_ops.fuse(of(forward))).in_state("left")[0].detail
+    )
 
 
 class Counter(nn.Module):
@@ -425,7 +432,7 @@ def test_a_module_that_cannot_be_followed_is_called() -> None:
     """The layers behind the concatenation run unfused."""
     plain = randomize(of(then_counts, counter=Counter())).double().eval()
     fused = copy.deepcopy(plain)
-    assert ghost_ops.fuse(fused).swapped
+    assert ghost_ops.report(ghost_ops.fuse(fused)).in_state("fused")
     for n in (3, 6):
         agree(fused, plain)
         assert fused.counter.calls == plain.counter.calls == n
@@ -442,7 +449,7 @@ class Sum(GhostBottleneck):
 def test_dtype_of_a_sum_under_autocast(grad: bool) -> None:
     plain = randomize(Sum(6, 12, 6)).eval()
     fused = copy.deepcopy(plain)
-    assert len(ghost_ops.fuse(fused).swapped) == 3
+    assert len(ghost_ops.report(ghost_ops.fuse(fused)).in_state("fused")) == 3
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
         got, want = fused(image().float()), plain(image().float())
     assert got.dtype is want.dtype is torch.float32

@@ -406,9 +406,9 @@ LATER: dict[str, Callable[[Any], None]] = {
 def test_left_alone(name: str, training: bool, capsys: pytest.CaptureFixture[str]) -> None:
     plain = randomize(LEFT[name]()).double().train(training)
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused)
-    assert not report.swapped
-    assert all(entry.detail for entry in report.left)
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert not report.in_state("fused")
+    assert all(entry.detail for entry in report.in_state("left"))
     assert type(fused) is type(plain)
     inputs = [image(), image(w=13), -image()]
     if name in ("Conv1d", "Conv3d"):
@@ -459,8 +459,8 @@ def test_reset_cache_of_no_module(model: object) -> None:
 def test_fused_however_it_is_written(family: str, training: bool) -> None:
     plain = copy.deepcopy(made(family)).train(training)
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused)
-    assert [(e.name, e.action) for e in report.entries] == [("(model)", "swapped")], report
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert [(e.name, e.state) for e in report.entries] == [("(model)", "fused")], report
     assert isinstance(fused, type(plain))
     agree(fused, plain)
     agree(fused.train(not training), plain.train(not training))
@@ -482,7 +482,7 @@ class CallsFunction(Functional):
 def test_functional_activations_are_fused(name: str) -> None:
     plain = randomize(CallsFunction(getattr(F, name))).double()
     fused = copy.deepcopy(plain)
-    assert ghost_ops.fuse(fused).swapped
+    assert ghost_ops.report(ghost_ops.fuse(fused)).in_state("fused")
     agree(fused, plain)
 
 
@@ -492,8 +492,8 @@ def test_bottlenecks_and_networks_are_fused_in_either_mode(family: str, training
     plain = copy.deepcopy(made(family)).train(training)
     for inference in (None, True, False):
         fused = copy.deepcopy(plain)
-        report = ghost_ops.fuse(fused, inference=inference)
-        names, whole = [entry.name for entry in report.swapped], inference is not False
+        report = ghost_ops.report(ghost_ops.fuse(fused, inference=inference))
+        names, whole = [entry.name for entry in report.in_state("fused")], inference is not False
         assert ("(model)" in names) is whole
         assert (type(fused) is not type(plain)) is whole
         assert any(name.endswith("ghost1") for name in names) or family == "network"
@@ -510,8 +510,8 @@ def test_a_module_that_contains_itself() -> None:
     fused = copy.deepcopy(plain)
     for model in (fused, plain):
         model.itself = model
-    report = ghost_ops.fuse(fused)
-    assert not report.swapped
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert not report.in_state("fused")
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(fused(image()), plain(image()), rtol=1e-8, atol=1e-9)
@@ -535,8 +535,8 @@ def test_another_default_device(family: str) -> None:
     """``fuse`` and a copy under ``torch.device``, a mode that intercepts PyTorch's functions."""
     fused, plain = copy.deepcopy(made(family)).eval(), copy.deepcopy(made(family)).eval()
     with torch.device("meta"):
-        report = ghost_ops.fuse(fused)
-        assert report.swapped or isinstance(fused, ghost_ops.FusedGhostModule)
+        report = ghost_ops.report(ghost_ops.fuse(fused))
+        assert report.in_state("fused") or isinstance(fused, ghost_ops.FusedGhostModule)
         fused = copy.deepcopy(fused)
     agree(fused, plain)
 

@@ -240,8 +240,8 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
             p += 0.3 * torch.randn_like(p)
         model(images())  # running statistics
     other = copy.deepcopy(model)
-    report = ghost_ops.fuse(other)
-    assert report.swapped, report
+    report = ghost_ops.report(ghost_ops.fuse(other))
+    assert report.in_state("fused"), report
     return other, model
 
 

@@ -60,10 +60,10 @@ def test_timm(native: str, name: str) -> None:
     fused = copy.deepcopy(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = ghost_ops.fuse(fused, inference=True)
+        report = ghost_ops.report(ghost_ops.fuse(fused, inference=True))
         ghosts = [e for e in report.entries if e.kind.startswith("GhostModule")]
         assert len(ghosts) == 32
-        assert {e.action for e in report.entries} == {"swapped"}, report
+        assert {e.state for e in report.entries} == {"fused"}, report
         compare(plain, fused, torch.randn(2, 3, 48, 48, dtype=torch.float64))
     assert list(fused.state_dict()) == list(plain.state_dict())
     ghost_ops.unfuse(fused)
@@ -96,9 +96,9 @@ def test_timm_features(native: str) -> None:
     model = required("timm").create_model("ghostnet_050", features_only=True)
     plain = randomize(model).eval()
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused)
-    assert not report.left
-    assert any("bottleneck" in e.detail for e in report.swapped)
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert not report.in_state("left")
+    assert any("bottleneck" in e.detail for e in report.in_state("fused"))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         for got, want in zip(fused(x), plain(x), strict=True):
@@ -123,10 +123,10 @@ def test_ultralytics(native: str, name: str) -> None:
     module = required("ultralytics", f"nn.modules.{where}")
     plain = randomize(getattr(module, name.split(",")[0])(*arguments, **options)).double()
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused, inference=True)
-    kinds = [e.kind for e in report.swapped]
+    report = ghost_ops.report(ghost_ops.fuse(fused, inference=True))
+    kinds = [e.kind for e in report.in_state("fused")]
     assert "GhostConv" in kinds
-    assert not report.left
+    assert not report.in_state("left")
     assert ("GhostBottleneck" in kinds) == (where == "block")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

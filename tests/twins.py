@@ -138,8 +138,8 @@ def made(family: str) -> nn.Module:
 
 def fuse_copy(plain: nn.Module) -> nn.Module:
     fused = copy.deepcopy(plain)
-    report = ghost_ops.fuse(fused)
-    assert report.swapped, report
+    report = ghost_ops.report(ghost_ops.fuse(fused))
+    assert report.in_state("fused"), report
     return fused
 
 

@@ -202,8 +202,9 @@ def _read_units(twin: nn.Module) -> tuple[dict[nn.Module, Unit], list[str]]:
     """The units of a copy, and notes on the other modules. Leaves the copy unfused."""
     convert.unfuse(twin)
     reasons: dict[str, list[str]] = {}
-    for entry in convert.fuse(twin, inference=True).left:
-        reasons.setdefault(entry.detail, []).append(entry.name)
+    for entry in convert.fuse_modules(twin):
+        if entry.state == "left":
+            reasons.setdefault(entry.detail, []).append(entry.name)
     units: dict[nn.Module, Unit] = {}
     for name, module in twin.named_modules():
         if isinstance(module, Fused):
