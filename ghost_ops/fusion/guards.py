@@ -206,6 +206,12 @@ class Record(NamedTuple):
             self.attributes + other.attributes,
         )
 
+    def with_mode(self, owner: nn.Module) -> Record:
+        """This record of a module, with its present mode as one more guard."""
+        first, *others = self.modules
+        own = {**dict(first.own), "training": owner.training}
+        return self._replace(modules=(first._replace(own=tuple(own.items())), *others))
+
     def holds(self, module: nn.Module) -> bool:
         """Whether every guard holds in ``module``: reading it would give an equal record."""
         return (

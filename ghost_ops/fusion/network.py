@@ -293,6 +293,25 @@ def _expect(node: Node, op: str, what: str) -> Node:
     return node
 
 
+def _read(module: nn.Module, training: bool) -> Reading:
+    """The reading of a network in one mode."""
+    whole = (FusedGhost, FusedBottleneck)
+    if training:
+        return read(module, training, whole)
+    # If a bottleneck cannot be followed or has no kernels, the stem and the head are still
+    # fused, from a second reading. The record of the first reading guards this decision.
+    try:
+        reading = read(module, training)
+        match_expression(reading)
+        return reading
+    except Failed as failed:
+        seen = failed.record
+    except Refusal:
+        seen = reading.record
+    reading = read(module, training, whole)
+    return reading._replace(record=reading.record.joined(seen))
+
+
 class FusedNetwork(FusedInference):
     """A fused GhostNet."""
 
@@ -300,21 +319,15 @@ class FusedNetwork(FusedInference):
 
     @classmethod
     def _ghost_read(cls, module: nn.Module, training: bool | None = None) -> Reading:
-        whole = (FusedGhost, FusedBottleneck)
-        if module.training if training is None else training:
-            return read(module, training, whole)
-        # If a bottleneck cannot be followed or has no kernels, the stem and the head are still
-        # fused, from a second reading. The record of the first reading guards this decision.
+        if training is not None:
+            return _read(module, training)
+        # ``_read`` reads in different ways in the two modes. So the mode is a guard, also if the
+        # forward itself does not read it.
         try:
-            reading = read(module, training)
-            match_expression(reading)
-            return reading
+            reading = _read(module, module.training)
         except Failed as failed:
-            seen = failed.record
-        except Refusal:
-            seen = reading.record
-        reading = read(module, training, whole)
-        return reading._replace(record=reading.record.joined(seen))
+            raise Failed(str(failed), failed.record.with_mode(module)) from None
+        return reading._replace(record=reading.record.with_mode(module))
 
     @classmethod
     def _ghost_match(cls, reading: Reading) -> NetworkForm:
