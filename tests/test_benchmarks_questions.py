@@ -175,7 +175,7 @@ def test_networks_are_there_and_fuse(key: str) -> None:
         torch.testing.assert_close(folded(x), expected, rtol=1e-3, atol=1e-3)
     import ghost_ops
 
-    report = ghost_ops.fuse(plain)
+    report = ghost_ops.report(ghost_ops.fuse(plain))
     names = [type(module).__name__ for module in plain.modules()]
     fused = ("FusedGhostModule", "FusedGhostConv", "FusedGhostUnit")
     expected = {"yolo": 4 + 2 * 6, "ghost-resnet-56": 57, "ghost-resnet-20": 21}.get(key, 32)
@@ -272,6 +272,7 @@ FEW = "--providers eager fused"
 TINY = {
     "module": f"--shapes 672-160@7-linear --batch 1 --mode eval {FEW}",
     "network": f"--networks yolo --size 32 --batch 2 --train-batch 2 --train-threads 1 {FEW}",
+    "order": "--size 32 --batch 2 --train-batch 2",
     "scaling": "--axis ratio --providers fused",
     "plan": "--shapes 672-160@7-linear 160-960@7-relu --batch 1",
     "product": f"--shapes 672-160@7-linear 160-960@7-relu --batch 1 {FEW}",

@@ -168,17 +168,17 @@ class Measurer:
 
     def time_entries(self, entries: Sequence[Entry]) -> None:
         """Time what passed its check, in interleaved rounds, and fill in the rows."""
-        calls: dict[Any, Any] = {(row["shape"], row["provider"]): call for row, call, _ in entries}
+        calls: dict[Any, Any] = dict(enumerate(call for _, call, _ in entries))
         # The product that the peak was measured with takes part in the rounds: where other users of
         # the machine slow everything down, floor and module are slowed down alike.
         timings = self.time({**calls, _PROBE: self._product}, self.session.arguments.rounds)
         peak = 2 * self.roofline.gemm_size**3 / timings[_PROBE].median
         now = dataclasses.replace(self.roofline, gemm_peak=peak)
-        for row, _, check in entries:
+        for number, (row, _, check) in enumerate(entries):
             row["floor_s"] = now.floor(row["bytes"], row["flops"])
             row["bound"] = now.bound(row["bytes"], row["flops"])
             row["gemm_peak"] = now.gemm_peak
-            self.fill(row, timings[row["shape"], row["provider"]], check)
+            self.fill(row, timings[number], check)
         torch._dynamo.reset()  # forgets compiled modules: else shapes share one recompile limit
 
     @contextlib.contextmanager

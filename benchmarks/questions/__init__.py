@@ -3,11 +3,12 @@
 from benchmarks.questions.memory import Memory
 from benchmarks.questions.module import Module
 from benchmarks.questions.network import Networks
+from benchmarks.questions.order import Order
 from benchmarks.questions.paper import Paper
 from benchmarks.questions.plan import Plan
 from benchmarks.questions.product import Product
 from benchmarks.questions.question import Question
 from benchmarks.questions.scaling import Scaling
 
-_CLASSES = (Module, Networks, Scaling, Memory, Plan, Product, Paper)
+_CLASSES = (Module, Networks, Order, Scaling, Memory, Plan, Product, Paper)
 QUESTIONS: dict[str, Question] = {question.name: question() for question in _CLASSES}

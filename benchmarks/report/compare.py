@@ -32,7 +32,7 @@ from benchmarks.report.table import Table
 Key = tuple[Any, ...]
 Document = Mapping[str, Any]
 IDENTITY = tuple(
-    "question mode what axis value k s shape dtype layout batch threads provider".split()
+    "question mode what order axis value k s shape dtype layout batch threads provider".split()
 )
 # Bytes, and by how many they may differ: a few pages are no change of the high-water mark.
 SLACK = {"peak_bytes": 1 << 20, "saved_total": 0}
@@ -93,7 +93,7 @@ def identity(row: Row) -> Key:
 
 def label(key: Key) -> str:
     """The parts of a key that are set, in one line."""
-    bare = ("question", "mode", "what", "shape", "provider")
+    bare = ("question", "mode", "what", "order", "shape", "provider")
     named = {n: v for n, v in zip(IDENTITY, key, strict=True) if n not in ("dtype", "layout")}
     return ", ".join(str(v) if n in bare else f"{n} {v}" for n, v in named.items() if v is not None)
 
