@@ -16,6 +16,7 @@ import importlib
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,9 +72,11 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def export(model: nn.Module, x: Tensor, path: Path) -> None:
-    """Write an ONNX file for any number of images; only warnings are shown if it works."""
-    dynamic = {0: torch.export.Dim.DYNAMIC}
-    torch.onnx.export(model, (x,), path, dynamic_shapes=(dynamic,), verbose=False)
+    """Write an ONNX file for any number of images, without the exporter's talk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        dynamic = {0: torch.export.Dim.DYNAMIC}
+        torch.onnx.export(model, (x,), path, dynamic_shapes=(dynamic,), verbose=False)
 
 
 def run_onnx(path: Path, x: Tensor) -> numpy.ndarray:

@@ -231,6 +231,6 @@ def test_targets_and_modules(page: Path) -> None:
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for module in re.findall(r"python -m ([\w.]+)", text):
-        assert module == "pip" or importlib.util.find_spec(module), module
+        assert module in ("build", "pip") or importlib.util.find_spec(module), module
     for option in re.findall(r'pip install "?(?:\.|ghost_ops)\[([\w,-]+)\]', text):
         assert {*option.split(",")} <= extras(), option
