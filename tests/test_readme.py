@@ -1,8 +1,7 @@
 """Promise: README.md and docs/*.md run as written, and the commands in them exist.
 
-A Python block runs in a fresh namespace and an empty folder; one behind ``<!-- continues -->`` goes
-on in the namespace of the block before it. What a block needs and this machine lacks (a GPU, a
-package) skips it with the reason; it is compiled and its names are looked up in any case.
+A Python block runs in a fresh namespace and an empty folder. What it needs and this machine lacks
+(a GPU, a package) skips it with the reason; it is compiled and its names are looked up in any case.
 """
 
 from __future__ import annotations
@@ -29,18 +28,15 @@ import ghost_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"(<!-- continues -->\n+)?^( *)```(\w*)\n(.*?)^ *```$", re.M | re.S)
-CONTINUES = 1
-# What a block needs without importing it.
-HIDDEN = {r"torch\.onnx": ("onnx", "onnxscript"), r"\bcuda\b|graphed\(": ("a GPU",)}
-
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
+GPU = "a GPU"
 # What torchrun sets; port 0: any that is free.
 ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A code block of a page, with the text of the blocks that it continues before its own."""
+    """A code block of a page."""
 
     name: str  # file and line
     language: str
@@ -49,18 +45,16 @@ class Block:
 
 def blocks(page: Path) -> Iterator[Block]:
     """The code blocks of a page in their order."""
-    source, before = page.read_text(), ""
+    source = page.read_text()
     for found in FENCE.finditer(source):
-        continues, indent, language, body = found.groups()
-        body = re.sub(f"^{indent}", "", body, flags=re.M)
-        line = source.count("\n", 0, found.start(CONTINUES + 1)) + 1
-        if language == "python":
-            body = before = before * bool(continues) + body
-        yield Block(f"{page.name}:{line}", language, body)
+        indent, language, body = found.groups()
+        line = source.count("\n", 0, found.start()) + 1
+        yield Block(f"{page.name}:{line}", language, re.sub(f"^{indent}", "", body, flags=re.M))
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
-PYTHON = [block for block in BLOCKS if block.language == "python"]
+OTHERS = "deployment.md"  # its blocks are one program, which test_export.py runs
+PYTHON = [b for b in BLOCKS if b.language == "python" and not b.name.startswith(OTHERS)]
 LINES = [
     (block.name, line)
     for block in BLOCKS
@@ -81,7 +75,7 @@ def imports(tree: ast.AST) -> set[str]:
 @functools.cache
 def lacking(name: str) -> str | None:
     """Why this machine cannot run what needs ``name``, or None."""
-    if name == "a GPU":
+    if name == GPU:
         return None if torch.cuda.is_available() else "it needs a GPU"
     if importlib.util.find_spec(name) is None:
         return f"{name} is not installed"
@@ -131,8 +125,7 @@ def test_names(block: Block) -> None:
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
 def test_python(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs = imports(ast.parse(block.text))
-    for pattern, names in HIDDEN.items():
-        needs |= {*names} if re.search(pattern, block.text) else set()
+    needs |= {GPU} if ".cuda()" in block.text else set()
     for reason in filter(None, map(lacking, sorted(needs))):
         pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
