@@ -63,14 +63,6 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"ghost_ops: {message}")
 
 
-# pip's --no-build-isolation does not look at the requirements in pyproject.toml.
-if int(setuptools.__version__.partition(".")[0]) < LEAST_SETUPTOOLS:
-    fail(
-        f"setuptools >= {LEAST_SETUPTOOLS} is needed, and this Python has "
-        f"{setuptools.__version__}: pip install --upgrade 'setuptools>={LEAST_SETUPTOOLS}'"
-    )
-
-
 # ---------------------------------------------------------------- torch
 
 
@@ -323,6 +315,7 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
+    check_setuptools()
     folder, settings = os.path.abspath(metadata_directory), quiet(config_settings)
     with writable_sources():
         return build_meta.prepare_metadata_for_build_wheel(folder, settings)
@@ -333,6 +326,7 @@ def prepare_metadata_for_build_editable(metadata_directory, config_settings=None
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    check_setuptools()
     folder, settings = os.path.abspath(wheel_directory), quiet(config_settings)
     metadata = os.path.abspath(metadata_directory) if metadata_directory else None
     with writable_sources():
@@ -340,9 +334,17 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    check_setuptools()
     if not is_writable(ROOT):
         fail(f"an editable installation builds inside {ROOT}, which is read-only: pip install .")
     return build_meta.build_editable(wheel_directory, quiet(config_settings), metadata_directory)
+
+
+def check_setuptools() -> None:
+    """pip's --no-build-isolation does not look at the requirements in pyproject.toml."""
+    if int(setuptools.__version__.partition(".")[0]) < LEAST_SETUPTOOLS:
+        needed = f"setuptools>={LEAST_SETUPTOOLS}"
+        fail(f"{needed} is needed, not {setuptools.__version__}: pip install --upgrade '{needed}'")
 
 
 def quiet(config_settings: dict | None) -> dict:

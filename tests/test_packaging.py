@@ -376,12 +376,13 @@ def test_a_torch_that_is_too_old_stops_the_build(tmp_path: Path) -> None:
 
 @in_checkout
 def test_a_setuptools_that_is_too_old_stops_the_build() -> None:
-    code = "import setuptools; setuptools.__version__ = '65.5.0'; import build_backend"
-    done = run("-c", code, cwd=ROOT)
-    assert done.stderr == (
-        "ghost_ops: setuptools >= 77 is needed, and this Python has 65.5.0: pip install --upgrade "
-        "'setuptools>=77'\n"
-    )
+    code = "import setuptools, build_backend; setuptools.__version__ = '65.5.0'; build_backend."
+    for hook in ("prepare_metadata_for_build_wheel", "build_wheel", "build_editable"):
+        done = run("-c", f"{code}{hook}('/tmp')", cwd=ROOT)
+        assert done.stderr == (
+            "ghost_ops: setuptools>=77 is needed, not 65.5.0: pip install --upgrade "
+            "'setuptools>=77'\n"
+        )
 
 
 def test_a_torch_that_is_too_old_stops_the_import(tmp_path: Path) -> None:
