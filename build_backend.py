@@ -93,10 +93,11 @@ def find_torch() -> Torch | None:
     spec = importlib.util.find_spec("torch")
     target = [str(Path(spec.origin).parent.parent)] if spec and spec.origin else []
     target += site_folders(sys.prefix)
-    others = [site_folders(os.environ[k])[0] for k in ("VIRTUAL_ENV",) if os.environ.get(k)]
-    others += [*site_folders(sys.base_prefix), site.getusersitepackages()]
+    others = [*site_folders(sys.base_prefix), site.getusersitepackages()]
     if sees_outer_packages():
-        target, others = [*target, *others], []
+        target += others
+    if active := os.environ.get("VIRTUAL_ENV"):
+        others = [*site_folders(active), *others]
     found = [torch_in(folder, is_target=True) for folder in target]
     found += [torch_in(folder, is_target=False) for folder in others]
     torches = [torch for torch in found if torch]
@@ -133,8 +134,8 @@ def torch_in(folder: str, is_target: bool) -> Torch | None:
 # ---------------------------------------------------------------- compilers
 
 
-def failure(command: list[str]) -> str | None:
-    """Why a command fails, in one line; None if it succeeds."""
+def run(command: list[str]) -> tuple[bool, str]:
+    """Whether a command succeeds, and what it prints, or why it cannot be started."""
     try:
         done = subprocess.run(
             command,
@@ -146,12 +147,18 @@ def failure(command: list[str]) -> str | None:
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    if done.returncode == 0:
+        return False, str(error)
+    return done.returncode == 0, (done.stderr + done.stdout).strip()
+
+
+def failure(command: list[str]) -> str | None:
+    """Why a command fails, in one line; None if it succeeds."""
+    succeeds, text = run(command)
+    if succeeds:
         return None
-    lines = (done.stderr + done.stdout).strip().splitlines()
+    lines = text.splitlines() or ["without a message"]
     telling = [line for line in lines if re.search(r"error|fatal", line, re.IGNORECASE)]
-    return (telling or lines or [f"exit status {done.returncode}"])[0].strip()
+    return (telling or lines)[0].strip()
 
 
 def cannot_compile(compiler: list[str], suffix: str, text: str) -> str | None:
@@ -160,17 +167,6 @@ def cannot_compile(compiler: list[str], suffix: str, text: str) -> str | None:
         source = Path(folder) / f"probe{suffix}"
         source.write_text(text)
         return failure([*compiler, "-std=c++17", "-c", str(source), "-o", f"{source}.o"])
-
-
-def output(command: list[str]) -> str:
-    """What a command prints; "" if it cannot be started."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=300, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout + done.stderr
 
 
 def find_cxx() -> str | None:
@@ -211,13 +207,13 @@ def find_nvcc() -> str | None:
 
 def cuda_root(nvcc: str) -> Path | None:
     """The folder of the toolkit: nvcc on the PATH can be a script that calls another one."""
-    dryrun = output([nvcc, "--dryrun", "-x", "cu", os.devnull])
+    _, dryrun = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
     found = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
     return Path(found[1].strip()).resolve() if found else None
 
 
 def nvcc_release(nvcc: str) -> tuple[int, int] | None:
-    found = re.search(r"\brelease (\d+)\.(\d+)", output([nvcc, "--version"]))
+    found = re.search(r"\brelease (\d+)\.(\d+)", run([nvcc, "--version"])[1])
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -272,15 +268,12 @@ class Decision:
         found = {"cpu": self.cpu or "built", "cuda": self.cuda or "built"}
         if self.torch and None in (self.cpu, self.cuda):
             found["torch"] = self.torch.version
-            found["compiler"] = first_line([*shlex.split(find_cxx() or ""), "--version"])
+            _, version = run([*shlex.split(find_cxx() or ""), "--version"])
+            found["compiler"] = version.partition("\n")[0]
         if self.cuda is None:
             found["nvcc"] = "{}.{}".format(*(nvcc_release(find_nvcc() or "") or (0, 0)))
             found["architectures"] = env.CUDA_ARCHS.get()
         return found
-
-
-def first_line(command: list[str]) -> str:
-    return output(command).strip().partition("\n")[0]
 
 
 def decide() -> Decision:

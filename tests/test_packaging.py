@@ -354,6 +354,10 @@ def test_a_build_environment_takes_the_torch_of_the_active_one(tmp_path: Path) -
     stub_torch(packages_of(tmp_path / "active"), "2.12.0")
     env = {"VIRTUAL_ENV": str(tmp_path / "active"), "GHOST_OPS_BUILD_CUDA": "0"}
     assert isolated(REQUIRES, tmp_path / "build", **env).stdout.strip() == "[]"
+    version = packages_of(tmp_path / "active") / "torch" / "version.py"
+    version.write_text("__version__ = '2.9.1'\n")  # of another Python than the target, perhaps
+    done = isolated(REQUIRES, tmp_path / "build", **env)
+    assert done.stdout.strip() == "['torch>=2.10']", done.stderr
 
 
 @in_checkout
