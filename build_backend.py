@@ -68,11 +68,10 @@ def fail(message: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Torch:
-    """An installed torch: its folder, its version and that of its CUDA ("" without)."""
+    """An installed torch."""
 
     root: Path
     version: str
-    cuda: str
     is_target: bool  # of the Python that the package is installed into, as far as it can be known
 
 
@@ -127,8 +126,7 @@ def torch_in(folder: str, is_target: bool) -> Torch | None:
         return None
     if (version := re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)) is None:
         return None
-    cuda = re.search(r"^cuda\b.*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-    return Torch(root.resolve(), version[1], cuda[1] if cuda else "", is_target)
+    return Torch(root.resolve(), version[1], is_target)
 
 
 # ---------------------------------------------------------------- compilers
@@ -217,8 +215,8 @@ def nvcc_release(nvcc: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def broken_nvcc(nvcc: str, torch: Torch | None) -> str | None:
-    """Why the CUDA library cannot be built with nvcc, or not for this torch; None if it can."""
+def broken_nvcc(nvcc: str) -> str | None:
+    """Why the CUDA library cannot be built with nvcc; None if it can."""
     if why := failure([nvcc, "--version"]):
         return f"it cannot be started ({why})"
     if (release := nvcc_release(nvcc)) is None:
@@ -226,28 +224,23 @@ def broken_nvcc(nvcc: str, torch: Torch | None) -> str | None:
     name = "{}.{}".format(*release)
     if release < LEAST_CUDA:
         return f"it is of CUDA {name}, and {'.'.join(map(str, LEAST_CUDA))} is needed"
-    if torch and torch.is_target and torch.cuda and torch.cuda.split(".")[0] != str(release[0]):
-        return (
-            f"it is of CUDA {name}, and torch {torch.version} has CUDA {torch.cuda}: the library "
-            "would not load"
-        )
     if (root := cuda_root(nvcc)) is None:
         return "it does not tell where its toolkit is"
-    if not (root / "lib64" / "libcudart.so").exists():
-        return f"there is no lib64/libcudart.so in its toolkit {root}"
+    if not list((root / "lib64").glob("libcudart*")):
+        return f"there is no libcudart in lib64 of its toolkit {root}"
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
     if why := cannot_compile([nvcc, *host], ".cu", "__global__ void f() {}\n"):
         return f"it does not compile one line ({why})"
     return None
 
 
-def missing_for_cuda(torch: Torch | None) -> str | None:
+def missing_for_cuda() -> str | None:
     """What the system lacks for the CUDA library, as a sentence; None if nothing."""
     if (nvcc := find_nvcc()) is None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         where = f"CUDA_HOME={home} has no bin/nvcc" if home else "nvcc was not found"
         return f"{where} (install the CUDA toolkit, or set CUDA_HOME to its folder)"
-    if why := broken_nvcc(nvcc, torch):
+    if why := broken_nvcc(nvcc):
         return f"nvcc does not work: {nvcc}: {why}"
     return missing_cxx()
 
@@ -281,7 +274,7 @@ def decide() -> Decision:
     try:
         torch = find_torch()
         cpu = left_out(env.BUILD_CPU, missing_for_cpu)
-        return Decision(cpu, left_out(env.BUILD_CUDA, lambda: missing_for_cuda(torch)), torch)
+        return Decision(cpu, left_out(env.BUILD_CUDA, missing_for_cuda), torch)
     except ValueError as error:  # a variable with a value that is not allowed
         fail(str(error))
 
