@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--wheel", type=Path, default=wheels[-1] if wheels else None)
     parser.add_argument("--index", help="another package index for torch")
     parser.add_argument("--environments", type=Path, help="folder of environments to keep")
-    parser.add_argument("--keyword", default="", help="pytest's -k for the tests")
+    parser.add_argument("--keyword", default="native and silu", help="pytest's -k for the tests")
     chosen = parser.parse_args()
     if chosen.wheel is None:
         parser.error("there is no wheel in dist/; `make wheel` builds one, --wheel names another")
@@ -62,6 +62,9 @@ def run(python: Path, *command: str, cwd: Path) -> tuple[bool, str]:
     return done.returncode == 0, (done.stdout.strip().splitlines() or [""])[-1]
 
 
+triton_results: dict[str | None, tuple[bool, str]] = {}  # by version: minutes for each
+
+
 def row(python: Path, chosen: argparse.Namespace, cwd: Path) -> list[str]:
     """One line of the table; a cell that starts with FAILED is a failure."""
     works, last = run(python, "tests/wheel_check.py", cwd=cwd)
@@ -71,11 +74,11 @@ def row(python: Path, chosen: argparse.Namespace, cwd: Path) -> list[str]:
     passes, tests = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
                         "-k", chosen.keyword, *TESTS, cwd=cwd)
     # fmt: on
-    compiles, triton = True, "no Triton"
-    if facts.get("triton"):
-        compiles, triton = run(
-            python, "-m", "pytest", "-q", "tests/test_triton_compile.py", cwd=cwd
-        )
+    version = facts.get("triton")
+    if version not in triton_results:
+        command = ("-m", "pytest", "-q", "tests/test_triton_compile.py")
+        triton_results[version] = run(python, *command, cwd=cwd) if version else (True, "no Triton")
+    compiles, triton = triton_results[version]
     library = facts.get("cuda_library", "")
     loads = not facts.get("cuda") or library.startswith(("loaded", "not in"))
     return [
