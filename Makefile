@@ -13,7 +13,7 @@ XDIST  = $$($(PY) -c "import xdist; print('-n 2 --dist worksteal')" 2>/dev/null)
 ARGS   ?=
 
 # With the folders, whose time changes when a file goes.
-SOURCES := $(shell find csrc 2>/dev/null) setup.py ghost_ops/environment.py
+SOURCES := $(shell find csrc 2>/dev/null) setup.py build_backend.py ghost_ops/environment.py
 HAS_TORCH := import re, torch; v = re.findall(r'\d+', torch.__version__); \
 	raise SystemExit(tuple(map(int, v[:2])) < (2, 10))
 
@@ -193,7 +193,7 @@ docs: $(call extra,docs)  ## write the API reference from the docstrings to buil
 	@echo "ghost_ops: open build/docs/index.html"
 
 clean:  ## remove what a build makes
-	rm -rf build dist *.egg-info ghost_ops/*.so
+	rm -rf build dist *.egg-info ghost_ops/*.so ghost_ops/build_record.json
 	rm -f $(STAMPS)/*library
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 

@@ -16,7 +16,7 @@ symbol table. Every path that a compiler sees is relative to this folder for tha
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 import platform
 import re
@@ -25,14 +25,25 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import warnings
 from pathlib import Path
-from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+from build_backend import (  # noqa: E402
+    cuda_root,
+    decide,
+    env,
+    fail,
+    find_cxx,
+    find_nvcc,
+    is_writable,
+    torch_version,
+)
+
 CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # LibTorch Stable ABI of torch 2.10
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -59,131 +70,30 @@ ISA_FLAGS: dict[str, list[str]] = {
 }
 if not IS_X86:
     ISA_FLAGS = {"generic": []}
-LOST_WITHOUT_CPU_LIBRARY = (
-    "ghost_ops will work, but through plain PyTorch operators: without the fused CPU kernels it is "
-    "several times slower and keeps more memory in training, and ghost_ops.planner is missing."
-)
 
 
-def load_env():
-    """Import ghost_ops/environment.py by path: the package needs torch, which may be absent."""
-    path = ROOT / "ghost_ops" / "environment.py"
-    spec = importlib.util.spec_from_file_location("environment", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["environment"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-env = load_env()
-
-
-def fail(message: str) -> NoReturn:
-    raise SystemExit(f"\nghost_ops: {message}\n")
-
-
-def warn_loudly(message: str) -> None:
-    line = "*" * 98
-    print(f"\n{line}\nWARNING (ghost_ops): {message}\n{line}\n", file=sys.stderr, flush=True)
-
-
-# ---------------------------------------------------------------- what this machine has
-
-
-def find_cxx() -> str | None:
-    if explicit := os.environ.get("CXX"):
-        if shutil.which(shlex.split(explicit)[0]) is None:
-            fail(f"the compiler named by CXX was not found: {explicit!r}")
-        return explicit
-    found = map(shutil.which, ("c++", "g++", "clang++"))
-    return next((path for path in found if path), None)
-
-
-def missing_for_cpu() -> str | None:
-    """What the system lacks for the CPU library, as a sentence; None if nothing."""
-    if find_cxx() is None:
-        return "no C++ compiler was found (install g++ or clang++, or name one in CXX)"
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        return f"the Python headers were not found ({header}; install the python3-dev package)"
-    return None
-
-
-def find_nvcc() -> str | None:
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home and (nvcc := Path(home) / "bin" / "nvcc").exists():
-            return str(nvcc)
-    return shutil.which("nvcc")
-
-
-def cuda_root(nvcc: str) -> Path:
-    # The nvcc on PATH can be a wrapper script: ask it where its toolkit is.
-    dryrun = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
-    ).stderr
-    if (found := re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)) is None:
-        fail(f"{nvcc} does not tell where its toolkit is; GHOST_OPS_BUILD_CUDA=0 does without it")
-    return Path(found.group(1).strip()).resolve()
-
-
-def wants_cpu() -> bool:
-    choice = env.BUILD_CPU.get()
-    if choice == "0":
-        return False
-    if (missing := missing_for_cpu()) is None:
-        return True
-    if choice == "1":
-        fail(f"GHOST_OPS_BUILD_CPU=1, but {missing}.")
-    warn_loudly(
-        f"the native CPU library is not built: {missing}.\n{LOST_WITHOUT_CPU_LIBRARY}\n"
-        "To get it: install what is missing and install ghost_ops again. GHOST_OPS_BUILD_CPU=1 "
-        "makes a missing compiler an error, GHOST_OPS_BUILD_CPU=0 silences this warning."
-    )
-    return False
-
-
-def wants_cuda() -> bool:
-    choice = env.BUILD_CUDA.get()
-    if choice == "0":
-        return False
-    missing = None
-    if find_nvcc() is None:
-        missing = "nvcc was not found (set CUDA_HOME to the CUDA toolkit)"
-    elif find_cxx() is None:
-        missing = "no C++ compiler was found (install g++ or clang++, or name one in CXX)"
-    if missing and choice == "1":
-        fail(f"GHOST_OPS_BUILD_CUDA=1, but {missing}.")
-    return missing is None
-
-
-def import_build_requirements():
-    """torch and pybind11, and the ninja executable; all of them come from packages."""
+def find_packages() -> tuple[Path, str, str]:
+    """Folder of torch, include folder of pybind11, path of ninja; all of them from packages."""
     howto = (
-        "install 'torch>=2.10', ninja and pybind11 into this Python and add --no-build-isolation "
-        "to the pip command, or set GHOST_OPS_BUILD_CPU=0 and GHOST_OPS_BUILD_CUDA=0 to install "
-        "the pure Python part alone"
+        "`pip install .` brings it along; for a build without isolation: pip install "
+        f"'{torch_version.REQUIREMENT}' ninja pybind11 'setuptools>=77'"
     )
-    # torch asks for NumPy when it is imported; the build does without.
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    try:
-        import torch
-    except ImportError as error:
-        fail(f"building the native libraries needs torch, which is missing ({error}): {howto}.")
-    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
-        fail(f"the native libraries need torch >= 2.10, found {torch.__version__}: {howto}.")
+    torch = DECISION and DECISION.torch
+    if torch is None:
+        fail(f"building the native libraries needs torch, which is missing. {howto}")
     try:
         from pybind11 import get_include
 
         pybind11_include = get_include()
     except ImportError:
-        pybind11_include = str(Path(torch.__file__).parent / "include")  # torch ships a copy
+        pybind11_include = str(torch.root / "include")  # torch ships a copy
     try:
         from ninja import BIN_DIR
 
         ninja = str(Path(BIN_DIR) / "ninja")
     except ImportError:
-        ninja = shutil.which("ninja") or fail(f"ninja was not found: {howto}.")
-    return torch, pybind11_include, ninja
+        ninja = shutil.which("ninja") or fail(f"ninja was not found. {howto}")
+    return torch.root, pybind11_include, ninja
 
 
 # ---------------------------------------------------------------- the sources
@@ -197,14 +107,14 @@ def sources(*patterns: str) -> list[str]:
 
 def extensions() -> list[Extension]:
     found = []
-    if wants_cpu():
+    if DECISION and DECISION.cpu is None:
         found.append(
             Extension(
                 "ghost_ops._C",
                 sources("core/*.cpp", "cpu/**/*.cpp", "torch/*.cpp", "python/*.cpp"),
             )
         )
-    if wants_cuda():
+    if DECISION and DECISION.cuda is None:
         found.append(
             Extension(
                 "ghost_ops._cuda",
@@ -215,6 +125,34 @@ def extensions() -> list[Extension]:
 
 
 # ---------------------------------------------------------------- the build
+
+
+def write_record(folder: Path, in_place: bool) -> None:
+    """Write what was built, and why not more, to be read by ghost_ops/build_record.py."""
+    if DECISION is None:
+        return
+    record, path = DECISION.record(), folder / "build_record.json"
+    if in_place:
+        # A library of an earlier build stays in the checkout, and so does what is known of it.
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for library, files in (("cpu", "_C*.so"), ("cuda", "_cuda.so")):
+            if record[library] != "built" and any(folder.glob(files)):
+                record = {**old, **record, library: "built"}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+class BuildPy(build_py):
+    """Copies the Python files and writes the record."""
+
+    def run(self) -> None:
+        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "ghost_ops"
+        if not self.editable_mode:
+            # A file of an earlier build that has left the sources must not slip into the wheel.
+            for path in target.rglob("*.py"):
+                path.unlink()
+        super().run()
+        write_record(target, in_place=self.editable_mode)
 
 
 def join(arguments: list[str]) -> str:
@@ -278,6 +216,8 @@ class NinjaBuildExt(build_ext):
             if (filename := self.get_ext_filename(name)) not in current:
                 (Path(self.build_lib) / filename).unlink(missing_ok=True)
         super().run()
+        if self.inplace:
+            write_record(ROOT / "ghost_ops", in_place=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("_cuda"):  # loaded by torch, not by Python's import
@@ -285,9 +225,7 @@ class NinjaBuildExt(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
-        torch, pybind11_include, ninja = import_build_requirements()
-        torch_root = Path(torch.__file__).resolve().parent
-        self.pybind11_include = pybind11_include
+        torch_root, self.pybind11_include, ninja = find_packages()
         self.cuda_root = cuda_root(find_nvcc()) if ext.name.endswith("_cuda") else None
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -302,8 +240,11 @@ class NinjaBuildExt(build_ext):
         # One file for each Python, with one log of what is compiled (ninja's builddir).
         build_file = build_dir / f"{sys.implementation.cache_tag}.ninja"
         text = self.ninja_file(ext, build_dir, output.name)
-        if not (ROOT / build_file).exists() or (ROOT / build_file).read_text() != text:
-            (ROOT / build_file).write_text(text)
+        if (
+            not (ROOT / build_file).exists()
+            or (ROOT / build_file).read_text(encoding="utf-8") != text
+        ):
+            (ROOT / build_file).write_text(text, encoding="utf-8")
 
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         # On a terminal ninja keeps to one line; in a log it would write one for each file.
@@ -426,9 +367,12 @@ class NinjaBuildExt(build_ext):
         return flags + shlex.split(os.environ.get("LDFLAGS", ""))
 
 
-# Only the commands that build ask for compilers; in the others (sdist) a warning would mislead.
+# Only the commands that build look for compilers.
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+DECISION = decide() if BUILDING & set(sys.argv[1:]) else None
+if DECISION and not is_writable(ROOT):
+    fail(f"{ROOT} is read-only, and this command builds inside it: pip install .")
 setup(
-    ext_modules=extensions() if BUILDING & set(sys.argv[1:]) else [],
-    cmdclass={"build_ext": NinjaBuildExt},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuildExt, "build_py": BuildPy},
 )

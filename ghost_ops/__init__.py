@@ -14,15 +14,24 @@ Imports go one way: activations, backends, ops < autograd < functional < fusion 
 models < planner < __main__.
 """
 
-from . import activations, backends, functional, models, ops, planner, reference
-from ._version import __version__
-from .backends import use_backend
-from .convert import fuse, reset_cache, unfuse
-from .functional import ghost_module
-from .fusion.graphed import graphed
-from .nn import FusedGhostBottleneck, FusedGhostModule
-from .reference import SqueezeExcite
-from .sync import SyncBatchNorm, convert_sync_batchnorm
+from .checkout import hand_over
+
+if not hand_over(__name__):  # otherwise another copy stands in sys.modules by now
+    from . import torch_version
+
+    torch_version.check()
+
+    from . import activations, backends, functional, models, ops, planner, reference
+    from ._version import __version__
+    from .backends import use_backend
+    from .convert import fuse, reset_cache, unfuse
+    from .functional import ghost_module
+    from .fusion.graphed import graphed
+    from .nn import FusedGhostBottleneck, FusedGhostModule
+    from .reference import SqueezeExcite
+    from .sync import SyncBatchNorm, convert_sync_batchnorm
+
+    backends.native.load()
 
 __all__ = [
     "FusedGhostBottleneck",
@@ -45,5 +54,3 @@ __all__ = [
     "unfuse",
     "use_backend",
 ]
-
-backends.native.load()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ghost_ops.backends import cuda
+from ghost_ops.backends import cuda, native
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +64,8 @@ def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_library_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cuda, "PATH", tmp_path / "_cuda.so")
     assert not cuda.load()
-    assert "was not built; put nvcc on the PATH" in cuda.reason()
+    assert "the native CUDA library was not built" in cuda.reason()
+    assert "nvcc" in cuda.reason()
 
 
 @pytest.mark.parametrize("others", [(), ((9, 0),)])
@@ -187,7 +192,7 @@ def test_library_of_another_cuda(
     assert not cuda.load()
     reason = cuda.reason()
     assert f"does not load into torch {torch.__version__} with CUDA 13.0" in reason
-    assert "install ghost_ops again with the nvcc of that CUDA" in reason
+    assert "`pip install .` in the checkout of ghost_ops builds it" in reason
 
 
 def test_the_reason_is_found_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -196,3 +201,52 @@ def test_the_reason_is_found_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded twice"))
     assert not cuda.load()
     assert cuda.reason() == first
+
+
+GLIBC = "/lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.99' not found (required by _C.so)"
+GLIBCXX = "/lib/libstdc++.so.6: version `GLIBCXX_3.4.99' not found (required by _C.so)"
+
+
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [
+        (GLIBC, f"it needs glibc 2.99, and this system has {os.confstr('CS_GNU_LIBC_VERSION')};"),
+        (GLIBCXX, "it needs glibcxx 3.4.99;"),
+    ],
+)
+def test_library_of_a_newer_system(
+    text: str, needs: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both libraries; torch.ops.load_library gives the loader's text as the cause of its error."""
+
+    def load_library(path: str) -> None:
+        raise OSError("Could not load this library") from OSError(text)
+
+    def import_module(name: str) -> None:
+        raise ImportError(text)
+
+    junk(monkeypatch, tmp_path)
+    monkeypatch.setattr(torch.ops, "load_library", load_library)
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_reason", None)
+    monkeypatch.setattr(native.importlib, "import_module", import_module)
+    for library, name in ((cuda, "_cuda.so"), (native, "ghost_ops._C")):
+        assert not library.load()
+        assert library.reason().startswith(f"{name} was built for a newer system: {needs} ")
+
+
+def test_a_real_library_of_a_newer_system(tmp_path: Path) -> None:
+    """The loader's own error: a copy of the library, with another name for a version it needs."""
+    if not native.load():
+        pytest.skip(native.reason())
+    path = Path(native.library().__file__)
+    data = path.read_bytes()
+    needed = sorted(set(re.findall(rb"\0(GLIBC_2\.\d\d)\0", data)))
+    if not needed:
+        pytest.skip("the library needs no version of glibc that can be renamed")
+    newer = data.replace(b"\0" + needed[-1] + b"\0", b"\0GLIBC_2.99\0")
+    (tmp_path / path.name).write_bytes(newer)
+    code = f"import ctypes, torch; ctypes.CDLL({str(tmp_path / path.name)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    error = ImportError(done.stderr.strip().splitlines()[-1])
+    assert "it needs glibc 2.99, and this system has" in cuda.loading_failure(error)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from helpers import check_update_running
 
 import ghost_ops
-from ghost_ops import backends, environment
+from ghost_ops import backends, build_record, environment
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(ghost_ops.__file__).parent
@@ -47,12 +48,15 @@ def run(
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CITATION.cff")
 
 
+BUILD_FILES = ("setup.py", "build_backend.py", "pyproject.toml")
+
+
 def copy_tree(target: Path, *, with_csrc: bool = True) -> Path:
     """A clean checkout: the files that a distribution is made of, and nothing built."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", *PAGES):
+    for name in (*BUILD_FILES, "MANIFEST.in", "LICENSE", "Makefile", *PAGES):
         target.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, target)
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.o")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.o", "build_record.json")
     folders = ["ghost_ops", "tests", "benchmarks", "examples", "docs", ".ci"] + ["csrc"] * with_csrc
     for name in folders:
         if (ROOT / name).is_dir():
@@ -65,7 +69,7 @@ def build(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Build a wheel or sdist as pip's --no-build-isolation does, through the PEP 517 hook."""
     target.mkdir(exist_ok=True)
-    hook = f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})"
+    hook = f"import build_backend; build_backend.build_{kind}({str(target)!r})"
     done = run("-c", hook, cwd=source, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = target.iterdir()
@@ -125,7 +129,10 @@ def assert_wheel_is_lean(names: list[str]) -> None:
     modules = {path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "ghost_ops/py.typed" in names
-    assert all(Path(name).suffix in (".py", ".typed", ".so") for name in names if info not in name)
+    assert "ghost_ops/build_record.json" in names
+    assert all(
+        Path(name).suffix in (".py", ".typed", ".so", ".json") for name in names if info not in name
+    )
 
 
 # ---------------------------------------------------------------- distributions
@@ -181,28 +188,29 @@ def test_sdist_has_all_that_a_build_and_a_test_need(tmp_path: Path) -> None:
     sdist, _ = build("sdist", source, tmp_path / "sdist", {})
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = {"LICENSE", "Makefile", "pyproject.toml", "setup.py", ".ci/run", *PAGES}
+    wanted = {"LICENSE", "Makefile", *BUILD_FILES, ".ci/run", *PAGES}
     for folder in ("csrc", "ghost_ops", "tests", "benchmarks", "examples", "docs"):
         files = [path for path in (source / folder).rglob("*") if path.is_file()]
         wanted |= {path.relative_to(source).as_posix() for path in files}
     assert wanted - names == set()
-    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc", "record.json"))]
 
 
 # ---------------------------------------------------------------- builds that cannot be complete
 
 
 @in_checkout
-def test_without_a_compiler_the_build_warns_and_stays_pure(tmp_path: Path) -> None:
+def test_without_a_compiler_the_build_is_pure_and_records_why(tmp_path: Path) -> None:
     source = copy_tree(tmp_path / "source")
     nothing = tmp_path / "empty"
     nothing.mkdir()
-    env = {"PATH": str(nothing), "CXX": ""}
+    env = {"PATH": str(nothing), "CXX": "", "CUDA_HOME": str(nothing)}
     wheel, done = build("wheel", source, tmp_path / "dist", env)
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert "WARNING (ghost_ops)" in done.stderr
-    assert "no C++ compiler was found" in done.stderr
-    assert "slower" in done.stderr
+    assert "copying" not in done.stdout, "it prints a line for each file"
+    record = json.loads(zipfile.ZipFile(wheel).read("ghost_ops/build_record.json"))
+    assert "no C++ compiler was found" in record["cpu"]
+    assert f"CUDA_HOME={nothing} has no bin/nvcc" in record["cuda"]
 
 
 @in_checkout
@@ -220,9 +228,14 @@ def test_a_build_request_that_cannot_be_met_fails(
     env: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     source = copy_tree(tmp_path / "source", with_csrc=False)
-    done = run("setup.py", "build_ext", cwd=source, env=env)
-    assert done.returncode != 0
-    assert message in done.stderr
+    for command in (("setup.py", "build_ext"), ("-c", REQUIRES)):
+        done = run(*command, cwd=source, env=env)
+        assert done.returncode != 0
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
+REQUIRES = "import build_backend; print(build_backend.get_requires_for_build_wheel())"
 
 
 @in_checkout
@@ -234,7 +247,243 @@ def test_a_compile_error_fails_the_build(tmp_path: Path) -> None:
     done = run("setup.py", "build_ext", cwd=source, env={"GHOST_OPS_BUILD_CUDA": "0"})
     assert done.returncode != 0
     assert "nonsense" in done.stdout + done.stderr
-    assert "compiling ghost_ops._C failed" in done.stderr
+    assert "compiling ghost_ops._C failed" in done.stderr.splitlines()[-1]
+
+
+NVCC = r"""#!/bin/sh
+case "$*" in
+*--version*) echo "Cuda compilation tools, release {release}, V1" ;;
+*--dryrun*) echo "#\$ TOP={root}" >&2 ;;
+*) echo "probe.cu(1): error: no such thing" >&2; exit 1 ;;
+esac
+"""
+BROKEN_NVCC = {
+    "cannot be started": ("garbage", 0o644),
+    "names no release": ("#!/bin/sh\necho hello\n", 0o755),
+    "is of CUDA 11.4, and 12.0 is needed": (NVCC.replace("{release}", "11.4"), 0o755),
+    "does not tell where its toolkit is": (
+        NVCC.replace("{release}", "13.0").replace("TOP", "NOTHING"),
+        0o755,
+    ),
+    "does not compile one line (probe.cu(1): error: no such thing)": (
+        NVCC.replace("{release}", "13.0"),
+        0o755,
+    ),
+}
+
+
+@in_checkout
+@pytest.mark.parametrize("why", BROKEN_NVCC)
+def test_a_broken_nvcc_leaves_out_the_cuda_library(why: str, tmp_path: Path) -> None:
+    native_library()  # so there is a compiler
+    root = tmp_path / "cuda"
+    (root / "bin").mkdir(parents=True)
+    (root / "lib64").mkdir()
+    (root / "lib64" / "libcudart.so").touch()
+    text, mode = BROKEN_NVCC[why]
+    (root / "bin" / "nvcc").write_text(text.replace("{root}", str(root)))
+    (root / "bin" / "nvcc").chmod(mode)
+    code = "import build_backend; print(build_backend.decide().cuda)"
+    done = run("-c", code, cwd=ROOT, env={"CUDA_HOME": str(root)})
+    assert f"nvcc does not work: {root}/bin/nvcc: " in done.stdout, done.stderr
+    assert why in done.stdout
+    required = run("-c", code, cwd=ROOT, env={"CUDA_HOME": str(root), "GHOST_OPS_BUILD_CUDA": "1"})
+    assert required.returncode != 0
+    assert why in required.stderr.splitlines()[-1]
+
+
+@in_checkout
+def test_an_nvcc_of_another_cuda_than_torch_leaves_out_the_cuda_library(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text(NVCC.replace("{release}", "12.4"))
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    site = stub_torch(tmp_path / "site", "2.13.0+cu130", "13.0")
+    code = "import build_backend; print(build_backend.decide().cuda)"
+    env = {"CUDA_HOME": str(tmp_path), "PYTHONPATH": str(site), "GHOST_OPS_BUILD_CPU": "0"}
+    done = run("-c", code, cwd=ROOT, env=env)
+    assert "it is of CUDA 12.4, and torch 2.13.0+cu130 has CUDA 13.0" in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- the torch of the build
+
+
+def stub_torch(site: Path, version: str, cuda: str | None = None) -> Path:
+    """Files that name a version of torch, and nothing else."""
+    (site / "torch").mkdir(parents=True)
+    text = f"__version__ = {version!r}\ncuda: str = {cuda!r}\n"
+    (site / "torch" / "version.py").write_text(text)
+    (site / "torch" / "__init__.py").write_text("from .version import __version__\n")
+    return site
+
+
+def isolated(code: str, prefix: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in ROOT without any packages but setuptools, as in a Python with this prefix."""
+    setuptools = str(Path(importlib.util.find_spec("setuptools").origin).parent.parent)
+    start = f"""
+import site, sys
+sys.path.append({setuptools!r})
+import setuptools.build_meta
+sys.path.remove({setuptools!r})
+sys.prefix, sys.base_prefix = {str(prefix)!r}, {str(prefix / "outer")!r}
+site.getusersitepackages = lambda: "/nowhere"
+"""
+    return run("-S", "-c", start + code, cwd=ROOT, env={"VIRTUAL_ENV": "", **env})
+
+
+def packages_of(prefix: Path) -> Path:
+    return prefix / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    ("installed", "wanted"), [("2.10.0", "[]"), ("2.13.0+cpu", "[]"), (None, "['torch>=2.10']")]
+)
+def test_an_isolated_build_takes_the_torch_that_is_installed(
+    installed: str | None, wanted: str, tmp_path: Path
+) -> None:
+    native_library()  # so there is a compiler
+    if installed:
+        stub_torch(packages_of(tmp_path), installed)
+    done = isolated(REQUIRES, tmp_path, GHOST_OPS_BUILD_CUDA="0")
+    assert done.stdout.strip() == wanted, done.stderr
+
+
+@in_checkout
+def test_a_build_environment_takes_the_torch_of_the_active_one(tmp_path: Path) -> None:
+    native_library()
+    stub_torch(packages_of(tmp_path / "active"), "2.12.0")
+    env = {"VIRTUAL_ENV": str(tmp_path / "active"), "GHOST_OPS_BUILD_CUDA": "0"}
+    assert isolated(REQUIRES, tmp_path / "build", **env).stdout.strip() == "[]"
+
+
+@in_checkout
+def test_nothing_is_compiled_without_a_compiler_so_no_torch_is_needed(tmp_path: Path) -> None:
+    env = {"PATH": str(tmp_path), "CXX": "", "CUDA_HOME": str(tmp_path)}
+    assert isolated(REQUIRES, tmp_path, **env).stdout.strip() == "[]"
+
+
+@in_checkout
+def test_a_torch_that_is_too_old_stops_the_build(tmp_path: Path) -> None:
+    stub_torch(packages_of(tmp_path), "2.9.1+cu128")
+    done = isolated(REQUIRES, tmp_path)
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        f"ghost_ops: torch >= 2.10 is needed, and {packages_of(tmp_path)}/torch is torch "
+        "2.9.1+cu128: pip install --upgrade 'torch>=2.10'"
+    )
+
+
+@in_checkout
+def test_a_setuptools_that_is_too_old_stops_the_build() -> None:
+    code = "import setuptools, build_backend; setuptools.__version__ = '65.5.0'; build_backend."
+    for hook in ("prepare_metadata_for_build_wheel", "build_wheel", "build_editable"):
+        done = run("-c", f"{code}{hook}('/tmp')", cwd=ROOT)
+        assert done.stderr == (
+            "ghost_ops: setuptools>=77 is needed, not 65.5.0: pip install --upgrade "
+            "'setuptools>=77'\n"
+        )
+
+
+def test_a_torch_that_is_too_old_stops_the_import(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(stub_torch(tmp_path, "2.9.1")), str(PACKAGE.parent)])
+    done = run("-c", "import ghost_ops", cwd=tmp_path, env={"PYTHONPATH": path})
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: ghost_ops needs torch >= 2.10, and this Python has torch 2.9.1: "
+        "pip install --upgrade 'torch>=2.10'"
+    )
+
+
+# ---------------------------------------------------------------- the record
+
+
+@in_checkout
+def test_a_build_in_place_keeps_the_record_of_a_library_that_it_leaves(tmp_path: Path) -> None:
+    source = copy_tree(tmp_path / "source", with_csrc=False)
+    package = source / "ghost_ops"
+    (package / "_cuda.so").touch()
+    old = {"cpu": "built", "cuda": "built", "nvcc": "13.0", "torch": "2.13.0"}
+    (package / "build_record.json").write_text(json.dumps(old))
+    done = run("setup.py", "-q", "build_ext", "--inplace", cwd=source, env=PURE)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((package / "build_record.json").read_text())
+    assert record == {**old, "cpu": "left out by GHOST_OPS_BUILD_CPU=0"}
+
+
+@in_checkout
+def test_a_file_that_left_the_sources_is_not_in_the_wheel(tmp_path: Path) -> None:
+    source = copy_tree(tmp_path / "source", with_csrc=False)
+    gone = source / "ghost_ops" / "gone.py"
+    gone.touch()
+    first, _ = build("wheel", source, tmp_path / "first", PURE)
+    gone.unlink()
+    second, _ = build("wheel", source, tmp_path / "second", PURE)
+    assert "ghost_ops/gone.py" in zipfile.ZipFile(first).namelist()
+    assert_wheel_is_lean(zipfile.ZipFile(second).namelist())
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '"text"', "[]"])
+def test_a_record_that_is_missing_or_broken_is_none(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_record, "PATH", tmp_path / "ghost_ops" / "build_record.json")
+    if text is not None:
+        build_record.PATH.parent.mkdir()
+        build_record.PATH.write_text(text)
+    assert build_record.read() == {}
+    assert build_record.why_missing("cuda") == (
+        "with a C++17 compiler and nvcc, `pip install .` in the checkout of ghost_ops builds it"
+    )
+
+
+# ---------------------------------------------------------------- read-only checkouts
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A checkout that not even root can write to: a mount."""
+    source = copy_tree(tmp_path / "source", with_csrc=False)
+    target = tmp_path / "read only"
+    target.mkdir()
+    mount = ["mount", "--bind", "-o", "ro", str(source), str(target)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        if os.geteuid() == 0:
+            pytest.skip("this root can neither mount nor be refused")
+        shutil.rmtree(target)
+        source.rename(target)
+        for path in [target, *target.rglob("*")]:
+            path.chmod(path.stat().st_mode & ~0o222)
+        yield target
+        for path in [target, *target.rglob("*")]:
+            path.chmod(path.stat().st_mode | 0o200)
+        return
+    yield target
+    subprocess.run(["umount", str(target)], check=True)
+
+
+@in_checkout
+def test_a_wheel_is_built_from_a_read_only_checkout(read_only: Path, tmp_path: Path) -> None:
+    wheel, _ = build("wheel", read_only, tmp_path / "dist", PURE)
+    assert_wheel_is_lean(zipfile.ZipFile(wheel).namelist())
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("setup.py", "build_ext", "--inplace"),
+        ("-c", "import build_backend; build_backend.build_editable('/tmp')"),
+    ],
+    ids=["in place", "editable"],
+)
+def test_a_build_inside_a_read_only_checkout_says_so(
+    command: tuple[str, ...], read_only: Path
+) -> None:
+    done = run(*command, cwd=read_only, env=PURE)
+    assert done.returncode != 0
+    assert "read-only" in done.stderr.splitlines()[-1]
+    assert "pip install ." in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- the pure Python install
@@ -252,7 +501,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(3):
         module(x).sum().backward()
 told = [str(w.message) for w in caught if "not built" in str(w.message)]
-assert len(told) == 1 and "--no-build-isolation" in told[0], told
+assert len(told) == 1 and "left out by GHOST_OPS_BUILD_CPU=0" in told[0], told
 assert x.grad.shape == x.shape and x.grad.abs().sum() > 0
 assert backends.select("cpu", torch.float32) == "eager"
 try:
@@ -376,7 +625,12 @@ def test_a_wrong_value_is_an_error_at_import(name: str, tmp_path: Path) -> None:
 
 @in_checkout
 def test_every_variable_is_declared_and_in_the_readme() -> None:
-    files = [ROOT / "setup.py", *PACKAGE.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    files = [
+        ROOT / "setup.py",
+        ROOT / "build_backend.py",
+        *PACKAGE.rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
     read = re.compile(r"environ\S*[\[(]\s*[\"'](GHOST_OPS_[A-Z_]+)")
     native = re.compile(r"getenv\(\s*\"(GHOST_OPS_[A-Z_]+)")
     used = {name for path in files for name in read.findall(path.read_text())}

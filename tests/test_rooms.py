@@ -13,8 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the lowest room to the highest: packages and modules of ghost_ops.
-ROOMS = """_version environment announce activations conventions modes backends ops sync reference
-autograd functional fusion nn convert models planner __init__ __main__""".split()
+ROOMS = """_version torch_version environment build_record announce checkout activations conventions
+modes backends ops sync reference autograd functional fusion nn convert models planner __init__
+__main__""".split()
 # The folders of csrc without torch, and the folders whose headers each includes.
 CSRC = {"core": {"core"}, "cpu": {"core", "cpu"}, "cuda": {"core", "cuda"}}
 

@@ -48,9 +48,13 @@ def test_order_on_a_gpu(
 ) -> None:
     fresh.setattr(native, "can_run", on_gpu(has_native, "N"))
     fresh.setattr(triton, "can_run", on_gpu(has_triton, "T"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backends.select("cuda", torch.float16) == chosen
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert backends.select("cuda", torch.float16) == chosen
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (chosen == "triton"), "a fallback is announced once"
+    assert all("runs its Triton kernels" in text and "N torch.float16" in text for text in said)
     row = next(row for row in backends.status() if (row.device, row.dtype) == ("cuda", "float16"))
     assert row.backend == chosen
     assert row.reason.startswith("N" if chosen == "native" else "T")

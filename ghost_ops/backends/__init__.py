@@ -9,7 +9,7 @@ A backend is a module with a ``name`` and a ``can_run(device_type, dtype) -> (ok
 The request is a name, or ``"auto"`` for the first backend of this list that can run (except Triton
 on a CPU, where it is only an interpreter). The environment variable GHOST_OPS_BACKEND sets the
 request, and :func:`use_backend` changes it. If an explicitly requested backend cannot run,
-``select`` raises; ``"auto"`` falls back to eager and warns once.
+``select`` raises; ``"auto"`` falls back to Triton or eager and warns once.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def _choose(request: str, device_type: str, dtype: torch.dtype) -> str:
             chosen, reason = _automatic(device_type, dtype)
             if chosen == eager.name:
                 _announce(device_type, reason)
+            elif chosen == triton.name:
+                _announce_triton(device_type, native.can_run(device_type, dtype)[1])
         else:
             ok, reason = BACKENDS[request].can_run(device_type, dtype)
             if not ok:
@@ -103,6 +105,14 @@ def _announce(device_type: str, reason: str) -> None:
         f"ghost_ops runs plain PyTorch operators on device type {device_type!r}, slower and with "
         f"more memory than its fused kernels: {reason}. `python -m ghost_ops` shows more; "
         "ghost_ops.use_backend('eager') chooses this on purpose and without a warning."
+    )
+
+
+def _announce_triton(device_type: str, reason: str) -> None:
+    warn_once(
+        f"ghost_ops runs its Triton kernels on device type {device_type!r}, not those of its "
+        f"compiled library: {reason}. ghost_ops.use_backend('triton') chooses this on purpose and "
+        "without a warning."
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from .. import environment
+from .. import build_record, environment
 
 LEAST_CAPABILITY = (8, 0)  # cp.async, bfloat16 and TF32 on tensor cores
 PATH = Path(__file__).resolve().parent.parent / "_cuda.so"
@@ -128,22 +130,31 @@ def _try_load() -> tuple[bool, str]:
             f"torch {torch.__version__} is a build without CUDA; install a CUDA build of PyTorch"
         )
     if not PATH.exists():
-        return False, (
-            "the native CUDA library was not built; put nvcc on the PATH (or set CUDA_HOME) and "
-            "install ghost_ops again with pip's --no-build-isolation"
-        )
+        return False, f"the native CUDA library was not built: {build_record.why_missing('cuda')}"
     if (wrong_gpu := _gpu_without_kernels()) is not None:
         return False, wrong_gpu
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:  # a missing symbol
-        return False, (
-            f"{PATH.name} does not load into torch {torch.__version__} with CUDA "
-            f"{torch.version.cuda}: {error}; install ghost_ops again with the nvcc of that CUDA"
-        )
+        return False, f"{PATH.name} {loading_failure(error)}, with the nvcc of that CUDA"
     if torch.cuda.is_available() and (old_driver := _old_driver()) is not None:
         return False, old_driver
     loaded = f"loaded {PATH.name} into torch {torch.__version__} with CUDA {torch.version.cuda}"
     if not torch.cuda.is_available():
         loaded += "; torch finds no GPU here (nvidia-smi tells whether there is a driver)"
     return True, loaded
+
+
+def loading_failure(error: Exception) -> str:
+    """Why a compiled library does not load, as the rest of a sentence, with the remedy."""
+    text = str(error.__cause__ or error)
+    # The loader's text: "/lib/libc.so.6: version `GLIBC_2.38' not found (required by ...)".
+    if found := re.search(r"version `(GLIBC|GLIBCXX)_([\d.]+)' not found", text):
+        library, version = found.groups()
+        why = f"was built for a newer system: it needs {library.lower()} {version}"
+        if library == "GLIBC":
+            why += f", and this system has {os.confstr('CS_GNU_LIBC_VERSION')}"
+    else:
+        cuda = f" with CUDA {torch.version.cuda}" if torch.version.cuda else ""
+        why = f"does not load into torch {torch.__version__}{cuda} ({text})"
+    return f"{why}; `pip install .` in the checkout of ghost_ops builds it for this machine"

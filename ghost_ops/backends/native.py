@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from .. import environment
+from .. import build_record, environment
 from ..conventions import DTYPES
 from . import cuda
 
@@ -24,10 +24,6 @@ OPS = (
     "ghost_train_forward",
     "ghost_backward",
     "ghost_update_running_",
-)
-_REBUILD = (
-    "install a C++17 compiler, ninja and pybind11 and install ghost_ops again with pip's "
-    "--no-build-isolation"
 )
 
 _library: ModuleType | None = None
@@ -104,5 +100,5 @@ def missing_kernels(dispatch_key: str) -> list[str]:
 
 def _import_failure(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == "ghost_ops._C":
-        return f"the native CPU library was not built; {_REBUILD}"
-    return f"ghost_ops._C does not load into torch {torch.__version__} ({error}); {_REBUILD}"
+        return f"the native CPU library was not built: {build_record.why_missing('cpu')}"
+    return f"ghost_ops._C {cuda.loading_failure(error)}"
