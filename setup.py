@@ -234,17 +234,16 @@ class NinjaBuildExt(build_ext):
         build_dir = Path("build", "ninja", variant if self.cuda_root else ext.name)
         (ROOT / build_dir).mkdir(parents=True, exist_ok=True)
         # The compilers see torch under one name, or another Python's torch would compile it again.
-        self.torch = build_dir / "torch"
+        # Not "torch": the objects of csrc/torch have that folder.
+        self.torch = build_dir / "torch-package"
         point_link(ROOT / self.torch, torch_root)
         library = ROOT / build_dir / output.name
         # One file for each Python, with one log of what is compiled (ninja's builddir).
         build_file = build_dir / f"{sys.implementation.cache_tag}.ninja"
         text = self.ninja_file(ext, build_dir, output.name)
-        if (
-            not (ROOT / build_file).exists()
-            or (ROOT / build_file).read_text(encoding="utf-8") != text
-        ):
-            (ROOT / build_file).write_text(text, encoding="utf-8")
+        written = ROOT / build_file
+        if not written.exists() or written.read_text(encoding="utf-8") != text:
+            written.write_text(text, encoding="utf-8")
 
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         # On a terminal ninja keeps to one line; in a log it would write one for each file.
