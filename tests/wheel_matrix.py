@@ -88,8 +88,8 @@ def row(python: Path, chosen: argparse.Namespace, cwd: Path) -> list[str]:
         str(facts.get("triton") or "none"),
         facts.get("cpu_library", "FAILED").removeprefix("loaded ghost_ops._C, instruction set "),
         "right" if works and reports else "FAILED",
-        ("" if passes else "FAILED: ") + tests.strip("= "),
-        ("" if compiles else "FAILED: ") + triton.strip("= "),
+        ("" if passes else "FAILED: ") + tests.strip("= ").split(" in ")[0],
+        ("" if compiles else "FAILED: ") + triton.strip("= ").split(" in ")[0],
         ("" if loads else "FAILED: ") + library.split(" into ")[0].split("; ")[0],
     ]
 
