@@ -29,7 +29,8 @@ def hand_over(name: str) -> bool:
     Returns:
         Whether another copy was imported.
     """
-    own = sys.modules[name].__spec__
+    bare = sys.modules[name]
+    own = bare.__spec__
     if own is None or own.loader_state is not None:
         return False
     package = _folder(own)
@@ -49,6 +50,7 @@ def hand_over(name: str) -> bool:
         spec.loader.exec_module(module)
     finally:
         spec._initializing = False  # type: ignore[attr-defined]
+    vars(bare).update(vars(module))  # a thread that waited for this import has the bare module
     if _differ(package, _folder(spec)):
         from .announce import warn_once
 
