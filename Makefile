@@ -90,7 +90,7 @@ wheel: $(call extra,wheel)  ## build a manylinux wheel for this Python in dist/ 
 	@export SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) GHOST_OPS_BUILD_CPU=1 \
 		GHOST_OPS_BUILD_CUDA=$(CUDA) GHOST_OPS_CUDA_ARCHS="$(WHEEL_ARCHS)" PATH="$(BIN):$$PATH"; \
 	set -e; umask 022; \
-	$(PY) setup.py -q egg_info --egg-base $(WHEEL_BUILD) $(if $(filter 1,$(CUDA)),,--tag-build=+cpu) \
+	$(PY) -W ignore setup.py -q egg_info --egg-base $(WHEEL_BUILD) $(if $(filter 1,$(CUDA)),,--tag-build=+cpu) \
 		build --build-base $(WHEEL_BUILD) \
 		bdist_wheel --bdist-dir $(WHEEL_BUILD)/bdist --dist-dir $(WHEEL_BUILD); \
 	$(PY) -m auditwheel show $(WHEEL_BUILD)/*.whl; \
