@@ -557,7 +557,7 @@ def test_no_static_initialiser_needs_special_instructions() -> None:
     objects = [
         path
         for path in (ROOT / "build" / "ninja").rglob("*.o")
-        if re.search(r"_avx(2|512)\.cpp$", path.stem)
+        if re.search(r"\.avx(2|512)\.cpp$", path.stem)
     ]
     if not objects:
         pytest.skip("no AVX objects were built in this checkout")
