@@ -57,7 +57,9 @@ def image_shape(name: str, value: Any, least: int = 1) -> tuple[int, int, int, i
 def module(name: str, value: Any) -> None:
     """Raises TypeError if the value is no ``nn.Module``."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"{name} must be an nn.Module, got {type(value).__name__}")
+        is_class = isinstance(value, type)
+        got = f"the class {value.__name__}" if is_class else type(value).__name__
+        raise TypeError(f"{name} must be an nn.Module, got {got}")
 
 
 def dense(name: str, value: Tensor) -> None:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from . import ops
+from . import arguments, ops
 from .fusion import check, timing
 from .fusion.bottleneck import FusedBottleneck
 from .fusion.expression import ExpressionForm, FusedExpression
@@ -201,7 +201,7 @@ def fuse(
         model = ghost_ops.fuse(timm.create_model("ghostnet_100").eval())
         print(ghost_ops.report(model))
     """
-    _check_model(model)
+    arguments.module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             f"model must be an nn.Module in Python, got a {type(model).__name__}, compiled by "
@@ -277,7 +277,7 @@ def unfuse(model: Model) -> Model:
     Raises:
         TypeError: model is not a module.
     """
-    _check_model(model)
+    arguments.module("model", model)
     for module in model.modules():
         _kept.pop(module, None)
         if isinstance(module, Fused) and is_made(type(module)):
@@ -304,7 +304,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    _check_model(model)
+    arguments.module("model", model)
     twins: dict[int, nn.Module] = {}
     twin = _twin(model, twins)
     found: dict[str, Entry] = {}
@@ -341,17 +341,10 @@ def reset_cache(model: nn.Module) -> None:
     Raises:
         TypeError: model is not a module.
     """
-    _check_model(model)
+    arguments.module("model", model)
     for _, module in _named(model):
         if isinstance(module, Fused):
             module.reset_cache()
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        is_class = isinstance(model, type)
-        got = f"the class {model.__name__}" if is_class else type(model).__name__
-        raise TypeError(f"model must be an nn.Module, got {got}")
 
 
 def _is_compiling() -> bool:
