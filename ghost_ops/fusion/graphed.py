@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .. import arguments
 from ..announce import announce
 from ..conventions import dense
 from ..modes import in_transform
@@ -421,8 +422,7 @@ def graphed(
     Source: PyTorch documentation, "CUDA semantics", section "CUDA Graphs", and
     ``torch.cuda.make_graphed_callables``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    arguments.module("model", model)
     if not isinstance(example, Tensor):
         raise TypeError(f"example must be a Tensor, got {type(example).__name__}")
     for name, number in (("max_graphs", max_graphs), ("num_warmup_iters", num_warmup_iters)):
