@@ -27,11 +27,7 @@ LACKING = [isa for isa in ("avx512_amx", "avx512", "avx2") if isa not in native_
 
 
 def start(*arguments: str, folder: Path | None = None, **variables: str) -> dict[str, Any]:
-    """The arguments of ``subprocess`` that run the report in a clean environment.
-
-    Args:
-        folder: put before the package on the path.
-    """
+    """``subprocess``'s arguments for a clean environment; ``folder`` comes first on the path."""
     ours = ("GHOST_OPS_", "TRITON_INTERPRET", "OMP_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     path = os.pathsep.join([*([str(folder)] if folder else []), str(ROOT)])
@@ -81,7 +77,6 @@ def check(info: dict[str, Any]) -> None:
     everything = text.report(info, everything=True)
     for content in (everything, text.report(info)):
         assert max(map(len, content.splitlines())) <= 100
-        assert content.isprintable() or set(content) >= {"\n"}
     found = squeezed(everything)
     missing = [leaf for leaf in leaves(info) if squeezed(text.printable(leaf)) not in found]
     assert not missing
@@ -139,7 +134,7 @@ SITUATIONS: dict[str, tuple[dict[str, str], dict[str, str], str, int, list[str]]
         {}, {"torch": OLD_TORCH}, "", 1,
         ["ghost_ops needs torch >= 2.10, and this Python has torch 2.9.1"],
     ),
-    "incomplete package, broken Triton": (
+    "incomplete package": (
         {}, {"sitecustomize": FAIL.format(name="ghost_ops.conventions", error="OSError('gone')")},
         "", 1, ["ghost_ops does not import: OSError: gone"],
     ),
@@ -206,11 +201,9 @@ def test_output_that_cannot_be_written(redirection: str, tmp_path: Path) -> None
         ("python -mghost_ops", "-m", True),
         ("python -X dev -Bm ghost_ops", "-m", True),
         ("python -m app", "-m", False),
-        ("python -m app ghost_ops", "-m ghost_ops", False),
         ("python -m ghost_ops.app", "-m", False),
         ("python x.py -m ghost_ops", "x.py -m ghost_ops", False),
         ("python -m ghost_ops", "ghost_ops/__main__.py", False),
-        ("python", "", False),
     ],
 )
 def test_the_start_of_the_report_is_recognised(
@@ -361,7 +354,7 @@ def test_selftest_of_every_backend(usual: dict[str, Any], monkeypatch: pytest.Mo
         (lambda out, training: out.contiguous(), {"inference", "training"}),
         (lambda out, training: out[:, :, :1], {"inference", "training"}),
     ],
-    ids=["none", "scale", "shift", "nan", "gradient", "dtype", "layout", "shape"],
+    ids="none scale shift nan gradient dtype layout shape".split(),
 )
 def test_selftest_finds_wrong_numbers(
     monkeypatch: pytest.MonkeyPatch, change: Any, found: set[str]

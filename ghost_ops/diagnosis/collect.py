@@ -43,17 +43,14 @@ class Missing:
         raise self._error
 
 
-class Problems(list[dict[str, str]]):
-    """What fails, each with the mend."""
-
-    def add(self, what: object, mend: str) -> None:
-        self.append({"what": str(what), "mend": mend})
+def problem(what: object, mend: str) -> dict[str, str]:
+    return {"what": str(what), "mend": mend}
 
 
 def described(error: BaseException) -> str:
     """Type and first line of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
 
 
 def known(find: Callable[[], Any]) -> Any:
@@ -72,13 +69,13 @@ def collect(selftest: bool = False) -> dict[str, Any]:
     Args:
         selftest: run the self-test too.
     """
-    problems = Problems()
+    problems: list[dict[str, str]] = []
     variables = {
         variable.name: {"value": os.environ.get(variable.name, ""), **dataclasses.asdict(variable)}
         for variable in environment.VARIABLES
     }
     for name, error in environment.wrong_values().items():
-        problems.add(error, RESET)
+        problems.append(problem(error, RESET))
         del os.environ[name]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -132,7 +129,7 @@ def exit_status(info: dict[str, Any]) -> int:
     return int(bool(info["problems"]) or failed)
 
 
-def _modules(problems: Problems) -> tuple[Any, Any]:
+def _modules(problems: list[dict[str, str]]) -> tuple[Any, Any]:
     """torch and ``ghost_ops.backends``, or what stands for them."""
     torch: Any = None
     try:
@@ -140,23 +137,23 @@ def _modules(problems: Problems) -> tuple[Any, Any]:
         torch_version.check()
     except BROKEN as error:
         what = error if torch else f"torch does not import: {described(error)}"
-        problems.add(what, INSTALL_TORCH)
+        problems.append(problem(what, INSTALL_TORCH))
         return torch or Missing(error), Missing(error)
     try:
         return torch, importlib.import_module(f"{ROOT}.backends")
     except BROKEN as error:
-        problems.add(f"{ROOT} does not import: {described(error)}", INSTALL_AGAIN)
+        problems.append(problem(f"{ROOT} does not import: {described(error)}", INSTALL_AGAIN))
         return torch, Missing(error)
 
 
-def _load_native(backends: Any, problems: Problems) -> None:
+def _load_native(backends: Any, problems: list[dict[str, str]]) -> None:
     """Load the CPU library, without the requested instruction set if the processor lacks it."""
     try:
         backends.native.load()
     except RuntimeError as error:
         if environment.CPU_ISA.name not in str(error):
             raise
-        problems.add(error, RESET)
+        problems.append(problem(error, RESET))
         del os.environ[environment.CPU_ISA.name]
         backends.native.load()
 
@@ -181,19 +178,15 @@ def _library(name: str, backends: Any) -> dict[str, Any]:
 
 def _build(backends: Any) -> dict[str, str]:
     """What the CPU library and the record of the build say of the build."""
-    try:
-        found = backends.native.library().build_info()
-    except BROKEN:
-        found = {}
-    return {str(key): str(value) for key, value in {**found, **build_record.read()}.items()}
+    found = known(lambda: dict(backends.native.library().build_info()))
+    found = {**(found if isinstance(found, dict) else {}), **build_record.read()}
+    return {str(key): str(value) for key, value in found.items()}
 
 
 def processor() -> str:
     """The model name of the CPU."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        text = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
 
@@ -296,18 +289,18 @@ def _selftest(backends: Any) -> list[dict[str, Any]]:
 # --- what follows from the facts --------------------------------------------------------------
 
 
-def _judge(problems: Problems, info: dict[str, Any]) -> None:
+def _judge(problems: list[dict[str, str]], info: dict[str, Any]) -> None:
     """Add a problem for a request that cannot be met, and each library that does not load."""
     requested, rows = info["requested_backend"], info["backends"]
     if all(row["backend"] == "none" for row in rows):
-        problems.add(
-            f"{environment.BACKEND.name}={requested} cannot run here: {rows[0]['reason']}",
-            f"do what the reason says, or set {environment.BACKEND.name}=auto",
-        )
+        what = f"{environment.BACKEND.name}={requested} cannot run here: {rows[0]['reason']}"
+        mend = f"do what the reason says, or set {environment.BACKEND.name}=auto"
+        problems.append(problem(what, mend))
     for name, library in info["libraries"].items():
         is_wanted = name == "cpu" or (name == "cuda" and info["gpu"]["available"] is True)
         if is_wanted and library["path"] and not library["loaded"]:
-            problems.add(f"{library['path']} is not loaded: {library['reason']}", INSTALL_AGAIN)
+            what = f"{library['path']} is not loaded: {library['reason']}"
+            problems.append(problem(what, INSTALL_AGAIN))
 
 
 def _hints(info: dict[str, Any]) -> list[str]:

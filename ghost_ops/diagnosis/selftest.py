@@ -38,6 +38,11 @@ class Engine(NamedTuple):
     device: str
     isa: str = ""
 
+    def line(self, what: str, status: str, detail: str, seconds: float = 0) -> dict[str, Any]:
+        """The result of a check, as data for JSON. ``status`` is ok, FAILED or skipped."""
+        line = {"engine": " ".join(filter(None, self)), "what": what, "status": status}
+        return {**line, "detail": detail, "seconds": seconds}
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Run the backend, whatever was requested; the request and the threads are restored."""
@@ -121,7 +126,7 @@ CASES: dict[str, tuple[tuple[Callable[..., nn.Module], Callable[..., Numbers]], 
 
 
 def run() -> list[dict[str, Any]]:
-    """The checks of all backends, as data for JSON: engine, what, status, detail, seconds."""
+    """The checks of all backends, as data for JSON."""
     found = []
     for backend, device in itertools.product(OPERATORS, ("cpu", "cuda")):
         try:
@@ -131,7 +136,7 @@ def run() -> list[dict[str, Any]]:
         except (Exception, SystemExit) as error:  # of a broken CUDA or Triton
             ok, reason = False, f"{type(error).__name__}: {error}"
         if not ok:
-            found.append(_line(Engine(backend, device), "all checks", "skipped", reason))
+            found.append(Engine(backend, device).line("all checks", "skipped", reason))
             continue
         is_native_cpu = (backend, device) == ("native", "cpu")
         isas = backends.native.library().available_isas() if is_native_cpu else [""]
@@ -153,14 +158,7 @@ def checks(engine: Engine) -> Iterator[dict[str, Any]]:
                 status, detail = "ok", check(engine, what, threads)
         except Exception as error:
             status, detail = "FAILED", f"{type(error).__name__}: {error}"
-        yield _line(engine, what, status, detail, round(time.perf_counter() - start, 3))
-
-
-def _line(
-    engine: Engine, what: str, status: str, detail: str, seconds: float = 0
-) -> dict[str, Any]:
-    line = {"engine": " ".join(filter(None, engine)), "what": what, "status": status}
-    return {**line, "detail": detail, "seconds": seconds}
+        yield engine.line(what, status, detail, round(time.perf_counter() - start, 3))
 
 
 def check(engine: Engine, what: str, threads: int) -> str:
@@ -168,9 +166,8 @@ def check(engine: Engine, what: str, threads: int) -> str:
     on_cpu = engine.device == "cpu" and engine.backend != "triton"
     half = torch.bfloat16 if on_cpu else torch.float16
     worst = 0.0
-    for dtype, layout, (make, measure) in itertools.product(
-        (torch.float32, half), LAYOUTS, CASES[what]
-    ):
+    cases = itertools.product((torch.float32, half), LAYOUTS, CASES[what])
+    for dtype, layout, (make, measure) in cases:
         torch.manual_seed(7)
         plain = make().to(dtype)
         for t in (*plain.parameters(), *plain.buffers()):
@@ -202,9 +199,7 @@ def same_bits(
         for name, tensor in found.items():
             a, b = (t.cpu().contiguous().view(-1).view(torch.uint8) for t in (tensor, first[name]))
             if not torch.equal(a, b):
-                raise AssertionError(
-                    f"{name}: other bits with {count} threads than in the first run"
-                )
+                raise AssertionError(f"{name}: other bits in a run with {count} threads")
 
 
 def compare(engine: Engine, plain: nn.Module, x: Tensor, measure: Callable[..., Numbers]) -> float:

@@ -13,15 +13,11 @@ def section(title: str, pairs: Iterable[tuple[str, Any]]) -> list[str]:
     """A title and one line for each label and value, wrapped; an empty line follows."""
     pairs = [(printable(label), printable(value)) for label, value in pairs]
     column = min(26, max((len(label) for label, _ in pairs), default=0))
-    wrapper = textwrap.TextWrapper(
-        WIDTH,
-        initial_indent="  ",
-        subsequent_indent=" " * (column + 4),
-        break_on_hyphens=False,
-    )
+    indent = " " * (column + 4)
     lines = [title]
     for label, value in pairs:
-        lines += wrapper.wrap(f"{label:<{column}}  {value}")
+        line = f"  {label:<{column}}  {value}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
     return [*lines, ""]
 
 
@@ -128,10 +124,7 @@ def _environment(info: dict[str, Any], everything: bool) -> list[str]:
 
 def _selftest(checks: list[dict[str, Any]]) -> list[str]:
     seconds = sum(check["seconds"] for check in checks)
-    pairs = [
-        (check["status"], f"{check['engine']}, {check['what']}: {check['detail']}")
-        for check in checks
-    ]
     failed = sum(check["status"] == "FAILED" for check in checks)
     title = f"Self-test: {failed} of {len(checks)} checks failed ({seconds:.1f} s)"
-    return section(title, pairs)
+    lines = [(c["status"], f"{c['engine']}, {c['what']}: {c['detail']}") for c in checks]
+    return section(title, lines)
