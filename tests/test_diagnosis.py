@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,25 +24,22 @@ from ghost_ops.diagnosis import collect, selftest, text
 ROOT = Path(ghost_ops.__file__).resolve().parents[1]
 NEEDS_NATIVE = pytest.mark.skipif(native_module() is None, reason="the native library is not built")
 WRONG = {v.name: "foo" for v in environment.VARIABLES if v.choices or v is environment.CPU_MACHINE}
+FREE = ("build", "other_variables")  # their keys depend on the machine
 LACKING = [isa for isa in ("avx512_amx", "avx512", "avx2") if isa not in native_isas()]
 
 
-def start(*arguments: str, folder: Path | None = None, **variables: str) -> dict[str, Any]:
-    """``subprocess``'s arguments for a clean environment; ``folder`` comes first on the path."""
+def run(
+    arguments: str, folder: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """The report in a clean environment, by a shell; ``folder`` comes first on Python's path."""
     ours = ("GHOST_OPS_", "TRITON_INTERPRET", "OMP_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     path = os.pathsep.join([*([str(folder)] if folder else []), str(ROOT)])
-    return {
-        "args": [sys.executable, "-m", "ghost_ops", *arguments],
-        "env": {**clean, "PYTHONPATH": path, **variables},
-        "cwd": folder or "/",
-        "text": True,
-    }
-
-
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = start(*arguments, **options)
-    return subprocess.run(**command, capture_output=True, timeout=300, check=False)
+    return subprocess.run(
+        ["sh", "-c", f"{shlex.quote(sys.executable)} -m ghost_ops {arguments}"],
+        env={**clean, "PYTHONPATH": path, **variables},
+        cwd=folder or "/", capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -89,14 +87,6 @@ def leaves(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return [leaf for entry in value for leaf in leaves(entry)]
     return [] if value is None or isinstance(value, bool) else [value]
-
-
-def keys(value: Any, depth: int = 2) -> Any:
-    """The keys of the data, without those that depend on the machine."""
-    if not isinstance(value, dict) or not depth:
-        return None
-    free = ("build", "other_variables")
-    return {k: keys({} if k in free else entry, depth - 1) for k, entry in value.items()}
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -148,11 +138,13 @@ SITUATIONS: dict[str, tuple[dict[str, str], dict[str, str], str, int, list[str]]
 def test_situation(name: str, usual: dict[str, Any], tmp_path: Path) -> None:
     variables, files, arguments, status, says = SITUATIONS[name]
     folder = write(tmp_path, **files)
-    done = run("--json", *arguments.split(), folder=folder, **variables)
+    done = run(f"--json {arguments}", folder, **variables)
     assert "Traceback" not in done.stderr, done.stderr
     info = json.loads(done.stdout)
     check(info)
-    assert keys(info) == keys(usual)
+    for key, value in usual.items():
+        assert isinstance(info[key], type(value)) or value is None
+        assert key in FREE or not isinstance(value, dict) or info[key].keys() == value.keys()
     assert done.returncode == status, info["problems"]
     assert bool(info["problems"]) == bool(status)
     assert all(entry["mend"] for entry in info["problems"])
@@ -177,18 +169,15 @@ def test_instruction_set_that_the_processor_lacks(usual: dict[str, Any]) -> None
     check(info)
     assert f"GHOST_OPS_CPU_ISA='{LACKING[0]}': not available" in info["problems"][0]["what"]
     assert collect.exit_status(info) == 1
-    assert info["libraries"]["cpu"]["loaded"]
     assert info["instruction_sets"]["available"] == native_module().available_isas()
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", "> /dev/full", "| true"])
 def test_output_that_cannot_be_written(redirection: str, tmp_path: Path) -> None:
-    command = start("--all", folder=write(tmp_path, torch=NO_TORCH), OMP_X=100_000 * "x")
-    shell = f"{sys.executable} -m ghost_ops --all {redirection}; echo status $? >> status"
-    done = subprocess.run(
-        **{**command, "args": ["sh", "-c", shell]}, stderr=subprocess.PIPE, check=False
-    )
-    assert "Traceback" not in done.stderr
+    folder = write(tmp_path, torch=NO_TORCH)
+    command = f"--all {redirection}; echo status $? > status"
+    done = run(command, folder, OMP_X=100_000 * "x")
+    assert not {"Traceback", "Exception"} & set(done.stderr.split())
     assert ("cannot be written" in done.stderr) == ("full" in redirection)
     status = "0" if "|" in redirection else "1"
     assert (tmp_path / "status").read_text() == f"status {status}\n"
@@ -230,11 +219,11 @@ def test_facts_of_this_process(usual: dict[str, Any]) -> None:
     if (native := native_module()) is not None:
         assert usual["libraries"]["cpu"]["path"] == native.__file__
         assert (isas["available"], isas["chosen"]) == (native.available_isas(), native.isa())
+        assert "unknown: " not in str(usual)
     gpu = torch.cuda.is_available()
     assert usual["gpu"]["available"] == gpu
     devices = ("cpu", "cuda") if gpu else ("cpu",)
     assert usual["backends"] == [row._asdict() for row in backends.status(devices)]
-    assert "unknown" not in str(usual)
 
 
 @pytest.mark.parametrize("works", [True, False], ids=["works", "broken"])
@@ -282,9 +271,9 @@ def test_text_of_a_gpu(usual: dict[str, Any]) -> None:
 
 def test_hints(usual: dict[str, Any]) -> None:
     usable = usual["threads"]["usable"]
-    for threads, is_told in ((usable, False), (usable + 1, True)):
-        info = {**usual, "threads": {**usual["threads"], "torch": threads}}
-        assert (f"OMP_NUM_THREADS={usable}," in str(collect._hints(info))) == is_told
+    info = {**usual, "threads": {**usual["threads"], "torch": usable + 1}}
+    assert f"OMP_NUM_THREADS={usable}," in str(collect._hints(info))
+    assert "OMP_NUM_THREADS" not in str(usual["hints"])
     tuned = collected(MALLOC_TOP_PAD_="67108864")
     assert "MALLOC_TOP_PAD_=67108864" in tuned["allocator"]
     assert "glibc's allocator" not in str(tuned["hints"])
@@ -292,9 +281,7 @@ def test_hints(usual: dict[str, Any]) -> None:
 
 # --- the self-test ----------------------------------------------------------------------------
 
-ENGINE = selftest.Engine(
-    *(("native", "cpu", native_isas()[0]) if native_isas() else ("eager", "cpu"))
-)
+ENGINE = selftest.Engine("native" if native_isas() else "eager", "cpu", *native_isas()[:1])
 
 
 def failing() -> set[str]:
@@ -313,14 +300,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, bool], Tens
     monkeypatch.setattr(selftest, "fused", changed)
 
 
-class ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 1.05
+def scale_gradient(out: Tensor) -> Tensor:
+    out.register_hook(lambda grad: grad * 1.05)
+    return out
 
 
 def test_selftest_of_every_backend(usual: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +331,7 @@ def test_selftest_of_every_backend(usual: dict[str, Any], monkeypatch: pytest.Mo
         (lambda out, training: out * 1.02, {"inference", "training"}),
         (lambda out, training: out if training else out.roll(1, -1), {"inference"}),
         (lambda out, training: out * float("nan") if training else out, {"training"}),
-        (lambda out, training: ScaledGradient.apply(out) if training else out, {"training"}),
+        (lambda out, training: scale_gradient(out) if training else out, {"training"}),
         (lambda out, training: out.double(), {"inference", "training"}),
         (lambda out, training: out.contiguous(), {"inference", "training"}),
         (lambda out, training: out[:, :, :1], {"inference", "training"}),

@@ -110,11 +110,7 @@ def collect(selftest: bool = False) -> dict[str, Any]:
             "requested_backend": known(lambda: backends.requested()),
             "backends": [row for device in devices for row in _rows(backends, device)],
             "environment": variables,
-            "other_variables": {
-                name: value
-                for name, value in sorted(os.environ.items())
-                if value and OTHER_VARIABLES.fullmatch(name)
-            },
+            "other_variables": dict(filter(_is_relevant, sorted(os.environ.items()))),
             "selftest": _selftest(backends) if selftest else None,
         }
     if not isinstance(backends, Missing):
@@ -127,6 +123,10 @@ def exit_status(info: dict[str, Any]) -> int:
     """1 if there is a problem, or a failed check of the self-test; else 0."""
     failed = any(check["status"] == "FAILED" for check in info["selftest"] or ())
     return int(bool(info["problems"]) or failed)
+
+
+def _is_relevant(variable: tuple[str, str]) -> bool:
+    return bool(variable[1]) and OTHER_VARIABLES.fullmatch(variable[0]) is not None
 
 
 def _modules(problems: list[dict[str, str]]) -> tuple[Any, Any]:
@@ -184,11 +184,14 @@ def _build(backends: Any) -> dict[str, str]:
 
 
 def processor() -> str:
-    """The model name of the CPU."""
+    """The model name of the CPU, with family and model numbers where /proc/cpuinfo has them."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", text, re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found:
+        name += f" (family {found['cpu family']}, model {found.get('model')})"
+    return name
 
 
 def allocator() -> str:
