@@ -76,10 +76,39 @@ $(STAMPS)/demo-library: $(SOURCES) | environment
 		$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
+# ---- wheels, as .github/workflows/wheels.yml builds, tests and publishes them
+
+# CUDA=1 adds the kernels for GPUs. A wheel without them has the local version +cpu.
+CUDA        ?= 0
+WHEEL_ARCHS ?= 8.0 8.6 9.0 10.0+PTX
+WHEEL_BUILD  = build/wheel/$(if $(filter 1,$(CUDA)),cuda,cpu)
+# All files get the time of the last commit; in an sdist that of setup.py.
+SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct -- . 2>/dev/null),$(shell stat -c %Y setup.py))
+
+wheel: $(call extra,wheel)  ## build a manylinux wheel for this Python in dist/ (CUDA=1: with the kernels for GPUs)
+	@rm -rf $(WHEEL_BUILD) && mkdir -p $(WHEEL_BUILD) dist
+	@export SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) GHOST_OPS_BUILD_CPU=1 \
+		GHOST_OPS_BUILD_CUDA=$(CUDA) GHOST_OPS_CUDA_ARCHS="$(WHEEL_ARCHS)" PATH="$(BIN):$$PATH"; \
+	set -e; umask 022; \
+	$(PY) -W ignore setup.py -q egg_info --egg-base $(WHEEL_BUILD) $(if $(filter 1,$(CUDA)),,--tag-build=+cpu) \
+		build --build-base $(WHEEL_BUILD) \
+		bdist_wheel --bdist-dir $(WHEEL_BUILD)/bdist --dist-dir $(WHEEL_BUILD); \
+	$(PY) -m auditwheel show $(WHEEL_BUILD)/*.whl; \
+	$(PY) -m auditwheel repair --exclude "libtorch*.so" --wheel-dir $(WHEEL_BUILD)/repaired \
+		$(WHEEL_BUILD)/*.whl; \
+	mv $(WHEEL_BUILD)/repaired/*.whl dist; \
+	cd dist; ls -t *.whl | head -n 1 | xargs -d "\n" sh -c 'du -h "$$0"; sha256sum "$$0"'
+
+# Gigabytes are downloaded for a torch with CUDA. TORCH_INDEX: another index for torch.
+WHEEL_TORCH ?= 2.10.0 2.11.0 2.12.0 2.13.0
+
+wheel-test:  ## try the newest wheel in dist/ with each torch of WHEEL_TORCH, in environments of their own
+	@$(PYTHON) tests/wheel_matrix.py $(WHEEL_TORCH) $(ARGS)
+
 CXX_FILES := find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.inc'
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-isa test-all bench bench-quick gpu-kit lint format docs clean distclean
+.PHONY: help build demo test test-isa test-all bench bench-quick gpu-kit wheel wheel-test lint format docs clean distclean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12

@@ -63,24 +63,15 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"ghost_ops: {message}")
 
 
-# pip's --no-build-isolation does not look at the requirements in pyproject.toml.
-if int(setuptools.__version__.partition(".")[0]) < LEAST_SETUPTOOLS:
-    fail(
-        f"setuptools >= {LEAST_SETUPTOOLS} is needed, and this Python has "
-        f"{setuptools.__version__}: pip install --upgrade 'setuptools>={LEAST_SETUPTOOLS}'"
-    )
-
-
 # ---------------------------------------------------------------- torch
 
 
 @dataclass(frozen=True)
 class Torch:
-    """An installed torch: its folder, its version and that of its CUDA ("" without)."""
+    """An installed torch."""
 
     root: Path
     version: str
-    cuda: str
     is_target: bool  # of the Python that the package is installed into, as far as it can be known
 
 
@@ -101,10 +92,11 @@ def find_torch() -> Torch | None:
     spec = importlib.util.find_spec("torch")
     target = [str(Path(spec.origin).parent.parent)] if spec and spec.origin else []
     target += site_folders(sys.prefix)
-    others = [site_folders(os.environ[k])[0] for k in ("VIRTUAL_ENV",) if os.environ.get(k)]
-    others += [*site_folders(sys.base_prefix), site.getusersitepackages()]
+    others = [*site_folders(sys.base_prefix), site.getusersitepackages()]
     if sees_outer_packages():
-        target, others = [*target, *others], []
+        target += others
+    if active := os.environ.get("VIRTUAL_ENV"):
+        others = [*site_folders(active), *others]
     found = [torch_in(folder, is_target=True) for folder in target]
     found += [torch_in(folder, is_target=False) for folder in others]
     torches = [torch for torch in found if torch]
@@ -134,15 +126,14 @@ def torch_in(folder: str, is_target: bool) -> Torch | None:
         return None
     if (version := re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)) is None:
         return None
-    cuda = re.search(r"^cuda\b.*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
-    return Torch(root.resolve(), version[1], cuda[1] if cuda else "", is_target)
+    return Torch(root.resolve(), version[1], is_target)
 
 
 # ---------------------------------------------------------------- compilers
 
 
-def failure(command: list[str]) -> str | None:
-    """Why a command fails, in one line; None if it succeeds."""
+def run(command: list[str]) -> tuple[bool, str]:
+    """Whether a command succeeds, and what it prints, or why it cannot be started."""
     try:
         done = subprocess.run(
             command,
@@ -154,12 +145,18 @@ def failure(command: list[str]) -> str | None:
             check=False,
         )
     except (OSError, subprocess.SubprocessError) as error:
-        return str(error)
-    if done.returncode == 0:
+        return False, str(error)
+    return done.returncode == 0, (done.stderr + done.stdout).strip()
+
+
+def failure(command: list[str]) -> str | None:
+    """Why a command fails, in one line; None if it succeeds."""
+    succeeds, text = run(command)
+    if succeeds:
         return None
-    lines = (done.stderr + done.stdout).strip().splitlines()
+    lines = text.splitlines() or ["without a message"]
     telling = [line for line in lines if re.search(r"error|fatal", line, re.IGNORECASE)]
-    return (telling or lines or [f"exit status {done.returncode}"])[0].strip()
+    return (telling or lines)[0].strip()
 
 
 def cannot_compile(compiler: list[str], suffix: str, text: str) -> str | None:
@@ -168,17 +165,6 @@ def cannot_compile(compiler: list[str], suffix: str, text: str) -> str | None:
         source = Path(folder) / f"probe{suffix}"
         source.write_text(text)
         return failure([*compiler, "-std=c++17", "-c", str(source), "-o", f"{source}.o"])
-
-
-def output(command: list[str]) -> str:
-    """What a command prints; "" if it cannot be started."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=300, check=False
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout + done.stderr
 
 
 def find_cxx() -> str | None:
@@ -219,18 +205,18 @@ def find_nvcc() -> str | None:
 
 def cuda_root(nvcc: str) -> Path | None:
     """The folder of the toolkit: nvcc on the PATH can be a script that calls another one."""
-    dryrun = output([nvcc, "--dryrun", "-x", "cu", os.devnull])
+    _, dryrun = run([nvcc, "--dryrun", "-x", "cu", os.devnull])
     found = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
     return Path(found[1].strip()).resolve() if found else None
 
 
 def nvcc_release(nvcc: str) -> tuple[int, int] | None:
-    found = re.search(r"\brelease (\d+)\.(\d+)", output([nvcc, "--version"]))
+    found = re.search(r"\brelease (\d+)\.(\d+)", run([nvcc, "--version"])[1])
     return (int(found[1]), int(found[2])) if found else None
 
 
-def broken_nvcc(nvcc: str, torch: Torch | None) -> str | None:
-    """Why the CUDA library cannot be built with nvcc, or not for this torch; None if it can."""
+def broken_nvcc(nvcc: str) -> str | None:
+    """Why the CUDA library cannot be built with nvcc; None if it can."""
     if why := failure([nvcc, "--version"]):
         return f"it cannot be started ({why})"
     if (release := nvcc_release(nvcc)) is None:
@@ -238,28 +224,23 @@ def broken_nvcc(nvcc: str, torch: Torch | None) -> str | None:
     name = "{}.{}".format(*release)
     if release < LEAST_CUDA:
         return f"it is of CUDA {name}, and {'.'.join(map(str, LEAST_CUDA))} is needed"
-    if torch and torch.is_target and torch.cuda and torch.cuda.split(".")[0] != str(release[0]):
-        return (
-            f"it is of CUDA {name}, and torch {torch.version} has CUDA {torch.cuda}: the library "
-            "would not load"
-        )
     if (root := cuda_root(nvcc)) is None:
         return "it does not tell where its toolkit is"
-    if not (root / "lib64" / "libcudart.so").exists():
-        return f"there is no lib64/libcudart.so in its toolkit {root}"
+    if not list((root / "lib64").glob("libcudart*")):
+        return f"there is no libcudart in lib64 of its toolkit {root}"
     host = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
     if why := cannot_compile([nvcc, *host], ".cu", "__global__ void f() {}\n"):
         return f"it does not compile one line ({why})"
     return None
 
 
-def missing_for_cuda(torch: Torch | None) -> str | None:
+def missing_for_cuda() -> str | None:
     """What the system lacks for the CUDA library, as a sentence; None if nothing."""
     if (nvcc := find_nvcc()) is None:
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         where = f"CUDA_HOME={home} has no bin/nvcc" if home else "nvcc was not found"
         return f"{where} (install the CUDA toolkit, or set CUDA_HOME to its folder)"
-    if why := broken_nvcc(nvcc, torch):
+    if why := broken_nvcc(nvcc):
         return f"nvcc does not work: {nvcc}: {why}"
     return missing_cxx()
 
@@ -280,15 +261,12 @@ class Decision:
         found = {"cpu": self.cpu or "built", "cuda": self.cuda or "built"}
         if self.torch and None in (self.cpu, self.cuda):
             found["torch"] = self.torch.version
-            found["compiler"] = first_line([*shlex.split(find_cxx() or ""), "--version"])
+            _, version = run([*shlex.split(find_cxx() or ""), "--version"])
+            found["compiler"] = version.partition("\n")[0]
         if self.cuda is None:
             found["nvcc"] = "{}.{}".format(*(nvcc_release(find_nvcc() or "") or (0, 0)))
             found["architectures"] = env.CUDA_ARCHS.get()
         return found
-
-
-def first_line(command: list[str]) -> str:
-    return output(command).strip().partition("\n")[0]
 
 
 def decide() -> Decision:
@@ -296,7 +274,7 @@ def decide() -> Decision:
     try:
         torch = find_torch()
         cpu = left_out(env.BUILD_CPU, missing_for_cpu)
-        return Decision(cpu, left_out(env.BUILD_CUDA, lambda: missing_for_cuda(torch)), torch)
+        return Decision(cpu, left_out(env.BUILD_CUDA, missing_for_cuda), torch)
     except ValueError as error:  # a variable with a value that is not allowed
         fail(str(error))
 
@@ -323,6 +301,7 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
+    check_setuptools()
     folder, settings = os.path.abspath(metadata_directory), quiet(config_settings)
     with writable_sources():
         return build_meta.prepare_metadata_for_build_wheel(folder, settings)
@@ -333,6 +312,7 @@ def prepare_metadata_for_build_editable(metadata_directory, config_settings=None
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    check_setuptools()
     folder, settings = os.path.abspath(wheel_directory), quiet(config_settings)
     metadata = os.path.abspath(metadata_directory) if metadata_directory else None
     with writable_sources():
@@ -340,9 +320,17 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None) -> str:
+    check_setuptools()
     if not is_writable(ROOT):
         fail(f"an editable installation builds inside {ROOT}, which is read-only: pip install .")
     return build_meta.build_editable(wheel_directory, quiet(config_settings), metadata_directory)
+
+
+def check_setuptools() -> None:
+    """pip's --no-build-isolation does not look at the requirements in pyproject.toml."""
+    if int(setuptools.__version__.partition(".")[0]) < LEAST_SETUPTOOLS:
+        needed = f"setuptools>={LEAST_SETUPTOOLS}"
+        fail(f"{needed} is needed, not {setuptools.__version__}: pip install --upgrade '{needed}'")
 
 
 def quiet(config_settings: dict | None) -> dict:

@@ -8,6 +8,10 @@ torch, and gives every file the same flags and include paths. Here each folder o
 what it may know of: csrc/core, csrc/cpu and csrc/cuda are compiled without the torch headers.
 
 One compiled library serves every torch >= 2.10, because only the LibTorch Stable ABI is used.
+Only csrc/python is compiled once for each Python; its objects have folders of their own.
+
+A release build has SOURCE_DATE_EPOCH set: the same bytes from any folder, GPU code compressed, no
+symbol table. Every path that a compiler sees is relative to this folder for that reason.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # LibTorch Stable ABI of torch 2.10
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 IS_MACOS = sys.platform == "darwin"
+IS_RELEASE = "SOURCE_DATE_EPOCH" in os.environ
 
 # -ffp-contract=fast lets the compiler form fused multiply-adds. -ffast-math stays out: NaN and Inf
 # must travel through the kernels as they do through torch. -O2 with the loop passes of -O3 that the
@@ -156,7 +161,15 @@ def join(arguments: list[str]) -> str:
 
 
 def ninja_path(path: Path) -> str:
-    return re.sub(r"([$ :])", r"$\1", str(path))
+    return re.sub(r"([$ :])", r"$\1", path.as_posix())
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Make ``link`` a symbolic link to ``target``, in one step: another build may use it now."""
+    if not link.is_symlink() or link.readlink() != target:
+        new = link.with_name(f"{link.name}.{os.getpid()}")
+        new.symlink_to(target)
+        new.replace(link)
 
 
 def gencode_flags(archs: str, since: int = 0) -> list[str]:
@@ -182,6 +195,17 @@ def gencode_flags(archs: str, since: int = 0) -> list[str]:
     return flags
 
 
+def release_nvcc_flags(source: Path) -> list[str]:
+    """Flags of a release (nvcc >= 12.8): small, and no trace of the process or the folder.
+
+    nvcc hashes the absolute path of a source into the names of its anonymous namespaces, and has no
+    documented option against it: these two replace the path in the front ends of host and device.
+    """
+    path = f"--orig_src_path_name={source.as_posix()}"
+    seed = f"-frandom-seed={source.as_posix()}"
+    return ["-compress-mode=size", seed, "-Xcudafe", path, "-Xcicc", path]
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja a library and runs it; only what changed is compiled again."""
 
@@ -201,20 +225,25 @@ class NinjaBuildExt(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
-        self.torch_root, self.pybind11_include, ninja = find_packages()
+        torch_root, self.pybind11_include, ninja = find_packages()
         self.cuda_root = cuda_root(find_nvcc()) if ext.name.endswith("_cuda") else None
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder for each set of architectures: building for another keeps the objects of this.
         variant = "-".join([ext.name, *re.findall(r"\S+", env.CUDA_ARCHS.get())])
-        folder = variant if self.cuda_root else ext.name
-        build_dir = ROOT / "build" / "ninja" / sys.implementation.cache_tag / folder
-        build_dir.mkdir(parents=True, exist_ok=True)
-        library = build_dir / output.name
-        text = self.ninja_file(ext, build_dir, library)
-        build_file = build_dir / "build.ninja"
-        if not build_file.exists() or build_file.read_text(encoding="utf-8") != text:
-            build_file.write_text(text, encoding="utf-8")
+        build_dir = Path("build", "ninja", variant if self.cuda_root else ext.name)
+        (ROOT / build_dir).mkdir(parents=True, exist_ok=True)
+        # The compilers see torch under one name, or another Python's torch would compile it again.
+        # Not "torch": the objects of csrc/torch have that folder.
+        self.torch = build_dir / "torch-package"
+        point_link(ROOT / self.torch, torch_root)
+        library = ROOT / build_dir / output.name
+        # One file for each Python, with one log of what is compiled (ninja's builddir).
+        build_file = build_dir / f"{sys.implementation.cache_tag}.ninja"
+        text = self.ninja_file(ext, build_dir, output.name)
+        written = ROOT / build_file
+        if not written.exists() or written.read_text(encoding="utf-8") != text:
+            written.write_text(text, encoding="utf-8")
 
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         # On a terminal ninja keeps to one line; in a log it would write one for each file.
@@ -222,7 +251,8 @@ class NinjaBuildExt(build_ext):
         time = "four minutes" if self.cuda_root else "a minute"
         print(f"ghost_ops: building {ext.name} with {jobs} jobs, {time} on two cores", flush=True)
         try:
-            subprocess.run([ninja, "-C", str(build_dir), "-j", jobs, *options], check=True)
+            command = [ninja, "-f", str(build_file), "-j", jobs, *options]
+            subprocess.run(command, check=True, cwd=ROOT)
         except subprocess.CalledProcessError:
             switch = env.BUILD_CUDA if self.cuda_root else env.BUILD_CPU
             fail(
@@ -235,10 +265,12 @@ class NinjaBuildExt(build_ext):
             output.unlink(missing_ok=True)
             shutil.copy2(library, output)
 
-    def ninja_file(self, ext: Extension, build_dir: Path, library: Path) -> str:
+    def ninja_file(self, ext: Extension, build_dir: Path, library: str) -> str:
+        """The text of a ninja file that runs in ROOT."""
         cxx = find_cxx()
         lines = [
             "ninja_required_version = 1.5",
+            f"builddir = {ninja_path(build_dir)}",
             "rule cxx",
             f"  command = {cxx} -MMD -MF $out.d $flags -c $in -o $out",
             "  description = compile $label",
@@ -267,25 +299,27 @@ class NinjaBuildExt(build_ext):
         objects = {}
         for source, isa in units:
             suffix = f".{isa}{source.suffix}.o" if isa else f"{source.suffix}.o"
-            obj = build_dir / source.relative_to("csrc").with_suffix(suffix)
-            objects[source, isa] = ninja_path(obj)
+            folder = build_dir / source.parent.relative_to("csrc")
+            if source.parts[1] == "python":
+                folder /= sys.implementation.cache_tag
+            objects[source, isa] = ninja_path(folder / f"{source.stem}{suffix}")
         # Ninja starts them in this order: the kernel tables, which take longest, first.
         for source, isa in sorted(units, key=lambda unit: unit[1] is None):
             rule, flags = "cxx", self.cxx_flags(source, isa)
             if source.suffix == ".cu":
                 rule, flags = "nvcc", self.nvcc_flags(source)
             lines += [
-                f"build {objects[source, isa]}: {rule} {ninja_path(ROOT / source)}",
+                f"build {objects[source, isa]}: {rule} {ninja_path(source)}",
                 f"  flags = {join(flags)}",
                 f"  label = {source}{f' ({isa})' if isa else ''}",
             ]
-        target = ninja_path(library)
+        target = ninja_path(build_dir / library)
         lines += [f"build {target}: link {' '.join(objects.values())}", f"default {target}", ""]
         return "\n".join(lines)
 
     def cxx_flags(self, source: Path, isa: str | None) -> list[str]:
         """Flags of one C++ source: what it may include depends on its folder."""
-        flags = [*CXX_FLAGS, f"-I{CSRC}"]
+        flags = [*CXX_FLAGS, "-Icsrc"]
         flags += [f"-DGHOST_OPS_HAVE_{name.upper()}" for name in ISA_FLAGS]
         if isa:
             flags += [f"-DGHOST_ISA={isa}", f'-DGHOST_ISA_NAME="{isa}"', *ISA_FLAGS[isa]]
@@ -304,21 +338,27 @@ class NinjaBuildExt(build_ext):
         return [
             *"-std=c++17 -O3 -DNDEBUG -Xcompiler -fPIC,-fvisibility=hidden".split(),
             *host,
-            f"-I{CSRC}",
+            "-Icsrc",
+            *(release_nvcc_flags(source) if IS_RELEASE else []),
             *gencode_flags(env.CUDA_ARCHS.get(), 90 if source.stem.endswith("_sm90") else 0),
         ]
 
     def torch_flags(self) -> list[str]:
-        include = self.torch_root / "include"
+        include = self.torch / "include"
         return [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(include)]
 
     def link_flags(self) -> list[str]:
-        flags = [f"-L{self.torch_root / 'lib'}"]
+        flags = [f"-L{self.torch / 'lib'}"]
+        if IS_RELEASE:
+            flags += ["-Wl,-s"]
         if self.cuda_root:
             # A CUDA torch's libtorch pulls in libtorch_cuda, so a CPU-only torch is enough to link.
             # The linker is g++, because nvcc would reorder these.
             flags += "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed".split()
-            flags += [f"-L{self.cuda_root / 'lib64'}", "-lcudart"]
+            # The CUDA runtime is part of the library and hidden in it, as in NCCL and cuBLAS: it
+            # works beside the runtime of a torch for another CUDA, in torch's contexts and streams.
+            flags += [f"-L{self.cuda_root / 'lib64'}", "-lcudart_static"]
+            flags += "-Wl,--exclude-libs,libcudart_static.a -ldl -lrt -pthread".split()
         else:
             flags += ["-ltorch_cpu", "-pthread"]
         if IS_MACOS:

@@ -1,11 +1,14 @@
 """The main job: train on real handwritten digits with the reference modules and with the fused.
 
-    python -m examples.demo            about two minutes on two cores
-    python -m examples.demo --quick    a smaller network run and fewer shapes
+    python -m examples.demo            about three minutes on two cores, less when run again
+    python -m examples.demo --quick    a smaller network run, fewer shapes, no torch.compile
 
 A small Ghost network is trained from one seed with ``ghost_ops.reference.GhostModule`` and with
 ``ghost_ops.FusedGhostModule``, step by step in turn on the same batches. Then every Ghost module
-shape of GhostNet 1.0x is run both ways. Verified (exit status 1 if any check fails):
+shape of GhostNet 1.0x is run both ways. Both are timed against eager PyTorch in NCHW and in
+channels_last and against the best of PyTorch: the fastest of these, of folded batch norms
+(inference) and of torch.compile, each in channels_last. All have the same threads and the same
+allocator. Verified (exit status 1 if any check fails):
 
 - both networks start from the same bits;
 - in float64 the loss curves agree to 1e-9 over the first 30 steps: the mathematics is the same;
@@ -23,13 +26,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
+import ctypes
 import json
 import math
 import os
 import platform
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,12 +43,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.benchmark import Timer, timer
 
 import ghost_ops
+from examples import demo_report as report
 from examples.digits import Digits, accuracy, make_optimizer, set_rate
 from examples.networks import ghost_network
-from ghost_ops import FusedGhostModule, models
+from ghost_ops import FusedGhostModule, backends, models
 from ghost_ops.reference import GhostModule
 
 EARLY_STEPS = 10
@@ -55,8 +59,34 @@ DOUBLE_STEPS = 30
 DOUBLE_TOLERANCE = 1e-9
 WARM_UP_STEPS = 3
 QUICK = "16-48@112-relu 72-24@56-linear 40-120@28-relu 80-184@14-relu 160-960@7-relu".split()
-# Colours that colour-blind readers tell apart (Okabe and Ito).
-COLOURS = {"reference": "#7F7F7F", "control": "#E69F00", "fused": "#0072B2"}
+
+
+# ---- torch.compile, in a limited time
+
+
+class Compiler:
+    """torch.compile until ``seconds`` are spent; ``why`` says why something was left out."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left, self.why = seconds, "" if seconds else "not asked for"
+
+    def __call__(self, network: nn.Module, run: Callable[[Any], object]) -> Any:
+        """The compiled network after a first ``run`` of it, which compiles; None if left out."""
+        if self.left <= 0.0:
+            self.why = self.why or "the --compile-seconds are spent"
+            return None
+        torch._dynamo.reset()  # it compiles one function for few different modules only
+        start = time.perf_counter()
+        # Freezing folds the batch norms and packs the weights.
+        options = None if network.training else {"freezing": True}
+        compiled = torch.compile(network, dynamic=False, options=options)
+        try:
+            run(compiled)
+        except Exception as error:  # no C++ compiler, no Triton, a Python that it lacks
+            self.left, self.why = 0.0, str(error).strip().partition("\n")[0] or type(error).__name__
+            return None
+        self.left -= time.perf_counter() - start
+        return compiled
 
 
 # ---- training
@@ -82,42 +112,55 @@ def saved_bytes(forward: Callable[[], Tensor], network: nn.Module) -> int:
 class Run:
     """One network in training, its losses and the seconds each step took."""
 
-    title: str
-    network: nn.Module
+    plain: nn.Module
     layout: torch.memory_format = torch.contiguous_format
+    clock: Callable[[], float] = time.perf_counter
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.network = self.network.to(memory_format=self.layout)
-        self.optimizer = make_optimizer(self.network)
+        self.network: Any = self.plain.to(memory_format=self.layout)
+        self.optimizer = make_optimizer(self.plain)
+
+    def forward(self, x: Tensor, y: Tensor, network: Any = None) -> Tensor:
+        """The loss."""
+        x = x.contiguous(memory_format=self.layout)
+        return F.cross_entropy((network or self.network)(x), y)
+
+    def compile(self, compiler: Compiler, x: Tensor, y: Tensor) -> bool:
+        """Whether torch.compile was done; parameters and statistics stay as they were."""
+        state = copy.deepcopy(self.plain.state_dict())
+        self.network = compiler(self.plain, lambda network: self.forward(x, y, network).backward())
+        self.plain.load_state_dict(state)
+        return self.network is not None
 
     def step(self, rate: float, x: Tensor, y: Tensor) -> None:
         """One timed step of stochastic gradient descent."""
         x = x.contiguous(memory_format=self.layout)
         set_rate(self.optimizer, rate)
-        start = time.perf_counter()
+        start = self.clock()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.network(x), y)
+        loss = self.forward(x, y)
         loss.backward()
         self.optimizer.step()
         self.losses.append(loss.item())  # waits for the device
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(self.clock() - start)
 
     def outcome(self, digits: Digits, x: Tensor, y: Tensor) -> dict[str, Any]:
         """Losses, accuracy, quantiles of the step time after warm-up, and bytes saved in a step."""
-        times = sorted(self.seconds[WARM_UP_STEPS:] or self.seconds)
-        p20, median, p80 = (times[int(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
-        test_x, x = (t.contiguous(memory_format=self.layout) for t in (digits.test_x, x))
+        test_x = digits.test_x.contiguous(memory_format=self.layout)
         return {
-            "title": self.title,
             "losses": self.losses,
-            "accuracy": accuracy(self.network, test_x, digits.test_y),
-            "median_s": median,
-            "p20_s": p20,
-            "p80_s": p80,
-            "saved_bytes": saved_bytes(lambda: F.cross_entropy(self.network(x), y), self.network),
+            "accuracy": accuracy(self.plain, test_x, digits.test_y),
+            "seconds": quantiles(self.seconds[WARM_UP_STEPS:] or self.seconds),
+            "saved_bytes": saved_bytes(lambda: self.forward(x, y), self.plain),
         }
+
+
+def quantiles(times: Sequence[float]) -> list[float]:
+    """Median, 20th and 80th percentile."""
+    at = torch.tensor([0.5, 0.2, 0.8], dtype=torch.double)
+    return torch.tensor(times, dtype=torch.double).quantile(at).tolist()
 
 
 def make(ghost: type[nn.Module], arguments: argparse.Namespace) -> nn.Module:
@@ -132,18 +175,23 @@ def deviation(ours: Sequence[float], theirs: Sequence[float], norm: float = math
     return torch.linalg.vector_norm(difference, norm).item()
 
 
-def train_all(arguments: argparse.Namespace, bar: Any) -> dict[str, Any]:
-    """Train reference, control and fused in turn, and the first steps in float64."""
+def train_all(arguments: argparse.Namespace, compiler: Compiler, bar: Any) -> dict[str, Any]:
+    """Train reference, control, compiled and fused in turn, and the first steps in float64."""
     digits = Digits.load(arguments.digits, arguments.seed, arguments.device)
-    control = Run("reference, channels_last", make(GhostModule, arguments), torch.channels_last)
+    clock, contiguous, last = arguments.clock, torch.contiguous_format, torch.channels_last
     runs = {
-        "reference": Run("reference", make(GhostModule, arguments)),
-        "control": control,
-        "fused": Run("fused", make(FusedGhostModule, arguments)),
+        "eager": Run(make(GhostModule, arguments), contiguous, clock),
+        "channels_last": Run(make(GhostModule, arguments), last, clock),
+        "fused": Run(make(FusedGhostModule, arguments), contiguous, clock),
     }
-    theirs, ours = (runs[name].network.state_dict() for name in ("reference", "fused"))
+    theirs, ours = (runs[name].plain.state_dict() for name in ("eager", "fused"))
     same = theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
-    wide = [Run("", make(ghost, arguments).double()) for ghost in (GhostModule, FusedGhostModule)]
+    wide = [Run(make(ghost, arguments).double()) for ghost in (GhostModule, FusedGhostModule)]
+    compiled = Run(make(GhostModule, arguments), last, clock)
+    if compiled.compile(
+        compiler, *(t[: arguments.batch] for t in (digits.train_x, digits.train_y))
+    ):
+        runs["compile"] = compiled
     plan = arguments.batch, arguments.epochs, arguments.seed
     steps = digits.steps(*plan[:2])
     early, double = min(EARLY_STEPS, steps), min(DOUBLE_STEPS, steps)
@@ -153,9 +201,9 @@ def train_all(arguments: argparse.Namespace, bar: Any) -> dict[str, Any]:
             run.step(rate, x, y)
         for run in wide if index < double else ():
             run.step(rate, x.double(), y)
-        losses = ", ".join(f"{run.losses[-1]:.4f}" for run in runs.values())
+        losses = ", ".join(f"{runs[name].losses[-1]:.4f}" for name in ("eager", "fused"))
         bar.update(task, advance=1, description=f"training, losses {losses}")
-    reference, other, fused = (run.losses for run in runs.values())
+    reference, other, fused = (runs[k].losses for k in ("eager", "channels_last", "fused"))
     return {
         **{name: getattr(arguments, name) for name in ("digits", "batch", "epochs", "seed")},
         "test_digits": len(digits.test_y),
@@ -206,23 +254,6 @@ def ghostnet_shapes() -> list[Shape]:
     return list(found)
 
 
-def select(patterns: Sequence[str]) -> list[Shape]:
-    """Shapes by name or glob; ``all`` and ``quick`` are groups.
-
-    Raises:
-        ValueError: a pattern matches nothing.
-    """
-    shapes, chosen = ghostnet_shapes(), set()
-    for pattern in patterns:
-        names = {"all": ["*"], "quick": QUICK}.get(pattern, [pattern])
-        matches = {s for s in shapes for name in names if fnmatch.fnmatchcase(s.name, name)}
-        if not matches:
-            known = ", ".join(shape.name for shape in shapes)
-            raise ValueError(f"shapes: {pattern!r} matches no shape; known: all, quick, {known}")
-        chosen |= matches
-    return [shape for shape in shapes if shape in chosen]
-
-
 def reference_module(shape: Shape) -> GhostModule:
     """The plain module with random parameters and statistics of its norms."""
     torch.manual_seed(0)
@@ -258,54 +289,74 @@ def check(ours: Sequence[float], theirs: Sequence[float], relu: bool) -> dict[st
     return {**errors, "ok": used[at] <= 1.0}
 
 
-def time_in_turn(calls: dict[str, Callable[[], object]], arguments: Any) -> dict[str, float]:
-    """Seconds of each call: the median over the rounds, in which the calls take turns."""
-    each = {"num_threads": arguments.threads}
+def time_in_turn(calls: dict[str, Callable[[], object]], arguments: Any) -> dict[str, list[float]]:
+    """Quantiles of the seconds of each call over the rounds, in which the calls take turns."""
+    each = {"num_threads": arguments.threads, "timer": arguments.clock}
     timers = {name: Timer("call()", globals={"call": call}, **each) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    repeats = max(1, round(1e-3 / timers["fused"].timeit(2).mean))
+    repeats = {name: max(1, round(1e-3 / t.timeit(2).mean)) for name, t in timers.items()}
     for _ in range(arguments.rounds):
-        for name, timer in timers.items():
-            samples[name].append(timer.timeit(repeats).mean)
-    return {name: statistics.median(times) for name, times in samples.items()}
+        for name, count in repeats.items():
+            samples[name].append(timers[name].timeit(count).mean)
+    return {name: quantiles(times) for name, times in samples.items()}
 
 
-def compare_shape(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Reference against fused on one shape, forward and forward + backward.
+def folded(module: GhostModule) -> GhostModule:
+    """A copy in eval mode with each batch norm folded into its convolution."""
+    module = copy.deepcopy(module)
+    for branch in (module.primary_conv, module.cheap_operation):
+        branch[0], branch[1] = fuse_conv_bn_eval(branch[0], branch[1]), nn.Identity()
+    return module
+
+
+def compare_shape(
+    shape: Shape, mode: str, compiler: Compiler, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Everyone on one shape, forward (eval) or forward + backward (train).
 
     Returns:
-        ``eval`` and ``train``: reference and fused time in seconds, ratio, relative error against
-        float64 of fused and of the reference, the allowed error, and whether it was kept.
+        Quantiles of the seconds of each, which of PyTorch's is the fastest, and of fused and eager
+        the relative error against float64, the allowed error, and whether it was kept.
     """
     batch, generator = arguments.shape_batch, torch.Generator().manual_seed(1)
     x, grad_out = (
         torch.randn(batch, channels, shape.size, shape.size, generator=generator)
         for channels in (shape.inp, shape.oup)
     )
-    x, grad_out = x.to(arguments.device), grad_out.to(arguments.device)
-    result: dict[str, Any] = {"shape": shape.name, "batch": batch}
-    for mode in ("eval", "train"):
-        training = mode == "train"
+    contiguous = x.to(arguments.device), grad_out.to(arguments.device)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in contiguous]
+    training = mode == "train"
 
-        def call(network: nn.Module, x: Tensor, training: bool = training) -> Sequence[Tensor]:
-            with torch.inference_mode(not training):
-                own = x.detach().requires_grad_(training)
-                out = network(own)
-            if not training:
-                return (out,)
-            inputs = [own, *network.parameters()]
-            return (out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out)))
+    def call(network: Any, x: Tensor, grad_out: Tensor) -> Sequence[Tensor]:
+        with torch.inference_mode(not training):
+            own = x.detach().requires_grad_(training)
+            out = network(own)
+        if not training:
+            return (out,)
+        inputs = [own, *network.parameters()]
+        return (out.detach(), *torch.autograd.grad(out, inputs, grad_out))
 
-        plain = reference_module(shape).to(arguments.device).train(training)
-        fused = FusedGhostModule.from_reference(copy.deepcopy(plain)).train(training)
-        exact = call(copy.deepcopy(plain).double(), x.double())
-        theirs, ours = (relative_errors(call(n, x), exact) for n in (plain, fused))
-        calls = {"reference": partial(call, plain, x), "fused": partial(call, fused, x)}
-        seconds = time_in_turn(calls, arguments)
-        result[mode] = {f"{name}_s": time for name, time in seconds.items()}
-        result[mode]["ratio"] = seconds["reference"] / seconds["fused"]
-        result[mode] |= check(ours, theirs, shape.relu)
-    return result
+    plain = reference_module(shape).to(arguments.device).train(training)
+    fused = FusedGhostModule.from_reference(copy.deepcopy(plain)).train(training)
+    other: Any = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    calls = {"eager": partial(call, plain, *contiguous), "fused": partial(call, fused, *contiguous)}
+    calls["channels_last"] = partial(call, other, *last)
+    if not training:
+        calls["folded"] = partial(call, folded(other), *last)
+    compiled = compiler(copy.deepcopy(other), lambda network: call(network, *last))
+    if compiled is not None:
+        calls["compile"] = partial(call, compiled, *last)
+    exact = call(copy.deepcopy(plain).double(), *(t.double() for t in contiguous))
+    theirs, ours = (relative_errors(call(n, *contiguous), exact) for n in (plain, fused))
+    seconds = time_in_turn(calls, arguments)
+    return {
+        "shape": shape.name,
+        "mode": mode,
+        "batch": batch,
+        "seconds": seconds,
+        "best": min(seconds.keys() - {"fused"}, key=lambda name: seconds[name][0]),
+        **check(ours, theirs, shape.relu),
+    }
 
 
 # ---- the verdict
@@ -314,10 +365,9 @@ def compare_shape(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]
 def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
     """(promise, kept, the numbers) of a finished run."""
     t = document["training"]
-    modes = [(row, mode) for row in document["shapes"] for mode in ("eval", "train")]
-    wrong = [f"{row['shape']} {mode}" for row, mode in modes if not row[mode]["ok"]]
-    gap = abs(t["fused"]["accuracy"] - t["reference"]["accuracy"])
-    right = t["reference"]["accuracy"]
+    wrong = [f"{row['shape']} {row['mode']}" for row in document["shapes"] if not row["ok"]]
+    right = t["eager"]["accuracy"]
+    gap = abs(t["fused"]["accuracy"] - right)
     # Two standard errors of the difference between two accuracies on as many digits.
     allowed_gap = 2.0 * math.sqrt(2.0 * right * (1.0 - right) / t["test_digits"])
 
@@ -328,7 +378,7 @@ def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
     control = f"; control {t['control_early_deviation']:.1e}"
     rms = t["rms_deviation"], 2.0 * t["control_rms_deviation"]
     accuracies = f"difference {gap:.2%}, tolerance {allowed_gap:.2%} on {t['test_digits']} digits"
-    shapes = f"wrong: {', '.join(wrong)}" if wrong else f"{len(document['shapes'])} shapes"
+    shapes = f"wrong: {', '.join(wrong)}" if wrong else f"{len(document['shapes'])} of them"
     same64 = f"float64 losses agree, first {double} steps"
     same32 = f"float32 losses agree, first {early} steps"
     curves = f"float32 curves as close as two of PyTorch's, {t['steps']} steps"
@@ -342,117 +392,13 @@ def verify(document: dict[str, Any]) -> list[tuple[str, bool, str]]:
     ]
 
 
-# ---- tables and the picture
-
-
-def print_table(console: Any, title: str, headings: Sequence[str], rows: Sequence[Any]) -> None:
-    """A table under headings; the first column is text, the others are numbers."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, no_wrap=True, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def red(bad: bool, number: str) -> str:
-    """A number; losses and errors in red."""
-    return f"[red]{number}[/]" if bad else number
-
-
-def print_training(console: Any, training: dict[str, Any]) -> None:
-    """Step time, saved memory, accuracy of each network."""
-    rows = []
-    for run in (training[name] for name in COLOURS):
-        times = (f"{1e3 * run[key]:.2f}" for key in ("median_s", "p20_s", "p80_s"))
-        saved, loss = f"{run['saved_bytes'] / 2**20:.2f}", f"{run['losses'][-1]:.4f}"
-        rows.append((run["title"], *times, saved, loss, f"{run['accuracy']:.2%}"))
-    headings = ("network", "step, ms", "p20", "p80", "saved, MiB", "last loss", "test accuracy")
-    print_table(console, "Training on digits, side by side", headings, rows)
-    ours = training["fused"]
-    for theirs in (training["reference"], training["control"]):
-        console.print(
-            f"  fused against {theirs['title']}: step {theirs['median_s'] / ours['median_s']:.2f}x "
-            f"faster, saves {theirs['saved_bytes'] / ours['saved_bytes']:.2f}x less"
-        )
-
-
-def print_shapes(console: Any, shapes: Sequence[dict[str, Any]]) -> None:
-    """Error, time and ratio of every shape."""
-    rows = []
-    for row in shapes:
-        cells = [row["shape"]]
-        for r in (row["eval"], row["train"]):
-            cells += [f"{1e6 * r['reference_s']:.0f}", f"{1e6 * r['fused_s']:.0f}"]
-            cells += [red(r["ratio"] < 1.0, f"{r['ratio']:.2f}")]
-            cells += [red(not r["ok"], f"{r['error']:.1e}")]
-        rows.append(cells)
-    headings = ["shape", "eval: reference, us", "fused", "ratio", "error"]
-    headings += ["train: reference, us", "fused", "ratio", "error"]
-    title = f"Ghost modules, batch {shapes[0]['batch']}, contiguous NCHW; error relative to float64"
-    print_table(console, title, headings, rows)
-    for mode in ("eval", "train"):
-        worst = min(shapes, key=lambda row: row[mode]["ratio"])
-        mean = statistics.geometric_mean(row[mode]["ratio"] for row in shapes)
-        where = f"worst {worst[mode]['ratio']:.2f}x ({worst['shape']})"
-        console.print(f"  {mode}: {where}, geometric mean {mean:.2f}x")
-
-
-def draw(document: dict[str, Any], path: Path) -> None:
-    """Loss curves, what they cost, and the speed-up of every shape."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    training, rows = document["training"], document["shapes"]
-    figure = Figure(figsize=(10.5, max(5.4, 1.6 + 0.25 * len(rows))), layout="constrained")
-    mosaic = figure.subplot_mosaic(
-        [["loss", "shapes"], ["cost", "shapes"]], height_ratios=(2.4, 1.0)
-    )
-    axes = mosaic["loss"]
-    for (name, colour), dash, width in zip(COLOURS.items(), "-:-", (3.2, 1.4, 1.0), strict=True):
-        label = f"{training[name]['title']}: test accuracy {training[name]['accuracy']:.1%}"
-        axes.plot(training[name]["losses"], dash, color=colour, linewidth=width, label=label)
-    axes.set(yscale="log", xlabel="step", ylabel="training loss")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("Same seed, same batches, same curve")
-    axes.legend(fontsize=8, frameon=False)
-
-    axes, base = mosaic["cost"], training["reference"]
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        run = training[name]
-        for offset, key, text, alpha in (
-            (-0.2, "median_s", f"{1e3 * run['median_s']:.1f} ms per step", 1.0),
-            (0.2, "saved_bytes", f"{run['saved_bytes'] / 2**20:.1f} MiB saved", 0.55),
-        ):
-            bar = axes.barh(place + offset, run[key] / base[key], 0.38, color=colour, alpha=alpha)
-            axes.bar_label(bar, [text], padding=3, fontsize=8)
-    axes.set_yticks(range(len(COLOURS)), [training[name]["title"] for name in COLOURS])
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1.5 * axes.get_xlim()[1]), xlabel="relative to the reference")
-    axes.set_title("Step time and memory saved for backward")
-
-    axes = mosaic["shapes"]
-    for offset, mode, name in ((-0.2, "eval", "fused"), (0.2, "train", "control")):
-        ratios = [row[mode]["ratio"] for row in rows]
-        label = f"{mode}: {statistics.geometric_mean(ratios):.2f}x"
-        places = [place + offset for place in range(len(rows))]
-        axes.barh(places, ratios, 0.38, color=COLOURS[name], label=label)
-    axes.axvline(1.0, color="black", linewidth=1.0)
-    axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="times faster (right of 1 is better)")
-    axes.set_title(f"Speed-up, batch {rows[0]['batch']} (geometric means)")
-    axes.legend()
-    text = "; ".join(str(value) for value in document["meta"].values())
-    figure.supxlabel(text, x=0.99, ha="right", fontsize=6.5, color="#555555")
-    figure.savefig(path, dpi=150)
-
-
 # ---- the command line
+
+
+def busy_cores() -> int:
+    """How many cores other processes keep busy, by the load of the last minute."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return min(round(load), os.cpu_count() or 1)
 
 
 def free_threads() -> int:
@@ -460,62 +406,93 @@ def free_threads() -> int:
 
     Threads that share cores wait for each other in every operator, many times slower than one.
     """
-    busy = round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0
-    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - busy))
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) - busy_cores()))
+
+
+def positive(text: str) -> int:
+    """A positive integer of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return int(text)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line; argparse exits with a message on bad values."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.demo", description=(__doc__ or "").partition("\n\n")[0]
+        prog="python -m examples.demo",
+        description=(__doc__ or "").partition("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="less training, five shapes")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--digits", type=int, help="how many of the 5,000 (default: all)")
-    add("--epochs", type=int, default=2, help="passes over the digits (default: 2)")
-    add("--batch", type=int, default=32, help="digits per step (default: 32)")
-    add("--shape-batch", type=int, default=16, help="batch of the shape comparison")
-    add("--rounds", type=int, help="timing rounds per shape (default: 7)")
-    add("--shapes", nargs="+", help="all, quick, names or globs (default: all)")
-    add("--threads", type=int, help="CPU threads (default: cores left idle)")
+    add, shapes = parser.add_argument, {shape.name: shape for shape in ghostnet_shapes()}
+    add("--quick", action="store_true", help="less training, five shapes, no torch.compile")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--digits", type=positive, default=5000, help="how many of the 5,000")
+    add("--epochs", type=positive, default=2, help="passes over the digits")
+    add("--batch", type=positive, default=32, help="digits per step")
+    add("--shape-batch", type=positive, default=16, help="batch of the shape comparison")
+    add("--rounds", type=positive, default=7, help="timing rounds per shape")
+    add("--shapes", nargs="+", choices=shapes, default=list(shapes), metavar="SHAPE")
+    add("--compile-seconds", type=float, default=90.0, help="spent on torch.compile; 0: none")
+    add("--malloc", choices=("tuned", "default"), default="tuned", help="the allocator of all")
+    add("--threads", type=positive, default=free_threads(), help="of a CPU: the cores left idle")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("results/demo"), help="results folder")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(digits=2000, rounds=3, shapes=QUICK, compile_seconds=0.0)
     arguments = parser.parse_args(argv)
-    quick = arguments.quick
-    defaults: dict[str, Any] = {"digits": 2000 if quick else 5000, "rounds": 3 if quick else 7}
-    defaults |= {"shapes": ["quick" if quick else "all"], "threads": free_threads()}
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    for name in ("epochs", "batch", "shape_batch", "rounds", "threads", "digits"):
-        if (value := getattr(arguments, name)) < 1:
-            parser.error(f"{name.replace('_', '-')}: expected a positive integer, got {value}")
     if arguments.batch > arguments.digits * 4 // 5:
         parser.error(f"batch: {arguments.batch} is more than the digits for training")
     if arguments.threads > (os.cpu_count() or 1):
         parser.error(f"threads: {arguments.threads} asked for, {os.cpu_count()} cores present")
-    cuda = torch.cuda.is_available()
-    if arguments.device == "cuda" and not cuda:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("device: cuda asked for, but torch sees no CUDA device")
-    if arguments.device == "auto":
-        arguments.device = "cuda" if cuda else "cpu"
-    try:
-        arguments.shapes = select(arguments.shapes)
-    except ValueError as error:
-        parser.error(str(error))
+    # CPU time leaves out the slices that other processes take; it counts one thread.
+    alone = arguments.device == "cpu" and arguments.threads == 1
+    arguments.clock = time.thread_time if alone else timer
+    arguments.shapes = [shapes[name] for name in arguments.shapes]
     return arguments
 
 
+def allocator(choice: str, device: str) -> str:
+    """Which allocator all have, in words; ``tuned`` makes glibc's keep what is freed.
+
+    Large tensors are otherwise mapped, page-faulted and unmapped at each call.
+    """
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    if device == "cuda":
+        return "PyTorch's CUDA allocator"
+    if "malloc" in preloaded or platform.libc_ver()[0] != "glibc":
+        return preloaded or "the system's allocator"
+    if choice == "default":
+        return "glibc malloc as it comes"
+    # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>.
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 26)):
+        ctypes.CDLL(None).mallopt(option, value)
+    return report.KEEPS
+
+
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The machine and the versions behind the numbers."""
+    """The machine, the settings and the versions behind the numbers."""
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    processor = model[1] if model else platform.processor() or platform.machine()
-    cuda = arguments.device == "cuda"
+    lines = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", lines, re.MULTILINE))
+    machine = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found:
+        machine += f" (family {found['cpu family']}, model {found.get('model')})"
+    ours = backends.select(arguments.device, torch.float32)
+    if arguments.device == "cuda":
+        machine = torch.cuda.get_device_name()
+        instructions = f"ghost_ops {ours}, compute capability {torch.cuda.get_device_capability()}"
+    else:
+        ours = backends.native.library().isa() if ours == "native" else ours
+        instructions = f"ghost_ops {ours}, torch {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "machine": torch.cuda.get_device_name() if cuda else processor,
-        "threads": f"{arguments.threads} of {os.cpu_count()} cores",
+        "machine": machine,
+        "instructions": instructions,
+        "threads": f"{arguments.threads} thread" + "s" * (arguments.threads > 1),
+        "allocator": allocator(arguments.malloc, arguments.device),
+        "clock": "CPU time" if arguments.clock is time.thread_time else "wall clock",
+        "cores": f"{os.cpu_count()} cores, {busy_cores()} of them busy",
         "torch": f"torch {torch.__version__}",
         "ghost_ops": f"ghost_ops {ghost_ops.__version__}",
         "date": time.strftime("%Y-%m-%d"),
@@ -545,29 +522,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(arguments.threads)
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 130  # of the tables
     document: dict[str, Any] = {"meta": describe(arguments)}
-    console.print("; ".join(map(str, document["meta"].values())))
+    print("; ".join(map(str, document["meta"].values())))
+    print(
+        "Everyone has these threads and this allocator. glibc's, as it comes, takes up to 1.5x the"
+    )
+    print("time at large batches, because it maps large tensors anew: --malloc default shows that.")
+    compiler = Compiler(arguments.compile_seconds)
     try:
         with Progress(console=console) as bar:
-            document["training"] = train_all(arguments, bar)
-            tracked = bar.track(arguments.shapes, description="every shape")
-            document["shapes"] = [compare_shape(shape, arguments) for shape in tracked]
+            document["training"] = train_all(arguments, compiler, bar)
+            pairs = [(shape, mode) for mode in report.MODES for shape in arguments.shapes]
+            tracked = bar.track(pairs, description="every shape, training and inference")
+            document["shapes"] = [compare_shape(*pair, compiler, arguments) for pair in tracked]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    document["best"] = report.best_of(document["shapes"], compiler.why)
     promises = verify(document)
     document["verified"] = [{"promise": p, "kept": k, "detail": d} for p, k, d in promises]
     results.write_text(json.dumps(document, indent=1) + "\n")
-    draw(document, picture)
+    report.draw(document, picture)
 
-    print_shapes(console, document["shapes"])
-    print_training(console, document["training"])
+    report.print_shapes(console, document["shapes"])
+    report.print_training(console, document["training"])
+    report.print_means(console, document)
     for promise, kept, detail in promises:
         mark = "[green]kept[/]  " if kept else "[red]BROKEN[/]"
-        console.print(f"  {mark} {promise}" + (f": {detail}" if detail else ""))
-    console.print(f"Written: {results}, {picture}; {time.perf_counter() - started:.0f} s in all")
+        console.print(f"  {mark} {promise}" + (f": {detail}" if detail else ""), soft_wrap=True)
+    print(f"Written: {results}, {picture}; {time.perf_counter() - started:.0f} s in all")
     return 0 if all(kept for _, kept, _ in promises) else 1
 
 

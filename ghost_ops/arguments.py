@@ -17,9 +17,13 @@ def integer(name: str, value: Any, least: int = 1) -> int:
         TypeError: the value is a bool or no integer.
         ValueError: the value is less than ``least``.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
-    number = operator.index(value)
+    wrong = f"{name} must be an int, got {type(value).__name__}: {value!r}"
+    if isinstance(value, bool):
+        raise TypeError(wrong)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(wrong) from None
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number

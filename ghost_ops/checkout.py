@@ -19,7 +19,7 @@ from pathlib import Path
 def hand_over(name: str) -> bool:
     """Put the installed package into ``sys.modules[name]`` if it has to run instead of this one.
 
-    That is so where this package lies in a checkout without a library built in place, where
+    That is so where this package lies in a checkout without a CPU library built in place, where
     PYTHONPATH does not name the checkout, and where another copy is installed. If its Python files
     differ from those of the checkout, a warning names both.
 
@@ -29,7 +29,8 @@ def hand_over(name: str) -> bool:
     Returns:
         Whether another copy was imported.
     """
-    own = sys.modules[name].__spec__
+    bare = sys.modules[name]
+    own = bare.__spec__
     if own is None or own.loader_state is not None:
         return False
     package = _folder(own)
@@ -49,6 +50,7 @@ def hand_over(name: str) -> bool:
         spec.loader.exec_module(module)
     finally:
         spec._initializing = False  # type: ignore[attr-defined]
+    vars(bare).update(vars(module))  # a thread that waited for this import has the bare module
     if _differ(package, _folder(spec)):
         from .announce import warn_once
 
@@ -82,12 +84,11 @@ def note(name: str = "ghost_ops") -> str | None:
 
 
 def _is_bare_checkout(package: Path) -> bool:
-    """Whether a package lies beside its sources, without a library for this Python."""
-    names = ["_cuda.so", *(f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)]
+    """Whether a package lies beside its sources, without a CPU library for this Python."""
     return (
         (package.parent / "setup.py").is_file()
         and (package.parent / "csrc").is_dir()
-        and not any((package / name).exists() for name in names)
+        and not any((package / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
     )
 
 

@@ -431,10 +431,10 @@ def _keep_faster(model: nn.Module, new: dict[str, Fused], example: Tensor) -> No
         slower = timing.slower(model, new, made, example)
     except Exception as error:
         for module in new.values():
-            detach(module)
-        parameter = next(model.parameters(), None)
-        wants = "" if parameter is None else f" The model has {parameter.dtype} weights on "
-        wants += "" if parameter is None else f"{parameter.device}."
+            if isinstance(module, Fused):  # not yet unfused by ``slower``
+                detach(module)
+        p = next(model.parameters(), None)
+        wants = "" if p is None else f" The model has {p.dtype} weights on {p.device}."
         raise RuntimeError(
             "example must be an input that the model takes in eval mode, got "
             f"{list(example.shape)} in {example.dtype} on {example.device}, for which the model "

@@ -55,7 +55,7 @@ CONSTRUCTORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     *(
         ({name: value}, TypeError, rf"{name} must be an int, got {type(value).__name__}")
         for name in ("inp", "oup", "kernel_size", "stride")
-        for value in ("3", (3, 3), None, True)
+        for value in ("3", (3, 3), None, True, torch.tensor(3.0))
     ),
 ]
 

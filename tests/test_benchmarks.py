@@ -23,7 +23,7 @@ from benchmarks.harness import floor, machine, measure, providers, rows, shapes,
 from benchmarks.harness.machine import MissingExtra, require  # noqa: E402
 from benchmarks.questions import QUESTIONS, module  # noqa: E402
 from benchmarks.report import page, plot, table  # noqa: E402
-from examples import demo  # noqa: E402
+from examples import demo, demo_report  # noqa: E402
 
 RED = shapes.Shape(16, 48, 112)
 
@@ -293,8 +293,48 @@ def test_pictures_render(tmp_path: pathlib.Path) -> None:
     assert plot.main([str(results), "--out", str(tmp_path / "pictures")]) == 0
     written = sorted(p.name for p in (tmp_path / "pictures").iterdir())
     names = ("floors", "ratios", "training")  # no roofline: no limits in the file
-    assert written == [f"module_{n}{s}" for n in names for s in (".png", ".svg")]
+    assert written == [f"module_{name}.png" for name in names]
     assert (tmp_path / "pictures/module_floors.png").stat().st_size > 10_000
+    assert plot.main([str(results), "--out", str(tmp_path / "one"), "--only", "ratios"]) == 0
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["module_ratios.png"]
+
+
+def bars_of(figure) -> dict[str, list[tuple[float, bool]]]:
+    """Label of each series of bars -> (length, whether hatched) of each bar."""
+    (axes,) = figure.axes
+    series = (c for c in axes.containers if hasattr(c, "patches"))
+    return {
+        c.get_label(): [(bar.get_width(), bool(bar.get_hatch())) for bar in c.patches]
+        for c in series
+    }
+
+
+def test_pictures_show_losses_and_name_the_competitor() -> None:
+    pytest.importorskip("matplotlib")
+    found = rows_by_hand()
+    compiled = [{**r, "provider": "compile_cl"} for r in found if r["provider"] == "eager_cl"]
+    document = {"meta": machine.metadata(["module"], cores=[0], allocation="as it comes")}
+    training = plot.draw_training({**document, "rows": [*found, *compiled]})
+    assert bars_of(training) == {
+        "than eager PyTorch, NCHW: 2.83x": [(4.0, False), (2.0, False)],
+        "than eager PyTorch, channels_last: 1.00x": [(2.0, False), (0.5, True)],
+        "than torch.compile, channels_last: 1.00x": [(2.0, False), (0.5, True)],
+    }
+    ratios = plot.draw_ratios({**document, "rows": found})
+    assert list(bars_of(ratios).values()) == [[(0.5, True), (2.0, False)]]  # the smallest first
+    assert "1 of 2 slower" in ratios.axes[0].get_title(loc="left")
+    assert "p20" in ratios.get_label() and "PyTorch in 2 of 2" in ratios.get_label()
+    floors = plot.draw_floors({**document, "rows": found})
+    assert "floor = max(bytes / bandwidth, FLOPs / GEMM peak)" in floors.get_label()
+
+
+def test_committed_pictures_are_small_and_have_rows() -> None:
+    pictures = list((ROOT / "benchmarks" / "results").glob("*.png"))
+    assert pictures or not (ROOT / "benchmarks" / "results").exists()
+    for picture in pictures:
+        assert picture.stat().st_size < 150_000, picture
+        stem = picture.stem.rpartition("_")[0]
+        assert picture.with_name(f"{stem}.json").is_file(), picture
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]"])
@@ -337,7 +377,7 @@ def test_module_bad_arguments(
     [
         (["--epochs", "0"], "epochs: expected a positive integer, got 0"),
         (["--batch", "64", "--digits", "50"], "more than the digits"),
-        (["--shapes", "nothing"], "matches no shape"),
+        (["--shapes", "nothing"], "invalid choice"),
         (["--threads", "100000"], "cores present"),
     ],
 )
@@ -417,14 +457,82 @@ def test_demo_runs(tmp_path: pathlib.Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     document = json.loads((tmp_path / "results/demo.json").read_text())
     assert len(document["training"]["fused"]["losses"]) == 7
+    assert {(row["mode"], *row["seconds"]) for row in document["shapes"]} == {
+        ("train", "eager", "fused", "channels_last"),
+        ("eval", "eager", "fused", "channels_last", "folded"),
+    }
+    # The settings behind the numbers, and against whom.
+    assert all(text in result.stdout for text in document["meta"].values())
+    for peer in ("eager NCHW", "eager channels_last", "best of PyTorch"):
+        assert f"than {peer}" in result.stdout
+    assert "torch.compile (in 0 of 2 rows: not asked for)" in result.stdout
+    assert "Other figures than the README's, because of" in result.stdout
     assert all(promise["kept"] for promise in document["verified"])
     assert (tmp_path / "results/demo.png").stat().st_size > 10_000
 
 
 def test_demo_runs_every_shape_of_ghostnet() -> None:
     expected = [s.name for s in shapes.GHOSTNET]
-    assert [s.name for s in demo.select(["all"])] == expected
-    assert len(demo.select(["quick"])) == 5
+    assert [s.name for s in demo.parse_arguments([]).shapes] == expected
+    assert [s.name for s in demo.parse_arguments(["--quick"]).shapes] == demo.QUICK
+
+
+def test_demo_quotes_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, mode in (("inference", "eval"), ("training step", "train")):
+        figures = " | ".join(f"{value}x" for value in demo_report.README[mode])
+        assert f"| {name}, batch 16 | {figures} |" in text
+
+
+def test_demo_says_why_its_figures_differ() -> None:
+    same = {**demo_report.README_RUN}
+    assert demo_report.reasons(same, 16) == "nothing but the day and the version"
+    found = demo_report.reasons({**same, "threads": "2 threads"}, 4)
+    assert found == "threads: 2 threads, not 1 thread; batch: 4, not 16"
+
+
+def test_demo_compiles_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled takes part; what was not is named with the reason."""
+    runs: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    compiler = demo.Compiler(1e-9)
+    network = torch.nn.Linear(2, 2)
+    assert compiler(network, runs.append) is network and runs == [network]
+    assert compiler(network, runs.append) is None and len(runs) == 1
+    assert "--compile-seconds" in compiler.why
+
+    def fail(network: object) -> None:
+        raise RuntimeError("no C++ compiler\nand more")
+
+    compiler = demo.Compiler(60.0)
+    assert compiler(network, fail) is None
+    assert compiler.why == "no C++ compiler"
+    assert demo.Compiler(0.0).why == "not asked for"
+
+
+def test_compiled_networks_start_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network, **options: network)
+    run = demo.Run(demo.ghost_network(demo.GhostModule))
+    before = {key: value.clone() for key, value in run.plain.state_dict().items()}
+    assert run.compile(demo.Compiler(60.0), torch.randn(4, 1, 28, 28), torch.arange(4))
+    assert all(torch.equal(value, before[key]) for key, value in run.plain.state_dict().items())
+
+
+def test_demo_counts_losses_against_the_best_of_pytorch() -> None:
+    seconds = {"eager": [4.0, 4.0, 4.0], "channels_last": [1.0, 0.9, 1.2], "fused": [2.0, 1.5, 2.0]}
+    row = {"mode": "train", "seconds": seconds, "best": "channels_last"}
+    assert demo_report.faster(row, "eager")[0] == 2.0
+    assert demo_report.faster(row, "best") == pytest.approx((0.5, 0.45, 0.8))
+    assert demo_report.mean([row, row], "best") == pytest.approx(0.5)
+
+
+def test_demo_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo.allocator("tuned", "cuda") == "PyTorch's CUDA allocator"
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libjemalloc.so")
+    assert demo.allocator("tuned", "cpu") == "/lib/libjemalloc.so"
+    monkeypatch.delenv("LD_PRELOAD")
+    monkeypatch.setattr(demo.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert demo.allocator("default", "cpu") == "glibc malloc as it comes"
 
 
 # ---- the demo's verdict
@@ -443,12 +551,12 @@ def test_demo_notices_a_different_module() -> None:
         "early_steps": 10,
         "steps": 100,
         "test_digits": 1000,
-        "reference": {"accuracy": 0.95},
+        "eager": {"accuracy": 0.95},
         "fused": {"accuracy": 0.95},
     }
     good = {
         "training": training,
-        "shapes": [{"shape": "s", "eval": {"ok": True}, "train": {"ok": True}}],
+        "shapes": [{"shape": "s", "mode": "eval", "ok": True}],
     }
     assert all(kept for _, kept, _ in demo.verify(good))
     for change in (
@@ -461,7 +569,7 @@ def test_demo_notices_a_different_module() -> None:
     ):
         verdict = demo.verify({**good, "training": {**training, **change}})
         assert [kept for _, kept, _ in verdict].count(False) == 1, change
-    wrong = {**good, "shapes": [{"shape": "s", "eval": {"ok": False}, "train": {"ok": True}}]}
+    wrong = {**good, "shapes": [*good["shapes"], {"shape": "s", "mode": "train", "ok": False}]}
     assert not demo.verify(wrong)[-1][1]
 
 

@@ -232,6 +232,9 @@ def test_missing_extra_stops_a_question(
         ("network", ["--compile-minutes", "-1"], "at least 0"),
         ("network", ["--rounds", "0"], "positive"),
         ("module", ["--compile-minutes", "nan"], "at least 0"),
+        ("settings", ["--threads", "2"], "threads are a setting"),
+        ("settings", ["--dtype", "float16"], "dtype is a setting"),
+        ("settings", ["--page", "nothing.md"], "page: expected a file with the lines"),
     ],
 )
 def test_bad_arguments(

@@ -124,14 +124,17 @@ def test_processes_started_inside_the_checkout(here: Path, site: Path) -> None:
     assert python("work.py", cwd=here, path=site) == [str(site / "ghost_ops" / "planner.py")]
 
 
-@pytest.mark.parametrize("name", [f"_C{EXTENSION_SUFFIXES[0]}", "_cuda.so"])
-def test_a_checkout_with_a_library_runs_itself(name: str, here: Path, site: Path) -> None:
-    (here / "ghost_ops" / name).touch()
+LIBRARY = f"_C{EXTENSION_SUFFIXES[0]}"
+
+
+def test_a_checkout_with_a_library_runs_itself(here: Path, site: Path) -> None:
+    (here / "ghost_ops" / LIBRARY).touch()
     assert python("-c", WHERE, cwd=here, path=site) == file_of(here)
 
 
 def test_a_library_for_another_python_does_not_count(here: Path, site: Path) -> None:
-    (here / "ghost_ops" / "_C.cpython-27-x.so").touch()
+    for name in ("_C.cpython-27-x.so", "_cuda.so"):
+        (here / "ghost_ops" / name).touch()
     assert python("-c", WHERE, cwd=here, path=site) == file_of(site)
 
 
@@ -155,7 +158,7 @@ def test_a_package_outside_of_a_checkout_runs_itself(site: Path, tmp_path: Path)
 def test_another_bare_checkout_is_no_installation(here: Path, tmp_path: Path) -> None:
     other = checkout(tmp_path / "other")
     assert python("-c", WHERE, cwd=here, path=other) == file_of(here)
-    (other / "ghost_ops" / "_cuda.so").touch()
+    (other / "ghost_ops" / LIBRARY).touch()
     assert python("-c", WHERE, cwd=here, path=other) == file_of(other)
 
 
@@ -191,7 +194,7 @@ sys.meta_path.append(Finder)
 def test_an_editable_installation(own: bool, here: Path, tmp_path: Path) -> None:
     """Of this checkout: it runs itself. Of another one, which has a library: that one runs."""
     other = checkout(tmp_path / "other")
-    (other / "ghost_ops" / "_cuda.so").touch()
+    (other / "ghost_ops" / LIBRARY).touch()
     target = here if own else other
     finder = FINDER.replace("{folder!r}", repr(str(target / "ghost_ops")))
     assert python("-c", finder + WHERE, cwd=here) == file_of(target)

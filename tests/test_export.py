@@ -110,6 +110,8 @@ def check_numbers(got: Tensor, plain: nn.Module, x: Tensor) -> None:
 
 def check_onnx(fused: nn.Module, plain: nn.Module, x: Tensor, dynamo: bool, **options: Any) -> Any:
     """Standard operators, as many of each as the plain model's graph has; returns the model."""
+    if dynamo:
+        options["optimize"] = False  # the optimiser would hide a difference
     got, want = (to_onnx(model, x, dynamo, **options) for model in (fused, plain))
     assert {domain for domain, _ in operators(got)} == {""}
     assert operators(got) == operators(want)
@@ -215,7 +217,7 @@ def test_nothing_is_left_after_an_onnx_export(native: str, fails: bool, dynamo: 
     x = image().float()
     if fails:
         with pytest.raises(Exception, match="not exportable"):
-            to_onnx(nn.Sequential(fused, Raises()), x, dynamo)
+            to_onnx(nn.Sequential(fused, Raises()).eval(), x, dynamo)
     else:
         to_onnx(fused, x, dynamo)
     assert not modes.in_onnx_export()
@@ -235,13 +237,12 @@ def test_nothing_is_left_after_an_onnx_export(native: str, fails: bool, dynamo: 
     assert "ghost_ops.ghost_apply.default" in {str(node.target) for node in program.graph.nodes}
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_onnx_of_an_exported_program(native: str, strict: bool) -> None:
+def test_onnx_of_an_exported_program(native: str) -> None:
     """Its operators are rewritten before; the graph is as small as the plain model's."""
     needs("onnx", "onnxscript", "onnxruntime")
     model, x = small_network().eval(), images()
     plain = unfused_copy(model)
-    program = torch.export.export(model, (x,), strict=strict)
+    program = torch.export.export(model, (x,))
     program = program.run_decompositions(ghost_ops.ops.decompositions())
     exported = to_onnx(program, x)
     assert {domain for domain, _ in operators(exported)} == {""}
@@ -285,8 +286,7 @@ def test_export_of_a_module(backend: str, strict: bool) -> None:
     close(program.module()(x), module(x))
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("strict", "grad"), [(False, False), (False, True), (True, True)])
 def test_export_with_a_dynamic_batch(native: str, strict: bool, grad: bool) -> None:
     """Fused operators in the program; plain ones after a decomposition."""
     model = small_network().eval()

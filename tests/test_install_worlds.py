@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no setup.py"),
 ]
 COMPILERS = ("c++", "g++", "gcc", "cc", "ld", "as", "ar")  # what g++ starts, too
+ENVIRONMENT = "vénv with spaces"
 CALL = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -44,6 +45,7 @@ print("backend", ghost_ops.backends.select("cpu", torch.float32))
 
 def copy_checkout(target: Path) -> Path:
     """The files of the checkout that an installation reads, and nothing built."""
+    target.mkdir()
     ignore = shutil.ignore_patterns("*.so", "*.o", "__pycache__", "build_record.json")
     for name in ("ghost_ops", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
@@ -75,7 +77,8 @@ class Environment:
         clean = {
             key: value
             for key, value in os.environ.items()
-            if not key.startswith(("GHOST_OPS_", "PYTHON", "CUDA")) and key not in ("CXX", "CC")
+            if not key.startswith(("GHOST_OPS_", "PYTHON", "CUDA"))
+            and key not in ("CXX", "CC", "VIRTUAL_ENV")
         }
         self.env = {**clean, "PATH": os.pathsep.join([str(folder / "bin"), str(path)])}
         self.env["CUDA_HOME"] = str(path / "no-cuda")
@@ -115,10 +118,8 @@ class Environment:
         return done.stdout
 
 
-@pytest.fixture
-def tools(tmp_path: Path) -> Path:
+def tools_in(folder: Path) -> Path:
     """A PATH with the C++ compiler and without nvcc."""
-    folder = tmp_path / "tools"
     folder.mkdir()
     for name in COMPILERS:
         if found := shutil.which(name):
@@ -129,15 +130,24 @@ def tools(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def no_tools(tmp_path: Path) -> Path:
-    (tmp_path / "empty").mkdir()
-    return tmp_path / "empty"
+def tools(tmp_path: Path) -> Path:
+    return tools_in(tmp_path / "tools")
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    (folder := tmp_path / "a chéckout").mkdir()
-    return copy_checkout(folder)
+    return copy_checkout(tmp_path / "a chéckout")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Path]:
+    """An environment with torch in which a checkout was installed, and the checkout."""
+    folder = tmp_path_factory.mktemp("built")
+    environment = Environment(folder / ENVIRONMENT, tools_in(folder / "tools"))
+    environment.link_torch()
+    checkout = copy_checkout(folder / "a chéckout")
+    environment.run("-m", "pip", "install", ".", cwd=checkout)
+    return environment, checkout
 
 
 def call(environment: Environment, cwd: Path) -> str:
@@ -147,19 +157,45 @@ def call(environment: Environment, cwd: Path) -> str:
     return said
 
 
-def test_a_compiler_and_no_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
+def test_a_compiler_and_no_nvcc(built: tuple[Environment, Path]) -> None:
     """The world of a CPU, and of a GPU without the CUDA toolkit."""
-    environment = Environment(tmp_path / "vénv with spaces", tools)
-    environment.link_torch()
-    environment.run("-m", "pip", "install", ".", cwd=checkout)
-    said = call(environment, checkout)
+    said = call(*built)
     assert "backend native" in said
     assert "warning" not in said
     assert f"torch {torch.__version__}" in said, "another torch was installed"
-    # Again, over the installed package, and with other ways to install.
-    for how in (["install", "."], ["install", "-e", "."], ["install", "."]):
-        environment.run("-m", "pip", *how, cwd=checkout)
-    assert "backend native" in environment.run("-c", CALL, cwd=tmp_path)
+
+
+def test_another_torch_than_built_with(built: tuple[Environment, Path], tmp_path: Path) -> None:
+    """One library serves another torch later: that of the Python named by OTHER_TORCH_PYTHON.
+
+    Such an environment takes minutes to make (a CUDA build of torch unpacks to 5 GB), so it is made
+    beforehand: ``python -m venv other && other/bin/pip install torch==2.14.1``.
+    """
+    other = os.environ.get("OTHER_TORCH_PYTHON")
+    if not other:
+        pytest.skip("OTHER_TORCH_PYTHON names no Python of the same version with another torch")
+    environment, checkout = built
+    (site,) = environment.folder.glob("lib/python*/site-packages")
+    shutil.copytree(site / "ghost_ops", tmp_path / "site" / "ghost_ops")
+    env = {**environment.env, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [other, "-c", CALL], cwd=checkout, env=env, capture_output=True, text=True, check=False
+    )
+    print(done.stdout)
+    assert "backend native" in done.stdout, done.stdout + done.stderr
+    assert f"torch {torch.__version__} " not in done.stdout, "it is the same torch"
+
+
+def test_an_editable_installation_and_back(built: tuple[Environment, Path], tmp_path: Path) -> None:
+    environment, checkout = built
+    environment.run("-m", "pip", "install", "-e", ".", cwd=checkout)
+    said = environment.run("-c", CALL, cwd=tmp_path)
+    assert f"file {checkout}" in said
+    assert "backend native" in said
+    environment.run("-m", "pip", "install", ".", cwd=checkout)
+    said = environment.run("-c", CALL, cwd=tmp_path)
+    assert f"file {environment.folder}" in said
+    assert "backend native" in said
 
 
 def test_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
@@ -171,7 +207,7 @@ def test_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
     for name in ("sh", "rm", "cat", "mkdir", "basename", "dirname", "uname"):
         if found := shutil.which(name):
             (tools / name).symlink_to(found)
-    environment = Environment(tmp_path / "vénv with spaces", tools)
+    environment = Environment(tmp_path / ENVIRONMENT, tools)
     del environment.env["CUDA_HOME"]
     environment.link_torch()
     environment.run("-m", "pip", "install", ".", cwd=checkout, GHOST_OPS_CUDA_ARCHS="9.0")
@@ -185,9 +221,10 @@ def test_nvcc(tmp_path: Path, checkout: Path, tools: Path) -> None:
         assert "cuda: loaded _cuda.so" in said
 
 
-def test_no_compiler(tmp_path: Path, checkout: Path, no_tools: Path) -> None:
+def test_no_compiler(tmp_path: Path, checkout: Path) -> None:
     """The package says at its first use what is missing, why, and how to get it."""
-    environment = Environment(tmp_path / "vénv with spaces", no_tools)
+    (nothing := tmp_path / "nothing").mkdir()
+    environment = Environment(tmp_path / ENVIRONMENT, nothing)
     environment.link_torch()
     environment.run("-m", "pip", "install", ".", cwd=checkout)
     said = call(environment, checkout)
@@ -202,32 +239,9 @@ def test_no_compiler(tmp_path: Path, checkout: Path, no_tools: Path) -> None:
 
 def test_no_torch_yet(tmp_path: Path, checkout: Path, tools: Path) -> None:
     """pip fetches torch, here the release that runs the tests, for the build and for the run."""
-    environment = Environment(tmp_path / "vénv with spaces", tools)
+    environment = Environment(tmp_path / ENVIRONMENT, tools)
     limits = tmp_path / "constraints.txt"
     limits.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
     names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
     environment.run("-m", "pip", "install", ".", cwd=checkout, **dict.fromkeys(names, str(limits)))
     assert "backend native" in call(environment, checkout)
-
-
-def test_another_torch_than_built_with(tmp_path: Path, checkout: Path, tools: Path) -> None:
-    """One library serves another torch later: that of the Python named by OTHER_TORCH_PYTHON.
-
-    Such an environment takes minutes to make (a CUDA build of torch unpacks to 5 GB), so it is made
-    beforehand: ``python -m venv other && other/bin/pip install torch==2.14.1``.
-    """
-    other = os.environ.get("OTHER_TORCH_PYTHON")
-    if not other:
-        pytest.skip("OTHER_TORCH_PYTHON names no Python of the same version with another torch")
-    environment = Environment(tmp_path / "vénv with spaces", tools)
-    environment.link_torch()
-    environment.run("-m", "pip", "install", ".", cwd=checkout)
-    (site,) = environment.folder.glob("lib/python*/site-packages")
-    shutil.copytree(site / "ghost_ops", tmp_path / "site" / "ghost_ops")
-    env = {**environment.env, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [other, "-c", CALL], cwd=checkout, env=env, capture_output=True, text=True, check=False
-    )
-    print(done.stdout)
-    assert "backend native" in done.stdout, done.stdout + done.stderr
-    assert f"torch {torch.__version__} " not in done.stdout, "it is the same torch"

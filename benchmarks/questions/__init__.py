@@ -9,6 +9,7 @@ from benchmarks.questions.plan import Plan
 from benchmarks.questions.product import Product
 from benchmarks.questions.question import Question
 from benchmarks.questions.scaling import Scaling
+from benchmarks.questions.settings import Settings
 
-_CLASSES = (Module, Networks, Order, Scaling, Memory, Plan, Product, Paper)
+_CLASSES = (Module, Networks, Order, Scaling, Memory, Plan, Product, Paper, Settings)
 QUESTIONS: dict[str, Question] = {question.name: question() for question in _CLASSES}

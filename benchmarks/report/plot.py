@@ -1,18 +1,22 @@
-"""Pictures of results files, as PNG and SVG in one style.
+"""Pictures of results files, as PNG in one style.
 
     python -m benchmarks plots results/module.json                   beside the file
     python -m benchmarks plots results/scaling.json --out pictures
+    python -m benchmarks plots results/module.json --only floors ratios
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart; marks differ in form too.
+Colours are Okabe and Ito's, which colour-blind readers tell apart; marks differ in form too, and
+the bars of losses are hatched.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +38,18 @@ STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.fonttype": "none",
+    "hatch.linewidth": 1.0,
 }
+PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}  # all others are PyTorch
+# Notes under a picture.
+SHAPES = "16 → 48 @ 112: a Ghost module of 16 channels in, 48 out, on 112 x 112 pixels"
+FLOOR = (
+    "floor = max(bytes / bandwidth, FLOPs / GEMM peak): input read once, output written once, at "
+    "the rates measured in the same run"
+)
+BEST_OF = "best of PyTorch: the fastest of eager, folded batch norms and torch.compile, per shape; "
+BEST_OF += "geometric means over GhostNet 1.0x"
+WHISKERS = "lines: p20 / p80 to p80 / p20 of the two times"
 TICKS = [k * 10.0**e for e in range(-2, 7) for k in (1, 2, 5)]
 
 
@@ -104,26 +118,57 @@ def curve(
     axes.grid(**GRID)
 
 
-def draw_bars(axes: Any, names: Sequence[str], values: Sequence[Triple]) -> None:
-    """Horizontal bars with the ends of their noise, losses in another colour."""
-    middle = [value for value, _, _ in values]
-    noise = list(zip(*((value - low, high - value) for value, low, high in values), strict=True))
-    colours = [OURS if value >= 1.0 else LOSS for value in middle]
-    line = {"elinewidth": 0.8, "ecolor": "#444444"}
-    axes.barh(range(len(names)), middle, 0.7, color=colours, xerr=noise, error_kw=line)
-    axes.set_xlim(0.0, 1.6 * max(1.0, *middle))  # noise beyond that would hide the bars
+def draw_bars(
+    axes: Any, names: Sequence[str], series: Sequence[tuple[str, str, Mapping[int, Triple]]]
+) -> None:
+    """Horizontal bars with the ends of their noise; values below 1, losses, are hatched.
+
+    Args:
+        axes: where to draw.
+        names: one a row, from the top.
+        series: label, colour, and the values by row. Without a colour, losses are red.
+    """
+    height = 0.8 / len(series)
+    style: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.0}
+    style["error_kw"] = {"elinewidth": 0.8, "ecolor": "#222222"}
+    for index, (label, colour, values) in enumerate(series):
+        places = [row + (index - (len(series) - 1) / 2) * height for row in values]
+        middle = [value for value, _, _ in values.values()]
+        noise = [[value - low for value, low, _ in values.values()]]
+        noise += [[high - value for value, _, high in values.values()]]
+        colours = [colour or (OURS if value >= 1.0 else LOSS) for value in middle]
+        bars = axes.barh(places, middle, height, color=colours, xerr=noise, label=label, **style)
+        for bar, value in zip(bars, middle, strict=True):
+            bar.set_hatch("" if value >= 1.0 else "/////")
+    each = [triple for _, _, values in series for triple in values.values()]
+    longest, highest = max(1.0, *(t[0] for t in each)), max(1.0, *(t[2] for t in each))
+    # Noise beyond that would hide the bars.
+    axes.set_xlim(0.0, min(1.6 * longest, 1.05 * highest))
     shape_axis(axes, names)
 
 
+def note(figure: Any, *lines: str) -> None:
+    """What a reader must know of the picture; :func:`caption` writes it."""
+    figure.set_label("\n".join(lines))
+
+
 def caption(figure: Any, meta: Mapping[str, Any]) -> None:
-    """Machine, versions, commit and date, below everything."""
-    text = f"{meta['cpu']}, threads {meta['threads']}; torch {meta['torch']}; "
-    text += f"commit {meta['commit']}; {meta['date'][:10]}"
-    if meta.get("forced"):
-        text = f"{machine.instructions(meta)}; {text}"
-    room = 0.2 / figure.get_figheight()  # inches, below everything that is laid out
+    """The figure's note, then machine, instruction sets, versions, commit and date."""
+    threads = f"{meta['threads']} thread" + "s" * (meta["threads"] > 1)
+    lines = [line for line in figure.get_label().split("\n") if line]
+    lines += [f"{meta['cpu']}, {threads}; {machine.instructions(meta)}; torch {meta['torch']}"]
+    lines += [f"{meta.get('allocation', '').partition(':')[0]}; {meta['clock']} clock; "]
+    lines[-1] += f"commit {meta['commit']}; {meta['date'][:10]}"
+    room = (0.08 + 0.15 * len(lines)) / figure.get_figheight()  # inches
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
-    figure.text(0.995, 0.2 * room, text, ha="right", va="bottom", fontsize=6.5, color="#555555")
+    style: dict[str, Any] = {"va": "bottom", "fontsize": 7.5, "color": "#333333"}
+    figure.text(0.01, 0.05 / figure.get_figheight(), "\n".join(lines), **style)
+
+
+def engines(rows: Iterable[Row]) -> list[str]:
+    """Names of the engines outside PyTorch that were timed."""
+    families = {row["provider"].partition("_")[0] for row in results.timed(rows)}
+    return [name for family, name in PEERS.items() if family in families]
 
 
 def _batches(rows: Iterable[Row], *families: str) -> dict[int, dict[str, Cell]]:
@@ -143,12 +188,11 @@ def _batches(rows: Iterable[Row], *families: str) -> dict[int, dict[str, Cell]]:
 def draw_floors(document: Document) -> Any:
     """Dots: eval time of every shape in floors, one panel a batch size."""
     found = _batches(document["rows"])
-    series = [("eager PyTorch (NCHW)", EAGER, "s", ["eager_nchw"])]
-    series += [("best PyTorch option", BEST, "D", ["pytorch"]), ("ghost_ops", OURS, "o", ["ours"])]
-    measured = {row["provider"].partition("_")[0] for row in document["rows"]}
-    if engines := [family for family in results.ENGINE_FAMILIES if family in measured]:
-        series.insert(2, (f"best of {', '.join(engines)}", ENGINE, "^", ["engine"]))
-    height = 1.5 + 0.21 * max(map(len, found.values()))
+    series = [("eager PyTorch, NCHW", EAGER, "s", ["eager_nchw"])]
+    series += [("best of PyTorch", BEST, "D", ["pytorch"]), ("ghost_ops", OURS, "o", ["ours"])]
+    if others := engines(document["rows"]):
+        series.insert(2, (f"best of {', '.join(others)}", ENGINE, "^", ["engine"]))
+    height = 2.3 + 0.21 * max(map(len, found.values()))
     figure, grid = panels(3.2 + 3.3 * len(found), height, 1, len(found), sharex=True, sharey=True)
     for axes, (batch, cells) in zip(grid, found.items(), strict=True):
         for label, colour, mark, who in series:
@@ -158,48 +202,73 @@ def draw_floors(document: Document) -> Any:
             xs, ys = [point[0] for point in points], [point[1] for point in points]
             curve(axes, f"{label}: {mean:.2f} floors", colour, mark, xs, ys)
         log_axis(axes, "x", [1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24])
-        axes.set_title(f"Batch {batch}: geometric means, GhostNet 1.0x", **TITLE)
-        axes.set_xlabel("time in floors (1 = hardware limit; left is better)")
+        axes.set_title(f"Inference, batch {batch}: time of one Ghost module", **TITLE)
+        axes.set_xlabel("time in floors (1 = the machine's limit; left is better)")
         shape_axis(axes, list(cells))
         legend_above(axes, 1)
+    note(figure, FLOOR, BEST_OF, SHAPES)
     return figure
 
 
 def draw_training(document: Document) -> Any:
-    """Bars: speed-up of forward + backward over eager PyTorch in each layout, per shape."""
+    """Bars: times that ghost_ops is faster than each option of PyTorch in training, per shape."""
     rows = [r for r in results.timed(document["rows"]) if r["mode"] == "train"]
     cells = {s: cell for s, cell in results.by_shape(rows).items() if fastest(cell, "ours")}
     if not cells:
         raise Nothing("no training rows")
-    figure, (axes,) = panels(6.4, 1.3 + 0.27 * len(cells))
-    layouts = (("eager NCHW", "eager_nchw", OURS, -0.2), ("channels_last", "eager_cl", BEST, 0.2))
-    for label, name, colour, offset in layouts:
-        each = enumerate(cells.values())
-        pairs = [(y + offset, cell.get(name), fastest(cell, "ours")) for y, cell in each]
-        found = [(y, ratio(a, b)[0], b["group"]) for y, a, b in pairs if a and b]
-        mean = ghostnet_mean((group, value) for _, value, group in found)
-        ys, values = [y for y, _, _ in found], [value for _, value, _ in found]
-        axes.barh(ys, values, 0.38, color=colour, label=f"over {label}: {mean:.2f}x")
-    title = f"Training step, batch {rows[0]['batch']}: geometric means, GhostNet 1.0x"
+    series = []
+    for label, name, colour in (
+        ("eager PyTorch, NCHW", "eager_nchw", EAGER),
+        ("eager PyTorch, channels_last", "eager_cl", BEST),
+        ("torch.compile, channels_last", "compile_cl", ENGINE),
+    ):
+        pairs = [(y, cell[name], cell) for y, cell in enumerate(cells.values()) if name in cell]
+        found = {y: ratio(row, fastest(cell, "ours")) for y, row, cell in pairs}
+        if found:
+            groups = (row["group"] for _, row, _ in pairs)
+            mean = ghostnet_mean(zip(groups, (v for v, _, _ in found.values()), strict=True))
+            series.append((f"than {label}: {mean:.2f}x", colour, found))
+    figure, (axes,) = panels(7.4, 2.4 + 0.11 * len(cells) * len(series))
+    draw_bars(axes, list(cells), series)
+    picked = [(fastest(cell, "pytorch"), fastest(cell, "ours")) for cell in cells.values()]
+    best = [(b["group"], ratio(b, ours)[0]) for b, ours in picked if b and ours]
+    title = f"Training step (forward + backward), batch {rows[0]['batch']}: times faster"
     axes.set_title(title, **TITLE)
-    axes.set_xlabel("times faster than eager PyTorch (right of 1 is better)")
-    shape_axis(axes, list(cells))
-    legend_above(axes, 2)
+    axes.set_xlabel("ghost_ops is times faster than that option of PyTorch (right of 1: better)")
+    legend_above(axes, 1)
+    over_best = f"than the fastest of them, shape by shape: {ghostnet_mean(best):.2f}x"
+    means = f"geometric means over GhostNet 1.0x; {over_best}"
+    note(figure, means, f"hatched: slower; {WHISKERS}", SHAPES)
     return figure
 
 
 def draw_ratios(document: Document) -> Any:
     """Bars: the best peer's time over ours, with the noise of both, the smallest first."""
     found = _batches(document["rows"], "ours", "pytorch engine")
-    height = 1.3 + 0.21 * max(map(len, found.values()))
-    figure, grid = panels(1.0 + 4.6 * len(found), height, 1, len(found))
+    height = 1.9 + 0.21 * max(map(len, found.values()))
+    figure, grid = panels(1.0 + 4.4 * len(found), height, 1, len(found))
+    winners: Counter[str] = Counter()
     for axes, (batch, cells) in zip(grid, found.items(), strict=True):
         each = [(shape, v) for shape, cell in cells.items() if (v := results.versus(cell))]
         each.sort(key=lambda pair: pair[1].over_best)
-        draw_bars(axes, [shape for shape, _ in each], [ratio(v.best, v.ours) for _, v in each])
+        values = {row: ratio(v.best, v.ours) for row, (_, v) in enumerate(each)}
+        draw_bars(axes, [shape for shape, _ in each], [("", "", values)])
+        families = (v.best["provider"].partition("_")[0] for _, v in each)
+        winners.update(PEERS.get(family, "PyTorch") for family in families)
         mean = ghostnet_mean((v.ours["group"], v.over_best) for _, v in each)
-        axes.set_title(f"Batch {batch}: geometric mean {mean:.2f}x", **TITLE)
-        axes.set_xlabel("best peer's time over ours (lines: p20 and p80)")
+        lost = sum(v.over_best < 1.0 for _, v in each)
+        title = f"Inference, batch {batch}: {mean:.2f}x, {lost} of {len(each)} slower"
+        axes.set_title(title, **TITLE)
+        axes.set_xlabel("ghost_ops is times faster than the best competitor")
+    peers = ["PyTorch (eager, folded, torch.compile)", *engines(document["rows"])]
+    most = ", ".join(f"{name} in {count}" for name, count in winners.most_common())
+    note(
+        figure,
+        f"best competitor: the fastest of {', '.join(peers)}, per shape; "
+        f"{most} of {winners.total()}",
+        f"hatched: slower than it; {WHISKERS}; titles: geometric mean over GhostNet 1.0x",
+        SHAPES,
+    )
     return figure
 
 
@@ -247,7 +316,8 @@ def draw_means(document: Document) -> Any:
     if not found:
         raise Nothing("no geometric means")
     figure, (axes,) = panels(9.0, 1.3 + 0.21 * len(found))
-    draw_bars(axes, list(found), [(mean.value, mean.low, mean.high) for mean in found.values()])
+    values = {y: (mean.value, mean.low, mean.high) for y, mean in enumerate(found.values())}
+    draw_bars(axes, list(found), [("", "", values)])
     axes.set_title("Geometric means (lines: spread)", **TITLE)
     return figure
 
@@ -327,11 +397,20 @@ PICTURES: dict[str, dict[str, Callable[[Document], Any]]] = {
 }
 
 
-def draw_all(document: Document, stem: Path) -> list[Path]:
-    """Every picture that the rows allow, as ``<stem>_<name>.png`` and ``.svg``."""
+def save(figure: Any, path: Path) -> None:
+    """A PNG of 64 colours, a third of the size of one with all of them."""
+    image = require("PIL.Image", "pictures")
+    figure.savefig(data := io.BytesIO(), dpi=150)
+    image.open(data).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def draw_all(document: Document, stem: Path, only: Sequence[str] = ()) -> list[Path]:
+    """Every picture, or those named ``only``, that the rows allow, as ``<stem>_<name>.png``."""
     written = []
     for question in sorted({row.get("question") for row in document["rows"]} & PICTURES.keys()):
         for name, draw in PICTURES[question].items():
+            if only and name not in only:
+                continue
             with matplotlib().rc_context(STYLE):
                 try:
                     figure = draw(document)
@@ -339,10 +418,8 @@ def draw_all(document: Document, stem: Path) -> list[Path]:
                     print(f"{name}: left out, {error}")
                     continue
                 caption(figure, document["meta"])
-                png, svg = (stem.with_name(f"{stem.name}_{name}.{kind}") for kind in ("png", "svg"))
-                figure.savefig(png, dpi=150)
-                figure.savefig(svg, metadata={"Date": None})
-                written += [png, svg]
+                written.append(stem.with_name(f"{stem.name}_{name}.png"))
+                save(figure, written[-1])
     return written
 
 
@@ -351,12 +428,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks plots", description=main.__doc__)
     parser.add_argument("results", type=Path, help="JSON written by a question")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: beside it)")
+    names = sorted({name for pictures in PICTURES.values() for name in pictures})
+    parser.add_argument("--only", nargs="+", choices=names, default=(), help="default: all")
     arguments = parser.parse_args(argv)
     try:
         document = results.load(arguments.results)
         stem = (arguments.out or arguments.results.parent) / arguments.results.stem
         machine.prepare_output(stem.with_name(f"{stem.name}_picture.png"))
-        written = draw_all(document, stem)
+        written = draw_all(document, stem, arguments.only)
     except (OSError, ValueError, MissingExtra) as error:
         print(f"error: {arguments.results}: {error}", file=sys.stderr)
         return 2

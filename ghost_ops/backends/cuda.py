@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
@@ -57,6 +58,31 @@ def _gpu_without_kernels() -> str | None:
     return None
 
 
+def _versions() -> tuple[int, int]:
+    """CUDA of the runtime in the loaded library, CUDA that the driver supports; 13000 is 13.0."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    library = ctypes.CDLL(str(PATH))
+    library.ghost_ops_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    return runtime.value, driver.value
+
+
+def _old_driver() -> str | None:
+    """Why the driver cannot run the library's CUDA runtime; None if it can.
+
+    The runtime is linked into the library and can be newer than torch's. A driver runs all runtimes
+    up to its own major version.
+    """
+    runtime, driver = _versions()
+    if driver // 1000 >= runtime // 1000:
+        return None
+    have, need = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+    return (
+        f"{PATH.name} was built with CUDA {need}, the driver of this machine supports CUDA {have}; "
+        "install a newer NVIDIA driver, or install ghost_ops again from source with the nvcc of "
+        f"CUDA {have}"
+    )
+
+
 def _runs_on(capability: tuple[int, int], major: int, minor: int, is_ptx: bool) -> bool:
     """Whether code for (major, minor) runs on a GPU.
 
@@ -109,8 +135,10 @@ def _try_load() -> tuple[bool, str]:
         return False, wrong_gpu
     try:
         torch.ops.load_library(str(PATH))
-    except OSError as error:  # wrong CUDA major version, missing symbol
+    except OSError as error:  # a missing symbol
         return False, f"{PATH.name} {loading_failure(error)}, with the nvcc of that CUDA"
+    if torch.cuda.is_available() and (old_driver := _old_driver()) is not None:
+        return False, old_driver
     loaded = f"loaded {PATH.name} into torch {torch.__version__} with CUDA {torch.version.cuda}"
     if not torch.cuda.is_available():
         loaded += "; torch finds no GPU here (nvidia-smi tells whether there is a driver)"

@@ -80,6 +80,16 @@ void ghost_update_running_(const OptionalTensor& running_mean1, const OptionalTe
 }  // namespace
 }  // namespace ghost
 
+#ifndef GHOST_OPS_EMULATOR
+// Versions of the CUDA runtime in this library and of the CUDA that the driver supports; 13000 is
+// 13.0, and 0 means no driver. Python's loader compares them. Neither call initialises a GPU.
+extern "C" __attribute__((visibility("default"))) void ghost_ops_cuda_versions(int* runtime,
+                                                                               int* driver) {
+  if (cudaRuntimeGetVersion(runtime) != cudaSuccess) *runtime = 0;
+  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+}
+#endif
+
 GHOST_REGISTER_CUDA(m) {
   m.impl("ghost_update_running_", TORCH_BOX(&ghost::ghost_update_running_));
 }
