@@ -74,6 +74,7 @@ def collect(selftest: bool = False) -> dict[str, Any]:
         variable.name: {"value": os.environ.get(variable.name, ""), **dataclasses.asdict(variable)}
         for variable in environment.VARIABLES
     }
+    others = {k: v for k, v in sorted(os.environ.items()) if v and OTHER_VARIABLES.fullmatch(k)}
     for name, error in environment.wrong_values().items():
         problems.append(problem(error, RESET))
         del os.environ[name]
@@ -110,7 +111,7 @@ def collect(selftest: bool = False) -> dict[str, Any]:
             "requested_backend": known(lambda: backends.requested()),
             "backends": [row for device in devices for row in _rows(backends, device)],
             "environment": variables,
-            "other_variables": dict(filter(_is_relevant, sorted(os.environ.items()))),
+            "other_variables": others,
             "selftest": _selftest(backends) if selftest else None,
         }
     if not isinstance(backends, Missing):
@@ -123,10 +124,6 @@ def exit_status(info: dict[str, Any]) -> int:
     """1 if there is a problem, or a failed check of the self-test; else 0."""
     failed = any(check["status"] == "FAILED" for check in info["selftest"] or ())
     return int(bool(info["problems"]) or failed)
-
-
-def _is_relevant(variable: tuple[str, str]) -> bool:
-    return bool(variable[1]) and OTHER_VARIABLES.fullmatch(variable[0]) is not None
 
 
 def _modules(problems: list[dict[str, str]]) -> tuple[Any, Any]:
