@@ -31,7 +31,6 @@ import json
 import math
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +50,7 @@ from examples import demo_report as report
 from examples.digits import Digits, accuracy, make_optimizer, set_rate
 from examples.networks import ghost_network
 from ghost_ops import FusedGhostModule, backends, models
+from ghost_ops.diagnosis import collect
 from ghost_ops.reference import GhostModule
 
 EARLY_STEPS = 10
@@ -473,12 +473,7 @@ def allocator(choice: str, device: str) -> str:
 
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """The machine, the settings and the versions behind the numbers."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)", lines, re.MULTILINE))
-    machine = found.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in found:
-        machine += f" (family {found['cpu family']}, model {found.get('model')})"
+    machine = collect.processor()
     ours = backends.select(arguments.device, torch.float32)
     if arguments.device == "cuda":
         machine = torch.cuda.get_device_name()

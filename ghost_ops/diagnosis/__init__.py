@@ -1,7 +1,6 @@
 """The report ``python -m ghost_ops``.
 
-``machine``   processor, cores, allocator, driver, nvcc: what does not need torch
-``collect``   all facts as data for JSON; a fact that cannot be found is a problem of the report
+``collect``   the facts as data for JSON
 ``selftest``  short checks of every backend against the float64 reference
 ``text``      the data as lines of at most 100 columns
 ``command``   the command line

@@ -13,30 +13,20 @@ def section(title: str, pairs: Iterable[tuple[str, Any]]) -> list[str]:
     """A title and one line for each label and value, wrapped; an empty line follows."""
     pairs = [(printable(label), printable(value)) for label, value in pairs]
     column = min(26, max((len(label) for label, _ in pairs), default=0))
-    wrapper = textwrap.TextWrapper(
-        WIDTH,
-        initial_indent="  ",
-        subsequent_indent=" " * (column + 4),
-        break_on_hyphens=False,
-    )
+    indent = " " * (column + 4)
     lines = [title]
     for label, value in pairs:
-        lines += wrapper.wrap(f"{label:<{column}}  {value}")
+        line = f"  {label:<{column}}  {value}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
     return [*lines, ""]
 
 
 def printable(value: Any) -> str:
     """The value in one line; characters that move a terminal's cursor are escaped."""
-    text = " ".join(str(value).split())
+    if isinstance(value, (list, tuple)):
+        value = ", ".join(map(str, value))
+    text = " ".join(str("none" if value is None else value).split())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def merged(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The keys of equal values joined: value by keys."""
-    keys: dict[str, list[str]] = {}
-    for key, value in rows:
-        keys.setdefault(value, []).append(key)
-    return {", ".join(found): value for value, found in keys.items()}
 
 
 def report(info: dict[str, Any], everything: bool = False) -> str:
@@ -53,119 +43,73 @@ def report(info: dict[str, Any], everything: bool = False) -> str:
 
 
 def _head(info: dict[str, Any]) -> list[str]:
-    versions, package = info["versions"], info["package"]
+    versions = info["versions"]
     pairs = [
-        ("package", f"{package['path']} ({package['kind']})"),
-        ("torch", known(versions["torch"])),
+        ("package", info["package"]["path"]),
+        ("torch", versions["torch"]),
         ("Python", f"{versions['python']}, {versions['platform']}"),
     ]
     lines = section(f"ghost_ops {versions['ghost_ops']}", pairs)
-    if info["problems"]:
-        pairs = []
-        for entry in info["problems"]:
-            pairs += [("what", entry["what"]), ("mend", entry["mend"])]
-        lines += section("PROBLEMS", pairs)
-    if notes := [("-", text) for text in [*info["hints"], *info["warnings"]]]:
-        lines += section("Hints", notes)
+    problems = [pair for entry in info["problems"] for pair in entry.items()]
+    notes = [("-", text) for text in [*info["hints"], *info["warnings"]]]
+    for title, pairs in (("PROBLEMS", problems), ("Hints", notes)):
+        lines += section(title, pairs) if pairs else []
     return lines
-
-
-def known(value: Any) -> str:
-    """A fact, or the word for one that was not found."""
-    return "unknown" if value is None else str(value)
 
 
 def _libraries(info: dict[str, Any]) -> list[str]:
     pairs = []
     for name, library in info["libraries"].items():
-        where = library["path"] or ""
-        if library["date"]:
-            where += f" ({library['bytes'] / 2**20:.1f} MiB, {library['date']})"
         reason = library["reason"]
-        if not library["loaded"]:
-            reason = f"NOT LOADED: {reason}"
-        elif not reason.startswith("loaded"):
-            reason = f"loaded {reason}"
-        pairs.append((name, reason))
-        if where:
-            pairs.append(("", where))
+        pairs.append((name, reason if library["loaded"] else f"NOT LOADED: {reason}"))
+        pairs += [("", library["path"])] if library["path"] else []
     build = ", ".join(f"{key} {value}" for key, value in info["build"].items())
     return section("Libraries of kernels", [*pairs, ("build", build or "no record")])
 
 
 def _cpu(info: dict[str, Any]) -> list[str]:
-    isas, threads, allocator = info["instruction_sets"], info["threads"], info["allocator"]
-    if isas["chosen"]:
-        ours = f"{isas['chosen']} of {', '.join(isas['available'])}: {isas['why']}"
-    else:
-        ours = "none: the CPU library is not loaded"
-    limit = threads["cgroup_limit"]
-    cores = (
-        f"{known(threads['usable'])} to use: {known(threads['logical'])} logical processors, "
-        f"{known(threads['affinity'])} by affinity on {known(threads['physical'])} cores, "
-        + ("no cgroup limit" if limit is None else f"cgroup limit {limit:g}")
-    )
+    isas, threads = info["instruction_sets"], info["threads"]
+    chosen = isas["chosen"]
+    if isinstance(isas["available"], list):
+        chosen += f" of {', '.join(isas['available'])} (GHOST_OPS_CPU_ISA chooses)"
+    cores = f"{threads['usable']} of {threads['logical']} logical processors may be used"
     pairs = [
-        ("processor", known(info["processor"])),
-        ("cores", cores),
-        (
-            "threads",
-            f"torch {known(threads['torch'])} ({known(threads['parallel_by'])}), between operators "
-            f"{known(threads['interop'])}",
-        ),
-        ("instruction set", ours),
-        ("PyTorch's", f"ATen {known(isas['torch'])}; {isas['onednn'] or 'no oneDNN'}"),
+        ("processor", f"{info['processor']}; {cores}"),
+        ("threads", f"torch {threads['torch']}"),
+        ("instruction set", chosen),
+        ("PyTorch's", isas["torch"]),
+        ("allocator", info["allocator"]),
     ]
-    if allocator is None:
-        pairs.append(("allocator", known(None)))
-    else:
-        text = allocator["library"] or allocator["settings"] or "default settings"
-        pairs.append(("allocator", f"{allocator['name']}, {text}"))
     return section("CPU", pairs)
 
 
 def _gpu(info: dict[str, Any]) -> list[str]:
     gpu = info["gpu"]
     pairs = [
-        (
-            f"cuda:{index}",
-            f"{device['name']}, compute capability {device['capability']}, "
-            f"{device['memory_gib']} GiB",
-        )
-        for index, device in enumerate(gpu["devices"])
+        ("devices", gpu["devices"] or f"none: {gpu['reason']}"),
+        ("driver", gpu["driver"]),
+        ("torch's", f"CUDA {gpu['torch_cuda'] or 'none'}, cuDNN {gpu['cudnn'] or 'none'}"),
+        ("nvcc", info["nvcc"]),
     ]
-    if not pairs:
-        pairs = [("devices", f"none: {gpu['reason'] or 'see the problems'}")]
-    driver = gpu["driver"] or {"reason": "unknown", "gpus": []}
-    pairs.append(("driver", "; ".join([driver["reason"], *driver["gpus"]])))
-    built = f"CUDA {gpu['torch_cuda'] or 'none'}, cuDNN {gpu['cudnn'] or 'none'}"
-    pairs.append(("torch's", f"{built}, HIP {gpu['torch_hip']}" if gpu["torch_hip"] else built))
-    pairs.append(("nvcc", info["nvcc"]["reason"] if info["nvcc"] else "unknown"))
     return section("GPU", pairs)
 
 
 def _backends(info: dict[str, Any]) -> list[str]:
-    pairs = []
-    for device in dict.fromkeys(row["device"] for row in info["backends"]):
-        rows = [row for row in info["backends"] if row["device"] == device]
-        chosen = merged((row["dtype"], f"{row['backend']}: {row['reason']}") for row in rows)
-        refused = merged(
-            (row["dtype"], f"not {name}: {reason}")
-            for row in rows
-            for name, reason in row["others"].items()
-        )
-        pairs += [(device, f"{dtypes}: {text}") for dtypes, text in chosen.items()]
-        pairs += [("", f"{dtypes}: {text}") for dtypes, text in refused.items()]
-    if not info["gpu"]["available"]:
+    pairs = [("requested", info["requested_backend"])]
+    dtypes: dict[tuple[str, str], list[str]] = {}
+    for row in info["backends"]:
+        text = f"{row['backend']}: {row['reason']}"
+        dtypes.setdefault((row["device"], text), []).append(row["dtype"])
+    pairs += [(device, f"{', '.join(names)}: {text}") for (device, text), names in dtypes.items()]
+    if info["gpu"]["available"] is not True:
         pairs.append(("cuda", "no GPU"))
-    title = f"Backends (requested: {known(info['requested_backend'])})"
-    return section(title, pairs)
+    return section("Backends", pairs)
 
 
 def _environment(info: dict[str, Any], everything: bool) -> list[str]:
     pairs = []
     for name, entry in info["environment"].items():
-        allowed = f"one of {', '.join(entry['allowed'])}" if entry["allowed"] else "text"
+        allowed = f"one of {', '.join(entry['choices'])}" if entry["choices"] else "text"
         if everything:
             text = f"{entry['value'] or 'not set'} (default {entry['default'] or 'none'}; {allowed}"
             pairs.append((name, f"{text}; read at {entry['read_at']}). {entry['meaning']}"))
@@ -180,10 +124,7 @@ def _environment(info: dict[str, Any], everything: bool) -> list[str]:
 
 def _selftest(checks: list[dict[str, Any]]) -> list[str]:
     seconds = sum(check["seconds"] for check in checks)
-    pairs = [
-        (check["status"], f"{check['engine']}, {check['what']}: {check['detail']}")
-        for check in checks
-    ]
     failed = sum(check["status"] == "FAILED" for check in checks)
     title = f"Self-test: {failed} of {len(checks)} checks failed ({seconds:.1f} s)"
-    return section(title, pairs)
+    lines = [(c["status"], f"{c['engine']}, {c['what']}: {c['detail']}") for c in checks]
+    return section(title, lines)
