@@ -146,7 +146,7 @@ def test_interrupted_report_goes_on(
     (tmp_path / page.RUN_FILE).write_text(json.dumps(state))
     ran.clear()
     assert listing.run_all(command) == 0
-    rest = ["network", "order", "scaling", "memory", "plan", "product", "paper", "page"]
+    rest = "network order scaling memory plan product paper settings page".split()
     assert [name for name, _ in ran] == rest
     out = capsys.readouterr().out
     assert "1 tasks were done before" in out

@@ -19,7 +19,7 @@ from examples.networks import C3Ghost, Conv, GhostConv, ghost_resnet
 from ghost_ops import FusedGhostBottleneck, FusedGhostModule, models, reference
 
 
-class AuthorsNet(models.GhostNet):
+class AuthorsNet(reference.GhostNet):
     """As the authors write it: without dropout the forward does not read the mode."""
 
     def forward(self, x: Tensor) -> Tensor:

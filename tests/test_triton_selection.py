@@ -159,7 +159,8 @@ def test_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @INSTALLED
 def test_report() -> None:
-    result = python("import runpy; runpy.run_module('ghost_ops', run_name='__main__')", **COMPILES)
+    start = "import runpy, sys; sys.argv[1:] = ['--all']; "
+    result = python(f"{start}runpy.run_module('ghost_ops', run_name='__main__')", **COMPILES)
     assert result.returncode == 0, result.stderr
     assert "Triton 3." in result.stdout
     assert "GHOST_OPS_TRITON_AUTOTUNE" in result.stdout
