@@ -284,7 +284,7 @@ def test_fewer_alternatives_than_asked_for() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "sm_90", "alternatives": -1}, "alternatives must not be negative, got -1"),
+        ({"device": "sm_90", "alternatives": -1}, "alternatives must be at least 0, got -1"),
         ({"alternatives": 2}, "alternatives: only plans for a GPU"),
     ],
 )

@@ -263,10 +263,10 @@ def test_text_of_a_gpu(usual: dict[str, Any]) -> None:
 
 
 def test_hints(usual: dict[str, Any]) -> None:
-    usable = usual["threads"]["usable"]
-    info = {**usual, "threads": {**usual["threads"], "torch": usable + 1}}
-    assert f"OMP_NUM_THREADS={usable}," in str(collect._hints(info))
-    assert "OMP_NUM_THREADS" not in str(usual["hints"])
+    for torch_threads, usable, hint in ((2, 1, True), (2, 2, False), (1, 4, False)):
+        threads = {**usual["threads"], "torch": torch_threads, "usable": usable}
+        said = str(collect._hints({**usual, "threads": threads}))
+        assert (f"OMP_NUM_THREADS={usable}," in said) == hint
     tuned = collected(MALLOC_TOP_PAD_="67108864")
     assert "MALLOC_TOP_PAD_=67108864" in tuned["allocator"]
     assert "glibc's allocator" not in str(tuned["hints"])

@@ -309,14 +309,14 @@ def _hints(info: dict[str, Any]) -> list[str]:
     threads, usable = info["threads"]["torch"], info["threads"]["usable"]
     if isinstance(threads, int) and isinstance(usable, int) and threads > usable:
         hints.append(
-            f"torch runs {threads} threads and this process may use {usable} processors: set "
+            f"torch runs {threads} threads; processors that this process may use: {usable}. Set "
             f"OMP_NUM_THREADS={usable}, or call torch.set_num_threads({usable})."
         )
     if re.fullmatch("glibc.*default settings", info["allocator"]):
         hints.append(
             "glibc's allocator with its default settings maps large outputs anew at each call, "
             "which costs page faults at large batches: set MALLOC_MMAP_THRESHOLD_=1073741824 "
-            "MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864, or preload tcmalloc or "
-            "jemalloc (LD_PRELOAD)."
+            "MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864, or preload tcmalloc "
+            "(LD_PRELOAD); docs/settings.md has the measured gain."
         )
     return hints
