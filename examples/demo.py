@@ -1,6 +1,6 @@
 """The main job: train on real handwritten digits with the reference modules and with the fused.
 
-    python -m examples.demo            about three minutes on two cores, less when run again
+    python -m examples.demo            about two minutes on two cores, less when run again
     python -m examples.demo --quick    a smaller network run, fewer shapes, no torch.compile
 
 A small Ghost network is trained from one seed with ``ghost_ops.reference.GhostModule`` and with
