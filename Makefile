@@ -19,7 +19,7 @@ HAS_TORCH := import re, torch; v = re.findall(r'\d+', torch.__version__); \
 
 ifeq ($(strip $(VENV)),)
 # ---- an existing Python, untouched: libraries are built in place
-PY     := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+PY     := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 BIN    := $(dir $(PYTHON))
 STAMPS := build/stamps/$(shell $(PYTHON) -c "import sys; print(sys.implementation.cache_tag)")
 extra   =
