@@ -218,6 +218,7 @@ def test_nothing_is_left_after_an_onnx_export(native: str, fails: bool, dynamo: 
     if fails:
         with pytest.raises(Exception, match="not exportable"):
             to_onnx(nn.Sequential(fused, Raises()).eval(), x, dynamo)
+        torch.set_autocast_cache_enabled(True)  # PyTorch's older exporter leaves it off
     else:
         to_onnx(fused, x, dynamo)
     assert not modes.in_onnx_export()
