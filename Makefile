@@ -99,7 +99,7 @@ wheel: $(call extra,wheel)  ## build a manylinux wheel for this Python in dist/ 
 	mv $(WHEEL_BUILD)/repaired/*.whl dist; \
 	cd dist; ls -t *.whl | head -n 1 | xargs -d "\n" sh -c 'du -h "$$0"; sha256sum "$$0"'
 
-# Gigabytes are downloaded for a torch with CUDA. TORCH_INDEX: another index for torch.
+# Gigabytes are downloaded for a torch with CUDA.
 WHEEL_TORCH ?= 2.10.0 2.11.0 2.12.0 2.13.0
 
 wheel-test:  ## try the newest wheel in dist/ with each torch of WHEEL_TORCH, in environments of their own

@@ -274,3 +274,30 @@ def test_all_kernels_are_of_one_instruction_set(native: str, isa: str) -> None:
     finally:
         library.set_isa(before)
     assert names == {isa.split("_")[0]}
+
+
+def test_a_dtype_without_kernels_falls_back_or_raises() -> None:
+    assert not backends.native.can_run("cpu", torch.float8_e5m2)[0]
+    with pytest.warns(UserWarning, match="float8_e5m2"), ghost_ops.use_backend("auto"):
+        assert backends.select("cpu", torch.float8_e5m2) == "eager"
+    if backends.native.load():
+        with (
+            ghost_ops.use_backend("native"),
+            pytest.raises(RuntimeError, match="float8_e5m2"),
+        ):
+            backends.select("cpu", torch.float8_e5m2)
+
+
+def test_select_is_a_constant_of_the_compiled_graph() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * (3.0 if backends.select(x.device.type, x.dtype) == "eager" else 2.0)
+
+    x = torch.ones(2)
+    with ghost_ops.use_backend("eager"):
+        assert scaled(x)[0] == 3.0
+    if backends.native.load():
+        with ghost_ops.use_backend("native"):
+            assert scaled(x)[0] == 2.0
+        with ghost_ops.use_backend("eager"):
+            assert scaled(x)[0] == 3.0

@@ -29,7 +29,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("torch", nargs="+", help="versions of torch")
     parser.add_argument("--wheel", type=Path, default=wheels[-1] if wheels else None)
-    parser.add_argument("--index", help="another package index for torch")
     parser.add_argument("--environments", type=Path, help="folder of environments to keep")
     parser.add_argument("--keyword", default="native and silu", help="pytest's -k for the tests")
     chosen = parser.parse_args()
@@ -38,14 +37,13 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
-def python_of(folder: Path, version: str, wheel: Path, index: str | None) -> Path:
+def python_of(folder: Path, version: str, wheel: Path) -> Path:
     """An environment with this torch and the wheel; an existing environment is used again."""
     python = folder / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if not python.exists():
         venv.create(folder, with_pip=True)
-    where = ["--index-url", index] if index else []
-    subprocess.run([*pip, f"torch=={version}", *where], check=True)
+    subprocess.run([*pip, f"torch=={version}"], check=True)
     subprocess.run([*pip, "numpy", "pytest", "hypothesis"], check=True)
     subprocess.run([*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True)
     return python
@@ -121,7 +119,7 @@ def main() -> int:
         for version in chosen.torch:
             environment = folder / f"torch-{version}"
             try:
-                python = python_of(environment, version, chosen.wheel.resolve(), chosen.index)
+                python = python_of(environment, version, chosen.wheel.resolve())
                 rows.append(row(python, chosen, cwd))
             except subprocess.CalledProcessError as error:
                 rows.append([version, f"FAILED: {error}"])
